@@ -1,0 +1,29 @@
+# Every target does its own set-up in .venv; a second run starts at once. Paths are relative, so that a checkout in a
+# folder with spaces works.
+PYTHON = .venv/bin/python
+
+.PHONY: demo test lint peers setup clean
+
+demo: setup
+	@$(PYTHON) -m mlx_mtp.cli.demo
+
+test:
+	@bash tools/setup.sh dev
+	@$(PYTHON) -m pytest -q
+
+lint:
+	@bash tools/setup.sh dev
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m mypy
+
+# Other engines (torch, transformers, mlx-vlm) into the same .venv, for the parity tests.
+peers:
+	@bash tools/setup.sh peers
+
+setup:
+	@bash tools/setup.sh
+
+# Back to a fresh clone, but for runs/ (what was trained).
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,61 @@
+"""The command line `mlx-mtp`: a thin typer application over the library.
+
+What it does: one file a command, one place where errors become one sentence and exit code 2. What it does not do:
+anything a Python program could not do through `mlx_mtp`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+import mlx_mtp
+from mlx_mtp.cli.generate import generate
+from mlx_mtp.cli.train import train
+
+app = typer.Typer(
+    name="mlx-mtp",
+    help="Language models that decode faster through Multi-Token Prediction, on Apple's MLX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(generate)
+app.command()(train)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(mlx_mtp.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+def main() -> None:
+    """Entry point: exit code 0 done, 2 bad input (one sentence on stderr), 130 interrupted."""
+    handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False, show_level=False)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s")
+    try:
+        app()
+    except mlx_mtp.MLXMTPError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""`mlx-mtp generate`: one completion, streamed as text or printed as one JSON object."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import mlx_mtp
+from mlx_mtp.cli import options
+from mlx_mtp.cli.progress import PrefillBar
+from mlx_mtp.tokens import Prompt
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; '-' reads it from standard input.")] = None,
+    model: options.Model = None,
+    drafter: options.Drafter = "auto",
+    depth: options.Depth = "auto",
+    max_tokens: options.MaxTokens = 256,
+    temperature: options.Temperature = 0.0,
+    max_context: options.MaxContext = None,
+    tokens: Annotated[str | None, typer.Option(help="Token ids in place of a prompt: 1,2,3.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it stands, without chat template.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Generate one completion."""
+    asked = _prompt(prompt, tokens)
+    sampling = mlx_mtp.Sampling(temperature=temperature)
+    engine = mlx_mtp.load(model, drafter=drafter, depth=options.depth_value(depth), max_context=max_context)
+    console = Console(stderr=True)
+    result, so_far, ids = None, "", []
+    interrupted = False
+    try:
+        with PrefillBar(console) as bar:
+            stream = engine.stream(asked, max_tokens=max_tokens, sampling=sampling, raw=raw, on_prefill=bar.update)
+            for event in stream:
+                bar.close()
+                so_far, ids, result = so_far + event.text, ids + event.tokens, event.result
+                if not as_json:
+                    # Without a tokenizer the ids are all there is to show.
+                    print(event.text if engine.tokenizer else "".join(f"{i} " for i in event.tokens), end="", flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+    if as_json:
+        partial = {"text": so_far, "tokens": ids, "logprobs": None, "finish_reason": "interrupted", "stats": None}
+        print(json.dumps(result.as_dict() if result else partial))
+    else:
+        print()
+        if result and sys.stdout.isatty():
+            console.print(summary(result.stats), style="dim", highlight=False)
+    if interrupted:
+        raise typer.Exit(130)
+
+
+def summary(stats: mlx_mtp.Stats) -> str:
+    """One line about a reply."""
+    line = f"{stats.tokens} tokens, {stats.decode_tokens_per_second:.1f} tokens/s"
+    return line + (f", {stats.tokens_per_round:.2f} tokens per round ({stats.mode})" if stats.drafted else "")
+
+
+def _prompt(prompt: str | None, tokens: str | None) -> Prompt:
+    if (prompt is None) == (tokens is None):
+        raise mlx_mtp.PromptError("Expected either a prompt or --tokens 1,2,3, found " + ("both." if prompt else "neither."))
+    if tokens is not None:
+        return options.token_ids(tokens)
+    return sys.stdin.read() if prompt == "-" else prompt or ""

@@ -1,0 +1,45 @@
+"""Progress bars that stay out of the way: on stderr, only on a terminal, only for what takes longer than a second."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+# Below this a bar would only flicker.
+PATIENCE_SECONDS = 1.0
+
+
+class PrefillBar:
+    """A bar for the prompt, shown once it has taken a second; `update` is the engine's on_prefill."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._began = time.perf_counter()
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> PrefillBar:
+        self._began = time.perf_counter()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def update(self, done: int, total: int) -> None:
+        """Prompt tokens done, of total."""
+        if self._progress is None:
+            if done >= total or time.perf_counter() - self._began < PATIENCE_SECONDS:
+                return
+            columns = TextColumn("reading the prompt"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            self._progress = Progress(*columns, console=self._console, transient=True)
+            self._progress.add_task("", total=total)
+            self._progress.start()
+        self._progress.update(self._progress.task_ids[0], completed=done)
+
+    def close(self) -> None:
+        """Removes the bar; harmless when there is none."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None

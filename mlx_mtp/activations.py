@@ -1,0 +1,66 @@
+"""tanh and gelu, written so that they are also fast on a CPU.
+
+MLX's CPU backend computes tanh one value at a time (16 ns each, measured with MLX 0.32.4), which made gelu half of
+a training step; sums and products are vectorised and a hundred times faster. So on a CPU tanh is Lambert's
+continued fraction, cut at depth 6, at half the argument, and the addition theorem: error below 2e-7 in float32.
+On a GPU it is MLX's own.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import mlx.core as mx
+
+# tanh rounds to 1 in float32 beyond this.
+SATURATED = 9.0
+
+
+def _tanh(x: mx.array) -> mx.array:
+    if x.dtype != mx.float32 or mx.default_device() != mx.Device(mx.cpu):
+        return mx.tanh(x)
+    half = mx.minimum(mx.maximum(x, -SATURATED), SATURATED) * 0.5
+    s = half * half
+    above = 135135.0 + s * (17325.0 + s * (378.0 + s))
+    below = 135135.0 + s * (62370.0 + s * (3150.0 + s * 28.0))
+    t = half * above / below
+    return 2.0 * t / (1.0 + t * t)
+
+
+@mx.custom_function
+def tanh(x: mx.array) -> mx.array:
+    """Hyperbolic tangent of an array of any shape."""
+    return _tanh(x)
+
+
+# Derivatives by hand: differentiating the fraction step by step costs fifteen times as much.
+@tanh.vjp  # type: ignore[untyped-decorator]
+def _tanh_vjp(x: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
+    return cotangent * (1.0 - y * y)
+
+
+ROOT, CUBE = math.sqrt(2.0 / math.pi), 0.044715
+
+
+@partial(mx.compile, shapeless=True)
+def _gelu(x: mx.array) -> mx.array:
+    return 0.5 * x * (1.0 + _tanh(ROOT * (x + CUBE * x * x * x)))
+
+
+@partial(mx.compile, shapeless=True)
+def _gelu_backward(x: mx.array, cotangent: mx.array) -> mx.array:
+    square = x * x
+    t = _tanh(ROOT * (x + CUBE * x * square))
+    return cotangent * 0.5 * (1.0 + t + x * (1.0 - t * t) * ROOT * (1.0 + 3.0 * CUBE * square))
+
+
+@mx.custom_function
+def gelu(x: mx.array) -> mx.array:
+    """The tanh form of gelu (`gelu_pytorch_tanh`), any shape."""
+    return _gelu(x)
+
+
+@gelu.vjp  # type: ignore[untyped-decorator]
+def _gelu_vjp(x: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
+    return _gelu_backward(x, cotangent)

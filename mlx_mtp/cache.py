@@ -1,0 +1,208 @@
+"""K/V buffers of fixed capacity whose length lives on the device.
+
+What it does: holds one pair of buffers for every layer that stores K/V, writes new rows at an offset that is an
+array, and says which rows a query may see. What it does not do: know a model, or decide what is accepted.
+
+Invariant: a row at a position >= `length` is dead. Accepting n rows is `length += n`, rolling back is a smaller
+`length`; nothing is ever copied or cleared. Full layers keep every position. Sliding layers are rings of
+`window + slack` slots: the slot of position p is p mod size, so writing up to `slack` rows ahead only overwrites
+rows that have already left the window, and any rollback by at most `slack` rows (less the rows of the next pass)
+finds its window intact.
+
+Shapes: B batch, G K/V heads, M rows of one pass, S slots, d head size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+
+# Rows a pass may write ahead of the committed length in a sliding layer. Two rounds of depth 8 in flight are 18.
+SLACK = 32
+# Steps of the capacity ladder: small enough to waste little attention, few enough that compiled shapes repeat.
+CAPACITY_STEP = 256
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One layer that stores K/V: its kind (FULL or SLIDING), K/V heads G and head size d."""
+
+    kind: str
+    heads: int
+    head_dim: int
+
+
+@dataclass
+class Pass:
+    """What one forward pass of M rows needs to know: where its rows are, and what each of them may see.
+
+    offset [B] is the position of the first row; masks[kind] is bool [B, 1, M, S] (true = visible).
+    """
+
+    offset: mx.array
+    masks: dict[str, mx.array]
+    slots: dict[str, mx.array]
+    ring_in_place: bool = True
+
+    def last(self, rows: int) -> Pass:
+        """The same pass seen from its last `rows` queries; for layers that only read."""
+        total = next(iter(self.masks.values())).shape[2]
+        masks = {kind: mask[:, :, total - rows :] for kind, mask in self.masks.items()}
+        return Pass(self.offset + (total - rows), masks, self.slots, self.ring_in_place)
+
+
+def capacity_for(rows: int) -> int:
+    """The rung of the capacity ladder that holds `rows`: steps of 256, later of a quarter of the size."""
+    capacity = CAPACITY_STEP
+    while capacity < rows:
+        capacity += max(CAPACITY_STEP, capacity // 4 // CAPACITY_STEP * CAPACITY_STEP)
+    return capacity
+
+
+def _window_mask(positions: mx.array, queries: mx.array, window: int) -> mx.array:
+    """Visible = not in the future, inside the window (which counts the query itself), and ever written."""
+    keys, rows = positions[:, None, None, :], queries[:, None, :, None]
+    return (keys <= rows) & (keys > rows - window) & (keys >= 0)
+
+
+class KVCache:
+    """K/V buffers [B, G, S, d] of every storing layer, and the committed length [B] on the device."""
+
+    def __init__(
+        self, shapes: Sequence[LayerShape], window: int, capacity: int, dtype: mx.Dtype, batch: int = 1
+    ) -> None:
+        self.shapes = tuple(shapes)
+        self.window = window
+        self.capacity = capacity
+        self.batch = batch
+        self.length = mx.zeros((batch,), dtype=mx.int32)
+        sizes = [(batch, s.heads, self.slots(s.kind), s.head_dim) for s in self.shapes]
+        self.keys = [mx.zeros(size, dtype=dtype) for size in sizes]
+        self.values = [mx.zeros(size, dtype=dtype) for size in sizes]
+
+    def slots(self, kind: str) -> int:
+        """Slots of a buffer of this kind. A ring smaller than its window is never wrapped: it is plain storage."""
+        return self.capacity if kind == FULL else min(self.capacity, self.window + SLACK)
+
+    def grow(self, capacity: int) -> None:
+        """Enlarges the buffers (never shrinks them); what is stored keeps its slot."""
+        if capacity <= self.capacity:
+            return
+        self.capacity = capacity
+        for buffers in (self.keys, self.values):
+            for i, shape in enumerate(self.shapes):
+                missing = self.slots(shape.kind) - buffers[i].shape[2]
+                if missing > 0:
+                    buffers[i] = mx.pad(buffers[i], [(0, 0), (0, 0), (0, missing), (0, 0)])
+
+    def positions(self, kind: str, end: mx.array) -> mx.array:
+        """Absolute position [B, S] of every slot once positions below `end` [B] are written; negative = empty."""
+        slots = mx.arange(self.slots(kind), dtype=mx.int32)[None]
+        if kind == FULL:
+            return mx.broadcast_to(slots, (self.batch, slots.shape[1]))
+        newest = end[:, None] - 1
+        return newest - (newest - slots) % self.slots(kind)
+
+    def begin(self, rows: int) -> Pass:
+        """Opens a pass of `rows` rows at the committed length. The capacity must already hold them."""
+        queries = self.length[:, None] + mx.arange(rows, dtype=mx.int32)
+        ring = self.slots(SLIDING)
+        # Within the slack (or before a ring is long enough to wrap) rows are written first and then read in place.
+        # A longer chunk would overwrite rows its own first queries still see: it reads [ring, chunk] and writes after.
+        in_place = rows <= SLACK or ring == self.capacity
+        step = Pass(self.length, {}, {}, in_place)
+        for kind in {shape.kind for shape in self.shapes}:
+            if kind == FULL:
+                step.slots[kind] = queries
+                positions = self.positions(FULL, self.length)
+                step.masks[kind] = positions[:, None, None, :] <= queries[:, None, :, None]
+            else:
+                step.slots[kind] = queries % ring
+                positions = self.positions(SLIDING, self.length + (rows if in_place else 0))
+                if not in_place:
+                    positions = mx.concatenate([positions, queries], axis=1)
+                step.masks[kind] = _window_mask(positions, queries, self.window)
+        return step
+
+    def update(self, layer: int, keys: mx.array, values: mx.array, step: Pass) -> tuple[mx.array, mx.array]:
+        """Writes rows [B, G, M, d] of one layer; returns the K/V that this pass attends to, as step.masks sees it."""
+        kind = self.shapes[layer].kind
+        slots = step.slots[kind]
+        if kind == SLIDING and not step.ring_in_place:
+            working = (
+                mx.concatenate([self.keys[layer], keys], axis=2),
+                mx.concatenate([self.values[layer], values], axis=2),
+            )
+            kept = min(keys.shape[2], self.slots(kind))  # only the newest rows; slots must not repeat in one write
+            slots, keys, values = slots[:, -kept:], keys[:, :, -kept:], values[:, :, -kept:]
+        else:
+            working = None
+        contiguous = kind == FULL and self.batch == 1
+        self.keys[layer] = _write(self.keys[layer], keys, slots, contiguous)
+        self.values[layer] = _write(self.values[layer], values, slots, contiguous)
+        return working or (self.keys[layer], self.values[layer])
+
+    def visible(self, kind: str, newest: mx.array, span: int | None = None) -> mx.array:
+        """Mask [B, 1, 1, S] of the stored rows at positions (newest - span, newest]; for readers that never write."""
+        positions = self.positions(kind, self.length)
+        mask = (positions <= newest[:, None]) & (positions >= 0)
+        if span is not None:
+            mask = mask & (positions > newest[:, None] - span)
+        return mask[:, None, None, :]
+
+    def advance(self, rows: mx.array | int) -> None:
+        """Commits `rows` (int or [B]) of what was written behind the length."""
+        self.length = self.length + rows
+
+    @property
+    def arrays(self) -> tuple[mx.array, list[mx.array], list[mx.array]]:
+        """Everything that changes, as one tree: for mx.compile and mx.eval."""
+        return self.length, self.keys, self.values
+
+    @arrays.setter
+    def arrays(self, tree: tuple[mx.array, list[mx.array], list[mx.array]]) -> None:
+        self.length, keys, values = tree
+        self.keys, self.values = list(keys), list(values)
+
+    def around(self, tree: tuple[mx.array, list[mx.array], list[mx.array]]) -> KVCache:
+        """A cache of the same layout around other arrays; for code that mx.compile traces."""
+        other = copy.copy(self)
+        other.arrays = tree
+        return other
+
+
+class NoCache:
+    """Stands in for a KVCache where nothing is kept: training, and logits of a whole sequence."""
+
+    def __init__(self, window: int, batch: int = 1) -> None:
+        self.window = window
+        self.batch = batch
+
+    def begin(self, rows: int) -> Pass:
+        """A pass over positions 0..rows-1."""
+        positions = mx.arange(rows, dtype=mx.int32)[None]
+        causal = positions[:, None, None, :] <= positions[:, None, :, None]
+        masks = {FULL: causal, SLIDING: _window_mask(positions, positions, self.window)}
+        return Pass(mx.zeros((self.batch,), dtype=mx.int32), masks, {})
+
+    def update(self, layer: int, keys: mx.array, values: mx.array, step: Pass) -> tuple[mx.array, mx.array]:
+        """The rows themselves: the pass sees itself and nothing else."""
+        return keys, values
+
+
+def _write(buffer: mx.array, rows: mx.array, slots: mx.array, contiguous: bool) -> mx.array:
+    """Puts rows [B, G, M, d] into slots [B, M]. In place where nothing else holds the buffer (measured, MLX 0.32.4)."""
+    if contiguous:
+        return mx.slice_update(buffer, rows, slots[0, :1], axes=(2,))
+    if buffer.shape[0] == 1:
+        buffer[:, :, slots[0]] = rows
+    else:
+        batch = mx.arange(buffer.shape[0])[:, None]
+        buffer[batch, :, slots] = rows.transpose(0, 2, 1, 3)
+    return buffer

@@ -1,0 +1,188 @@
+"""A checkpoint folder: config.json and safetensors, read defensively, poured into a module strictly.
+
+What it does: finds the weight files, checks every header before MLX maps it, quantises a fresh module the way the
+stored tensors are quantised, and loads with nothing missing and nothing left over. What it does not do: know a
+model family, or the hub.
+
+Invariant: whatever is wrong with the files comes out as one CheckpointError that names the file.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_mtp.errors import CheckpointError, ModelNotFound
+
+INDEX = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened folder. `config` is the parsed config.json; the weights are read by `weights()`."""
+
+    path: Path
+    config: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Raises ModelNotFound without a folder, CheckpointError without a usable config.json."""
+        folder = Path(path).expanduser()
+        if not folder.is_dir():
+            raise ModelNotFound(
+                f"Expected a folder with config.json and safetensors files, found "
+                f"{'a file' if folder.exists() else 'nothing'} at '{path}'; check the path."
+            )
+        config = read_json(folder / "config.json")
+        if not isinstance(config.get("model_type"), str):
+            raise CheckpointError(
+                f"{folder / 'config.json'}: expected a 'model_type', found none; "
+                "use the config.json that belongs to this checkpoint."
+            )
+        return cls(folder, config)
+
+    def weights(self) -> dict[str, mx.array]:
+        """Every tensor of every shard, memory-mapped, under the names of the files."""
+        weights: dict[str, mx.array] = {}
+        for file in self._files():
+            check_safetensors(file)
+            try:
+                weights.update(mx.load(str(file)))  # type: ignore[arg-type]
+            except (RuntimeError, ValueError) as error:
+                raise CheckpointError(f"{file}: not readable as safetensors ({error}); download it again.") from error
+        return weights
+
+    def _files(self) -> list[Path]:
+        index = self.path / INDEX
+        if index.exists():
+            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            for name in names:
+                if not (self.path / name).is_file():
+                    raise CheckpointError(
+                        f"{index} lists {len(names)} shards, but '{name}' is missing; download it into {self.path}."
+                    )
+            if names:
+                return [self.path / name for name in names]
+        files = sorted(self.path.glob("model*.safetensors")) or sorted(self.path.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(f"Expected model*.safetensors in {self.path}, found none; download the weights.")
+        return files
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError with the file's name otherwise."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"Expected the file {file.name} in '{file.parent}', found none; "
+            "point to a folder that holds a whole checkpoint."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: expected JSON, found something else ({error}); download it again.") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, found a {type(found).__name__}; download it again.")
+    return found
+
+
+def check_safetensors(file: Path) -> None:
+    """Compares a file's header with its size: MLX reads lazily, so a short file would otherwise fail much later."""
+    size = file.stat().st_size
+    problem = ""
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if len(start) < 8 or not 2 <= length <= MAX_HEADER_BYTES or 8 + length > size:
+            problem = f"a header of {length} bytes in a file of {size}"
+        else:
+            try:
+                header = json.loads(stream.read(length))
+                ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+                wanted = 8 + length + max(ends, default=0)
+                problem = "" if wanted == size else f"{size} bytes where its header says {wanted}"
+            except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
+                problem = "a header that is not the format's JSON"
+    if problem:
+        raise CheckpointError(f"{file}: expected a whole safetensors file, found {problem}; download it again.")
+
+
+def compute_dtype(weights: Mapping[str, mx.array]) -> mx.Dtype:
+    """float32 on a CPU, where half precision is emulated and slow; elsewhere the checkpoint's own type."""
+    if mx.default_device() == mx.Device(mx.cpu):
+        return mx.float32
+    halves = [w.dtype for w in weights.values() if w.dtype in (mx.bfloat16, mx.float16)]
+    return max(set(halves), key=halves.count) if halves else mx.float32
+
+
+def load_into(module: nn.Module, weights: dict[str, mx.array], dtype: mx.Dtype, source: Path) -> None:
+    """Quantises `module` like `weights`, casts floating tensors to `dtype` and loads them; nothing may be left over.
+
+    Raises CheckpointError with the first few names where tensors are missing, unknown or of another shape.
+    """
+    _quantize_like(module, weights, source)
+    wanted = dict(tree_flatten(module.parameters()))
+    missing, unknown = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
+    wrong = [n for n in wanted.keys() & weights.keys() if wanted[n].shape != weights[n].shape]
+    for problem, names in (("lacks", missing), ("has unknown", unknown), ("has other shapes for", sorted(wrong))):
+        if names:
+            detail = ""
+            if names is not missing and names is not unknown:
+                detail = f" ({list(weights[names[0]].shape)} where config.json says {list(wanted[names[0]].shape)})"
+            raise CheckpointError(
+                f"{source} {problem} {len(names)} tensors: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+                f"{detail}; the weights and config.json must belong together."
+            )
+    floating = (mx.float32, mx.bfloat16, mx.float16)
+    cast = {n: w.astype(dtype) if w.dtype in floating else w for n, w in weights.items()}
+    module.load_weights(list(cast.items()), strict=True)
+    module.eval()
+    try:
+        mx.eval(module.parameters())
+    except RuntimeError as error:
+        raise CheckpointError(f"{source}: the weights could not be read ({error}); download them again.") from error
+
+
+def _quantize_like(module: nn.Module, weights: Mapping[str, mx.array], source: Path) -> None:
+    """Makes every layer quantised whose stored weight is; bits, group and mode come from the tensors themselves.
+
+    The tensors decide because `config["quantization"]` names layers by the writer's paths, which differ.
+    """
+    from mlx_lm.utils import infer_quant_config
+
+    def settings(path: str, layer: nn.Module) -> bool | dict[str, Any]:
+        if f"{path}.scales" not in weights or not hasattr(layer, "to_quantized"):
+            return False
+        try:
+            found: dict[str, Any] = infer_quant_config(path, layer, weights)
+        except (ValueError, KeyError, ZeroDivisionError) as error:
+            raise CheckpointError(f"{source}: cannot tell how '{path}' is quantised ({error}).") from error
+        if f"{path}.global_scale" in weights:
+            found["global_scale"] = True
+        return found
+
+    if any(name.endswith(".scales") for name in weights):
+        nn.quantize(module, class_predicate=settings)
+
+
+def renamed(weights: Mapping[str, mx.array], name_of: Callable[[str], str | None]) -> tuple[dict[str, mx.array], int]:
+    """Weights under new names, without those that `name_of` maps to None; and how many those were."""
+    kept = {new: value for key, value in weights.items() if (new := name_of(key)) is not None}
+    return kept, len(weights) - len(kept)
+
+
+def write_checkpoint(folder: Path, config: Mapping[str, Any], weights: Mapping[str, mx.array]) -> None:
+    """Writes config.json and model.safetensors in the published layout (float16 on disk)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    floating = (mx.float32, mx.bfloat16)
+    halves = {k: w.astype(mx.float16) if w.dtype in floating else w for k, w in weights.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), halves, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

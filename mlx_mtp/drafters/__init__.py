@@ -1,0 +1,19 @@
+"""Drafter families. Each file registers itself here; nothing else lists them.
+
+A family is one function `load(checkpoint) -> Drafter` for some values of config.json's `model_type`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mlx_mtp.checkpoint import Checkpoint
+from mlx_mtp.interfaces import Drafter
+from mlx_mtp.registry import Registry
+
+registry: Registry[Callable[[Checkpoint], Drafter]] = Registry("drafter", __name__, __path__)
+
+
+def load_drafter(checkpoint: Checkpoint) -> Drafter:
+    """The loaded drafter of a checkpoint; UnsupportedModel where no family knows its model_type."""
+    return registry.find(checkpoint)(checkpoint)

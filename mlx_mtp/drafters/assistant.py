@@ -1,0 +1,258 @@
+"""Gemma 4 assistant: four small layers that read the target's K/V, embedding and hidden state (gemma4.md, section 2).
+
+What it does: one draft step = project [target embedding of the token, state], run the layers over the target's K/V,
+choose a token, project back to the next state. What it does not do: keep anything between rounds; it has no cache.
+
+Invariant: it reads only rows below the committed length, so a rejected draft is never seen again.
+
+Where the query stands is disputed between engines (gemma4.md, 2.4); both rules live in `Convention`, nowhere else.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_mtp.cache import FULL, SLIDING, KVCache
+from mlx_mtp.checkpoint import Checkpoint, compute_dtype, load_into
+from mlx_mtp.drafters import registry
+from mlx_mtp.errors import CheckpointError, IncompatibleDrafter
+from mlx_mtp.interfaces import Memory, States, Target, TargetInfo
+from mlx_mtp.targets.gemma4 import Gemma4Config, Layer, Norm
+
+MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
+TABLE = "model.embed_tokens."
+ORDERING = "masked_embedding.token_ordering"
+
+# K/V per kind [B, G, S, d], and who may be seen per kind: bool [B, 1, M, S].
+SharedKV = Mapping[str, tuple[mx.array, mx.array]]
+Masks = Mapping[str, mx.array]
+
+
+class Convention(enum.Enum):
+    """Position of the drafter's query, P = committed length, held for all steps of a round.
+
+    A: position P, and one key more than the window (transformers, LiteRT-LM, OpenVINO).
+    B: position P - 1 and exactly the window (vLLM, SGLang, mlx-vlm). What our own training uses; the default.
+    """
+
+    A = "A"
+    B = "B"
+
+    def position(self, length: mx.array) -> mx.array:
+        """Query position [B] for committed lengths [B]."""
+        return length if self is Convention.A else length - 1
+
+    def window(self, window: int) -> int:
+        """Newest keys visible in a sliding layer."""
+        return window + 1 if self is Convention.A else window
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssistantConfig:
+    """A drafter's config.json: the layers as a Gemma 4 text config, and what surrounds them."""
+
+    text: Gemma4Config
+    backbone_hidden_size: int
+    centroids: int  # 0 = dense tied head
+    chosen_centroids: int
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> AssistantConfig:
+        """Reads config.json; CheckpointError where a field is missing or contradicts another."""
+        text = dict(config.get("text_config") or {})
+        text["num_kv_shared_layers"] = text.get("num_hidden_layers")  # every layer reads the target's K/V
+        parsed = Gemma4Config.from_dict(text)
+        backbone = config.get("backbone_hidden_size")
+        if not isinstance(backbone, int) or backbone <= 0:
+            raise CheckpointError(
+                f"config.json: expected a positive 'backbone_hidden_size', found {backbone!r}; "
+                "use the config.json that belongs to this drafter."
+            )
+        centroids = (config.get("num_centroids") or 2048) if config.get("use_ordered_embeddings") else 0
+        chosen = config.get("centroid_intermediate_top_k") or 32
+        if centroids and (parsed.vocab_size % centroids or not 0 < chosen <= centroids):
+            raise CheckpointError(
+                f"config.json: expected a vocabulary that {centroids} centroids divide and at most that many chosen, "
+                f"found {parsed.vocab_size} tokens and {chosen} chosen; use the config.json that belongs to this drafter."
+            )
+        return cls(text=parsed, backbone_hidden_size=backbone, centroids=centroids, chosen_centroids=chosen)
+
+
+class Trunk(nn.Module):
+    """The drafter's layers, final norm and head table, named as in the checkpoint (`model.*`)."""
+
+    def __init__(self, config: Gemma4Config) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [Layer(config, i) for i in range(config.num_hidden_layers)]
+        self.norm = Norm(config.hidden_size, config.rms_norm_eps)
+
+
+class MaskedEmbedding(nn.Module):
+    """Centroid head: which blocks of the vocabulary are worth scoring.
+
+    `token_ordering` [V] maps a slot (centroid * block + j) to its token id. The head's table is kept in slot order
+    (load() reorders it once), so that a centroid is one contiguous block.
+    """
+
+    def __init__(self, config: AssistantConfig) -> None:
+        super().__init__()
+        self.centroids = nn.Linear(config.text.hidden_size, config.centroids, bias=False)
+        self.token_ordering = mx.arange(config.text.vocab_size, dtype=mx.int32)
+
+
+class AssistantModel(nn.Module):
+    """The parameters of a drafter and one step of it."""
+
+    def __init__(self, config: AssistantConfig) -> None:
+        super().__init__()
+        self.config = config
+        inner, outer = config.text.hidden_size, config.backbone_hidden_size
+        self.pre_projection = nn.Linear(2 * outer, inner, bias=False)
+        self.post_projection = nn.Linear(inner, outer, bias=False)
+        self.model = Trunk(config.text)
+        if config.centroids:
+            self.masked_embedding = MaskedEmbedding(config)
+
+    def step(
+        self, embedded: mx.array, state: mx.array, offset: mx.array, shared: SharedKV, masks: Masks
+    ) -> tuple[mx.array, mx.array]:
+        """One draft step for M independent rows.
+
+        embedded [B, M, D] is the target's scaled embedding of the tokens, state [B, M, D] the target's hidden state
+        (first step) or the last step's second result. Returns the normed hidden [B, M, Dd] and the next state.
+        """
+        x = self.pre_projection(mx.concatenate([embedded, state], axis=-1))
+        for kind, layer in zip(self.config.text.layer_types, self.model.layers, strict=True):
+            x = layer(x, offset, *shared[kind], masks[kind])
+        hidden = self.model.norm(x)
+        return hidden, self.post_projection(hidden)
+
+    def candidates(self, hidden: mx.array) -> tuple[mx.array | None, mx.array]:
+        """Scored tokens for hidden [B, M, Dd]: their ids [B, M, N] (None = the whole vocabulary in order) and logits."""
+        table = self.model.embed_tokens
+        if not self.config.centroids:
+            return None, table.as_linear(hidden).astype(mx.float32)
+        count, chosen = self.config.centroids, self.config.chosen_centroids
+        scores = self.masked_embedding.centroids(hidden)
+        blocks = mx.argpartition(-scores, kth=chosen - 1, axis=-1)[..., :chosen]
+        rows = hidden[..., None, None, :]
+        weight = table.weight.reshape(count, -1, table.weight.shape[-1])
+        if isinstance(table, nn.QuantizedEmbedding):
+            packed = [None if a is None else a.reshape(count, -1, a.shape[-1]) for a in (table.scales, table.get("biases"))]
+            logits = mx.gather_qmm(
+                rows, weight, *packed, rhs_indices=blocks, group_size=table.group_size, bits=table.bits, mode=table.mode
+            )
+        else:
+            logits = mx.gather_mm(rows, weight.swapaxes(-1, -2), rhs_indices=blocks)
+        tokens = self.masked_embedding.token_ordering.reshape(count, -1)[blocks]
+        shape = (*hidden.shape[:2], -1)
+        return tokens.reshape(shape), logits.reshape(shape).astype(mx.float32)
+
+    def best(self, hidden: mx.array) -> mx.array:
+        """The highest-scored token of every row, hidden [B, M, Dd] -> [B, M]."""
+        tokens, logits = self.candidates(hidden)
+        best = mx.argmax(logits, axis=-1)
+        return best if tokens is None else mx.take_along_axis(tokens, best[..., None], axis=-1)[..., 0]
+
+
+class Assistant:
+    """A loaded assistant as the loop sees it (interfaces.Drafter)."""
+
+    max_depth = 8
+    reads_prompt = False
+
+    def __init__(self, model: AssistantModel, name: str = "assistant", convention: Convention = Convention.B) -> None:
+        self.model = model
+        self.name = name
+        self.convention = convention
+        self._target: Target | None = None
+
+    def attach(self, target: Target) -> None:
+        """Raises IncompatibleDrafter unless sizes and layer kinds fit the target's."""
+        mismatch(self.model.config, target.info, self.name)
+        self._target = target
+
+    def start(self, batch: int, capacity: int) -> Memory:
+        """Nothing: everything an assistant knows is in the target's cache."""
+        return {}
+
+    def view(self, cache: KVCache) -> tuple[mx.array, SharedKV, Masks]:
+        """Query position [B], the target's K/V per kind, and which of it may be seen; the same for a whole round."""
+        assert self._target is not None, "attach() comes first"
+        info, length = self._target.info, cache.length
+        shared = {k: (cache.keys[i], cache.values[i]) for k, i in info.storing_layers.items()}
+        spans = {FULL: None, SLIDING: self.convention.window(self.model.config.text.sliding_window)}
+        masks = {kind: cache.visible(kind, length - 1, spans[kind]) for kind in shared}
+        return self.convention.position(length), shared, masks
+
+    def draft(
+        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int
+    ) -> tuple[mx.array, Memory]:
+        """Greedy chain of `depth` tokens [B, K] behind `token`; one lazy graph."""
+        assert self._target is not None, "attach() comes first"
+        position, shared, masks = self.view(cache)
+        drafts, state = [], hidden
+        for _ in range(depth):
+            inner, state = self.model.step(self._target.embed(token), state, position, shared, masks)
+            token = self.model.best(inner).astype(mx.int32)
+            drafts.append(token)
+        return mx.concatenate(drafts, axis=1), memory
+
+    def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:
+        """Nothing to remember."""
+        return memory
+
+
+def mismatch(config: AssistantConfig, info: TargetInfo, name: str) -> None:
+    """Raises IncompatibleDrafter with the first size in which drafter and target differ."""
+    text = config.text
+    pairs: list[tuple[str, object, object]] = [
+        ("vocabulary", text.vocab_size, info.vocab_size),
+        ("hidden size", config.backbone_hidden_size, info.hidden_size),
+        ("sliding window", text.sliding_window, info.window),
+    ]
+    for i, kind in enumerate(text.layer_types):
+        if kind not in info.readable:
+            raise IncompatibleDrafter(
+                f"{name} does not fit the target: its layer {i} reads the K/V of a {kind} layer, and the target stores "
+                f"only {', '.join(sorted(info.readable))}; use the drafter made for this target."
+            )
+        shape = info.readable[kind]
+        pairs.append((f"head size of {kind} layers", text.head_dims[i], shape.head_dim))
+        pairs.append((f"K/V heads of {kind} layers", text.kv_heads[i], shape.heads))
+    for what, drafter, target in pairs:
+        if drafter != target:
+            raise IncompatibleDrafter(
+                f"{name} does not fit the target: expected {what} {target} as in the target, found {drafter}; "
+                "use the drafter made for this target."
+            )
+
+
+def in_slot_order(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Reorders the head's table from token order to slot order; quantised rows move like plain ones."""
+    ordering = weights[ORDERING].astype(mx.int32)
+    moved = {k: w[ordering] for k, w in weights.items() if k.startswith(TABLE)}
+    return {**weights, **moved, ORDERING: ordering}
+
+
+@registry.register(*MODEL_TYPES)
+def load(checkpoint: Checkpoint) -> Assistant:
+    """An assistant from a published checkpoint or an MLX conversion of one, quantised or not."""
+    model = AssistantModel(AssistantConfig.from_dict(checkpoint.config))
+    weights = {k: w for k, w in checkpoint.weights().items() if not k.startswith("lm_head")}
+    if model.config.centroids:
+        if ORDERING not in weights or weights[ORDERING].shape != (model.config.text.vocab_size,):
+            raise CheckpointError(
+                f"{checkpoint.path}: expected '{ORDERING}' with one entry for each of the "
+                f"{model.config.text.vocab_size} tokens, found none such; download the drafter again."
+            )
+        weights = in_slot_order(weights)
+    load_into(model, weights, compute_dtype(weights), checkpoint.path)
+    return Assistant(model, str(checkpoint.path))

@@ -1,0 +1,47 @@
+"""Every error mlx_mtp raises on purpose; the command line prints one as one sentence and exits with code 2.
+
+    MLXMTPError
+    |-- ModelNotFound       no such path, or no such name on the hub
+    |-- CheckpointError     files are missing, cut short or do not fit their config.json
+    |-- UnsupportedModel    a model_type or an option of a config.json that no file here implements
+    |-- IncompatibleDrafter the drafter cannot read this target
+    |-- PromptError         empty, too long, or with token ids outside the vocabulary
+    |-- OptionError         an option out of its range
+    `-- DataError           a training file that cannot be used; names the file and the line
+
+A message says what was expected, what was found and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class MLXMTPError(Exception):
+    """Base of all errors that are the input's fault, not a bug's."""
+
+
+class ModelNotFound(MLXMTPError):
+    """No checkpoint at this path or under this name."""
+
+
+class CheckpointError(MLXMTPError):
+    """A checkpoint's files are missing, corrupt, or contradict each other."""
+
+
+class UnsupportedModel(MLXMTPError):
+    """A checkpoint of a kind that is not implemented."""
+
+
+class IncompatibleDrafter(MLXMTPError):
+    """Target and drafter do not fit together; the message names both sides."""
+
+
+class PromptError(MLXMTPError):
+    """A prompt that cannot be run."""
+
+
+class OptionError(MLXMTPError):
+    """An option with a value outside its range."""
+
+
+class DataError(MLXMTPError):
+    """Training data that cannot be read."""

@@ -1,0 +1,92 @@
+"""The seams: what the loop knows of a target and of a drafter, and nothing else.
+
+Shape legend, used in every file:
+    B batch   M rows of one pass (= K + 1)   K drafts (the depth)   D hidden   V vocabulary
+    S slots of a K/V buffer   G K/V heads   H query heads   d head size   P committed length
+
+Adding a target is one file in targets/, adding a drafter family one file in drafters/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from mlx_mtp.cache import KVCache, LayerShape
+
+
+@dataclass(frozen=True)
+class States:
+    """What a forward pass leaves per row: hidden [B, M, D] after the final norm; row i is the state after token i."""
+
+    hidden: mx.array
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetInfo:
+    """Sizes a drafter is checked against, and where it may read K/V.
+
+    readable[kind] is the shape of the K/V a drafter may read, storing_layers[kind] its index in the cache.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    max_context: int
+    window: int
+    readable: Mapping[str, LayerShape]
+    storing_layers: Mapping[str, int]
+    attention_heads: int
+
+
+class Target(Protocol):
+    """A model that answers. `forward` writes behind the cache's length and never moves it: committing is the loop's."""
+
+    info: TargetInfo
+
+    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
+        """An empty cache for `capacity` positions."""
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Token ids [B, M] -> [B, M, D]."""
+
+    def forward(self, tokens: mx.array, cache: KVCache, keep: int | None = None) -> States:
+        """Tokens [B, M] behind the length; `keep` = last rows whose state is wanted (None all, 0 none)."""
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Hidden [B, M, D] -> float32 logits [B, M, V]."""
+
+    def logits(self, tokens: mx.array) -> mx.array:
+        """Tokens [B, M] -> float32 logits [B, M, V], without a cache."""
+
+
+# A drafter's own memory between rounds: any tree of arrays ({} for families without any). It travels through the
+# compiled round beside the cache, so a family never keeps device state anywhere else.
+Memory = dict[str, Any]
+
+
+class Drafter(Protocol):
+    """A family of draft heads. It may read the target's cache, never write it."""
+
+    max_depth: int
+    # Whether `observe` must hear the prompt too (families with K/V of their own); others save that work.
+    reads_prompt: bool
+
+    def attach(self, target: Target) -> None:
+        """Binds the drafter to the target it will read. Raises IncompatibleDrafter, naming both sides, if they differ."""
+
+    def start(self, batch: int, capacity: int) -> Memory:
+        """Memory of a new request."""
+
+    def draft(
+        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int
+    ) -> tuple[mx.array, Memory]:
+        """Proposes K = depth tokens [B, K] behind `token` [B, 1], the one that is not in the cache yet.
+
+        hidden [B, 1, D] is the target's state that produced `token`. Lazy: no value may be read.
+        """
+
+    def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:
+        """Hears what a pass over tokens [B, M] left; the first `accepted` + 1 rows are true, the rest is dead."""

@@ -1,0 +1,126 @@
+"""From a name to an Engine: local folders, the hub, the embedded pair; which drafter belongs to which target.
+
+What it does: finds files, loads both models, checks that they fit. What it does not do: read tensors
+(checkpoint.py) or know a family (targets/, drafters/).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_mtp import assets
+from mlx_mtp.checkpoint import Checkpoint, read_json
+from mlx_mtp.drafters import load_drafter
+from mlx_mtp.engine import Engine
+from mlx_mtp.errors import CheckpointError, ModelNotFound, OptionError
+from mlx_mtp.interfaces import Drafter
+from mlx_mtp.targets import load_target
+from mlx_mtp.tokens import Tokenizer
+
+log = logging.getLogger(__name__)
+
+EMBEDDED = Path(assets.__path__[0]) / "standard-library"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+
+
+def load(
+    model: str | Path | None = None,
+    *,
+    drafter: str | Path | None = "auto",
+    depth: int | str = "auto",
+    mode: str = "fast",
+    max_context: int | None = None,
+) -> Engine:
+    """Loads a target and its drafter.
+
+    model: a folder, a hub name, or None for the embedded model. drafter: a folder, a hub name, "auto" (the
+    assistant made for this target, or none where none is known) or None / "none" for plain decoding; for the
+    embedded model also "assistant". depth: drafts per round, "auto" or 0..8.
+
+    Raises a subclass of MLXMTPError whose message says what to do.
+    """
+    if sys.platform == "linux" and shutil.which("g++") is None and mx.default_device() == mx.Device(mx.cpu):
+        # MLX's CPU backend compiles fused kernels with g++ when they first run; without one it can only go unfused.
+        mx.disable_compile()
+    checkpoint = Checkpoint.open(_target_folder(model))
+    target = load_target(checkpoint)
+    return Engine(
+        target,
+        _load_drafter(model, checkpoint.path, drafter),
+        Tokenizer.load(checkpoint.path),
+        end_tokens=_end_tokens(checkpoint),
+        depth=depth,
+        mode=mode,
+        max_context=max_context,
+    )
+
+
+def _target_folder(model: str | Path | None) -> Path:
+    return EMBEDDED / "target" if model is None else _local_folder(model)
+
+
+def _local_folder(name: str | Path) -> Path:
+    """A folder as it is; a hub name downloaded (or found in the hub's local cache)."""
+    folder = Path(name).expanduser()
+    if folder.exists() or not HUB_NAME.fullmatch(str(name)):
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub client raises its own, requests' and OS errors
+        raise ModelNotFound(
+            f"Expected a folder or a model on the Hugging Face hub at '{name}', found neither "
+            f"({type(error).__name__}); check the name, the network and your access to the model."
+        ) from error
+
+
+def _load_drafter(model: str | Path | None, target_folder: Path, drafter: str | Path | None) -> Drafter | None:
+    if drafter is None or drafter == "none":
+        return None
+    if model is None and drafter in ("auto", "assistant"):
+        return load_drafter(Checkpoint.open(EMBEDDED / "assistant"))
+    if drafter == "auto":
+        found = _known_drafter(model, target_folder)
+        if found is None:
+            log.warning("No drafter is known for '%s': decoding plainly. Name one with --drafter.", model)
+            return None
+        drafter = found
+    if drafter in ("assistant", "parallel", "sequential", "lookup"):
+        raise OptionError(f"Expected a drafter's folder or hub name, 'auto' or 'none' for this model, found '{drafter}'.")
+    return load_drafter(Checkpoint.open(_local_folder(drafter)))
+
+
+def _known_drafter(model: str | Path | None, target_folder: Path) -> str | Path | None:
+    """The assistant beside a local target, or google's on the hub; None where none is known."""
+    for folder in (target_folder / "assistant", Path(f"{target_folder}-assistant"), target_folder.parent / "assistant"):
+        if (folder / "config.json").is_file():
+            return folder
+    name = str(model)
+    if re.fullmatch(r"google/gemma-4-[\w-]+-it", name, re.IGNORECASE):
+        return name + "-assistant"
+    return None
+
+
+def _end_tokens(checkpoint: Checkpoint) -> set[int]:
+    """Ids that end a reply, from generation_config.json, else from config.json."""
+    sources: list[dict[str, Any]] = [checkpoint.config, checkpoint.config.get("text_config") or {}]
+    file = checkpoint.path / "generation_config.json"
+    if file.exists():
+        sources.insert(0, read_json(file))
+    for source in sources:
+        found = source.get("eos_token_id")
+        if found is not None:
+            ids = found if isinstance(found, list) else [found]
+            if not all(isinstance(token, int) for token in ids):
+                raise CheckpointError(f"{checkpoint.path}: expected whole numbers in eos_token_id, found {found!r}.")
+            return set(ids)
+    return set()

@@ -1,0 +1,55 @@
+"""A registry of model families: files of a package that register themselves under config.json's `model_type`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
+
+from mlx_mtp.checkpoint import Checkpoint
+from mlx_mtp.errors import UnsupportedModel
+
+Loader = TypeVar("Loader")
+
+
+class Registry(Generic[Loader]):
+    """Maps model types to loaders; imports the sibling files of its package on first use, so no list is edited."""
+
+    def __init__(self, what: str, package: str, path: Iterable[str]) -> None:
+        self._what, self._package, self._path = what, package, path
+        self._loaders: dict[str, Loader] = {}
+        self._imported = False
+
+    def register(self, *model_types: str) -> Callable[[Loader], Loader]:
+        """Decorator for a loader. Two loaders for one model type are a programming error."""
+
+        def add(loader: Loader) -> Loader:
+            for model_type in model_types:
+                if model_type in self._loaders:
+                    raise ValueError(f"two {self._what} families claim model_type '{model_type}'")
+                self._loaders[model_type] = loader
+            return loader
+
+        return add
+
+    def _import_siblings(self) -> None:
+        if not self._imported:
+            self._imported = True
+            for module in pkgutil.iter_modules(self._path):
+                importlib.import_module(f"{self._package}.{module.name}")
+
+    def knows(self, model_type: str) -> bool:
+        """Whether some file implements this model type."""
+        self._import_siblings()
+        return model_type in self._loaders
+
+    def find(self, checkpoint: Checkpoint) -> Loader:
+        """The loader for a checkpoint; UnsupportedModel names what there is instead."""
+        model_type = checkpoint.config["model_type"]
+        if not self.knows(model_type):
+            raise UnsupportedModel(
+                f"{checkpoint.path}: no {self._what} family for model_type '{model_type}'; "
+                f"expected one of {', '.join(sorted(self._loaders))}."
+            )
+        return self._loaders[model_type]

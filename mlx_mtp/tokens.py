@@ -1,0 +1,118 @@
+"""Between text and tokens: prompts to ids, ids to text as they come, stop strings.
+
+What it does: wraps mlx-lm's tokenizer and streaming detokeniser. What it does not do: run a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_mtp.errors import CheckpointError, PromptError
+
+Prompt = str | Sequence[int] | Sequence[dict[str, str]]
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer: `encode`, `decode`, the chat template and a streaming detokeniser."""
+
+    def __init__(self, wrapped: Any) -> None:
+        self._wrapped = wrapped
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer | None:
+        """The tokenizer beside a checkpoint, or None where it has none."""
+        if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+            return None
+        from mlx_lm.tokenizer_utils import load  # slow to import, and not needed for token ids
+
+        try:
+            return cls(load(folder))
+        except Exception as error:  # the tokenizer libraries raise plain Exception, OSError, ValueError, ...
+            raise CheckpointError(
+                f"{folder}: the tokenizer could not be read ({type(error).__name__}: {error}); download it again."
+            ) from error
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Text to ids; `special` puts the beginning-of-sequence token in front where the checkpoint does."""
+        ids: list[int] = self._wrapped.encode(text, add_special_tokens=special)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids to text, special tokens spelled out."""
+        text: str = self._wrapped.decode(list(ids))
+        return text
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Messages to ids through the checkpoint's chat template, ready for the reply."""
+        if not self.has_chat_template:
+            raise PromptError("Expected a checkpoint with a chat template, found none; pass a plain prompt or --raw.")
+        ids: list[int] = self._wrapped.apply_chat_template(list(messages), add_generation_prompt=True)
+        return ids
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat` works."""
+        return bool(self._wrapped.has_chat_template)
+
+    @property
+    def end_tokens(self) -> set[int]:
+        """Ids that end a reply, as the tokenizer sees it."""
+        return set(self._wrapped.eos_token_ids)
+
+    def stream(self) -> Any:
+        """A fresh detokeniser: add_token(id), last_segment, finalize()."""
+        detokenizer = self._wrapped.detokenizer
+        detokenizer.reset()
+        return detokenizer
+
+
+def prompt_ids(prompt: Prompt, tokenizer: Tokenizer | None, raw: bool = False) -> list[int]:
+    """Any prompt to token ids: a list of ids as it is, messages by template, a string as one user message.
+
+    raw: a string is continued as it stands, without the chat template. Raises PromptError for an empty prompt.
+    """
+    if not prompt:
+        raise PromptError("Expected a prompt, found an empty one; write at least one character or token id.")
+    if not isinstance(prompt, str) and isinstance(prompt[0], int):
+        return [int(token) for token in prompt]  # type: ignore[arg-type]
+    if tokenizer is None:
+        raise PromptError("Expected token ids, found text; this checkpoint has no tokenizer: use --tokens 1,2,3.")
+    if isinstance(prompt, str):
+        if raw or not tokenizer.has_chat_template:
+            return tokenizer.encode(prompt)
+        return tokenizer.chat([{"role": "user", "content": prompt}])
+    return tokenizer.chat(prompt)  # type: ignore[arg-type]
+
+
+class StopStrings:
+    """Cuts a stream of text before the first stop string; holds back what might become one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+        self.hit = False
+
+    def feed(self, text: str) -> str:
+        """Text that is safe to show now; after `hit` nothing follows."""
+        if self.hit:
+            return ""
+        self._held += text
+        places = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if places:
+            self.hit = True
+            shown, self._held = self._held[: min(places)], ""
+            return shown
+        keep = max((self._overlap(stop) for stop in self._stops), default=0)
+        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown
+
+    def flush(self) -> str:
+        """What was held back, once nothing can follow."""
+        shown, self._held = ("" if self.hit else self._held), ""
+        return shown
+
+    def _overlap(self, stop: str) -> int:
+        """Length of the longest end of the held text that begins `stop`."""
+        return next((n for n in range(len(stop) - 1, 0, -1) if self._held.endswith(stop[:n])), 0)

@@ -1,0 +1,276 @@
+"""Training data: reads documents from files, packs them into one row of token ids, cuts that row into batches.
+
+    documents = read_documents(["notes/", "chats/*.jsonl"])
+    ids = pack(documents, tokenizer)
+    rows = Batches(ids, batch_size=8, length=512, seed=0).batch(step)
+
+Everything is deterministic: the same files and seed give the same batch at the same step, so a run resumes anywhere.
+Does not mask: prompts and answers are all learned, and attention may look past a document's `<bos>`.
+Marker tokens written out in a text (`<|turn>`) are read as markers: clean untrusted text first.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+
+from mlx_mtp.errors import DataError, OptionError
+from mlx_mtp.training.corpus import Document
+
+SUFFIXES = frozenset({".txt", ".md", ".py", ".jsonl"})
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "model": "assistant"}
+CHUNK_CHARACTERS = 4_000_000  # tokenized at a time: enough for every core, small enough not to be noticed
+
+
+def read_documents(sources: Sequence[str]) -> Iterator[Document]:
+    """Documents of text files, folders (recursively .txt .md .py .jsonl, not hidden) and glob patterns, in order."""
+    for source in sources:
+        for path in _files(source):
+            yield from _read_jsonl(path) if path.suffix == ".jsonl" else _read_text(path)
+
+
+def pack(documents: Iterable[Document], tokenizer: Any) -> np.ndarray:
+    """All documents' ids in one row, [N]: `<bos>` text `<eos>`, or a chat in the tokenizer's template and `<eos>`.
+
+    `tokenizer` is what transformers' AutoTokenizer or mlx_lm loads; uint16 if its vocabulary fits, else int32.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError("expected a tokenizer with an eos token to end documents, found none; set eos_token")
+    dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.int32
+    rows = [np.zeros(0, dtype)]
+    for chunk in _chunks(documents):
+        texts = [_render(document, tokenizer) for document in chunk]
+        for document, ids in zip(chunk, _encode(texts, tokenizer), strict=True):
+            # A chat template writes its own <bos>.
+            start = [] if document.messages is not None else [tokenizer.bos_token_id]
+            row = [*(i for i in start if i is not None), *ids, tokenizer.eos_token_id]
+            rows.append(np.asarray(row, dtype))
+    return np.concatenate(rows)
+
+
+def fingerprint(ids: np.ndarray) -> str:
+    """A hash of the ids alone, whatever their type: names the data in a checkpoint's record."""
+    digest = hashlib.sha256()
+    for start in range(0, len(ids), 1 << 20):
+        digest.update(ids[start : start + (1 << 20)].astype("<i4").tobytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches as a pure function of (seed, step).
+
+    An epoch visits windows of `length` tokens that do not overlap, once each, in a seeded order; each epoch starts the
+    first window at another offset. The few windows that do not fill the last batch are left out of that epoch.
+    A row holds the window, the next token as the last one's target, and `lookahead` tokens for heads that see further.
+    """
+
+    ids: np.ndarray
+    batch_size: int
+    length: int
+    seed: int
+    lookahead: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("length", 1), ("seed", 0), ("lookahead", 0)):
+            if getattr(self, name) < least:
+                raise OptionError(f"expected {name} of at least {least}, found {getattr(self, name)}; raise it")
+        if self._windows < self.batch_size:
+            needed = self.batch_size * self.length + 1 + self.lookahead
+            raise DataError(
+                f"expected at least {needed} tokens for one batch of {self.batch_size} x {self.length}, "
+                f"found {len(self.ids)}; give more data, or a smaller batch or length"
+            )
+
+    @property
+    def _usable(self) -> int:
+        return len(self.ids) - 1 - self.lookahead
+
+    @property
+    def _windows(self) -> int:
+        # One window is given up so that the offset is free, unless the data are just one batch.
+        full = self._usable // self.length
+        return full - 1 if full > self.batch_size else full
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._windows // self.batch_size
+
+    def batch(self, step: int) -> np.ndarray:
+        """Rows for one step, int32 [batch_size, length + 1 + lookahead]."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        offsets = min(self.length, self._usable - self._windows * self.length + 1)
+        offset, order = _epoch(self.seed, epoch, self._windows, offsets)
+        windows = order[index * self.batch_size : (index + 1) * self.batch_size]
+        width = self.length + 1 + self.lookahead
+        starts = offset + windows * self.length
+        return np.stack([self.ids[start : start + width] for start in starts]).astype(np.int32)
+
+
+@lru_cache(maxsize=4)
+def _epoch(seed: int, epoch: int, windows: int, offsets: int) -> tuple[int, np.ndarray]:
+    """An epoch's offset and order of windows; remembered, because every step of the epoch asks for it."""
+    random = np.random.default_rng((seed, epoch))
+    return int(random.integers(offsets)), random.permutation(windows)
+
+
+def _files(source: str) -> list[Path]:
+    path = Path(source).expanduser()
+    try:
+        if path.is_file():
+            return [path]
+        if path.is_dir():
+            found = _inside(path)
+            if not found:
+                raise DataError(
+                    f"{source}: expected .txt, .md, .py or .jsonl files in the folder, found none; name the files"
+                )
+            return found
+    except OSError as error:
+        raise DataError(
+            f"{source}: expected a readable path, found {error.strerror}; change its permissions"
+        ) from error
+    matches = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(source) else []
+    if not matches:
+        raise DataError(
+            f"{source}: expected a file, a folder or a pattern that matches some, found nothing; check the path"
+        )
+    return sorted({file for match in matches for file in _matched(Path(match))})
+
+
+def _matched(match: Path) -> list[Path]:
+    """A pattern's match: `**` also matches folders, and one without training files is no mistake there."""
+    return _inside(match) if match.is_dir() else [match]
+
+
+def _inside(folder: Path) -> list[Path]:
+    """A folder's training files; hidden ones (.git, .venv) are nobody's documents."""
+    files = (file for file in folder.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+    return sorted(file for file in files if not any(part[0] == "." for part in file.relative_to(folder).parts))
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: expected a readable file, found {error.strerror}; change its permissions") from error
+
+
+def _decode(raw: bytes, path: Path, line: int = 1) -> str:
+    """The text of bytes that begin at this line of the file."""
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line += error.object[: error.start].count(b"\n")
+        raise DataError(
+            f"{path}, line {line}: expected UTF-8 text, found the byte 0x{error.object[error.start]:02x}; "
+            "convert the file to UTF-8"
+        ) from error
+
+
+def _read_text(path: Path) -> Iterator[Document]:
+    raw = _read_bytes(path)
+    text = _decode(raw, path)
+    if text.strip():
+        yield Document(str(path), text=text)
+
+
+def _read_jsonl(path: Path) -> Iterator[Document]:
+    try:
+        with path.open("rb") as lines:
+            for number, raw in enumerate(lines, start=1):
+                line = _decode(raw, path, number)
+                if line.strip():
+                    yield from _json_document(line, f"{path}, line {number}")
+    except OSError as error:
+        raise DataError(f"{path}: expected a readable file, found {error.strerror}; change its permissions") from error
+
+
+def _json_document(line: str, where: str) -> Iterator[Document]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: expected one JSON object, found {error}; repair the line") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}; write one object per line")
+    if "messages" in record:
+        yield Document(where, messages=_messages(record["messages"], where))
+    elif "prompt" in record and "completion" in record:
+        pairs = (("user", "prompt"), ("assistant", "completion"))
+        yield Document(where, messages=[{"role": role, "content": _string(record, key, where)} for role, key in pairs])
+    elif "text" in record:
+        text = _string(record, "text", where)
+        if text:
+            yield Document(where, text=text)
+    else:
+        raise DataError(
+            f"{where}: expected `text`, `prompt` with `completion`, or `messages`, "
+            f"found {', '.join(map(repr, record)) or 'no keys'}; rename the keys"
+        )
+
+
+def _messages(messages: object, where: str) -> list[dict[str, str]]:
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: expected `messages` to be a list of turns, found {messages!r:.60}; write a list")
+    turns: list[dict[str, str]] = []
+    for turn in messages:
+        if not isinstance(turn, dict) or turn.get("role") not in ROLES:
+            raise DataError(
+                f"{where}: expected turns with the role system, user or assistant, found {turn!r:.60}; change the role"
+            )
+        turns.append({"role": ROLES[turn["role"]], "content": _string(turn, "content", where)})
+    return turns
+
+
+def _string(record: dict[str, Any], key: str, where: str) -> str:
+    value = record.get(key)
+    if not isinstance(value, str):
+        raise DataError(f"{where}: expected `{key}` to be a string, found {value!r:.60}; write text in quotes")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise DataError(f"{where}: expected Unicode text in `{key}`, found half a surrogate pair; repair the escapes")
+    return value
+
+
+def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    chunk: list[Document] = []
+    size = 0
+    for document in documents:
+        chunk.append(document)
+        size += len(document.text or "") + sum(len(turn["content"]) for turn in document.messages or [])
+        if size >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _render(document: Document, tokenizer: Any) -> str:
+    if document.messages is None:
+        return document.text or ""
+    try:
+        text: str = tokenizer.apply_chat_template(document.messages, tokenize=False)
+        return text
+    except (TemplateError, ValueError) as error:
+        raise DataError(
+            f"{document.module}: expected a chat that the tokenizer's template takes, found: {error}; change the turns"
+        ) from error
+
+
+def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """Ids of each text, without the tokens that the tokenizer adds around a text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # a tokenizer written in Python
+        return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    # tokenizer.json may carry the truncation of whoever wrote it; transformers resets it on every call as well.
+    backend.no_truncation()
+    backend.no_padding()
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]

@@ -1,0 +1,196 @@
+"""The recipe of the embedded pair: a miniature of Gemma 4 E2B and its assistant, trained on the standard library.
+
+What it does: sizes, the two stages (target, then assistant on the frozen target) and the export in the published
+checkpoint layout. What it does not do: the loop (trainer.py) or the data (data.py).
+
+Everything follows from the seed and the Python version whose library is read; a stage that was interrupted goes on
+from its checkpoint, a stage that is finished is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_mtp.cache import FULL, SLIDING
+from mlx_mtp.checkpoint import Checkpoint, write_checkpoint
+from mlx_mtp.drafters.assistant import AssistantConfig, AssistantModel
+from mlx_mtp.targets.gemma4 import DEFAULT_ROPE, Gemma4Config, Gemma4Model, published_weights
+from mlx_mtp.targets.gemma4 import load as load_gemma4
+from mlx_mtp.training.corpus import Document, is_held_out, standard_library
+from mlx_mtp.training.data import Batches, fingerprint, pack, read_documents
+from mlx_mtp.training.objective import assistant_loss, next_token_loss
+from mlx_mtp.training.tokenizer import train_tokenizer
+from mlx_mtp.training.trainer import Progress, Trainer, TrainOptions
+
+WINDOW = 128
+UNROLL = 4  # draft steps the assistant is trained for
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+TURN_END = 5  # <turn|>
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a user may turn: how long, how much at once, from which seed."""
+
+    target_steps: int = 1400
+    drafter_steps: int = 400
+    batch_size: int = 4
+    length: int = 512
+    learning_rate: float = 2e-3
+    seed: int = 0
+    vocabulary: int = 4096
+    data: Sequence[str] = ()  # empty = Python's standard library
+
+
+def text_config(vocabulary: int) -> dict[str, Any]:
+    """Per-layer embeddings, shared K/V, double-wide MLP, one K/V head, 2 sliding + 1 full: E2B in small."""
+    kinds = [SLIDING, SLIDING, FULL] * 2
+    return {
+        "model_type": "gemma4_text", "vocab_size": vocabulary, "hidden_size": 320, "intermediate_size": 768,
+        "num_hidden_layers": len(kinds), "layer_types": kinds, "num_attention_heads": 4, "num_key_value_heads": 1,
+        "head_dim": 64, "global_head_dim": 128, "num_global_key_value_heads": None, "sliding_window": WINDOW,
+        "max_position_embeddings": 8192, "num_kv_shared_layers": 3, "use_double_wide_mlp": True,
+        "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": vocabulary, "attention_k_eq_v": False,
+        "enable_moe_block": False, "final_logit_softcapping": 30.0, "rms_norm_eps": 1e-6,
+        "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "tie_word_embeddings": True,
+        "rope_parameters": DEFAULT_ROPE, "use_bidirectional_attention": None, **IDS,
+    }  # fmt: skip
+
+
+def target_config(vocabulary: int) -> dict[str, Any]:
+    """config.json of the target, published form, so that mlx-lm and transformers load it too."""
+    return {
+        "model_type": "gemma4", "architectures": ["Gemma4ForConditionalGeneration"], "vocab_size": vocabulary,
+        "text_config": text_config(vocabulary), "vision_config": None, "audio_config": None,
+        "tie_word_embeddings": True, **IDS, "eos_token_id": [IDS["eos_token_id"], TURN_END],
+    }  # fmt: skip
+
+
+def assistant_config(target: Gemma4Config) -> dict[str, Any]:
+    """config.json of the assistant: four layers s, s, s, F as in every released one, dense tied head."""
+    text = text_config(target.vocab_size) | {
+        "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_kv_shared_layers": 4,
+        "layer_types": [SLIDING, SLIDING, SLIDING, FULL], "use_double_wide_mlp": False,
+        "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "final_logit_softcapping": None,
+    }  # fmt: skip
+    return {
+        "model_type": "gemma4_assistant", "architectures": ["Gemma4AssistantForCausalLM"], "text_config": text,
+        "backbone_hidden_size": target.hidden_size, "use_ordered_embeddings": False, "num_centroids": 16,
+        "centroid_intermediate_top_k": 4, "tie_word_embeddings": True, **IDS,
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage's name and its running progress, for whoever shows it."""
+
+    name: str
+    progress: Progress
+
+
+def train_embedded(folder: Path, recipe: Recipe) -> Iterator[Stage]:
+    """Makes folder/target and folder/assistant; resumes what an earlier call left in folder."""
+    target_folder, assistant_folder = folder / "target", folder / "assistant"
+    train, held = prepare(folder, recipe)
+    if not (target_folder / "config.json").exists():
+        yield from _train_target(folder, target_folder, recipe, train, held)
+    if not (assistant_folder / "config.json").exists():
+        yield from _train_assistant(folder, target_folder, assistant_folder, recipe, train, held)
+
+
+def prepare(folder: Path, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
+    """Tokenizer and packed ids (training, held out), made once and kept in `folder`."""
+    from mlx_lm.tokenizer_utils import load as load_tokenizer
+
+    files = folder / "train.npy", folder / "held_out.npy"
+    if not all(file.exists() for file in files):
+        folder.mkdir(parents=True, exist_ok=True)
+        train, held = _split(recipe)
+        if not (folder / "tokenizer" / TOKENIZER_FILES[-1]).exists():
+            train_tokenizer((_plain(document) for document in train), folder / "tokenizer", recipe.vocabulary)
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        np.save(files[1], pack(held, tokenizer))
+        np.save(files[0], pack(train, tokenizer))
+    return np.load(files[0]), np.load(files[1])
+
+
+def _split(recipe: Recipe) -> tuple[list[Document], list[Document]]:
+    """Training and held-out documents: whole modules of the standard library, or every 25th of the user's."""
+    if not recipe.data:
+        documents = list(standard_library())
+        held = [document for document in documents if is_held_out(document.module)]
+        return [document for document in documents if not is_held_out(document.module)], held
+    documents = list(read_documents(recipe.data))
+    held = documents[::25] if len(documents) >= 25 else documents[-1:]
+    return [document for document in documents if document not in held] or documents, held
+
+
+def _plain(document: Document) -> str:
+    return document.text or "\n".join(message["content"] for message in document.messages or [])
+
+
+def _trainer_data(
+    recipe: Recipe, train: np.ndarray, held: np.ndarray, seed: int, lookahead: int
+) -> tuple[Batches, list[np.ndarray]]:
+    batches = Batches(train, recipe.batch_size, recipe.length, seed, lookahead)
+    fixed = Batches(held, recipe.batch_size, recipe.length, 0, lookahead)
+    return batches, [fixed.batch(i) for i in range(min(8, fixed.steps_per_epoch))]
+
+
+def _train_target(
+    folder: Path, out: Path, recipe: Recipe, train: np.ndarray, held: np.ndarray
+) -> Iterator[Stage]:
+    mx.random.seed(recipe.seed)
+    config = target_config(recipe.vocabulary)
+    model = Gemma4Model(Gemma4Config.from_dict(config))
+    batches, fixed = _trainer_data(recipe, train, held, recipe.seed, 0)
+    trainer = Trainer(
+        model, next_token_loss, batches.batch,  # type: ignore[arg-type]
+        TrainOptions(steps=recipe.target_steps, learning_rate=recipe.learning_rate), folder / "train-target",
+        data=fingerprint(train), held_out=fixed, figures=("accuracy",),
+    )  # fmt: skip
+    trainer.resume()
+    for progress in trainer.run():
+        yield Stage("target", progress)
+    _copy_tokenizer(folder / "tokenizer", out)
+    generation = {"do_sample": False, **IDS, "eos_token_id": config["eos_token_id"]}
+    (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    write_checkpoint(out, config, published_weights(model))
+
+
+def _train_assistant(
+    folder: Path, target_folder: Path, out: Path, recipe: Recipe, train: np.ndarray, held: np.ndarray
+) -> Iterator[Stage]:
+    mx.random.seed(recipe.seed + 1)
+    target = load_gemma4(Checkpoint.open(target_folder)).model  # as shipped: rounded to float16 and back
+    target.freeze()
+    config = assistant_config(target.config)
+    drafter = AssistantModel(AssistantConfig.from_dict(config))
+    batches, fixed = _trainer_data(recipe, train, held, recipe.seed + 1, UNROLL)
+    trainer = Trainer(
+        drafter, assistant_loss(target, UNROLL), batches.batch,  # type: ignore[arg-type]
+        TrainOptions(steps=recipe.drafter_steps, learning_rate=recipe.learning_rate), folder / "train-assistant",
+        data=fingerprint(train), held_out=fixed, figures=tuple(f"agreement_{j + 1}" for j in range(UNROLL)),
+    )  # fmt: skip
+    trainer.resume()
+    for progress in trainer.run():
+        yield Stage("assistant", progress)
+    out.mkdir(parents=True, exist_ok=True)
+    generation = {"is_assistant": True, "num_assistant_tokens": UNROLL, "num_assistant_tokens_schedule": "constant"}
+    (out / "generation_config.json").write_text(json.dumps(generation | IDS, indent=2) + "\n")
+    write_checkpoint(out, config, dict(tree_flatten(drafter.parameters())))
+
+
+def _copy_tokenizer(source: Path, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        (out / name).write_bytes((source / name).read_bytes())

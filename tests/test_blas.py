@@ -1,0 +1,96 @@
+"""mlx_mtp.blas: what it finds, in what order, and that MLX really uses it.
+
+The library is global to a process and must be loaded before MLX, so the tests that load one use a fresh process.
+"""
+
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_mtp import blas
+
+LINUX = sys.platform.startswith("linux")
+FILE = Path(blas.__file__)
+# Loads blas.py by its path: importing the package would load the BLAS, and MLX, before the test can look.
+IMPORT = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("blas", {str(FILE)!r})
+blas = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(blas)
+"""
+
+
+def run(code: str) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", IMPORT + code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def has_fast_blas() -> bool:
+    return LINUX and any(blas._open(path) for path in blas._candidates())
+
+
+needs_fast_blas = pytest.mark.skipif(not has_fast_blas(), reason="no OpenBLAS or MKL on this machine")
+
+
+def test_does_not_import_mlx() -> None:
+    assert run("blas.load_fast_blas(); print('mlx' in sys.modules, 'mlx.core' in sys.modules)") == ["False False"]
+
+
+@needs_fast_blas
+def test_second_call_returns_the_same_name_without_looking_again() -> None:
+    lines = run(
+        "print(blas.load_fast_blas())\n"
+        "blas._candidates = None\n"  # would raise if it were called
+        "print(blas.load_fast_blas())\n"
+        "print(blas.name())"
+    )
+    assert len(set(lines)) == 1
+    assert lines[0].startswith(("OpenBLAS ", "MKL ")) and lines[0].endswith(")")
+
+
+@needs_fast_blas
+def test_mlx_calls_land_in_the_loaded_library() -> None:
+    """dlsym over the global scope answers as the linker does when it binds MLX."""
+    lines = run(
+        "import ctypes\n"
+        "blas.load_fast_blas()\n"
+        "import mlx.core as mx\n"
+        "path = blas.name().rsplit('(', 1)[1].rstrip(')')\n"
+        "address = lambda library: ctypes.cast(library.cblas_sgemm, ctypes.c_void_p).value\n"
+        "print(address(ctypes.CDLL(None)) == address(ctypes.CDLL(path)))\n"
+        "ones = mx.ones((64, 64))\n"
+        "print(bool(mx.all(mx.matmul(ones, ones, stream=mx.cpu) == 64)))"
+    )
+    assert lines == ["True", "True"]
+
+
+@pytest.mark.skipif(not LINUX, reason="Linux only")
+def test_says_so_when_mlx_came_first() -> None:
+    lines = run("import mlx.core\nprint(blas.load_fast_blas())\nprint(blas.name())")
+    assert lines == ["None", blas.TOO_LATE if has_fast_blas() else blas.REFERENCE]
+
+
+@pytest.mark.skipif(not LINUX, reason="Linux only")
+def test_nothing_to_find() -> None:
+    lines = run(
+        "blas._candidates = lambda: iter(['/nowhere/libopenblas.so.0'])\nprint(blas.load_fast_blas(), blas.name())"
+    )
+    assert lines == [f"None {blas.REFERENCE}"]
+
+
+@pytest.mark.skipif(not LINUX, reason="Linux only")
+def test_a_library_without_cblas_is_refused() -> None:
+    assert isinstance(ctypes.CDLL("libm.so.6"), ctypes.CDLL)
+    assert blas._open("libm.so.6") is None
+
+
+def test_nothing_is_loaded_outside_linux(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blas, "_loaded", None)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(blas, "_candidates", lambda: pytest.fail("looked for a library"))
+    assert blas.load_fast_blas() is None
+    assert "Accelerate" in blas.name()

@@ -1,0 +1,170 @@
+"""Corpus, tokenizer and data: the split, equal ids in both tokenizers, packing, batches.
+
+The tokenizer is a small one, trained here; no network, no model.
+"""
+
+import itertools
+import json
+import logging
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from mlx_mtp.errors import DataError, OptionError
+from mlx_mtp.training.corpus import Document, is_held_out, standard_library
+from mlx_mtp.training.data import Batches, fingerprint, pack, read_documents
+from mlx_mtp.training.tokenizer import train_tokenizer
+
+CHAT = [{"role": "user", "content": "What is 3 + 4?"}, {"role": "assistant", "content": "7"}]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer([Path(json.__file__).read_text(), Path(random.__file__).read_text()], made, 420)
+    return made
+
+
+@pytest.fixture(scope="session")
+def tokenizer(folder: Path) -> Any:
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def some_texts() -> list[str]:
+    """Lines of code, and characters from everywhere but U+2581: sentencepiece's own space."""
+    source = random.Random(5)
+    pool = [*map(chr, range(0x250)), *"   \n\n\t\r\u00a0\u3000\u200d\ufeff日本😀"]
+    texts = Path(json.__file__).read_text().splitlines(keepends=True)
+    for _ in range(400):
+        texts.append("".join(source.choices(pool, k=source.randint(1, 60))))
+        codes = [source.choice((source.randint(1, 0xD7FF), source.randint(0xE000, 0x10FFFF)))]
+        texts.append("".join(map(chr, codes * 3)).replace("\u2581", ""))
+        texts.append("".join(source.choices(" \n\t_x1", k=30)))
+    return texts
+
+
+def test_split_goes_by_top_level_package() -> None:
+    assert is_held_out("tomllib") and is_held_out("tomllib._parser") and not is_held_out("shutil")
+
+
+def test_standard_library_documents() -> None:
+    documents = list(standard_library())
+    assert documents[:50] == list(itertools.islice(standard_library(), 50))
+    assert all((d.text is None) != (d.messages is None) for d in documents)
+    chats = [[turn["content"] for turn in d.messages] for d in documents if d.messages]
+    answer = next(answer for question, answer in chats if "`shutil.copytree`" in question)
+    assert answer.startswith("```python\ndef copytree(src, dst, ") and "Recursively copy" in answer
+
+
+def test_sentencepiece_and_json_agree_and_round_trip(folder: Path, tokenizer: Any) -> None:
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    for text in some_texts():
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert ids == pieces.encode(text), repr(text)
+        assert tokenizer.decode(ids) == text
+
+
+def test_special_ids_and_one_bos(tokenizer: Any) -> None:
+    names = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    names += ["<|turn>", "<turn|>", "<|think|>", "<|channel>", "<channel|>"]
+    assert tokenizer.convert_tokens_to_ids(names) == list(range(9))
+    ids = tokenizer("import x").input_ids
+    assert ids[0] == 2 and ids.count(2) == 1
+
+
+def test_chat_template_is_gemma4s(tokenizer: Any) -> None:
+    system = [{"role": "system", "content": "Be brief."}, CHAT[0]]
+    prompt = tokenizer.apply_chat_template(system, tokenize=False, add_generation_prompt=True)
+    assert prompt == (
+        "<bos><|turn>system\nBe brief.<turn|>\n<|turn>user\nWhat is 3 + 4?<turn|>\n<|turn>model\n"
+    )
+    with pytest.raises(Exception, match="robot"):
+        tokenizer.apply_chat_template([{"role": "robot", "content": "x"}], tokenize=False)
+
+
+def test_pack(tokenizer: Any) -> None:
+    plain = tokenizer.encode("a = 1\n", add_special_tokens=False)
+    chat = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
+    ids = pack([Document("m", text="a = 1\n"), Document("m", messages=CHAT)], tokenizer)
+    assert ids.dtype == np.uint16 and ids.tolist() == [2, *plain, 1, *chat, 1]
+    # What training sees begins with exactly what the engine sends as a prompt.
+    prompt = tokenizer.apply_chat_template(
+        CHAT[:1], tokenize=True, add_generation_prompt=True, return_dict=False
+    )
+    assert chat[: len(prompt)] == prompt and tokenizer.decode(chat).endswith("7<turn|>\n")
+
+
+def test_reads_every_kind_of_file(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a.txt").write_bytes("\ufeffé".encode())
+    (tmp_path / "deep" / "b.md").write_text("b")
+    (tmp_path / "ignored.bin").write_bytes(b"\xff")
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "d.md").write_text("d")
+    records = [{"text": "u\u2028v"}, {"prompt": "p", "completion": "c"}, {"messages": CHAT}]
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    (tmp_path / "c.jsonl").write_text("\n\n".join(lines), encoding="utf-8")
+    found = list(read_documents([str(tmp_path)]))
+    assert [d.text for d in found] == ["é", "u\u2028v", None, None, "b"]
+    assert [turn["content"] for turn in found[2].messages or []] == ["p", "c"]
+    assert [d.text for d in read_documents([str(tmp_path / "**" / "*.md")])] == ["b"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"text": 3}', "[1]", "{", '{"txt": "a"}', '{"messages": []}', '{"prompt": "p"}',
+     '{"messages": [{"role": "robot", "content": "x"}]}', '{"text": "\\ud800"}',
+     '{"text": "\udcff"}'],
+)  # fmt: skip
+def test_bad_line_is_named(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_bytes(b'{"text": "fine"}\n' + line.encode(errors="surrogateescape") + b"\n")
+    with pytest.raises(DataError, match=r"bad\.jsonl, line 2: expected .* found .*; "):
+        list(read_documents([str(file)]))
+
+
+def test_missing_path(tmp_path: Path) -> None:
+    for source in (tmp_path / "none.txt", tmp_path / "*.txt", tmp_path):
+        with pytest.raises(DataError, match="expected"):
+            list(read_documents([str(source)]))
+
+
+def test_batches_are_a_pure_function_of_the_step() -> None:
+    ids = np.arange(5003, dtype=np.uint16)
+    batches = Batches(ids, 4, 50, seed=7, lookahead=3)
+    later = batches.batch(60)
+    for step in range(60):
+        batches.batch(step)
+    assert later.shape == (4, 54) and later.dtype == np.int32
+    assert np.array_equal(later, Batches(ids, 4, 50, seed=7, lookahead=3).batch(60))
+    assert np.array_equal(later, later[:, :1] + np.arange(54))
+    assert not np.array_equal(later, Batches(ids, 4, 50, seed=8, lookahead=3).batch(60))
+
+
+def test_an_epoch_never_repeats_a_token_and_moves_its_windows() -> None:
+    batches = Batches(np.arange(5003, dtype=np.uint16), 4, 50, seed=7)
+    count = batches.steps_per_epoch
+    steps = (range(count), range(count, 2 * count))
+    epochs = [np.concatenate([batches.batch(s)[:, :-1].ravel() for s in epoch]) for epoch in steps]
+    for seen in epochs:
+        assert len(set(seen.tolist())) == seen.size >= 0.9 * 5003
+    assert epochs[0].min() % 50 != epochs[1].min() % 50
+
+
+def test_bad_batch_options_and_too_little_data() -> None:
+    with pytest.raises(OptionError):
+        Batches(np.arange(100), 0, 10, 0)
+    with pytest.raises(DataError, match="tokens"):
+        Batches(np.arange(30), 4, 10, 0)
+
+
+def test_fingerprint_is_of_the_ids_not_of_their_type() -> None:
+    ids = np.arange(100, dtype=np.uint16)
+    assert fingerprint(ids) == fingerprint(ids.astype(np.int32)) != fingerprint(ids[::-1])
