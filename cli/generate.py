@@ -24,7 +24,7 @@ def generate(
     temperature: options.Temperature = 0.0,
     max_context: options.MaxContext = None,
     tokens: Annotated[str | None, typer.Option(help="Token ids in place of a prompt: 1,2,3.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it stands, without chat template.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it stands, no chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Generate one completion."""
@@ -42,7 +42,8 @@ def generate(
                 so_far, ids, result = so_far + event.text, ids + event.tokens, event.result
                 if not as_json:
                     # Without a tokenizer the ids are all there is to show.
-                    print(event.text if engine.tokenizer else "".join(f"{i} " for i in event.tokens), end="", flush=True)
+                    shown = event.text if engine.tokenizer else "".join(f"{token} " for token in event.tokens)
+                    print(shown, end="", flush=True)
     except KeyboardInterrupt:
         interrupted = True
     if as_json:
@@ -64,7 +65,8 @@ def summary(stats: mlx_mtp.Stats) -> str:
 
 def _prompt(prompt: str | None, tokens: str | None) -> Prompt:
     if (prompt is None) == (tokens is None):
-        raise mlx_mtp.PromptError("Expected either a prompt or --tokens 1,2,3, found " + ("both." if prompt else "neither."))
+        found = "neither" if prompt is None else "both"
+        raise mlx_mtp.PromptError(f"Expected either a prompt or --tokens 1,2,3, found {found}.")
     if tokens is not None:
         return options.token_ids(tokens)
     return sys.stdin.read() if prompt == "-" else prompt or ""

@@ -1,4 +1,4 @@
-"""`mlx-mtp train`: trains the embedded pair's shapes, a target and its assistant, on the user's text or Python's own."""
+"""`mlx-mtp train`: a small target and its assistant, of the embedded pair's shapes, on any text."""
 
 from __future__ import annotations
 

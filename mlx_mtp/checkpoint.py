@@ -123,13 +123,18 @@ def compute_dtype(weights: Mapping[str, mx.array]) -> mx.Dtype:
     return max(set(halves), key=halves.count) if halves else mx.float32
 
 
+def named_parameters(module: nn.Module) -> dict[str, mx.array]:
+    """A module's parameters under their dotted names."""
+    return dict(tree_flatten(module.parameters()))
+
+
 def load_into(module: nn.Module, weights: dict[str, mx.array], dtype: mx.Dtype, source: Path) -> None:
     """Quantises `module` like `weights`, casts floating tensors to `dtype` and loads them; nothing may be left over.
 
     Raises CheckpointError with the first few names where tensors are missing, unknown or of another shape.
     """
     _quantize_like(module, weights, source)
-    wanted = dict(tree_flatten(module.parameters()))
+    wanted = named_parameters(module)
     missing, unknown = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     wrong = [n for n in wanted.keys() & weights.keys() if wanted[n].shape != weights[n].shape]
     for problem, names in (("lacks", missing), ("has unknown", unknown), ("has other shapes for", sorted(wrong))):
@@ -162,7 +167,7 @@ def _quantize_like(module: nn.Module, weights: Mapping[str, mx.array], source: P
         if f"{path}.scales" not in weights or not hasattr(layer, "to_quantized"):
             return False
         try:
-            found: dict[str, Any] = infer_quant_config(path, layer, weights)
+            found: dict[str, Any] = infer_quant_config(path, layer, dict(weights))
         except (ValueError, KeyError, ZeroDivisionError) as error:
             raise CheckpointError(f"{source}: cannot tell how '{path}' is quantised ({error}).") from error
         if f"{path}.global_scale" in weights:

@@ -75,7 +75,7 @@ class Drafter(Protocol):
     reads_prompt: bool
 
     def attach(self, target: Target) -> None:
-        """Binds the drafter to the target it will read. Raises IncompatibleDrafter, naming both sides, if they differ."""
+        """Binds the drafter to the target it will read; raises IncompatibleDrafter where the two differ."""
 
     def start(self, batch: int, capacity: int) -> Memory:
         """Memory of a new request."""

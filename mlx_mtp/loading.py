@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +45,7 @@ def load(
 
     Raises a subclass of MLXMTPError whose message says what to do.
     """
-    if sys.platform == "linux" and shutil.which("g++") is None and mx.default_device() == mx.Device(mx.cpu):
-        # MLX's CPU backend compiles fused kernels with g++ when they first run; without one it can only go unfused.
-        mx.disable_compile()
+    _ensure_compile_works()
     checkpoint = Checkpoint.open(_target_folder(model))
     target = load_target(checkpoint)
     return Engine(
@@ -61,6 +57,19 @@ def load(
         mode=mode,
         max_context=max_context,
     )
+
+
+def _ensure_compile_works() -> None:
+    """Turns mx.compile off where it would fail: MLX's CPU backend builds fused kernels with g++ in a shared folder.
+
+    Without any g++ MLX goes unfused by itself; a broken one, or a kernel folder of another user, raises (0.32.4).
+    """
+    if mx.default_device() == mx.Device(mx.cpu):
+        try:
+            mx.eval(mx.compile(lambda x: mx.exp(x) * 2.0 + 1.0)(mx.zeros((2,))))
+        except RuntimeError:
+            log.warning("MLX cannot compile kernels here (g++ or its folder in the temporary directory): slower.")
+            mx.disable_compile()
 
 
 def _target_folder(model: str | Path | None) -> Path:
@@ -95,7 +104,7 @@ def _load_drafter(model: str | Path | None, target_folder: Path, drafter: str | 
             return None
         drafter = found
     if drafter in ("assistant", "parallel", "sequential", "lookup"):
-        raise OptionError(f"Expected a drafter's folder or hub name, 'auto' or 'none' for this model, found '{drafter}'.")
+        raise OptionError(f"Expected a drafter's folder or hub name, 'auto' or 'none', found '{drafter}'.")
     return load_drafter(Checkpoint.open(_local_folder(drafter)))
 
 

@@ -79,7 +79,7 @@ class AssistantConfig:
         if centroids and (parsed.vocab_size % centroids or not 0 < chosen <= centroids):
             raise CheckpointError(
                 f"config.json: expected a vocabulary that {centroids} centroids divide and at most that many chosen, "
-                f"found {parsed.vocab_size} tokens and {chosen} chosen; use the config.json that belongs to this drafter."
+                f"found {parsed.vocab_size} tokens and {chosen} chosen; use the config.json of this drafter."
             )
         return cls(text=parsed, backbone_hidden_size=backbone, centroids=centroids, chosen_centroids=chosen)
 
@@ -135,7 +135,7 @@ class AssistantModel(nn.Module):
         return hidden, self.post_projection(hidden)
 
     def candidates(self, hidden: mx.array) -> tuple[mx.array | None, mx.array]:
-        """Scored tokens for hidden [B, M, Dd]: their ids [B, M, N] (None = the whole vocabulary in order) and logits."""
+        """Scored tokens for hidden [B, M, Dd]: ids [B, M, N] (None = the whole vocabulary in order) and logits."""
         table = self.model.embed_tokens
         if not self.config.centroids:
             return None, table.as_linear(hidden).astype(mx.float32)
@@ -145,10 +145,13 @@ class AssistantModel(nn.Module):
         rows = hidden[..., None, None, :]
         weight = table.weight.reshape(count, -1, table.weight.shape[-1])
         if isinstance(table, nn.QuantizedEmbedding):
-            packed = [None if a is None else a.reshape(count, -1, a.shape[-1]) for a in (table.scales, table.get("biases"))]
+            scales = table.scales.reshape(count, -1, table.scales.shape[-1])
+            biases = table.get("biases")
+            biases = None if biases is None else biases.reshape(scales.shape)
             logits = mx.gather_qmm(
-                rows, weight, *packed, rhs_indices=blocks, group_size=table.group_size, bits=table.bits, mode=table.mode
-            )
+                rows, weight, scales, biases, rhs_indices=blocks,
+                group_size=table.group_size, bits=table.bits, mode=table.mode,
+            )  # fmt: skip
         else:
             logits = mx.gather_mm(rows, weight.swapaxes(-1, -2), rhs_indices=blocks)
         tokens = self.masked_embedding.token_ordering.reshape(count, -1)[blocks]

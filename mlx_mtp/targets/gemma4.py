@@ -22,12 +22,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from mlx_mtp.activations import gelu, tanh
-from mlx_mtp.cache import FULL, SLIDING, KVCache, LayerShape, NoCache, Pass
-from mlx_mtp.checkpoint import Checkpoint, compute_dtype, load_into, renamed
+from mlx_mtp.cache import FULL, SLIDING, KVCache, LayerShape, NoCache
+from mlx_mtp.checkpoint import Checkpoint, compute_dtype, load_into, named_parameters, renamed
 from mlx_mtp.errors import CheckpointError, UnsupportedModel
 from mlx_mtp.interfaces import States, TargetInfo
 from mlx_mtp.targets import registry
@@ -504,11 +503,12 @@ def load(checkpoint: Checkpoint) -> Gemma4Target:
 def published_weights(model: Gemma4Model) -> dict[str, mx.array]:
     """The model's parameters under the names of the published `Gemma4ForConditionalGeneration` layout."""
     stored: dict[str, mx.array] = {}
-    for name, value in tree_flatten(model.parameters()):
+    parameters = named_parameters(model)
+    for name, value in parameters.items():
         if ".switch_glu.up_proj." in name:
             continue
         if ".switch_glu.gate_proj." in name:
-            up = dict(tree_flatten(model.parameters()))[name.replace("gate_proj", "up_proj")]
-            name, value = name.replace("switch_glu.gate_proj.weight", "gate_up_proj"), mx.concatenate([value, up], -2)
+            value = mx.concatenate([value, parameters[name.replace("gate_proj", "up_proj")]], axis=-2)
+            name = name.replace("switch_glu.gate_proj.weight", "gate_up_proj")
         stored["model.language_model." + name.replace("switch_glu.down_proj.weight", "down_proj")] = value
     return stored

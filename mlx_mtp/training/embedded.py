@@ -17,12 +17,11 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mlx_mtp.cache import FULL, SLIDING
-from mlx_mtp.checkpoint import Checkpoint, write_checkpoint
+from mlx_mtp.checkpoint import Checkpoint, named_parameters, write_checkpoint
 from mlx_mtp.drafters.assistant import AssistantConfig, AssistantModel
-from mlx_mtp.targets.gemma4 import DEFAULT_ROPE, Gemma4Config, Gemma4Model, published_weights
+from mlx_mtp.targets.gemma4 import DEFAULT_ROPE, Gemma4Config, Gemma4Model, Gemma4Target, published_weights
 from mlx_mtp.targets.gemma4 import load as load_gemma4
 from mlx_mtp.training.corpus import Document, is_held_out, standard_library
 from mlx_mtp.training.data import Batches, fingerprint, pack, read_documents
@@ -154,7 +153,7 @@ def _train_target(
     model = Gemma4Model(Gemma4Config.from_dict(config))
     batches, fixed = _trainer_data(recipe, train, held, recipe.seed, 0)
     trainer = Trainer(
-        model, next_token_loss, batches.batch,  # type: ignore[arg-type]
+        model, next_token_loss, batches.batch,
         TrainOptions(steps=recipe.target_steps, learning_rate=recipe.learning_rate), folder / "train-target",
         data=fingerprint(train), held_out=fixed, figures=("accuracy",),
     )  # fmt: skip
@@ -171,13 +170,15 @@ def _train_assistant(
     folder: Path, target_folder: Path, out: Path, recipe: Recipe, train: np.ndarray, held: np.ndarray
 ) -> Iterator[Stage]:
     mx.random.seed(recipe.seed + 1)
-    target = load_gemma4(Checkpoint.open(target_folder)).model  # as shipped: rounded to float16 and back
+    loaded = load_gemma4(Checkpoint.open(target_folder))  # as shipped: rounded to float16 and back
+    assert isinstance(loaded, Gemma4Target)
+    target = loaded.model
     target.freeze()
     config = assistant_config(target.config)
     drafter = AssistantModel(AssistantConfig.from_dict(config))
     batches, fixed = _trainer_data(recipe, train, held, recipe.seed + 1, UNROLL)
     trainer = Trainer(
-        drafter, assistant_loss(target, UNROLL), batches.batch,  # type: ignore[arg-type]
+        drafter, assistant_loss(target, UNROLL), batches.batch,
         TrainOptions(steps=recipe.drafter_steps, learning_rate=recipe.learning_rate), folder / "train-assistant",
         data=fingerprint(train), held_out=fixed, figures=tuple(f"agreement_{j + 1}" for j in range(UNROLL)),
     )  # fmt: skip
@@ -187,7 +188,7 @@ def _train_assistant(
     out.mkdir(parents=True, exist_ok=True)
     generation = {"is_assistant": True, "num_assistant_tokens": UNROLL, "num_assistant_tokens_schedule": "constant"}
     (out / "generation_config.json").write_text(json.dumps(generation | IDS, indent=2) + "\n")
-    write_checkpoint(out, config, dict(tree_flatten(drafter.parameters())))
+    write_checkpoint(out, config, named_parameters(drafter))
 
 
 def _copy_tokenizer(source: Path, out: Path) -> None:

@@ -43,9 +43,12 @@ def assistant_loss(
         batch_size, rows = batch.shape[0], batch.shape[1] - 1 - steps
         tokens = batch[:, : rows + steps]
         hidden, shared = target(tokens, NoCache(target.config.sliding_window, batch_size))
-        hidden, shared = mx.stop_gradient(hidden), {k: tuple(map(mx.stop_gradient, kv)) for k, kv in shared.items()}
+        hidden = mx.stop_gradient(hidden)
         view = NoCache(target.config.sliding_window, batch_size).begin(rows)
-        keys_values = {kind: (k[:, :, :rows], v[:, :, :rows]) for kind, (k, v) in shared.items()}
+        keys_values = {
+            kind: (mx.stop_gradient(keys[:, :, :rows]), mx.stop_gradient(values[:, :, :rows]))
+            for kind, (keys, values) in shared.items()
+        }
         logits = target.head(hidden)
         state, total, right = hidden[:, :rows], mx.array(0.0), []
         for j in range(steps):

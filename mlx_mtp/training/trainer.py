@@ -23,10 +23,11 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_mtp.checkpoint import named_parameters
 from mlx_mtp.errors import CheckpointError, DataError, OptionError
 
 # loss(module, batch int32 [B, T]) -> scalar to minimise and a vector of figures to report.
-Loss = Callable[[nn.Module, mx.array], tuple[mx.array, mx.array]]
+Loss = Callable[[Any, mx.array], tuple[mx.array, mx.array]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +106,8 @@ class Trainer:
 
     def save(self) -> None:
         """Writes the checkpoint beside the old one and renames; a full disk leaves the old one untouched."""
-        tensors = {f"model.{k}": v for k, v in tree_flatten(self.module.parameters())}
-        tensors |= {f"optimizer.{k}": v for k, v in tree_flatten(self.optimizer.state)}
+        tensors = {f"model.{k}": v for k, v in named_parameters(self.module).items()}
+        tensors |= {f"optimizer.{k}": v for k, v in dict(tree_flatten(self.optimizer.state)).items()}
         about = {"step": self.step, "data": self.data, "options": asdict(self.options)}
         fresh = self.state_file.with_name("training.part.safetensors")
         try:
@@ -124,8 +125,8 @@ class Trainer:
         if not self.state_file.exists():
             return False
         try:
-            loaded = mx.load(str(self.state_file), return_metadata=True)
-            tensors, metadata = loaded  # type: ignore[misc]
+            loaded: Any = mx.load(str(self.state_file), return_metadata=True)
+            tensors, metadata = loaded
             about: dict[str, Any] = json.loads(metadata["mlx_mtp"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{self.state_file}: not a checkpoint of this trainer ({error}); move it.") from error
