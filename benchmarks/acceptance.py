@@ -1,0 +1,84 @@
+"""Acceptance by position on held-out modules: how often the drafter agrees with its target in real decoding.
+
+    .venv/bin/python benchmarks/acceptance.py [--model DIR --drafter DIR] [--depth 4] [--json FILE]
+
+Prompts: the beginnings of held-out source files (cut at a line's end, every 4000 characters) and the questions about
+held-out modules. Greedy, 128 tokens each, ending tokens honoured. Acceptance at position i is the share of drafts i
+that stood among those drafts i whose predecessors all stood; "of all" divides by every round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import mlx_mtp
+from mlx_mtp.tokens import Prompt
+from mlx_mtp.training.corpus import is_held_out, standard_library
+
+STRIDE, PREFIX = 4000, 600
+
+
+def prompts(engine: mlx_mtp.Engine, most: int) -> dict[str, list[Prompt]]:
+    """Held-out prompts per kind, evenly chosen, at most `most` of each."""
+    assert engine.tokenizer is not None
+    code: list[Prompt] = []
+    chat: list[Prompt] = []
+    for document in standard_library():
+        if not is_held_out(document.module):
+            continue
+        if document.messages:
+            chat.append(document.messages[:1])
+            continue
+        text = document.text or ""
+        for start in range(0, max(1, len(text) - PREFIX), STRIDE):
+            cut = text[start : start + PREFIX]
+            code.append(engine.tokenizer.encode(cut[: cut.rfind("\n") + 1] or cut))
+    return {kind: found[:: max(1, len(found) // most)][:most] for kind, found in (("code", code), ("chat", chat))}
+
+
+def measure(engine: mlx_mtp.Engine, asked: list[Prompt], tokens: int) -> dict[str, object]:
+    """Sums of a kind's statistics and what follows from them."""
+    total = mlx_mtp.Stats()
+    emitted = 0
+    drafted, accepted = [0] * engine.depth, [0] * engine.depth
+    for prompt in asked:
+        stats = engine.generate(prompt, max_tokens=tokens).stats
+        total.rounds += stats.rounds
+        emitted += max(0, stats.tokens - 1)
+        for i, (a, d) in enumerate(zip(stats.accepted_by_position, stats.drafted_by_position, strict=True)):
+            accepted[i] += a
+            drafted[i] += d
+    reached = [drafted[0], *accepted[:-1]]
+    return {
+        "prompts": len(asked),
+        "tokens": emitted,
+        "tokens_per_round": emitted / total.rounds,
+        "conditional_acceptance": [a / max(1, r) for a, r in zip(accepted, reached, strict=True)],
+        "acceptance_of_all": [a / max(1, d) for a, d in zip(accepted, drafted, strict=True)],
+    }
+
+
+def main() -> None:
+    """Prints one line a kind; --json writes the same figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=None)
+    parser.add_argument("--drafter", default="auto")
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--prompts", type=int, default=40)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    engine = mlx_mtp.load(options.model, drafter=options.drafter, depth=options.depth)
+    figures = {}
+    for kind, asked in prompts(engine, options.prompts).items():
+        figures[kind] = measure(engine, asked, options.tokens)
+        shown = ", ".join(f"{share:.1%}" for share in figures[kind]["conditional_acceptance"])  # type: ignore[attr-defined]
+        print(f"{kind}: {figures[kind]['tokens_per_round']:.2f} tokens per round, acceptance by position {shown}")
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
