@@ -24,7 +24,7 @@ from mlx_mtp.tokens import Prompt, StopStrings, Tokenizer, prompt_ids
 
 # Most bytes of attention scores one prefill chunk may need, and its largest and smallest number of rows.
 CHUNK_BYTES, MAX_CHUNK, MIN_CHUNK = 256_000_000, 512, 16
-AUTO_DEPTH = 4
+AUTO_DEPTH = 3
 
 PrefillProgress = Callable[[int, int], None]
 

@@ -1,0 +1,511 @@
+"""Every bad input to `mlx-mtp generate` ends in one sentence on stderr and exit code 2; and what good input prints."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlx_mtp.cli import app
+from mlx_mtp.loading import EMBEDDED
+
+GOLDEN = Path(__file__).parent / "golden"
+TARGET, TIED, CENTROID = (GOLDEN / "ple" / part for part in ("target", "assistant_tied", "assistant_centroid"))
+KEQV = GOLDEN / "keqv"
+STATS = {
+    "prompt_tokens", "tokens", "rounds", "drafted", "accepted", "drafted_by_position", "accepted_by_position",
+    "tokens_per_round", "depth_counts", "prefill_seconds", "decode_seconds", "decode_tokens_per_second",
+    "host_syncs", "head_passes", "peak_memory_bytes", "mode",
+}  # fmt: skip
+MISSING = object()
+
+Run = Callable[..., tuple[int, str, str]]
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`mlx-mtp generate ARGS` in this process: exit code, stdout, stderr."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def call(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mlx-mtp", "generate", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            app.main()
+        out, err = capsys.readouterr()
+        return int(end.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture
+def refused(run: Run) -> Refused:
+    """Runs, expects a refusal, returns the sentence."""
+
+    def call(*args: object) -> str:
+        return one_sentence(*run(*args))
+
+    return call
+
+
+def one_sentence(code: int, out: str, err: str) -> str:
+    assert code == 2, (code, out, err)
+    assert out == ""
+    assert err.endswith(".\n") and err.count("\n") == 1 and 20 < len(err) < 700, err
+    assert "Traceback" not in err
+    return err
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Callable[[Path], Path]:
+    """A writable copy of a checkpoint folder."""
+
+    def make(source: Path) -> Path:
+        target = tmp_path / f"{source.parent.name}-{source.name}"
+        shutil.copytree(source, target, copy_function=shutil.copyfile)
+        target.chmod(0o755)
+        return target
+
+    return make
+
+
+def edit(folder: Path, key: str, value: Any) -> None:
+    """Sets or removes a field of config.json; 'text.x' is inside text_config."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    fields = config["text_config"] if key.startswith("text.") else config
+    name = key.removeprefix("text.")
+    if value is MISSING:
+        fields.pop(name)
+    else:
+        fields[name] = value
+    file.write_text(json.dumps(config))
+
+
+# Places
+
+
+def test_paths_that_are_no_checkpoint(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    names = (tmp_path / "nowhere", "nowhere", "./no/such/deep/folder", "~nobody-here/model", "x" * 300, "", "a\nb")
+    for name in names:
+        assert "found nothing" in refused("--model", name, "--tokens", "1")
+    assert "found a file" in refused("--model", "file", "--tokens", "1")
+    assert "config.json" in refused("--model", "empty", "--tokens", "1")
+
+
+def test_hub_names_without_network_fail_at_once(refused: Refused) -> None:
+    began = time.perf_counter()
+    assert "no/such" in refused("--model", "no/such", "--tokens", "1")
+    assert "no/such" in refused("--model", TARGET, "--drafter", "no/such", "--tokens", "1")
+    assert time.perf_counter() - began < 10
+
+
+def test_drafter_paths(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for drafter in (tmp_path / "nowhere", tmp_path / "file", tmp_path, "nowhere", "parallel", "sequential", "lookup"):
+        refused("--model", TARGET, "--drafter", drafter, "--tokens", "1")
+    assert "drafter" in refused("--model", TARGET, "--drafter", TARGET, "--tokens", "1")
+    assert "target" in refused("--model", TIED, "--tokens", "1")
+
+
+# config.json
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "no", "[]", "7", "null", '"x"', "[" * 100_000, "{}", '{"model_type": 3}', '{"model_type": ""}',
+             '{"model_type": "no\\nsuch"}', '{"model_type": "llama"}', '{"model_type": "gemma4"}',
+             '{"model_type": "gemma4", "text_config": []}', '{"model_type": "gemma4", "text_config": [1]}',
+             '{"model_type": "gemma4", "text_config": "x"}']
+)  # fmt: skip
+def test_config_that_is_none(refused: Refused, copy: Callable[[Path], Path], text: str) -> None:
+    for source, args in ((TARGET, ["--model"]), (TIED, ["--model", TARGET, "--drafter"])):
+        folder = copy(source)
+        (folder / "config.json").write_text(text)
+        refused(*args, folder, "--tokens", "1")
+
+
+def test_config_in_another_encoding(refused: Refused, copy: Callable[[Path], Path]) -> None:
+    folder = copy(TARGET)
+    (folder / "config.json").write_bytes(b"\xff\xfe{\x00")
+    assert "config.json" in refused("--model", folder, "--tokens", "1")
+
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+NONSENSE = ("many", -1, 0, 1.5, True, [4], {"a": 1}, 10**12, 10**400)
+
+
+@pytest.mark.parametrize("field", SIZES)
+def test_required_sizes(refused: Refused, copy: Callable[[Path], Path], field: str) -> None:
+    for source, args in ((TARGET, ["--model"]), (TIED, ["--model", TARGET, "--drafter"])):
+        folder = copy(source)
+        for value in (*NONSENSE, None, MISSING):
+            edit(folder, f"text.{field}", value)
+            assert f"'{field}'" in refused(*args, folder, "--tokens", "1")
+
+
+@pytest.mark.parametrize("field", ["head_dim", "num_key_value_heads", "sliding_window", "max_position_embeddings"])
+def test_sizes_with_a_default(refused: Refused, copy: Callable[[Path], Path], field: str) -> None:
+    folder = copy(TARGET)
+    for value in NONSENSE:
+        edit(folder, f"text.{field}", value)
+        assert f"'{field}'" in refused("--model", folder, "--tokens", "1")
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("num_kv_shared_layers", [6, 7, 5, -1, "3", 2.5, [], {}]),
+        ("hidden_size_per_layer_input", [-8, "8", [8], 10**9]),
+        ("vocab_size_per_layer_input", [-8, "8", [8], 10**9]),
+        ("rms_norm_eps", ["x", -1, [], float("nan"), float("inf")]),
+        ("final_logit_softcapping", ["x", -1, [1], float("nan")]),
+        ("layer_types", ["full_attention", 6, ["full_attention"] * 5, ["full_attention"] * 7, ["x"] * 6, [[]] * 6,
+                         [1] * 6, {"a": 1}, ["sliding_attention"] * 6]),
+        ("rope_parameters", [7, "x", [1], {"full_attention": 1}, {"sliding_attention": []},
+                             {"full_attention": {"rope_theta": "x"}}, {"full_attention": {"rope_type": "default"}},
+                             {"full_attention": {"rope_type": "yarn", "rope_theta": 1.0}},
+                             {"full_attention": {"rope_type": [], "rope_theta": 1.0}},
+                             {"full_attention": {"rope_theta": -1}}, {"full_attention": {"rope_theta": float("nan")}},
+                             {"full_attention": {"rope_theta": 1e4, "partial_rotary_factor": "x"}},
+                             {"full_attention": {"rope_theta": 1e4, "partial_rotary_factor": 2}},
+                             {"full_attention": {"rope_theta": 1e4, "factor": 0}}]),
+        ("per_layer_config", [7, "x", [1], {"2": 7}, {"2": {"head_dim": "x"}}, {"2": {"head_dim": 7}},
+                              {"2": {"num_key_value_heads": 3}}, {"2": {"num_key_value_heads": 8}}]),
+        ("num_attention_heads", [3, 5]),
+        ("num_key_value_heads", [3, 8]),
+        ("head_dim", [7]),
+        ("hidden_activation", ["relu", 7, [], {}]),
+        ("attention_bias", [True]),
+        ("tie_word_embeddings", [False]),
+        ("enable_moe_block", [True]),
+    ],
+)  # fmt: skip
+def test_fields_of_a_target(refused: Refused, copy: Callable[[Path], Path], field: str, values: list[Any]) -> None:
+    folder = copy(TARGET)
+    for value in values:
+        edit(folder, f"text.{field}", value)
+        refused("--model", folder, "--tokens", "1")
+
+
+def test_kv_shared_layers_are_fewer_than_layers(refused: Refused, copy: Callable[[Path], Path]) -> None:
+    folder = copy(TARGET)
+    edit(folder, "text.num_kv_shared_layers", 6)
+    assert "from 0 to 5 as 'num_kv_shared_layers', found 6" in refused("--model", folder, "--tokens", "1")
+
+
+@pytest.mark.parametrize("values", [{"num_experts": "x"}, {"num_experts": 4, "top_k_experts": 5},
+                                    {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": None}])  # fmt: skip
+def test_mixture_fields(refused: Refused, copy: Callable[[Path], Path], values: dict[str, Any]) -> None:
+    folder = copy(TARGET)
+    for key, value in ({"enable_moe_block": True} | values).items():
+        edit(folder, f"text.{key}", value)
+    refused("--model", folder, "--tokens", "1")
+
+
+@pytest.mark.parametrize("field", ["backbone_hidden_size", "num_centroids", "centroid_intermediate_top_k"])
+def test_fields_of_a_drafter(refused: Refused, copy: Callable[[Path], Path], field: str) -> None:
+    folder = copy(CENTROID)
+    for value in NONSENSE:
+        edit(folder, field, value)
+        assert f"'{field}'" in refused("--model", TARGET, "--drafter", folder, "--tokens", "1")
+
+
+def test_centroids_divide_the_vocabulary(refused: Refused, copy: Callable[[Path], Path]) -> None:
+    folder = copy(CENTROID)
+    edit(folder, "num_centroids", 15)
+    assert "15 centroids" in refused("--model", TARGET, "--drafter", folder, "--tokens", "1")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"eos_token_id": "x"}', '{"eos_token_id": [1, null]}',
+                                  '{"eos_token_id": {}}', '{"eos_token_id": 1.5}'])  # fmt: skip
+def test_generation_config(refused: Refused, copy: Callable[[Path], Path], text: str) -> None:
+    folder = copy(TARGET)
+    (folder / "generation_config.json").write_text(text)
+    refused("--model", folder, "--tokens", "1")
+
+
+# Weights
+
+
+def header_of(data: bytes) -> tuple[dict[str, Any], bytes]:
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def with_header(header: object, rest: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + rest
+
+
+def test_files_cut_short(refused: Refused, copy: Callable[[Path], Path]) -> None:
+    folder = copy(TARGET)
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    cuts = [0, 1, 7, 8, 9, 100, 7 + length, 8 + length, 9 + length, *range(2000, len(whole), 9001), len(whole) - 1]
+    for cut in cuts:
+        file.write_bytes(whole[:cut])
+        assert "model.safetensors" in refused("--model", folder, "--tokens", "1")
+    file.write_bytes(whole + b"\0")
+    refused("--model", folder, "--tokens", "1")
+
+
+def test_headers_that_are_wrong(refused: Refused, copy: Callable[[Path], Path]) -> None:
+    folder = copy(TARGET)
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    for length in (0, 1, 3, 2**31, 2**63, 2**64 - 1, 99_999_999):
+        file.write_bytes(struct.pack("<Q", length) + whole[8:])
+        assert "model.safetensors" in refused("--model", folder, "--tokens", "1")
+    for garbage in (b"", b"\0" * 100, b"\xff" * 100, b"<html>not found</html>" * 9):
+        file.write_bytes(garbage)
+        refused("--model", folder, "--tokens", "1")
+    header, rest = header_of(whole)
+    name = next(key for key in header if key != "__metadata__")
+    entry = header[name]
+    odd: list[object] = [[], 7, "x", None, {}]
+    odd += [header | {name: bad} for bad in (7, [], {}, None, "x")]
+    odd += [header | {name: entry | {"data_offsets": bad}} for bad in (7, [0], ["a", "b"], [-4, 0], [8, 0], [0, 1e9])]
+    odd += [header | {name: entry | {"shape": bad}} for bad in (7, "x", [-1], [1.5], [None], [10**30], [])]
+    odd += [header | {name: entry | {"dtype": bad}} for bad in (7, None, "F64", "X1", [])]
+    odd += [header | {"__metadata__": 7, name: entry | {"shape": [1]}}]
+    for bad in odd:
+        file.write_bytes(with_header(bad, rest))
+        refused("--model", folder, "--tokens", "1")
+
+
+def test_bytes_flipped_in_the_header_never_crash(run: Run, copy: Callable[[Path], Path]) -> None:
+    """A flip is refused, or harmless (in the metadata)."""
+    folder = copy(TIED)
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    codes = []
+    for place in range(0, 8 + length, 37):
+        for mask in (0x01, 0x80):
+            flipped = bytearray(whole)
+            flipped[place] ^= mask
+            file.write_bytes(flipped)
+            code, out, err = run("--model", TARGET, "--drafter", folder, "--tokens", "1", "--max-tokens", 1)
+            codes.append(code)
+            if code:
+                one_sentence(code, out, err)
+    assert set(codes) <= {0, 2} and codes.count(2) > 0.9 * len(codes)
+
+
+def test_weights_that_are_no_file(refused: Refused, copy: Callable[[Path], Path]) -> None:
+    folder = copy(TARGET)
+    (folder / "model.safetensors").unlink()
+    assert "model*.safetensors" in refused("--model", folder, "--tokens", "1")
+    (folder / "model.safetensors").mkdir()
+    assert "model.safetensors" in refused("--model", folder, "--tokens", "1")
+
+
+@pytest.mark.parametrize(
+    "index",
+    ["{", "[]", "7", '{"weight_map": 7}', '{"weight_map": ["a"]}', '{"weight_map": {"a": 7}}',
+     '{"weight_map": {"a": ["x"]}}', '{"weight_map": {"a": null}}', '{"weight_map": {"a": "b", "c": 7}}',
+     '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}', '{"weight_map": {"a": "x\\u0000y"}}',
+     '{"weight_map": {"a": "."}}', '{"weight_map": {"a": ""}}'],
+)  # fmt: skip
+def test_index(refused: Refused, copy: Callable[[Path], Path], index: str) -> None:
+    folder = copy(TARGET)
+    (folder / "model.safetensors.index.json").write_text(index)
+    assert "index.json" in refused("--model", folder, "--tokens", "1")
+
+
+@pytest.mark.parametrize("source", [TARGET, TIED, CENTROID])
+def test_tensors_that_do_not_belong(refused: Refused, copy: Callable[[Path], Path], source: Path) -> None:
+    folder = copy(source)
+    args = ["--model", folder] if source == TARGET else ["--model", TARGET, "--drafter", folder]
+    whole = dict(mx.load(str(source / "model.safetensors")))  # type: ignore[arg-type]
+    norm = next(key for key in whole if key.endswith("layers.0.input_layernorm.weight"))
+    table = next(key for key in whole if key.endswith("embed_tokens.weight"))
+
+    def refused_with(weights: dict[str, mx.array]) -> str:
+        mx.save_safetensors(str(folder / "model.safetensors"), weights)
+        return refused(*args, "--tokens", "1")
+
+    assert "lacks" in refused_with({key: value for key, value in whole.items() if key != norm})
+    assert "unknown" in refused_with(whole | {norm.replace("input_layernorm", "surprise"): whole[norm]})
+    assert "other shapes" in refused_with(whole | {norm: mx.zeros((7,))})
+    refused_with(whole | {table: whole[table][:-1]})
+    refused_with(whole | {table: mx.array(1.0)})
+    refused_with({"only": mx.zeros((1,))})
+    refused_with(whole | {norm.replace("weight", "scales"): mx.zeros((1,))})
+
+
+def test_centroid_ordering_is_checked(refused: Refused, copy: Callable[[Path], Path]) -> None:
+    folder = copy(CENTROID)
+    whole = dict(mx.load(str(CENTROID / "model.safetensors")))  # type: ignore[arg-type]
+    name = "masked_embedding.token_ordering"
+    vocabulary = whole[name].shape[0]
+    for ordering in (mx.zeros((3,), dtype=mx.int32), mx.full((vocabulary,), vocabulary, dtype=mx.int32), None):
+        weights = {key: value for key, value in whole.items() if key != name}
+        mx.save_safetensors(
+            str(folder / "model.safetensors"), weights if ordering is None else weights | {name: ordering}
+        )
+        assert name in refused("--model", TARGET, "--drafter", folder, "--tokens", "1")
+
+
+# A drafter that does not fit
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "what"),
+    [
+        ("text.vocab_size", 64, "vocabulary 64"),
+        ("text.sliding_window", 16, "sliding window 16"),
+        ("hidden_size", 64, "hidden size"),
+        ("text.head_dim", 16, "head size of sliding_attention"),
+        ("text.per_layer_config", {"2": {"head_dim": 32}, "5": {"head_dim": 32}}, "head size of full_attention"),
+        ("text.num_key_value_heads", 2, "K/V heads"),
+        ("text.layer_types", ["full_attention"] * 6, "sliding_attention layer"),
+    ],
+)
+def test_drafter_that_does_not_fit(
+    refused: Refused, copy: Callable[[Path], Path], key: str, value: Any, what: str
+) -> None:
+    """The target's config is changed and weights are made to match it, the drafter stays as it is."""
+    from mlx.utils import tree_flatten
+
+    from mlx_mtp.targets.gemma4 import Gemma4Config, Gemma4Model
+
+    folder = copy(TARGET)
+    edit(folder, key if key.startswith("text.") else f"text.{key}", value)
+    model = Gemma4Model(Gemma4Config.from_dict(json.loads((folder / "config.json").read_text())))
+    weights = {f"model.language_model.{name}": array for name, array in tree_flatten(model.parameters())}
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    sentence = refused("--model", folder, "--drafter", TIED, "--tokens", "1")
+    assert what in sentence and "drafter" in sentence
+
+
+def test_drafter_of_another_model(refused: Refused) -> None:
+    for target, drafter in ((TARGET, KEQV / "assistant_tied"), (KEQV / "target", TIED)):
+        assert "does not fit" in refused("--model", target, "--drafter", drafter, "--tokens", "1")
+
+
+# Prompts and options
+
+
+@pytest.mark.parametrize("tokens", ["", " ", ",", "1,", "x", "1;2", "1.5", "1,2,x", "-1", "128", "1,2,999999999999999"])
+def test_token_ids(refused: Refused, tokens: str) -> None:
+    refused("--model", TARGET, "--tokens", tokens)
+
+
+def test_prompts(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "neither" in refused("--model", TARGET)
+    assert "both" in refused("text", "--model", TARGET, "--tokens", "1")
+    assert "empty" in refused("", "--model", TARGET)
+    assert "--tokens" in refused("text", "--model", TARGET)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert "empty" in refused("-", "--model", TARGET)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    assert "UTF-8" in refused("-", "--model", TARGET)
+    assert "UTF-8" in refused("caf\udce9", "--model", TARGET)
+
+
+def test_prompt_longer_than_the_context(refused: Refused, run: Run) -> None:
+    assert "8 tokens, found 9" in refused("--model", TARGET, "--tokens", "1" + ",1" * 8, "--max-context", 8)
+    assert "found 8" in refused("--model", TARGET, "--tokens", "1" + ",1" * 7, "--max-context", 8)
+    assert "256" in refused("--model", TARGET, "--tokens", "1" + ",1" * 300)
+    code, out, _ = run("--model", TARGET, "--tokens", "1,2,3,4,5,6,7", "--max-context", 8, "--json")
+    assert code == 0 and len(json.loads(out)["tokens"]) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--depth", "9"], ["--depth", "-1"], ["--depth", "x"], ["--depth", ""], ["--depth", "1.5"], ["--max-tokens", "0"],
+     ["--max-tokens", "-3"], ["--temperature", "0.5"], ["--temperature", "-1"], ["--temperature", "nan"],
+     ["--max-context", "0"], ["--max-context", "1"], ["--max-context", "-5"], ["--max-context", "257"]],
+)  # fmt: skip
+def test_options_out_of_range(refused: Refused, options: list[str]) -> None:
+    found = refused("--model", TARGET, "--drafter", TIED, "--tokens", "1,2", *options)
+    assert "found" in found and options[1] in found
+
+
+@pytest.mark.parametrize("options", [["--nope"], ["--max-tokens", "x"], ["--temperature", "x"], ["--depth"], ["a", "b"]])
+def test_usage_errors(run: Run, options: list[str]) -> None:
+    code, out, err = run(*options)
+    assert code == 2 and out == "" and "Traceback" not in err and err
+
+
+@pytest.mark.skipif(not (EMBEDDED / "target").is_dir(), reason="the embedded model is not here")
+def test_broken_tokenizer(refused: Refused, copy: Callable[[Path], Path]) -> None:
+    folder = copy(TARGET)
+    for text in ("", "{", "[]", '{"model": 7}'):
+        (folder / "tokenizer.json").write_text(text)
+        assert "tokenizer" in refused("text", "--model", folder)
+
+
+# The same through a real process
+
+
+def process(*args: object) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_mtp.cli.app", "generate", *map(str, args)],
+        capture_output=True, text=True, timeout=60, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "args", [["--model", "no/such", "--tokens", "1"], ["--model", TARGET, "--tokens", "128"],
+             ["--model", TARGET, "--drafter", KEQV / "assistant_tied", "--tokens", "1"]]
+)  # fmt: skip
+def test_processes_say_one_sentence(args: list[object]) -> None:
+    """The second has a warning pending (no drafter is known), which a refusal must not let through."""
+    one_sentence(*process(*args))
+
+
+def test_warnings_still_come_with_good_input() -> None:
+    code, out, err = process("--model", TARGET, "--tokens", "1,2", "--max-tokens", 2)
+    assert code == 0 and len(out.split()) == 2 and "No drafter is known" in err
+
+
+# Good input
+
+
+@pytest.mark.parametrize("drafter", ["none", TIED, CENTROID])
+def test_json_is_one_object(run: Run, drafter: object) -> None:
+    code, out, err = run("--model", TARGET, "--drafter", drafter, "--tokens", "1, 2,3", "--max-tokens", 7, "--json")
+    assert code == 0 and err == "" and out.count("\n") == 1
+    found = json.loads(out)
+    assert set(found) == {"text", "tokens", "logprobs", "finish_reason", "stats"}
+    assert set(found["stats"]) == STATS
+    assert found["text"] == "" and found["logprobs"] is None and found["finish_reason"] in ("stop", "length")
+    assert found["stats"]["tokens"] == len(found["tokens"]) <= 7 and found["stats"]["prompt_tokens"] == 3
+    assert (found["stats"]["drafted"] > 0) == (drafter != "none")
+
+
+def test_tokens_print_as_ids_without_a_tokenizer(run: Run) -> None:
+    args = ("--model", TARGET, "--drafter", TIED, "--tokens", "5,6,7", "--max-tokens", 5)
+    _, as_json, _ = run(*args, "--json")
+    for extra in ((), ("--raw",)):
+        code, out, err = run(*args, *extra)
+        assert code == 0 and err == "" and [int(word) for word in out.split()] == json.loads(as_json)["tokens"]
+
+
+@pytest.mark.skipif(not (EMBEDDED / "target").is_dir(), reason="the embedded model is not here")
+def test_raw_takes_the_prompt_as_it_stands(run: Run) -> None:
+    lengths = []
+    for extra in (("--raw",), ()):
+        code, out, err = run("import os", "--max-tokens", 2, "--json", *extra)
+        assert code == 0 and err == ""
+        lengths.append(json.loads(out)["stats"]["prompt_tokens"])
+    assert lengths[0] < lengths[1]

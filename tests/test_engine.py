@@ -1,0 +1,156 @@
+"""The loop: speculation never changes the output, whatever is drafted; budgets, stops, statistics."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import GOLDEN, HEADS, VARIANTS
+
+import mlx_mtp
+from mlx_mtp import engine as engine_module
+from mlx_mtp.loading import EMBEDDED
+from mlx_mtp.testing import ScriptedDrafter
+
+NEAR_TIE = 1e-3
+
+
+def prompt(variant: str) -> list[int]:
+    return np.load(GOLDEN / variant / "reference.npz")["input_ids"][0].tolist()
+
+
+def same_or_tie(engine: mlx_mtp.Engine, ids: list[int], one: list[int], other: list[int]) -> None:
+    """Equal, or parting where the two best logits are closer than rounding could explain."""
+    if one == other:
+        return
+    at = next(i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
+    second, best = mx.sort(engine.target.logits(mx.array([ids + one[:at]]))[0, -1])[-2:].tolist()
+    assert best - second <= NEAR_TIE, f"parted at token {at} with a gap of {best - second}"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_greedy_equals_transformers(variant: str) -> None:
+    meta = json.loads((GOLDEN / variant / "meta.json").read_text())
+    engine = mlx_mtp.load(GOLDEN / variant / "target", drafter=None)
+    assert engine.generate(prompt(variant), max_tokens=20, ignore_end=True).tokens == meta["greedy"]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_depth_equals_plain(variant: str, head: str) -> None:
+    """500 tokens wrap the ring of 8 + 32 slots twelve times."""
+    folder, ids = GOLDEN / variant, prompt(variant)
+    plain = mlx_mtp.load(folder / "target", drafter=None)
+    expected = plain.generate(ids, max_tokens=500, ignore_end=True).tokens
+    for depth in (1, 2, 3, 5, 8):
+        engine = mlx_mtp.load(folder / "target", drafter=folder / f"assistant_{head}", depth=depth)
+        same_or_tie(plain, ids, expected, engine.generate(ids, max_tokens=500, ignore_end=True).tokens)
+
+
+@pytest.fixture(scope="module")
+def embedded() -> tuple[mlx_mtp.Engine, list[int], list[int]]:
+    """The embedded model decoding plainly, a prompt, and 300 varied tokens of its own."""
+    engine = mlx_mtp.load(drafter=None)
+    ids = engine.tokenizer.encode("import os\n\n\nclass Reader:\n")
+    tokens = engine.generate(ids, max_tokens=300, ignore_end=True).tokens
+    assert len(set(tokens)) > 20
+    return engine, ids, tokens
+
+
+def scripted(plain: mlx_mtp.Engine, script: list[int], depth: int, **options) -> mlx_mtp.Engine:
+    return mlx_mtp.Engine(plain.target, ScriptedDrafter(script), plain.tokenizer, depth=depth, **options)
+
+
+@pytest.mark.parametrize("depth", [1, 3, 8])
+def test_full_acceptance(embedded, depth: int) -> None:
+    plain, ids, expected = embedded
+    result = scripted(plain, ids + expected, depth).generate(ids, max_tokens=300)
+    same_or_tie(plain, ids, expected, result.tokens)
+    stats = result.stats
+    assert stats.accepted_by_position[0] >= stats.drafted_by_position[0] - 2  # but for rounds past the end
+    assert stats.tokens_per_round > 0.95 * (depth + 1) - 0.2
+    assert stats.host_syncs <= stats.rounds + 2
+    assert stats.head_passes == stats.rounds + 1
+    assert stats.depth_counts == {depth: stats.rounds}
+
+
+@pytest.mark.parametrize("depth", [1, 3, 8])
+def test_full_rejection(embedded, depth: int) -> None:
+    plain, ids, expected = embedded
+    wrong = [(token + 1) % 4096 for token in ids + expected]
+    result = scripted(plain, wrong, depth).generate(ids, max_tokens=200)
+    same_or_tie(plain, ids, expected[:200], result.tokens)
+    assert result.stats.accepted == 0
+    assert result.stats.rounds in (199, 200)
+
+
+def test_budget_is_exact(embedded) -> None:
+    plain, ids, expected = embedded
+    engine = scripted(plain, ids + expected, 4)
+    for budget in (1, 2, 3, 5, 6, 7):
+        result = engine.generate(ids, max_tokens=budget)
+        assert (result.tokens, result.finish_reason) == (expected[:budget], "length")
+
+
+def test_end_token_inside_a_draft(embedded) -> None:
+    plain, ids, expected = embedded
+    end = expected[9]
+    first = expected.index(end)
+    engine = scripted(plain, ids + expected, 8, end_tokens=[end])
+    result = engine.generate(ids, max_tokens=100)
+    assert (result.tokens, result.finish_reason) == (expected[:first], "stop")
+    assert engine.generate(ids, max_tokens=20, ignore_end=True).tokens == expected[:20]
+
+
+def test_stop_string_is_cut_and_engine_stays_usable(embedded) -> None:
+    plain, ids, expected = embedded
+    text = plain.generate(ids, max_tokens=60).text
+    stop = text[20:26]
+    cut = plain.generate(ids, max_tokens=60, stop=[stop])
+    assert cut.text == text[: text.index(stop)]
+    assert cut.finish_reason == "stop"
+    for _ in plain.stream(ids, max_tokens=60):
+        break  # the consumer walks away
+    assert plain.generate(ids, max_tokens=60).text == text
+
+
+def test_chunked_prefill_equals_one_chunk(embedded, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, ids, expected = embedded
+    long = (ids + expected) * 2
+    whole = plain.generate(long, max_tokens=40, ignore_end=True).tokens
+    for rows in (16, 50, 97):
+        monkeypatch.setattr(engine_module, "MAX_CHUNK", rows)
+        seen: list[tuple[int, int]] = []
+        chunked = plain.generate(
+            long, max_tokens=40, ignore_end=True, on_prefill=lambda done, total, seen=seen: seen.append((done, total))
+        )
+        same_or_tie(plain, long, whole, chunked.tokens)
+        assert seen[-1] == (len(long), len(long)) and len(seen) == -(-len(long) // rows)
+
+
+def test_context_is_respected(embedded) -> None:
+    plain, ids, expected = embedded
+    engine = scripted(plain, ids + expected, 4, max_context=len(ids) + 10)
+    result = engine.generate(ids, max_tokens=100, ignore_end=True)
+    assert (result.tokens, result.finish_reason) == (expected[:10], "length")
+    with pytest.raises(mlx_mtp.PromptError, match="shorter than the context"):
+        engine.generate(ids + expected[:10])
+
+
+def test_embedded_pair_drafts_well_and_exactly() -> None:
+    plain, mtp = mlx_mtp.load(drafter=None), mlx_mtp.load(depth=4)
+    ids = mtp.tokenizer.encode("def main():\n    parser = ")
+    expected, found = (e.generate(ids, max_tokens=200, ignore_end=True) for e in (plain, mtp))
+    same_or_tie(plain, ids, expected.tokens, found.tokens)
+    assert found.stats.tokens_per_round > 1.5
+
+
+def test_embedded_target_is_stock_mlx_lm() -> None:
+    """Other engines load the embedded target too, and see the same logits."""
+    from mlx_lm.utils import load_model
+
+    engine = mlx_mtp.load(drafter=None)
+    model, _ = load_model(EMBEDDED / "target")
+    model.set_dtype(mx.float32)
+    tokens = mx.array([engine.tokenizer.encode("import os\nclass A:\n    def f(self):\n")])
+    assert mx.abs(model(tokens).astype(mx.float32) - engine.target.logits(tokens)).max().item() < 2e-4
