@@ -51,7 +51,7 @@ def main() -> None:
     try:
         app()
     except mlx_mtp.MLXMTPError as error:
-        print(error, file=sys.stderr)
+        print(" ".join(str(error).split()), file=sys.stderr)  # one line, whatever a path or a name holds
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 import mlx_mtp
-from mlx_mtp.cli import options
+from mlx_mtp.cli import notices, options
 from mlx_mtp.cli.progress import PrefillBar
 from mlx_mtp.tokens import Prompt
 
@@ -30,13 +30,15 @@ def generate(
     """Generate one completion."""
     asked = _prompt(prompt, tokens)
     sampling = mlx_mtp.Sampling(temperature=temperature)
-    engine = mlx_mtp.load(model, drafter=drafter, depth=options.depth_value(depth), max_context=max_context)
+    bar = PrefillBar(Console(stderr=True))
+    with notices.held_back():
+        engine = mlx_mtp.load(model, drafter=drafter, depth=options.depth_value(depth), max_context=max_context)
+        stream = engine.stream(asked, max_tokens=max_tokens, sampling=sampling, raw=raw, on_prefill=bar.update)
     console = Console(stderr=True)
     result, so_far, ids = None, "", []
     interrupted = False
     try:
-        with PrefillBar(console) as bar:
-            stream = engine.stream(asked, max_tokens=max_tokens, sampling=sampling, raw=raw, on_prefill=bar.update)
+        with bar:
             for event in stream:
                 bar.close()
                 so_far, ids, result = so_far + event.text, ids + event.tokens, event.result
@@ -69,4 +71,9 @@ def _prompt(prompt: str | None, tokens: str | None) -> Prompt:
         raise mlx_mtp.PromptError(f"Expected either a prompt or --tokens 1,2,3, found {found}.")
     if tokens is not None:
         return options.token_ids(tokens)
-    return sys.stdin.read() if prompt == "-" else prompt or ""
+    try:
+        text = sys.stdin.read() if prompt == "-" else prompt or ""
+        text.encode()  # an argument that is no UTF-8 arrives with surrogates
+    except UnicodeError as error:
+        raise mlx_mtp.PromptError("Expected a prompt in UTF-8, found bytes that are not; convert it first.") from error
+    return text

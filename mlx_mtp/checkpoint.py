@@ -10,11 +10,14 @@ Invariant: whatever is wrong with the files comes out as one CheckpointError tha
 from __future__ import annotations
 
 import json
+import math
+import os
+import reprlib
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,6 +27,10 @@ from mlx_mtp.errors import CheckpointError, ModelNotFound
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
+ITEM_BYTES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "C64": 8}
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -36,16 +43,16 @@ class Checkpoint:
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
         """Raises ModelNotFound without a folder, CheckpointError without a usable config.json."""
-        folder = Path(path).expanduser()
-        if not folder.is_dir():
+        folder = Path(os.path.expanduser(path))
+        if not os.path.isdir(folder):  # unlike Path.is_dir it answers for every string
             raise ModelNotFound(
                 f"Expected a folder with config.json and safetensors files, found "
-                f"{'a file' if folder.exists() else 'nothing'} at '{path}'; check the path."
+                f"{'a file' if os.path.exists(folder) else 'nothing'} at '{path}'; check the path."
             )
         config = read_json(folder / "config.json")
-        if not isinstance(config.get("model_type"), str):
+        if not isinstance(found := config.get("model_type"), str):
             raise CheckpointError(
-                f"{folder / 'config.json'}: expected a 'model_type', found none; "
+                f"{folder / 'config.json'}: expected a name as 'model_type', found {reprlib.repr(found)}; "
                 "use the config.json that belongs to this checkpoint."
             )
         return cls(folder, config)
@@ -64,9 +71,14 @@ class Checkpoint:
     def _files(self) -> list[Path]:
         index = self.path / INDEX
         if index.exists():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            shards = section(read_json(index), "weight_map", INDEX).values()
+            if odd := [shard for shard in shards if not isinstance(shard, str)]:
+                raise CheckpointError(
+                    f"{index}: expected file names in 'weight_map', found {reprlib.repr(odd[0])}; download it again."
+                )
+            names = sorted(set(shards))
             for name in names:
-                if not (self.path / name).is_file():
+                if not os.path.isfile(self.path / name):
                     raise CheckpointError(
                         f"{index} lists {len(names)} shards, but '{name}' is missing; download it into {self.path}."
                     )
@@ -87,7 +99,7 @@ def read_json(file: Path) -> dict[str, Any]:
             f"Expected the file {file.name} in '{file.parent}', found none; "
             "point to a folder that holds a whole checkpoint."
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: expected JSON, found something else ({error}); download it again.") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{file}: expected a JSON object, found a {type(found).__name__}; download it again.")
@@ -96,23 +108,71 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def check_safetensors(file: Path) -> None:
     """Compares a file's header with its size: MLX reads lazily, so a short file would otherwise fail much later."""
-    size = file.stat().st_size
-    problem = ""
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if len(start) < 8 or not 2 <= length <= MAX_HEADER_BYTES or 8 + length > size:
-            problem = f"a header of {length} bytes in a file of {size}"
-        else:
-            try:
-                header = json.loads(stream.read(length))
-                ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-                wanted = 8 + length + max(ends, default=0)
-                problem = "" if wanted == size else f"{size} bytes where its header says {wanted}"
-            except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
-                problem = "a header that is not the format's JSON"
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            whole = 2 <= length <= min(MAX_HEADER_BYTES, size - 8)
+            header = stream.read(length) if whole else b""
+    except OSError as error:
+        raise CheckpointError(f"{file}: expected a readable file, found {error.strerror}; check its rights.") from error
+    problem = f"a header of {length} bytes in a file of {size}"
+    if whole:
+        try:
+            wanted = 8 + length + _data_bytes(json.loads(header))
+            problem = "" if wanted == size else f"{size} bytes where its header says {wanted}"
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            problem = "a header that is not the format's JSON"
     if problem:
         raise CheckpointError(f"{file}: expected a whole safetensors file, found {problem}; download it again.")
+
+
+def _data_bytes(header: dict[str, Any]) -> int:
+    """Bytes behind a header; ValueError where a tensor's place and its shape disagree."""
+    ends = [0]
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            shape, item = entry["shape"], ITEM_BYTES.get(entry["dtype"])
+            if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)) or begin > end:
+                raise ValueError(name)
+            if item and end - begin != math.prod(shape) * item:
+                raise ValueError(name)
+            ends.append(end)
+    return max(ends)
+
+
+def number(
+    fields: Mapping[str, Any],
+    key: str,
+    kind: type[Number],
+    low: Number,
+    high: Number,
+    default: Number | None = None,
+    where: str = "config.json",
+) -> Number:
+    """A field of a config.json; absent or null it is the default. CheckpointError outside low..high."""
+    value = default if fields.get(key) is None else fields[key]
+    kinds = (int,) if kind is int else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        what = "a whole number" if kind is int else "a number"
+        raise CheckpointError(
+            f"{where}: expected {what} from {low} to {high} as '{key}', found {reprlib.repr(value)}; "
+            "use the config.json that belongs to this checkpoint."
+        )
+    return kind(value)
+
+
+def section(fields: Mapping[str, Any], key: str, where: str = "config.json") -> dict[str, Any]:
+    """An object inside a config.json, empty where it is absent or null; CheckpointError for anything else."""
+    value = fields.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise CheckpointError(
+            f"{where}: expected a JSON object as '{key}', found {reprlib.repr(value)}; "
+            "use the file that belongs to this checkpoint."
+        )
+    return value or {}
 
 
 def compute_dtype(weights: Mapping[str, mx.array]) -> mx.Dtype:

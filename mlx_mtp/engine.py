@@ -24,7 +24,9 @@ from mlx_mtp.tokens import Prompt, StopStrings, Tokenizer, prompt_ids
 
 # Most bytes of attention scores one prefill chunk may need, and its largest and smallest number of rows.
 CHUNK_BYTES, MAX_CHUNK, MIN_CHUNK = 256_000_000, 512, 16
-AUTO_DEPTH = 3
+# Depth "auto" until it is chosen from measured costs: on two CPU cores a draft step costs a sixth of the embedded
+# target's pass and one draft pays best (measured); GPUs read their weights once for several rows.
+AUTO_DEPTH_CPU, AUTO_DEPTH_GPU = 1, 3
 
 PrefillProgress = Callable[[int, int], None]
 
@@ -262,4 +264,6 @@ def _checked_depth(depth: int | str, drafter: Drafter | None) -> int:
         raise OptionError(f"Expected depth 'auto' or 0 to {deepest}, found {depth!r}.")
     if drafter is None:
         return 0
-    return min(AUTO_DEPTH, deepest) if depth == "auto" else int(depth)
+    if depth != "auto":
+        return int(depth)
+    return min(AUTO_DEPTH_CPU if mx.default_device() == mx.Device(mx.cpu) else AUTO_DEPTH_GPU, deepest)

@@ -7,14 +7,16 @@ What it does: finds files, loads both models, checks that they fit. What it does
 from __future__ import annotations
 
 import logging
+import os
 import re
+import reprlib
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_mtp import assets
-from mlx_mtp.checkpoint import Checkpoint, read_json
+from mlx_mtp.checkpoint import Checkpoint, read_json, section
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.engine import Engine
 from mlx_mtp.errors import CheckpointError, ModelNotFound, OptionError
@@ -78,8 +80,8 @@ def _target_folder(model: str | Path | None) -> Path:
 
 def _local_folder(name: str | Path) -> Path:
     """A folder as it is; a hub name downloaded (or found in the hub's local cache)."""
-    folder = Path(name).expanduser()
-    if folder.exists() or not HUB_NAME.fullmatch(str(name)):
+    folder = Path(os.path.expanduser(name))
+    if os.path.exists(folder) or not HUB_NAME.fullmatch(str(name)):
         return folder
     from huggingface_hub import snapshot_download
 
@@ -121,7 +123,7 @@ def _known_drafter(model: str | Path | None, target_folder: Path) -> str | Path 
 
 def _end_tokens(checkpoint: Checkpoint) -> set[int]:
     """Ids that end a reply, from generation_config.json, else from config.json."""
-    sources: list[dict[str, Any]] = [checkpoint.config, checkpoint.config.get("text_config") or {}]
+    sources: list[dict[str, Any]] = [checkpoint.config, section(checkpoint.config, "text_config")]
     file = checkpoint.path / "generation_config.json"
     if file.exists():
         sources.insert(0, read_json(file))
@@ -130,6 +132,9 @@ def _end_tokens(checkpoint: Checkpoint) -> set[int]:
         if found is not None:
             ids = found if isinstance(found, list) else [found]
             if not all(isinstance(token, int) for token in ids):
-                raise CheckpointError(f"{checkpoint.path}: expected whole numbers in eos_token_id, found {found!r}.")
+                raise CheckpointError(
+                    f"{checkpoint.path}: expected whole numbers as 'eos_token_id', found {reprlib.repr(found)}; "
+                    "use the files that belong to this checkpoint."
+                )
             return set(ids)
     return set()

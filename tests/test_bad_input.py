@@ -101,7 +101,7 @@ def test_paths_that_are_no_checkpoint(refused: Refused, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
-    names = (tmp_path / "nowhere", "nowhere", "./no/such/deep/folder", "~nobody-here/model", "x" * 300, "", "a\nb")
+    names = (tmp_path / "nowhere", "nowhere", "./no/such/deep/folder", "~nobody-here/model", "x" * 300, "a\nb")
     for name in names:
         assert "found nothing" in refused("--model", name, "--tokens", "1")
     assert "found a file" in refused("--model", "file", "--tokens", "1")
@@ -439,7 +439,9 @@ def test_options_out_of_range(refused: Refused, options: list[str]) -> None:
     assert "found" in found and options[1] in found
 
 
-@pytest.mark.parametrize("options", [["--nope"], ["--max-tokens", "x"], ["--temperature", "x"], ["--depth"], ["a", "b"]])
+@pytest.mark.parametrize(
+    "options", [["--nope"], ["--max-tokens", "x"], ["--temperature", "x"], ["--depth"], ["a", "b"]]
+)
 def test_usage_errors(run: Run, options: list[str]) -> None:
     code, out, err = run(*options)
     assert code == 2 and out == "" and "Traceback" not in err and err

@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_mtp.cache import FULL, SLIDING, KVCache
-from mlx_mtp.checkpoint import Checkpoint, compute_dtype, load_into
+from mlx_mtp.checkpoint import Checkpoint, compute_dtype, load_into, number, section
 from mlx_mtp.drafters import registry
 from mlx_mtp.errors import CheckpointError, IncompatibleDrafter
 from mlx_mtp.interfaces import Memory, States, Target, TargetInfo
-from mlx_mtp.targets.gemma4 import Gemma4Config, Layer, Norm
+from mlx_mtp.targets.gemma4 import MAX_SIZE, Gemma4Config, Layer, Norm
 
 MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 TABLE = "model.embed_tokens."
@@ -65,21 +65,18 @@ class AssistantConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> AssistantConfig:
         """Reads config.json; CheckpointError where a field is missing or contradicts another."""
-        text = dict(config.get("text_config") or {})
-        text["num_kv_shared_layers"] = text.get("num_hidden_layers")  # every layer reads the target's K/V
-        parsed = Gemma4Config.from_dict(text)
-        backbone = config.get("backbone_hidden_size")
-        if not isinstance(backbone, int) or backbone <= 0:
+        parsed = Gemma4Config.from_dict({**section(config, "text_config"), "num_kv_shared_layers": 0})
+        # Every layer reads the target's K/V.
+        parsed = replace(parsed, num_kv_shared_layers=parsed.num_hidden_layers)
+        backbone = number(config, "backbone_hidden_size", int, 1, MAX_SIZE)
+        centroids, chosen = 0, 32
+        if config.get("use_ordered_embeddings"):
+            centroids = number(config, "num_centroids", int, 1, parsed.vocab_size, 2048)
+            chosen = number(config, "centroid_intermediate_top_k", int, 1, centroids, 32)
+        if centroids and parsed.vocab_size % centroids:
             raise CheckpointError(
-                f"config.json: expected a positive 'backbone_hidden_size', found {backbone!r}; "
-                "use the config.json that belongs to this drafter."
-            )
-        centroids = (config.get("num_centroids") or 2048) if config.get("use_ordered_embeddings") else 0
-        chosen = config.get("centroid_intermediate_top_k") or 32
-        if centroids and (parsed.vocab_size % centroids or not 0 < chosen <= centroids):
-            raise CheckpointError(
-                f"config.json: expected a vocabulary that {centroids} centroids divide and at most that many chosen, "
-                f"found {parsed.vocab_size} tokens and {chosen} chosen; use the config.json of this drafter."
+                f"config.json: expected a vocabulary that the {centroids} centroids divide, found "
+                f"{parsed.vocab_size} tokens; use the config.json that belongs to this drafter."
             )
         return cls(text=parsed, backbone_hidden_size=backbone, centroids=centroids, chosen_centroids=chosen)
 
@@ -241,7 +238,8 @@ def mismatch(config: AssistantConfig, info: TargetInfo, name: str) -> None:
 def in_slot_order(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """Reorders the head's table from token order to slot order; quantised rows move like plain ones."""
     ordering = weights[ORDERING].astype(mx.int32)
-    moved = {k: w[ordering] for k, w in weights.items() if k.startswith(TABLE)}
+    # A table of another length stays as it is, for load_into to refuse: indexing would hide it.
+    moved = {k: w[ordering] for k, w in weights.items() if k.startswith(TABLE) and w.shape[:1] == ordering.shape}
     return {**weights, **moved, ORDERING: ordering}
 
 
@@ -251,10 +249,12 @@ def load(checkpoint: Checkpoint) -> Assistant:
     model = AssistantModel(AssistantConfig.from_dict(checkpoint.config))
     weights = {k: w for k, w in checkpoint.weights().items() if not k.startswith("lm_head")}
     if model.config.centroids:
-        if ORDERING not in weights or weights[ORDERING].shape != (model.config.text.vocab_size,):
+        vocabulary = model.config.text.vocab_size
+        ordering = weights.get(ORDERING, mx.zeros((0,)))
+        if ordering.shape != (vocabulary,) or mx.any((ordering < 0) | (ordering >= vocabulary)).item():
             raise CheckpointError(
-                f"{checkpoint.path}: expected '{ORDERING}' with one entry for each of the "
-                f"{model.config.text.vocab_size} tokens, found none such; download the drafter again."
+                f"{checkpoint.path}: expected '{ORDERING}' with one token id for each of the {vocabulary} slots, "
+                "found none such; download the drafter again."
             )
         weights = in_slot_order(weights)
     load_into(model, weights, compute_dtype(weights), checkpoint.path)

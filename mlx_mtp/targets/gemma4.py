@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 from mlx_mtp.activations import gelu, tanh
 from mlx_mtp.cache import FULL, SLIDING, KVCache, LayerShape, NoCache
-from mlx_mtp.checkpoint import Checkpoint, compute_dtype, load_into, named_parameters, renamed
+from mlx_mtp.checkpoint import Checkpoint, compute_dtype, load_into, named_parameters, number, renamed, section
 from mlx_mtp.errors import CheckpointError, UnsupportedModel
 from mlx_mtp.interfaces import States, TargetInfo
 from mlx_mtp.targets import registry
@@ -37,7 +38,10 @@ MODEL_TYPES = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
 # Parts of a multimodal checkpoint that text does not need.
 TOWERS = ("vision_tower", "audio_tower", "embed_vision", "embed_audio", "vision_embedder", "multi_modal_projector")
 
-DEFAULT_ROPE = {
+# Bounds of sizes and of counts in a config.json: far above any model, low enough that no product leaves 31 bits.
+MAX_SIZE, MAX_COUNT = 2**20, 2**10
+
+DEFAULT_ROPE: dict[str, dict[str, Any]] = {
     SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
     FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
 }
@@ -84,85 +88,109 @@ class Gemma4Config:
     def from_dict(cls, config: Mapping[str, Any]) -> Gemma4Config:
         """Reads a config.json, top level or `text_config`.
 
-        Raises UnsupportedModel for what this file does not implement, CheckpointError for a missing field.
+        Raises UnsupportedModel for what this file does not implement, CheckpointError for a field that is missing,
+        of an odd type, out of range or at odds with another.
         """
-        text = dict(config.get("text_config") or config)
+        text = section(config, "text_config") or config
         _refuse_unsupported(text)
-        layers = _required(text, "num_hidden_layers")
-        kinds = list(text.get("layer_types") or [FULL if (i + 1) % 6 == 0 else SLIDING for i in range(layers)])
-        if len(kinds) != layers or not set(kinds) <= {FULL, SLIDING}:
-            raise CheckpointError(
-                f"config.json: layer_types should name {layers} layers as '{FULL}' or '{SLIDING}', found "
-                f"{len(kinds)} entries of {sorted(set(kinds))}; use the config.json that belongs to this checkpoint."
-            )
-        kinds[-1] = FULL  # as the reference implementation forces it
+        layers = number(text, "num_hidden_layers", int, 1, MAX_COUNT)
+        shared = number(text, "num_kv_shared_layers", int, 0, layers - 1, 0)
+        kinds = _kinds(text, layers, shared)
         head_dims, kv_heads = _heads(text, kinds)
-        rope = text.get("rope_parameters") or DEFAULT_ROPE
+        vocabulary = number(text, "vocab_size", int, 1, MAX_SIZE)
+        mixture = bool(text.get("enable_moe_block"))
+        experts = number(text, "num_experts", int, int(mixture), MAX_COUNT, 0)
+        cap = text.get("final_logit_softcapping")
         return cls(
-            vocab_size=_required(text, "vocab_size"),
-            hidden_size=_required(text, "hidden_size"),
-            intermediate_size=_required(text, "intermediate_size"),
+            vocab_size=vocabulary,
+            hidden_size=number(text, "hidden_size", int, 1, MAX_SIZE),
+            intermediate_size=number(text, "intermediate_size", int, 1, MAX_SIZE),
             num_hidden_layers=layers,
-            num_attention_heads=_required(text, "num_attention_heads"),
+            num_attention_heads=number(text, "num_attention_heads", int, 1, MAX_COUNT),
             layer_types=tuple(kinds),
             head_dims=head_dims,
             kv_heads=kv_heads,
-            sliding_window=text.get("sliding_window") or 512,
-            max_position_embeddings=text.get("max_position_embeddings") or 131_072,
-            rope_parameters={kind: rope.get(kind, DEFAULT_ROPE[kind]) for kind in (FULL, SLIDING)},
-            rms_norm_eps=text.get("rms_norm_eps", 1e-6),
-            final_logit_softcapping=text.get("final_logit_softcapping"),
+            sliding_window=number(text, "sliding_window", int, 1, MAX_SIZE, 512),
+            max_position_embeddings=number(text, "max_position_embeddings", int, 2, 2**31 - 1, 131_072),
+            rope_parameters=_rope(text),
+            rms_norm_eps=number(text, "rms_norm_eps", float, 0.0, 1.0, 1e-6),
+            final_logit_softcapping=number(text, "final_logit_softcapping", float, 1e-3, 1e6) if cap else None,
             # Absent in re-saved unified configs, which never have per-layer embeddings: 0, not the class default.
-            hidden_size_per_layer_input=text.get("hidden_size_per_layer_input") or 0,
-            vocab_size_per_layer_input=text.get("vocab_size_per_layer_input") or _required(text, "vocab_size"),
+            hidden_size_per_layer_input=number(text, "hidden_size_per_layer_input", int, 0, MAX_SIZE, 0),
+            vocab_size_per_layer_input=number(text, "vocab_size_per_layer_input", int, 0, MAX_SIZE, 0) or vocabulary,
             attention_k_eq_v=bool(text.get("attention_k_eq_v")),
-            num_kv_shared_layers=text.get("num_kv_shared_layers") or 0,
+            num_kv_shared_layers=shared,
             use_double_wide_mlp=bool(text.get("use_double_wide_mlp")),
-            enable_moe_block=bool(text.get("enable_moe_block")),
-            num_experts=text.get("num_experts") or 0,
-            top_k_experts=text.get("top_k_experts") or 0,
-            moe_intermediate_size=text.get("moe_intermediate_size") or 0,
+            enable_moe_block=mixture,
+            num_experts=experts,
+            top_k_experts=number(text, "top_k_experts", int, int(mixture), experts, 0),
+            moe_intermediate_size=number(text, "moe_intermediate_size", int, int(mixture), MAX_SIZE, 0),
         )
 
 
-def _required(text: Mapping[str, Any], key: str) -> int:
-    value = text.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+def _kinds(text: Mapping[str, Any], layers: int, shared: int) -> list[str]:
+    """The kind of every layer; one that reuses K/V needs a layer of its kind before it that stores them."""
+    found = text.get("layer_types") or [FULL if (i + 1) % 6 == 0 else SLIDING for i in range(layers)]
+    if not isinstance(found, list) or len(found) != layers or any(kind not in (FULL, SLIDING) for kind in found):
         raise CheckpointError(
-            f"config.json: expected a positive whole number for '{key}', found {value!r}; "
-            "use the config.json that belongs to this checkpoint."
+            f"config.json: expected {layers} entries '{FULL}' or '{SLIDING}' in 'layer_types', found "
+            f"{reprlib.repr(found)}; use the config.json that belongs to this checkpoint."
         )
-    return value
+    kinds = [*found[:-1], FULL]  # as the reference implementation forces it
+    if missing := set(kinds) - set(kinds[: layers - shared]):
+        raise CheckpointError(
+            f"config.json: expected a {missing.pop()} layer among the first {layers - shared}, which the "
+            f"{shared} layers behind them could read, found none; use the config.json that belongs to this checkpoint."
+        )
+    return kinds
 
 
 def _heads(text: Mapping[str, Any], kinds: list[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Head size and K/V heads of every layer, from `per_layer_config` (newer) or the `global_*` fields (published)."""
-    head_dim = text.get("head_dim") or 256
-    kv_heads = text.get("num_key_value_heads") or text["num_attention_heads"]
-    overrides = text.get("per_layer_config")
-    if overrides is None:
-        full = {"head_dim": text.get("global_head_dim") or 512}
-        if text.get("attention_k_eq_v") and text.get("num_global_key_value_heads"):
-            full["num_key_value_heads"] = text["num_global_key_value_heads"]
+    heads = number(text, "num_attention_heads", int, 1, MAX_COUNT)
+    head_dim = number(text, "head_dim", int, 2, MAX_SIZE, 256)
+    kv_heads = number(text, "num_key_value_heads", int, 1, heads, heads)
+    overrides = section(text, "per_layer_config")
+    if text.get("per_layer_config") is None:
+        full = {"head_dim": number(text, "global_head_dim", int, 2, MAX_SIZE, 512)}
+        if text.get("attention_k_eq_v"):
+            full["num_key_value_heads"] = number(text, "num_global_key_value_heads", int, 1, heads, kv_heads)
         overrides = {str(i): full for i, kind in enumerate(kinds) if kind == FULL}
-    layers = [overrides.get(str(i)) or overrides.get(i) or {} for i in range(len(kinds))]
-    return (
-        tuple(layer.get("head_dim") or head_dim for layer in layers),
-        tuple(layer.get("num_key_value_heads") or kv_heads for layer in layers),
-    )
+    layers = [section(overrides, str(i)) for i in range(len(kinds))]
+    head_dims = tuple(number(layer, "head_dim", int, 2, MAX_SIZE, head_dim) for layer in layers)
+    kv_counts = tuple(number(layer, "num_key_value_heads", int, 1, heads, kv_heads) for layer in layers)
+    if any(size % 2 for size in head_dims) or any(heads % count for count in kv_counts):
+        raise CheckpointError(
+            f"config.json: expected even head sizes and K/V heads that divide the {heads} attention heads, found "
+            f"sizes {sorted(set(head_dims))} and K/V heads {sorted(set(kv_counts))}; "
+            "use the config.json that belongs to this checkpoint."
+        )
+    return head_dims, kv_counts
+
+
+def _rope(text: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rotary parameters of both kinds of layers, checked."""
+    given = section(text, "rope_parameters")
+    ropes = {kind: section(given, kind) or DEFAULT_ROPE[kind] for kind in (FULL, SLIDING)}
+    for rope in ropes.values():
+        number(rope, "rope_theta", float, 1e-3, 1e15)
+        number(rope, "partial_rotary_factor", float, 0.0, 1.0, 1.0)
+        number(rope, "factor", float, 1e-3, 1e6, 1.0)
+    return ropes
 
 
 def _refuse_unsupported(text: Mapping[str, Any]) -> None:
     activation = text.get("hidden_activation", "gelu_pytorch_tanh")
     checks = {
-        f"hidden_activation {activation!r}": activation != "gelu_pytorch_tanh",
+        f"hidden_activation {reprlib.repr(activation)}": activation != "gelu_pytorch_tanh",
         "attention_bias": bool(text.get("attention_bias")),
         "use_bidirectional_attention 'all'": text.get("use_bidirectional_attention") == "all",
         "an untied output head": text.get("tie_word_embeddings") is False,
     }
-    for kind, rope in (text.get("rope_parameters") or {}).items():
-        rope_type = rope.get("rope_type", "default") if isinstance(rope, Mapping) else None
-        checks[f"rope_type {rope_type!r} in {kind}"] = rope_type not in ("default", "proportional")
+    ropes = section(text, "rope_parameters")
+    for kind in ropes:
+        rope_type = section(ropes, kind).get("rope_type", "default")
+        checks[f"rope_type {reprlib.repr(rope_type)} in {kind}"] = rope_type not in ("default", "proportional")
     for name, present in checks.items():
         if present:
             raise UnsupportedModel(
