@@ -21,7 +21,6 @@ from mlx_mtp.cli.train import train
 app = typer.Typer(
     name="mlx-mtp",
     help="Language models that decode faster through Multi-Token Prediction, on Apple's MLX.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -49,7 +48,11 @@ def main() -> None:
     handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False, show_level=False)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s")
     try:
-        app()
+        sys.exit(app(args=sys.argv[1:] or ["--help"], standalone_mode=False) or 0)
+    except typer.TyperException as error:  # a command line that typer cannot read
+        message = str(getattr(error, "format_message", error.__str__)()).rstrip(".")
+        print(f"{message}; 'mlx-mtp --help' shows what there is.", file=sys.stderr)
+        sys.exit(2)
     except mlx_mtp.MLXMTPError as error:
         print(" ".join(str(error).split()), file=sys.stderr)  # one line, whatever a path or a name holds
         sys.exit(2)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -45,6 +46,7 @@ class Target(Protocol):
     """A model that answers. `forward` writes behind the cache's length and never moves it: committing is the loop's."""
 
     info: TargetInfo
+    path: Path | None  # local folder of the checkpoint
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """An empty cache for `capacity` positions."""

@@ -8,23 +8,24 @@ from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 from mlx_mtp.checkpoint import Checkpoint
-from mlx_mtp.errors import UnsupportedModel
+from mlx_mtp.errors import CheckpointError, UnsupportedModel
 
-Loader = TypeVar("Loader")
+Loaded = TypeVar("Loaded")
+Loader = Callable[[Checkpoint], Loaded]
 
 
-class Registry(Generic[Loader]):
+class Registry(Generic[Loaded]):
     """Maps model types to loaders; imports the sibling files of its package on first use, so no list is edited."""
 
     def __init__(self, what: str, package: str, path: Iterable[str]) -> None:
         self._what, self._package, self._path = what, package, path
-        self._loaders: dict[str, Loader] = {}
+        self._loaders: dict[str, Loader[Loaded]] = {}
         self._imported = False
 
-    def register(self, *model_types: str) -> Callable[[Loader], Loader]:
+    def register(self, *model_types: str) -> Callable[[Loader[Loaded]], Loader[Loaded]]:
         """Decorator for a loader. Two loaders for one model type are a programming error."""
 
-        def add(loader: Loader) -> Loader:
+        def add(loader: Loader[Loaded]) -> Loader[Loaded]:
             for model_type in model_types:
                 if model_type in self._loaders:
                     raise ValueError(f"two {self._what} families claim model_type '{model_type}'")
@@ -44,7 +45,7 @@ class Registry(Generic[Loader]):
         self._import_siblings()
         return model_type in self._loaders
 
-    def find(self, checkpoint: Checkpoint) -> Loader:
+    def loader(self, checkpoint: Checkpoint) -> Loader[Loaded]:
         """The loader for a checkpoint; UnsupportedModel names what there is instead."""
         model_type = checkpoint.config["model_type"]
         if not self.knows(model_type):
@@ -53,3 +54,13 @@ class Registry(Generic[Loader]):
                 f"expected one of {', '.join(sorted(self._loaders))}."
             )
         return self._loaders[model_type]
+
+    def load(self, checkpoint: Checkpoint) -> Loaded:
+        """The loaded model; a complaint about config.json says which one."""
+        loader = self.loader(checkpoint)
+        try:
+            return loader(checkpoint)
+        except CheckpointError as error:
+            if str(error).startswith("config.json:"):
+                raise CheckpointError(f"{checkpoint.path}/{error}") from error
+            raise

@@ -511,3 +511,12 @@ def test_raw_takes_the_prompt_as_it_stands(run: Run) -> None:
         assert code == 0 and err == ""
         lengths.append(json.loads(out)["stats"]["prompt_tokens"])
     assert lengths[0] < lengths[1]
+
+
+@pytest.mark.parametrize("args", [["generate", "--nope"], ["generate", "a", "--max-tokens", "x"], ["nope"], ["train"]])
+def test_a_command_line_that_makes_no_sense(args: list[str], monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["mlx-mtp", *args])
+    with pytest.raises(SystemExit) as end:
+        app.main()
+    out, err = capsys.readouterr()
+    one_sentence(int(end.value.code or 0), out, err)

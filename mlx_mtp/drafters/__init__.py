@@ -5,15 +5,13 @@ A family is one function `load(checkpoint) -> Drafter` for some values of config
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from mlx_mtp.checkpoint import Checkpoint
 from mlx_mtp.interfaces import Drafter
 from mlx_mtp.registry import Registry
 
-registry: Registry[Callable[[Checkpoint], Drafter]] = Registry("drafter", __name__, __path__)
+registry: Registry[Drafter] = Registry("drafter", __name__, __path__)
 
 
 def load_drafter(checkpoint: Checkpoint) -> Drafter:
     """The loaded drafter of a checkpoint; UnsupportedModel where no family knows its model_type."""
-    return registry.find(checkpoint)(checkpoint)
+    return registry.load(checkpoint)

@@ -5,16 +5,14 @@ A family is one function `load(checkpoint) -> Target` for some values of config.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from mlx_mtp.checkpoint import Checkpoint
 from mlx_mtp.interfaces import Target
 from mlx_mtp.registry import Registry
 
-registry: Registry[Callable[[Checkpoint], Target]] = Registry("target", __name__, __path__)
+registry: Registry[Target] = Registry("target", __name__, __path__)
 
 
 def load_target(checkpoint: Checkpoint) -> Target:
     """The loaded model of a checkpoint; UnsupportedModel where no family knows its model_type."""
-    return registry.find(checkpoint)(checkpoint)
+    return registry.load(checkpoint)
 

@@ -19,6 +19,7 @@ import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -446,8 +447,9 @@ class Gemma4Model(nn.Module):
 class Gemma4Target:
     """A loaded Gemma 4 as the engine sees it (interfaces.Target)."""
 
-    def __init__(self, model: Gemma4Model, dtype: mx.Dtype) -> None:
+    def __init__(self, model: Gemma4Model, dtype: mx.Dtype, path: Path | None = None) -> None:
         config = model.config
+        self.path = path
         self.model = model
         self.config = config
         self.dtype = dtype
@@ -505,7 +507,7 @@ def adapt_weights(model: Gemma4Model, weights: dict[str, mx.array]) -> dict[str,
         found = re.match(r"layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm)\.", name)
         if found and int(found[1]) >= first_shared:
             continue  # published checkpoints carry projections for the reusing layers; nothing ever reads them
-        if name.endswith(".experts.gate_up_proj"):
+        if name.endswith(".experts.gate_up_proj") and value.ndim == 3 and value.shape[-2] % 2 == 0:
             base = name.removesuffix("gate_up_proj") + "switch_glu."
             adapted[base + "gate_proj.weight"], adapted[base + "up_proj.weight"] = mx.split(value, 2, axis=-2)
         elif name.endswith(".experts.down_proj"):
@@ -525,7 +527,7 @@ def load(checkpoint: Checkpoint) -> Gemma4Target:
         log.warning("Text only: skipped %d tensors of %s.", skipped, ", ".join(sorted(towers)))
     dtype = compute_dtype(weights)
     load_into(model, adapt_weights(model, weights), dtype, checkpoint.path)
-    return Gemma4Target(model, dtype)
+    return Gemma4Target(model, dtype, checkpoint.path)
 
 
 def published_weights(model: Gemma4Model) -> dict[str, mx.array]:

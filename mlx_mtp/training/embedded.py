@@ -30,7 +30,7 @@ from mlx_mtp.training.tokenizer import train_tokenizer
 from mlx_mtp.training.trainer import Progress, Trainer, TrainOptions
 
 WINDOW = 128
-UNROLL = 4  # draft steps the assistant is trained for
+UNROLL = 3  # draft steps the assistant is trained for
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 TURN_END = 5  # <turn|>
@@ -41,7 +41,7 @@ class Recipe:
     """What a user may turn: how long, how much at once, from which seed."""
 
     target_steps: int = 1400
-    drafter_steps: int = 400
+    drafter_steps: int = 600
     batch_size: int = 4
     length: int = 512
     learning_rate: float = 2e-3
@@ -75,10 +75,14 @@ def target_config(vocabulary: int) -> dict[str, Any]:
 
 
 def assistant_config(target: Gemma4Config) -> dict[str, Any]:
-    """config.json of the assistant: four layers s, s, s, F as in every released one, dense tied head."""
+    """config.json of the assistant: the released ones' form with two layers in place of four, dense tied head.
+
+    Two, because beside so small a target the cost of a draft step is its number of operations: on a CPU four
+    layers cost 1.0 ms a step and the target's pass over four rows 6.8 ms (measured on two cores).
+    """
     text = text_config(target.vocab_size) | {
-        "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_kv_shared_layers": 4,
-        "layer_types": [SLIDING, SLIDING, SLIDING, FULL], "use_double_wide_mlp": False,
+        "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 2, "num_kv_shared_layers": 2,
+        "layer_types": [SLIDING, FULL], "use_double_wide_mlp": False,
         "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "final_logit_softcapping": None,
     }  # fmt: skip
     return {

@@ -1,0 +1,172 @@
+"""Training: the losses against NumPy, resuming as if never stopped, a kill at any moment, the command end to end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+import mlx_mtp
+from mlx_mtp.drafters.assistant import AssistantConfig, AssistantModel
+from mlx_mtp.targets.gemma4 import Gemma4Config, Gemma4Model
+from mlx_mtp.training.embedded import assistant_config, target_config
+from mlx_mtp.training.objective import assistant_loss, next_token_loss
+from mlx_mtp.training.trainer import Trainer, TrainOptions
+
+OPTIONS = ("--target-steps", "6", "--drafter-steps", "4", "--batch-size", "2", "--length", "32", "--vocabulary", "400")
+
+
+def pair() -> tuple[Gemma4Model, AssistantModel]:
+    mx.random.seed(3)
+    target = Gemma4Model(Gemma4Config.from_dict(target_config(64)))
+    return target, AssistantModel(AssistantConfig.from_dict(assistant_config(target.config)))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    logits = logits.astype(np.float64)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def test_next_token_loss_is_the_mean_cross_entropy() -> None:
+    target, _ = pair()
+    batch = np.random.default_rng(0).integers(0, 64, (2, 20))
+    loss, right = next_token_loss(target, mx.array(batch))
+    laws = log_softmax(np.array(target.head(_states(target, batch[:, :-1]))))
+    expected = -np.take_along_axis(laws, batch[:, 1:, None], axis=-1).mean()
+    assert abs(loss.item() - expected) < 1e-5
+    assert abs(right.item() - (laws.argmax(-1) == batch[:, 1:]).mean()) < 1e-6
+
+
+def _states(target: Gemma4Model, tokens: np.ndarray) -> mx.array:
+    from mlx_mtp.cache import NoCache
+
+    return target(mx.array(tokens), NoCache(target.config.sliding_window, len(tokens)))[0]
+
+
+def test_assistant_loss_is_what_decoding_would_draft() -> None:
+    """Row by row through the drafter's own decoding path: the K/V below the row, teacher-forced tokens, own states."""
+    from mlx_mtp.drafters.assistant import Assistant
+    from mlx_mtp.targets.gemma4 import Gemma4Target
+
+    model, drafter = pair()
+    target, steps, decay = Gemma4Target(model, mx.float32), 3, 0.8
+    assistant = Assistant(drafter)
+    assistant.attach(target)
+    batch = np.random.default_rng(1).integers(0, 64, (1, 14))
+    rows = batch.shape[1] - 1 - steps
+    loss, agreement = assistant_loss(model, steps, decay)(drafter, mx.array(batch))
+    laws = log_softmax(np.array(target.logits(mx.array(batch))))[0]
+    terms, agreed = np.zeros((steps, rows)), np.zeros((steps, rows))
+    for row in range(rows):
+        cache = target.new_cache(64)
+        state = target.forward(mx.array(batch[:, : row + 1]), cache).hidden[:, -1:]
+        cache.advance(row + 1)
+        position, shared, masks = assistant.view(cache)
+        for j in range(steps):
+            token = mx.array(batch[:, row + 1 + j : row + 2 + j])
+            hidden, state = drafter.step(target.embed(token), state, position, shared, masks)
+            proposed = log_softmax(np.array(drafter.candidates(hidden)[1]))[0, 0]
+            terms[j, row] = -(np.exp(laws[row + 1 + j]) * proposed).sum()
+            agreed[j, row] = proposed.argmax() == laws[row + 1 + j].argmax()
+    weights = decay ** np.arange(steps)
+    assert abs(loss.item() - (weights * terms.mean(axis=1)).sum() / weights.sum()) < 1e-4
+    assert np.allclose(np.array(agreement), agreed.mean(axis=1), atol=1e-6)
+
+
+class Line(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(4, 8), nn.Linear(8, 1)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.layers[1](mx.tanh(self.layers[0](x)))
+
+
+def line_trainer(folder: Path, steps: int = 12, data: str = "same") -> Trainer:
+    def loss(model: Line, batch: mx.array) -> tuple[mx.array, mx.array]:
+        error = ((model(batch) - batch.sum(axis=-1, keepdims=True)) ** 2).mean()
+        return error, error[None]
+
+    mx.random.seed(0)
+    batches = np.random.default_rng(0).normal(size=(steps, 5, 4)).astype(np.float32)
+    options = TrainOptions(steps=steps, warmup=2)
+    return Trainer(Line(), loss, batches.__getitem__, options, folder, data=data)
+
+
+def weights(trainer: Trainer) -> dict[str, np.ndarray]:
+    return {name: np.array(value) for name, value in tree_flatten(trainer.module.parameters())}
+
+
+@pytest.mark.parametrize("stop", [1, 5, 11])
+def test_resuming_is_as_if_never_stopped(tmp_path: Path, stop: int) -> None:
+    whole = line_trainer(tmp_path / "whole")
+    losses = [progress.loss for progress in whole.run()]
+    first = line_trainer(tmp_path / "parts")
+    run = first.run()
+    seen = [next(run).loss for _ in range(stop)]
+    run.close()
+    second = line_trainer(tmp_path / "parts")
+    assert second.resume() and second.step == stop
+    seen += [progress.loss for progress in second.run()]
+    assert seen == losses
+    assert all(np.array_equal(value, weights(whole)[name]) for name, value in weights(second).items())
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
+    assert not line_trainer(tmp_path).resume()
+    list(line_trainer(tmp_path).run())
+    with pytest.raises(mlx_mtp.DataError, match="other data"):
+        line_trainer(tmp_path, data="other").resume()
+    with pytest.raises(mlx_mtp.OptionError, match="steps"):
+        line_trainer(tmp_path, steps=13).resume()
+    (tmp_path / "training.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(mlx_mtp.CheckpointError, match="not a checkpoint"):
+        line_trainer(tmp_path).resume()
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    words = np.random.default_rng(0).choice(["tree", "stone", "river", "cloud", "green", "walks", "sings"], (40, 60))
+    for i, row in enumerate(words):
+        (folder / f"{i:02}.txt").write_text(" ".join(row) + ".\n")
+    return folder
+
+
+def train(out: Path, corpus: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "mlx_mtp.cli.app", "train", "--out", str(out), "--data", str(corpus), *OPTIONS]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_train_command_survives_a_kill_and_makes_a_pair(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    killed, log = train(out, corpus), out / "train-target" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 2) and time.monotonic() < deadline:
+        assert killed.poll() is None, killed.communicate()[1]
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGINT)
+    killed.communicate(timeout=60)
+    assert killed.returncode == 130
+    assert (out / "train-target" / "training.safetensors").exists()
+    again = train(out, corpus)
+    _, shown = again.communicate(timeout=200)
+    assert again.returncode == 0, shown
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(1, 7))  # no step twice, none missing
+    engine = mlx_mtp.load(out / "target", depth=2)  # the assistant beside it is found
+    ids = engine.tokenizer.encode("tree stone")
+    plain = mlx_mtp.load(out / "target", drafter=None).generate(ids, max_tokens=30, ignore_end=True)
+    assert engine.generate(ids, max_tokens=30, ignore_end=True).tokens == plain.tokens
+    assert engine.drafter is not None
