@@ -56,7 +56,7 @@ def main() -> None:
     except mlx_mtp.MLXMTPError as error:
         print(" ".join(str(error).split()), file=sys.stderr)  # one line, whatever a path or a name holds
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
 
 

@@ -21,7 +21,10 @@ def train(
         typer.Option(help="Text, JSONL, folder or pattern; may be repeated.", show_default="Python's standard library"),
     ] = None,
     target_steps: Annotated[int, typer.Option(help="Steps of the target.")] = DEFAULTS.target_steps,
-    drafter_steps: Annotated[int, typer.Option(help="Steps of the assistant.")] = DEFAULTS.drafter_steps,
+    drafter_steps: Annotated[int, typer.Option(help="Steps of the assistant on the data.")] = DEFAULTS.drafter_steps,
+    agreement_steps: Annotated[
+        int, typer.Option(help="Steps of the assistant on what the target itself writes.")
+    ] = DEFAULTS.agreement_steps,
     batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = DEFAULTS.batch_size,
     length: Annotated[int, typer.Option(help="Tokens per sequence.")] = DEFAULTS.length,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = DEFAULTS.learning_rate,
@@ -30,7 +33,8 @@ def train(
 ) -> None:
     """Train a small Gemma-4-shaped target and its assistant; run again with the same options to resume."""
     recipe = Recipe(
-        target_steps=target_steps, drafter_steps=drafter_steps, batch_size=batch_size, length=length,
+        target_steps=target_steps, drafter_steps=drafter_steps,
+        agreement_steps=agreement_steps, batch_size=batch_size, length=length,
         learning_rate=learning_rate, vocabulary=vocabulary, seed=seed, data=tuple(data or ()),
     )  # fmt: skip
     console = Console(stderr=True)
@@ -42,7 +46,7 @@ def train(
         try:
             for stage in stages:
                 if stage.name not in tasks:
-                    tasks[stage.name] = bars.add_task(stage.name, total=stage.progress.steps)
+                    tasks[stage.name] = bars.add_task(stage.name, total=stage.steps)
                 _show(bars, tasks[stage.name], stage)
         finally:
             stages.close()
@@ -51,8 +55,8 @@ def train(
 
 def _show(bars: Progress, task: TaskID, stage: Stage) -> None:
     at = stage.progress
-    line = f"{stage.name}: loss {at.loss:.3f}, {at.tokens_per_second:,.0f} tokens/s"
-    bars.update(task, completed=at.step, description=line)
-    if at.held_out is not None:
+    line = f"{stage.name}: loss {at.loss:.3f}, {at.tokens_per_second:,.0f} tokens/s" if at else stage.name
+    bars.update(task, completed=stage.step, description=line)
+    if at and at.held_out is not None:
         figures = ", ".join(f"{value:.3f}" for value in at.held_out[1:])
         bars.console.print(f"{stage.name} step {at.step}: held-out loss {at.held_out[0]:.3f}, agreement {figures}")

@@ -21,7 +21,8 @@ from mlx_mtp.training.embedded import assistant_config, target_config
 from mlx_mtp.training.objective import assistant_loss, next_token_loss
 from mlx_mtp.training.trainer import Trainer, TrainOptions
 
-OPTIONS = ("--target-steps", "6", "--drafter-steps", "4", "--batch-size", "2", "--length", "32", "--vocabulary", "400")
+OPTIONS = ("--target-steps", "6", "--drafter-steps", "4", "--agreement-steps", "2", "--batch-size", "2",
+           "--length", "32", "--vocabulary", "400")  # fmt: skip
 
 
 def pair() -> tuple[Gemma4Model, AssistantModel]:

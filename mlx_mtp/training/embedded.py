@@ -10,7 +10,7 @@ from its checkpoint, a stage that is finished is not run again.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from mlx_mtp.checkpoint import Checkpoint, named_parameters, write_checkpoint
 from mlx_mtp.drafters.assistant import AssistantConfig, AssistantModel
 from mlx_mtp.targets.gemma4 import DEFAULT_ROPE, Gemma4Config, Gemma4Model, Gemma4Target, published_weights
 from mlx_mtp.targets.gemma4 import load as load_gemma4
+from mlx_mtp.training.continuations import continuations, openings
 from mlx_mtp.training.corpus import Document, is_held_out, standard_library
 from mlx_mtp.training.data import Batches, fingerprint, pack, read_documents
 from mlx_mtp.training.objective import assistant_loss, next_token_loss
@@ -33,7 +34,9 @@ WINDOW = 128
 UNROLL = 3  # draft steps the assistant is trained for
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
-TURN_END = 5  # <turn|>
+TURN_START, TURN_END = 4, 5  # <|turn>, <turn|>
+OPENING = 96  # tokens of the corpus that the target continues with its own
+FINE_TUNING = 0.4  # share of the learning rate for the second stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,8 @@ class Recipe:
     """What a user may turn: how long, how much at once, from which seed."""
 
     target_steps: int = 1400
-    drafter_steps: int = 600
+    drafter_steps: int = 600  # on the corpus
+    agreement_steps: int = 300  # then on what the target itself writes
     batch_size: int = 4
     length: int = 512
     learning_rate: float = 2e-3
@@ -94,10 +98,12 @@ def assistant_config(target: Gemma4Config) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage's name and its running progress, for whoever shows it."""
+    """What is being done and how far it is, for whoever shows it; `progress` where something is trained."""
 
     name: str
-    progress: Progress
+    step: int
+    steps: int
+    progress: Progress | None = None
 
 
 def train_embedded(folder: Path, recipe: Recipe) -> Iterator[Stage]:
@@ -163,7 +169,7 @@ def _train_target(
     )  # fmt: skip
     trainer.resume()
     for progress in trainer.run():
-        yield Stage("target", progress)
+        yield Stage("target", progress.step, progress.steps, progress)
     _copy_tokenizer(folder / "tokenizer", out)
     generation = {"do_sample": False, **IDS, "eos_token_id": config["eos_token_id"]}
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
@@ -173,26 +179,65 @@ def _train_target(
 def _train_assistant(
     folder: Path, target_folder: Path, out: Path, recipe: Recipe, train: np.ndarray, held: np.ndarray
 ) -> Iterator[Stage]:
+    """First on the corpus, then on the target's own continuations of it with a third of the corpus for rehearsal."""
     mx.random.seed(recipe.seed + 1)
-    loaded = load_gemma4(Checkpoint.open(target_folder))  # as shipped: rounded to float16 and back
-    assert isinstance(loaded, Gemma4Target)
-    target = loaded.model
-    target.freeze()
+    target = load_gemma4(Checkpoint.open(target_folder))  # as shipped: rounded to float16 and back
+    assert isinstance(target, Gemma4Target)
+    target.model.freeze()
     config = assistant_config(target.config)
     drafter = AssistantModel(AssistantConfig.from_dict(config))
-    batches, fixed = _trainer_data(recipe, train, held, recipe.seed + 1, UNROLL)
-    trainer = Trainer(
-        drafter, assistant_loss(target, UNROLL), batches.batch,
-        TrainOptions(steps=recipe.drafter_steps, learning_rate=recipe.learning_rate), folder / "train-assistant",
-        data=fingerprint(train), held_out=fixed, figures=tuple(f"agreement_{j + 1}" for j in range(UNROLL)),
-    )  # fmt: skip
-    trainer.resume()
-    for progress in trainer.run():
-        yield Stage("assistant", progress)
+    yield from _agree("assistant", folder, drafter, target, recipe, recipe.drafter_steps, train, held)
+    if recipe.agreement_steps:
+        rows = max(recipe.agreement_steps * recipe.batch_size // 2, recipe.batch_size + 1)
+        own = yield from _own_words(folder / "own_words.npy", target, train, recipe, rows)
+        fixed_rows = 8 * recipe.batch_size + 1
+        fixed = yield from _own_words(folder / "own_words_held_out.npy", target, held, recipe, fixed_rows)
+        rehearsal = train[: len(own) // 2]
+        mixed = np.concatenate([own, rehearsal])
+        yield from _agree("agreement", folder, drafter, target, recipe, recipe.agreement_steps, mixed, fixed)
     out.mkdir(parents=True, exist_ok=True)
     generation = {"is_assistant": True, "num_assistant_tokens": UNROLL, "num_assistant_tokens_schedule": "constant"}
     (out / "generation_config.json").write_text(json.dumps(generation | IDS, indent=2) + "\n")
     write_checkpoint(out, config, named_parameters(drafter))
+
+
+def _agree(
+    name: str, folder: Path, drafter: AssistantModel, target: Gemma4Target, recipe: Recipe, steps: int,
+    train: np.ndarray, held: np.ndarray,
+) -> Iterator[Stage]:  # fmt: skip
+    """One stage of the assistant's training, from the weights it has."""
+    batches, fixed = _trainer_data(recipe, train, held, recipe.seed + 1, UNROLL)
+    rate = recipe.learning_rate * (1.0 if name == "assistant" else FINE_TUNING)
+    trainer = Trainer(
+        drafter, assistant_loss(target.model, UNROLL), batches.batch,
+        TrainOptions(steps=steps, learning_rate=rate), folder / f"train-{name}",
+        data=fingerprint(train), held_out=fixed, figures=tuple(f"agreement_{j + 1}" for j in range(UNROLL)),
+    )  # fmt: skip
+    trainer.resume()
+    for progress in trainer.run():
+        yield Stage(name, progress.step, progress.steps, progress)
+
+
+def _own_words(
+    file: Path, target: Gemma4Target, ids: np.ndarray, recipe: Recipe, count: int
+) -> Generator[Stage, None, np.ndarray]:
+    """What the target writes behind `count` windows of a corpus, in one row of ids; kept as it grows."""
+    opening = min(OPENING, recipe.length // 2)
+    # A reply begins behind the last line that the chat template writes.
+    marker = [TURN_START, *_reply_marker(file.parent / "tokenizer")]
+    prompts = openings(ids, count, opening, marker, recipe.seed)
+    rows = np.load(file) if file.exists() else np.zeros((0, recipe.length), ids.dtype)
+    for written in continuations(target, prompts[len(rows) :], recipe.length - opening, recipe.seed + len(rows)):
+        rows = np.concatenate([rows, written.astype(ids.dtype)])
+        np.save(file, rows)
+        yield Stage("own words", len(rows), count)
+    return rows.reshape(-1)
+
+
+def _reply_marker(tokenizer_folder: Path) -> list[int]:
+    from mlx_lm.tokenizer_utils import load as load_tokenizer
+
+    return load_tokenizer(tokenizer_folder).encode("model\n", add_special_tokens=False)
 
 
 def _copy_tokenizer(source: Path, out: Path) -> None:
