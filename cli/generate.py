@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from typing import Annotated
 
@@ -21,19 +22,40 @@ def generate(
     drafter: options.Drafter = "auto",
     depth: options.Depth = "auto",
     max_tokens: options.MaxTokens = 256,
-    temperature: options.Temperature = 0.0,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    mode: options.Mode = "fast",
     max_context: options.MaxContext = None,
     tokens: Annotated[str | None, typer.Option(help="Token ids in place of a prompt: 1,2,3.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it stands, no chat template.")] = False,
+    logprobs: Annotated[int, typer.Option(help="Logprobs of every token and of the n likeliest (--json).")] = 0,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Say when the number of drafts changes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Generate one completion."""
     asked = _prompt(prompt, tokens)
-    sampling = mlx_mtp.Sampling(temperature=temperature)
+    sampling = mlx_mtp.Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+    )  # fmt: skip
+    if verbose:
+        logging.getLogger("mlx_mtp").setLevel(logging.INFO)
     bar = PrefillBar(Console(stderr=True))
     with notices.held_back():
-        engine = mlx_mtp.load(model, drafter=drafter, depth=options.depth_value(depth), max_context=max_context)
-        stream = engine.stream(asked, max_tokens=max_tokens, sampling=sampling, raw=raw, on_prefill=bar.update)
+        engine = mlx_mtp.load(
+            model, drafter=drafter, depth=options.depth_value(depth), mode=mode, max_context=max_context
+        )
+        stream = engine.stream(
+            asked, max_tokens=max_tokens, sampling=sampling, stop=stop or [], seed=seed, logprobs=logprobs, raw=raw,
+            on_prefill=bar.update,
+        )  # fmt: skip
     console = Console(stderr=True)
     result, so_far, ids = None, "", []
     interrupted = False

@@ -12,10 +12,24 @@ Model = Annotated[
     str | None,
     typer.Option(help="Folder or hub name of the target.", show_default="the embedded model"),
 ]
-Drafter = Annotated[str, typer.Option(help="Folder or hub name of the drafter, 'auto' or 'none'.")]
+Drafter = Annotated[str, typer.Option(help="Folder or hub name of the drafter, 'auto', 'lookup' or 'none'.")]
 Depth = Annotated[str, typer.Option(help="Drafts per round: 'auto' or 0 to 8; 0 decodes plainly.")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
-Temperature = Annotated[float, typer.Option(help="0 = greedy, the only value so far.")]
+OWN = "the checkpoint's own"
+Temperature = Annotated[float | None, typer.Option(help="0 = greedy.", show_default=OWN)]
+TopK = Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0 = all.", show_default=OWN)]
+TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this weight.", show_default=OWN)]
+MinP = Annotated[
+    float | None, typer.Option(help="Keep tokens at least this likely beside the best.", show_default=OWN)
+]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 avoids tokens seen before.", show_default=OWN)]
+PresencePenalty = Annotated[float | None, typer.Option(help="Taken once from tokens generated before.")]
+FrequencyPenalty = Annotated[float | None, typer.Option(help="Taken per occurrence from tokens generated before.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same reply.", show_default="another each time")]
+Mode = Annotated[
+    str, typer.Option(help="'fast', or 'exact': greedy output bit-equal with and without the drafter.")
+]
+Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the reply; may be repeated.")]
 MaxContext = Annotated[
     int | None, typer.Option(help="Most tokens of prompt and reply together.", show_default="the model's limit")
 ]

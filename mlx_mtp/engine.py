@@ -1,62 +1,50 @@
-"""The engine: prefill, the pipelined decode loop, stop conditions, events and statistics.
+"""The engine: what a request may ask, how it ends, and the events, text and statistics it returns.
 
-What it does: keeps one round in flight while it reads the one before, and turns tokens into events. What it does
-not do: acceptance (verify.py), rounds (speculate.py), loading (loading.py).
+What it does: checks requests, turns runs of tokens into events, finds ends and stop strings. What it does not do:
+the loop (decode.py), rounds (speculate.py), loading (loading.py).
 
-Invariant: the device is read in one place (`_Reader`), once per round; everything a request changes belongs to that
-request, so stopping early, cancelling or an exception in the consumer leave the engine as it was.
+Invariant: everything a request changes belongs to that request, so stopping early, cancelling or an exception in the
+consumer leave the engine as it was.
 """
 
 from __future__ import annotations
 
+import logging
+import secrets
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp.cache import KVCache, capacity_for
+from mlx_mtp import exactness
+from mlx_mtp.decode import Asked, Decoder, PrefillProgress
+from mlx_mtp.depth import Curve, DepthController, DepthPolicy, FixedDepth, remembered
 from mlx_mtp.errors import OptionError, PromptError
-from mlx_mtp.interfaces import Drafter, States, Target
-from mlx_mtp.results import Event, Result, Sampling, Stats
-from mlx_mtp.speculate import Request, Rounds
+from mlx_mtp.interfaces import Drafter, Target
+from mlx_mtp.results import NEUTRAL, Event, Result, Sampling, Stats
+from mlx_mtp.speculate import LogitsProcessor
 from mlx_mtp.tokens import Prompt, StopStrings, Tokenizer, prompt_ids
 
-# Most bytes of attention scores one prefill chunk may need, and its largest and smallest number of rows.
-CHUNK_BYTES, MAX_CHUNK, MIN_CHUNK = 256_000_000, 512, 16
-# Depth "auto" until it is chosen from measured costs: on two CPU cores a draft step costs a sixth of the embedded
-# target's pass and one draft pays best (measured); GPUs read their weights once for several rows.
-AUTO_DEPTH_CPU, AUTO_DEPTH_GPU = 1, 3
+log = logging.getLogger(__name__)
 
-PrefillProgress = Callable[[int, int], None]
-
-
-@dataclass
-class _Reader:
-    """The only place that waits for the device after prefill."""
-
-    stats: Stats
-
-    def rows(self, array: mx.array) -> list[int]:
-        self.stats.host_syncs += 1
-        values: list[list[int]] = array.tolist()  # type: ignore[assignment]
-        return values[0]
-
-
-@dataclass
-class _Decoding:
-    """Host side of one request: what was emitted, and an upper bound of the device's length."""
-
-    request: Request
-    stats: Stats
-    bound: int
-    tokens: list[int] = field(default_factory=list)
+DEEPEST = 8
+MODES = ("fast", "exact")
+MOST_LOGPROBS = 64
+# Depths timed when nothing is known of this machine and pair yet; between them the curve is nearly straight.
+TIMED_DEPTHS = (0, 1, 2, 4)
+# Drafts a round when a seed is given and the depth is left to the engine: one seed must give one output, whatever
+# the clock says.
+SEEDED_DEPTH = 2
 
 
 class Engine:
     """A target, perhaps a drafter, and the loop. Made by `mlx_mtp.load`.
 
-    depth: drafts per round, "auto" or 0..8. max_context: most tokens of prompt and reply together.
+    depth: drafts per round, "auto" or 0..8. mode: "fast" or "exact". max_context: most tokens of prompt and reply
+    together. defaults: sampling where a request leaves it open. profile: file and key under which what the depth
+    control learns is kept.
     """
 
     def __init__(
@@ -69,42 +57,53 @@ class Engine:
         depth: int | str = "auto",
         mode: str = "fast",
         max_context: int | None = None,
+        defaults: Sampling = NEUTRAL,
+        profile: tuple[Path, str] | None = None,
     ) -> None:
+        if mode not in MODES:
+            raise OptionError(f"Expected mode 'fast' or 'exact', found {mode!r}.")
         self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
         self.end_tokens = frozenset(end_tokens)
-        self.mode = _checked_mode(mode)
-        self.depth = _checked_depth(depth, drafter)
+        self.mode = mode
+        self.defaults = defaults.over(NEUTRAL)
+        self.depth: int | str = _checked_depth(depth, drafter)
         limit = target.info.max_context
         if max_context is not None and not 2 <= max_context <= limit:
             raise OptionError(f"Expected max_context from 2 to {limit} (this model's limit), found {max_context}.")
         self.max_context = max_context or limit
         if drafter is not None:
             drafter.attach(target)
-        self._rounds = Rounds(target, drafter)
+        self.exactness = exactness.probe(target) if mode == "exact" else None
+        self._decoder = self._make_decoder(profile)
 
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        max_tokens: int = 256,
-        sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
-        seed: int | None = None,
-        logprobs: int = 0,
-        raw: bool = False,
-        ignore_end: bool = False,
-        on_prefill: PrefillProgress | None = None,
-    ) -> Result:
-        """The whole reply to a string, a list of messages or a list of token ids; see `stream`."""
-        events = self.stream(
-            prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, seed=seed, logprobs=logprobs, raw=raw,
-            ignore_end=ignore_end, on_prefill=on_prefill,
-        )  # fmt: skip
-        result = None
-        for event in events:
-            result = event.result
-        assert result is not None
-        return result
+    def _make_decoder(self, profile: tuple[Path, str] | None) -> Decoder:
+        drafter, exact = self.drafter, self.exactness
+        allowed = list(range(min(DEEPEST, drafter.max_depth) + 1)) if drafter else [0]
+        if exact is not None:
+            allowed = [depth for depth in allowed if depth in exact.depths]
+            if drafter and not exact.possible:
+                log.warning("Exact mode: no way was found to verify drafts bit for bit here; decoding plainly.")
+        if self.depth != "auto":
+            deepest = max(depth for depth in allowed if depth <= int(self.depth))
+            if deepest < int(self.depth):
+                log.warning("Exact mode: %d drafts a round in place of %s.", deepest, self.depth)
+            return Decoder(self.target, drafter, FixedDepth(deepest), exact)
+        if len(allowed) == 1:
+            return Decoder(self.target, drafter, FixedDepth(0), exact)
+        decoder = Decoder(self.target, drafter, FixedDepth(0), exact)
+        file, key = profile or (None, "")
+        known = remembered(file, key) if file else None
+        if known is None:
+            timed = [depth for depth in TIMED_DEPTHS if depth in allowed]
+            known = Curve(decoder.seconds_by_depth(timed)), []
+        decoder.policy = DepthController(known[0], max(allowed), allowed, known[1], file, key)
+        return decoder
+
+    def generate(self, prompt: Prompt, **options: Any) -> Result:
+        """The whole reply to a string, a list of messages or a list of token ids; options as for `stream`."""
+        *_, last = self.stream(prompt, **options)
+        assert last.result is not None
+        return last.result
 
     def stream(
         self,
@@ -117,27 +116,49 @@ class Engine:
         logprobs: int = 0,
         raw: bool = False,
         ignore_end: bool = False,
+        logits_processors: Sequence[LogitsProcessor] = (),
         on_prefill: PrefillProgress | None = None,
     ) -> Iterator[Event]:
         """Events of a reply as they come; the last one carries the Result.
 
-        raw: continue a string as it stands, without the chat template. ignore_end: go on past ending tokens (for
-        timing). on_prefill(done, total) is called after every chunk of the prompt. Greedy decoding needs no seed;
-        it is accepted for the sake of programs that always pass one.
+        seed: the same seed gives the same reply; without one every reply is another (temperature 0 needs none).
+        logprobs: 0 = none, n = that of every token and of the n likeliest of its place. raw: continue a string as it
+        stands, without the chat template. ignore_end: go on past ending tokens (for timing). logits_processors:
+        Python functions in mlx-lm's convention, (tokens so far [T], logits [1, V]) -> logits [1, V]; they run on
+        every row, and rounds are then read one by one. on_prefill(done, total) is called after every chunk.
         Raises PromptError and OptionError before anything runs.
         """
-        if max_tokens < 1:
+        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
             raise OptionError(f"Expected max_tokens of at least 1, found {max_tokens}.")
-        if logprobs:
-            raise OptionError(f"Expected logprobs 0, found {logprobs}; they are not implemented yet.")
-        if isinstance(stop, str):
-            stop = [stop]
+        most = min(MOST_LOGPROBS, self.target.info.vocab_size)
+        if not 0 <= logprobs <= most:
+            raise OptionError(f"Expected logprobs from 0 to {most}, found {logprobs}.")
+        if seed is not None and not 0 <= seed < 2**64:
+            raise OptionError(f"Expected a seed from 0 to 2^64 - 1, found {seed}.")
+        stop = [stop] if isinstance(stop, str) else list(stop)
         if any(stop) and self.tokenizer is None:
             raise OptionError("Expected no stop strings, found some; this checkpoint has no tokenizer to compare with.")
         ids = self._checked(prompt_ids(prompt, self.tokenizer, raw))
-        budget = min(max_tokens, self.max_context - len(ids))
-        ends = frozenset[int]() if ignore_end else self.end_tokens
-        return self._events(ids, budget, list(stop), ends, on_prefill)
+        asked = Asked(
+            ids=ids,
+            budget=min(max_tokens, self.max_context - len(ids)),
+            sampling=self._checked_sampling(sampling),
+            seed=secrets.randbits(63) if seed is None else seed,
+            logprobs=logprobs,
+            processors=tuple(logits_processors),
+            on_prefill=on_prefill,
+        )
+        policy = self._decoder.policy
+        if seed is not None and asked.sampling.temperature and isinstance(policy, DepthController):
+            policy = FixedDepth(max(depth for depth in policy.allowed if depth <= SEEDED_DEPTH))
+        return self._events(asked, policy, stop, frozenset() if ignore_end else self.end_tokens)
+
+    def _checked_sampling(self, sampling: Sampling | None) -> Sampling:
+        resolved = (sampling or Sampling()).over(self.defaults)
+        vocabulary = self.target.info.vocab_size
+        if wrong := [token for token in resolved.logit_bias or {} if not 0 <= token < vocabulary]:
+            raise OptionError(f"Expected logit_bias for token ids from 0 to {vocabulary - 1}, found {wrong[0]}.")
+        return resolved
 
     def _checked(self, ids: list[int]) -> list[int]:
         vocabulary = self.target.info.vocab_size
@@ -152,20 +173,20 @@ class Engine:
             )
         return ids
 
-    def _events(
-        self, ids: list[int], budget: int, stop: list[str], ends: Collection[int], on_prefill: PrefillProgress | None
-    ) -> Iterator[Event]:
-        stats = Stats(prompt_tokens=len(ids), mode=self.mode)
+    def _events(self, asked: Asked, policy: DepthPolicy, stop: list[str], ends: Collection[int]) -> Iterator[Event]:
+        stats = Stats(prompt_tokens=len(asked.ids), mode=self.mode)
         mx.reset_peak_memory()
         text, stops = [], StopStrings(stop)
         detokenizer = self.tokenizer.stream() if self.tokenizer else None
         tokens: list[int] = []
+        logprobs: list[float] = []
+        top: list[dict[int, float]] = []
         finish, began = "length", time.perf_counter()
-        for run in self._decode(ids, budget, stats, on_prefill):
+        for run in self._decoder.decode(asked, stats, policy):
             stats.decode_seconds = time.perf_counter() - began - stats.prefill_seconds
-            end = next((i for i, token in enumerate(run) if token in ends), None)
-            fresh = run[:end]
-            tokens += fresh
+            end = next((i for i, token in enumerate(run.tokens) if token in ends), None)
+            fresh, fresh_logprobs, fresh_top = run.tokens[:end], (run.logprobs or [])[:end], (run.top or [])[:end]
+            tokens, logprobs, top = tokens + fresh, logprobs + fresh_logprobs, top + fresh_top
             stats.tokens = len(tokens)
             shown = ""
             if detokenizer:
@@ -174,7 +195,7 @@ class Engine:
                 shown = stops.feed(detokenizer.last_segment)
             text.append(shown)
             if fresh or shown:
-                yield Event(shown, fresh)
+                yield Event(shown, fresh, None, fresh_logprobs or None, fresh_top or None)
             if end is not None or stops.hit:
                 finish = "stop"
                 break
@@ -184,86 +205,16 @@ class Engine:
             last = stops.feed(detokenizer.last_segment) + stops.flush()
             text.append(last)
         stats.peak_memory_bytes = mx.get_peak_memory()
-        yield Event(last, [], Result("".join(text), tokens, None, finish, stats))
-
-    def _decode(
-        self, ids: list[int], budget: int, stats: Stats, on_prefill: PrefillProgress | None
-    ) -> Iterator[list[int]]:
-        """Runs of new tokens, at most `budget` in all: the first from the prefill, then one run a round."""
-        began, reader = time.perf_counter(), _Reader(stats)
-        request = self._prefill(ids, on_prefill)
-        stats.head_passes += 1
-        decoding = _Decoding(request, stats, len(ids))
-        pending = self._submit(decoding) if budget > 1 else None
-        first = reader.rows(request.token if pending is None else pending[1])
-        stats.prefill_seconds = time.perf_counter() - began
-        yield first
-        emitted = 1
-        while pending is not None:
-            # The round in flight gives at least one token; only if that cannot be the last is another one wanted.
-            ahead = self._submit(decoding) if emitted + 1 < budget else None
-            *run, accepted = reader.rows(pending[0])
-            stats.count(len(run) - 1, accepted)
-            decoding.bound -= len(run) - 1 - accepted
-            run = run[: min(accepted + 1, budget - emitted)]
-            emitted += len(run)
-            yield run
-            pending = ahead if emitted < budget else None
-
-    def _submit(self, decoding: _Decoding) -> tuple[mx.array, mx.array]:
-        """Starts a round; returns its outcome and the token it began with."""
-        began_with = decoding.request.token
-        self._reserve(decoding.request.cache, decoding.bound + self.depth + 1)
-        decoding.bound += self.depth + 1
-        outcome = self._rounds.submit(decoding.request, self.depth)
-        stats = decoding.stats
-        stats.rounds += 1
-        stats.head_passes += 1
-        stats.depth_counts[self.depth] = stats.depth_counts.get(self.depth, 0) + 1
-        return outcome, began_with
-
-    @staticmethod
-    def _reserve(cache: KVCache, rows: int) -> None:
-        if rows > cache.capacity:
-            cache.grow(capacity_for(rows))
-
-    def _prefill(self, ids: list[int], on_prefill: PrefillProgress | None) -> Request:
-        """Runs the prompt in chunks that bound memory; leaves the first new token on the device."""
-        target, drafter = self.target, self.drafter
-        cache = target.new_cache(capacity_for(len(ids) + self.depth + 1))
-        memory = drafter.start(1, cache.capacity) if drafter else {}
-        score_bytes = 4 * target.info.attention_heads * cache.capacity
-        chunk = max(MIN_CHUNK, min(MAX_CHUNK, CHUNK_BYTES // score_bytes))
-        states = States(mx.zeros((1, 0, 0)))
-        for start in range(0, len(ids), chunk):
-            rows = mx.array([ids[start : start + chunk]], dtype=mx.int32)
-            final = start + chunk >= len(ids)
-            wants_all = drafter is not None and drafter.reads_prompt
-            states = target.forward(rows, cache, None if wants_all else int(final))
-            if drafter is not None and wants_all:
-                memory = drafter.observe(memory, rows, states, mx.array([rows.shape[1] - 1]))
-            cache.advance(rows.shape[1])
-            mx.eval(cache.arrays, memory)
-            if on_prefill:
-                on_prefill(min(start + chunk, len(ids)), len(ids))
-        hidden = states.hidden[:, -1:]
-        token = mx.argmax(target.head(hidden), axis=-1).astype(mx.int32)
-        return Request(token, hidden, cache, memory)
+        if isinstance(policy, DepthController):
+            policy.save()
+        wanted = asked.logprobs > 0
+        result = Result("".join(text), tokens, logprobs if wanted else None, finish, stats, top if wanted else None)
+        yield Event(last, [], result)
 
 
-def _checked_mode(mode: str) -> str:
-    if mode != "fast":
-        raise OptionError(f"Expected mode 'fast', found {mode!r}; no other mode is implemented yet.")
-    return mode
-
-
-def _checked_depth(depth: int | str, drafter: Drafter | None) -> int:
-    """Drafts per round; a fixed number until the controller of step 2 is there. Without a drafter 0."""
-    deepest = 8 if drafter is None else drafter.max_depth
-    if depth != "auto" and (not isinstance(depth, int) or not 0 <= depth <= deepest):
+def _checked_depth(depth: int | str, drafter: Drafter | None) -> int | str:
+    """Drafts per round or "auto"; without a drafter 0."""
+    deepest = DEEPEST if drafter is None else drafter.max_depth
+    if depth != "auto" and (isinstance(depth, bool) or not isinstance(depth, int) or not 0 <= depth <= deepest):
         raise OptionError(f"Expected depth 'auto' or 0 to {deepest}, found {depth!r}.")
-    if drafter is None:
-        return 0
-    if depth != "auto":
-        return int(depth)
-    return min(AUTO_DEPTH_CPU if mx.default_device() == mx.Device(mx.cpu) else AUTO_DEPTH_GPU, deepest)
+    return 0 if drafter is None else depth

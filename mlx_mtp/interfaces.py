@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from mlx_mtp.cache import KVCache, LayerShape
+from mlx_mtp.sampling import Forced
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,23 @@ class Target(Protocol):
 Memory = dict[str, Any]
 
 
+class Choose(Protocol):
+    """How a draft is picked from scores: greedily or by the request's sampling; made anew for each round."""
+
+    def __call__(self, logits: mx.array, tokens: mx.array | None = None, forced: Forced | None = None) -> mx.array:
+        """The next draft [B, 1] from logits [B, 1, N] of `tokens` (None = the whole vocabulary)."""
+
+    def certain(self, tokens: mx.array) -> mx.array:
+        """Drafts [B, K] proposed without scores."""
+
+
 class Drafter(Protocol):
     """A family of draft heads. It may read the target's cache, never write it."""
 
     max_depth: int
-    # Whether `observe` must hear the prompt too (families with K/V of their own); others save that work.
+    # Whether `observe` must hear the prompt too, and whether it needs the states of it; others save that work.
     reads_prompt: bool
+    reads_states: bool
 
     def attach(self, target: Target) -> None:
         """Binds the drafter to the target it will read; raises IncompatibleDrafter where the two differ."""
@@ -82,13 +94,20 @@ class Drafter(Protocol):
     def start(self, batch: int, capacity: int) -> Memory:
         """Memory of a new request."""
 
+    def grow(self, memory: Memory, capacity: int) -> Memory:
+        """The same memory with room for `capacity` positions."""
+
     def draft(
-        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int
+        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, choose: Choose
     ) -> tuple[mx.array, Memory]:
         """Proposes K = depth tokens [B, K] behind `token` [B, 1], the one that is not in the cache yet.
 
-        hidden [B, 1, D] is the target's state that produced `token`. Lazy: no value may be read.
+        hidden [B, 1, D] is the target's state that produced `token`. Every draft is picked by `choose`, which keeps
+        what acceptance needs to know. Lazy: no value may be read.
         """
 
     def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:
-        """Hears what a pass over tokens [B, M] left; the first `accepted` + 1 rows are true, the rest is dead."""
+        """Hears what a pass over tokens [B, M] left; the first `accepted` + 1 rows are true, the rest is dead.
+
+        Of the prompt there are fewer states than tokens unless the family reads_states.
+        """

@@ -6,8 +6,10 @@ What it does: finds files, loads both models, checks that they fit. What it does
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
+import platform
 import re
 import reprlib
 from pathlib import Path
@@ -17,16 +19,20 @@ import mlx.core as mx
 
 from mlx_mtp import assets
 from mlx_mtp.checkpoint import Checkpoint, read_json, section
+from mlx_mtp.depth import cache_folder
 from mlx_mtp.drafters import load_drafter
+from mlx_mtp.drafters.lookup import Lookup, LookupFirst
 from mlx_mtp.engine import Engine
 from mlx_mtp.errors import CheckpointError, ModelNotFound, OptionError
 from mlx_mtp.interfaces import Drafter
+from mlx_mtp.results import Sampling
 from mlx_mtp.targets import load_target
 from mlx_mtp.tokens import Tokenizer
 
 log = logging.getLogger(__name__)
 
 EMBEDDED = Path(assets.__path__[0]) / "standard-library"
+LOOKUP_FIRST = "lookup+"  # in front of a drafter's name: the lookup overrules it where it has a long match
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 
@@ -42,23 +48,37 @@ def load(
     """Loads a target and its drafter.
 
     model: a folder, a hub name, or None for the embedded model. drafter: a folder, a hub name, "auto" (the
-    assistant made for this target, or none where none is known) or None / "none" for plain decoding; for the
-    embedded model also "assistant". depth: drafts per round, "auto" or 0..8.
+    assistant made for this target, or none where none is known), "lookup" (what followed the same words before),
+    "lookup+" in front of any other, or None / "none" for plain decoding; for the embedded model also "assistant".
+    mode: "fast" or "exact" (greedy output bit-equal with and without the drafter).
+    depth: drafts per round, "auto" or 0..8.
 
     Raises a subclass of MLXMTPError whose message says what to do.
     """
     _ensure_compile_works()
     checkpoint = Checkpoint.open(_target_folder(model))
     target = load_target(checkpoint)
+    loaded = _load_drafter(model, checkpoint.path, drafter)
+    generation = _generation_config(checkpoint)
     return Engine(
         target,
-        _load_drafter(model, checkpoint.path, drafter),
+        loaded,
         Tokenizer.load(checkpoint.path),
-        end_tokens=_end_tokens(checkpoint),
+        end_tokens=_end_tokens(checkpoint, generation),
         depth=depth,
         mode=mode,
         max_context=max_context,
+        defaults=_default_sampling(generation, checkpoint.path),
+        profile=(cache_folder() / "depth.json", _profile_key(checkpoint.path, drafter, loaded, mode)),
     )
+
+
+def _profile_key(path: Path, named: object, drafter: Drafter | None, mode: str) -> str:
+    """What a cost curve belongs to: device, MLX, target, drafter and mode."""
+    info = mx.device_info()
+    device = info.get("device_name") or info.get("architecture") or platform.machine()
+    mlx_version = importlib.metadata.version("mlx")
+    return " | ".join(map(str, (device, os.cpu_count(), mlx_version, path, named, type(drafter).__name__, mode)))
 
 
 def _ensure_compile_works() -> None:
@@ -97,6 +117,11 @@ def _local_folder(name: str | Path) -> Path:
 def _load_drafter(model: str | Path | None, target_folder: Path, drafter: str | Path | None) -> Drafter | None:
     if drafter is None or drafter == "none":
         return None
+    if drafter == "lookup":
+        return Lookup()
+    if isinstance(drafter, str) and drafter.startswith(LOOKUP_FIRST):
+        inner = _load_drafter(model, target_folder, drafter.removeprefix(LOOKUP_FIRST))
+        return LookupFirst(inner) if inner is not None else Lookup()
     if model is None and drafter in ("auto", "assistant"):
         return load_drafter(Checkpoint.open(EMBEDDED / "assistant"))
     if drafter == "auto":
@@ -105,8 +130,8 @@ def _load_drafter(model: str | Path | None, target_folder: Path, drafter: str | 
             log.warning("No drafter is known for '%s': decoding plainly. Name one with --drafter.", model)
             return None
         drafter = found
-    if drafter in ("assistant", "parallel", "sequential", "lookup"):
-        raise OptionError(f"Expected a drafter's folder or hub name, 'auto' or 'none', found '{drafter}'.")
+    if drafter in ("assistant", "parallel", "sequential"):
+        raise OptionError(f"Expected a drafter's folder or hub name, 'auto', 'lookup' or 'none', found '{drafter}'.")
     return load_drafter(Checkpoint.open(_local_folder(drafter)))
 
 
@@ -121,13 +146,26 @@ def _known_drafter(model: str | Path | None, target_folder: Path) -> str | Path 
     return None
 
 
-def _end_tokens(checkpoint: Checkpoint) -> set[int]:
-    """Ids that end a reply, from generation_config.json, else from config.json."""
-    sources: list[dict[str, Any]] = [checkpoint.config, section(checkpoint.config, "text_config")]
+def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
     file = checkpoint.path / "generation_config.json"
-    if file.exists():
-        sources.insert(0, read_json(file))
-    for source in sources:
+    return read_json(file) if file.exists() else {}
+
+
+def _default_sampling(generation: dict[str, Any], path: Path) -> Sampling:
+    """The checkpoint's own sampling; greedy unless it says do_sample, as transformers reads the same file."""
+    if not generation.get("do_sample"):
+        return Sampling(temperature=0.0, repetition_penalty=generation.get("repetition_penalty"))
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    try:
+        found: dict[str, Any] = {"temperature": 1.0} | {name: generation[name] for name in names if name in generation}
+        return Sampling(**found)
+    except OptionError as error:
+        raise CheckpointError(f"{path}/generation_config.json: {error}") from error
+
+
+def _end_tokens(checkpoint: Checkpoint, generation: dict[str, Any]) -> set[int]:
+    """Ids that end a reply, from generation_config.json, else from config.json."""
+    for source in (generation, checkpoint.config, section(checkpoint.config, "text_config")):
         found = source.get("eos_token_id")
         if found is not None:
             ids = found if isinstance(found, list) else [found]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from mlx_mtp.errors import OptionError
@@ -10,15 +12,54 @@ from mlx_mtp.errors import OptionError
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen. temperature 0 = greedy, the only value this version implements."""
+    """How tokens are chosen. None = the checkpoint's own default (generation_config.json), else that of `NEUTRAL`.
 
-    temperature: float = 0.0
+    temperature: 0 = greedy. top_k: 0 = off. top_p: 1 = off. min_p: 0 = off. repetition_penalty: 1 = off, counts the
+    prompt too. presence_penalty, frequency_penalty: 0 = off, count what was generated. logit_bias: token id -> what
+    is added to its logit; -inf bans it. Raises OptionError for a value out of range.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature != 0.0:
-            raise OptionError(
-                f"Expected temperature 0 (greedy), found {self.temperature}; sampling is not implemented yet."
-            )
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or (name == "top_k" and value != int(value)) or not low <= value <= high:
+                what = "a whole number" if name == "top_k" else "a number"
+                raise OptionError(f"Expected {name} as {what} from {low:g} to {high:g}, found {value!r}; change it.")
+        if self.top_p == 0 or self.repetition_penalty == 0:
+            name = "top_p" if self.top_p == 0 else "repetition_penalty"
+            raise OptionError(f"Expected {name} above 0, found 0; 1 switches it off.")
+        for token, bias in (self.logit_bias or {}).items():
+            if not isinstance(token, int) or not isinstance(bias, (int, float)) or math.isnan(bias) or bias == math.inf:
+                raise OptionError(
+                    f"Expected logit_bias to map token ids to numbers, found {token!r}: {bias!r}; change it."
+                )
+
+    def over(self, defaults: Sampling) -> Sampling:
+        """This, with `defaults` where it has None."""
+        mine = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(defaults, **{name: value for name, value in mine.items() if value is not None})
+
+
+RANGES = {
+    "temperature": (0.0, 100.0), "top_k": (0, 2**31 - 1), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.0, 100.0), "presence_penalty": (-100.0, 100.0), "frequency_penalty": (-100.0, 100.0),
+}  # fmt: skip
+NEUTRAL = Sampling(
+    temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0,
+    frequency_penalty=0.0, logit_bias={},
+)  # fmt: skip
 
 
 @dataclass
@@ -76,13 +117,18 @@ class Stats:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished generation. tokens: generated ids, without prompt and without the ending token."""
+    """A finished generation. tokens: generated ids, without prompt and without the ending token.
+
+    logprobs: one a token, natural logarithm under the target's law after penalties and bias, before temperature and
+    filters; None unless asked for. top_logprobs: the likeliest tokens of each place, {token id: logprob}.
+    """
 
     text: str
     tokens: list[int]
     logprobs: list[float] | None
     finish_reason: str
     stats: Stats
+    top_logprobs: list[dict[int, float]] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON object of `mlx-mtp generate --json`."""
@@ -90,6 +136,7 @@ class Result:
             "text": self.text,
             "tokens": self.tokens,
             "logprobs": self.logprobs,
+            "top_logprobs": self.top_logprobs,
             "finish_reason": self.finish_reason,
             "stats": self.stats.as_dict(),
         }
@@ -102,3 +149,5 @@ class Event:
     text: str
     tokens: list[int]
     result: Result | None = None
+    logprobs: list[float] | None = None
+    top_logprobs: list[dict[int, float]] | None = None

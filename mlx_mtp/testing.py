@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from mlx_mtp.cache import KVCache
-from mlx_mtp.interfaces import Memory, States, Target
+from mlx_mtp.interfaces import Choose, Memory, States, Target, TargetInfo
 
 
 class ScriptedDrafter:
@@ -18,6 +18,7 @@ class ScriptedDrafter:
 
     max_depth = 8
     reads_prompt = False
+    reads_states = False
 
     def __init__(self, script: Sequence[int]) -> None:
         self._script = mx.array([*script, *[0] * 64], dtype=mx.int32)
@@ -29,13 +30,66 @@ class ScriptedDrafter:
         """Nothing to remember."""
         return {}
 
+    def grow(self, memory: Memory, capacity: int) -> Memory:
+        """Nothing to make room for."""
+        return memory
+
     def draft(
-        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int
+        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, choose: Choose
     ) -> tuple[mx.array, Memory]:
         """The script's tokens behind `token`, whose position is the committed length."""
         places = cache.length[:, None] + 1 + mx.arange(depth, dtype=mx.int32)
-        return self._script[mx.minimum(places, self._script.size - 1)], memory
+        return choose.certain(self._script[mx.minimum(places, self._script.size - 1)]), memory
 
     def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:
         """Nothing to remember."""
         return memory
+
+
+class MarkovTarget:
+    """A target whose next-token logits depend on the last token alone: table [V, V]. Its law is known exactly."""
+
+    def __init__(self, table: mx.array, max_context: int = 1 << 20) -> None:
+        self.table = table
+        self.path = None
+        self.info = TargetInfo(
+            vocab_size=table.shape[0], hidden_size=1, max_context=max_context, window=1, readable={},
+            storing_layers={}, attention_heads=1,
+        )  # fmt: skip
+
+    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
+        """A cache that only counts."""
+        return KVCache((), 1, capacity, mx.float32, batch)
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """The ids themselves, [B, M, 1]."""
+        return tokens[..., None].astype(mx.float32)
+
+    def forward(self, tokens: mx.array, cache: KVCache, keep: int | None = None) -> States:
+        """The ids as states."""
+        return States(self.embed(tokens if keep is None else tokens[:, tokens.shape[1] - keep :]))
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """The table's rows."""
+        return self.table[hidden[..., 0].astype(mx.int32)]
+
+    def logits(self, tokens: mx.array) -> mx.array:
+        """The table's rows."""
+        return self.table[tokens]
+
+
+class MarkovDrafter(ScriptedDrafter):
+    """Drafts from a table [V, V] of its own, by whatever sampling is asked for."""
+
+    def __init__(self, table: mx.array) -> None:
+        super().__init__([])
+        self.table = table
+
+    def draft(
+        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, choose: Choose
+    ) -> tuple[mx.array, Memory]:
+        """A chain through the table."""
+        drafts = [token]
+        for _ in range(depth):
+            drafts.append(choose(self.table[drafts[-1]]))
+        return mx.concatenate(drafts[1:], axis=1), memory

@@ -8,7 +8,7 @@ import pytest
 from conftest import GOLDEN, HEADS, VARIANTS
 
 import mlx_mtp
-from mlx_mtp import engine as engine_module
+from mlx_mtp import decode as decode_module
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.testing import ScriptedDrafter
 
@@ -119,7 +119,7 @@ def test_chunked_prefill_equals_one_chunk(embedded, monkeypatch: pytest.MonkeyPa
     long = (ids + expected) * 2
     whole = plain.generate(long, max_tokens=40, ignore_end=True).tokens
     for rows in (16, 50, 97):
-        monkeypatch.setattr(engine_module, "MAX_CHUNK", rows)
+        monkeypatch.setattr(decode_module, "MAX_CHUNK", rows)
         seen: list[tuple[int, int]] = []
         chunked = plain.generate(
             long, max_tokens=40, ignore_end=True, on_prefill=lambda done, total, seen=seen: seen.append((done, total))

@@ -22,7 +22,7 @@ from mlx_mtp.cache import FULL, SLIDING, KVCache
 from mlx_mtp.checkpoint import Checkpoint, compute_dtype, load_into, number, section
 from mlx_mtp.drafters import registry
 from mlx_mtp.errors import CheckpointError, IncompatibleDrafter
-from mlx_mtp.interfaces import Memory, States, Target, TargetInfo
+from mlx_mtp.interfaces import Choose, Memory, States, Target, TargetInfo
 from mlx_mtp.targets.gemma4 import MAX_SIZE, Gemma4Config, Layer, Norm
 
 MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
@@ -155,18 +155,13 @@ class AssistantModel(nn.Module):
         shape = (*hidden.shape[:2], -1)
         return tokens.reshape(shape), logits.reshape(shape).astype(mx.float32)
 
-    def best(self, hidden: mx.array) -> mx.array:
-        """The highest-scored token of every row, hidden [B, M, Dd] -> [B, M]."""
-        tokens, logits = self.candidates(hidden)
-        best = mx.argmax(logits, axis=-1)
-        return best if tokens is None else mx.take_along_axis(tokens, best[..., None], axis=-1)[..., 0]
-
 
 class Assistant:
     """A loaded assistant as the loop sees it (interfaces.Drafter)."""
 
     max_depth = 8
     reads_prompt = False
+    reads_states = False
 
     def __init__(self, model: AssistantModel, name: str = "assistant", convention: Convention = Convention.B) -> None:
         self.model = model
@@ -183,6 +178,10 @@ class Assistant:
         """Nothing: everything an assistant knows is in the target's cache."""
         return {}
 
+    def grow(self, memory: Memory, capacity: int) -> Memory:
+        """Nothing to make room for."""
+        return memory
+
     def view(self, cache: KVCache) -> tuple[mx.array, SharedKV, Masks]:
         """Query position [B], the target's K/V per kind, and which of it may be seen; the same for a whole round."""
         assert self._target is not None, "attach() comes first"
@@ -193,15 +192,16 @@ class Assistant:
         return self.convention.position(length), shared, masks
 
     def draft(
-        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int
+        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, choose: Choose
     ) -> tuple[mx.array, Memory]:
-        """Greedy chain of `depth` tokens [B, K] behind `token`; one lazy graph."""
+        """A chain of `depth` tokens [B, K] behind `token`; one lazy graph."""
         assert self._target is not None, "attach() comes first"
         position, shared, masks = self.view(cache)
         drafts, state = [], hidden
         for _ in range(depth):
             inner, state = self.model.step(self._target.embed(token), state, position, shared, masks)
-            token = self.model.best(inner).astype(mx.int32)
+            scored, logits = self.model.candidates(inner)
+            token = choose(logits, scored)
             drafts.append(token)
         return mx.concatenate(drafts, axis=1), memory
 

@@ -1,0 +1,234 @@
+"""The decode loop: chunked prefill, then rounds, one of them always in flight while the one before is read.
+
+What it does: keeps the device busy and turns outcomes into runs of tokens. What it does not do: text, stop
+conditions (engine.py), acceptance (verify.py), the graph of a round (speculate.py).
+
+Invariant: the device is read in one place (`_Reader`), once per round; everything a request changes belongs to that
+request, so stopping early, cancelling or an exception in the consumer leave nothing behind.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_mtp.cache import KVCache, capacity_for
+from mlx_mtp.depth import DepthPolicy
+from mlx_mtp.exactness import WIDEST, Exactness
+from mlx_mtp.interfaces import Drafter, States, Target
+from mlx_mtp.results import NEUTRAL, Sampling, Stats
+from mlx_mtp.sampling import Rules
+from mlx_mtp.speculate import LogitsProcessor, Outcome, Request, Rounds
+
+# Most bytes of attention scores one prefill chunk may need, and its largest and smallest number of rows.
+CHUNK_BYTES, MAX_CHUNK, MIN_CHUNK = 256_000_000, 512, 16
+# A round was waited for if reading it took at least this share of its time; else the host was the slower one, and the
+# time says nothing about the device.
+WAITED = 0.02
+
+PrefillProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What one request wants of the loop. sampling has no None left; budget is the most tokens to emit."""
+
+    ids: list[int]
+    budget: int
+    sampling: Sampling = NEUTRAL
+    seed: int = 0
+    logprobs: int = 0
+    processors: Sequence[LogitsProcessor] = ()
+    on_prefill: PrefillProgress | None = None
+
+
+@dataclass
+class Run:
+    """New tokens, and per token its logprob and the likeliest alternatives where asked for."""
+
+    tokens: list[int]
+    logprobs: list[float] | None = None
+    top: list[dict[int, float]] | None = None
+
+
+@dataclass
+class _Reader:
+    """The only place that waits for the device after prefill. `waited` is how long the last read took."""
+
+    stats: Stats
+    waited: float = 0.0
+
+    def read(self, outcome: Outcome) -> tuple[Run, int]:
+        """The whole round as a run, and how many of its drafts stand; the run is not cut to them yet."""
+        began = time.perf_counter()
+        self.stats.host_syncs += 1
+        *tokens, accepted = _first(outcome.tokens)
+        self.waited = time.perf_counter() - began
+        if outcome.logprobs is None or outcome.top is None:
+            return Run(tokens), accepted
+        # Computed with the tokens by one graph, so these wait for nothing.
+        ids, values = map(_first, outcome.top)
+        top = [dict(zip(*row, strict=True)) for row in zip(ids, values, strict=True)]
+        return Run(tokens, _first(outcome.logprobs), top), accepted
+
+
+def _first(array: mx.array) -> list[Any]:
+    """The values of a batch's only sequence."""
+    values: list[list[Any]] = array.tolist()  # type: ignore[assignment]
+    return values[0]
+
+
+@dataclass
+class _InFlight:
+    """A submitted round. fresh: its graph or buffers were new, so its time says nothing."""
+
+    outcome: Outcome
+    depth: int
+    fresh: bool
+
+
+@dataclass
+class _Decoding:
+    """Host side of one request: an upper bound of the device's length, and when the last round was read."""
+
+    request: Request
+    stats: Stats
+    bound: int
+    asked: Asked
+    emitted: list[int] = field(default_factory=list)
+    read_at: float = 0.0
+
+
+class Decoder:
+    """Decodes requests with one pair. exact: how this device can be exact, None for the fast mode."""
+
+    def __init__(
+        self, target: Target, drafter: Drafter | None, policy: DepthPolicy, exact: Exactness | None = None
+    ) -> None:
+        self.target, self.drafter, self.policy, self.exact = target, drafter, policy, exact
+        self.width = exact.width if exact else None
+        self.rounds = Rounds(target, drafter, self.width)
+
+    def decode(self, asked: Asked, stats: Stats, policy: DepthPolicy | None = None) -> Iterator[Run]:
+        """Runs of new tokens, at most the budget in all: the first from the prefill, then one run a round."""
+        policy = policy or self.policy
+        policy.begin()
+        began, reader = time.perf_counter(), _Reader(stats)
+        request = self.prefill(asked, policy.deepest)
+        first = self.rounds.first(request, asked.ids, asked.processors)
+        stats.head_passes += 1
+        decoding = _Decoding(request, stats, len(asked.ids), asked)
+        serial = bool(asked.processors)  # Python functions want every token before the next round is built
+        pending = self._submit(decoding, policy) if asked.budget > 1 and not serial else None
+        run, _ = reader.read(first)
+        stats.prefill_seconds = time.perf_counter() - began
+        decoding.read_at = time.perf_counter()
+        decoding.emitted += run.tokens
+        yield run
+        while len(decoding.emitted) < asked.budget:
+            if pending is None:
+                pending = self._submit(decoding, policy)
+            # The round in flight gives at least one token; only if that cannot be the last is another one wanted.
+            ahead = None
+            if len(decoding.emitted) + 1 < asked.budget and not serial:
+                ahead = self._submit(decoding, policy)
+            run = self._collect(decoding, reader, pending, policy)
+            yield run
+            pending = ahead
+
+    def _collect(self, decoding: _Decoding, reader: _Reader, pending: _InFlight, policy: DepthPolicy) -> Run:
+        """Reads a round, books it, and cuts it to what stands and to the budget."""
+        run, accepted = reader.read(pending.outcome)
+        now = time.perf_counter()
+        seconds, decoding.read_at = now - decoding.read_at, now
+        told = not pending.fresh and reader.waited > WAITED * seconds
+        policy.learn(pending.depth, accepted, seconds if told else None)
+        decoding.stats.count(pending.depth, accepted)
+        decoding.bound -= pending.depth - accepted
+        upto = min(accepted + 1, decoding.asked.budget - len(decoding.emitted))
+        run = Run(run.tokens[:upto], run.logprobs and run.logprobs[:upto], run.top and run.top[:upto])
+        decoding.emitted += run.tokens
+        return run
+
+    def _submit(self, decoding: _Decoding, policy: DepthPolicy) -> _InFlight:
+        """Starts a round of the depth the policy chose."""
+        depth, request, asked = policy.next(), decoding.request, decoding.asked
+        fresh = self._reserve(request, decoding.bound + max(depth + 1, self.width or 0))
+        fresh = self.rounds.is_new(request, depth) or fresh
+        decoding.bound += depth + 1
+        if asked.processors:
+            so_far = asked.ids + decoding.emitted
+            outcome = self.rounds.submit_processed(request, depth, so_far, asked.processors)
+        else:
+            outcome = self.rounds.submit(request, depth)
+        stats = decoding.stats
+        stats.rounds += 1
+        stats.head_passes += 1
+        stats.depth_counts[depth] = stats.depth_counts.get(depth, 0) + 1
+        return _InFlight(outcome, depth, fresh)
+
+    def _reserve(self, request: Request, rows: int) -> bool:
+        """Makes room for `rows` positions; whether anything had to grow."""
+        if rows <= request.cache.capacity:
+            return False
+        request.cache.grow(capacity_for(rows))
+        if self.drafter is not None:
+            request.memory = self.drafter.grow(request.memory, request.cache.capacity)
+        return True
+
+    def prefill(self, asked: Asked, deepest: int) -> Request:
+        """Runs the prompt in chunks that bound memory; leaves the state of its last token."""
+        target, drafter, ids = self.target, self.drafter, asked.ids
+        # In exact mode room for the whole reply: the kernels may depend on the size of the buffers, and when those
+        # grow must not depend on how many drafts are in flight.
+        rows = len(ids) + (asked.budget + 4 * WIDEST if self.exact else deepest + 1)
+        cache = target.new_cache(capacity_for(rows))
+        memory = drafter.start(1, cache.capacity) if drafter else {}
+        chunk = self._chunk(cache)
+        states = States(mx.zeros((1, 0, 0)))
+        for start in range(0, len(ids), chunk):
+            tokens = mx.array([ids[start : start + chunk]], dtype=mx.int32)
+            final = start + chunk >= len(ids)
+            wants_all = drafter is not None and drafter.reads_states
+            states = target.forward(tokens, cache, None if wants_all else int(final))
+            if drafter is not None and drafter.reads_prompt:
+                memory = drafter.observe(memory, tokens, states, mx.array([tokens.shape[1] - 1]))
+            cache.advance(tokens.shape[1])
+            mx.eval(cache.arrays, memory)
+            if asked.on_prefill:
+                asked.on_prefill(min(start + chunk, len(ids)), len(ids))
+        vocabulary = target.info.vocab_size
+        rules = Rules.of(asked.sampling, vocabulary, asked.logprobs)
+        return Request(
+            mx.zeros((1, 1), dtype=mx.int32), states.hidden[:, -1:], cache, memory, rules,
+            rules.knobs(asked.sampling, vocabulary), rules.history(ids, vocabulary), mx.random.key(asked.seed),
+        )  # fmt: skip
+
+    def _chunk(self, cache: KVCache) -> int:
+        """Rows of the prompt that one pass may take."""
+        score_bytes = 4 * self.target.info.attention_heads * cache.capacity
+        return max(MIN_CHUNK, min(MAX_CHUNK, CHUNK_BYTES // score_bytes))
+
+    def seconds_by_depth(self, depths: Sequence[int], repeats: int = 5) -> dict[int, float]:
+        """Median seconds of a pipelined round of each depth, on a short made-up prompt."""
+        asked = Asked(ids=[i % self.target.info.vocab_size for i in range(1, 17)], budget=1)
+        found = {}
+        for depth in depths:
+            request = self.prefill(asked, max(depths))
+            self.rounds.first(request)
+            outcomes = [self.rounds.submit(request, depth) for _ in range(2)]
+            mx.eval([outcome.tokens for outcome in outcomes])
+            times, pending, began = [], self.rounds.submit(request, depth), time.perf_counter()
+            for _ in range(repeats):
+                ahead = self.rounds.submit(request, depth)
+                mx.eval(pending.tokens)
+                now = time.perf_counter()
+                times.append(now - began)
+                pending, began = ahead, now
+            mx.eval(pending.tokens)
+            found[depth] = sorted(times)[repeats // 2]
+        return found

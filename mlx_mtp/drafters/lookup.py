@@ -1,0 +1,132 @@
+"""Lookup: what followed the last time the same words were written, found on the device; needs no weights.
+
+What it does: keeps the tokens of prompt and reply, finds the longest match of their end (n-grams up to 8, the most
+recent of the longest), proposes its continuation; alone, or in front of another drafter where the match is long
+enough to be trusted. What it does not do: verify; a wrong continuation costs a round, never the answer.
+
+The idea is prompt lookup decoding (Saxena 2023; LLMA, arXiv 2304.04487).
+
+Shapes: B batch, S places for tokens, K drafts, n length of a match.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from mlx_mtp.cache import KVCache
+from mlx_mtp.interfaces import Choose, Drafter, Memory, States, Target
+from mlx_mtp.sampling import Forced
+
+LONGEST = 8
+# From this length on a match is worth more than the drafter it stands before (measured; benchmarks/acceptance.py).
+TRUSTED = 6
+NOTHING = -1
+
+
+class Lookup:
+    """Drafts from the text itself; fits every target."""
+
+    max_depth = 8
+    reads_prompt = True
+    reads_states = False
+
+    def attach(self, target: Target) -> None:
+        """Fits every target."""
+
+    def start(self, batch: int, capacity: int) -> Memory:
+        """No tokens yet."""
+        return {"tokens": mx.full((batch, capacity), NOTHING, dtype=mx.int32), "length": mx.zeros((batch,), mx.int32)}
+
+    def grow(self, memory: Memory, capacity: int) -> Memory:
+        """More places."""
+        missing = max(0, capacity - memory["tokens"].shape[1])
+        return {**memory, "tokens": mx.pad(memory["tokens"], [(0, 0), (0, missing)], constant_values=NOTHING)}
+
+    def draft(
+        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, choose: Choose
+    ) -> tuple[mx.array, Memory]:
+        """The continuation of the longest match; the newest token again where there is none."""
+        found, _ = self.continuation(memory, token, depth)
+        return choose.certain(found), memory
+
+    def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:
+        """Keeps all M tokens; those beyond the accepted are overwritten by the next round."""
+        places = memory["length"][:, None] + mx.arange(tokens.shape[1], dtype=mx.int32)
+        kept = mx.put_along_axis(memory["tokens"], places, tokens.astype(mx.int32), axis=1)
+        return {**memory, "tokens": kept, "length": memory["length"] + accepted + 1}
+
+    @staticmethod
+    def continuation(memory: Memory, token: mx.array, depth: int) -> tuple[mx.array, mx.array]:
+        """Proposals [B, K] behind `token` [B, 1], and the length n [B] of the match they rest on."""
+        length = memory["length"][:, None]  # the place of `token`
+        text = mx.put_along_axis(memory["tokens"], length, token, axis=1)
+        places = mx.arange(text.shape[1], dtype=mx.int32)[None]
+        matches, run = mx.zeros(text.shape, dtype=mx.int32), places < length
+        for back in range(LONGEST):
+            wanted = mx.take_along_axis(text, mx.maximum(length - back, 0), axis=1)
+            shifted = mx.pad(text, [(0, 0), (back, 0)], constant_values=NOTHING)[:, : text.shape[1]]
+            run = run & (shifted == wanted)
+            matches = matches + run
+        best = mx.argmax(matches * text.shape[1] + places, axis=1, keepdims=True)
+        # A match that ends close by repeats itself: its continuation runs into the newest token and starts over.
+        step = mx.arange(depth, dtype=mx.int32) % mx.maximum(length - best, 1)
+        found = mx.take_along_axis(text, best + 1 + step, axis=1)
+        size = mx.take_along_axis(matches, best, axis=1)
+        return mx.where(size > 0, found, token), size[:, 0]
+
+
+class LookupFirst:
+    """Another drafter, overruled for a whole round where a long match is found."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        self.drafter, self.lookup = drafter, Lookup()
+        self.max_depth = drafter.max_depth
+        self.reads_prompt, self.reads_states = True, drafter.reads_states
+
+    def attach(self, target: Target) -> None:
+        """Binds the drafter."""
+        self.drafter.attach(target)
+
+    def start(self, batch: int, capacity: int) -> Memory:
+        """The memories of both."""
+        return {"lookup": self.lookup.start(batch, capacity), "drafter": self.drafter.start(batch, capacity)}
+
+    def grow(self, memory: Memory, capacity: int) -> Memory:
+        """Both, larger."""
+        return {
+            "lookup": self.lookup.grow(memory["lookup"], capacity),
+            "drafter": self.drafter.grow(memory["drafter"], capacity),
+        }
+
+    def draft(
+        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, choose: Choose
+    ) -> tuple[mx.array, Memory]:
+        """The drafter's chain, with every token overruled where the match is long."""
+        found, size = self.lookup.continuation(memory["lookup"], token, depth)
+        overruled = _Overruled(choose, (size >= TRUSTED)[:, None], found)
+        drafts, inner = self.drafter.draft(memory["drafter"], token, hidden, cache, depth, overruled)
+        return drafts, {**memory, "drafter": inner}
+
+    def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:
+        """Both hear the round."""
+        return {
+            "lookup": self.lookup.observe(memory["lookup"], tokens, states, accepted),
+            "drafter": self.drafter.observe(memory["drafter"], tokens, states, accepted),
+        }
+
+
+class _Overruled:
+    """Passes a drafter's choices on, with the lookup's token of the same step wherever its mask [B, 1] is set."""
+
+    def __init__(self, choose: Choose, mask: mx.array, found: mx.array) -> None:
+        self._choose, self._mask, self._found, self._step = choose, mask, found, 0
+
+    def __call__(self, logits: mx.array, tokens: mx.array | None = None, forced: Forced | None = None) -> mx.array:
+        """The next draft [B, 1]."""
+        at = self._step
+        self._step += 1
+        return self._choose(logits, tokens, forced or (self._mask, self._found[:, at : at + 1]))
+
+    def certain(self, tokens: mx.array) -> mx.array:
+        """Drafts [B, K] proposed without scores."""
+        return self._choose.certain(mx.where(self._mask, self._found, tokens))

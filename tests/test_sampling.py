@@ -1,0 +1,262 @@
+"""The output law: exact enumeration through the device code, and long runs of the real loop against the known law."""
+
+import itertools
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import GOLDEN
+
+import mlx_mtp
+from mlx_mtp import Sampling, verify
+from mlx_mtp.results import NEUTRAL
+from mlx_mtp.sampling import Law, Rules
+from mlx_mtp.testing import MarkovDrafter, MarkovTarget
+
+FILTERS = [
+    Sampling(temperature=1.0),
+    Sampling(temperature=0.7, top_k=2),
+    Sampling(temperature=1.3, top_p=0.8),
+    Sampling(temperature=1.0, min_p=0.2),
+    Sampling(temperature=1.0, top_k=3, top_p=0.9, min_p=0.05),
+]
+ODDS = {"token": verify.token_odds, "block": verify.block_odds}
+
+
+def filtered(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """The law in float64, row by row, straight from the definitions."""
+    flat = logits.reshape(-1, logits.shape[-1]).astype(np.float64)
+    out = np.zeros_like(flat)
+    for row, law in zip(flat, out, strict=True):
+        kept = np.argsort(-row, kind="stable")
+        weights = np.exp(row[kept] / sampling.temperature - row.max() / sampling.temperature)
+        if sampling.top_k:
+            kept, weights = kept[: sampling.top_k], weights[: sampling.top_k]
+        weights = weights / weights.sum()
+        if sampling.top_p is not None and sampling.top_p < 1:
+            count = int((np.cumsum(weights) - weights < sampling.top_p).sum())
+            kept, weights = kept[:count], weights[:count]
+        if sampling.min_p:
+            enough = weights >= sampling.min_p * weights[0]
+            kept, weights = kept[enough], weights[enough]
+        law[kept] = weights / weights.sum()
+    return out.reshape(logits.shape)
+
+
+def law_of(logits: np.ndarray, sampling: Sampling) -> Law:
+    full = sampling.over(NEUTRAL)
+    rules = Rules.of(full, logits.shape[-1])
+    return rules.law(mx.array(logits.astype(np.float32)), None, rules.knobs(full, logits.shape[-1]))
+
+
+def dense(law: Law, vocabulary: int) -> np.ndarray:
+    probabilities = np.array(law.probabilities).astype(np.float64)
+    if law.tokens is None:
+        return probabilities
+    out = np.zeros((*probabilities.shape[:-1], vocabulary))
+    np.put_along_axis(out, np.array(law.tokens), probabilities, axis=-1)
+    return out
+
+
+@pytest.mark.parametrize("sampling", FILTERS)
+def test_filters(sampling: Sampling) -> None:
+    logits = np.random.default_rng(0).normal(size=(3, 4, 50)) * 2
+    assert np.abs(dense(law_of(logits, sampling), 50) - filtered(logits, sampling)).max() < 1e-6
+
+
+def emitted_law(odds, vocabulary: int, depth: int, sampling: Sampling, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Joint law of the depth + 1 tokens that a round and plain decoding after it emit; and the target's own."""
+    random = np.random.default_rng(seed)
+    p_logits = [random.normal(size=(vocabulary**i, vocabulary)) * 1.5 for i in range(depth + 1)]
+    q_logits = [p + random.normal(size=p.shape) for p in p_logits[:depth]]
+    blocks = np.array(list(itertools.product(range(vocabulary), repeat=depth)))
+    before = [np.zeros(len(blocks), dtype=int)]  # index of the block's first i tokens
+    for i in range(depth):
+        before.append(before[-1] * vocabulary + blocks[:, i])
+    p = law_of(np.stack([p_logits[i][before[i]] for i in range(depth + 1)], axis=1), sampling)
+    q = law_of(np.stack([q_logits[i][before[i]] for i in range(depth)], axis=1), sampling)
+    p_laws, q_laws = [filtered(x, sampling) for x in p_logits], [filtered(x, sampling) for x in q_logits]
+    drawn = np.prod([q_laws[i][before[i], blocks[:, i]] for i in range(depth)], axis=0)
+    found = odds(mx.array(blocks.astype(np.int32)), q, p)
+    passes, residual = np.array(found.pass_, dtype=np.float64), dense(found.residual, vocabulary)
+    target = np.ones((1, 1))
+    for laws in p_laws:
+        target = (target.reshape(-1, 1) * laws).reshape(1, -1)
+    emitted = np.zeros_like(target)
+    for accepted in range(depth + 1):
+        if found.prefix:
+            stops = 1.0 - passes[:, accepted] if accepted < depth else 1.0
+            chance = passes[:, :accepted].prod(axis=1) * stops
+        else:
+            reaches = passes[:, accepted - 1] if accepted else 1.0
+            chance = reaches * (1.0 - passes[:, accepted:]).prod(axis=1)
+        weight = np.where(drawn > 0, drawn * chance, 0.0)
+        begun = np.zeros((vocabulary**accepted, vocabulary))
+        np.add.at(begun, before[accepted], weight[:, None] * residual[:, accepted])
+        for laws in p_laws[accepted + 1 :]:
+            begun = (begun.reshape(-1, 1) * laws).reshape(-1, vocabulary)
+        emitted += begun.reshape(1, -1)
+    return emitted[0], target[0]
+
+
+@pytest.mark.parametrize("odds", ODDS)
+@pytest.mark.parametrize("sampling", FILTERS)
+@pytest.mark.parametrize(("vocabulary", "depth"), [(3, 4), (4, 3), (5, 1), (6, 2), (6, 4)])
+def test_enumeration_of_every_block(odds: str, sampling: Sampling, vocabulary: int, depth: int) -> None:
+    emitted, target = emitted_law(ODDS[odds], vocabulary, depth, sampling, seed=vocabulary * 10 + depth)
+    assert abs(target.sum() - 1) < 1e-9
+    assert np.abs(emitted - target).max() < 1e-6
+
+
+def resampled_from_p(excess: mx.array, p: Law, depth: int) -> Law:
+    return p
+
+
+@pytest.mark.parametrize("odds", ODDS)
+def test_a_wrong_residual_is_noticed(odds: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "_residual", resampled_from_p)
+    emitted, target = emitted_law(ODDS[odds], 4, 3, Sampling(temperature=1.0), seed=1)
+    assert np.abs(emitted - target).sum() / 2 > 0.02
+
+
+def test_block_verification_keeps_more() -> None:
+    """Never fewer accepted drafts than token by token (Sun et al. 2024, theorem 2), and here more."""
+    random = np.random.default_rng(5)
+    p_logits, kept = random.normal(size=(4096, 5, 6)) * 1.5, {}
+    q_logits = p_logits[:, :4] + random.normal(size=(4096, 4, 6))
+    p, q = (law_of(x, Sampling(temperature=1.0)) for x in (p_logits, q_logits))
+    drafts = q.draw(mx.random.key(1))
+    for name, odds in ODDS.items():
+        found = odds(drafts, q, p)
+        passes = np.array(found.pass_)
+        if found.prefix:
+            kept[name] = np.cumprod(passes, axis=1).sum(axis=1).mean()
+        else:
+            kept[name] = (1 - np.cumprod(1 - passes[:, ::-1], axis=1)).sum(axis=1).mean()
+    assert kept["block"] > 1.01 * kept["token"]
+
+
+def markov_pair(seed: int = 0, vocabulary: int = 6) -> tuple[np.ndarray, MarkovTarget, MarkovDrafter]:
+    random = np.random.default_rng(seed)
+    table = random.normal(size=(vocabulary, vocabulary)).astype(np.float32) * 1.5
+    other = table + random.normal(size=table.shape).astype(np.float32)
+    return table, MarkovTarget(mx.array(table)), MarkovDrafter(mx.array(other))
+
+
+def worst_deviation(tokens: list[int], law: np.ndarray) -> float:
+    """The larger chi-square of lag-1 and lag-2 pairs against the known law, in standard deviations from its mean."""
+    worst, ids = 0.0, np.array(tokens)
+    for lag, expected_law in ((1, law), (2, law @ law)):
+        seen = np.zeros(law.shape)
+        np.add.at(seen, (ids[:-lag], ids[lag:]), 1)
+        expected = seen.sum(axis=1, keepdims=True) * expected_law
+        assert seen[expected == 0].sum() == 0  # nothing that the filters forbid
+        cells = expected > 5
+        freedom = cells.sum() - (expected.sum(axis=1) > 0).sum()
+        chi_square = ((seen - expected)[cells] ** 2 / expected[cells]).sum()
+        # Pairs at lag 2 overlap, which only makes the statistic a little wider than chi-square's own.
+        worst = max(worst, (chi_square - freedom) / np.sqrt(2 * max(freedom, 1)))
+    return worst
+
+
+@pytest.mark.parametrize("sampling", [FILTERS[0], FILTERS[1], FILTERS[4]])
+@pytest.mark.parametrize("depth", [0, 1, 4])
+def test_long_runs_follow_the_law(sampling: Sampling, depth: int) -> None:
+    """40,000 tokens of the real loop, compiled and pipelined, against the exact law of a Markov target."""
+    table, target, drafter = markov_pair()
+    engine = mlx_mtp.Engine(target, drafter, None, depth=depth)
+    tokens = engine.generate([0], max_tokens=40_000, sampling=sampling, seed=3).tokens
+    assert worst_deviation(tokens, filtered(table, sampling)) < 5
+
+
+def test_long_runs_notice_a_wrong_residual(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "_residual", resampled_from_p)
+    table, target, drafter = markov_pair()
+    engine = mlx_mtp.Engine(target, drafter, None, depth=2)
+    tokens = engine.generate([0], max_tokens=20_000, sampling=FILTERS[0], seed=3).tokens
+    assert worst_deviation(tokens, filtered(table, FILTERS[0])) > 20
+
+
+def test_one_seed_one_output() -> None:
+    _, target, drafter = markov_pair()
+    engine = mlx_mtp.Engine(target, drafter, None, depth="auto")
+    runs = [engine.generate([1], max_tokens=300, sampling=FILTERS[0], seed=seed).tokens for seed in (7, 7, 8, None)]
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2] and runs[0] != runs[3]
+
+
+PENALISED = Sampling(
+    temperature=0.0, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.4,
+    logit_bias={7: 1.5, 9: float("-inf")},
+)  # fmt: skip
+
+
+def test_penalties_and_logprobs_by_hand() -> None:
+    """Every emitted token and its logprob, recomputed in NumPy from the target's plain logits."""
+    folder = GOLDEN / "ple"
+    prompt = np.load(folder / "reference.npz")["input_ids"][0].tolist()
+    engine = mlx_mtp.load(folder / "target", drafter=folder / "assistant_tied", depth=4)
+    result = engine.generate(prompt, max_tokens=60, sampling=PENALISED, logprobs=3, ignore_end=True)
+    all_logits = np.array(engine.target.logits(mx.array([prompt + result.tokens])))[0].astype(np.float64)
+    for i, token in enumerate(result.tokens):
+        logits = all_logits[len(prompt) - 1 + i]
+        counts = np.bincount(result.tokens[:i], minlength=len(logits))
+        seen = (counts > 0) | (np.bincount(prompt, minlength=len(logits)) > 0)
+        logits = np.where(seen, np.where(logits > 0, logits / 1.3, logits * 1.3), logits)
+        logits = logits - 0.5 * (counts > 0) - 0.4 * counts
+        logits[7] += 1.5
+        logits[9] = -np.inf
+        logprobs = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+        assert logprobs[token] > logprobs.max() - 1e-4
+        assert abs(result.logprobs[i] - logprobs[token]) < 1e-4
+        best = np.argsort(-logprobs)[:3]
+        assert np.abs(np.array(list(result.top_logprobs[i].values())) - logprobs[best]).max() < 1e-4
+    assert 9 not in result.tokens
+
+
+@pytest.mark.parametrize("variant", ["ple", "moe"])
+def test_penalties_bias_and_logprobs_do_not_depend_on_depth(variant: str) -> None:
+    folder = GOLDEN / variant
+    prompt = np.load(folder / "reference.npz")["input_ids"][0].tolist()
+    results = [
+        mlx_mtp.load(folder / "target", drafter=folder / "assistant_centroid", depth=depth).generate(
+            prompt, max_tokens=200, sampling=PENALISED, logprobs=2, ignore_end=True
+        )
+        for depth in (0, 4)
+    ]
+    assert results[0].tokens == results[1].tokens
+    assert np.abs(np.array(results[0].logprobs) - np.array(results[1].logprobs)).max() < 1e-4
+
+
+def test_python_logits_processors_see_every_token() -> None:
+    """A processor that forbids what the last token was, in mlx-lm's convention; read one round at a time."""
+    folder = GOLDEN / "ple"
+    prompt = np.load(folder / "reference.npz")["input_ids"][0].tolist()
+    lengths = []
+
+    def no_repeats(tokens: mx.array, logits: mx.array) -> mx.array:
+        lengths.append(tokens.size)
+        logits[:, tokens[-1:]] = -1e9
+        return logits
+
+    found = [
+        mlx_mtp.load(folder / "target", drafter=folder / "assistant_tied", depth=depth).generate(
+            prompt, max_tokens=80, logits_processors=[no_repeats], ignore_end=True
+        )
+        for depth in (0, 3)
+    ]
+    assert found[0].tokens == found[1].tokens
+    assert all(a != b for a, b in itertools.pairwise(found[0].tokens))
+    assert min(lengths) == len(prompt)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}, {"top_k": 1.5}, {"min_p": 2},
+        {"repetition_penalty": 0}, {"temperature": "hot"}, {"logit_bias": {1: float("nan")}}, {"temperature": True},
+    ],
+)  # fmt: skip
+def test_values_out_of_range_are_refused(wrong: dict) -> None:
+    with pytest.raises(mlx_mtp.OptionError):
+        Sampling(**wrong)
