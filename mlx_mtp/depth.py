@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -24,13 +25,14 @@ log = logging.getLogger(__name__)
 OWN, COMMON = 0.1, 0.03
 # A round this many times slower than expected was interrupted by something else.
 OUTLIER = 2.5
-# What a new request remembers of the ones before: as much as this many rounds; and the least one round counts later.
-MEMORY_ROUNDS, LEAST = 6, 0.05
-LONG_RUN = 0.01
+# Acceptance is a share of rounds that fade by these factors: within a request, and over all of them.
+FADE, LONG_FADE = 0.97, 0.995
+# How many rounds of its own the earlier requests count for in a new one, and the position before for a position.
+MEMORY, NEIGHBOUR = 4.0, 1.0
 PRIOR = 0.6
-# A change must promise this much. Rounds between two probes: at first, and at most (doubled while probes fail).
+# A change must promise this much. Share of the time that may be spent on seeing whether more drafts would pay.
 GAIN = 1.02
-PROBE_EVERY, PROBE_AT_MOST = 48, 384
+PROBING = 0.005
 
 
 class DepthPolicy(Protocol):
@@ -94,31 +96,68 @@ class Curve:
 
 
 @dataclass
+class Acceptance:
+    """How many drafts were judged at each position, and how many of them stood; older rounds count less."""
+
+    seen: list[float]
+    stood: list[float]
+
+    @classmethod
+    def unknown(cls, positions: int) -> Acceptance:
+        """Nothing judged yet."""
+        return cls([0.0] * positions, [0.0] * positions)
+
+    def book(self, depth: int, accepted: int, fade: float) -> None:
+        """A round of `depth` drafts of which the first `accepted` stood; those behind the first loss tell nothing."""
+        for i in range(min(depth, accepted + 1)):
+            self.seen[i] = fade * self.seen[i] + 1.0
+            self.stood[i] = fade * self.stood[i] + float(i < accepted)
+
+    def shares(self) -> list[float]:
+        """Chance of each position once those before it stand; where little was seen, much as the position before."""
+        found, share = [], PRIOR
+        for seen, stood in zip(self.seen, self.stood, strict=True):
+            share = (NEIGHBOUR * share + stood) / (NEIGHBOUR + seen)
+            found.append(share)
+        return found
+
+    def faded(self) -> Acceptance:
+        """The same shares, worth at most MEMORY rounds."""
+        weights = [min(1.0, MEMORY / seen) if seen else 0.0 for seen in self.seen]
+        return Acceptance(
+            [w * seen for w, seen in zip(weights, self.seen, strict=True)],
+            [w * stood for w, stood in zip(weights, self.stood, strict=True)],
+        )
+
+
+@dataclass
 class DepthController:
-    """Chooses among `allowed` depths. `long_run` is the acceptance by position over all requests so far."""
+    """Chooses among `allowed` depths. `long_run` is what all requests so far had accepted."""
 
     curve: Curve
     deepest: int
     allowed: Sequence[int]
-    long_run: list[float] = field(default_factory=list)
+    long_run: Acceptance | None = None
     file: Path | None = None
     key: str = ""
 
     def __post_init__(self) -> None:
-        self.long_run = (self.long_run + [PRIOR] * self.deepest)[: self.deepest]
+        if self.long_run is None or len(self.long_run.seen) != self.deepest:
+            self.long_run = Acceptance.unknown(self.deepest)
+        self._everything: Acceptance = self.long_run
         self.begin()
 
     def begin(self) -> None:
         """Starts from the long run, ready to be convinced otherwise within a few rounds."""
-        self._acceptance = list(self.long_run)
-        self._seen = [MEMORY_ROUNDS] * self.deepest
-        self._depth = self._best(self.allowed)
-        self._since_probe, self._probe_every = 0, PROBE_EVERY
+        self._here = self._everything.faded()
+        self._shares = self._here.shares()
+        self._depth = self._best()
+        self._since_probe = 0
 
     def tokens(self, depth: int) -> float:
         """Expected tokens of a round."""
         total = stands = 1.0
-        for share in self._acceptance[:depth]:
+        for share in self._shares[:depth]:
             stands *= share
             total += stands
         return total
@@ -128,39 +167,45 @@ class DepthController:
         return self.tokens(depth) / self.curve.at(depth)
 
     def next(self) -> int:
-        """The chosen depth, or seldom its neighbour, to see whether that would pay."""
-        best = self._best([d for d in self.allowed if d == 0 or abs(d - self._depth) <= 1])
+        """The chosen depth, or now and then the next deeper one, to see whether that would pay."""
+        best = self._best()
         if best != self._depth and self.rate(best) > GAIN * self.rate(self._depth):
             log.info("depth %d -> %d: %.0f tokens/s expected in place of %.0f",
                      self._depth, best, self.rate(best), self.rate(self._depth))  # fmt: skip
-            self._depth, self._since_probe, self._probe_every = best, 0, PROBE_EVERY
+            self._depth, self._since_probe = best, 0
         self._since_probe += 1
-        if self._since_probe >= self._probe_every:
+        deeper = next((depth for depth in self.allowed if depth > self._depth), None)
+        if deeper is not None and self._since_probe * PROBING > self._lost(deeper):
             self._since_probe = 0
-            self._probe_every = min(2 * self._probe_every, PROBE_AT_MOST)
-            above = [d for d in self.allowed if d > self._depth]
-            return above[0] if above else self._depth
+            return deeper
         return self._depth
+
+    def _lost(self, depth: int) -> float:
+        """What a round of this depth is expected to cost, in rounds of the chosen one."""
+        time = self.curve.at(depth) / self.curve.at(self._depth)
+        return time - self.tokens(depth) / self.tokens(self._depth)
 
     def learn(self, depth: int, accepted: int, seconds: float | None) -> None:
         """Books a round: which drafts stood, and how long it took."""
-        for i in range(min(depth, accepted + 1)):
-            stood = float(i < accepted)
-            self._seen[i] += 1
-            weight = max(1.0 / self._seen[i], LEAST)
-            self._acceptance[i] += weight * (stood - self._acceptance[i])
-            self.long_run[i] += LONG_RUN * (stood - self.long_run[i])
+        self._here.book(depth, accepted, FADE)
+        self._everything.book(depth, accepted, LONG_FADE)
+        self._shares = self._here.shares()
         if seconds is not None:
             self.curve.learn(depth, seconds)
 
-    def _best(self, depths: Sequence[int]) -> int:
-        return max(depths, key=self.rate)
+    def _best(self) -> int:
+        """The depth with the best rate; drafting must beat plain decoding by GAIN."""
+        return max(self.allowed, key=lambda depth: self.rate(depth) * (1.0 if depth else GAIN))
 
     def save(self) -> None:
         """Keeps curve and acceptance for the next start; a read-only or full disk costs nothing but that."""
         if self.file is None:
             return
-        known = {"seconds": {str(d): t for d, t in self.curve.seconds.items()}, "acceptance": self.long_run}
+        known = {
+            "seconds": {str(depth): time for depth, time in self.curve.seconds.items()},
+            "seen": self._everything.seen,
+            "stood": self._everything.stood,
+        }
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             profiles = _profiles(self.file) | {self.key: known}
@@ -171,17 +216,18 @@ class DepthController:
             log.debug("the depth profile was not kept: %s", error)
 
 
-def remembered(file: Path, key: str) -> tuple[Curve, list[float]] | None:
+def remembered(file: Path, key: str) -> tuple[Curve, Acceptance] | None:
     """What an earlier run learned about this machine and pair; None where nothing usable is kept."""
     known = _profiles(file).get(key)
     try:
         assert isinstance(known, dict)
         seconds = {int(depth): float(time) for depth, time in known["seconds"].items()}
-        acceptance = [float(share) for share in known["acceptance"]]
+        seen, stood = ([float(count) for count in known[name]] for name in ("seen", "stood"))
     except (AssertionError, KeyError, TypeError, ValueError, AttributeError):
         return None
-    usable = seconds and min(seconds.values()) > 0 and all(0 <= share <= 1 for share in acceptance)
-    return (Curve(seconds), acceptance) if usable else None
+    sane = len(seen) == len(stood) and all(0 <= b <= a < math.inf for a, b in zip(seen, stood, strict=True))
+    usable = seconds and all(0 < time < math.inf for time in seconds.values()) and sane
+    return (Curve(seconds), Acceptance(seen, stood)) if usable else None
 
 
 def _profiles(file: Path) -> dict[str, object]:

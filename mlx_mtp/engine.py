@@ -93,10 +93,10 @@ class Engine:
         decoder = Decoder(self.target, drafter, FixedDepth(0), exact)
         file, key = profile or (None, "")
         known = remembered(file, key) if file else None
-        if known is None:
-            timed = [depth for depth in TIMED_DEPTHS if depth in allowed]
-            known = Curve(decoder.seconds_by_depth(timed)), []
-        decoder.policy = DepthController(known[0], max(allowed), allowed, known[1], file, key)
+        curve, long_run = known or (None, None)
+        if curve is None:
+            curve = Curve(decoder.seconds_by_depth([depth for depth in TIMED_DEPTHS if depth in allowed]))
+        decoder.policy = DepthController(curve, max(allowed), allowed, long_run, file, key)
         return decoder
 
     def generate(self, prompt: Prompt, **options: Any) -> Result:

@@ -1,0 +1,123 @@
+"""Depth control in simulation: it finds the best depth, never costs more than 2 %, and remembers."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+import mlx_mtp
+from mlx_mtp.depth import Curve, DepthController, remembered
+
+# Seconds of a round by depth: rows nearly free, and rows that are not (performance.md, A2).
+FLAT = {0: 10.0, 1: 10.5, 2: 11.0, 4: 12.5, 8: 18.0}
+STEEP = {0: 10.0, 1: 16.5, 2: 23.0, 4: 36.0, 8: 62.0}
+
+
+def simulate(
+    controller: DepthController, seconds: dict[int, float], acceptance: float, rounds: int, seed: int = 0
+) -> tuple[float, float]:
+    """Tokens and time of many rounds with independent acceptance; times scatter by 5 %."""
+    chance, tokens, time, truth = random.Random(seed), 0, 0.0, Curve(dict(seconds))
+    for _ in range(rounds):
+        depth = controller.next()
+        accepted = 0
+        while accepted < depth and chance.random() < acceptance:
+            accepted += 1
+        took = truth.at(depth) * chance.uniform(0.95, 1.05)
+        controller.learn(depth, accepted, took)
+        tokens, time = tokens + accepted + 1, time + took
+    return tokens, time
+
+
+def best_rate(seconds: dict[int, float], acceptance: float) -> float:
+    truth = Curve(dict(seconds))
+    return max(sum(acceptance**i for i in range(depth + 1)) / truth.at(depth) for depth in range(9))
+
+
+def controller(seconds: dict[int, float]) -> DepthController:
+    return DepthController(Curve({d: seconds[d] for d in (0, 1, 2, 4)}), 8, range(9))
+
+
+@pytest.mark.parametrize("seconds", [FLAT, STEEP])
+@pytest.mark.parametrize("acceptance", [0.3, 0.6, 0.8, 0.95])
+def test_it_finds_the_best_depth(seconds: dict[int, float], acceptance: float) -> None:
+    tokens, time = simulate(controller(seconds), seconds, acceptance, 1500)
+    assert tokens / time > 0.95 * best_rate(seconds, acceptance)
+
+
+@pytest.mark.parametrize("seconds", [FLAT, STEEP])
+@pytest.mark.parametrize("acceptance", [0.0, 0.02, 0.05])
+def test_never_slower_than_plain(seconds: dict[int, float], acceptance: float) -> None:
+    """From an optimistic start, over 250 rounds of a text that the drafter is bad at."""
+    for seed in range(5):
+        tokens, time = simulate(controller(seconds), seconds, acceptance, 250, seed)
+        assert tokens / time > 0.98 / seconds[0]
+
+
+def test_it_follows_a_text_that_changes() -> None:
+    control = controller(FLAT)
+    simulate(control, FLAT, 0.95, 200)
+    assert control.next() >= 5
+    simulate(control, FLAT, 0.0, 200)
+    assert control.tokens(1) < 1.1
+    tokens, time = simulate(control, FLAT, 0.9, 3000)
+    assert tokens / time > 0.8 * best_rate(FLAT, 0.9)
+
+
+def test_only_allowed_depths() -> None:
+    control = DepthController(Curve(dict(FLAT)), 8, [0, 1, 3])
+    depths = set()
+    for _ in range(300):
+        depth = control.next()
+        depths.add(depth)
+        control.learn(depth, depth, None)
+    assert depths <= {0, 1, 3} and 3 in depths
+
+
+def test_an_interrupted_round_is_not_believed() -> None:
+    curve = Curve(dict(FLAT))
+    curve.learn(1, 10.5 * 20)
+    assert curve.seconds == FLAT
+
+
+def test_curves_are_straight_between_and_beyond_measurements() -> None:
+    curve = Curve({0: 10.0, 2: 12.0, 4: 16.0})
+    assert [curve.at(d) for d in (0, 1, 2, 3, 4, 6)] == [10.0, 11.0, 12.0, 14.0, 16.0, 20.0]
+
+
+def test_what_was_learned_is_kept(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "depth.json"
+    control = DepthController(Curve(dict(FLAT)), 8, range(9), None, file, "pair one")
+    simulate(control, FLAT, 0.9, 100)
+    control.save()
+    DepthController(Curve({0: 1.0}), 8, range(9), None, file, "pair two").save()
+    known = remembered(file, "pair one")
+    assert known is not None
+    assert known[0].seconds == control.curve.seconds and known[1] == control.long_run
+    assert remembered(file, "pair three") is None
+    assert [path.name for path in file.parent.iterdir()] == ["depth.json"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"pair": 1}', '{"pair": {"seconds": {"0": -1}, "seen": [], "stood": []}}',
+             '{"pair": {"seconds": {"x": 1}, "seen": [1], "stood": [0.5]}}', '{"pair": {"seconds": {}, "seen": [], "stood": []}}'],
+)  # fmt: skip
+def test_a_damaged_profile_is_measured_anew(tmp_path: Path, text: str) -> None:
+    (tmp_path / "depth.json").write_text(text)
+    assert remembered(tmp_path / "depth.json", "pair") is None
+
+
+def test_the_engine_learns_and_keeps_a_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
+    engine = mlx_mtp.load()
+    result = engine.generate("import os\n", raw=True, max_tokens=60, ignore_end=True)
+    (profile,) = json.loads((tmp_path / "depth.json").read_text()).values()
+    assert set(profile) == {"seconds", "seen", "stood"}
+    assert sum(result.stats.depth_counts.values()) == result.stats.rounds
+
+
+def test_a_folder_that_cannot_be_written_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path / "file" / "below"))
+    assert mlx_mtp.load().generate("import os\n", raw=True, max_tokens=10).tokens
