@@ -68,9 +68,12 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prompts", type=int, default=40)
+    parser.add_argument("--draft-head-bits", type=int, default=0, help="0 (as it is), 4 or 8")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    engine = mlx_mtp.load(options.model, drafter=options.drafter, depth=options.depth)
+    engine = mlx_mtp.load(
+        options.model, drafter=options.drafter, depth=options.depth, draft_head_bits=options.draft_head_bits
+    )
     figures = {}
     for kind, asked in prompts(engine, options.prompts).items():
         figures[kind] = measure(engine, asked, options.tokens)

@@ -7,6 +7,7 @@ figure is of this run.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +39,8 @@ def main() -> None:
     """Runs the demo on the terminal."""
     console = Console()
     mtp, plain = mlx_mtp.load(), mlx_mtp.load(drafter=None)
-    console.print(f"mlx_mtp {mlx_mtp.__version__} · {_device()} · mode {mtp.mode}, {mtp.depth} drafts a round\n")
+    drafts = "as many drafts a round as pay here" if mtp.depth == "auto" else f"{mtp.depth} drafts a round"
+    console.print(f"mlx_mtp {mlx_mtp.__version__} · {_device()} · mode {mtp.mode}, {drafts}\n")
     for engine in (plain, mtp):  # compile before anything is timed
         engine.generate(SHOWN_PROMPT, max_tokens=48, ignore_end=True)
     _side_by_side(console, plain, mtp)
@@ -154,11 +156,16 @@ def _table(
         per_round = statistics.mean(s.tokens_per_round for s in stats) if name == "MTP" else 1.0
         same = "the reference" if name == "plain" else _comparison(plain, prompts, outputs["plain"], outputs[name])
         table.add_row(name, f"{middle:.1f}", f"{middle / base:.2f}", f"{per_round:.2f}", same)
-    drafted = [sum(column) for column in zip(*(s.drafted_by_position for s in stats), strict=True)]
-    accepted = [sum(column) for column in zip(*(s.accepted_by_position for s in stats), strict=True)]
+    drafted = _by_position([found.drafted_by_position for found in stats])
+    accepted = _by_position([found.accepted_by_position for found in stats])
     shares = "  ".join(f"{i + 1}: {a / d:.0%}" for i, (a, d) in enumerate(zip(accepted, drafted, strict=True)))
     table.caption = f"drafts accepted by position, of those drafted  {shares}"
     return table
+
+
+def _by_position(counts: Sequence[Sequence[int]]) -> list[int]:
+    """Sums over runs that may have drafted to different depths."""
+    return [sum(column) for column in itertools.zip_longest(*counts, fillvalue=0)]
 
 
 def _comparison(

@@ -32,6 +32,7 @@ def generate(
     seed: options.Seed = None,
     stop: options.Stop = None,
     mode: options.Mode = "fast",
+    draft_head_bits: options.HeadBits = "auto",
     max_context: options.MaxContext = None,
     tokens: Annotated[str | None, typer.Option(help="Token ids in place of a prompt: 1,2,3.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it stands, no chat template.")] = False,
@@ -50,8 +51,9 @@ def generate(
     bar = PrefillBar(Console(stderr=True))
     with notices.held_back():
         engine = mlx_mtp.load(
-            model, drafter=drafter, depth=options.depth_value(depth), mode=mode, max_context=max_context
-        )
+            model, drafter=drafter, depth=options.depth_value(depth), mode=mode, max_context=max_context,
+            draft_head_bits=options.head_bits_value(draft_head_bits),
+        )  # fmt: skip
         stream = engine.stream(
             asked, max_tokens=max_tokens, sampling=sampling, stop=stop or [], seed=seed, logprobs=logprobs, raw=raw,
             on_prefill=bar.update,

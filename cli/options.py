@@ -29,6 +29,7 @@ Seed = Annotated[int | None, typer.Option(help="The same seed gives the same rep
 Mode = Annotated[
     str, typer.Option(help="'fast', or 'exact': greedy output bit-equal with and without the drafter.")
 ]
+HeadBits = Annotated[str, typer.Option(help="Bits of a drafter's dense output head: 'auto', 0 (as it is), 4 or 8.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the reply; may be repeated.")]
 MaxContext = Annotated[
     int | None, typer.Option(help="Most tokens of prompt and reply together.", show_default="the model's limit")
@@ -43,6 +44,11 @@ def depth_value(text: str) -> int | str:
         return int(text)
     except ValueError:
         raise OptionError(f"Expected --depth 'auto' or 0 to 8, found '{text}'.") from None
+
+
+def head_bits_value(text: str) -> int | str:
+    """'auto' or a whole number; the library checks which."""
+    return int(text) if text.isdecimal() else text
 
 
 def token_ids(text: str) -> list[int]:

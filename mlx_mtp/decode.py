@@ -26,9 +26,8 @@ from mlx_mtp.speculate import LogitsProcessor, Outcome, Request, Rounds
 
 # Most bytes of attention scores one prefill chunk may need, and its largest and smallest number of rows.
 CHUNK_BYTES, MAX_CHUNK, MIN_CHUNK = 256_000_000, 512, 16
-# A round was waited for if reading it took at least this share of its time; else the host was the slower one, and the
-# time says nothing about the device.
-WAITED = 0.02
+# The time between two reads is what a round costs, unless the consumer of the tokens took more than this share of it.
+PAUSED = 0.1
 
 PrefillProgress = Callable[[int, int], None]
 
@@ -57,17 +56,14 @@ class Run:
 
 @dataclass
 class _Reader:
-    """The only place that waits for the device after prefill. `waited` is how long the last read took."""
+    """The only place that waits for the device after prefill."""
 
     stats: Stats
-    waited: float = 0.0
 
     def read(self, outcome: Outcome) -> tuple[Run, int]:
         """The whole round as a run, and how many of its drafts stand; the run is not cut to them yet."""
-        began = time.perf_counter()
         self.stats.host_syncs += 1
         *tokens, accepted = _first(outcome.tokens)
-        self.waited = time.perf_counter() - began
         if outcome.logprobs is None or outcome.top is None:
             return Run(tokens), accepted
         # Computed with the tokens by one graph, so these wait for nothing.
@@ -83,17 +79,12 @@ def _first(array: mx.array) -> list[Any]:
 
 
 @dataclass
-class _InFlight:
-    """A submitted round. fresh: its graph or buffers were new, so its time says nothing."""
-
-    outcome: Outcome
-    depth: int
-    fresh: bool
-
-
-@dataclass
 class _Decoding:
-    """Host side of one request: an upper bound of the device's length, and when the last round was read."""
+    """Host side of one request: an upper bound of the device's length, and a clock.
+
+    paused: seconds the consumer took since the last read. disturbed: whether the time since the last read, or that
+    before it, says nothing about a round: a graph or buffer was made, or the consumer was slow and the device ahead.
+    """
 
     request: Request
     stats: Stats
@@ -101,6 +92,18 @@ class _Decoding:
     asked: Asked
     emitted: list[int] = field(default_factory=list)
     read_at: float = 0.0
+    paused: float = 0.0
+    disturbed: bool = True
+    disturbed_before: bool = True
+
+    def round_seconds(self) -> float | None:
+        """Wall time since the last read, None where that says nothing; starts the next interval."""
+        now = time.perf_counter()
+        seconds = now - self.read_at
+        self.disturbed |= self.paused > PAUSED * seconds
+        found = None if self.disturbed or self.disturbed_before else seconds
+        self.read_at, self.paused, self.disturbed_before, self.disturbed = now, 0.0, self.disturbed, False
+        return found
 
 
 class Decoder:
@@ -126,7 +129,7 @@ class Decoder:
         pending = self._submit(decoding, policy) if asked.budget > 1 and not serial else None
         run, _ = reader.read(first)
         stats.prefill_seconds = time.perf_counter() - began
-        decoding.read_at = time.perf_counter()
+        decoding.round_seconds()
         decoding.emitted += run.tokens
         yield run
         while len(decoding.emitted) < asked.budget:
@@ -136,29 +139,30 @@ class Decoder:
             ahead = None
             if len(decoding.emitted) + 1 < asked.budget and not serial:
                 ahead = self._submit(decoding, policy)
-            run = self._collect(decoding, reader, pending, policy)
+            run = self._collect(decoding, reader, *pending, policy)
+            given = time.perf_counter()
             yield run
+            decoding.paused = time.perf_counter() - given
             pending = ahead
 
-    def _collect(self, decoding: _Decoding, reader: _Reader, pending: _InFlight, policy: DepthPolicy) -> Run:
+    def _collect(
+        self, decoding: _Decoding, reader: _Reader, depth: int, outcome: Outcome, policy: DepthPolicy
+    ) -> Run:
         """Reads a round, books it, and cuts it to what stands and to the budget."""
-        run, accepted = reader.read(pending.outcome)
-        now = time.perf_counter()
-        seconds, decoding.read_at = now - decoding.read_at, now
-        told = not pending.fresh and reader.waited > WAITED * seconds
-        policy.learn(pending.depth, accepted, seconds if told else None)
-        decoding.stats.count(pending.depth, accepted)
-        decoding.bound -= pending.depth - accepted
+        run, accepted = reader.read(outcome)
+        policy.learn(depth, accepted, decoding.round_seconds())
+        decoding.stats.count(depth, accepted)
+        decoding.bound -= depth - accepted
         upto = min(accepted + 1, decoding.asked.budget - len(decoding.emitted))
         run = Run(run.tokens[:upto], run.logprobs and run.logprobs[:upto], run.top and run.top[:upto])
         decoding.emitted += run.tokens
         return run
 
-    def _submit(self, decoding: _Decoding, policy: DepthPolicy) -> _InFlight:
-        """Starts a round of the depth the policy chose."""
+    def _submit(self, decoding: _Decoding, policy: DepthPolicy) -> tuple[int, Outcome]:
+        """Starts a round of the depth the policy chose; that depth and what the round will give."""
         depth, request, asked = policy.next(), decoding.request, decoding.asked
-        fresh = self._reserve(request, decoding.bound + max(depth + 1, self.width or 0))
-        fresh = self.rounds.is_new(request, depth) or fresh
+        grown = self._reserve(request, decoding.bound + max(depth + 1, self.width or 0))
+        decoding.disturbed |= grown or self.rounds.is_new(request, depth)
         decoding.bound += depth + 1
         if asked.processors:
             so_far = asked.ids + decoding.emitted
@@ -169,7 +173,7 @@ class Decoder:
         stats.rounds += 1
         stats.head_passes += 1
         stats.depth_counts[depth] = stats.depth_counts.get(depth, 0) + 1
-        return _InFlight(outcome, depth, fresh)
+        return depth, outcome
 
     def _reserve(self, request: Request, rows: int) -> bool:
         """Makes room for `rows` positions; whether anything had to grow."""

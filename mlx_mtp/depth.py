@@ -15,7 +15,7 @@ import math
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -107,27 +107,29 @@ class Acceptance:
         """Nothing judged yet."""
         return cls([0.0] * positions, [0.0] * positions)
 
-    def book(self, depth: int, accepted: int, fade: float) -> None:
+    def fade(self, factor: float) -> None:
+        """Makes all rounds so far count less."""
+        self.seen = [factor * count for count in self.seen]
+        self.stood = [factor * count for count in self.stood]
+
+    def book(self, depth: int, accepted: int) -> None:
         """A round of `depth` drafts of which the first `accepted` stood; those behind the first loss tell nothing."""
         for i in range(min(depth, accepted + 1)):
-            self.seen[i] = fade * self.seen[i] + 1.0
-            self.stood[i] = fade * self.stood[i] + float(i < accepted)
+            self.seen[i] += 1.0
+            self.stood[i] += float(i < accepted)
 
     def shares(self) -> list[float]:
-        """Chance of each position once those before it stand; where little was seen, much as the position before."""
+        """Chance of each position once those before it stand; where little was seen, that of the position before."""
         found, share = [], PRIOR
         for seen, stood in zip(self.seen, self.stood, strict=True):
             share = (NEIGHBOUR * share + stood) / (NEIGHBOUR + seen)
             found.append(share)
         return found
 
-    def faded(self) -> Acceptance:
-        """The same shares, worth at most MEMORY rounds."""
-        weights = [min(1.0, MEMORY / seen) if seen else 0.0 for seen in self.seen]
-        return Acceptance(
-            [w * seen for w, seen in zip(weights, self.seen, strict=True)],
-            [w * stood for w, stood in zip(weights, self.stood, strict=True)],
-        )
+    def shares_given(self, expected: Sequence[float]) -> list[float]:
+        """The same, where little was seen as expected."""
+        rows = zip(expected, self.seen, self.stood, strict=True)
+        return [(MEMORY * share + stood) / (MEMORY + seen) for share, seen, stood in rows]
 
 
 @dataclass
@@ -149,8 +151,8 @@ class DepthController:
 
     def begin(self) -> None:
         """Starts from the long run, ready to be convinced otherwise within a few rounds."""
-        self._here = self._everything.faded()
-        self._shares = self._here.shares()
+        self._here = Acceptance.unknown(self.deepest)
+        self._shares = self._everything.shares()
         self._depth = self._best()
         self._since_probe = 0
 
@@ -187,9 +189,11 @@ class DepthController:
 
     def learn(self, depth: int, accepted: int, seconds: float | None) -> None:
         """Books a round: which drafts stood, and how long it took."""
-        self._here.book(depth, accepted, FADE)
-        self._everything.book(depth, accepted, LONG_FADE)
-        self._shares = self._here.shares()
+        # What a depth that is out of use was found to give fades, so that an unlucky one gets another chance.
+        for acceptance, factor in ((self._here, FADE), (self._everything, LONG_FADE)):
+            acceptance.fade(factor)
+            acceptance.book(depth, accepted)
+        self._shares = self._here.shares_given(self._everything.shares())
         if seconds is not None:
             self.curve.learn(depth, seconds)
 

@@ -91,6 +91,9 @@ class Drafter(Protocol):
     def attach(self, target: Target) -> None:
         """Binds the drafter to the target it will read; raises IncompatibleDrafter where the two differ."""
 
+    def quantise_head(self, bits: int) -> None:
+        """Stores the family's own output head, if it has a dense one, in `bits` bits: proposals cost less."""
+
     def start(self, batch: int, capacity: int) -> Memory:
         """Memory of a new request."""
 

@@ -131,15 +131,15 @@ class Result:
     top_logprobs: list[dict[int, float]] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The JSON object of `mlx-mtp generate --json`."""
-        return {
+        """The JSON object of `mlx-mtp generate --json`; top_logprobs only where logprobs were asked for."""
+        found = {
             "text": self.text,
             "tokens": self.tokens,
             "logprobs": self.logprobs,
-            "top_logprobs": self.top_logprobs,
             "finish_reason": self.finish_reason,
             "stats": self.stats.as_dict(),
         }
+        return found if self.top_logprobs is None else found | {"top_logprobs": self.top_logprobs}
 
 
 @dataclass(frozen=True)

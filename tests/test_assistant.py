@@ -9,6 +9,7 @@ import mlx_mtp
 from mlx_mtp.checkpoint import Checkpoint
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.assistant import Convention
+from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.sampling import Chooser, Rules
 from mlx_mtp.targets import load_target
 
@@ -58,3 +59,29 @@ def test_a_drafter_of_another_target_is_refused(target: str, drafter: str, named
 
     with pytest.raises(mlx_mtp.IncompatibleDrafter, match=named):
         mlx_mtp.load(GOLDEN / target / "target", drafter=GOLDEN / drafter / "assistant_tied")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_head_scores_like_its_own_rounding(bits: int) -> None:
+    """The embedded assistant's, against NumPy with the rows quantised and restored by MLX's own functions."""
+    drafter = load_drafter(Checkpoint.open(EMBEDDED / "assistant"))
+    table = drafter.model.model.embed_tokens.weight
+    drafter.quantise_head(bits)
+    group = drafter.model.model.embed_tokens.group_size
+    restored = mx.dequantize(*mx.quantize(table, group, bits), group, bits)
+    hidden = mx.random.normal((1, 3, table.shape[1]), key=mx.random.key(0))
+    tokens, logits = drafter.model.candidates(hidden)
+    assert tokens is None
+    assert np.abs(np.array(logits) - np.array(hidden) @ np.array(restored).T).max() < TOLERANCE
+    assert mx.abs(restored - table).max() > 0
+    drafter.quantise_head(12 - bits)  # a second time changes nothing
+    assert drafter.model.model.embed_tokens.bits == bits
+
+
+def test_a_quantised_head_leaves_the_answer() -> None:
+    found = []
+    for options in ({"drafter": None}, {"depth": 3}, {"depth": 3, "draft_head_bits": 4}):
+        engine = mlx_mtp.load(**options)
+        found.append(engine.generate("import os\n", raw=True, max_tokens=60, ignore_end=True))
+    assert found[0].tokens == found[1].tokens == found[2].tokens
+    assert found[2].stats.accepted > 0

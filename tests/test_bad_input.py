@@ -117,7 +117,8 @@ def test_hub_names_without_network_fail_at_once(refused: Refused) -> None:
 
 def test_drafter_paths(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    for drafter in (tmp_path / "nowhere", tmp_path / "file", tmp_path, "nowhere", "parallel", "sequential", "lookup+nowhere"):
+    names = ("nowhere", "parallel", "sequential", "lookup+nowhere")
+    for drafter in (tmp_path / "nowhere", tmp_path / "file", tmp_path, *names):
         refused("--model", TARGET, "--drafter", drafter, "--tokens", "1")
     assert "drafter" in refused("--model", TARGET, "--drafter", TARGET, "--tokens", "1")
     assert "target" in refused("--model", TIED, "--tokens", "1")
@@ -433,7 +434,7 @@ def test_prompt_longer_than_the_context(refused: Refused, run: Run) -> None:
     [["--depth", "9"], ["--depth", "-1"], ["--depth", "x"], ["--depth", ""], ["--depth", "1.5"], ["--max-tokens", "0"],
      ["--max-tokens", "-3"], ["--temperature", "-1"], ["--temperature", "nan"], ["--top-p", "0"], ["--top-k", "-1"],
      ["--min-p", "1.5"], ["--repetition-penalty", "0"], ["--presence-penalty", "inf"], ["--seed", "-1"],
-     ["--logprobs", "65"], ["--mode", "quick"],
+     ["--logprobs", "65"], ["--mode", "quick"], ["--draft-head-bits", "5"], ["--draft-head-bits", "x"],
      ["--max-context", "0"], ["--max-context", "1"], ["--max-context", "-5"], ["--max-context", "257"]],
 )  # fmt: skip
 def test_options_out_of_range(refused: Refused, options: list[str]) -> None:
@@ -487,10 +488,11 @@ def test_warnings_still_come_with_good_input() -> None:
 
 @pytest.mark.parametrize("drafter", ["none", TIED, CENTROID])
 def test_json_is_one_object(run: Run, drafter: object) -> None:
-    code, out, err = run("--model", TARGET, "--drafter", drafter, "--tokens", "1, 2,3", "--max-tokens", 7, "--json")
+    args = ("--model", TARGET, "--drafter", drafter, "--depth", 0 if drafter == "none" else 2, "--tokens", "1, 2,3")
+    code, out, err = run(*args, "--max-tokens", 7, "--json")
     assert code == 0 and err == "" and out.count("\n") == 1
     found = json.loads(out)
-    assert set(found) == {"text", "tokens", "logprobs", "top_logprobs", "finish_reason", "stats"}
+    assert set(found) == {"text", "tokens", "logprobs", "finish_reason", "stats"}
     assert set(found["stats"]) == STATS
     assert found["text"] == "" and found["logprobs"] is None and found["finish_reason"] in ("stop", "length")
     assert found["stats"]["tokens"] == len(found["tokens"]) <= 7 and found["stats"]["prompt_tokens"] == 3

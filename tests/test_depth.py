@@ -101,7 +101,8 @@ def test_what_was_learned_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text", ["", "[]", "{", '{"pair": 1}', '{"pair": {"seconds": {"0": -1}, "seen": [], "stood": []}}',
-             '{"pair": {"seconds": {"x": 1}, "seen": [1], "stood": [0.5]}}', '{"pair": {"seconds": {}, "seen": [], "stood": []}}'],
+             '{"pair": {"seconds": {"x": 1}, "seen": [1], "stood": [0.5]}}',
+             '{"pair": {"seconds": {}, "seen": [], "stood": []}}'],
 )  # fmt: skip
 def test_a_damaged_profile_is_measured_anew(tmp_path: Path, text: str) -> None:
     (tmp_path / "depth.json").write_text(text)

@@ -33,6 +33,9 @@ class Lookup:
     def attach(self, target: Target) -> None:
         """Fits every target."""
 
+    def quantise_head(self, bits: int) -> None:
+        """There is none."""
+
     def start(self, batch: int, capacity: int) -> Memory:
         """No tokens yet."""
         return {"tokens": mx.full((batch, capacity), NOTHING, dtype=mx.int32), "length": mx.zeros((batch,), mx.int32)}
@@ -86,6 +89,10 @@ class LookupFirst:
     def attach(self, target: Target) -> None:
         """Binds the drafter."""
         self.drafter.attach(target)
+
+    def quantise_head(self, bits: int) -> None:
+        """The drafter's."""
+        self.drafter.quantise_head(bits)
 
     def start(self, batch: int, capacity: int) -> Memory:
         """The memories of both."""

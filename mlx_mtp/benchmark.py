@@ -1,0 +1,213 @@
+"""Arms and fair turns: the same prompts through this engine, stock mlx-lm and mlx-vlm, interleaved in one run.
+
+What it does: runs one prompt through one engine and times its decoding; orders the runs; sums them up. What it does
+not do: choose prompts or print.
+
+Every arm decodes the same weights in the same precision, with ending tokens ignored, and is timed from its first
+token to its last: (N - 1) / (t_N - t_1). Speeds are only ever compared within a run.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_mtp.checkpoint import Checkpoint, section
+from mlx_mtp.engine import Engine
+from mlx_mtp.results import NEUTRAL, Sampling, Stats
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt to decode: token ids, how many new tokens, how they are drawn."""
+
+    prompt: Sequence[int]
+    tokens: int
+    sampling: Sampling = NEUTRAL
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One decoding: the tokens, seconds from the first to the last, bytes at the peak, this engine's statistics."""
+
+    tokens: list[int]
+    seconds: float
+    peak_bytes: int
+    stats: Stats | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """(N - 1) / (t_N - t_1)."""
+        return (len(self.tokens) - 1) / self.seconds
+
+
+Arm = Callable[[Job], Timing]
+
+
+def engine_arm(engine: Engine) -> Arm:
+    """This engine as it was loaded."""
+
+    def run(job: Job) -> Timing:
+        # No seed with depth auto: it would fix the depth.
+        seed = None if engine.depth == "auto" else job.seed
+        result = engine.generate(
+            job.prompt, max_tokens=job.tokens, sampling=job.sampling, seed=seed, ignore_end=True
+        )
+        stats = result.stats
+        return Timing(result.tokens, stats.decode_seconds, stats.peak_memory_bytes, stats)
+
+    return run
+
+
+def mlx_lm_arm(folder: Path) -> Arm:
+    """mlx-lm's own plain loop; in float32 on a CPU, as this engine computes there."""
+    from mlx_lm.generate import generate_step
+    from mlx_lm.sample_utils import make_sampler
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(folder)
+    if mx.default_device() == mx.Device(mx.cpu):
+        model.set_dtype(mx.float32)
+
+    def run(job: Job) -> Timing:
+        s = job.sampling
+        sampler = make_sampler(s.temperature or 0.0, s.top_p or 1.0, s.min_p or 0.0, top_k=s.top_k or 0)
+        mx.random.seed(job.seed)
+        steps = generate_step(mx.array(list(job.prompt)), model, max_tokens=job.tokens, sampler=sampler)
+        return _timed(int(token) for token, _ in steps)
+
+    return run
+
+
+def mlx_vlm_arm(target: Path, assistant: Path | None, depth: int) -> Arm:
+    """mlx-vlm's MTP (or, without an assistant, plain) decoding of a Gemma 4 pair; raises ImportError without mlx-vlm.
+
+    mlx-vlm always builds a vision tower: a checkpoint without one gets a tiny one that is never run.
+    """
+    from mlx_vlm.generate.ar import generate_step
+    from mlx_vlm.models import gemma4
+    from mlx_vlm.speculative.drafters import load_drafter
+
+    checkpoint = Checkpoint.open(target)
+    config: dict[str, Any] = json.loads(json.dumps(dict(checkpoint.config)))
+    tiny = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    tiny |= dict.fromkeys(("hidden_size", "intermediate_size", "head_dim"), 32)
+    parsed = gemma4.ModelConfig.from_dict(config)
+    parsed.text_config = gemma4.TextConfig.from_dict(section(config, "text_config"))
+    parsed.vision_config = gemma4.VisionConfig.from_dict({"model_type": "gemma4_vision", **tiny})
+    model = gemma4.Model(parsed)
+    weights: dict[str, mx.array] = {}
+    for file in sorted(target.glob("*.safetensors")):
+        weights |= mx.load(str(file))  # type: ignore[arg-type]
+    model.load_weights(list(model.sanitize(weights).items()), strict=False)
+    drafter, kind = load_drafter(str(assistant)) if assistant else (None, "mtp")
+    if mx.default_device() == mx.Device(mx.cpu):
+        for module in filter(None, (model, drafter)):
+            module.set_dtype(mx.float32)
+    extra = {"draft_model": drafter, "draft_kind": kind, "draft_block_size": depth + 1} if drafter else {}
+
+    def run(job: Job) -> Timing:
+        s = job.sampling
+        mx.random.seed(job.seed)
+        steps = generate_step(
+            mx.array([job.prompt]), model, None, None, max_tokens=job.tokens, temperature=s.temperature,
+            top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, **extra,
+        )  # fmt: skip
+        return _timed(int(token) for token, _ in steps)
+
+    return run
+
+
+def _timed(tokens: Iterable[int]) -> Timing:
+    mx.reset_peak_memory()
+    found, first = [], 0.0
+    for token in tokens:
+        found.append(token)
+        first = first or time.perf_counter()
+    return Timing(found, time.perf_counter() - first, mx.get_peak_memory())
+
+
+@dataclass
+class Record:
+    """All timings of one arm, in the order of the jobs: timings[job][repeat]."""
+
+    timings: list[list[Timing]] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second over all jobs: each job's tokens over its median time."""
+        seconds = [statistics.median(t.seconds for t in repeats) for repeats in self.timings]
+        return sum(len(repeats[0].tokens) - 1 for repeats in self.timings) / sum(seconds)
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Emitted tokens behind the first over passes of the target."""
+        stats = [t.stats for repeats in self.timings for t in repeats if t.stats]
+        return sum(s.tokens - 1 for s in stats) / max(1, sum(s.rounds for s in stats))
+
+    def acceptance(self) -> list[float]:
+        """Share of the drafts at each position that stood, among those whose predecessors all did."""
+        deepest = max((len(t.stats.drafted_by_position) for r in self.timings for t in r if t.stats), default=0)
+        drafted, accepted = [0] * deepest, [0] * deepest
+        for stats in (t.stats for repeats in self.timings for t in repeats if t.stats):
+            for i, count in enumerate(stats.accepted_by_position):
+                accepted[i] += count
+                # Judged are those of the rounds that drafted so far and whose draft before this one stood.
+                drafted[i] += min(stats.drafted_by_position[i], stats.accepted_by_position[i - 1] if i else 1 << 62)
+        return [a / max(1, d) for a, d in zip(accepted, drafted, strict=True)]
+
+
+def interleave(
+    arms: Mapping[str, Arm], jobs: Sequence[Job], repeats: int, warm: bool = True
+) -> Iterator[dict[str, Record]]:
+    """Runs every job `repeats` times through every arm, in the order A B C, C B A, ...; yields after every job.
+
+    Each job is first run once by every arm without being booked: kernels are built, files are read.
+    """
+    records = {name: Record() for name in arms}
+    for job in jobs:
+        if warm:
+            for arm in arms.values():
+                arm(job)
+        for record in records.values():
+            record.timings.append([])
+        for turn in range(repeats):
+            for name in list(arms) if turn % 2 == 0 else list(arms)[::-1]:
+                records[name].timings[-1].append(arms[name](job))
+        yield records
+
+
+def ratio(arm: Record, base: Record) -> tuple[float, float, float]:
+    """How much faster `arm` is than `base`, and a 95 % interval by bootstrap over the jobs and repeats."""
+    chance = random.Random(0)
+
+    def once(resample: bool) -> float:
+        sums = [0.0, 0.0]
+        count = len(arm.timings)
+        for i in (chance.randrange(count) for _ in range(count)) if resample else range(count):
+            for at, record in enumerate((arm, base)):
+                repeats = record.timings[i]
+                drawn = chance.choices(repeats, k=len(repeats)) if resample else repeats
+                per_token = statistics.median(t.seconds / (len(t.tokens) - 1) for t in drawn)
+                sums[at] += per_token
+        return sums[1] / sums[0]
+
+    spread = sorted(once(True) for _ in range(400))
+    return once(False), spread[10], spread[389]
+
+
+def same_tokens(one: Record, other: Record) -> int | None:
+    """Index of the first job whose tokens differ between two arms, None where all are equal."""
+    for i, (a, b) in enumerate(zip(one.timings, other.timings, strict=True)):
+        if a[0].tokens != b[0].tokens:
+            return i
+    return None
