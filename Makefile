@@ -15,6 +15,7 @@ lint:
 	@bash tools/setup.sh dev
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m mypy
+	@$(PYTHON) -m mypy cli
 
 # Other engines (torch, transformers, mlx-vlm) into the same .venv, for the parity tests.
 peers:

@@ -59,8 +59,8 @@ def generate(
             on_prefill=bar.update,
         )  # fmt: skip
     console = Console(stderr=True)
-    result, so_far, ids = None, "", []
-    interrupted = False
+    result, so_far, interrupted = None, "", False
+    ids: list[int] = []
     try:
         with bar:
             for event in stream:

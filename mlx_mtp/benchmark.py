@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -155,15 +156,13 @@ class Record:
         return sum(s.tokens - 1 for s in stats) / max(1, sum(s.rounds for s in stats))
 
     def acceptance(self) -> list[float]:
-        """Share of the drafts at each position that stood, among those whose predecessors all did."""
-        deepest = max((len(t.stats.drafted_by_position) for r in self.timings for t in r if t.stats), default=0)
-        drafted, accepted = [0] * deepest, [0] * deepest
-        for stats in (t.stats for repeats in self.timings for t in repeats if t.stats):
-            for i, count in enumerate(stats.accepted_by_position):
-                accepted[i] += count
-                # Judged are those of the rounds that drafted so far and whose draft before this one stood.
-                drafted[i] += min(stats.drafted_by_position[i], stats.accepted_by_position[i - 1] if i else 1 << 62)
-        return [a / max(1, d) for a, d in zip(accepted, drafted, strict=True)]
+        """Share of the drafts at each position that stood."""
+        stats = [t.stats for repeats in self.timings for t in repeats if t.stats]
+        drafted, accepted = (
+            [sum(column) for column in zip_longest(*counts, fillvalue=0)]
+            for counts in ([s.drafted_by_position for s in stats], [s.accepted_by_position for s in stats])
+        )
+        return [a / d for a, d in zip(accepted, drafted, strict=True)]
 
 
 def interleave(

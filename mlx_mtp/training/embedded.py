@@ -106,7 +106,7 @@ class Stage:
     progress: Progress | None = None
 
 
-def train_embedded(folder: Path, recipe: Recipe) -> Iterator[Stage]:
+def train_embedded(folder: Path, recipe: Recipe) -> Generator[Stage, None, None]:
     """Makes folder/target and folder/assistant; resumes what an earlier call left in folder."""
     target_folder, assistant_folder = folder / "target", folder / "assistant"
     train, held = prepare(folder, recipe)
