@@ -9,6 +9,8 @@ mlx-vlm takes part where it is installed (make peers).
 
 from __future__ import annotations
 
+import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
+
 import argparse
 import json
 import platform
@@ -18,7 +20,6 @@ from typing import Any
 import mlx.core as mx
 from prompts import held_out_code, unfriendly
 
-import mlx_mtp
 from mlx_mtp import blas
 from mlx_mtp.benchmark import Arm, Job, Record, engine_arm, interleave, mlx_lm_arm, mlx_vlm_arm, ratio, same_tokens
 from mlx_mtp.loading import EMBEDDED

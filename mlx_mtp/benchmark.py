@@ -73,11 +73,8 @@ def mlx_lm_arm(folder: Path) -> Arm:
     """mlx-lm's own plain loop; in float32 on a CPU, as this engine computes there."""
     from mlx_lm.generate import generate_step
     from mlx_lm.sample_utils import make_sampler
-    from mlx_lm.utils import load_model
 
-    model, _ = load_model(folder)
-    if mx.default_device() == mx.Device(mx.cpu):
-        model.set_dtype(mx.float32)
+    model = _mlx_lm_model(folder)
 
     def run(job: Job) -> Timing:
         s = job.sampling
@@ -87,6 +84,26 @@ def mlx_lm_arm(folder: Path) -> Arm:
         return _timed(int(token) for token, _ in steps)
 
     return run
+
+
+def mlx_lm_step(folder: Path, prompt: Sequence[int]) -> Callable[[], Any]:
+    """One plain step of mlx-lm behind a prompt, to be evaluated: token and cache."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    model = _mlx_lm_model(folder)
+    cache = make_prompt_cache(model)
+    mx.eval(model(mx.array([list(prompt)]), cache=cache)[:, -1:])
+    token = mx.array([[prompt[-1]]])
+    return lambda: (mx.argmax(model(token, cache=cache)[:, -1], axis=-1), [layer.state for layer in cache])
+
+
+def _mlx_lm_model(folder: Path) -> Any:
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(folder)
+    if mx.default_device() == mx.Device(mx.cpu):
+        model.set_dtype(mx.float32)
+    return model
 
 
 def mlx_vlm_arm(target: Path, assistant: Path | None, depth: int) -> Arm:

@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp import assets
+from mlx_mtp import assets, blas
 from mlx_mtp.checkpoint import Checkpoint, read_json, section
 from mlx_mtp.depth import cache_folder
 from mlx_mtp.drafters import load_drafter
@@ -59,6 +59,8 @@ def load(
     Raises a subclass of MLXMTPError whose message says what to do.
     """
     _ensure_compile_works()
+    if blas.name() == blas.TOO_LATE:
+        log.warning("MLX was imported before mlx_mtp and is bound to its slow BLAS: import mlx_mtp first.")
     head_bits = _head_bits(draft_head_bits)
     checkpoint = Checkpoint.open(_target_folder(model))
     target = load_target(checkpoint)

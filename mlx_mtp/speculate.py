@@ -89,34 +89,32 @@ class Rounds:
 
         Reading the outcome is the only wait there is, and the caller may submit the next round first.
         """
+        return _started(request, self.build(request, depth))
+
+    def build(self, request: Request, depth: int) -> Outcome:
+        """A round that nobody has asked the device for yet; `request` stands behind it."""
         key = (depth, request.cache.capacity, request.rules)
         if key not in self._compiled:
             self._compiled[key] = mx.compile(self._round(request.cache, request.rules, depth))
-        return self._run(self._compiled[key], request)
+        request.state, outcome = self._compiled[key](request.state, request.knobs)
+        return Outcome(*outcome)
 
     def submit_processed(
         self, request: Request, depth: int, so_far: Sequence[int], processors: Sequence[LogitsProcessor]
     ) -> Outcome:
         """A round whose logits pass through Python functions that need all tokens `so_far`; never compiled."""
-        return self._run(self._round(request.cache, request.rules, depth, so_far, processors), request)
+        one_round = self._round(request.cache, request.rules, depth, so_far, processors)
+        request.state, outcome = one_round(request.state, request.knobs)
+        return _started(request, Outcome(*outcome))
 
     def first(
         self, request: Request, so_far: Sequence[int] = (), processors: Sequence[LogitsProcessor] = ()
     ) -> Outcome:
         """The token behind the prompt, from `request.hidden`: a round without a pass of its own."""
         logits = self._target.head(request.hidden)
-        state, outcome = self._accept(request.rules, request.state, request.knobs, None, None, logits,
-                                      so_far, processors)  # fmt: skip
-        request.state = state
-        mx.async_eval(state, outcome)
-        return Outcome(*outcome)
-
-    @staticmethod
-    def _run(one_round: Callable[..., Any], request: Request) -> Outcome:
-        state, outcome = one_round(request.state, request.knobs)
-        request.state = state
-        mx.async_eval(outcome, state)
-        return Outcome(*outcome)
+        request.state, outcome = self._accept(request.rules, request.state, request.knobs, None, None, logits,
+                                              so_far, processors)  # fmt: skip
+        return _started(request, Outcome(*outcome))
 
     def _round(
         self,
@@ -184,6 +182,12 @@ class Rounds:
         outcome = mx.concatenate([found.tokens, found.accepted[:, None]], axis=1)
         state = {**state, "token": found.last, "history": history, "key": key}
         return state, (outcome, *_logprobs(logits, found.tokens, rules.logprobs))
+
+
+def _started(request: Request, outcome: Outcome) -> Outcome:
+    """Hands a built round to the device without waiting."""
+    mx.async_eval(outcome.tokens, outcome.logprobs, outcome.top, request.state)
+    return outcome
 
 
 def _logprobs(logits: mx.array, tokens: mx.array, most: int) -> tuple[Any, ...]:

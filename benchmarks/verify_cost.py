@@ -1,0 +1,127 @@
+"""What a round is made of: passes of 1 to 9 rows, draft steps, the host's time, memory, and how long the device idles.
+
+    .venv/bin/python benchmarks/verify_cost.py [--model DIR --drafter DIR] [--context 500] [--json FILE]
+
+Every piece is evaluated alone: built first (host time), then waited for (device time); medians. The idle share of a
+depth is 1 - (its round evaluated alone) / (wall time per round in the pipelined loop), both at the same context.
+"""
+
+from __future__ import annotations
+
+import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from prompts import held_out_code
+
+from mlx_mtp.benchmark import mlx_lm_step
+from mlx_mtp.decode import Asked, Decoder
+from mlx_mtp.depth import FixedDepth
+from mlx_mtp.loading import EMBEDDED
+
+WIDEST = 9
+
+
+def timed(build: Callable[[], Any], repeats: int, warm: int = 3) -> tuple[float, float]:
+    """Median seconds to build what is to be computed, and then to compute it."""
+    times = []
+    for _ in range(repeats + warm):
+        began = time.perf_counter()
+        arrays = build()
+        built = time.perf_counter()
+        mx.eval(arrays)
+        times.append((built - began, time.perf_counter() - built))
+    hosts, devices = zip(*times[warm:], strict=True)
+    return statistics.median(hosts), statistics.median(devices)
+
+
+def verify_seconds(engine: mlx_mtp.Engine, prompt: list[int], repeats: int) -> list[float]:
+    """Device seconds of passes of 1..9 rows, head included, behind the prompt."""
+    decoder = Decoder(engine.target, None, FixedDepth(0))
+    request = decoder.prefill(Asked(ids=prompt, budget=1), WIDEST)
+    layout, target = request.cache, engine.target
+
+    @mx.compile
+    def verify(tokens: mx.array, arrays: Any) -> tuple[mx.array, Any]:
+        cache = layout.around(arrays)
+        states = target.forward(tokens, cache)
+        return mx.argmax(target.head(states.hidden), axis=-1), cache.arrays
+
+    found = []
+    for width in range(1, WIDEST + 1):
+        tokens = mx.array([prompt[-width:]])
+
+        def build(tokens: mx.array = tokens) -> Any:
+            best, request.cache.arrays = verify(tokens, request.cache.arrays)
+            return best, request.cache.arrays
+
+        found.append(timed(build, repeats)[1])
+    return found
+
+
+def round_seconds(engine: mlx_mtp.Engine, prompt: list[int], depth: int, repeats: int) -> dict[str, float]:
+    """One depth: host and device seconds of a round evaluated alone, wall seconds of one in the loop, memory."""
+    decoder = Decoder(engine.target, engine.drafter, FixedDepth(depth))
+    room = (repeats + 3) * (depth + 1)
+    request = decoder.prefill(Asked(ids=prompt, budget=1), room)
+    decoder.rounds.first(request)
+
+    def build() -> Any:
+        outcome = decoder.rounds.build(request, depth)
+        return outcome.tokens, request.state
+
+    host, device = timed(build, repeats)
+    fixed = mlx_mtp.Engine(engine.target, engine.drafter, engine.tokenizer, depth=depth)
+    walls = []
+    for _ in range(3):
+        # As many tokens as keep the context where the pieces were measured.
+        stats = fixed.generate(prompt, max_tokens=repeats * (depth + 1), ignore_end=True).stats
+        walls.append(stats.decode_seconds / stats.rounds)
+    wall = statistics.median(walls)
+    return {
+        "host_milliseconds": 1e3 * host, "device_milliseconds": 1e3 * device, "wall_milliseconds": 1e3 * wall,
+        "idle_share": max(0.0, 1.0 - device / wall), "peak_megabytes": stats.peak_memory_bytes / 1e6,
+        "active_megabytes": mx.get_active_memory() / 1e6,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Parses options, runs, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--drafter", default="auto")
+    parser.add_argument("--context", type=int, default=500)
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--depths", default="0,1,2,3,4,6,8")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    engine = mlx_mtp.load(args.model, drafter=args.drafter, depth=1)
+    assert engine.tokenizer is not None
+    (prompt,) = held_out_code(args.context, 1, engine.tokenizer.encode)
+    verify = verify_seconds(engine, prompt, args.repeats)
+    print(f"context {args.context}: pass of M rows in ms, and over one row")
+    print("  " + "  ".join(f"{m}: {1e3 * t:.2f} ({t / verify[0]:.2f})" for m, t in enumerate(verify, 1)))
+    stock = timed(mlx_lm_step(Path(args.model or EMBEDDED / "target"), prompt), args.repeats)[1]
+    print(f"stock mlx-lm's step: {1e3 * stock:.2f} ms")
+    found: dict[str, Any] = {"context": args.context, "verify_milliseconds": [1e3 * t for t in verify],
+                             "mlx_lm_step_milliseconds": 1e3 * stock, "rounds": {}}  # fmt: skip
+    for depth in map(int, args.depths.split(",")):
+        row = round_seconds(engine, prompt, depth, args.repeats)
+        row["draft_step_milliseconds"] = (
+            (row["device_milliseconds"] - 1e3 * verify[depth]) / depth if depth else 0.0
+        )
+        found["rounds"][depth] = row
+        print(f"depth {depth}: " + ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in row.items()))
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

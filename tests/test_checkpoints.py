@@ -1,0 +1,250 @@
+"""Checkpoints as others write them: mlx-lm's and mlx-vlm's converters, shards, towers, half precision.
+
+The reference is the converter's own model, loaded by its own loader from the folder it wrote. The models are tiny
+and random, with sizes that every quantisation's groups divide.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from mlx.utils import tree_map
+
+from mlx_mtp.checkpoint import Checkpoint, named_parameters
+from mlx_mtp.drafters import load_drafter
+from mlx_mtp.loading import EMBEDDED
+from mlx_mtp.targets import load_target
+from mlx_mtp.targets.gemma4 import DEFAULT_ROPE, Gemma4Config, Gemma4Model, published_weights
+from mlx_mtp.training.embedded import TOKENIZER_FILES
+
+TOLERANCE = 2e-4
+TOKENS = np.random.default_rng(0).integers(3, 128, (1, 30))
+S, F = "sliding_attention", "full_attention"
+COMMON: dict[str, Any] = {
+    "model_type": "gemma4_text", "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "global_head_dim": 64, "sliding_window": 8,
+    "max_position_embeddings": 256, "final_logit_softcapping": 30.0, "rms_norm_eps": 1e-6,
+    "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, "rope_parameters": DEFAULT_ROPE,
+    "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+}  # fmt: skip
+VARIANTS: dict[str, dict[str, Any]] = {
+    "layer inputs": {
+        "layer_types": [S, F, S, F], "num_hidden_layers": 4, "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
+        "hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": 128, "attention_k_eq_v": False},
+    "experts": {
+        "layer_types": [S, S, F], "num_hidden_layers": 3, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0,
+        "attention_k_eq_v": True, "num_global_key_value_heads": 1, "enable_moe_block": True, "num_experts": 4,
+        "top_k_experts": 2, "moe_intermediate_size": 64},
+}  # fmt: skip
+QUANTISED: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "affine 4": {"quantize": True, "q_bits": 4, "q_group_size": 64},
+    "affine 8": {"quantize": True, "q_bits": 8, "q_group_size": 32},
+    "mxfp4": {"quantize": True, "q_mode": "mxfp4", "q_bits": 4, "q_group_size": 32},
+    "nvfp4": {"quantize": True, "q_mode": "nvfp4", "q_bits": 4, "q_group_size": 16},
+    "mixed": {"quantize": True, "q_bits": 4, "q_group_size": 64, "quant_predicate": lambda path, module: mixed(path)},
+}  # fmt: skip
+
+
+def mixed(path: str) -> bool | dict[str, int]:
+    """Some layers plain, some in 8 bits, the others as the command says."""
+    return {"group_size": 32, "bits": 8} if "mlp" in path else "o_proj" not in path
+
+
+def write(folder: Path, variant: str, dtype: mx.Dtype = mx.float32) -> Path:
+    """A random checkpoint in the published layout, with a tokenizer for converters that insist on one."""
+    text = {**COMMON, **VARIANTS[variant]}
+    config = {"model_type": "gemma4", "text_config": text, "vocab_size": 128, "vision_config": None,
+              "audio_config": None}  # fmt: skip
+    mx.random.seed(len(variant))
+    model = Gemma4Model(Gemma4Config.from_dict(config))
+    model.update(tree_map(lambda w: 1.0 + 0.2 * mx.random.normal(w.shape) if w.ndim == 1
+                          else mx.random.normal(w.shape) * w.shape[-1] ** -0.5, model.parameters()))  # fmt: skip
+    folder.mkdir(parents=True)
+    weights = {k: w.astype(dtype) for k, w in published_weights(model).items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in TOKENIZER_FILES:
+        shutil.copy(EMBEDDED / "target" / name, folder)
+    return folder
+
+
+def our_logits(folder: Path) -> np.ndarray:
+    return np.array(load_target(Checkpoint.open(folder)).logits(mx.array(TOKENS)))
+
+
+def compare(found: np.ndarray, expected: np.ndarray) -> None:
+    assert expected.std() > 0.3  # worth comparing
+    assert np.abs(found - expected).max() < TOLERANCE
+
+
+@pytest.fixture(params=VARIANTS)
+def published(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return write(tmp_path / "published", request.param)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", QUANTISED)
+def test_converted_by_mlx_lm(published: Path, tmp_path: Path, how: str) -> None:
+    from mlx_lm import convert
+    from mlx_lm.utils import load_model
+
+    convert(str(published), str(tmp_path / "converted"), dtype="float32", **QUANTISED[how])
+    reference, config = load_model(tmp_path / "converted")
+    assert ("quantization" in config) == bool(QUANTISED[how])
+    compare(our_logits(tmp_path / "converted"), np.array(reference(mx.array(TOKENS)).astype(mx.float32)))
+    # A quantised checkpoint also decodes, with its own drafts verified.
+    engine = mlx_mtp.load(tmp_path / "converted", drafter="lookup", depth=3)
+    plain = mlx_mtp.load(tmp_path / "converted", drafter=None)
+    prompt = TOKENS[0].tolist()
+    assert (
+        engine.generate(prompt, max_tokens=30, ignore_end=True).tokens
+        == plain.generate(prompt, max_tokens=30, ignore_end=True).tokens
+    )
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["as it is", "affine 4", "mxfp4"])
+def test_converted_by_mlx_vlm(published: Path, tmp_path: Path, how: str) -> None:
+    pytest.importorskip("mlx_vlm")
+    from mlx_vlm.convert import convert
+    from mlx_vlm.utils import load_model
+
+    with_tower(published)
+    convert(str(published), str(tmp_path / "converted"), dtype="float32", **QUANTISED[how])
+    reference = load_model(tmp_path / "converted")
+    compare(our_logits(tmp_path / "converted"), np.array(reference.language_model(mx.array(TOKENS)).logits))
+
+
+TOWER = {"model_type": "gemma4_vision", "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1,
+         "hidden_size": 64, "intermediate_size": 64, "head_dim": 64}  # fmt: skip
+
+
+def with_tower(folder: Path) -> None:
+    """Adds what mlx-vlm's own vision tower consists of: it always builds one."""
+    from mlx_vlm.models import gemma4
+
+    config = json.loads((folder / "config.json").read_text()) | {"vision_config": TOWER}
+    (folder / "config.json").write_text(json.dumps(config))
+    parsed = gemma4.ModelConfig.from_dict(config)
+    parsed.text_config = gemma4.TextConfig.from_dict(config["text_config"])
+    parsed.vision_config = gemma4.VisionConfig.from_dict(TOWER)
+    tower = named_parameters(gemma4.Model(parsed))
+    weights = dict(mx.load(str(folder / "model.safetensors")))
+    weights |= {f"model.{k}": w for k, w in tower.items() if not k.startswith("language_model.")}
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
+
+
+@pytest.mark.parametrize("mode", [{"bits": 4, "group_size": 32}, {"bits": 8, "group_size": 64}])
+@pytest.mark.parametrize("centroid", [False, True])
+def test_a_quantised_assistant(tmp_path: Path, centroid: bool, mode: dict[str, int]) -> None:
+    """Its scores are those of its own weights restored by mx.dequantize and stored plainly."""
+    plain = load_drafter(Checkpoint.open(EMBEDDED / "assistant")).model
+    config = json.loads((EMBEDDED / "assistant" / "config.json").read_text())
+    weights = named_parameters(plain)
+    if centroid:
+        config |= {"use_ordered_embeddings": True, "num_centroids": 64, "centroid_intermediate_top_k": 8}
+        weights["masked_embedding.centroids.weight"] = mx.random.normal((64, 192), key=mx.random.key(1))
+        weights["masked_embedding.token_ordering"] = mx.random.permutation(4096, key=mx.random.key(2))
+    stored: dict[str, dict[str, mx.array]] = {"quantised": {}, "restored": {}}
+    for name, weight in weights.items():
+        if weight.ndim == 2 and weight.shape[-1] % 64 == 0 and "centroids" not in name:
+            parts = mx.quantize(weight, **mode)
+            names = (name, name.replace(".weight", ".scales"), name.replace(".weight", ".biases"))
+            stored["quantised"] |= dict(zip(names, parts, strict=True))
+            weight = mx.dequantize(*parts, **mode)
+        else:
+            stored["quantised"][name] = weight
+        stored["restored"][name] = weight
+    found = []
+    for form, tensors in stored.items():
+        folder = tmp_path / form
+        folder.mkdir()
+        extra = {"quantization": mode} if form == "quantised" else {}
+        (folder / "config.json").write_text(json.dumps(config | extra))
+        mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+        model = load_drafter(Checkpoint.open(folder)).model
+        assert isinstance(model.model.embed_tokens, nn.QuantizedEmbedding) == (form == "quantised")
+        tokens, logits = model.candidates(mx.random.normal((1, 2, 192), key=mx.random.key(3)))
+        found.append([np.array(part) for part in (tokens, logits) if part is not None])
+    for one, other in zip(*found, strict=True):
+        assert np.abs(one - other).max() < 1e-3
+    mlx_mtp.load(drafter=tmp_path / "quantised", depth=2).generate("import", raw=True, max_tokens=5)
+
+
+def shard(folder: Path, count: int) -> None:
+    """Cuts model.safetensors into shards with an index, as published checkpoints are."""
+    weights = dict(mx.load(str(folder / "model.safetensors")))
+    mx.eval(weights)
+    (folder / "model.safetensors").unlink()
+    names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    for i, name in enumerate(names):
+        mx.save_safetensors(str(folder / name), dict(sorted(weights.items())[i::count]))
+    places = {key: names[i % count] for i, key in enumerate(sorted(weights))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+def test_shards_equal_the_single_file(published: Path) -> None:
+    whole = our_logits(published)
+    shard(published, 3)
+    assert np.array_equal(our_logits(published), whole)
+    (published / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(mlx_mtp.CheckpointError, match="model-00002-of-00003"):
+        our_logits(published)
+
+
+def renamed_by(change: Callable[[str], str], folder: Path, more: dict[str, mx.array] | None = None) -> None:
+    weights = {change(k): w for k, w in dict(mx.load(str(folder / "model.safetensors"))).items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), weights | (more or {}))
+
+
+def test_towers_are_skipped_with_one_notice(published: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected = our_logits(published)
+    assert not caplog.records
+    names = ("vision_tower.encoder.layers.0.x.weight", "audio_tower.layers.0.x.weight", "embed_vision.x.weight")
+    renamed_by(lambda k: k, published, {f"model.{name}": mx.zeros((3, 3)) for name in names})
+    with caplog.at_level(logging.WARNING):
+        assert np.array_equal(our_logits(published), expected)
+    (notice,) = caplog.records
+    assert "3 tensors" in notice.getMessage() and "vision" in notice.getMessage()
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.", "language_model."])
+def test_layouts_of_names(published: Path, prefix: str) -> None:
+    expected = our_logits(published)
+    renamed_by(lambda k: k.replace("model.language_model.", prefix), published)
+    assert np.array_equal(our_logits(published), expected)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_precision_on_disk(tmp_path: Path, dtype: mx.Dtype) -> None:
+    """On a CPU the maths is float32: the logits are those of the rounded weights stored as float32."""
+    halves = write(tmp_path / "halves", "layer inputs", dtype)
+    rounded = {k: w.astype(mx.float32) for k, w in dict(mx.load(str(halves / "model.safetensors"))).items()}
+    found = our_logits(halves)
+    mx.save_safetensors(str(halves / "model.safetensors"), rounded)
+    assert np.abs(found - our_logits(halves)).max() < (TOLERANCE if mx.default_device() == mx.Device(mx.cpu) else 0.5)
+
+
+@pytest.mark.parametrize("variant", ["ple", "keqv", "moe", "unified"])
+def test_published_form_of_the_config_with_equal_head_sizes(variant: str, tmp_path: Path) -> None:
+    """Both forms describe the same shapes, also when sliding and full layers have the same ones."""
+    text = json.loads((GOLDEN / variant / "target" / "config.json").read_text())["text_config"]
+    text["head_dim"] = 16
+    newer = {"model_type": "gemma4", "text_config": text}
+    older = {k: v for k, v in text.items() if k != "per_layer_config"}
+    full = next(iter(text["per_layer_config"].values()))
+    older |= {"global_head_dim": full["head_dim"], "num_global_key_value_heads": full.get("num_key_value_heads")}
+    published = Gemma4Config.from_dict({"model_type": "gemma4", "text_config": older})
+    assert Gemma4Config.from_dict(newer) == published and set(published.head_dims) == {16}
