@@ -131,7 +131,9 @@ def mlx_vlm_arm(target: Path, assistant: Path | None, depth: int) -> Arm:
     if mx.default_device() == mx.Device(mx.cpu):
         for module in filter(None, (model, drafter)):
             module.set_dtype(mx.float32)
-    extra: dict[str, Any] = {"draft_model": drafter, "draft_kind": kind, "draft_block_size": depth + 1} if drafter else {}
+    extra: dict[str, Any] = {}
+    if drafter:
+        extra = {"draft_model": drafter, "draft_kind": kind, "draft_block_size": depth + 1}
 
     def run(job: Job) -> Timing:
         s = job.sampling
