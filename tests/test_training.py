@@ -147,7 +147,11 @@ def corpus(tmp_path: Path) -> Path:
 def train(out: Path, corpus: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "mlx_mtp.cli.app", "train", "--out", str(out), "--data", str(corpus), *OPTIONS]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    # A shell's background job has interrupts ignored, and its children inherit that: undo it.
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 def test_train_command_survives_a_kill_and_makes_a_pair(corpus: Path, tmp_path: Path) -> None:
