@@ -248,3 +248,14 @@ def test_published_form_of_the_config_with_equal_head_sizes(variant: str, tmp_pa
     older |= {"global_head_dim": full["head_dim"], "num_global_key_value_heads": full.get("num_key_value_heads")}
     published = Gemma4Config.from_dict({"model_type": "gemma4", "text_config": older})
     assert Gemma4Config.from_dict(newer) == published and set(published.head_dims) == {16}
+
+
+def test_zero_padded_layer_numbers(tmp_path: Path) -> None:
+    """As transformers 5.23 names them where there are more than ten layers; null where no layer differs."""
+    text = {**COMMON, **VARIANTS["layer inputs"], "layer_types": [S, F] * 6, "num_hidden_layers": 12}
+    newer = {k: v for k, v in text.items() if k != "global_head_dim"}
+    padded = newer | {"per_layer_config": {f"{i:02}": {"head_dim": 64} for i in range(1, 12, 2)}}
+    assert Gemma4Config.from_dict(padded) == Gemma4Config.from_dict(text)
+    assert set(Gemma4Config.from_dict(newer | {"per_layer_config": None}).head_dims) == {32}
+    with pytest.raises(mlx_mtp.CheckpointError, match="layer numbers"):
+        Gemma4Config.from_dict(newer | {"per_layer_config": {"last": {"head_dim": 64}}})

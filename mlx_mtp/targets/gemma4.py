@@ -151,13 +151,14 @@ def _heads(text: Mapping[str, Any], kinds: list[str]) -> tuple[tuple[int, ...], 
     heads = number(text, "num_attention_heads", int, 1, MAX_COUNT)
     head_dim = number(text, "head_dim", int, 2, MAX_SIZE, 256)
     kv_heads = number(text, "num_key_value_heads", int, 1, heads, heads)
-    overrides = section(text, "per_layer_config")
-    if text.get("per_layer_config") is None:
+    overrides = _by_layer(section(text, "per_layer_config"))
+    # The newer form may say null for "no layer differs"; it never has the published form's field.
+    if text.get("per_layer_config") is None and ("global_head_dim" in text or "per_layer_config" not in text):
         full = {"head_dim": number(text, "global_head_dim", int, 2, MAX_SIZE, 512)}
         if text.get("attention_k_eq_v"):
             full["num_key_value_heads"] = number(text, "num_global_key_value_heads", int, 1, heads, kv_heads)
-        overrides = {str(i): full for i, kind in enumerate(kinds) if kind == FULL}
-    layers = [section(overrides, str(i)) for i in range(len(kinds))]
+        overrides = {i: full for i, kind in enumerate(kinds) if kind == FULL}
+    layers = [overrides.get(i, {}) for i in range(len(kinds))]
     head_dims = tuple(number(layer, "head_dim", int, 2, MAX_SIZE, head_dim) for layer in layers)
     kv_counts = tuple(number(layer, "num_key_value_heads", int, 1, heads, kv_heads) for layer in layers)
     if any(size % 2 for size in head_dims) or any(heads % count for count in kv_counts):
@@ -167,6 +168,16 @@ def _heads(text: Mapping[str, Any], kinds: list[str]) -> tuple[tuple[int, ...], 
             "use the config.json that belongs to this checkpoint."
         )
     return head_dims, kv_counts
+
+
+def _by_layer(given: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """Overrides by layer; transformers pads the numbers with zeros to one width ("05"), others do not."""
+    if odd := [key for key in given if not key.isdecimal()]:
+        raise CheckpointError(
+            f"config.json: expected layer numbers as the names in 'per_layer_config', found {reprlib.repr(odd[0])}; "
+            "use the config.json that belongs to this checkpoint."
+        )
+    return {int(key): section(given, key) for key in given}
 
 
 def _rope(text: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
