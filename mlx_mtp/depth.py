@@ -21,8 +21,8 @@ from typing import Protocol
 
 log = logging.getLogger(__name__)
 
-# How much one round moves an estimate: its own time, the times of all depths (a warmer chip, a longer context).
-OWN, COMMON = 0.1, 0.03
+# How much one round moves the times of all depths (a warmer chip, a longer context), or that of its own alone.
+COMMON, OWN = 0.1, 0.2
 # A round this many times slower than expected was interrupted by something else.
 OUTLIER = 2.5
 # Acceptance is a share of rounds that fade by these factors: within a request, and over all of them.
@@ -30,9 +30,10 @@ FADE, LONG_FADE = 0.97, 0.995
 # How many rounds of its own the earlier requests count for in a new one, and the position before for a position.
 MEMORY, NEIGHBOUR = 4.0, 1.0
 PRIOR = 0.6
-# A change must promise this much. Share of the time that may be spent on seeing whether more drafts would pay.
+# A change must promise this much.
 GAIN = 1.02
-PROBING = 0.005
+# Share of the time that may be spent on seeing whether another depth would pay, and the fewest rounds in between.
+PROBING, PAUSE = 0.005, 6
 
 
 class DepthPolicy(Protocol):
@@ -85,14 +86,21 @@ class Curve:
         slope = (self.seconds[above] - self.seconds[below]) / (above - below)
         return self.seconds[below] + slope * (depth - below)
 
-    def learn(self, depth: int, seconds: float) -> None:
-        """Moves this depth's estimate, and a little all others with it."""
+    def learn(self, depth: int, seconds: float, usual: bool) -> None:
+        """Moves the estimates towards a round that took so long.
+
+        usual: whether this depth is the one in use. Its rounds tell how fast the machine is now, and scale the whole
+        curve; the few rounds of other depths tell the curve's shape. If each round moved its own depth only, the one
+        in use would look better than the rest whenever the machine got faster, and stay in use for ever.
+        """
         expected = self.at(depth)
         if seconds > OUTLIER * expected:
             return
         drift = seconds / expected - 1.0
-        self.seconds = {d: t * (1.0 + COMMON * drift) for d, t in self.seconds.items()}
-        self.seconds[depth] = expected * (1.0 + OWN * drift)
+        if usual:
+            self.seconds = {d: t * (1.0 + COMMON * drift) for d, t in self.seconds.items()}
+        else:
+            self.seconds[depth] = expected * (1.0 + OWN * drift)
 
 
 @dataclass
@@ -154,7 +162,7 @@ class DepthController:
         self._here = Acceptance.unknown(self.deepest)
         self._shares = self._everything.shares()
         self._depth = self._best()
-        self._since_probe = 0
+        self._since_probe, self._upwards = 0, True
 
     def tokens(self, depth: int) -> float:
         """Expected tokens of a round."""
@@ -169,18 +177,25 @@ class DepthController:
         return self.tokens(depth) / self.curve.at(depth)
 
     def next(self) -> int:
-        """The chosen depth, or now and then the next deeper one, to see whether that would pay."""
+        """The chosen depth, or now and then the next deeper or shallower one, to see whether that would pay."""
         best = self._best()
         if best != self._depth and self.rate(best) > GAIN * self.rate(self._depth):
             log.info("depth %d -> %d: %.0f tokens/s expected in place of %.0f",
                      self._depth, best, self.rate(best), self.rate(self._depth))  # fmt: skip
             self._depth, self._since_probe = best, 0
         self._since_probe += 1
-        deeper = next((depth for depth in self.allowed if depth > self._depth), None)
-        if deeper is not None and self._since_probe * PROBING > self._lost(deeper):
-            self._since_probe = 0
-            return deeper
-        return self._depth
+        other = self._neighbour()
+        if other is None or self._since_probe < max(PAUSE, self._lost(other) / PROBING):
+            return self._depth
+        self._since_probe, self._upwards = 0, not self._upwards
+        return other
+
+    def _neighbour(self) -> int | None:
+        """The depth to try next, by turns above and below the chosen one."""
+        deeper = min((depth for depth in self.allowed if depth > self._depth), default=None)
+        shallower = max((depth for depth in self.allowed if depth < self._depth), default=None)
+        first, second = (deeper, shallower) if self._upwards else (shallower, deeper)
+        return second if first is None else first
 
     def _lost(self, depth: int) -> float:
         """What a round of this depth is expected to cost, in rounds of the chosen one."""
@@ -195,7 +210,7 @@ class DepthController:
             acceptance.book(depth, accepted)
         self._shares = self._here.shares_given(self._everything.shares())
         if seconds is not None:
-            self.curve.learn(depth, seconds)
+            self.curve.learn(depth, seconds, usual=depth == self._depth)
 
     def _best(self) -> int:
         """The depth with the best rate; drafting must beat plain decoding by GAIN."""

@@ -55,6 +55,16 @@ def test_never_slower_than_plain(seconds: dict[int, float], acceptance: float) -
         assert tokens / time > 0.98 / seconds[0]
 
 
+@pytest.mark.parametrize("factor", [0.4, 2.0])
+def test_a_machine_that_changes_its_speed_keeps_the_best_depth(factor: float) -> None:
+    """Measured while the machine was busy (or idle), and with a wrong idea of the depth it starts with."""
+    wrong = {d: factor * t for d, t in STEEP.items()} | {4: 0.6 * factor * STEEP[4]}
+    control = controller(wrong)
+    simulate(control, STEEP, 0.6, 300)
+    tokens, time = simulate(control, STEEP, 0.6, 1000)
+    assert tokens / time > 0.95 * best_rate(STEEP, 0.6)
+
+
 def test_it_follows_a_text_that_changes() -> None:
     control = controller(FLAT)
     simulate(control, FLAT, 0.95, 200)
@@ -77,7 +87,8 @@ def test_only_allowed_depths() -> None:
 
 def test_an_interrupted_round_is_not_believed() -> None:
     curve = Curve(dict(FLAT))
-    curve.learn(1, 10.5 * 20)
+    curve.learn(1, 10.5 * 20, usual=True)
+    curve.learn(1, 10.5 * 20, usual=False)
     assert curve.seconds == FLAT
 
 
