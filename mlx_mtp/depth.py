@@ -22,9 +22,9 @@ from typing import Protocol
 log = logging.getLogger(__name__)
 
 # How much one round moves the times of all depths (a warmer chip, a longer context), or that of its own alone.
-COMMON, OWN = 0.1, 0.2
-# A round this many times slower than expected was interrupted by something else.
-OUTLIER = 2.5
+COMMON, OWN = 0.1, 0.35
+# However late a round comes (something else interrupted it), it counts as this much later than expected at most.
+MOST = 0.5
 # Acceptance is a share of rounds that fade by these factors: within a request, and over all of them.
 FADE, LONG_FADE = 0.97, 0.995
 # How many rounds of its own the earlier requests count for in a new one, and the position before for a position.
@@ -70,9 +70,16 @@ class FixedDepth:
 
 @dataclass
 class Curve:
-    """Seconds of a round by depth: measured at some depths, straight lines between and beyond them."""
+    """Seconds of a round by depth: measured at some depths, straight lines between and beyond them.
+
+    Never falling: more drafts take no less time, so of two measurements that say otherwise the older one gives way.
+    """
 
     seconds: dict[int, float]
+
+    def __post_init__(self) -> None:
+        times = sorted(self.seconds.items())
+        self.seconds = {depth: max(t for d, t in times if d <= depth) for depth, _ in times}
 
     def at(self, depth: int) -> float:
         """Expected seconds of a round of this depth."""
@@ -94,13 +101,14 @@ class Curve:
         in use would look better than the rest whenever the machine got faster, and stay in use for ever.
         """
         expected = self.at(depth)
-        if seconds > OUTLIER * expected:
-            return
-        drift = seconds / expected - 1.0
+        drift = min(seconds / expected - 1.0, MOST)
         if usual:
-            self.seconds = {d: t * (1.0 + COMMON * drift) for d, t in self.seconds.items()}
-        else:
-            self.seconds[depth] = expected * (1.0 + OWN * drift)
+            known = {**self.seconds, depth: expected}
+            self.seconds = {d: t * (1.0 + COMMON * drift) for d, t in known.items()}
+            return
+        found = expected * (1.0 + OWN * drift)
+        self.seconds = {d: min(t, found) if d < depth else max(t, found) for d, t in self.seconds.items()}
+        self.seconds[depth] = found
 
 
 @dataclass
@@ -162,7 +170,7 @@ class DepthController:
         self._here = Acceptance.unknown(self.deepest)
         self._shares = self._everything.shares()
         self._depth = self._best()
-        self._since_probe, self._upwards = 0, True
+        self._since_probe = self._probes = 0
 
     def tokens(self, depth: int) -> float:
         """Expected tokens of a round."""
@@ -177,25 +185,27 @@ class DepthController:
         return self.tokens(depth) / self.curve.at(depth)
 
     def next(self) -> int:
-        """The chosen depth, or now and then the next deeper or shallower one, to see whether that would pay."""
+        """The chosen depth, or now and then another one, to see whether that would pay."""
         best = self._best()
         if best != self._depth and self.rate(best) > GAIN * self.rate(self._depth):
             log.info("depth %d -> %d: %.0f tokens/s expected in place of %.0f",
                      self._depth, best, self.rate(best), self.rate(self._depth))  # fmt: skip
             self._depth, self._since_probe = best, 0
         self._since_probe += 1
-        other = self._neighbour()
-        if other is None or self._since_probe < max(PAUSE, self._lost(other) / PROBING):
+        others = self._others()
+        if not others:
             return self._depth
-        self._since_probe, self._upwards = 0, not self._upwards
+        other = others[self._probes % len(others)]
+        if self._since_probe < max(PAUSE, self._lost(other) / PROBING):
+            return self._depth
+        self._since_probe, self._probes = 0, self._probes + 1
         return other
 
-    def _neighbour(self) -> int | None:
-        """The depth to try next, by turns above and below the chosen one."""
-        deeper = min((depth for depth in self.allowed if depth > self._depth), default=None)
-        shallower = max((depth for depth in self.allowed if depth < self._depth), default=None)
-        first, second = (deeper, shallower) if self._upwards else (shallower, deeper)
-        return second if first is None else first
+    def _others(self) -> list[int]:
+        """Depths worth a try, by turns: the next deeper and shallower ones, and plain decoding."""
+        deeper = [depth for depth in self.allowed if depth > self._depth][:1]
+        shallower = [depth for depth in self.allowed if depth < self._depth]
+        return deeper + shallower[-1:] + shallower[:-1][:1]
 
     def _lost(self, depth: int) -> float:
         """What a round of this depth is expected to cost, in rounds of the chosen one."""
