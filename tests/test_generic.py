@@ -24,7 +24,7 @@ TOLERANCE = 2e-4
 VOCABULARY, WINDOW, LENGTH = 96, 8, 60
 
 BASE: dict[str, Any] = {
-    "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48, "num_attention_heads": 4,
+    "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 64, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": VOCABULARY, "rms_norm_eps": 1e-5, "max_position_embeddings": 512,
     "tie_word_embeddings": False,
 }  # fmt: skip
@@ -202,3 +202,173 @@ def test_every_depth_equals_mlx_lm(name: str, folders: dict[str, Path]) -> None:
         result = mlx_mtp.load(folders[name], drafter="lookup", depth=depth).generate(ids, max_tokens=120)
         same_or_tie(plain, ids, expected, result.tokens)
         assert result.stats.host_syncs <= result.stats.rounds + 2
+
+
+@pytest.mark.parametrize("name", ["llama-sliding", "deepseek_v3"])
+def test_the_rest_of_the_engine(name: str, folders: dict[str, Path]) -> None:
+    """Penalties, logprobs, seeded sampling, the automatic depth; with drafts as without."""
+    plain = mlx_mtp.load(folders[name], drafter=None)
+    engine = mlx_mtp.load(folders[name], drafter="lookup", depth=3)
+    ids = tokens_of(12)[0].tolist() * 2
+    penalties = mlx_mtp.Sampling(temperature=0.0, repetition_penalty=1.3, frequency_penalty=0.4)
+    expected = plain.generate(ids, max_tokens=40, sampling=penalties, logprobs=2)
+    found = engine.generate(ids, max_tokens=40, sampling=penalties, logprobs=2)
+    assert found.tokens == expected.tokens
+    assert np.allclose(found.logprobs, expected.logprobs, atol=1e-3)
+    warm = mlx_mtp.Sampling(temperature=1.0, top_k=20)
+    again = [engine.generate(ids, max_tokens=20, sampling=warm, seed=5).tokens for _ in range(2)]
+    assert again[0] == again[1]
+    auto = mlx_mtp.load(folders[name], drafter="lookup")
+    assert len(auto.generate(ids, max_tokens=20).tokens) == 20
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-sliding", "deepseek_v3"])
+def test_exact_mode(name: str, folders: dict[str, Path]) -> None:
+    """Bit-equal with and without drafts where the probe finds a way; plain where it finds none."""
+    ids = tokens_of(12)[0].tolist() * 2
+    plain = mlx_mtp.load(folders[name], drafter=None, mode="exact").generate(ids, max_tokens=60, logprobs=1)
+    engine = mlx_mtp.load(folders[name], drafter="lookup", depth=4, mode="exact")
+    found = engine.generate(ids, max_tokens=60, logprobs=1)
+    print(name, engine.exactness)
+    assert (found.tokens, found.logprobs) == (plain.tokens, plain.logprobs)
+    assert found.stats.mode == "exact"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_checkpoints(bits: int, tmp_path: Path) -> None:
+    folder = written(tmp_path / "quantised", BASE | CONFIGS["llama"], bits)
+    target, model = loaded(folder)
+    assert isinstance(target.model.lm_head, nn.QuantizedLinear) and target.model.lm_head.bits == bits
+    tokens = tokens_of()
+    assert difference(in_passes(target, tokens, random_sizes(0, 9), junk=2), model(tokens)) < TOLERANCE
+
+
+def test_multimodal_wrappers_and_half_precision(tmp_path: Path) -> None:
+    """The trunk one level further down; weights of 16 bits are computed with in float32 on a CPU."""
+    text = BASE | CONFIGS["gemma3_text"]
+    folder = written(tmp_path / "wrapped", {"model_type": "gemma3", "text_config": text, "vocab_size": VOCABULARY})
+    weights = mx.load(str(folder / "model.safetensors"))
+    halves = {name: weight.astype(mx.bfloat16) for name, weight in weights.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), halves)
+    target, model = loaded(folder)
+    tokens = tokens_of()
+    if mx.default_device() == mx.Device(mx.cpu):
+        assert target.dtype == mx.float32
+        assert difference(in_passes(target, tokens, random_sizes(0, 9), junk=2), model(tokens)) < TOLERANCE
+    assert target.info.max_context == 512 and target.info.attention_heads == 4
+
+
+def test_modules_for_drafting_are_left_alone(folders: dict[str, Path], tmp_path: Path) -> None:
+    """DeepSeek's layout keeps them behind the last layer; a checkpoint that does not announce them is refused."""
+    config = BASE | CONFIGS["deepseek_v3"]
+    folder = written(tmp_path / "model", config)
+    weights = mx.load(str(folder / "model.safetensors"))
+    extra = {"model.layers.3.enorm.weight": mx.ones((32,)), "model.layers.3.eh_proj.weight": mx.ones((32, 64))}
+    mx.save_safetensors(str(folder / "model.safetensors"), weights | extra)
+    assert "enorm" in refusal(folder, mlx_mtp.CheckpointError)
+    edited(folder, num_nextn_predict_layers=1)
+    tokens = tokens_of()
+    expected = loaded(folders["deepseek_v3"])[1](tokens)
+    assert difference(load_target(Checkpoint.open(folder)).logits(tokens), expected) < TOLERANCE
+
+
+# Refusals
+
+
+def refusal(folder: Path, error: type[mlx_mtp.MLXMTPError]) -> str:
+    """One sentence, with the folder's name."""
+    with pytest.raises(error) as caught:
+        mlx_mtp.load(folder, drafter=None)
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith(".") and str(folder) in message and 60 < len(message) < 700
+    return message
+
+
+STATE = {"state_size": 8, "conv_kernel": 4, "use_bias": True, "use_conv_bias": True, "time_step_rank": 4,
+         "intermediate_size": 48}  # fmt: skip
+
+
+def test_models_that_cannot_be_rolled_back(tmp_path: Path) -> None:
+    mamba = written(tmp_path / "mamba", BASE | STATE | {"model_type": "mamba"})
+    message = refusal(mamba, mlx_mtp.UnsupportedModel)
+    assert "ArraysCache" in message and "cannot be taken back" in message and "mlx-lm" in message
+
+
+def test_other_caches_are_refused(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlx_lm.models import cache, llama
+
+    for caches, words in (
+        (lambda self: [cache.RotatingKVCache(8), cache.KVCache(), cache.RotatingKVCache(9)], "8 and 9"),
+        (lambda self: [cache.RotatingKVCache(8, keep=4)] * 3, "never forgets the first 4"),
+        (lambda self: [cache.QuantizedKVCache()] * 3, "QuantizedKVCache"),
+        (lambda self: [cache.ChunkedKVCache(8)] * 3, "ChunkedKVCache"),
+    ):
+        monkeypatch.setattr(llama.Model, "make_cache", caches)
+        assert words in refusal(folders["llama"], mlx_mtp.UnsupportedModel)
+
+
+def test_positions_read_on_the_host_are_refused(folders: dict[str, Path]) -> None:
+    config = BASE | CONFIGS["llama"] | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    folder = written(folders["llama"].parent / "dynamic", config)
+    assert "does not run over the cache" in refusal(folder, mlx_mtp.UnsupportedModel)
+
+
+def test_unknown_types_name_both_ways(tmp_path: Path) -> None:
+    folder = written(tmp_path / "model", BASE | CONFIGS["llama"])
+    for name in ("no-such-model", "base", "olmo", "a\nb"):
+        (folder / "config.json").write_text(json.dumps({"model_type": name}))
+        message = refusal(folder, mlx_mtp.UnsupportedModel)
+        assert "gemma4" in message and "mlx-lm" in message
+
+
+def edited(folder: Path, **fields: Any) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | fields
+    file.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+
+
+FIELDS: list[dict[str, Any]] = [
+    {"hidden_size": None}, {"hidden_size": 64}, {"hidden_size": "x"}, {"hidden_size": 10**12}, {"hidden_size": -1},
+    {"num_hidden_layers": None}, {"num_hidden_layers": 2}, {"num_hidden_layers": 4}, {"num_hidden_layers": 10**9},
+    {"vocab_size": 97}, {"vocab_size": 0}, {"num_attention_heads": 0}, {"num_attention_heads": 3},
+    {"num_attention_heads": "x"}, {"rms_norm_eps": None}, {"rms_norm_eps": "x"}, {"max_position_embeddings": "x"},
+    {"rope_scaling": 7}, {"rope_scaling": {"rope_type": "yarn"}}, {"rope_theta": "x"}, {"layer_types": 7},
+    {"layer_types": ["x"]}, {"layer_types": ["sliding_attention"] * 3}, {"layer_types": SLIDING_LAYERS},
+    {"layer_types": SLIDING_LAYERS, "sliding_window": "x"}, {"quantization": 7}, {"quantization": {"bits": 4}},
+    {"quantization_config": {"quant_method": "modelopt"}}, {"model_file": "code.py"}, {"text_config": 7},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+def test_config_fields(fields: dict[str, Any], tmp_path: Path) -> None:
+    folder = written(tmp_path / "model", BASE | CONFIGS["llama"])
+    edited(folder, **fields)
+    refusal(folder, mlx_mtp.CheckpointError)
+
+
+def test_files(tmp_path: Path) -> None:
+    folder = written(tmp_path / "model", BASE | CONFIGS["llama"])
+    file = folder / "model.safetensors"
+    whole, weights = file.read_bytes(), mx.load(str(file))
+    mx.eval(weights)
+    for cut in (0, 7, 100, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:cut])
+        assert "model.safetensors" in refusal(folder, mlx_mtp.CheckpointError)
+    for missing in ("lm_head.weight", "model.layers.1.self_attn.q_proj.weight"):
+        mx.save_safetensors(str(file), {name: weight for name, weight in weights.items() if name != missing})
+        assert missing in refusal(folder, mlx_mtp.CheckpointError)
+    mx.save_safetensors(str(file), weights | {"extra": mx.zeros((1,))})
+    assert "extra" in refusal(folder, mlx_mtp.CheckpointError)
+    mx.save_safetensors(str(file), weights | {"lm_head.weight": mx.full((VOCABULARY, 32), float("nan"))})
+    assert "finite" in refusal(folder, mlx_mtp.CheckpointError)
+    file.unlink()
+    assert "found none" in refusal(folder, mlx_mtp.CheckpointError)
+    mx.save_safetensors(str(folder / "weights.safetensors"), weights)
+    assert "model" in refusal(folder, mlx_mtp.CheckpointError)
+
+
+def test_an_assistant_for_another_target_is_refused(folders: dict[str, Path]) -> None:
+    from conftest import GOLDEN
+
+    with pytest.raises(mlx_mtp.IncompatibleDrafter, match="gives none to read"):
+        mlx_mtp.load(folders["llama"], drafter=GOLDEN / "ple" / "assistant_tied")

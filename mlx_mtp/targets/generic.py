@@ -12,8 +12,10 @@ Shapes: B batch, M rows of the pass, D hidden, G K/V heads, S slots of a buffer,
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.metadata
+import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.utils import _get_classes, load_model
 
-from mlx_mtp.cache import CAPACITY_STEP, FULL, SLIDING, KVCache, LayerShape, Pass
+from mlx_mtp.cache import CAPACITY_STEP, FULL, SLACK, SLIDING, KVCache, LayerShape, Pass
 from mlx_mtp.checkpoint import Checkpoint, number, section
 from mlx_mtp.errors import CheckpointError, MLXMTPError, UnsupportedModel
 from mlx_mtp.interfaces import States, TargetInfo
@@ -53,11 +55,18 @@ class LayerView:
     def __init__(self, cache: KVCache, layer: int, step: Pass) -> None:
         self._cache, self._layer, self._step = cache, layer, step
         self.offset = step.offset  # [B], on the device: a Python number would be frozen by mx.compile
+        self._seen: tuple[mx.array, mx.array] | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Writes rows [B, G, M, d] behind the length; returns the buffers [B, G, S, d] that the masks speak of."""
         self.offset = self.offset + keys.shape[2]  # as mlx-lm's caches do; the committed length stays
-        return self._cache.update(self._layer, keys, values, self._step)
+        self._seen = self._cache.update(self._layer, keys, values, self._step)
+        return self._seen
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """What this pass's `update_and_fetch` gave; for layers that read another layer's K/V."""
+        assert self._seen is not None, "a layer read K/V that this pass has not written"
+        return self._seen
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         """Mask [B, 1, M, S] of what each row may see; always an array, as the buffers are longer than what they hold.
@@ -70,7 +79,8 @@ class LayerView:
             return mask
         if kind == SLIDING:
             raise UnsupportedModel(
-                f"layer {self._layer} keeps a window of {self._cache.window} tokens and attends to {window_size}"
+                f"Layer {self._layer} of this model keeps a window of {self._cache.window} tokens and attends to "
+                f"one of {window_size}, which is not implemented; use another model."
             )
         rows, slots = self._step.slots[FULL], mx.arange(mask.shape[-1], dtype=mx.int32)
         return mask & (slots > rows[:, None, :, None] - window_size)
@@ -200,7 +210,7 @@ class GenericTarget:
         self.info = TargetInfo(
             vocab_size=logits.shape[-1],
             hidden_size=states.hidden.shape[-1],
-            max_context=_size(config, CONTEXT, 2, 2**31 - 1) or DEFAULT_CONTEXT,
+            max_context=_context(config, anatomy.trunk),
             window=window,
             readable={},
             storing_layers={},
@@ -220,7 +230,9 @@ class GenericTarget:
             self._anatomy.around(trunk)(tokens)
         except _Reached as reached:
             return reached.args[0]
-        raise UnsupportedModel(f"{self._name}: the first layer takes no part in a pass.")
+        raise UnsupportedModel(
+            f"{self._name}: expected every pass to go through the first layer, which it does not; use another model."
+        )
 
     def forward(self, tokens: mx.array, cache: KVCache, keep: int | None = None) -> States:
         """Runs tokens [B, M] behind the cache's length and writes their K/V; does not move the length."""
@@ -309,6 +321,8 @@ class GenericTarget:
             reason = f"its {far[0]} gives other logits than mlx-lm's" if far else ""
             if self.embed(tokens).shape != states.hidden.shape:
                 reason = "its first layer takes no embedding"
+        except MLXMTPError:
+            raise
         except Exception as error:  # as above
             reason = _brief(error)
         if reason:
@@ -367,13 +381,43 @@ def _size(config: Mapping[str, Any], names: tuple[str, ...], low: int, high: int
     return None
 
 
+def _context(config: Mapping[str, Any], trunk: nn.Module) -> int:
+    """Most positions. A table of learned positions has none for the rows that a round writes ahead: they stay free."""
+    context = _size(config, CONTEXT, 2 * SLACK, 2**31 - 1) or DEFAULT_CONTEXT
+    learned = any(isinstance(part, nn.Embedding) and part.weight.shape[0] == context for part in trunk.modules())
+    return context - SLACK if learned else context
+
+
 def has_model(config: Mapping[str, Any]) -> bool:
     """Whether mlx-lm has a model class for a config.json."""
     try:
-        _get_classes(dict(config))
-    except Exception:  # an unknown model_type is a ValueError, odd ones and odd `architectures` are anything
+        with contextlib.redirect_stdout(io.StringIO()):
+            _get_classes(dict(config))
+    # An unknown model_type is a ValueError, odd ones and odd `architectures` raise anything; olmo prints and exits.
+    except (Exception, SystemExit):
         return False
     return True
+
+
+def _classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
+    """mlx-lm's classes for a config.json; the model's weights lose the modules that a checkpoint carries for drafting.
+
+    DeepSeek's layout numbers those as layers behind the last. mlx-lm drops number 61 of deepseek_v3, whatever the
+    model's size, and refuses any other as unknown weights.
+    """
+    model_class, args_class = _get_classes(config)
+    fields = section(config, "text_config") if "text_config" in config else config
+    if not fields.get("num_nextn_predict_layers") or fields.get("num_hidden_layers") is None:
+        return model_class, args_class
+    layers = number(fields, "num_hidden_layers", int, 1, MAX_COUNT)
+
+    class WithoutDraftModules(model_class):  # type: ignore[misc, valid-type]
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            known = super().sanitize(weights) if hasattr(model_class, "sanitize") else weights
+            numbers = {name: re.match(r"(?:language_model\.)?model\.layers\.(\d+)\.", name) for name in known}
+            return {name: known[name] for name, found in numbers.items() if not found or int(found[1]) < layers}
+
+    return WithoutDraftModules, args_class
 
 
 @registry.register_fallback(has_model, f"a model type of mlx-lm {importlib.metadata.version('mlx-lm')}")
@@ -383,7 +427,7 @@ def load(checkpoint: Checkpoint) -> GenericTarget:
         _size(checkpoint.config, names, 1, high)
     checkpoint.check_files()
     try:
-        model, _ = load_model(checkpoint.path, lazy=True)
+        model, _ = load_model(checkpoint.path, lazy=True, get_model_classes=_classes)
         if mx.default_device() == mx.Device(mx.cpu):
             model.set_dtype(mx.float32)  # half precision is emulated there, and slow
         mx.eval(model.parameters())
