@@ -145,7 +145,7 @@ class _Anatomy:
         for name, module in model.named_modules():
             if name and not re.search(r"(^|\.)\d", name):
                 for key, child in module.items():
-                    if isinstance(child, list) and child and child[0] is found[0]:
+                    if isinstance(child, list) and list(map(id, child)) == list(map(id, found)):
                         return cls(model, tuple(name.split(".")), key)
         return None
 
@@ -194,9 +194,9 @@ class GenericTarget:
             )
         self._anatomy = anatomy
         self._head = anatomy.around(_Given(anatomy.trunk))
-        own = mlx_lm_cache.make_prompt_cache(model)
-        kinds, window = self._kinds(own)
         try:
+            own = mlx_lm_cache.make_prompt_cache(model)
+            kinds, window = self._kinds(own)
             states, logits = self._run(mx.array([[0]]), own)
             mx.eval(states.hidden, logits)
         except MLXMTPError:
@@ -320,7 +320,7 @@ class GenericTarget:
             far = [part for part, logits in found.items() if not _distance(logits, expected) <= apart]
             reason = f"its {far[0]} gives other logits than mlx-lm's" if far else ""
             if self.embed(tokens).shape != states.hidden.shape:
-                reason = "its first layer takes no embedding"
+                reason = "what goes into its first layer has not the shape of what its head is given"
         except MLXMTPError:
             raise
         except Exception as error:  # as above
