@@ -31,11 +31,16 @@ CAPACITY_STEP = 256
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One layer that stores K/V: its kind (FULL or SLIDING), K/V heads G and head size d."""
+    """One layer that stores K/V: its kind (FULL or SLIDING), K/V heads G and head size d.
+
+    value_dim: the size of the values where it is not that of the keys (multi-head latent attention stores a latent
+    and a rotated part in their places).
+    """
 
     kind: str
     heads: int
     head_dim: int
+    value_dim: int | None = None
 
 
 @dataclass
@@ -82,9 +87,10 @@ class KVCache:
         self.capacity = capacity
         self.batch = batch
         self.length = mx.zeros((batch,), dtype=mx.int32)
-        sizes = [(batch, s.heads, self.slots(s.kind), s.head_dim) for s in self.shapes]
-        self.keys = [mx.zeros(size, dtype=dtype) for size in sizes]
-        self.values = [mx.zeros(size, dtype=dtype) for size in sizes]
+        sizes = [(batch, s.heads, self.slots(s.kind)) for s in self.shapes]
+        widths = [s.head_dim if s.value_dim is None else s.value_dim for s in self.shapes]
+        self.keys = [mx.zeros((*size, s.head_dim), dtype=dtype) for size, s in zip(sizes, self.shapes, strict=True)]
+        self.values = [mx.zeros((*size, width), dtype=dtype) for size, width in zip(sizes, widths, strict=True)]
 
     def slots(self, kind: str) -> int:
         """Slots of a buffer of this kind. A ring smaller than its window is never wrapped: it is plain storage."""

@@ -68,6 +68,11 @@ class Checkpoint:
                 raise CheckpointError(f"{file}: not readable as safetensors ({error}); download it again.") from error
         return weights
 
+    def check_files(self) -> None:
+        """CheckpointError for a shard that is missing or not whole; for readers other than `weights`."""
+        for file in {*self._files(), *self.path.glob("model*.safetensors")}:
+            check_safetensors(file)
+
     def _files(self) -> list[Path]:
         index = self.path / INDEX
         if index.exists():

@@ -22,16 +22,26 @@ from mlx_mtp.sampling import Forced
 
 @dataclass(frozen=True)
 class States:
-    """What a forward pass leaves per row: hidden [B, M, D] after the final norm; row i is the state after token i."""
+    """What a forward pass leaves per row: hidden [B, M, D] after the final norm; row i is the state after token i.
+
+    trunk [B, M, D] is the residual stream in front of the last decoder layer, for heads that branch off there; None
+    where a target has none to give. Nobody computes it who does not read it.
+    """
 
     hidden: mx.array
+    trunk: mx.array | None = None
+
+    def first(self, rows: int) -> States:
+        """The same of the first `rows` rows."""
+        return States(self.hidden[:, :rows], None if self.trunk is None else self.trunk[:, :rows])
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetInfo:
     """Sizes a drafter is checked against, and where it may read K/V.
 
-    readable[kind] is the shape of the K/V a drafter may read, storing_layers[kind] its index in the cache.
+    readable[kind] is the shape of the K/V a drafter may read, storing_layers[kind] its index in the cache; both are
+    empty where a target's K/V is its own affair. window: of the sliding layers, 1 where there are none.
     """
 
     vocab_size: int

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable
-from typing import Generic, TypeVar
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Generic, TypeVar
 
 from mlx_mtp.checkpoint import Checkpoint
 from mlx_mtp.errors import CheckpointError, UnsupportedModel
 
 Loaded = TypeVar("Loaded")
 Loader = Callable[[Checkpoint], Loaded]
+Accepts = Callable[[Mapping[str, Any]], bool]
 
 
 class Registry(Generic[Loaded]):
@@ -21,6 +23,7 @@ class Registry(Generic[Loaded]):
         self._what, self._package, self._path = what, package, path
         self._loaders: dict[str, Loader[Loaded]] = {}
         self._imported = False
+        self._fallback: tuple[Accepts, Loader[Loaded], str] | None = None
 
     def register(self, *model_types: str) -> Callable[[Loader[Loaded]], Loader[Loaded]]:
         """Decorator for a loader. Two loaders for one model type are a programming error."""
@@ -34,6 +37,20 @@ class Registry(Generic[Loaded]):
 
         return add
 
+    def register_fallback(self, accepts: Accepts, names: str) -> Callable[[Loader[Loaded]], Loader[Loaded]]:
+        """Decorator for the loader of every config.json that no family claims and `accepts` takes.
+
+        names: what it takes, in words. There can be one: a second is a programming error.
+        """
+
+        def add(loader: Loader[Loaded]) -> Loader[Loaded]:
+            if self._fallback is not None:
+                raise ValueError(f"two fallbacks for {self._what} families")
+            self._fallback = accepts, loader, names
+            return loader
+
+        return add
+
     def _import_siblings(self) -> None:
         if not self._imported:
             self._imported = True
@@ -41,19 +58,24 @@ class Registry(Generic[Loaded]):
                 importlib.import_module(f"{self._package}.{module.name}")
 
     def knows(self, model_type: str) -> bool:
-        """Whether some file implements this model type."""
+        """Whether some file implements this very model type."""
         self._import_siblings()
         return model_type in self._loaders
 
     def loader(self, checkpoint: Checkpoint) -> Loader[Loaded]:
         """The loader for a checkpoint; UnsupportedModel names what there is instead."""
         model_type = checkpoint.config["model_type"]
-        if not self.knows(model_type):
-            raise UnsupportedModel(
-                f"{checkpoint.path}: no {self._what} family for model_type '{model_type}'; "
-                f"expected one of {', '.join(sorted(self._loaders))}."
-            )
-        return self._loaders[model_type]
+        if self.knows(model_type):
+            return self._loaders[model_type]
+        expected = f"expected one of {', '.join(sorted(self._loaders))}"
+        if self._fallback is not None:
+            accepts, loader, names = self._fallback
+            if accepts(checkpoint.config):
+                return loader
+            expected += f", or {names}"
+        raise UnsupportedModel(
+            f"{checkpoint.path}: no {self._what} family for model_type {reprlib.repr(model_type)}; {expected}."
+        )
 
     def load(self, checkpoint: Checkpoint) -> Loaded:
         """The loaded model; a complaint about config.json says which one."""

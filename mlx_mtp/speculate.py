@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from mlx_mtp import sampling, verify
 from mlx_mtp.cache import KVCache
-from mlx_mtp.interfaces import Drafter, Memory, States, Target
+from mlx_mtp.interfaces import Drafter, Memory, Target
 from mlx_mtp.sampling import Chooser, History, Knobs, Rules
 
 # mlx-lm's convention: (all tokens so far [T], logits [1, V]) -> logits [1, V].
@@ -137,7 +137,7 @@ class Rounds:
                 rows, law = mx.concatenate([rows, drafts], axis=1), choose.law
             filled = target.forward(self._filled(rows), cache)
             logits = target.head(filled.hidden)[:, : depth + 1]
-            states = States(filled.hidden[:, : depth + 1])
+            states = filled.first(depth + 1)
             state, outcome = self._accept(rules, {**state, "key": keys}, knobs, drafts, law, logits, so_far, processors)
             accepted = outcome[0][:, -1]
             if drafter is not None:

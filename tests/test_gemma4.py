@@ -96,3 +96,31 @@ def test_last_rows_only_are_the_same_rows(golden) -> None:
     tokens = mx.array(arrays["input_ids"])
     whole = target.forward(tokens, target.new_cache(256)).hidden
     assert difference(target.forward(tokens, target.new_cache(256), keep=2).hidden, np.array(whole[:, -2:])) < 1e-5
+
+
+class Spy:
+    """A layer that keeps what it is given."""
+
+    def __init__(self, layer) -> None:
+        self.layer, self.given = layer, None
+
+    def __call__(self, x: mx.array, *rest):
+        self.given = x
+        return self.layer(x, *rest)
+
+    def __getattr__(self, name: str):
+        return getattr(self.layer, name)
+
+
+def test_the_trunk_is_what_the_last_layer_is_given(golden) -> None:
+    folder, arrays = golden
+    target = load_target(Checkpoint.open(folder / "target"))
+    tokens = mx.array(arrays["input_ids"])
+    spy = target.model.layers[-1] = Spy(target.model.layers[-1])
+    whole = target.forward(tokens, target.new_cache(256)).trunk
+    assert mx.array_equal(whole, spy.given).item()
+    for keep in (0, 2, 100):
+        kept = target.forward(tokens, target.new_cache(256), keep)
+        assert kept.trunk.shape == kept.hidden.shape
+        if keep == 2:
+            assert difference(kept.trunk, np.array(whole[:, -2:])) < 1e-5

@@ -230,9 +230,10 @@ def mismatch(config: AssistantConfig, info: TargetInfo, name: str) -> None:
     ]
     for i, kind in enumerate(text.layer_types):
         if kind not in info.readable:
+            found = f"stores only {', '.join(sorted(info.readable))}" if info.readable else "gives none to read"
             raise IncompatibleDrafter(
-                f"{name} does not fit the target: its layer {i} reads the K/V of a {kind} layer, and the target stores "
-                f"only {', '.join(sorted(info.readable))}; use the drafter made for this target."
+                f"{name} does not fit the target: its layer {i} reads the K/V of a {kind} layer, and the target "
+                f"{found}; use the drafter made for this target."
             )
         shape = info.readable[kind]
         pairs.append((f"head size of {kind} layers", text.head_dims[i], shape.head_dim))

@@ -440,7 +440,14 @@ class Gemma4Model(nn.Module):
     def __call__(
         self, tokens: mx.array, cache: KVCache | NoCache, keep: int | None = None
     ) -> tuple[mx.array, dict[str, tuple[mx.array, mx.array]]]:
-        """Tokens [B, M] behind the cache's length -> hidden after the final norm [B, keep, D], and K/V per kind.
+        """Tokens [B, M] behind the cache's length -> hidden after the final norm [B, keep, D], and K/V per kind."""
+        states, working = self.run(tokens, cache, keep)
+        return states.hidden, working
+
+    def run(
+        self, tokens: mx.array, cache: KVCache | NoCache, keep: int | None = None
+    ) -> tuple[States, dict[str, tuple[mx.array, mx.array]]]:
+        """Tokens [B, M] behind the cache's length -> the states of the last `keep` rows, and K/V per kind.
 
         keep: how many of the last rows the caller needs (None = all). The layers that store no K/V run on those
         rows only, and not at all for 0: in E2B that is 20 of 35 layers of a prefill (gemma4.md, 1.6).
@@ -451,6 +458,7 @@ class Gemma4Model(nn.Module):
         per_layer = self.per_layer_inputs(tokens, x)
         working: dict[str, tuple[mx.array, mx.array]] = {}
         keep = rows if keep is None else min(keep, rows)
+        trunk = x
         for i, layer in enumerate(self.layers):
             if i == config.first_shared and keep < rows:
                 if keep == 0:
@@ -461,8 +469,8 @@ class Gemma4Model(nn.Module):
             if i < config.first_shared:
                 working[kind] = cache.update(i, *layer.self_attn.keys_values(normed, step.offset), step)
             inputs = None if per_layer is None else per_layer[:, :, i]
-            x = layer(x, step.offset, *working[kind], step.masks[kind], normed, inputs)
-        return self.norm(x[:, x.shape[1] - keep :]), working
+            trunk, x = x, layer(x, step.offset, *working[kind], step.masks[kind], normed, inputs)
+        return States(self.norm(x[:, x.shape[1] - keep :]), trunk[:, trunk.shape[1] - keep :]), working
 
     def head(self, hidden: mx.array) -> mx.array:
         """Hidden after the final norm [B, M, D] -> float32 logits [B, M, V], soft-capped."""
@@ -502,8 +510,8 @@ class Gemma4Target:
 
     def forward(self, tokens: mx.array, cache: KVCache, keep: int | None = None) -> States:
         """Runs tokens [B, M] behind the cache's length and writes their K/V; does not move the length."""
-        hidden, _ = self.model(tokens, cache, keep)
-        return States(hidden)
+        states, _ = self.model.run(tokens, cache, keep)
+        return states
 
     def head(self, hidden: mx.array) -> mx.array:
         """Hidden [B, M, D] -> float32 logits [B, M, V]."""

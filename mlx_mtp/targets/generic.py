@@ -1,0 +1,439 @@
+"""Any causal language model of mlx-lm as a target: its own forward pass over our cache.
+
+What it does: loads a checkpoint with mlx-lm, gives the model's layers views of our cache in place of mlx-lm's, and
+reads the states between trunk and head. What it does not do: know an architecture, or take models whose past is
+anything but plain or sliding K/V; a running state (Mamba, linear attention) has no way back from a rejected draft.
+
+Invariant: a model that loads here was compared at load with itself over mlx-lm's own cache, one rejected row
+included; one that differs is refused.
+
+Shapes: B batch, M rows of the pass, D hidden, G K/V heads, S slots of a buffer, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.metadata
+import io
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.utils import _get_classes, load_model
+
+from mlx_mtp.cache import CAPACITY_STEP, FULL, SLACK, SLIDING, KVCache, LayerShape, Pass
+from mlx_mtp.checkpoint import Checkpoint, number, section
+from mlx_mtp.errors import CheckpointError, MLXMTPError, UnsupportedModel
+from mlx_mtp.interfaces import States, TargetInfo
+from mlx_mtp.targets import registry
+
+# Names under which config.json files keep one size. The bounds are far above any model: building a module takes time
+# in proportion to its layers, whatever the files hold.
+LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
+CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
+MAX_SIZE, MAX_COUNT = 2**24, 2**10
+DEFAULT_CONTEXT = 32_768
+
+# The check at load: tokens, the passes (rows written, rows committed) they take through our cache, and how far apart
+# two computations of the same logits may be (share of their norm). Kernels for few rows round in their own way.
+CHECKED = 6
+CHECKED_PASSES = ((4, 3), (2, 2), (1, 1))
+APART = {mx.float32: 0.01}
+APART_HALF = 0.2
+
+
+class LayerView:
+    """One layer of our cache during one pass, with the interface of mlx-lm's caches."""
+
+    def __init__(self, cache: KVCache, layer: int, step: Pass) -> None:
+        self._cache, self._layer, self._step = cache, layer, step
+        self.offset = step.offset  # [B], on the device: a Python number would be frozen by mx.compile
+        self._seen: tuple[mx.array, mx.array] | None = None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Writes rows [B, G, M, d] behind the length; returns the buffers [B, G, S, d] that the masks speak of."""
+        self.offset = self.offset + keys.shape[2]  # as mlx-lm's caches do; the committed length stays
+        self._seen = self._cache.update(self._layer, keys, values, self._step)
+        return self._seen
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """What this pass's `update_and_fetch` gave; for layers that read another layer's K/V."""
+        assert self._seen is not None, "a layer read K/V that this pass has not written"
+        return self._seen
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
+        """Mask [B, 1, M, S] of what each row may see; always an array, as the buffers are longer than what they hold.
+
+        mlx-lm's windows, like ours, count the row itself.
+        """
+        kind = self._cache.shapes[self._layer].kind
+        mask = self._step.masks[kind]
+        if window_size is None or (kind == SLIDING and window_size == self._cache.window):
+            return mask
+        if kind == SLIDING:
+            raise UnsupportedModel(
+                f"Layer {self._layer} of this model keeps a window of {self._cache.window} tokens and attends to "
+                f"one of {window_size}, which is not implemented; use another model."
+            )
+        rows, slots = self._step.slots[FULL], mx.arange(mask.shape[-1], dtype=mx.int32)
+        return mask & (slots > rows[:, None, :, None] - window_size)
+
+
+class _Recorder:
+    """Stands before a module, passes everything on, and keeps what last went in first and what came out."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self.received: Any = None
+        self.returned: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.received = _first(args, kwargs)
+        self.returned = self._module(*args, **kwargs)
+        return self.returned
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+class _Given(_Recorder):
+    """Stands for the trunk when only the head is wanted: hands back what it is given."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _first(args, kwargs)
+
+
+class _Reached(Exception):
+    """Carries the first layer's input out of a pass that need go no further."""
+
+
+class _Entrance(_Recorder):
+    """Stands for the first layer when only its input is wanted."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise _Reached(_first(args, kwargs))
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+@dataclass(frozen=True)
+class _Anatomy:
+    """A model taken apart at its trunk, the module that holds the list of decoder layers.
+
+    path: names of the modules from the model down to the trunk. layers: the name of the list.
+    """
+
+    model: nn.Module
+    path: tuple[str, ...]
+    layers: str
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Anatomy | None:
+        """None where no module below the model holds its layers, so that trunk and head cannot be told apart."""
+        found = getattr(model, "layers", None)
+        if not isinstance(found, list) or not found:
+            return None
+        for name, module in model.named_modules():
+            if name and not re.search(r"(^|\.)\d", name):
+                for key, child in module.items():
+                    if isinstance(child, list) and list(map(id, child)) == list(map(id, found)):
+                        return cls(model, tuple(name.split(".")), key)
+        return None
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The module with the layers."""
+        module: Any = self.model
+        for name in self.path:
+            module = getattr(module, name)
+        return module
+
+    def around(self, trunk: Any) -> nn.Module:
+        """The same model around another trunk; shallow copies of what is above it, the weights are shared."""
+        return _replaced(self.model, self.path, trunk)
+
+    def with_layers(self, layers: list[Any]) -> nn.Module:
+        """The same trunk around other layers."""
+        other = copy.copy(self.trunk)
+        other[self.layers] = layers
+        return other
+
+
+def _replaced(module: nn.Module, path: tuple[str, ...], part: Any) -> nn.Module:
+    other = copy.copy(module)
+    name, below = path[0], path[1:]
+    setattr(other, name, _replaced(getattr(module, name), below, part) if below else part)
+    return other
+
+
+class GenericTarget:
+    """A model of mlx-lm as the engine sees it (interfaces.Target).
+
+    Raises UnsupportedModel where drafts could not be rolled back or trunk and head cannot be told apart, and
+    CheckpointError where the model does not run at all.
+    """
+
+    def __init__(self, model: nn.Module, config: Mapping[str, Any], path: Path | None = None) -> None:
+        self.path = path
+        self.model = model
+        self._name = f"{path or 'The model'} ({config.get('model_type')})"
+        anatomy = _Anatomy.of(model)
+        if anatomy is None:
+            raise UnsupportedModel(
+                f"{self._name}: expected a model with its decoder layers in a part of its own, apart from the output "
+                "head, found none; use another model."
+            )
+        self._anatomy = anatomy
+        self._head = anatomy.around(_Given(anatomy.trunk))
+        try:
+            own = mlx_lm_cache.make_prompt_cache(model)
+            kinds, window = self._kinds(own)
+            states, logits = self._run(mx.array([[0]]), own)
+            mx.eval(states.hidden, logits)
+        except MLXMTPError:
+            raise
+        except Exception as error:  # another project's code on any config.json: whatever it raises
+            raise CheckpointError(
+                f"{self._name}: mlx-lm cannot run this model ({_brief(error)}); "
+                "the weights and config.json must belong together."
+            ) from error
+        self.shapes, self.dtype = self._shapes(own, kinds)
+        self.info = TargetInfo(
+            vocab_size=logits.shape[-1],
+            hidden_size=states.hidden.shape[-1],
+            max_context=_context(config, anatomy.trunk),
+            window=window,
+            readable={},
+            storing_layers={},
+            attention_heads=_size(config, HEADS, 1, MAX_COUNT) or max(shape.heads for shape in self.shapes),
+        )
+        self._check()
+
+    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
+        """An empty cache for `capacity` positions."""
+        return KVCache(self.shapes, self.info.window, capacity, self.dtype, batch)
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Token ids [B, M] -> what the first layer receives, [B, M, D]."""
+        layers = self._anatomy.trunk[self._anatomy.layers]
+        trunk = self._anatomy.with_layers([_Entrance(layers[0]), *layers[1:]])
+        try:
+            self._anatomy.around(trunk)(tokens)
+        except _Reached as reached:
+            return reached.args[0]
+        raise UnsupportedModel(
+            f"{self._name}: expected every pass to go through the first layer, which it does not; use another model."
+        )
+
+    def forward(self, tokens: mx.array, cache: KVCache, keep: int | None = None) -> States:
+        """Runs tokens [B, M] behind the cache's length and writes their K/V; does not move the length."""
+        rows = tokens.shape[1]
+        step = cache.begin(rows)
+        states, _ = self._run(tokens, [LayerView(cache, layer, step) for layer in range(len(cache.shapes))])
+        if keep is None or keep >= rows:
+            return states
+        # Lazy: of the rows that are cut away the last layer computes no more than their K/V.
+        trunk = None if states.trunk is None else states.trunk[:, rows - keep :]
+        return States(states.hidden[:, rows - keep :], trunk)
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Hidden [B, M, D] -> float32 logits [B, M, V], by all that the model does behind its trunk."""
+        return self._head(hidden).astype(mx.float32)
+
+    def logits(self, tokens: mx.array) -> mx.array:
+        """Logits of every position as mlx-lm itself computes them: int [B, M] -> float32 [B, M, V]."""
+        return self.model(tokens, cache=mlx_lm_cache.make_prompt_cache(self.model)).astype(mx.float32)
+
+    def _run(self, tokens: mx.array, cache: list[Any]) -> tuple[States, mx.array]:
+        """One pass of the model over any caches: its states, and its own logits (lazy, so free where unused)."""
+        layers = self._anatomy.trunk[self._anatomy.layers]
+        last = _Recorder(layers[-1])
+        trunk = _Recorder(self._anatomy.with_layers([*layers[:-1], last]))
+        logits = self._anatomy.around(trunk)(tokens, cache=cache)
+        hidden, residual = trunk.returned, last.received
+        if not isinstance(hidden, mx.array) or hidden.ndim != 3 or not isinstance(logits, mx.array):
+            raise UnsupportedModel(
+                f"{self._name}: expected one array of states [B, M, D] behind the layers, found something else; "
+                "use another model."
+            )
+        fits = isinstance(residual, mx.array) and residual.shape == hidden.shape
+        return States(hidden, residual if fits else None), logits
+
+    def _kinds(self, caches: list[Any]) -> tuple[list[str], int]:
+        """The kind of every layer's cache and the sliding window (1 where nothing slides)."""
+        for layer, cache in enumerate(caches):
+            found = ""
+            if type(cache) not in (mlx_lm_cache.KVCache, mlx_lm_cache.RotatingKVCache):
+                found = type(cache).__name__
+            elif getattr(cache, "keep", 0):
+                found = f"RotatingKVCache that never forgets the first {cache.keep} tokens"
+            if found:
+                raise UnsupportedModel(
+                    f"{self._name}: layer {layer} keeps its past in mlx-lm's {found}, from which rejected drafts "
+                    "cannot be taken back; use a model with plain or sliding K/V, or decode this one with mlx-lm."
+                )
+        sliding = [cache.max_size for cache in caches if type(cache) is mlx_lm_cache.RotatingKVCache]
+        if not all(type(window) is int and window > 0 for window in sliding):
+            raise CheckpointError("config.json: expected the size of the sliding window, found none; "
+                                  "use the config.json that belongs to this checkpoint.")  # fmt: skip
+        if len(set(sliding)) > 1:
+            raise UnsupportedModel(
+                f"{self._name}: its layers slide over windows of {' and '.join(map(str, sorted(set(sliding))))} "
+                "tokens, and the cache that takes drafts back holds one size; use another model."
+            )
+        kinds = [FULL if type(cache) is mlx_lm_cache.KVCache else SLIDING for cache in caches]
+        return kinds, sliding[0] if sliding else 1
+
+    def _shapes(self, caches: list[Any], kinds: list[str]) -> tuple[list[LayerShape], mx.Dtype]:
+        """Shapes of the stored K/V, from what one token left in mlx-lm's own caches."""
+        shapes = []
+        for layer, (cache, kind) in enumerate(zip(caches, kinds, strict=True)):
+            if cache.keys is None or cache.keys.shape[1] != cache.values.shape[1]:
+                found = "stores none" if cache.keys is None else "stores them with different heads"
+                raise UnsupportedModel(
+                    f"{self._name}: expected keys and values of equal heads in layer {layer}, which {found}; "
+                    "use another model."
+                )
+            (_, heads, _, size), values = cache.keys.shape, cache.values.shape[-1]
+            shapes.append(LayerShape(kind, heads, size, None if values == size else values))
+        return shapes, caches[0].keys.dtype
+
+    def _check(self) -> None:
+        """Compares head, cache and rollback with the model over mlx-lm's cache; UnsupportedModel where they differ."""
+        tokens = mx.array([[(31 * i + 5) % self.info.vocab_size for i in range(CHECKED)]])
+        states, expected = self._run(tokens, mlx_lm_cache.make_prompt_cache(self.model))
+        if not mx.isfinite(expected).all().item():
+            raise CheckpointError(f"{self._name}: expected finite logits, found others; download the weights again.")
+        apart = APART.get(self.dtype, APART_HALF)
+        try:
+            found = {"head": self._head(states.hidden), "cache": self._through_cache(tokens)}
+            self._traced(tokens)
+            far = [part for part, logits in found.items() if not _distance(logits, expected) <= apart]
+            reason = f"its {far[0]} gives other logits than mlx-lm's" if far else ""
+            if self.embed(tokens).shape != states.hidden.shape:
+                reason = "what goes into its first layer has not the shape of what its head is given"
+        except MLXMTPError:
+            raise
+        except Exception as error:  # as above
+            reason = _brief(error)
+        if reason:
+            raise UnsupportedModel(
+                f"{self._name}: this model does not run over the cache that takes drafts back ({reason}); "
+                "use another model, or decode this one with mlx-lm."
+            )
+
+    def _through_cache(self, tokens: mx.array) -> mx.array:
+        """Logits [1, M, V] of the committed rows of CHECKED_PASSES."""
+        cache, rows, at = self.new_cache(CAPACITY_STEP), [], 0
+        for written, committed in CHECKED_PASSES:
+            states = self.forward(tokens[:, at : at + written], cache)
+            rows.append(self.head(states.hidden)[:, :committed])
+            cache.advance(committed)
+            at += committed
+        return mx.concatenate(rows, axis=1)
+
+    def _traced(self, tokens: mx.array) -> None:
+        """Traces a pass like a compiled round and runs nothing: a model that reads a device value on the way raises."""
+        layout = self.new_cache(CAPACITY_STEP)
+
+        def one_pass(tokens: mx.array, arrays: Any) -> tuple[mx.array, Any]:
+            cache = layout.around(arrays)
+            return self.head(self.forward(tokens, cache).hidden), cache.arrays
+
+        mx.compile(one_pass)(tokens, layout.arrays)
+
+
+def _distance(found: mx.array, expected: mx.array) -> float:
+    """How far apart two arrays are, as a share of the second's norm."""
+    if found.shape != expected.shape:
+        return float("inf")
+    found, expected = found.astype(mx.float32), expected.astype(mx.float32)
+    far: float = (mx.linalg.norm(found - expected) / mx.maximum(mx.linalg.norm(expected), 1e-20)).tolist()  # type: ignore[assignment]
+    return far
+
+
+def _brief(error: Exception) -> str:
+    """Another project's error as a part of one sentence."""
+    text = " ".join(str(error).split()).rstrip(".;")
+    if missing := re.search(r"__init__\(\) missing .*?arguments?: (.*)", text):
+        text = f"config.json lacks {missing[1]}"
+    elif isinstance(error, (KeyError, IndexError, AttributeError, AssertionError)) or not text:
+        text = f"{type(error).__name__} {text}".strip()
+    return text if len(text) <= 200 else text[:196] + " ..."
+
+
+def _size(config: Mapping[str, Any], names: tuple[str, ...], low: int, high: int) -> int | None:
+    """The first of `names` that a config.json has, at the top or in `text_config`; lists (one size a layer) do not
+    count. CheckpointError out of range."""
+    for fields in (section(config, "text_config"), config):
+        for name in names:
+            if fields.get(name) is not None and not isinstance(fields[name], list):
+                return number(fields, name, int, low, high)
+    return None
+
+
+def _context(config: Mapping[str, Any], trunk: nn.Module) -> int:
+    """Most positions. A table of learned positions has none for the rows that a round writes ahead: they stay free."""
+    context = _size(config, CONTEXT, 2 * SLACK, 2**31 - 1) or DEFAULT_CONTEXT
+    learned = any(isinstance(part, nn.Embedding) and part.weight.shape[0] == context for part in trunk.modules())
+    return context - SLACK if learned else context
+
+
+def has_model(config: Mapping[str, Any]) -> bool:
+    """Whether mlx-lm has a model class for a config.json."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            _get_classes(dict(config))
+    # An unknown model_type is a ValueError, odd ones and odd `architectures` raise anything; olmo prints and exits.
+    except (Exception, SystemExit):
+        return False
+    return True
+
+
+def _classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
+    """mlx-lm's classes for a config.json; the model's weights lose the modules that a checkpoint carries for drafting.
+
+    DeepSeek's layout numbers those as layers behind the last. mlx-lm drops number 61 of deepseek_v3, whatever the
+    model's size, and refuses any other as unknown weights.
+    """
+    model_class, args_class = _get_classes(config)
+    fields = section(config, "text_config") if "text_config" in config else config
+    if not fields.get("num_nextn_predict_layers") or fields.get("num_hidden_layers") is None:
+        return model_class, args_class
+    layers = number(fields, "num_hidden_layers", int, 1, MAX_COUNT)
+
+    class WithoutDraftModules(model_class):  # type: ignore[misc, valid-type]
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            known = super().sanitize(weights) if hasattr(model_class, "sanitize") else weights
+            numbers = {name: re.match(r"(?:language_model\.)?model\.layers\.(\d+)\.", name) for name in known}
+            return {name: known[name] for name, found in numbers.items() if not found or int(found[1]) < layers}
+
+    return WithoutDraftModules, args_class
+
+
+@registry.register_fallback(has_model, f"a model type of mlx-lm {importlib.metadata.version('mlx-lm')}")
+def load(checkpoint: Checkpoint) -> GenericTarget:
+    """A target from any checkpoint that mlx-lm can load, quantised or not."""
+    for names, high in ((LAYERS, MAX_COUNT), (("hidden_size",), MAX_SIZE), (("vocab_size",), MAX_SIZE)):
+        _size(checkpoint.config, names, 1, high)
+    checkpoint.check_files()
+    try:
+        model, _ = load_model(checkpoint.path, lazy=True, get_model_classes=_classes)
+        if mx.default_device() == mx.Device(mx.cpu):
+            model.set_dtype(mx.float32)  # half precision is emulated there, and slow
+        mx.eval(model.parameters())
+    except Exception as error:  # mlx-lm has no error class of its own
+        raise CheckpointError(
+            f"{checkpoint.path}: mlx-lm cannot load this {checkpoint.config['model_type']} model ({_brief(error)}); "
+            "the weights and config.json must be whole and belong together."
+        ) from error
+    return GenericTarget(model, checkpoint.config, checkpoint.path)

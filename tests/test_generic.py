@@ -1,0 +1,392 @@
+"""Models of mlx-lm over our cache against mlx-lm itself: whole, in chunks, after rollbacks, through the engine."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map_with_path
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import _get_classes, load_model
+from test_engine import same_or_tie
+
+import mlx_mtp
+from mlx_mtp.cache import FULL, SLIDING
+from mlx_mtp.checkpoint import Checkpoint
+from mlx_mtp.interfaces import Memory, States
+from mlx_mtp.targets import load_target
+from mlx_mtp.targets.generic import GenericTarget
+from mlx_mtp.testing import ScriptedDrafter
+
+TOLERANCE = 2e-4
+VOCABULARY, WINDOW, LENGTH = 96, 8, 60
+
+BASE: dict[str, Any] = {
+    "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 64, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": VOCABULARY, "rms_norm_eps": 1e-5, "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+LATENT = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1,
+    "kv_lora_rank": 24, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12,
+    "first_k_dense_replace": 1, "num_key_value_heads": 4,
+}  # fmt: skip
+SLIDING_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
+    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama-sliding": {"model_type": "llama", "layer_types": SLIDING_LAYERS, "sliding_window": WINDOW},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16, "rope_theta": 1e4},
+    "mimo": {"model_type": "mimo"},
+    "deepseek_v3": {"model_type": "deepseek_v3", **LATENT},
+    "gemma3_text": {"model_type": "gemma3_text", "head_dim": 8, "query_pre_attn_scalar": 8,
+                    "num_hidden_layers": 4, "sliding_window": WINDOW, "sliding_window_pattern": 3},
+    "gemma2": {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8},
+}  # fmt: skip
+REQUIRED = ("llama", "qwen3", "deepseek_v3", "mimo", "gemma3_text", "llama-sliding")
+
+
+def written(folder: Path, config: dict[str, Any], bits: int | None = None) -> Path:
+    """A checkpoint with random weights, lively enough that greedy decoding does not stand still."""
+    folder.mkdir(parents=True, exist_ok=True)
+    classes = _get_classes(config)
+    model = classes[0](classes[1].from_dict(config))
+    mx.random.seed(7)
+
+    def lively(name: str, weight: mx.array) -> mx.array:
+        if weight.ndim == 1:
+            return weight + 0.1 * mx.random.normal(weight.shape)
+        return mx.random.normal(weight.shape) * (1.0 if "embed_tokens" in name else weight.shape[-1] ** -0.5)
+
+    model.update(tree_map_with_path(lively, model.parameters()))
+    if bits:
+        nn.quantize(model, group_size=32, bits=bits)
+        config = {**config, "quantization": {"group_size": 32, "bits": bits}}
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One tiny checkpoint per architecture."""
+    root = tmp_path_factory.mktemp("generic")
+    return {name: written(root / name, BASE | config) for name, config in CONFIGS.items()}
+
+
+def loaded(folder: Path) -> tuple[GenericTarget, nn.Module]:
+    """Our target, and mlx-lm's own model of the same files."""
+    target = load_target(Checkpoint.open(folder))
+    assert isinstance(target, GenericTarget)
+    model, _ = load_model(folder)
+    model.set_dtype(mx.float32)
+    return target, model
+
+
+def tokens_of(length: int = LENGTH, batch: int = 1) -> mx.array:
+    return mx.array(np.random.default_rng(3).integers(0, VOCABULARY, (batch, length)))
+
+
+def difference(found: mx.array, expected: mx.array) -> float:
+    assert found.shape == expected.shape
+    return mx.abs(found - expected).max().item()
+
+
+def in_passes(target: GenericTarget, tokens: mx.array, sizes: list[int], junk: int = 0) -> mx.array:
+    """Logits of every token, `sizes` committed a pass, each pass with `junk` rows behind it that are rejected."""
+    cache, found, start = target.new_cache(256, tokens.shape[0]), [], 0
+    for size in sizes:
+        rejected = (tokens[:, start : start + 1] + 1 + mx.arange(junk)) % VOCABULARY
+        if junk:
+            target.forward(rejected, cache)  # wholly rejected
+        rows = mx.concatenate([tokens[:, start : start + size], rejected], axis=1)
+        found.append(target.head(target.forward(rows, cache).hidden)[:, :size])
+        cache.advance(size)
+        start += size
+    return mx.concatenate(found, axis=1)
+
+
+def random_sizes(seed: int, most: int) -> list[int]:
+    rng, left, sizes = random.Random(seed), LENGTH, []
+    while left:
+        sizes.append(rng.randint(1, min(left, most)))
+        left -= sizes[-1]
+    return sizes
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_equal_mlx_lm(name: str, folders: dict[str, Path]) -> None:
+    """In one piece, token by token, in chunks below and above the slack, behind rejected rows; sliding ones wrap."""
+    target, model = loaded(folders[name])
+    tokens = tokens_of()
+    expected = model(tokens)
+    found = {
+        "uncached": target.logits(tokens),
+        "whole": in_passes(target, tokens, [LENGTH]),
+        "single": in_passes(target, tokens, [1] * LENGTH),
+        "chunks": in_passes(target, tokens, random_sizes(0, 9)),
+        "long chunks": in_passes(target, tokens, random_sizes(1, 45)),
+        "rejected": in_passes(target, tokens, random_sizes(2, 4), junk=5),
+        "rejected singles": in_passes(target, tokens, [1] * LENGTH, junk=3),
+    }
+    apart = {way: difference(logits, expected) for way, logits in found.items()}
+    print(name, apart)
+    assert max(apart.values()) < TOLERANCE, apart
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_sequences_of_a_batch_roll_back_on_their_own(name: str, folders: dict[str, Path]) -> None:
+    target, model = loaded(folders[name])
+    tokens = tokens_of(24, batch=2)
+    cache = target.new_cache(256, 2)
+    target.forward(tokens[:, :20], cache)
+    cache.advance(mx.array([20, 17]))
+    rows = mx.stack([tokens[0, 20:23], tokens[1, 17:20]])
+    found = target.head(target.forward(rows, cache).hidden)
+    expected = model(tokens)
+    assert difference(found, mx.stack([expected[0, 20:23], expected[1, 17:20]])) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_states(name: str, folders: dict[str, Path]) -> None:
+    """The trunk's stream, run through the last layer and the norm by hand, is the hidden state; keep cuts rows."""
+    target, model = loaded(folders[name])
+    tokens = tokens_of(7)
+    states = target.forward(tokens, target.new_cache(256))
+    last, trunk = model.layers[-1], states.trunk
+    assert difference(model.model.norm(last(trunk, mx.tril(mx.ones((7, 7), dtype=mx.bool_)))), states.hidden) < 1e-4
+    for keep in (0, 1, 3, 7, 9):
+        kept = target.forward(tokens, target.new_cache(256), keep)
+        rows = min(keep, 7)
+        assert kept.hidden.shape[1] == kept.trunk.shape[1] == rows
+        assert not rows or difference(kept.hidden, states.hidden[:, -rows:]) < 1e-5
+    scale = 32**0.5 if name.startswith("gemma") else 1.0
+    assert difference(target.embed(tokens), model.model.embed_tokens(tokens) * scale) < 5e-2
+    assert target.info.vocab_size == VOCABULARY and target.info.hidden_size == 32
+    assert target.info.max_context == 512 and target.info.attention_heads == 4
+
+
+class Listening(ScriptedDrafter):
+    """Hears of every round the trunk's rows that go with the hidden ones."""
+
+    heard = 0
+
+    def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:
+        assert states.trunk is not None and states.trunk.shape == states.hidden.shape == (*tokens.shape, 32)
+        self.heard += 1
+        return memory
+
+
+def test_rounds_hand_the_trunk_to_the_drafter(folders: dict[str, Path]) -> None:
+    drafter = Listening([])
+    engine = mlx_mtp.Engine(loaded(folders["llama"])[0], drafter, None, depth=2)
+    engine.generate([1, 2, 3], max_tokens=5)
+    assert drafter.heard
+
+
+def test_layers_as_the_model_keeps_them(folders: dict[str, Path]) -> None:
+    sliding, _ = loaded(folders["llama-sliding"])
+    assert [shape.kind for shape in sliding.shapes] == SLIDING_LAYERS and sliding.info.window == WINDOW
+    latent, _ = loaded(folders["deepseek_v3"])
+    assert {(s.kind, s.heads, s.head_dim, s.value_dim) for s in latent.shapes} == {(FULL, 1, 24, 8)}
+    cache = latent.new_cache(256)
+    cache.grow(512)
+    assert cache.keys[0].shape == (1, 1, 512, 24) and cache.values[0].shape == (1, 1, 512, 8)
+    gemma, _ = loaded(folders["gemma3_text"])
+    assert [shape.kind for shape in gemma.shapes] == [SLIDING, SLIDING, FULL, SLIDING]
+
+
+def greedy(model: nn.Module, ids: list[int], length: int) -> list[int]:
+    """mlx-lm's own decoding over its own cache."""
+    cache, rows, found = make_prompt_cache(model), mx.array([ids]), []
+    for _ in range(length):
+        found.append(mx.argmax(model(rows, cache=cache)[0, -1]).item())
+        rows = mx.array([found[-1:]])
+    return found
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_every_depth_equals_mlx_lm(name: str, folders: dict[str, Path]) -> None:
+    _, model = loaded(folders[name])
+    ids = tokens_of(10)[0].tolist() * 3
+    expected = greedy(model, ids, 120)
+    assert len(set(expected)) > 10
+    plain = mlx_mtp.load(folders[name], drafter=None)
+    same_or_tie(plain, ids, expected, plain.generate(ids, max_tokens=120).tokens)
+    for depth in (1, 3, 8):
+        result = mlx_mtp.load(folders[name], drafter="lookup", depth=depth).generate(ids, max_tokens=120)
+        same_or_tie(plain, ids, expected, result.tokens)
+        assert result.stats.host_syncs <= result.stats.rounds + 2
+
+
+@pytest.mark.parametrize("name", ["llama-sliding", "deepseek_v3"])
+def test_the_rest_of_the_engine(name: str, folders: dict[str, Path]) -> None:
+    """Penalties, logprobs, seeded sampling, the automatic depth; with drafts as without."""
+    plain = mlx_mtp.load(folders[name], drafter=None)
+    engine = mlx_mtp.load(folders[name], drafter="lookup", depth=3)
+    ids = tokens_of(12)[0].tolist() * 2
+    penalties = mlx_mtp.Sampling(temperature=0.0, repetition_penalty=1.3, frequency_penalty=0.4)
+    expected = plain.generate(ids, max_tokens=40, sampling=penalties, logprobs=2)
+    found = engine.generate(ids, max_tokens=40, sampling=penalties, logprobs=2)
+    assert found.tokens == expected.tokens
+    assert np.allclose(found.logprobs, expected.logprobs, atol=1e-3)
+    warm = mlx_mtp.Sampling(temperature=1.0, top_k=20)
+    again = [engine.generate(ids, max_tokens=20, sampling=warm, seed=5).tokens for _ in range(2)]
+    assert again[0] == again[1]
+    auto = mlx_mtp.load(folders[name], drafter="lookup")
+    assert len(auto.generate(ids, max_tokens=20).tokens) == 20
+
+
+@pytest.mark.parametrize("name", ["llama-sliding", "deepseek_v3"])
+def test_exact_mode(name: str, folders: dict[str, Path]) -> None:
+    """Bit-equal with and without drafts where the probe finds a way; plain where it finds none."""
+    ids = tokens_of(12)[0].tolist() * 2
+    plain = mlx_mtp.load(folders[name], drafter=None, mode="exact").generate(ids, max_tokens=60, logprobs=1)
+    engine = mlx_mtp.load(folders[name], drafter="lookup", depth=4, mode="exact")
+    found = engine.generate(ids, max_tokens=60, logprobs=1)
+    assert (found.tokens, found.logprobs) == (plain.tokens, plain.logprobs)
+    assert found.stats.mode == "exact"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_checkpoints(bits: int, tmp_path: Path) -> None:
+    folder = written(tmp_path / "quantised", BASE | CONFIGS["llama"], bits)
+    target, model = loaded(folder)
+    assert isinstance(target.model.lm_head, nn.QuantizedLinear) and target.model.lm_head.bits == bits
+    tokens = tokens_of()
+    assert difference(in_passes(target, tokens, random_sizes(0, 9), junk=2), model(tokens)) < TOLERANCE
+
+
+def test_multimodal_wrappers_and_half_precision(tmp_path: Path) -> None:
+    """The trunk one level further down; weights of 16 bits are computed with in float32 on a CPU."""
+    text = BASE | CONFIGS["gemma3_text"]
+    folder = written(tmp_path / "wrapped", {"model_type": "gemma3", "text_config": text, "vocab_size": VOCABULARY})
+    weights = mx.load(str(folder / "model.safetensors"))
+    halves = {name: weight.astype(mx.bfloat16) for name, weight in weights.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), halves)
+    target, model = loaded(folder)
+    tokens = tokens_of()
+    if mx.default_device() == mx.Device(mx.cpu):
+        assert target.dtype == mx.float32
+        assert difference(in_passes(target, tokens, random_sizes(0, 9), junk=2), model(tokens)) < TOLERANCE
+    assert target.info.max_context == 512 and target.info.attention_heads == 4
+
+
+def test_modules_for_drafting_are_left_alone(folders: dict[str, Path], tmp_path: Path) -> None:
+    """DeepSeek's layout keeps them behind the last layer; a checkpoint that does not announce them is refused."""
+    config = BASE | CONFIGS["deepseek_v3"]
+    folder = written(tmp_path / "model", config)
+    weights = mx.load(str(folder / "model.safetensors"))
+    extra = {"model.layers.3.enorm.weight": mx.ones((32,)), "model.layers.3.eh_proj.weight": mx.ones((32, 64))}
+    mx.save_safetensors(str(folder / "model.safetensors"), weights | extra)
+    assert "enorm" in refusal(folder, mlx_mtp.CheckpointError)
+    edited(folder, num_nextn_predict_layers=1)
+    tokens = tokens_of()
+    expected = loaded(folders["deepseek_v3"])[1](tokens)
+    assert difference(load_target(Checkpoint.open(folder)).logits(tokens), expected) < TOLERANCE
+
+
+# Refusals
+
+
+def refusal(folder: Path, error: type[mlx_mtp.MLXMTPError]) -> str:
+    """One sentence, with the folder's name."""
+    with pytest.raises(error) as caught:
+        mlx_mtp.load(folder, drafter=None)
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith(".") and str(folder) in message and 60 < len(message) < 700
+    return message
+
+
+STATE = {"state_size": 8, "conv_kernel": 4, "use_bias": True, "use_conv_bias": True, "time_step_rank": 4,
+         "intermediate_size": 48}  # fmt: skip
+
+
+def test_models_that_cannot_be_rolled_back(tmp_path: Path) -> None:
+    mamba = written(tmp_path / "mamba", BASE | STATE | {"model_type": "mamba"})
+    message = refusal(mamba, mlx_mtp.UnsupportedModel)
+    assert "ArraysCache" in message and "cannot be taken back" in message and "mlx-lm" in message
+
+
+def test_other_caches_are_refused(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlx_lm.models import cache, llama
+
+    for caches, words in (
+        (lambda self: [cache.RotatingKVCache(8), cache.KVCache(), cache.RotatingKVCache(9)], "8 and 9"),
+        (lambda self: [cache.RotatingKVCache(8, keep=4)] * 3, "never forgets the first 4"),
+        (lambda self: [cache.QuantizedKVCache()] * 3, "QuantizedKVCache"),
+        (lambda self: [cache.ChunkedKVCache(8)] * 3, "ChunkedKVCache"),
+    ):
+        monkeypatch.setattr(llama.Model, "make_cache", caches)
+        assert words in refusal(folders["llama"], mlx_mtp.UnsupportedModel)
+
+
+def test_positions_read_on_the_host_are_refused(folders: dict[str, Path]) -> None:
+    config = BASE | CONFIGS["llama"] | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    folder = written(folders["llama"].parent / "dynamic", config)
+    assert "does not run over the cache" in refusal(folder, mlx_mtp.UnsupportedModel)
+
+
+def test_unknown_types_name_both_ways(tmp_path: Path) -> None:
+    folder = written(tmp_path / "model", BASE | CONFIGS["llama"])
+    for name in ("no-such-model", "base", "olmo", "a\nb"):
+        (folder / "config.json").write_text(json.dumps({"model_type": name}))
+        message = refusal(folder, mlx_mtp.UnsupportedModel)
+        assert "gemma4" in message and "mlx-lm" in message
+
+
+def edited(folder: Path, **fields: Any) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | fields
+    file.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+
+
+FIELDS: list[dict[str, Any]] = [
+    {"hidden_size": None}, {"hidden_size": 64}, {"hidden_size": "x"}, {"hidden_size": 10**12}, {"hidden_size": -1},
+    {"num_hidden_layers": None}, {"num_hidden_layers": 2}, {"num_hidden_layers": 4}, {"num_hidden_layers": 10**9},
+    {"vocab_size": 97}, {"vocab_size": 0}, {"num_attention_heads": 0}, {"num_attention_heads": 3},
+    {"num_attention_heads": "x"}, {"rms_norm_eps": None}, {"rms_norm_eps": "x"}, {"max_position_embeddings": "x"},
+    {"rope_scaling": 7}, {"rope_scaling": {"rope_type": "yarn"}}, {"rope_theta": "x"}, {"layer_types": 7},
+    {"layer_types": ["x"]}, {"layer_types": ["sliding_attention"] * 3}, {"layer_types": SLIDING_LAYERS},
+    {"layer_types": SLIDING_LAYERS, "sliding_window": "x"}, {"quantization": 7}, {"quantization": {"bits": 4}},
+    {"quantization_config": {"quant_method": "modelopt"}}, {"model_file": "code.py"}, {"text_config": 7},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+def test_config_fields(fields: dict[str, Any], tmp_path: Path) -> None:
+    folder = written(tmp_path / "model", BASE | CONFIGS["llama"])
+    edited(folder, **fields)
+    refusal(folder, mlx_mtp.CheckpointError)
+
+
+def test_files(tmp_path: Path) -> None:
+    folder = written(tmp_path / "model", BASE | CONFIGS["llama"])
+    file = folder / "model.safetensors"
+    whole, weights = file.read_bytes(), mx.load(str(file))
+    mx.eval(weights)
+    for cut in (0, 7, 100, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:cut])
+        assert "model.safetensors" in refusal(folder, mlx_mtp.CheckpointError)
+    for missing in ("lm_head.weight", "model.layers.1.self_attn.q_proj.weight"):
+        mx.save_safetensors(str(file), {name: weight for name, weight in weights.items() if name != missing})
+        assert missing in refusal(folder, mlx_mtp.CheckpointError)
+    mx.save_safetensors(str(file), weights | {"extra": mx.zeros((1,))})
+    assert "extra" in refusal(folder, mlx_mtp.CheckpointError)
+    mx.save_safetensors(str(file), weights | {"lm_head.weight": mx.full((VOCABULARY, 32), float("nan"))})
+    assert "finite" in refusal(folder, mlx_mtp.CheckpointError)
+    file.unlink()
+    assert "found none" in refusal(folder, mlx_mtp.CheckpointError)
+    mx.save_safetensors(str(folder / "weights.safetensors"), weights)
+    assert "model" in refusal(folder, mlx_mtp.CheckpointError)
+
+
+def test_an_assistant_for_another_target_is_refused(folders: dict[str, Path]) -> None:
+    from conftest import GOLDEN
+
+    with pytest.raises(mlx_mtp.IncompatibleDrafter, match="gives none to read"):
+        mlx_mtp.load(folders["llama"], drafter=GOLDEN / "ple" / "assistant_tied")
