@@ -1,0 +1,150 @@
+"""Parallel heads (Gloeckle et al. 2024, arXiv 2404.19737, section 2): n heads on one trunk, one unembedding.
+
+What it does: from the trunk's state at one position, head i (one transformer layer and a norm of its own) proposes
+the token i + 1 places further on; the first head is the target itself. All drafts of a round come from one state, so
+none of them knows another. What it does not do: hold the trunk or the unembedding, which are the target's.
+
+Checkpoint: config.json with model_type "parallel_heads", `heads` (drafts, n - 1), `reads` ("trunk" = the residual
+stream before the target's last layer, as in the paper; "hidden" = behind its final norm, for heads on a finished
+target) and `block` (an mlx-lm config of one layer); tensors `heads.<i>.layer.*`, `heads.<i>.norm.weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_mtp.cache import KVCache
+from mlx_mtp.checkpoint import Checkpoint, compute_dtype, load_into, number, section
+from mlx_mtp.drafters import registry
+from mlx_mtp.drafters.layers import OwnLayers, build_layers, check_sizes
+from mlx_mtp.errors import CheckpointError
+from mlx_mtp.interfaces import Choose, Memory, States, Target
+
+MOST_HEADS = 16
+READS = ("trunk", "hidden")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """A drafter's config.json."""
+
+    heads: int
+    reads: str
+    hidden_size: int
+    vocab_size: int
+    norm_eps: float
+    block: Mapping[str, Any]
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> ParallelConfig:
+        """Reads config.json; CheckpointError where a field is missing or makes no sense."""
+        block = section(config, "block")
+        if config.get("reads") not in READS:
+            raise CheckpointError(
+                f"config.json: expected 'reads' to be one of {', '.join(READS)}, found {config.get('reads')!r}; "
+                "use the config.json that belongs to this drafter."
+            )
+        return cls(
+            heads=number(config, "heads", int, 1, MOST_HEADS),
+            reads=config["reads"],
+            hidden_size=number(config, "hidden_size", int, 1, 1 << 20),
+            vocab_size=number(config, "vocab_size", int, 2, 1 << 24),
+            norm_eps=number(block, "rms_norm_eps", float, 0.0, 1.0, 1e-6),
+            block=block,
+        )
+
+
+class Head(nn.Module):
+    """One transformer layer, and the norm in front of the unembedding."""
+
+    def __init__(self, config: ParallelConfig) -> None:
+        super().__init__()
+        (self.layer,) = build_layers(config.block, 1)
+        self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+
+
+class ParallelModel(nn.Module):
+    """The parameters of the heads."""
+
+    def __init__(self, config: ParallelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.heads = [Head(config) for _ in range(config.heads)]
+
+    def __call__(self, states: mx.array) -> list[mx.array]:
+        """Whole sequences of trunk states [B, T, D] -> per head [B, T, D], ready for the unembedding."""
+        mask = mx.tri(states.shape[1], dtype=mx.bool_)
+        return [head.norm(head.layer(states, mask, None)) for head in self.heads]
+
+
+class Parallel:
+    """Loaded heads as the loop sees them (interfaces.Drafter).
+
+    Row r of every head's K/V is the state of the row before: it is known when the token at r is drafted behind.
+    """
+
+    reads_prompt = True
+    reads_states = True
+
+    def __init__(self, model: ParallelModel, dtype: mx.Dtype, name: str = "parallel heads") -> None:
+        self.model, self.name = model, name
+        self.max_depth = model.config.heads
+        self._dtype = dtype
+        layers = [head.layer for head in model.heads]
+        self._own = OwnLayers(layers, model.config.hidden_size, dtype, [1] * len(layers))
+        self._target: Target | None = None
+
+    def attach(self, target: Target) -> None:
+        """Raises IncompatibleDrafter unless the sizes are the target's."""
+        check_sizes(self.name, self.model.config.hidden_size, self.model.config.vocab_size, target)
+        self._target = target
+
+    def quantise_head(self, bits: int) -> None:
+        """There is none: the unembedding is the target's."""
+
+    def start(self, batch: int, capacity: int) -> Memory:
+        """Empty K/V, and no state before the first row."""
+        state = mx.zeros((batch, 1, self.model.config.hidden_size), dtype=self._dtype)
+        return {"layers": self._own.start(batch, capacity), "state": state}
+
+    def grow(self, memory: Memory, capacity: int) -> Memory:
+        """More rows."""
+        return {**memory, "layers": self._own.grow(memory["layers"], capacity)}
+
+    def draft(
+        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, choose: Choose
+    ) -> tuple[mx.array, Memory]:
+        """Drafts [B, K] of the first K heads: one pass of the unembedding over all of them."""
+        assert self._target is not None, "attach() comes first"
+        own = self._own.open(memory["layers"])
+        rows = [head.norm(self._own.run(i, memory["state"], own)) for i, head in enumerate(self.model.heads[:depth])]
+        logits = self._target.head(mx.concatenate(rows, axis=1))
+        drafts = [choose(logits[:, i : i + 1]) for i in range(depth)]
+        return mx.concatenate(drafts, axis=1), {**memory, "layers": own.arrays}
+
+    def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:
+        """Writes every head's K/V for M rows; only those are computed, for nobody asks for the layers' results."""
+        reads = states.trunk if self.model.config.reads == "trunk" else states.hidden
+        assert reads is not None, "a target gives the state before its last layer"
+        before = mx.concatenate([memory["state"], reads[:, :-1]], axis=1)
+        own = self._own.open(memory["layers"])
+        for i in range(len(self.model.heads)):
+            self._own.run(i, before, own)
+        own.advance(accepted + 1)
+        state = mx.take_along_axis(reads, accepted[:, None, None], axis=1)
+        return {**memory, "layers": own.arrays, "state": state}
+
+
+@registry.register("parallel_heads")
+def load(checkpoint: Checkpoint) -> Parallel:
+    """Heads from a checkpoint of ours, trained here or brought in by `mlx-mtp convert`."""
+    model = ParallelModel(ParallelConfig.from_dict(checkpoint.config))
+    weights = checkpoint.weights()
+    dtype = compute_dtype(weights)
+    load_into(model, weights, dtype, checkpoint.path)
+    return Parallel(model, dtype, str(checkpoint.path))

@@ -1,0 +1,158 @@
+"""Sequential modules (DeepSeek-V3, arXiv 2412.19437, section 2.2): each drafts one token further and feeds the next.
+
+What it does: module k takes the state of module k - 1 (the target for k = 1) at the row before and the embedding of
+the token at this row, projects both to one vector, runs a transformer layer over K/V of its own, and proposes the
+next token through the target's unembedding. Beyond the last module that one is used again, on its own state. What it
+does not do: hold embedding and unembedding, which are the target's.
+
+Checkpoint: config.json with model_type "sequential_modules", `modules` (D), `block` (an mlx-lm config of one layer);
+tensors `blocks.<k>.{enorm,hnorm,eh_proj,norm}.weight` and `blocks.<k>.layer.*`: DeepSeek's names with
+`shared_head.norm` as `norm`. eh_proj reads [embedding, state] in this order, as DeepSeek's and vLLM's code does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_mtp.cache import KVCache
+from mlx_mtp.checkpoint import Checkpoint, compute_dtype, load_into, number, section
+from mlx_mtp.drafters import registry
+from mlx_mtp.drafters.layers import OwnLayers, build_layers, check_sizes
+from mlx_mtp.interfaces import Choose, Memory, States, Target
+
+MOST_MODULES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequentialConfig:
+    """A drafter's config.json."""
+
+    modules: int
+    hidden_size: int
+    vocab_size: int
+    norm_eps: float
+    block: Mapping[str, Any]
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> SequentialConfig:
+        """Reads config.json; CheckpointError where a field is missing or makes no sense."""
+        block = section(config, "block")
+        return cls(
+            modules=number(config, "modules", int, 1, MOST_MODULES),
+            hidden_size=number(config, "hidden_size", int, 1, 1 << 20),
+            vocab_size=number(config, "vocab_size", int, 2, 1 << 24),
+            norm_eps=number(block, "rms_norm_eps", float, 0.0, 1.0, 1e-6),
+            block=block,
+        )
+
+
+class Module(nn.Module):
+    """One MTP module: two norms, the projection of both inputs, a transformer layer, and the norm before the head."""
+
+    def __init__(self, config: SequentialConfig) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.norm_eps
+        self.enorm, self.hnorm, self.norm = (nn.RMSNorm(width, eps) for _ in range(3))
+        self.eh_proj = nn.Linear(2 * width, width, bias=False)
+        (self.layer,) = build_layers(config.block, 1)
+
+    def join(self, embedded: mx.array, state: mx.array) -> mx.array:
+        """Embedding of the token and state of the row before, both [B, M, D] -> what the layer reads."""
+        return self.eh_proj(mx.concatenate([self.enorm(embedded), self.hnorm(state)], axis=-1))
+
+
+class SequentialModel(nn.Module):
+    """The parameters of all modules."""
+
+    def __init__(self, config: SequentialConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.blocks = [Module(config) for _ in range(config.modules)]
+
+    def __call__(self, states: mx.array, embedded: mx.array) -> list[mx.array]:
+        """Whole sequences, in training: the target's states [B, T, D] and embeddings [B, T + D' - 1, D] of the tokens
+        one place further on -> per module k its states [B, T, D], which the norm makes ready for the unembedding.
+
+        Module k at place t sees embedding t + k - 1, that of token t + k.
+        """
+        rows = states.shape[1]
+        mask, found = mx.tri(rows, dtype=mx.bool_), []
+        for k, module in enumerate(self.blocks):
+            states = module.layer(module.join(embedded[:, k : k + rows], states), mask, None)
+            found.append(states)
+        return found
+
+
+class Sequential:
+    """Loaded modules as the loop sees them (interfaces.Drafter).
+
+    memory["states"][k] [B, 1, D] is what module k (0 = the target) left at the last committed row.
+    """
+
+    max_depth = 8
+    reads_prompt = True
+    reads_states = True
+
+    def __init__(self, model: SequentialModel, dtype: mx.Dtype, name: str = "sequential modules") -> None:
+        self.model, self.name = model, name
+        self._dtype = dtype
+        layers = [module.layer for module in model.blocks]
+        # The k-th module's first k rows lack a state or a token.
+        self._own = OwnLayers(layers, model.config.hidden_size, dtype, range(1, len(layers) + 1))
+        self._target: Target | None = None
+
+    def attach(self, target: Target) -> None:
+        """Raises IncompatibleDrafter unless the sizes are the target's."""
+        check_sizes(self.name, self.model.config.hidden_size, self.model.config.vocab_size, target)
+        self._target = target
+
+    def quantise_head(self, bits: int) -> None:
+        """There is none: the unembedding is the target's."""
+
+    def start(self, batch: int, capacity: int) -> Memory:
+        """Empty K/V, and no states before the first row."""
+        state = mx.zeros((batch, 1, self.model.config.hidden_size), dtype=self._dtype)
+        return {"layers": self._own.start(batch, capacity), "states": [state] * len(self.model.blocks)}
+
+    def grow(self, memory: Memory, capacity: int) -> Memory:
+        """More rows."""
+        return {**memory, "layers": self._own.grow(memory["layers"], capacity)}
+
+    def draft(
+        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, choose: Choose
+    ) -> tuple[mx.array, Memory]:
+        """A chain of `depth` tokens [B, K]: step j is drafted by module j, and by the last one from there on.
+
+        At every row the modules still to come run too: their K/V of this row is what they will look back at.
+        """
+        assert self._target is not None, "attach() comes first"
+        own, states, last = self._own.open(memory["layers"]), list(memory["states"]), len(self.model.blocks) - 1
+        drafts = []
+        for step in range(depth):
+            embedded, active = self._target.embed(token), min(step, last)
+            found = {k: self._row(k, embedded, states[k], own, step) for k in range(active, last + 1)}
+            token = choose(self._target.head(self.model.blocks[active].norm(found[active])))
+            drafts.append(token)
+            states[active + 1 :] = [found[k] for k in range(active, last)]
+            states[min(active + 1, last)] = found[active]
+        return mx.concatenate(drafts, axis=1), {**memory, "layers": own.arrays}
+
+    def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:
+        """Writes every module's K/V for M rows from true states and tokens, over what drafting guessed there."""
+        assert self._target is not None, "attach() comes first"
+        own, embedded = self._own.open(memory["layers"]), self._target.embed(tokens)
+        reads, kept = states.hidden, []
+        for k, state in enumerate(memory["states"]):
+            kept.append(mx.take_along_axis(reads, accepted[:, None, None], axis=1))
+            reads = self._row(k, embedded, mx.concatenate([state, reads[:, :-1]], axis=1), own, 0)
+        own.advance(accepted + 1)
+        return {**memory, "layers": own.arrays, "states": kept}
+
+    def _row(self, k: int, embedded: mx.array, state: mx.array, own: KVCache, ahead: int) -> mx.array:
+        """Module k over rows `ahead` of the committed ones: embeddings and states [B, M, D] -> [B, M, D]."""
+        return self._own.run(k, self.model.blocks[k].join(embedded, state), own, ahead)
