@@ -20,6 +20,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_mtp.errors import UnsupportedModel
+
 FULL = "full_attention"
 SLIDING = "sliding_attention"
 
@@ -77,13 +79,18 @@ def _window_mask(positions: mx.array, queries: mx.array, window: int) -> mx.arra
 
 
 class KVCache:
-    """K/V buffers [B, G, S, d] of every storing layer, and the committed length [B] on the device."""
+    """K/V buffers [B, G, S, d] of every storing layer, and the committed length [B] on the device.
+
+    slack: rows that a pass may write ahead in a sliding layer; as many as the capacity, and nothing is ever forgotten.
+    """
 
     def __init__(
-        self, shapes: Sequence[LayerShape], window: int, capacity: int, dtype: mx.Dtype, batch: int = 1
-    ) -> None:
+        self, shapes: Sequence[LayerShape], window: int, capacity: int, dtype: mx.Dtype, batch: int = 1,
+        slack: int = SLACK,
+    ) -> None:  # fmt: skip
         self.shapes = tuple(shapes)
         self.window = window
+        self.slack = slack
         self.capacity = capacity
         self.batch = batch
         self.length = mx.zeros((batch,), dtype=mx.int32)
@@ -94,7 +101,7 @@ class KVCache:
 
     def slots(self, kind: str) -> int:
         """Slots of a buffer of this kind. A ring smaller than its window is never wrapped: it is plain storage."""
-        return self.capacity if kind == FULL else min(self.capacity, self.window + SLACK)
+        return self.capacity if kind == FULL else min(self.capacity, self.window + self.slack)
 
     def grow(self, capacity: int) -> None:
         """Enlarges the buffers (never shrinks them); what is stored keeps its slot."""
@@ -121,7 +128,7 @@ class KVCache:
         ring = self.slots(SLIDING)
         # Within the slack (or before a ring is long enough to wrap) rows are written first and then read in place.
         # A longer chunk would overwrite rows its own first queries still see: it reads [ring, chunk] and writes after.
-        in_place = rows <= SLACK or ring == self.capacity
+        in_place = rows <= self.slack or ring == self.capacity
         step = Pass(self.length, {}, {}, in_place)
         for kind in {shape.kind for shape in self.shapes}:
             if kind == FULL:
@@ -181,6 +188,43 @@ class KVCache:
         other = copy.copy(self)
         other.arrays = tree
         return other
+
+
+class LayerView:
+    """One layer of a cache during one pass, in the form in which mlx-lm's layers ask for theirs."""
+
+    def __init__(self, cache: KVCache, layer: int, step: Pass) -> None:
+        self._cache, self._layer, self._step = cache, layer, step
+        self.offset = step.offset  # [B], on the device: a Python number would be frozen by mx.compile
+        self._seen: tuple[mx.array, mx.array] | None = None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Writes rows [B, G, M, d] behind the length; returns the buffers [B, G, S, d] that the masks speak of."""
+        self.offset = self.offset + keys.shape[2]  # as mlx-lm's caches do; the committed length stays
+        self._seen = self._cache.update(self._layer, keys, values, self._step)
+        return self._seen
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """What this pass's `update_and_fetch` gave; for layers that read another layer's K/V."""
+        assert self._seen is not None, "a layer read K/V that this pass has not written"
+        return self._seen
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
+        """Mask [B, 1, M, S] of what each row may see; always an array, as the buffers are longer than what they hold.
+
+        mlx-lm's windows, like ours, count the row itself.
+        """
+        kind = self._cache.shapes[self._layer].kind
+        mask = self._step.masks[kind]
+        if window_size is None or (kind == SLIDING and window_size == self._cache.window):
+            return mask
+        if kind == SLIDING:
+            raise UnsupportedModel(
+                f"Layer {self._layer} of this model keeps a window of {self._cache.window} tokens and attends to "
+                f"one of {window_size}, which is not implemented; use another model."
+            )
+        rows, slots = self._step.slots[FULL], mx.arange(mask.shape[-1], dtype=mx.int32)
+        return mask & (slots > rows[:, None, :, None] - window_size)
 
 
 class NoCache:

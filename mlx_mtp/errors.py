@@ -14,6 +14,8 @@ A message says what was expected, what was found and what to do about it.
 
 from __future__ import annotations
 
+import re
+
 
 class MLXMTPError(Exception):
     """Base of all errors that are the input's fault, not a bug's."""
@@ -45,3 +47,13 @@ class OptionError(MLXMTPError):
 
 class DataError(MLXMTPError):
     """Training data that cannot be read."""
+
+
+def brief(error: BaseException) -> str:
+    """Another project's error as a part of one sentence."""
+    text = " ".join(str(error).split()).rstrip(".;")
+    if missing := re.search(r"__init__\(\) missing .*?arguments?: (.*)", text):
+        text = f"config.json lacks {missing[1]}"
+    elif isinstance(error, (KeyError, IndexError, AttributeError, AssertionError)) or not text:
+        text = f"{type(error).__name__} {text}".strip()
+    return text if len(text) <= 200 else text[:196] + " ..."

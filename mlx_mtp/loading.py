@@ -32,6 +32,7 @@ from mlx_mtp.tokens import Tokenizer
 log = logging.getLogger(__name__)
 
 EMBEDDED = Path(assets.__path__[0]) / "standard-library"
+FAMILIES = ("assistant", "parallel", "sequential")  # drafters of the embedded model, by folder; the first is "auto"
 LOOKUP_FIRST = "lookup+"  # in front of a drafter's name: the lookup overrules it where it has a long match
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
@@ -50,7 +51,8 @@ def load(
 
     model: a folder, a hub name, or None for the embedded model. drafter: a folder, a hub name, "auto" (the
     assistant made for this target, or none where none is known), "lookup" (what followed the same words before),
-    "lookup+" in front of any other, or None / "none" for plain decoding; for the embedded model also "assistant".
+    "lookup+" in front of any other, or None / "none" for plain decoding; for the embedded model also "assistant",
+    "parallel" or "sequential".
     mode: "fast" or "exact" (greedy output bit-equal with and without the drafter).
     depth: drafts per round, "auto" or 0..8. draft_head_bits: 4 or 8 stores a drafter's dense output head in so many
     bits, 0 leaves it as it is; "auto" = 4 on a GPU, 0 on a CPU, where quantised products are the slower ones. Only
@@ -140,17 +142,28 @@ def _load_drafter(model: str | Path | None, target_folder: Path, drafter: str | 
     if isinstance(drafter, str) and drafter.startswith(LOOKUP_FIRST):
         inner = _load_drafter(model, target_folder, drafter.removeprefix(LOOKUP_FIRST))
         return LookupFirst(inner) if inner is not None else Lookup()
-    if model is None and drafter in ("auto", "assistant"):
-        return load_drafter(Checkpoint.open(EMBEDDED / "assistant"))
+    if model is None and drafter in ("auto", *FAMILIES):
+        return load_drafter(Checkpoint.open(_embedded_drafter(FAMILIES[0] if drafter == "auto" else str(drafter))))
     if drafter == "auto":
         found = _known_drafter(model, target_folder)
         if found is None:
             log.warning("No drafter is known for '%s': decoding plainly. Name one with --drafter.", model)
             return None
         drafter = found
-    if drafter in ("assistant", "parallel", "sequential"):
+    if drafter in FAMILIES:
         raise OptionError(f"Expected a drafter's folder or hub name, 'auto', 'lookup' or 'none', found '{drafter}'.")
     return load_drafter(Checkpoint.open(_local_folder(drafter)))
+
+
+def _embedded_drafter(family: str) -> Path:
+    folder = EMBEDDED / family
+    if not folder.is_dir():
+        there = [f"'{name}'" for name in FAMILIES if (EMBEDDED / name).is_dir()]
+        raise OptionError(
+            f"Expected a drafter that comes with the embedded model ({' or '.join(there) or 'none does'}), found "
+            f"'{family}', which this installation does not hold; name another one, a folder, 'lookup' or 'none'."
+        )
+    return folder
 
 
 def _known_drafter(model: str | Path | None, target_folder: Path) -> str | Path | None:

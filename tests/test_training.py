@@ -53,7 +53,8 @@ def _states(target: Gemma4Model, tokens: np.ndarray) -> mx.array:
     return target(mx.array(tokens), NoCache(target.config.sliding_window, len(tokens)))[0]
 
 
-def test_assistant_loss_is_what_decoding_would_draft() -> None:
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_assistant_loss_is_what_decoding_would_draft(share: float) -> None:
     """Row by row through the drafter's own decoding path: the K/V below the row, teacher-forced tokens, own states."""
     from mlx_mtp.drafters.assistant import Assistant
     from mlx_mtp.targets.gemma4 import Gemma4Target
@@ -64,7 +65,7 @@ def test_assistant_loss_is_what_decoding_would_draft() -> None:
     assistant.attach(target)
     batch = np.random.default_rng(1).integers(0, 64, (1, 14))
     rows = batch.shape[1] - 1 - steps
-    loss, agreement = assistant_loss(model, steps, decay)(drafter, mx.array(batch))
+    loss, agreement = assistant_loss(target, steps, decay, share)(drafter, mx.array(batch))
     laws = log_softmax(np.array(target.logits(mx.array(batch))))[0]
     terms, agreed = np.zeros((steps, rows)), np.zeros((steps, rows))
     for row in range(rows):
@@ -76,7 +77,8 @@ def test_assistant_loss_is_what_decoding_would_draft() -> None:
             token = mx.array(batch[:, row + 1 + j : row + 2 + j])
             hidden, state = drafter.step(target.embed(token), state, position, shared, masks)
             proposed = log_softmax(np.array(drafter.candidates(hidden)[1]))[0, 0]
-            terms[j, row] = -(np.exp(laws[row + 1 + j]) * proposed).sum()
+            law, label = -(np.exp(laws[row + 1 + j]) * proposed).sum(), -proposed[batch[0, row + 2 + j]]
+            terms[j, row] = (1 - share) * law + share * label
             agreed[j, row] = proposed.argmax() == laws[row + 1 + j].argmax()
     weights = decay ** np.arange(steps)
     assert abs(loss.item() - (weights * terms.mean(axis=1)).sum() / weights.sum()) < 1e-4

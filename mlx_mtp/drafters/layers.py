@@ -1,71 +1,87 @@
 """Transformer layers that a drafter has of its own, of any architecture mlx-lm knows, each with its own K/V.
 
 What it does: builds decoder layers from an mlx-lm config, runs them behind K/V buffers whose length lives on the
-device, or over whole sequences in training. What it does not do: know a drafter family, or choose tokens.
+device, and over whole sequences in training. What it does not do: know a drafter family, or choose tokens.
 
 Invariant: as in cache.py, rows at or beyond the length are dead, so rolling back is a smaller length. Row r of a layer
 belongs to the token at position r and is fed the state of the row before it; so the first rows of a sequence, which
-have no row before them, are never seen by any other (`first` below).
+have no row before them, are never seen by any other (`first` below). Layers attend to all rows before; a window that
+their config names is not kept.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.cache import FULL, KVCache, LayerShape, Pass
-from mlx_mtp.errors import CheckpointError, IncompatibleDrafter
+from mlx_mtp.cache import FULL, KVCache, LayerShape, LayerView
+from mlx_mtp.errors import CheckpointError, IncompatibleDrafter, brief
 from mlx_mtp.interfaces import Target
 
 
-def build_layers(block: Mapping[str, Any], count: int) -> list[nn.Module]:
-    """`count` fresh decoder layers of the architecture that an mlx-lm config.json describes.
+def build_layers(block: Mapping[str, Any], count: int, width: int) -> list[nn.Module]:
+    """`count` fresh decoder layers over states of `width` numbers, of the architecture an mlx-lm config describes.
 
-    Raises CheckpointError where mlx-lm knows no such architecture or a field is missing.
+    Raises CheckpointError where mlx-lm cannot build such layers or they do not run.
     """
     # Public in all but name: mlx-lm has no other way from a config to a class.
-    from mlx_lm.utils import _get_classes  # type: ignore[attr-defined]
+    from mlx_lm.utils import _get_classes
 
-    config = {**block, "num_hidden_layers": count, "layer_types": None}
+    config = {"vocab_size": 1, **block, "num_hidden_layers": count, "layer_types": None}
     try:
-        model_class, args_class = _get_classes(config)
-        # The embedding of the throw-away model is never evaluated, so it costs nothing.
+        with contextlib.redirect_stdout(io.StringIO()):
+            model_class, args_class = _get_classes(config)
+        # The rest of the throw-away model is never evaluated, so it costs nothing.
         layers: list[nn.Module] = list(model_class(args_class.from_dict(config)).layers)
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        found = layers[0](mx.zeros((1, 1, width)), None, ChainedRows(1)).shape
+        if len(layers) != count or found != (1, 1, width):
+            raise ValueError(f"{len(layers)} layers with results of shape {found}")
+    # Another project's code on any config.json raises anything, and one of its models prints and exits.
+    except (Exception, SystemExit) as error:
         raise CheckpointError(
-            f"config.json: expected in 'block' the config of layers that mlx-lm can build, found {error}; "
-            "use the config.json that belongs to this drafter."
+            f"config.json: expected in 'block' an mlx-lm config of decoder layers for states of {width} numbers, found "
+            f"one that mlx-lm cannot run ({brief(error)}); use the config.json that belongs to this drafter."
         ) from error
     return layers
 
 
-class _LayerView:
-    """One layer's K/V for one pass, in the form in which mlx-lm's layers ask for a cache."""
+class ChainedRows:
+    """K/V of one layer over whole sequences in training, in the form in which mlx-lm's layers ask for a cache.
 
-    def __init__(self, cache: KVCache, layer: int, step: Pass) -> None:
-        self._cache, self._layer, self._step = cache, layer, step
-        self.offset = step.offset
+    The layer may run several times, each time on its own last results, as when the last module of a chain drafts
+    again and again: row t of pass j is then the j-th token behind place t. It sees what it would see in decoding:
+    of the first pass the rows up to t, and of the later ones only its own chain's.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.offset = 0
+        self._causal, self._itself = mx.tri(rows, dtype=mx.bool_), mx.eye(rows, dtype=mx.bool_)
+        self._keys: list[mx.array] = []
+        self._values: list[mx.array] = []
+
+    @property
+    def mask(self) -> mx.array:
+        """What the rows of the next pass may see, bool [T, (j + 1) T] in pass j."""
+        return mx.concatenate([self._causal] + [self._itself] * len(self._keys), axis=1)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Writes the new rows; everything the pass may attend to."""
-        return self._cache.update(self._layer, keys, values, self._step)
+        """Adds the K/V [B, G, T, d] of a pass; those of all passes [B, G, (j + 1) T, d]."""
+        self.offset += 1
+        self._keys.append(keys)
+        self._values.append(values)
+        return mx.concatenate(self._keys, axis=2), mx.concatenate(self._values, axis=2)
 
-
-class _Recorder:
-    """Stands in for a cache once, to see the shapes of keys and values."""
-
-    offset = 0
-    keys: mx.array
-    values: mx.array
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Notes the rows and gives them back."""
-        self.keys, self.values = keys, values
-        return keys, values
+    @property
+    def shape(self) -> LayerShape:
+        """What the layer stores per row."""
+        (_, heads, _, size), width = self._keys[0].shape, self._values[0].shape[3]
+        return LayerShape(FULL, heads, size, None if width == size else width)
 
 
 class OwnLayers:
@@ -93,7 +109,7 @@ class OwnLayers:
         """The memory as a cache; `arrays` of it is the memory again."""
         layout = KVCache(self._shapes, 0, 0, self._dtype)
         _, keys, _ = memory
-        layout.capacity, layout.batch = keys[0].shape[2], keys[0].shape[0]
+        layout.batch, layout.capacity = keys[0].shape[0], keys[0].shape[2]
         return layout.around(memory)
 
     def run(self, layer: int, x: mx.array, cache: KVCache, ahead: int = 0) -> mx.array:
@@ -102,16 +118,17 @@ class OwnLayers:
         behind.length = cache.length + ahead
         step = behind.begin(x.shape[1])
         slots = mx.arange(cache.capacity, dtype=mx.int32)
-        itself = slots == step.slots[FULL][:, None, :, None]
+        itself = slots == step.slots[FULL][:, None, :, None]  # a row that sees nothing would be no number
         mask = step.masks[FULL] & ((slots >= self._first[layer]) | itself)
-        out: mx.array = self._layers[layer](x, mask, _LayerView(cache, layer, step))
+        out: mx.array = self._layers[layer](x, mask, LayerView(cache, layer, step))
         return out
 
 
 def _shape(layer: nn.Module, width: int, dtype: mx.Dtype) -> LayerShape:
-    seen = _Recorder()
+    """What a layer stores per row, from one row that is never computed."""
+    seen = ChainedRows(1)
     layer(mx.zeros((1, 1, width), dtype=dtype), None, seen)
-    return LayerShape(FULL, seen.keys.shape[1], seen.keys.shape[3])
+    return seen.shape
 
 
 def check_sizes(name: str, hidden_size: int, vocab_size: int, target: Target) -> None:

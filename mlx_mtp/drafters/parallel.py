@@ -18,11 +18,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.cache import KVCache
+from mlx_mtp.cache import CAPACITY_STEP, KVCache
 from mlx_mtp.checkpoint import Checkpoint, compute_dtype, load_into, number, section
 from mlx_mtp.drafters import registry
-from mlx_mtp.drafters.layers import OwnLayers, build_layers, check_sizes
-from mlx_mtp.errors import CheckpointError
+from mlx_mtp.drafters.layers import ChainedRows, OwnLayers, build_layers, check_sizes
+from mlx_mtp.errors import CheckpointError, IncompatibleDrafter
 from mlx_mtp.interfaces import Choose, Memory, States, Target
 
 MOST_HEADS = 16
@@ -64,7 +64,7 @@ class Head(nn.Module):
 
     def __init__(self, config: ParallelConfig) -> None:
         super().__init__()
-        (self.layer,) = build_layers(config.block, 1)
+        (self.layer,) = build_layers(config.block, 1, config.hidden_size)
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
 
 
@@ -78,8 +78,12 @@ class ParallelModel(nn.Module):
 
     def __call__(self, states: mx.array) -> list[mx.array]:
         """Whole sequences of trunk states [B, T, D] -> per head [B, T, D], ready for the unembedding."""
-        mask = mx.tri(states.shape[1], dtype=mx.bool_)
-        return [head.norm(head.layer(states, mask, None)) for head in self.heads]
+        passes = [(head, ChainedRows(states.shape[1])) for head in self.heads]
+        return [head.norm(head.layer(states, rows.mask, rows)) for head, rows in passes]
+
+    def read(self, states: States) -> mx.array | None:
+        """What the heads branch off from, [B, M, D]; None where the target has none to give."""
+        return states.trunk if self.config.reads == "trunk" else states.hidden
 
 
 class Parallel:
@@ -100,8 +104,14 @@ class Parallel:
         self._target: Target | None = None
 
     def attach(self, target: Target) -> None:
-        """Raises IncompatibleDrafter unless the sizes are the target's."""
+        """Raises IncompatibleDrafter unless the sizes are the target's and it gives the states the heads read."""
         check_sizes(self.name, self.model.config.hidden_size, self.model.config.vocab_size, target)
+        token = mx.zeros((1, 1), dtype=mx.int32)
+        if self.model.read(target.forward(token, target.new_cache(CAPACITY_STEP))) is None:  # lazy: nothing is run
+            raise IncompatibleDrafter(
+                f"{self.name} does not fit the target: its heads read the state in front of the target's last layer, "
+                "and this target gives none; use heads that read 'hidden'."
+            )
         self._target = target
 
     def quantise_head(self, bits: int) -> None:
@@ -123,14 +133,15 @@ class Parallel:
         assert self._target is not None, "attach() comes first"
         own = self._own.open(memory["layers"])
         rows = [head.norm(self._own.run(i, memory["state"], own)) for i, head in enumerate(self.model.heads[:depth])]
-        logits = self._target.head(mx.concatenate(rows, axis=1))
+        logits = self._target.head(mx.concatenate(rows, axis=1).astype(hidden.dtype))
         drafts = [choose(logits[:, i : i + 1]) for i in range(depth)]
         return mx.concatenate(drafts, axis=1), {**memory, "layers": own.arrays}
 
     def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:
         """Writes every head's K/V for M rows; only those are computed, for nobody asks for the layers' results."""
-        reads = states.trunk if self.model.config.reads == "trunk" else states.hidden
-        assert reads is not None, "a target gives the state before its last layer"
+        reads = self.model.read(states)
+        assert reads is not None, "attach() has seen some"
+        reads = reads.astype(self._dtype)
         before = mx.concatenate([memory["state"], reads[:, :-1]], axis=1)
         own = self._own.open(memory["layers"])
         for i in range(len(self.model.heads)):

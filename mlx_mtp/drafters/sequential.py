@@ -22,7 +22,7 @@ import mlx.nn as nn
 from mlx_mtp.cache import KVCache
 from mlx_mtp.checkpoint import Checkpoint, compute_dtype, load_into, number, section
 from mlx_mtp.drafters import registry
-from mlx_mtp.drafters.layers import OwnLayers, build_layers, check_sizes
+from mlx_mtp.drafters.layers import ChainedRows, OwnLayers, build_layers, check_sizes
 from mlx_mtp.interfaces import Choose, Memory, States, Target
 
 MOST_MODULES = 8
@@ -59,7 +59,7 @@ class Module(nn.Module):
         width, eps = config.hidden_size, config.norm_eps
         self.enorm, self.hnorm, self.norm = (nn.RMSNorm(width, eps) for _ in range(3))
         self.eh_proj = nn.Linear(2 * width, width, bias=False)
-        (self.layer,) = build_layers(config.block, 1)
+        (self.layer,) = build_layers(config.block, 1, width)
 
     def join(self, embedded: mx.array, state: mx.array) -> mx.array:
         """Embedding of the token and state of the row before, both [B, M, D] -> what the layer reads."""
@@ -74,17 +74,20 @@ class SequentialModel(nn.Module):
         self.config = config
         self.blocks = [Module(config) for _ in range(config.modules)]
 
-    def __call__(self, states: mx.array, embedded: mx.array) -> list[mx.array]:
-        """Whole sequences, in training: the target's states [B, T, D] and embeddings [B, T + D' - 1, D] of the tokens
-        one place further on -> per module k its states [B, T, D], which the norm makes ready for the unembedding.
+    def __call__(self, states: mx.array, embedded: mx.array, steps: int) -> list[mx.array]:
+        """Whole sequences: the target's states [B, T, D], and the embeddings [B, T + steps - 1, D] of the tokens that
+        begin one place further on -> per step [B, T, D], ready for the unembedding.
 
-        Module k at place t sees embedding t + k - 1, that of token t + k.
+        Step s at place t reads embedding t + s, that of token t + s + 1, and asks for token t + s + 2 (equations 21
+        to 23, k = s + 1). Steps beyond the last module are that module's, on its own states, as in decoding.
         """
-        rows = states.shape[1]
-        mask, found = mx.tri(rows, dtype=mx.bool_), []
-        for k, module in enumerate(self.blocks):
-            states = module.layer(module.join(embedded[:, k : k + rows], states), mask, None)
-            found.append(states)
+        rows, last, found = states.shape[1], len(self.blocks) - 1, []
+        stored = [ChainedRows(rows) for _ in self.blocks]
+        for step in range(steps):
+            k = min(step, last)
+            joined = self.blocks[k].join(embedded[:, step : step + rows], states)
+            states = self.blocks[k].layer(joined, stored[k].mask, stored[k])
+            found.append(self.blocks[k].norm(states))
         return found
 
 
@@ -134,9 +137,10 @@ class Sequential:
         own, states, last = self._own.open(memory["layers"]), list(memory["states"]), len(self.model.blocks) - 1
         drafts = []
         for step in range(depth):
-            embedded, active = self._target.embed(token), min(step, last)
+            embedded, active = self._target.embed(token).astype(self._dtype), min(step, last)
             found = {k: self._row(k, embedded, states[k], own, step) for k in range(active, last + 1)}
-            token = choose(self._target.head(self.model.blocks[active].norm(found[active])))
+            proposed = self.model.blocks[active].norm(found[active]).astype(hidden.dtype)
+            token = choose(self._target.head(proposed))
             drafts.append(token)
             states[active + 1 :] = [found[k] for k in range(active, last)]
             states[min(active + 1, last)] = found[active]
@@ -145,8 +149,8 @@ class Sequential:
     def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:
         """Writes every module's K/V for M rows from true states and tokens, over what drafting guessed there."""
         assert self._target is not None, "attach() comes first"
-        own, embedded = self._own.open(memory["layers"]), self._target.embed(tokens)
-        reads, kept = states.hidden, []
+        own, embedded = self._own.open(memory["layers"]), self._target.embed(tokens).astype(self._dtype)
+        reads, kept = states.hidden.astype(self._dtype), []
         for k, state in enumerate(memory["states"]):
             kept.append(mx.take_along_axis(reads, accepted[:, None, None], axis=1))
             reads = self._row(k, embedded, mx.concatenate([state, reads[:, :-1]], axis=1), own, 0)

@@ -474,7 +474,11 @@ class Gemma4Model(nn.Module):
 
     def head(self, hidden: mx.array) -> mx.array:
         """Hidden after the final norm [B, M, D] -> float32 logits [B, M, V], soft-capped."""
-        logits = self.embed_tokens.as_linear(hidden).astype(mx.float32)
+        return self.capped(self.embed_tokens.as_linear(hidden))
+
+    def capped(self, products: mx.array) -> mx.array:
+        """Products of hidden and table [..., V] -> float32 logits, soft-capped where the config says so."""
+        logits = products.astype(mx.float32)
         cap = self.config.final_logit_softcapping
         return logits if cap is None else tanh(logits / cap) * cap
 

@@ -27,9 +27,9 @@ import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.utils import _get_classes, load_model
 
-from mlx_mtp.cache import CAPACITY_STEP, FULL, SLACK, SLIDING, KVCache, LayerShape, Pass
+from mlx_mtp.cache import CAPACITY_STEP, FULL, SLACK, SLIDING, KVCache, LayerShape, LayerView
 from mlx_mtp.checkpoint import Checkpoint, number, section
-from mlx_mtp.errors import CheckpointError, MLXMTPError, UnsupportedModel
+from mlx_mtp.errors import CheckpointError, MLXMTPError, UnsupportedModel, brief
 from mlx_mtp.interfaces import States, TargetInfo
 from mlx_mtp.targets import registry
 
@@ -47,43 +47,6 @@ CHECKED = 6
 CHECKED_PASSES = ((4, 3), (2, 2), (1, 1))
 APART = {mx.float32: 0.01}
 APART_HALF = 0.2
-
-
-class LayerView:
-    """One layer of our cache during one pass, with the interface of mlx-lm's caches."""
-
-    def __init__(self, cache: KVCache, layer: int, step: Pass) -> None:
-        self._cache, self._layer, self._step = cache, layer, step
-        self.offset = step.offset  # [B], on the device: a Python number would be frozen by mx.compile
-        self._seen: tuple[mx.array, mx.array] | None = None
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Writes rows [B, G, M, d] behind the length; returns the buffers [B, G, S, d] that the masks speak of."""
-        self.offset = self.offset + keys.shape[2]  # as mlx-lm's caches do; the committed length stays
-        self._seen = self._cache.update(self._layer, keys, values, self._step)
-        return self._seen
-
-    def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """What this pass's `update_and_fetch` gave; for layers that read another layer's K/V."""
-        assert self._seen is not None, "a layer read K/V that this pass has not written"
-        return self._seen
-
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        """Mask [B, 1, M, S] of what each row may see; always an array, as the buffers are longer than what they hold.
-
-        mlx-lm's windows, like ours, count the row itself.
-        """
-        kind = self._cache.shapes[self._layer].kind
-        mask = self._step.masks[kind]
-        if window_size is None or (kind == SLIDING and window_size == self._cache.window):
-            return mask
-        if kind == SLIDING:
-            raise UnsupportedModel(
-                f"Layer {self._layer} of this model keeps a window of {self._cache.window} tokens and attends to "
-                f"one of {window_size}, which is not implemented; use another model."
-            )
-        rows, slots = self._step.slots[FULL], mx.arange(mask.shape[-1], dtype=mx.int32)
-        return mask & (slots > rows[:, None, :, None] - window_size)
 
 
 class _Recorder:
@@ -203,7 +166,7 @@ class GenericTarget:
             raise
         except Exception as error:  # another project's code on any config.json: whatever it raises
             raise CheckpointError(
-                f"{self._name}: mlx-lm cannot run this model ({_brief(error)}); "
+                f"{self._name}: mlx-lm cannot run this model ({brief(error)}); "
                 "the weights and config.json must belong together."
             ) from error
         self.shapes, self.dtype = self._shapes(own, kinds)
@@ -324,7 +287,7 @@ class GenericTarget:
         except MLXMTPError:
             raise
         except Exception as error:  # as above
-            reason = _brief(error)
+            reason = brief(error)
         if reason:
             raise UnsupportedModel(
                 f"{self._name}: this model does not run over the cache that takes drafts back ({reason}); "
@@ -359,16 +322,6 @@ def _distance(found: mx.array, expected: mx.array) -> float:
     found, expected = found.astype(mx.float32), expected.astype(mx.float32)
     far: float = (mx.linalg.norm(found - expected) / mx.maximum(mx.linalg.norm(expected), 1e-20)).tolist()  # type: ignore[assignment]
     return far
-
-
-def _brief(error: Exception) -> str:
-    """Another project's error as a part of one sentence."""
-    text = " ".join(str(error).split()).rstrip(".;")
-    if missing := re.search(r"__init__\(\) missing .*?arguments?: (.*)", text):
-        text = f"config.json lacks {missing[1]}"
-    elif isinstance(error, (KeyError, IndexError, AttributeError, AssertionError)) or not text:
-        text = f"{type(error).__name__} {text}".strip()
-    return text if len(text) <= 200 else text[:196] + " ..."
 
 
 def _size(config: Mapping[str, Any], names: tuple[str, ...], low: int, high: int) -> int | None:
@@ -433,7 +386,7 @@ def load(checkpoint: Checkpoint) -> GenericTarget:
         mx.eval(model.parameters())
     except Exception as error:  # mlx-lm has no error class of its own
         raise CheckpointError(
-            f"{checkpoint.path}: mlx-lm cannot load this {checkpoint.config['model_type']} model ({_brief(error)}); "
+            f"{checkpoint.path}: mlx-lm cannot load this {checkpoint.config['model_type']} model ({brief(error)}); "
             "the weights and config.json must be whole and belong together."
         ) from error
     return GenericTarget(model, checkpoint.config, checkpoint.path)

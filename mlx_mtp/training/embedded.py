@@ -209,7 +209,7 @@ def _agree(
     batches, fixed = _trainer_data(recipe, train, held, recipe.seed + 1, UNROLL)
     rate = recipe.learning_rate * (1.0 if name == "assistant" else FINE_TUNING)
     trainer = Trainer(
-        drafter, assistant_loss(target.model, UNROLL), batches.batch,
+        drafter, assistant_loss(target, UNROLL), batches.batch,
         TrainOptions(steps=steps, learning_rate=rate), folder / f"train-{name}",
         data=fingerprint(train), held_out=fixed, figures=tuple(f"agreement_{j + 1}" for j in range(UNROLL)),
     )  # fmt: skip

@@ -1,65 +1,260 @@
-"""Losses: next token for a target, and an assistant unrolled over its own states on a frozen target.
+"""Losses: next token for a target, and what every drafter family is trained for, with its target or on a frozen one.
 
-Shapes: B batch, T positions, K unrolled draft steps, D hidden, V vocabulary. A batch holds T + 1 (target) or
-T + 1 + K tokens (assistant).
+What it does: turns a batch into one number to minimise and the share of right answers per draft. All unembeddings of
+a batch go one after the other (in_order.py). What it does not do: optimise, or choose hyper-parameters.
+
+Every loss is a function (module, batch, progress): batch int32 [B, T + 1 + K], whose first T tokens are the places
+that learn; progress float32 in [0, 1), the share of the training that is done. K is the number of drafts. Draft j
+(from 0) at place t knows the tokens up to t and perhaps those up to t + 1 + j, and proposes token t + 2 + j.
+
+Shapes: B batch, T places, K drafts, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.cache import NoCache
+from mlx_mtp.cache import KVCache, NoCache
 from mlx_mtp.drafters.assistant import AssistantModel
+from mlx_mtp.drafters.parallel import ParallelModel
+from mlx_mtp.drafters.sequential import SequentialModel
+from mlx_mtp.errors import OptionError
+from mlx_mtp.interfaces import States, Target
 from mlx_mtp.targets.gemma4 import Gemma4Model
+from mlx_mtp.training.in_order import in_order
+
+START = mx.array(0.0)
+Result = tuple[mx.array, mx.array]
+Schedule = Callable[[mx.array], mx.array]
 
 
-def next_token_loss(model: Gemma4Model, batch: mx.array) -> tuple[mx.array, mx.array]:
+@dataclass(frozen=True)
+class Drafted:
+    """What a family makes of a frozen target's pass: K results [B, T, D] that only lack the unembedding.
+
+    unembed: result and `learning` -> logits; learning: the arrays of a family's own unembedding; ordering [V]: the
+    tokens its logits are for, None = all in order.
+    """
+
+    hiddens: list[mx.array]
+    unembed: Callable[..., mx.array]
+    learning: tuple[mx.array, ...] = ()
+    ordering: mx.array | None = None
+
+
+# (drafter, the target's states and its cache, batch, T) -> drafts of every place.
+Draft = Callable[[Any, States, KVCache, mx.array, int], Drafted]
+
+
+class Joint(nn.Module):
+    """A target and the drafter that is trained with it, as one tree of parameters."""
+
+    def __init__(self, target: Gemma4Model, drafter: ParallelModel | SequentialModel) -> None:
+        super().__init__()
+        self.target, self.drafter = target, drafter
+
+
+def next_token_loss(model: Gemma4Model, batch: mx.array, progress: mx.array = START) -> Result:
     """Mean cross-entropy of tokens 1.. given those before; batch [B, T + 1]. Second result: share predicted right."""
     tokens, labels = batch[:, :-1], batch[:, 1:]
     hidden, _ = model(tokens, NoCache(model.config.sliding_window, tokens.shape[0]))
     logits = model.head(hidden)
     loss = nn.losses.cross_entropy(logits, labels, reduction="mean")
-    right = (mx.argmax(mx.stop_gradient(logits), axis=-1) == labels).mean()
-    return loss, right[None]
+    return loss, _share(logits, labels)[None]
+
+
+# A target and its drafter together
+
+
+def joint_parallel_loss(weight: float = 1.0) -> Callable[..., Result]:
+    """Gloeckle et al. 2024, equation 2: the sum over n heads of the cross-entropy of the token i = 1..n places on.
+
+    Head 1 is the target's own, so without others this is next_token_loss; heads 2..n count `weight` times. Batches
+    [B, T + n] for a Joint of Gemma4Model and ParallelModel. Second result [n]: share of tokens predicted right.
+    """
+
+    def loss(module: Joint, batch: mx.array, progress: mx.array = START) -> Result:
+        heads = module.drafter
+        count = len(heads.heads)
+        states = _states(module.target, batch[:, : batch.shape[1] - 1 - count])
+        hiddens = [states.hidden, *heads(heads.read(states))]
+        return _on_labels(module.target, batch, hiddens, [1.0] + [weight] * count)
+
+    return loss
+
+
+def deepseek_weight(progress: mx.array) -> mx.array:
+    """DeepSeek-V3's lambda (section 4.2): 0.3 for the first 10 of its 14.8 trillion tokens, then 0.1."""
+    return mx.where(progress < 10.0 / 14.8, 0.3, 0.1)
+
+
+def joint_sequential_loss(steps: int, weight: Schedule = deepseek_weight) -> Callable[..., Result]:
+    """DeepSeek-V3, equations 21 to 25: the target's cross-entropy plus lambda / K times the sum of the modules'.
+
+    steps: K; beyond the number of modules the last one is trained for being used again on its own states. weight:
+    lambda as a function of progress. Every module's mean is over the same T places, where the paper's, without the
+    tokens behind a sequence, has fewer for later modules. Batches [B, T + 1 + K] for a Joint of Gemma4Model and
+    SequentialModel. Second result [1 + K]: share of tokens predicted right.
+    """
+    _check(steps)
+
+    def loss(module: Joint, batch: mx.array, progress: mx.array = START) -> Result:
+        target, rows = module.target, batch.shape[1] - 1 - steps
+        hidden = _states(target, batch[:, :rows]).hidden
+        hiddens = [hidden, *module.drafter(hidden, target.embed(batch[:, 1 : rows + steps]), steps)]
+        return _on_labels(target, batch, hiddens, [1.0] + [weight(progress) / steps] * steps)
+
+    return loss
+
+
+def _states(model: Gemma4Model, tokens: mx.array) -> States:
+    states, _ = model.run(tokens, NoCache(model.config.sliding_window, tokens.shape[0]))
+    return states
+
+
+def _on_labels(
+    model: Gemma4Model, batch: mx.array, hiddens: list[mx.array], weights: Sequence[float | mx.array]
+) -> Result:
+    """Weighted sum of cross-entropies: result i [B, T, D] of `hiddens` against the tokens i + 1 places on."""
+    rows = hiddens[0].shape[1]
+
+    def leaf(i: int, hidden: mx.array, table: mx.array) -> Result:
+        labels = batch[:, i + 1 : i + 1 + rows]
+        logits = model.capped(hidden @ table.T)
+        return nn.losses.cross_entropy(logits, labels, reduction="mean"), _share(logits, labels)
+
+    return in_order(leaf, weights)(mx.stack(hiddens), model.embed_tokens.weight)
+
+
+# A drafter on a frozen target
+
+
+def parallel_loss(target: Target, decay: float = 1.0, label_share: float = 0.0) -> Callable[..., Result]:
+    """Heads 2..n (K = n - 1) of a ParallelModel on a frozen target, whose own head is head 1.
+
+    Loss and second result as in _frozen. Batches [B, T + 1 + K].
+    """
+
+    def draft(drafter: ParallelModel, states: States, cache: KVCache, batch: mx.array, rows: int) -> Drafted:
+        return Drafted(drafter(drafter.read(states.first(rows))), _head_of(target, states))
+
+    return _frozen(target, draft, None, decay, label_share)
+
+
+def sequential_loss(
+    target: Target, steps: int, decay: float = 1.0, label_share: float = 0.0
+) -> Callable[..., Result]:
+    """K = steps of a SequentialModel on a frozen target; beyond its modules the last one goes on from its own states.
+
+    Each row sees what it will see in decoding: of the rows before its chain the K/V from true states, and of the
+    chain its own. Loss and second result as in _frozen. Batches [B, T + 1 + K].
+    """
+
+    def draft(drafter: SequentialModel, states: States, cache: KVCache, batch: mx.array, rows: int) -> Drafted:
+        hiddens = drafter(states.hidden[:, :rows], target.embed(batch[:, 1 : rows + steps]), steps)
+        return Drafted(hiddens, _head_of(target, states))
+
+    return _frozen(target, draft, steps, decay, label_share)
 
 
 def assistant_loss(
-    target: Gemma4Model, steps: int, decay: float = 0.8
-) -> Callable[[AssistantModel, mx.array], tuple[mx.array, mx.array]]:
-    """Loss of an assistant on a frozen target, for batches [B, T + 1 + K] with K = steps.
+    target: Target, steps: int, decay: float = 0.8, label_share: float = 0.0
+) -> Callable[..., Result]:
+    """An assistant on a frozen target, for batches [B, T + 1 + K] with K = steps.
 
     The drafter's row at position t reads the target's K/V up to t, as in decoding (convention B: query position
-    t, P = t + 1). Its step j gets the embedding of x_(t+1+j) and is asked for the target's own law of x_(t+2+j):
-    cross-entropy against the target's distribution, step j weighted by decay^j because draft j only counts when
-    all before it were accepted. From the second step on the state is the drafter's own, as in decoding.
-
-    Second result [K]: share of rows whose best token is the target's, per step.
+    t, P = t + 1). Its step j gets the embedding of token t + 1 + j. From the second step on the state is the
+    drafter's own, as in decoding. All of its own table learns: choosing among centroids is for decoding. Loss and
+    second result as in _frozen.
     """
 
-    def loss(drafter: AssistantModel, batch: mx.array) -> tuple[mx.array, mx.array]:
-        batch_size, rows = batch.shape[0], batch.shape[1] - 1 - steps
-        tokens = batch[:, : rows + steps]
-        hidden, shared = target(tokens, NoCache(target.config.sliding_window, batch_size))
-        hidden = mx.stop_gradient(hidden)
-        view = NoCache(target.config.sliding_window, batch_size).begin(rows)
-        keys_values = {
-            kind: (mx.stop_gradient(keys[:, :, :rows]), mx.stop_gradient(values[:, :, :rows]))
-            for kind, (keys, values) in shared.items()
-        }
-        logits = target.head(hidden)
-        state, total, right = hidden[:, :rows], mx.array(0.0), []
+    def draft(drafter: AssistantModel, states: States, cache: KVCache, batch: mx.array, rows: int) -> Drafted:
+        shared = {k: (cache.keys[i][:, :, :rows], cache.values[i][:, :, :rows])
+                  for k, i in target.info.storing_layers.items()}  # fmt: skip
+        view = NoCache(target.info.window, batch.shape[0]).begin(rows)
+        state, found = states.hidden[:, :rows], []
         for j in range(steps):
             embedded = target.embed(batch[:, j + 1 : j + 1 + rows])
-            inner, state = drafter.step(mx.stop_gradient(embedded), state, view.offset, keys_values, view.masks)
-            _, proposed = drafter.candidates(inner)
-            wanted = logits[:, j + 1 : j + 1 + rows]
-            law = mx.softmax(wanted, axis=-1)
-            cross = mx.logsumexp(proposed, axis=-1) - (law * proposed).sum(axis=-1)
-            total = total + decay**j * cross.mean()
-            right.append((mx.argmax(proposed, axis=-1) == mx.argmax(wanted, axis=-1)).mean())
-        return total / sum(decay**j for j in range(steps)), mx.stack(right)
+            inner, state = drafter.step(embedded, state, view.offset, shared, view.masks)
+            found.append(inner)
+        ordering = drafter.masked_embedding.token_ordering if drafter.config.centroids else None
+        return Drafted(found, _products, (drafter.model.embed_tokens.weight,), ordering)
+
+    return _frozen(target, draft, steps, decay, label_share)
+
+
+def _head_of(target: Target, states: States) -> Callable[[mx.array], mx.array]:
+    """The target's head for hiddens of another precision."""
+    return lambda hidden: target.head(hidden.astype(states.hidden.dtype))
+
+
+def _products(hidden: mx.array, table: mx.array) -> mx.array:
+    return (hidden @ table.T).astype(mx.float32)
+
+
+def _frozen(
+    target: Target, draft: Draft, steps: int | None, decay: float, label_share: float
+) -> Callable[..., Result]:
+    """The loss of K drafts (None = as many as the drafter has heads) on a target that does not learn.
+
+    Cross-entropy of every draft against the target's own law of the same token, the tokens before it given; with
+    label_share 0..1 that much of it against the token that stands there. Draft j is weighted by decay^j, because it
+    only counts when all before it were accepted; the weights add up to 1. Second result [K]: share of places where
+    the draft's best token is the target's.
+    """
+    _check(1 if steps is None else steps)
+    if not 0.0 <= label_share <= 1.0 or not 0.0 < decay <= 1.0:
+        raise OptionError(f"Expected label_share from 0 to 1 and decay above 0 up to 1, found {label_share}, {decay}.")
+
+    def loss(drafter: Any, batch: mx.array, progress: mx.array = START) -> Result:
+        count = len(drafter.heads) if steps is None else steps
+        rows = batch.shape[1] - 1 - count
+        read = batch[:, : rows + count]
+        cache = _remembering(target, read)
+        states = target.forward(read, cache)
+        drafted = draft(drafter, states, cache, batch, rows)
+        wanted, labels = target.head(states.hidden), batch
+        if drafted.ordering is not None:
+            wanted, labels = wanted[..., drafted.ordering], mx.argsort(drafted.ordering)[batch]
+
+        def leaf(j: int, hidden: mx.array, *learning: mx.array) -> Result:
+            proposed, law = drafted.unembed(hidden, *learning), wanted[:, j + 1 : j + 1 + rows]
+            cross = _cross_entropy(proposed, law, labels[:, j + 2 : j + 2 + rows], label_share)
+            return cross, _share(proposed, mx.argmax(law, axis=-1))
+
+        weights = [decay**j / sum(decay**i for i in range(count)) for j in range(count)]
+        return in_order(leaf, weights)(mx.stack(drafted.hiddens), *drafted.learning)
 
     return loss
+
+
+def _remembering(target: Target, tokens: mx.array) -> KVCache:
+    """A cache of the target's for these tokens whose sliding layers forget none, so that every row can be read."""
+    batch, rows = tokens.shape
+    own = target.new_cache(rows, batch)
+    dtype = own.keys[0].dtype if own.keys else mx.float32
+    return KVCache(own.shapes, own.window, rows, dtype, batch, slack=rows)
+
+
+def _cross_entropy(proposed: mx.array, wanted: mx.array, labels: mx.array, label_share: float) -> mx.array:
+    """Mean cross-entropy of logits [B, T, V] against the law of other logits and against labels [B, T], mixed."""
+    expected = mx.array(0.0)
+    if label_share < 1.0:
+        expected = (1.0 - label_share) * (mx.softmax(wanted, axis=-1) * proposed).sum(axis=-1)
+    if label_share > 0.0:
+        expected = expected + label_share * mx.take_along_axis(proposed, labels[..., None], axis=-1)[..., 0]
+    return (mx.logsumexp(proposed, axis=-1) - expected).mean()
+
+
+def _share(logits: mx.array, right: mx.array) -> mx.array:
+    return (mx.argmax(mx.stop_gradient(logits), axis=-1) == right).mean()
+
+
+def _check(steps: int) -> None:
+    if steps < 1:
+        raise OptionError(f"Expected at least 1 step of drafting to train for, found {steps}.")

@@ -1,0 +1,167 @@
+"""Independent forward passes in NumPy, float64, row by row: one llama layer with a past, and Gemma 4's plain layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import mlx.core as mx
+import numpy as np
+
+Weights = Mapping[str, np.ndarray]
+
+
+def float64(arrays: Mapping[str, mx.array]) -> dict[str, np.ndarray]:
+    return {name: np.array(array.astype(mx.float32)).astype(np.float64) for name, array in arrays.items()}
+
+
+def below(weights: Weights, prefix: str) -> dict[str, np.ndarray]:
+    """The weights whose name starts with `prefix`, without it."""
+    return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+
+
+def rms(x: np.ndarray, weight: np.ndarray | float, eps: float) -> np.ndarray:
+    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * weight
+
+
+def rotated(x: np.ndarray, position: int, wave_lengths: np.ndarray) -> np.ndarray:
+    """Rotary position of heads [H, d]; pairs are (i, i + d/2)."""
+    one, two = np.split(x, 2, axis=-1)
+    cos, sin = np.cos(position / wave_lengths), np.sin(position / wave_lengths)
+    return np.concatenate([one * cos - two * sin, one * sin + two * cos], axis=-1)
+
+
+def attended(queries: np.ndarray, keys: list[np.ndarray], values: list[np.ndarray], scale: float) -> np.ndarray:
+    """One row's queries [H, d] over the rows of a past, each [G, d]: [H * d]."""
+    repeats = len(queries) // len(keys[0])
+    every_key, every_value = (np.repeat(np.stack(rows), repeats, axis=1) for rows in (keys, values))
+    scores = np.einsum("hd,shd->hs", queries, every_key) * scale
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return np.einsum("hs,shd->hd", weights / weights.sum(axis=1, keepdims=True), every_value).reshape(-1)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+class LlamaLayer:
+    """A decoder layer of the llama architecture that remembers the rows it has seen."""
+
+    def __init__(self, weights: Weights, head_dim: int = 8, eps: float = 1e-5, theta: float = 10_000.0) -> None:
+        self.w, self.head_dim, self.eps = weights, head_dim, eps
+        self.wave_lengths = theta ** (np.arange(0, head_dim, 2) / head_dim)
+        self.keys: list[np.ndarray] = []
+        self.values: list[np.ndarray] = []
+
+    def __call__(self, x: np.ndarray, position: int) -> np.ndarray:
+        """The next row [D] -> [D]."""
+        w = self.w
+        normed = rms(x, w["input_layernorm.weight"], self.eps)
+        queries, keys, values = (
+            (w[f"self_attn.{name}_proj.weight"] @ normed).reshape(-1, self.head_dim) for name in "qkv"
+        )
+        self.keys.append(rotated(keys, position, self.wave_lengths))
+        self.values.append(values)
+        seen = attended(rotated(queries, position, self.wave_lengths), self.keys, self.values, self.head_dim**-0.5)
+        x = x + w["self_attn.o_proj.weight"] @ seen
+        normed = rms(x, w["post_attention_layernorm.weight"], self.eps)
+        gate, up = w["mlp.gate_proj.weight"] @ normed, w["mlp.up_proj.weight"] @ normed
+        return x + w["mlp.down_proj.weight"] @ (gate / (1 + np.exp(-gate)) * up)
+
+
+def count_of(weights: Weights, name: str) -> int:
+    """How many heads.<i> or blocks.<i> there are."""
+    return 1 + max(int(key.split(".")[1]) for key in weights if key.startswith(name))
+
+
+def parallel_heads(weights: Weights, states: np.ndarray, eps: float = 1e-5) -> np.ndarray:
+    """Gloeckle et al. 2024, section 2: per head and place [n, T, D] the norm of the head's layer over states 0..t."""
+    found = []
+    for i in range(count_of(weights, "heads.")):
+        layer = LlamaLayer(below(weights, f"heads.{i}.layer."))
+        rows = [layer(state, place) for place, state in enumerate(states)]
+        found.append(rms(np.stack(rows), weights[f"heads.{i}.norm.weight"], eps))
+    return np.stack(found)
+
+
+class Equations:
+    """DeepSeek-V3's equations 21 to 23, row by row. states and embedded [T, D] are the target's."""
+
+    def __init__(self, weights: Weights, states: np.ndarray, embedded: np.ndarray, eps: float = 1e-5) -> None:
+        self.w, self.states, self.embedded, self.eps = weights, states, embedded, eps
+        self.modules = count_of(weights, "blocks.")
+
+    def join(self, k: int, state: np.ndarray, place: int) -> np.ndarray:
+        w = below(self.w, f"blocks.{k}.")
+        token, before = rms(self.embedded[place], w["enorm.weight"], self.eps), rms(state, w["hnorm.weight"], self.eps)
+        return w["eh_proj.weight"] @ np.concatenate([token, before])
+
+    def drafts(self, newest: int, depth: int) -> list[np.ndarray]:
+        """What goes into the unembedding for each of `depth` drafts behind the token at `newest`."""
+        layers = [LlamaLayer(below(self.w, f"blocks.{k}.layer.")) for k in range(self.modules)]
+        # left[k][row]: the state after the token at `row`; of the target for k = 0, of module k else.
+        left: list[dict[int, np.ndarray]] = [dict(enumerate(self.states[:newest]))] + [{} for _ in layers]
+        for row in range(newest + depth):
+            for k, layer in enumerate(layers):
+                if row - 1 in left[k]:
+                    left[k + 1][row] = layer(self.join(k, left[k][row - 1], row), row)
+            if row not in left[-1] and row - 1 in left[-1]:  # nothing before it has a state: it goes on from its own
+                left[-1][row] = layers[-1](self.join(self.modules - 1, left[-1][row - 1], row), row)
+        found = []
+        for step in range(depth):
+            k = min(step + 1, self.modules)
+            found.append(rms(left[k][newest + step], self.w[f"blocks.{k - 1}.norm.weight"], self.eps))
+        return found
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+class Gemma:
+    """Gemma 4's text model without its options: no shared K/V, no per-layer embedding, no experts."""
+
+    def __init__(self, weights: Weights, kinds: list[str], head_dims: list[int], window: int, cap: float) -> None:
+        self.w, self.kinds, self.head_dims, self.window, self.cap = weights, kinds, head_dims, window, cap
+        self.eps = 1e-6
+
+    def embed(self, token: int) -> np.ndarray:
+        table = self.w["embed_tokens.weight"]
+        return table[token] * np.sqrt(table.shape[1])
+
+    def head(self, hidden: np.ndarray) -> np.ndarray:
+        """Hidden [..., D] -> logits [..., V]."""
+        return np.tanh(hidden @ self.w["embed_tokens.weight"].T / self.cap) * self.cap
+
+    def states(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Hidden and trunk [T, D] of a sequence."""
+        x = np.stack([self.embed(token) for token in tokens])
+        trunk = x
+        for i in range(len(self.kinds)):
+            trunk, x = x, self._layer(i, x)
+        return rms(x, self.w["norm.weight"], self.eps), trunk
+
+    def _layer(self, i: int, rows: np.ndarray) -> np.ndarray:
+        w, size, out = below(self.w, f"layers.{i}."), self.head_dims[i], []
+        full = self.kinds[i] == "full_attention"
+        wave_lengths = (1e6 if full else 1e4) ** (2 * np.arange(size // 2) / size)
+        if full:
+            wave_lengths[int(0.25 * size // 2) :] = np.inf
+        keys: list[np.ndarray] = []
+        values: list[np.ndarray] = []
+        span = len(rows) if full else self.window
+        for position, x in enumerate(rows):
+            normed = rms(x, w["input_layernorm.weight"], self.eps)
+            query, key, value = (
+                (w[f"self_attn.{name}_proj.weight"] @ normed).reshape(-1, size) for name in "qkv"
+            )
+            keys.append(rotated(rms(key, w["self_attn.k_norm.weight"], self.eps), position, wave_lengths))
+            values.append(rms(value, 1.0, self.eps))
+            query = rotated(rms(query, w["self_attn.q_norm.weight"], self.eps), position, wave_lengths)
+            seen = w["self_attn.o_proj.weight"] @ attended(query, keys[-span:], values[-span:], 1.0)
+            x = x + rms(seen, w["post_attention_layernorm.weight"], self.eps)
+            normed = rms(x, w["pre_feedforward_layernorm.weight"], self.eps)
+            inner = gelu(w["mlp.gate_proj.weight"] @ normed) * (w["mlp.up_proj.weight"] @ normed)
+            x = x + rms(w["mlp.down_proj.weight"] @ inner, w["post_feedforward_layernorm.weight"], self.eps)
+            out.append(x * w["layer_scalar"])
+        return np.stack(out)

@@ -1,0 +1,344 @@
+"""Losses and their gradients against NumPy: the papers' sums row by row, and finite differences in float64."""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from families import config_of, lively, model_of
+from mlx.utils import tree_flatten
+from references import Equations, Gemma, Weights, below, float64, log_softmax, parallel_heads
+from test_generic import BASE, CONFIGS
+from test_generic import written as written_target
+
+from mlx_mtp.cache import NoCache
+from mlx_mtp.checkpoint import Checkpoint, named_parameters
+from mlx_mtp.drafters import load_drafter
+from mlx_mtp.drafters.parallel import ParallelConfig, ParallelModel
+from mlx_mtp.interfaces import Target
+from mlx_mtp.targets import load_target
+from mlx_mtp.targets.gemma4 import DEFAULT_ROPE, Gemma4Config, Gemma4Model, Gemma4Target
+from mlx_mtp.training import objective
+from mlx_mtp.training.objective import Joint
+
+WIDTH, VOCABULARY, CAP, WINDOW = 16, 24, 2.0, 3
+KINDS = ["sliding_attention", "full_attention"]
+TEXT = {
+    "model_type": "gemma4_text", "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 20,
+    "num_hidden_layers": 2, "layer_types": KINDS, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+    "global_head_dim": 16, "sliding_window": WINDOW, "final_logit_softcapping": CAP, "rms_norm_eps": 1e-6,
+    "rope_parameters": DEFAULT_ROPE,
+}  # fmt: skip
+STEP = 1e-5  # of the finite differences
+
+
+def gemma() -> Gemma4Model:
+    """A target whose logits come close to the cap, so that it counts."""
+    return lively(Gemma4Model(Gemma4Config.from_dict(TEXT)), seed=1)
+
+
+def heads(count: int, reads: str = "trunk") -> ParallelModel:
+    return model_of(config_of("parallel_heads", WIDTH, VOCABULARY, count, reads=reads))
+
+
+def batch_of(rows: int, batch: int = 2, vocabulary: int = VOCABULARY) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, vocabulary, (batch, rows))
+
+
+def reference(weights: Weights) -> Gemma:
+    return Gemma(weights, KINDS, [8, 16], WINDOW, CAP)
+
+
+def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Mean over the rows of logits [T, V]."""
+    return -np.take_along_axis(log_softmax(logits), labels[:, None], axis=-1).mean()
+
+
+def mixed(proposed: np.ndarray, wanted: np.ndarray, labels: np.ndarray, share: float) -> float:
+    law = -(np.exp(log_softmax(wanted)) * log_softmax(proposed)).sum(axis=-1).mean()
+    return (1 - share) * law + share * cross_entropy(proposed, labels)
+
+
+def check(
+    module: nn.Module, loss: Callable[..., Any], batch: np.ndarray, by_hand: Callable[[Weights], float],
+    progress: float = 0.0,
+) -> list[float]:  # fmt: skip
+    """Loss, and the slope along a random direction of every parameter, against NumPy's; returns the figures."""
+    gradient = mx.compile(nn.value_and_grad(module, loss))
+    (found, figures), gradients = gradient(module, mx.array(batch), mx.array(progress))
+    weights = float64(named_parameters(module))
+    assert abs(found.item() - by_hand(weights)) < 1e-5 * max(1.0, abs(found.item()))
+    random, slopes = np.random.default_rng(1), float64(dict(tree_flatten(gradients)))
+    assert slopes.keys() == weights.keys()
+    for name, weight in weights.items():
+        direction = random.normal(size=weight.shape)
+        direction /= np.linalg.norm(direction)
+        ahead, behind = (by_hand({**weights, name: weight + sign * STEP * direction}) for sign in (1, -1))
+        expected = (ahead - behind) / (2 * STEP)
+        assert abs((slopes[name] * direction).sum() - expected) < 1e-5 + 2e-4 * abs(expected), name
+    assert any(np.abs(slope).max() > 1e-3 for slope in slopes.values())
+    return figures.tolist()
+
+
+# Target and drafter together
+
+
+def parallel_by_hand(batch: np.ndarray, reads: str, weight: float, count: int) -> Callable[[Weights], float]:
+    rows = batch.shape[1] - 1 - count
+
+    def loss(weights: Weights) -> float:
+        target, total = reference(below(weights, "target.")), 0.0
+        for tokens in batch:
+            hidden, trunk = target.states(tokens[:rows])
+            total += cross_entropy(target.head(hidden), tokens[1 : 1 + rows])
+            found = parallel_heads(below(weights, "drafter."), trunk if reads == "trunk" else hidden)
+            for i, result in enumerate(found):
+                total += weight * cross_entropy(target.head(result), tokens[2 + i : 2 + i + rows])
+        return total / len(batch)
+
+    return loss
+
+
+@pytest.mark.parametrize(("reads", "weight"), [("trunk", 1.0), ("hidden", 0.3)])
+def test_joint_parallel(reads: str, weight: float) -> None:
+    batch, joint = batch_of(8), Joint(gemma(), heads(2, reads))
+    check(joint, objective.joint_parallel_loss(weight), batch, parallel_by_hand(batch, reads, weight, 2))
+
+
+def test_one_head_is_plain_training() -> None:
+    batch, model = mx.array(batch_of(12)), gemma()
+    none = ParallelModel(ParallelConfig(heads=0, reads="trunk", hidden_size=WIDTH, vocab_size=VOCABULARY,
+                                        norm_eps=1e-5, block={}))  # fmt: skip
+    joint = Joint(model, none)
+    (one, figures), gradients = nn.value_and_grad(joint, objective.joint_parallel_loss())(joint, batch)
+    (other, right), plain = nn.value_and_grad(model, objective.next_token_loss)(model, batch)
+    assert one.item() == other.item() and figures.tolist() == right.tolist()
+    for (name, a), (_, b) in zip(tree_flatten(gradients["target"]), tree_flatten(plain), strict=True):
+        assert mx.abs(a - b).max() <= 1e-6 * mx.abs(b).max() + 1e-9, name
+
+
+@pytest.mark.parametrize(("modules", "steps", "progress"), [(2, 2, 0.2), (2, 2, 0.8), (1, 3, 0.0)])
+def test_joint_sequential(modules: int, steps: int, progress: float) -> None:
+    """Lambda 0.3 in the first two thirds, then 0.1; a single module trained for three steps on its own states."""
+    batch, rows = batch_of(4 + 1 + steps), 4
+    joint = Joint(gemma(), model_of(config_of("sequential_modules", WIDTH, VOCABULARY, modules)))
+
+    def by_hand(weights: Weights) -> float:
+        target, total = reference(below(weights, "target.")), 0.0
+        for tokens in batch:
+            hidden, _ = target.states(tokens[:rows])
+            total += cross_entropy(target.head(hidden), tokens[1 : 1 + rows])
+            embedded = np.stack([target.embed(token) for token in tokens])
+            equations = Equations(below(weights, "drafter."), hidden, embedded)
+            found = np.stack([equations.drafts(place + 1, steps) for place in range(rows)], axis=1)
+            weight = (0.3 if progress < 0.67 else 0.1) / steps
+            for k, result in enumerate(found):
+                total += weight * cross_entropy(target.head(result), tokens[k + 2 : k + 2 + rows])
+        return total / len(batch)
+
+    check(joint, objective.joint_sequential_loss(steps), batch, by_hand, progress)
+
+
+def test_lambda_is_deepseeks() -> None:
+    found = [objective.deepseek_weight(mx.array(progress)).item() for progress in (0.0, 0.5, 0.67, 0.68, 0.99)]
+    assert np.allclose(found, [0.3, 0.3, 0.3, 0.1, 0.1])
+
+
+def test_joint_figures_are_shares_of_the_labels() -> None:
+    batch, joint = batch_of(40, 4), Joint(gemma(), heads(2))
+    _, figures = objective.joint_parallel_loss()(joint, mx.array(batch))
+    states, _ = joint.target.run(mx.array(batch[:, :37]), NoCache(WINDOW, 4))
+    for i, hidden in enumerate([states.hidden, *joint.drafter(states.trunk)]):
+        right = np.array(joint.target.head(hidden)).argmax(axis=-1) == batch[:, i + 1 : i + 38]
+        assert abs(figures[i].item() - right.mean()) < 1e-6
+
+
+# One head after the other
+
+
+def naive(model: Gemma4Model, batch: mx.array, hiddens: list[mx.array], weights: list[Any]) -> objective.Result:
+    """The same sum with the logits of all heads at once."""
+    rows, losses, right = hiddens[0].shape[1], [], []
+    for i, hidden in enumerate(hiddens):
+        labels = batch[:, i + 1 : i + 1 + rows]
+        logits = model.head(hidden)
+        losses.append(weights[i] * nn.losses.cross_entropy(logits, labels, reduction="mean"))
+        right.append((mx.argmax(logits, axis=-1) == labels).mean())
+    return sum(losses), mx.stack(right)
+
+
+@pytest.mark.parametrize("family", ["parallel", "sequential"])
+def test_gradients_in_order_equal_those_at_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if family == "parallel":
+        joint, loss = Joint(gemma(), heads(3)), objective.joint_parallel_loss(0.5)
+    else:
+        modules = model_of(config_of("sequential_modules", WIDTH, VOCABULARY, 2))
+        joint, loss = Joint(gemma(), modules), objective.joint_sequential_loss(3)
+    batch = mx.array(batch_of(30, 3))
+    found = nn.value_and_grad(joint, loss)(joint, batch)
+    monkeypatch.setattr(objective, "_on_labels", naive)
+    expected = nn.value_and_grad(joint, loss)(joint, batch)
+    for (name, one), (_, other) in zip(tree_flatten(found), tree_flatten(expected), strict=True):
+        assert mx.abs(one - other).max() < 1e-5 * max(1.0, mx.abs(other).max().item()), name
+
+
+def test_the_logits_of_one_head_at_a_time() -> None:
+    """Peak memory of a step with 32,768 tokens in the vocabulary: four heads need hardly more than one."""
+    vocabulary, width, before = 32_768, 8, mx.set_memory_limit(1)  # the CPU backend waits instead of running ahead
+    try:
+        table = mx.random.normal((vocabulary, width))
+        peaks = []
+        for count in (1, 4):
+            model = Gemma4Model(Gemma4Config.from_dict(TEXT | {"vocab_size": vocabulary, "hidden_size": width}))
+            model.embed_tokens.weight = table
+            batch = mx.array(batch_of(48 + count, 1, vocabulary))
+            hiddens = [mx.random.normal((1, 48, width)) for _ in range(count)]
+
+            def loss(hiddens: list[mx.array], table: mx.array, model: Any = model, batch: Any = batch) -> mx.array:
+                model.embed_tokens.weight = table
+                return objective._on_labels(model, batch, hiddens, [1.0] * len(hiddens))[0]
+
+            mx.eval(table, hiddens, batch)
+            mx.clear_cache()
+            mx.reset_peak_memory()
+            start = mx.get_active_memory()
+            mx.eval(mx.value_and_grad(loss, argnums=(0, 1))(hiddens, table))
+            peaks.append(mx.get_peak_memory() - start)
+    finally:
+        mx.set_memory_limit(before)
+    assert peaks[1] < 1.15 * peaks[0], peaks
+
+
+# On a frozen target
+
+
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
+    """Ours, one of mlx-lm, and a quantised one; all of 32 numbers a state."""
+    root, llama = tmp_path_factory.mktemp("targets"), BASE | CONFIGS["llama"]
+    return {
+        "gemma": load_target(Checkpoint.open(GOLDEN / "ple" / "target")),
+        "llama": load_target(Checkpoint.open(written_target(root / "llama", llama))),
+        "quantised": load_target(Checkpoint.open(written_target(root / "quantised", llama, 4))),
+    }
+
+
+def frozen_by_hand(
+    target: Target, batch: np.ndarray, count: int, share: float, decay: float,
+    drafts: Callable[[Weights, np.ndarray, np.ndarray, np.ndarray], np.ndarray],
+) -> Callable[[Weights], float]:  # fmt: skip
+    """drafts: (weights, hidden [T, D], trunk [T, D], embedded [T + K + 1, D]) -> [K, T, D]."""
+    rows = batch.shape[1] - 1 - count
+    sequences = []
+    for tokens in batch:
+        ids = mx.array(tokens[None])
+        states = target.forward(ids, target.new_cache(256))
+        parts = (states.hidden[:, :rows], states.trunk[:, :rows], target.embed(ids), target.logits(ids))
+        sequences.append([tokens, *(np.array(part)[0].astype(np.float64) for part in parts)])
+    head = mx.eye(sequences[0][1].shape[1])  # the head is linear but for Gemma's cap
+    products = np.array(target.head(head[None]))[0].astype(np.float64)
+    cap = 30.0 if isinstance(target, Gemma4Target) else None
+    if cap:
+        products = np.arctanh(products / cap) * cap
+
+    def loss(weights: Weights) -> float:
+        total = 0.0
+        for tokens, hidden, trunk, embedded, wanted in sequences:
+            for j, result in enumerate(drafts(weights, hidden, trunk, embedded)):
+                logits = result @ products
+                logits = np.tanh(logits / cap) * cap if cap else logits
+                law, labels = wanted[j + 1 : j + 1 + rows], tokens[j + 2 : j + 2 + rows]
+                total += decay**j * mixed(logits, law, labels, share)
+        return total / sum(decay**j for j in range(count)) / len(batch)
+
+    return loss
+
+
+@pytest.mark.parametrize(("name", "reads", "share"), [("gemma", "trunk", 0.0), ("llama", "hidden", 1.0),
+                                                      ("quantised", "trunk", 0.4)])  # fmt: skip
+def test_parallel_on_a_frozen_target(name: str, reads: str, share: float, targets: dict[str, Target]) -> None:
+    target = targets[name]
+    drafter = model_of(config_of("parallel_heads", 32, target.info.vocab_size, 2, reads=reads))
+    batch = batch_of(7, 2, 96)
+    loss = objective.parallel_loss(target, decay=0.7, label_share=share)
+    by_hand = frozen_by_hand(
+        target, batch, 2, share, 0.7,
+        lambda weights, hidden, trunk, _: parallel_heads(weights, trunk if reads == "trunk" else hidden),
+    )  # fmt: skip
+    check(drafter, loss, batch, by_hand)
+
+
+@pytest.mark.parametrize(("name", "modules", "steps", "share"), [("gemma", 2, 2, 0.5), ("llama", 1, 3, 0.0),
+                                                                 ("quantised", 2, 3, 0.0)])  # fmt: skip
+def test_sequential_on_a_frozen_target(
+    name: str, modules: int, steps: int, share: float, targets: dict[str, Target]
+) -> None:
+    target = targets[name]
+    drafter = model_of(config_of("sequential_modules", 32, target.info.vocab_size, modules))
+    batch, rows = batch_of(5 + steps, 1, 96), 4
+
+    def drafts(weights: Weights, hidden: np.ndarray, trunk: np.ndarray, embedded: np.ndarray) -> np.ndarray:
+        equations = Equations(weights, hidden, embedded)
+        return np.stack([equations.drafts(place + 1, steps) for place in range(rows)], axis=1)
+
+    loss = objective.sequential_loss(target, steps, decay=0.8, label_share=share)
+    check(drafter, loss, batch, frozen_by_hand(target, batch, steps, share, 0.8, drafts))
+
+
+def test_a_frozen_target_stays_as_it_is(targets: dict[str, Target]) -> None:
+    """Only the drafter has gradients, and the figures are agreement with the target."""
+    target = targets["gemma"]
+    before = {name: np.array(weight) for name, weight in named_parameters(target.model).items()}
+    drafter, batch = model_of(config_of("sequential_modules", 32, 128, 1)), mx.array(batch_of(40, 3, 128))
+    (_, figures), gradients = nn.value_and_grad(drafter, objective.sequential_loss(target, 2))(drafter, batch)
+    assert dict(tree_flatten(gradients)).keys() == named_parameters(drafter).keys()
+    assert all(np.array_equal(weight, before[name]) for name, weight in named_parameters(target.model).items())
+    states = target.forward(batch, target.new_cache(256, 3))
+    best = np.array(target.logits(batch)).argmax(axis=-1)
+    for j, hidden in enumerate(drafter(states.hidden[:, :37], target.embed(batch[:, 1:39]), 2)):
+        agreed = np.array(target.head(hidden)).argmax(axis=-1) == best[:, j + 1 : j + 38]
+        assert abs(figures[j].item() - agreed.mean()) < 1e-6
+
+
+def test_a_long_sequence_keeps_the_whole_window(targets: dict[str, Target]) -> None:
+    """The assistant reads sliding K/V of every row, also where the ring of decoding would have lost them."""
+    target, drafter = targets["gemma"], load_drafter(Checkpoint.open(GOLDEN / "ple" / "assistant_tied")).model
+    batch, found = mx.array(batch_of(120, 2, 128)), {}
+    for start in (0, 70):  # sliding rows only: the same rows as the end of a long sequence and of all of it
+        cache = objective._remembering(target, batch[:, start:])
+        target.forward(batch[:, start:], cache)
+        i = target.info.storing_layers["sliding_attention"]
+        assert cache.keys[i].shape[2] == 120 - start
+        assert (np.abs(np.array(cache.keys[i])).max(axis=(0, 1, 3)) > 0).all()
+        found[start] = cache
+    loss, _ = objective.assistant_loss(target, 2)(drafter, batch)
+    assert np.isfinite(loss.item())
+
+
+def test_a_centroid_drafter_learns_like_a_dense_one(targets: dict[str, Target]) -> None:
+    """Its table is in slot order; reordered to that of the tokens it is a dense drafter's, and so is the loss."""
+    target = targets["gemma"]
+    dense, centroid = (load_drafter(Checkpoint.open(GOLDEN / "ple" / f"assistant_{h}")).model for h in ("tied", "centroid"))
+    ordering = centroid.masked_embedding.token_ordering
+    shared = {k: w for k, w in named_parameters(centroid).items() if not k.startswith("masked")}
+    shared["model.embed_tokens.weight"] = shared["model.embed_tokens.weight"][mx.argsort(ordering)]
+    dense.load_weights(list(shared.items()))
+    batch = mx.array(batch_of(20, 2, 128))
+    for share in (0.0, 0.5):
+        loss = objective.assistant_loss(target, 3, label_share=share)
+        (one, right), (other, also) = loss(dense, batch), loss(centroid, batch)
+        assert abs(one.item() - other.item()) < 1e-5 and mx.allclose(right, also)
+
+
+@pytest.mark.parametrize("wrong", [{"label_share": 1.1}, {"label_share": -0.1}, {"decay": 0.0}, {"decay": 1.1}])
+def test_options_out_of_range(wrong: dict[str, float], targets: dict[str, Target]) -> None:
+    for loss in (objective.parallel_loss, lambda t, **o: objective.assistant_loss(t, 2, **o)):
+        with pytest.raises(mlx_mtp.OptionError, match="label_share"):
+            loss(targets["llama"], **wrong)
+    with pytest.raises(mlx_mtp.OptionError, match="1 step"):
+        objective.sequential_loss(targets["llama"], 0)

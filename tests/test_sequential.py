@@ -1,0 +1,165 @@
+"""Sequential modules against DeepSeek-V3's equations in NumPy, chains beyond the last module included.
+
+And what both families with layers of their own promise in the whole loop: the same tokens at every depth and the
+target's law, on a Gemma 4 and on a llama target.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from families import config_of, drafted, model_of, written
+from mlx.utils import tree_flatten, tree_map
+from references import Equations, float64
+from test_engine import same_or_tie
+from test_generic import BASE, CONFIGS
+from test_generic import written as written_target
+from test_sampling import filtered, markov_pair, worst_deviation
+
+import mlx_mtp
+from mlx_mtp import decode as decode_module
+from mlx_mtp.checkpoint import Checkpoint, named_parameters
+from mlx_mtp.drafters import load_drafter
+from mlx_mtp.drafters.parallel import Parallel
+from mlx_mtp.drafters.sequential import Sequential
+from mlx_mtp.results import Sampling
+from mlx_mtp.targets import load_target
+
+TOLERANCE = 5e-4
+WIDTH, VOCABULARY = 32, 128
+FAMILIES = ("parallel_heads", "sequential_modules")
+GEMMA = GOLDEN / "ple" / "target"
+
+
+@pytest.mark.parametrize(("modules", "depth"), [(1, 1), (1, 4), (2, 2), (3, 3), (2, 5), (3, 8)])
+def test_chains_follow_the_equations(modules: int, depth: int) -> None:
+    """In decoding, behind any outcomes of the rounds before, and over the whole sequence at once."""
+    target, model = load_target(Checkpoint.open(GEMMA)), model_of(config_of("sequential_modules", WIDTH, 128, modules))
+    drafter = Sequential(model, mx.float32)
+    drafter.attach(target)
+    tokens = np.random.default_rng(depth).integers(3, VOCABULARY, 36)
+    states = target.forward(mx.array(tokens[None]), target.new_cache(256))
+    embedded = target.embed(mx.array(tokens[None]))
+    hand = Equations(float64(named_parameters(model)), np.array(states.hidden)[0], np.array(embedded)[0])
+    places = len(tokens) - depth
+    whole = np.array(target.head(mx.concatenate(model(states.hidden[:, :places], embedded[:, 1:], depth))))
+    rounds = 0
+    for first in (1, 5, 20):
+        for at, logits in drafted(drafter, target, tokens, states, first, depth, first):
+            expected = np.array(target.head(mx.array(np.stack(hand.drafts(at, depth))[None].astype(np.float32))))[0]
+            assert np.abs(np.stack(logits) - expected).max() < TOLERANCE
+            assert np.abs(whole[:, at - 1] - expected).max() < TOLERANCE
+            rounds += 1
+    assert rounds > 8
+
+
+def test_a_guess_that_was_wrong_is_forgotten() -> None:
+    """The check above would see it: without observe() a draft's K/V stays and the next drafts differ."""
+    target, model = load_target(Checkpoint.open(GEMMA)), model_of(config_of("sequential_modules", WIDTH, 128, 1))
+    drafter = Sequential(model, mx.float32)
+    drafter.attach(target)
+    tokens = np.random.default_rng(0).integers(3, VOCABULARY, 36)
+    states = target.forward(mx.array(tokens[None]), target.new_cache(256))
+    kept = [logits for _, logits in drafted(drafter, target, tokens, states, 5, 3, 1)]
+    drafter.model.blocks[0].hnorm.weight = drafter.model.blocks[0].hnorm.weight * 1.1
+    assert np.abs(np.stack(kept[1]) - np.stack(list(drafted(drafter, target, tokens, states, 5, 3, 1))[1][1])).max() > 0.01
+
+
+# Both families in the whole loop
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Targets of both kinds, and drafters of both families for each; three heads, two modules."""
+    root = tmp_path_factory.mktemp("families")
+    found = {"gemma": GEMMA, "llama": written_target(root / "llama", BASE | CONFIGS["llama"])}
+    for name, vocabulary in (("gemma", 128), ("llama", 96)):
+        for reads in ("trunk", "hidden"):
+            config = config_of("parallel_heads", WIDTH, vocabulary, 3, reads=reads)
+            found[f"{name} {reads}"] = written(root / f"{name}-{reads}", config)
+        found[f"{name} modules"] = written(root / f"{name}-modules", config_of("sequential_modules", WIDTH, vocabulary, 2))
+    return found
+
+
+@pytest.mark.parametrize("drafter", ["trunk", "hidden", "modules"])
+@pytest.mark.parametrize("target", ["gemma", "llama"])
+def test_every_depth_equals_plain(
+    target: str, drafter: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts in chunks and of one token; with the lookup in front many drafts stand, alone nearly none do."""
+    monkeypatch.setattr(decode_module, "MAX_CHUNK", 16)
+    plain = mlx_mtp.load(folders[target], drafter=None)
+    repeated = np.random.default_rng(2).integers(3, 96, 20).tolist() * 2
+    accepted = 0
+    for ids in (repeated, repeated[:1]):
+        expected = plain.generate(ids, max_tokens=160, ignore_end=True).tokens
+        folder = folders[f"{target} {drafter}"]
+        for named, depth in ((folder, 1), (f"lookup+{folder}", 2), (f"lookup+{folder}", 3), (folder, 8)):
+            depth = min(depth, load_drafter(Checkpoint.open(folder)).max_depth)
+            engine = mlx_mtp.load(folders[target], drafter=named, depth=depth)
+            result = engine.generate(ids, max_tokens=160, ignore_end=True)
+            same_or_tie(plain, ids, expected, result.tokens)
+            assert result.stats.host_syncs <= result.stats.rounds + 2 and result.stats.drafted > 100
+            accepted += result.stats.accepted
+    assert accepted > 20
+
+
+@pytest.mark.parametrize("drafter", ["trunk", "modules"])
+def test_exact_mode(drafter: str, folders: dict[str, Path]) -> None:
+    ids = np.random.default_rng(2).integers(3, 96, 20).tolist()
+    plain = mlx_mtp.load(folders["gemma"], drafter=None, mode="exact")
+    engine = mlx_mtp.load(folders["gemma"], drafter=folders[f"gemma {drafter}"], depth=3, mode="exact")
+    one, other = (e.generate(ids, max_tokens=40, ignore_end=True, logprobs=1) for e in (plain, engine))
+    assert (one.tokens, one.logprobs) == (other.tokens, other.logprobs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_long_runs_follow_the_law(family: str) -> None:
+    """A Markov target, whose state is its last token: the drafter's law differs from the target's at every place."""
+    table, target, _ = markov_pair()
+    config = config_of(family, 1, 6, 2)
+    config["block"] |= {"hidden_size": 1}
+    model = model_of(config)
+    for part in getattr(model, "heads", None) or model.blocks:
+        part.norm.weight = part.norm.weight * 3.0  # of one number the norm leaves the sign: row 3 or -3 of the table
+    drafter = (Parallel if family == "parallel_heads" else Sequential)(model, mx.float32)
+    sampling = Sampling(temperature=1.0)
+    result = mlx_mtp.Engine(target, drafter, None, depth=2).generate([0], max_tokens=12_000, sampling=sampling, seed=3)
+    assert worst_deviation(result.tokens, filtered(table, sampling)) < 5
+    assert 0.1 < result.stats.accepted / result.stats.drafted < 0.9
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtypes", [(mx.float16, mx.float32), (mx.float32, mx.bfloat16), (mx.bfloat16, mx.float16)])
+def test_another_precision_than_the_targets(family: str, dtypes: tuple[mx.Dtype, mx.Dtype]) -> None:
+    """Everything that comes from the target or goes to its head is cast, so that a round's arrays keep their types."""
+    target, model = load_target(Checkpoint.open(GEMMA)), model_of(config_of(family, WIDTH, VOCABULARY, 2))
+    target.dtype, dtype = dtypes
+    target.model.update(tree_map(lambda array: array.astype(target.dtype), target.model.parameters()))
+    model.update(tree_map(lambda array: array.astype(dtype), model.parameters()))
+    drafter = (Parallel if family == "parallel_heads" else Sequential)(model, dtype)
+    engine = mlx_mtp.Engine(target, drafter, None, depth=2)
+    memory = drafter.start(1, 256)
+    kinds = [array.dtype for _, array in tree_flatten(memory)]
+    heard = drafter.observe(memory, mx.array([[5, 6]]), target.forward(mx.array([[5, 6]]), target.new_cache(256)), mx.array([1]))
+    assert [array.dtype for _, array in tree_flatten(heard)] == kinds
+    assert len(engine.generate([5, 6, 7], max_tokens=12, ignore_end=True).tokens) == 12
+
+
+@pytest.mark.parametrize("fields", [{"modules": 0}, {"modules": 9}, {"modules": 3}, {"modules": "x"}, {"block": 7}], ids=str)
+def test_config_fields(fields: dict[str, Any], tmp_path: Path) -> None:
+    config = config_of("sequential_modules", WIDTH, VOCABULARY, 2)
+    weights = dict(tree_flatten(model_of(config).parameters()))
+    folder = written(tmp_path / "drafter", config | fields, weights)
+    with pytest.raises(mlx_mtp.CheckpointError) as caught:
+        mlx_mtp.load(GEMMA, drafter=folder)
+    assert str(folder) in str(caught.value) and str(caught.value).endswith(".")
+
+
+def test_sizes_of_another_target(tmp_path: Path) -> None:
+    folder = written(tmp_path / "drafter", config_of("sequential_modules", 48, VOCABULARY, 2))
+    with pytest.raises(mlx_mtp.IncompatibleDrafter, match="hidden size 32"):
+        mlx_mtp.load(GEMMA, drafter=folder)
