@@ -69,8 +69,9 @@ def check(
     progress: float = 0.0,
 ) -> list[float]:  # fmt: skip
     """Loss, and the slope along a random direction of every parameter, against NumPy's; returns the figures."""
-    gradient = mx.compile(nn.value_and_grad(module, loss))
-    (found, figures), gradients = gradient(module, mx.array(batch), mx.array(progress))
+    gradient = nn.value_and_grad(module, loss)
+    compiled = mx.compile(lambda *arrays: gradient(module, *arrays), inputs=module.state, outputs=module.state)
+    (found, figures), gradients = compiled(mx.array(batch), mx.array(progress))
     weights = float64(named_parameters(module))
     assert abs(found.item() - by_hand(weights)) < 1e-5 * max(1.0, abs(found.item()))
     random, slopes = np.random.default_rng(1), float64(dict(tree_flatten(gradients)))
@@ -323,7 +324,8 @@ def test_a_long_sequence_keeps_the_whole_window(targets: dict[str, Target]) -> N
 def test_a_centroid_drafter_learns_like_a_dense_one(targets: dict[str, Target]) -> None:
     """Its table is in slot order; reordered to that of the tokens it is a dense drafter's, and so is the loss."""
     target = targets["gemma"]
-    dense, centroid = (load_drafter(Checkpoint.open(GOLDEN / "ple" / f"assistant_{h}")).model for h in ("tied", "centroid"))
+    folders = [GOLDEN / "ple" / f"assistant_{head}" for head in ("tied", "centroid")]
+    dense, centroid = (load_drafter(Checkpoint.open(folder)).model for folder in folders)
     ordering = centroid.masked_embedding.token_ordering
     shared = {k: w for k, w in named_parameters(centroid).items() if not k.startswith("masked")}
     shared["model.embed_tokens.weight"] = shared["model.embed_tokens.weight"][mx.argsort(ordering)]

@@ -56,18 +56,6 @@ def test_chains_follow_the_equations(modules: int, depth: int) -> None:
     assert rounds > 8
 
 
-def test_a_guess_that_was_wrong_is_forgotten() -> None:
-    """The check above would see it: without observe() a draft's K/V stays and the next drafts differ."""
-    target, model = load_target(Checkpoint.open(GEMMA)), model_of(config_of("sequential_modules", WIDTH, 128, 1))
-    drafter = Sequential(model, mx.float32)
-    drafter.attach(target)
-    tokens = np.random.default_rng(0).integers(3, VOCABULARY, 36)
-    states = target.forward(mx.array(tokens[None]), target.new_cache(256))
-    kept = [logits for _, logits in drafted(drafter, target, tokens, states, 5, 3, 1)]
-    drafter.model.blocks[0].hnorm.weight = drafter.model.blocks[0].hnorm.weight * 1.1
-    assert np.abs(np.stack(kept[1]) - np.stack(list(drafted(drafter, target, tokens, states, 5, 3, 1))[1][1])).max() > 0.01
-
-
 # Both families in the whole loop
 
 
@@ -80,7 +68,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for reads in ("trunk", "hidden"):
             config = config_of("parallel_heads", WIDTH, vocabulary, 3, reads=reads)
             found[f"{name} {reads}"] = written(root / f"{name}-{reads}", config)
-        found[f"{name} modules"] = written(root / f"{name}-modules", config_of("sequential_modules", WIDTH, vocabulary, 2))
+        config = config_of("sequential_modules", WIDTH, vocabulary, 2)
+        found[f"{name} modules"] = written(root / f"{name}-modules", config)
     return found
 
 
@@ -102,7 +91,7 @@ def test_every_depth_equals_plain(
             engine = mlx_mtp.load(folders[target], drafter=named, depth=depth)
             result = engine.generate(ids, max_tokens=160, ignore_end=True)
             same_or_tie(plain, ids, expected, result.tokens)
-            assert result.stats.host_syncs <= result.stats.rounds + 2 and result.stats.drafted > 100
+            assert result.stats.host_syncs <= result.stats.rounds + 2 and result.stats.drafted > 50
             accepted += result.stats.accepted
     assert accepted > 20
 
@@ -127,7 +116,7 @@ def test_long_runs_follow_the_law(family: str) -> None:
         part.norm.weight = part.norm.weight * 3.0  # of one number the norm leaves the sign: row 3 or -3 of the table
     drafter = (Parallel if family == "parallel_heads" else Sequential)(model, mx.float32)
     sampling = Sampling(temperature=1.0)
-    result = mlx_mtp.Engine(target, drafter, None, depth=2).generate([0], max_tokens=12_000, sampling=sampling, seed=3)
+    result = mlx_mtp.Engine(target, drafter, None, depth=2).generate([0], max_tokens=2500, sampling=sampling, seed=3)
     assert worst_deviation(result.tokens, filtered(table, sampling)) < 5
     assert 0.1 < result.stats.accepted / result.stats.drafted < 0.9
 
@@ -142,14 +131,17 @@ def test_another_precision_than_the_targets(family: str, dtypes: tuple[mx.Dtype,
     model.update(tree_map(lambda array: array.astype(dtype), model.parameters()))
     drafter = (Parallel if family == "parallel_heads" else Sequential)(model, dtype)
     engine = mlx_mtp.Engine(target, drafter, None, depth=2)
-    memory = drafter.start(1, 256)
+    memory, tokens = drafter.start(1, 256), mx.array([[5, 6]])
     kinds = [array.dtype for _, array in tree_flatten(memory)]
-    heard = drafter.observe(memory, mx.array([[5, 6]]), target.forward(mx.array([[5, 6]]), target.new_cache(256)), mx.array([1]))
-    assert [array.dtype for _, array in tree_flatten(heard)] == kinds
-    assert len(engine.generate([5, 6, 7], max_tokens=12, ignore_end=True).tokens) == 12
+    memory = drafter.observe(memory, tokens, target.forward(tokens, target.new_cache(256)), mx.array([1]))
+    assert [array.dtype for _, array in tree_flatten(memory)] == kinds
+    assert len(engine.generate([5, 6, 7], max_tokens=3, ignore_end=True).tokens) == 3
 
 
-@pytest.mark.parametrize("fields", [{"modules": 0}, {"modules": 9}, {"modules": 3}, {"modules": "x"}, {"block": 7}], ids=str)
+FIELDS = [{"modules": 0}, {"modules": 9}, {"modules": 3}, {"modules": "x"}, {"block": 7}]
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
 def test_config_fields(fields: dict[str, Any], tmp_path: Path) -> None:
     config = config_of("sequential_modules", WIDTH, VOCABULARY, 2)
     weights = dict(tree_flatten(model_of(config).parameters()))

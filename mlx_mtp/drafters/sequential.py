@@ -160,3 +160,13 @@ class Sequential:
     def _row(self, k: int, embedded: mx.array, state: mx.array, own: KVCache, ahead: int) -> mx.array:
         """Module k over rows `ahead` of the committed ones: embeddings and states [B, M, D] -> [B, M, D]."""
         return self._own.run(k, self.model.blocks[k].join(embedded, state), own, ahead)
+
+
+@registry.register("sequential_modules")
+def load(checkpoint: Checkpoint) -> Sequential:
+    """Modules from a checkpoint of ours, trained here or brought in by `mlx-mtp convert`."""
+    model = SequentialModel(SequentialConfig.from_dict(checkpoint.config))
+    weights = checkpoint.weights()
+    dtype = compute_dtype(weights)
+    load_into(model, weights, dtype, checkpoint.path)
+    return Sequential(model, dtype, str(checkpoint.path))

@@ -29,10 +29,10 @@ def in_order(leaf: Leaf, weights: Sequence[float]) -> Callable[..., tuple[mx.arr
             # Nothing of this head is computed before the gradients of the last one are.
             (hidden,) = mx.depends([hiddens[i]], [total, *figures[-1:], *by_hidden[-1:], *by_shared])
 
-            def one(*arrays: mx.array, i: int = i) -> tuple[mx.array, mx.array]:
+            def one(arrays: list[mx.array], i: int = i) -> tuple[mx.array, mx.array]:
                 return leaf(i, *arrays)
 
-            (loss, figure), gradients = mx.value_and_grad(one, argnums=list(range(1 + len(shared))))(hidden, *shared)
+            (loss, figure), gradients = mx.value_and_grad(one)([hidden, *shared])
             total = total + weight * loss
             figures.append(figure)
             by_hidden.append(weight * gradients[0])
