@@ -190,6 +190,12 @@ class KVCache:
         self.length, keys, values = tree
         self.keys, self.values = list(keys), list(values)
 
+    def layout(self) -> KVCache:
+        """The sizes as they are now and no arrays, for `around`: keeps no buffer alive and does not grow."""
+        other = copy.copy(self)
+        other.length, other.keys, other.values = mx.array(0), [], []
+        return other
+
     def around(self, tree: tuple[mx.array, list[mx.array], list[mx.array]]) -> KVCache:
         """A cache of the same layout around other arrays; for code that mx.compile traces."""
         other = copy.copy(self)
