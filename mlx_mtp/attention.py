@@ -10,9 +10,8 @@ import math
 
 import mlx.core as mx
 
-# Rows that decoding and drafting bring at once; longer chunks of a prompt are bound by products, not by exp.
-FEW_ROWS = 32
-# Base 2 costs a third of MLX's exp on a CPU, which computes one value at a time.
+# Base 2 costs a third of MLX's exp on a CPU, which computes one value at a time (9 ns, measured with MLX 0.32.4): a
+# training step takes two thirds of the time, a round at context 8,000 four fifths.
 PER_OCTAVE = math.log2(math.e)
 # 2 ** -126 is the smallest float32 that is not denormal: to a sum of at least 1 it adds nothing.
 NOTHING = -126.0
@@ -27,13 +26,8 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array, 
     """
     batch, heads, rows, size = queries.shape
     groups = keys.shape[1]
-    if mx.default_device() != mx.Device(mx.cpu):
+    if mx.default_device() != mx.Device(mx.cpu) or queries.dtype != mx.float32:
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
-    if rows > FEW_ROWS or queries.dtype != mx.float32:
-        repeated = mx.tile(mask, (1, 1, heads // groups, 1))
-        folded = queries.reshape(batch, groups, -1, size)
-        out = mx.fast.scaled_dot_product_attention(folded, keys, values, scale=scale, mask=repeated)
-        return out.reshape(batch, heads, rows, -1)
     folded = (queries * (scale * PER_OCTAVE)).reshape(batch, groups, -1, size)
     scores = (folded @ keys.swapaxes(-1, -2)).reshape(batch, heads, rows, -1)
     scores = mx.where(mask, scores, HIDDEN)

@@ -1,13 +1,13 @@
-"""Attention against NumPy in float64: groups, few and many rows, masks, large scores."""
+"""Attention against NumPy in float64: groups, masks, large scores."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_mtp.attention import FEW_ROWS, attend
+from mlx_mtp.attention import attend
 
 
-@pytest.mark.parametrize("rows", [1, 5, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 5, 33])
 @pytest.mark.parametrize("heads, groups", [(4, 4), (4, 1), (6, 2)])
 @pytest.mark.parametrize("spread", [1.0, 200.0])
 def test_like_softmax(rows: int, heads: int, groups: int, spread: float) -> None:
@@ -31,10 +31,16 @@ def test_a_row_that_sees_nothing_gives_numbers() -> None:
     assert mx.isfinite(attend(ones, ones, ones, mx.zeros((1, 1, 3, 3), dtype=mx.bool_))).all().item()
 
 
-def test_half_precision_stays_half() -> None:
-    parts = [mx.random.normal((1, 4, 300, 16), key=mx.random.key(i)).astype(mx.float16) for i in range(3)]
-    mask = mx.ones((1, 1, 2, 300), dtype=mx.bool_)
-    found = attend(parts[0][:, :, :2], *parts[1:], mask)
-    wide = attend(*(part.astype(mx.float32) for part in (parts[0][:, :, :2], *parts[1:])), mask)
-    assert found.dtype == mx.float16
-    assert mx.abs(found - wide).max().item() < 2e-2
+def test_gradients_like_mlx_s_own() -> None:
+    """MLX's kernel has gradients of its own; a training step goes through ours on a CPU."""
+    parts = [mx.random.normal((1, 4, 20, 8), key=mx.random.key(i)) for i in range(3)]
+    mask = mx.tri(20, dtype=mx.bool_)[None, None]
+
+    def own(*parts: mx.array) -> mx.array:
+        return (attend(*parts, mask) ** 2).sum()
+
+    def theirs(*parts: mx.array) -> mx.array:
+        return (mx.fast.scaled_dot_product_attention(*parts, scale=1.0, mask=mask) ** 2).sum()
+
+    found, expected = (mx.grad(f, argnums=(0, 1, 2))(*parts) for f in (own, theirs))
+    assert all(mx.abs(a - b).max().item() < 1e-4 for a, b in zip(found, expected, strict=True))
