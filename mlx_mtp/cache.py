@@ -169,6 +169,20 @@ class KVCache:
             mask = mask & (positions > newest[:, None] - span)
         return mask[:, None, None, :]
 
+    def recent(self, layer: int, rows: int) -> tuple[mx.array, mx.array, mx.array]:
+        """The last `rows` committed rows of a full layer: K/V [B, G, rows, d] and which of them exist [B, 1, 1, rows].
+
+        Copies them, so it is for readers that read them several times. In a batch the longest sequence decides.
+        """
+        start = mx.maximum(self.length.max() - rows, 0)
+        shape = [*self.keys[layer].shape[:2], rows]
+        keys, values = (
+            mx.slice(buffer[layer], start, (2,), (*shape, buffer[layer].shape[3]))
+            for buffer in (self.keys, self.values)
+        )
+        seen = start + mx.arange(rows, dtype=mx.int32) < self.length[:, None]
+        return keys, values, seen[:, None, None, :]
+
     def advance(self, rows: mx.array | int) -> None:
         """Commits `rows` (int or [B]) of what was written behind the length."""
         self.length = self.length + rows
@@ -182,6 +196,12 @@ class KVCache:
     def arrays(self, tree: tuple[mx.array, list[mx.array], list[mx.array]]) -> None:
         self.length, keys, values = tree
         self.keys, self.values = list(keys), list(values)
+
+    def layout(self) -> KVCache:
+        """The sizes as they are now and no arrays, for `around`: keeps no buffer alive and does not grow."""
+        other = copy.copy(self)
+        other.length, other.keys, other.values = mx.array(0), [], []
+        return other
 
     def around(self, tree: tuple[mx.array, list[mx.array], list[mx.array]]) -> KVCache:
         """A cache of the same layout around other arrays; for code that mx.compile traces."""

@@ -95,7 +95,7 @@ class Rounds:
         """A round that nobody has asked the device for yet; `request` stands behind it."""
         key = (depth, request.cache.capacity, request.rules)
         if key not in self._compiled:
-            self._compiled[key] = mx.compile(self._round(request.cache, request.rules, depth))
+            self._compiled[key] = mx.compile(self._round(request.cache.layout(), request.rules, depth))
         request.state, outcome = self._compiled[key](request.state, request.knobs)
         return Outcome(*outcome)
 
@@ -103,7 +103,7 @@ class Rounds:
         self, request: Request, depth: int, so_far: Sequence[int], processors: Sequence[LogitsProcessor]
     ) -> Outcome:
         """A round whose logits pass through Python functions that need all tokens `so_far`; never compiled."""
-        one_round = self._round(request.cache, request.rules, depth, so_far, processors)
+        one_round = self._round(request.cache.layout(), request.rules, depth, so_far, processors)
         request.state, outcome = one_round(request.state, request.knobs)
         return _started(request, Outcome(*outcome))
 

@@ -1,11 +1,14 @@
 """The assistant against transformers' numbers, both heads, both conventions, step by step."""
 
+import dataclasses
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import HEADS
 
 import mlx_mtp
+from mlx_mtp.cache import FULL
 from mlx_mtp.checkpoint import Checkpoint
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.assistant import Convention
@@ -85,3 +88,23 @@ def test_a_quantised_head_leaves_the_answer() -> None:
         found.append(engine.generate("import os\n", raw=True, max_tokens=60, ignore_end=True))
     assert found[0].tokens == found[1].tokens == found[2].tokens
     assert found[2].stats.accepted > 0
+
+
+@pytest.mark.parametrize("last", [1, 40, 100, 255])
+def test_reading_the_last_rows_is_a_window_over_all(last: int) -> None:
+    """`reads_last` against a mask over the whole buffer, behind 130 rows of which the newest 2 were rejected."""
+    engine = mlx_mtp.load()
+    drafter, target = engine.drafter, engine.target
+    cache = target.new_cache(256)
+    tokens = mx.array([[(37 * i) % 4000 + 10 for i in range(130)]])
+    states = target.forward(tokens, cache)
+    cache.advance(128)
+    hidden, token = states.hidden[:, 127:128], tokens[:, 128:129]
+    states_of = []
+    for reads_last in (last, None):
+        drafter.model.config = dataclasses.replace(drafter.model.config, reads_last=reads_last)
+        position, shared, masks = drafter.view(cache)
+        if reads_last is None:
+            masks = {FULL: cache.visible(FULL, cache.length - 1, last)}
+        states_of.append(drafter.model.step(target.embed(token), hidden, position, shared, masks)[1])
+    assert mx.abs(states_of[0] - states_of[1]).max().item() < TOLERANCE

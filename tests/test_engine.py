@@ -154,3 +154,16 @@ def test_embedded_target_is_stock_mlx_lm() -> None:
     model.set_dtype(mx.float32)
     tokens = mx.array([engine.tokenizer.encode("import os\nclass A:\n    def f(self):\n")])
     assert mx.abs(model(tokens).astype(mx.float32) - engine.target.logits(tokens)).max().item() < 2e-4
+
+
+def test_a_round_traced_again_does_not_follow_a_cache_that_grew() -> None:
+    """Without mx.compile every round is built anew; the first request grows from one rung of the ladder to the next."""
+    engine = mlx_mtp.load(depth=3)
+    asked = {"raw": True, "max_tokens": 280, "ignore_end": True}
+    expected = engine.generate("import os\n", **asked).tokens
+    engine = mlx_mtp.load(depth=3)
+    mx.disable_compile()
+    try:
+        assert [engine.generate("import os\n", **asked).tokens for _ in range(2)] == [expected] * 2
+    finally:
+        mx.enable_compile()

@@ -55,12 +55,17 @@ class Convention(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class AssistantConfig:
-    """A drafter's config.json: the layers as a Gemma 4 text config, and what surrounds them."""
+    """A drafter's config.json: the layers as a Gemma 4 text config, and what surrounds them.
+
+    reads_last: newest rows of a full layer's K/V that a draft step reads, None for all of them. A field of ours, for
+    drafters trained on short sequences: beyond their length more rows cost time and teach nothing.
+    """
 
     text: Gemma4Config
     backbone_hidden_size: int
     centroids: int  # 0 = dense tied head
     chosen_centroids: int
+    reads_last: int | None = None
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> AssistantConfig:
@@ -78,7 +83,10 @@ class AssistantConfig:
                 f"config.json: expected a vocabulary that the {centroids} centroids divide, found "
                 f"{parsed.vocab_size} tokens; use the config.json that belongs to this drafter."
             )
-        return cls(text=parsed, backbone_hidden_size=backbone, centroids=centroids, chosen_centroids=chosen)
+        last = number(config, "reads_last", int, 1, MAX_SIZE) if config.get("reads_last") is not None else None
+        return cls(
+            text=parsed, backbone_hidden_size=backbone, centroids=centroids, chosen_centroids=chosen, reads_last=last
+        )
 
 
 class Trunk(nn.Module):
@@ -199,6 +207,10 @@ class Assistant:
         shared = {k: (cache.keys[i], cache.values[i]) for k, i in info.storing_layers.items()}
         spans = {FULL: None, SLIDING: self.convention.window(self.model.config.text.sliding_window)}
         masks = {kind: cache.visible(kind, length - 1, spans[kind]) for kind in shared}
+        last = self.model.config.reads_last
+        if last is not None and FULL in shared and last < cache.capacity:
+            *recent, masks[FULL] = cache.recent(info.storing_layers[FULL], last)
+            shared[FULL] = recent[0], recent[1]
         return self.convention.position(length), shared, masks
 
     def draft(

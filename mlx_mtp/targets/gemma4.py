@@ -27,6 +27,7 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from mlx_mtp.activations import gelu, tanh
+from mlx_mtp.attention import attend
 from mlx_mtp.cache import FULL, SLIDING, KVCache, LayerShape, NoCache
 from mlx_mtp.checkpoint import Checkpoint, compute_dtype, load_into, named_parameters, number, renamed, section
 from mlx_mtp.errors import CheckpointError, UnsupportedModel
@@ -282,22 +283,6 @@ class Attention(nn.Module):
         queries = self.rotate(queries.transpose(0, 2, 1, 3), offset)
         out = attend(queries, keys, values, mask)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, rows, -1))
-
-
-def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array) -> mx.array:
-    """Queries [B, H, M, d] over K/V [B, G, S, d] under mask [B, 1, M, S] -> [B, H, M, d]; scores are not scaled.
-
-    MLX's CPU backend reads a group's K/V once for each of its heads; with the heads laid out as rows it reads them
-    once. The Metal kernel knows groups itself.
-    """
-    batch, heads, rows, size = queries.shape
-    groups = keys.shape[1]
-    if heads == groups or mx.default_device() != mx.Device(mx.cpu):
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask)
-    folded = queries.reshape(batch, groups, -1, size)
-    repeated = mx.tile(mask, (1, 1, heads // groups, 1))
-    out = mx.fast.scaled_dot_product_attention(folded, keys, values, scale=1.0, mask=repeated)
-    return out.reshape(batch, heads, rows, -1)
 
 
 class GatedMLP(nn.Module):

@@ -92,7 +92,7 @@ def assistant_config(target: Gemma4Config) -> dict[str, Any]:
     return {
         "model_type": "gemma4_assistant", "architectures": ["Gemma4AssistantForCausalLM"], "text_config": text,
         "backbone_hidden_size": target.hidden_size, "use_ordered_embeddings": False, "num_centroids": 16,
-        "centroid_intermediate_top_k": 4, "tie_word_embeddings": True, **IDS,
+        "centroid_intermediate_top_k": 4, "reads_last": 512, "tie_word_embeddings": True, **IDS,
     }  # fmt: skip
 
 
