@@ -1,7 +1,8 @@
-"""`mlx-mtp train`: a small target and its assistant, of the embedded pair's shapes, on any text."""
+"""`mlx-mtp train`: drafters of every family, on a finished target or beside a small one of their own."""
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from pathlib import Path
 from typing import Annotated
 
@@ -9,54 +10,119 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from mlx_mtp.training.embedded import Recipe, Stage, train_embedded
+from mlx_mtp.errors import OptionError
+from mlx_mtp.training.families import FAMILIES, DrafterShape
+from mlx_mtp.training.pipeline import Recipe, Stage
+from mlx_mtp.training.pipeline import train as run
 
-DEFAULTS = Recipe()
+DEFAULTS, SHAPE = Recipe(), DrafterShape()
+MODEL = "The model"
+DRAFTER = "The drafter"
+LENGTH = "How long, and how"
 
 
 def train(
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and the finished pair.")],
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and what comes out.")],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out, with its own options.")
+    ] = False,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Finished target, a folder or a hub name; it does not change.", rich_help_panel=MODEL,
+                     show_default="a small one is trained first"),
+    ] = None,
+    joint: Annotated[
+        bool, typer.Option("--joint", help="Train the small target and its heads with one loss.", rich_help_panel=MODEL)
+    ] = False,
+    vocabulary: Annotated[
+        int, typer.Option(help="Pieces of the small target's tokenizer.", rich_help_panel=MODEL)
+    ] = DEFAULTS.vocabulary,
+    family: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join(FAMILIES)}; may be repeated.", show_default=SHAPE.family,
+                     rich_help_panel=DRAFTER),
+    ] = None,
+    drafts: Annotated[
+        int, typer.Option(help="Drafts a round it is trained for; parallel: its heads.", rich_help_panel=DRAFTER)
+    ] = SHAPE.drafts,
+    modules: Annotated[
+        int, typer.Option(help="Modules of the sequential family.", rich_help_panel=DRAFTER)
+    ] = SHAPE.modules,
+    width: Annotated[
+        int | None, typer.Option(help="Hidden size of an assistant.", show_default="by target", rich_help_panel=DRAFTER)
+    ] = SHAPE.width,
+    inner: Annotated[
+        int | None,
+        typer.Option(help="Hidden size of feed-forward layers.", show_default="by target", rich_help_panel=DRAFTER),
+    ] = SHAPE.inner,
+    label_share: Annotated[
+        float,
+        typer.Option(help="Share of the loss on the text's own tokens, the rest on the target's law.",
+                     rich_help_panel=DRAFTER),
+    ] = DEFAULTS.label_share,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Text, JSONL, folder or pattern; may be repeated.", show_default="Python's standard library"),
+        typer.Option(help="Text, JSONL, folder or pattern; may be repeated.", show_default="Python's standard library",
+                     rich_help_panel=LENGTH),
     ] = None,
-    target_steps: Annotated[int, typer.Option(help="Steps of the target.")] = DEFAULTS.target_steps,
-    drafter_steps: Annotated[int, typer.Option(help="Steps of the assistant on the data.")] = DEFAULTS.drafter_steps,
+    target_steps: Annotated[
+        int, typer.Option(help="Steps of the small target.", rich_help_panel=LENGTH)
+    ] = DEFAULTS.target_steps,
+    drafter_steps: Annotated[
+        int, typer.Option(help="Steps of a drafter on the data.", rich_help_panel=LENGTH)
+    ] = DEFAULTS.drafter_steps,
     agreement_steps: Annotated[
-        int, typer.Option(help="Steps of the assistant on what the target itself writes.")
+        int, typer.Option(help="Steps of a drafter on what the target itself writes.", rich_help_panel=LENGTH)
     ] = DEFAULTS.agreement_steps,
-    batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = DEFAULTS.batch_size,
-    length: Annotated[int, typer.Option(help="Tokens per sequence.")] = DEFAULTS.length,
-    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = DEFAULTS.learning_rate,
-    vocabulary: Annotated[int, typer.Option(help="Pieces of the tokenizer.")] = DEFAULTS.vocabulary,
-    seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = DEFAULTS.seed,
+    batch_size: Annotated[int, typer.Option(help="Sequences per step.", rich_help_panel=LENGTH)] = DEFAULTS.batch_size,
+    length: Annotated[int, typer.Option(help="Tokens per sequence.", rich_help_panel=LENGTH)] = DEFAULTS.length,
+    learning_rate: Annotated[
+        float, typer.Option(help="Highest learning rate.", rich_help_panel=LENGTH)
+    ] = DEFAULTS.learning_rate,
+    seed: Annotated[int, typer.Option(help="Seed of weights and batches.", rich_help_panel=LENGTH)] = DEFAULTS.seed,
 ) -> None:
-    """Train a small Gemma-4-shaped target and its assistant; run again with the same options to resume."""
-    recipe = Recipe(
-        target_steps=target_steps, drafter_steps=drafter_steps,
-        agreement_steps=agreement_steps, batch_size=batch_size, length=length,
-        learning_rate=learning_rate, vocabulary=vocabulary, seed=seed, data=tuple(data or ()),
-    )  # fmt: skip
+    """Train drafters for a finished target, or a small Gemma-4-shaped target and drafters for it."""
+    if resume:
+        recipe = Recipe.read(out)
+    elif (out / "recipe.json").exists():
+        raise OptionError(f"{out} holds a run already; add --resume to go on with it, or choose another folder.")
+    else:
+        shapes = tuple(
+            DrafterShape(family=name, drafts=drafts, modules=modules, width=width, inner=inner)
+            for name in family or [SHAPE.family]
+        )
+        recipe = Recipe(
+            drafters=shapes, target=target, joint=joint, target_steps=target_steps, drafter_steps=drafter_steps,
+            agreement_steps=agreement_steps, batch_size=batch_size, length=length, learning_rate=learning_rate,
+            label_share=label_share, seed=seed, vocabulary=vocabulary, data=tuple(data or ()),
+        )  # fmt: skip
     console = Console(stderr=True)
-    console.print(f"Training into {out} (Ctrl-C saves; the same command goes on).")
+    console.print(f"Training into {out} (Ctrl-C saves; mlx-mtp train --out {out} --resume goes on).", soft_wrap=True)
+    show(run(out, recipe), console)
+    made = [out / "target"] if recipe.target is None else []
+    console.print(f"Done: {', '.join(str(path) for path in [*made, *(out / s.family for s in recipe.drafters)])}.",
+                  soft_wrap=True)  # fmt: skip
+
+
+def show(stages: Generator[Stage, None, None], console: Console) -> None:
+    """Runs a pipeline with a bar for every stage; an interrupt closes it first, which saves."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console) as bars:
         tasks: dict[str, TaskID] = {}
-        stages = train_embedded(out, recipe)
         try:
             for stage in stages:
                 if stage.name not in tasks:
                     tasks[stage.name] = bars.add_task(stage.name, total=stage.steps)
-                _show(bars, tasks[stage.name], stage)
+                _update(bars, tasks[stage.name], stage)
         finally:
             stages.close()
-    console.print(f"Done: {out / 'target'} and {out / 'assistant'}.")
 
 
-def _show(bars: Progress, task: TaskID, stage: Stage) -> None:
+def _update(bars: Progress, task: TaskID, stage: Stage) -> None:
     at = stage.progress
     line = f"{stage.name}: loss {at.loss:.3f}, {at.tokens_per_second:,.0f} tokens/s" if at else stage.name
     bars.update(task, completed=stage.step, description=line)
     if at and at.held_out is not None:
-        figures = ", ".join(f"{value:.3f}" for value in at.held_out[1:])
-        bars.console.print(f"{stage.name} step {at.step}: held-out loss {at.held_out[0]:.3f}, agreement {figures}")
+        named = zip(("loss", *stage.figures), at.held_out, strict=False)
+        figures = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in named)
+        bars.console.print(f"{stage.name} step {at.step}, held out: {figures}", soft_wrap=True)

@@ -1,5 +1,6 @@
 """Training: the losses against NumPy, resuming as if never stopped, a kill at any moment, the command end to end."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,9 +17,12 @@ from mlx.utils import tree_flatten
 
 import mlx_mtp
 from mlx_mtp.drafters.assistant import AssistantConfig, AssistantModel
-from mlx_mtp.targets.gemma4 import Gemma4Config, Gemma4Model
-from mlx_mtp.training.embedded import assistant_config, target_config
+from mlx_mtp.targets.gemma4 import Gemma4Config, Gemma4Model, Gemma4Target
+from mlx_mtp.training import pipeline
+from mlx_mtp.training.embedded import target_config
+from mlx_mtp.training.families import FAMILIES, DrafterShape, describe_assistant
 from mlx_mtp.training.objective import assistant_loss, next_token_loss
+from mlx_mtp.training.pipeline import Recipe
 from mlx_mtp.training.trainer import Trainer, TrainOptions
 
 OPTIONS = ("--target-steps", "6", "--drafter-steps", "4", "--agreement-steps", "2", "--batch-size", "2",
@@ -28,7 +32,8 @@ OPTIONS = ("--target-steps", "6", "--drafter-steps", "4", "--agreement-steps", "
 def pair() -> tuple[Gemma4Model, AssistantModel]:
     mx.random.seed(3)
     target = Gemma4Model(Gemma4Config.from_dict(target_config(64)))
-    return target, AssistantModel(AssistantConfig.from_dict(assistant_config(target.config)))
+    config = describe_assistant(DrafterShape(), Gemma4Target(target, mx.float32), 32)
+    return target, AssistantModel(AssistantConfig.from_dict(config))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -57,7 +62,6 @@ def _states(target: Gemma4Model, tokens: np.ndarray) -> mx.array:
 def test_assistant_loss_is_what_decoding_would_draft(share: float) -> None:
     """Row by row through the drafter's own decoding path: the K/V below the row, teacher-forced tokens, own states."""
     from mlx_mtp.drafters.assistant import Assistant
-    from mlx_mtp.targets.gemma4 import Gemma4Target
 
     model, drafter = pair()
     target, steps, decay = Gemma4Target(model, mx.float32), 3, 0.8
@@ -146,8 +150,9 @@ def corpus(tmp_path: Path) -> Path:
     return folder
 
 
-def train(out: Path, corpus: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "mlx_mtp.cli.app", "train", "--out", str(out), "--data", str(corpus), *OPTIONS]
+def train(out: Path, corpus: Path, *options: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "mlx_mtp.cli.app", "train", "--out", str(out)]
+    command += options or ["--data", str(corpus), *OPTIONS]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     # A shell's background job has interrupts ignored, and its children inherit that: undo it.
     return subprocess.Popen(
@@ -167,7 +172,10 @@ def test_train_command_survives_a_kill_and_makes_a_pair(corpus: Path, tmp_path: 
     killed.communicate(timeout=60)
     assert killed.returncode == 130
     assert (out / "train-target" / "training.safetensors").exists()
-    again = train(out, corpus)
+    without = train(out, corpus)
+    _, shown = without.communicate(timeout=60)
+    assert without.returncode == 2 and shown.count("\n") == 1 and "--resume" in shown
+    again = train(out, corpus, "--resume")
     _, shown = again.communicate(timeout=200)
     assert again.returncode == 0, shown
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
@@ -177,3 +185,47 @@ def test_train_command_survives_a_kill_and_makes_a_pair(corpus: Path, tmp_path: 
     plain = mlx_mtp.load(out / "target", drafter=None).generate(ids, max_tokens=30, ignore_end=True)
     assert engine.generate(ids, max_tokens=30, ignore_end=True).tokens == plain.tokens
     assert engine.drafter is not None
+
+
+TINY = {"target_steps": 3, "drafter_steps": 2, "agreement_steps": 1, "batch_size": 2, "length": 32, "vocabulary": 400}
+
+
+def test_every_family_on_one_target(corpus: Path, tmp_path: Path) -> None:
+    """All three beside a target trained for them, then two on that finished target: each drafts in the engine."""
+    shapes = [DrafterShape(family=name, drafts=2, inner=32) for name in FAMILIES]
+    stages = list(pipeline.train(tmp_path, Recipe(drafters=shapes, data=[str(corpus)], **TINY)))
+    assert {stage.name for stage in stages} >= {"target", *FAMILIES, *(f"{name}-agreement" for name in FAMILIES)}
+    frozen = Recipe(drafters=shapes[1:], target=str(tmp_path / "target"), data=[str(corpus)], **TINY)
+    list(pipeline.train(tmp_path / "frozen", frozen))
+    ids = list(range(20, 40))
+    plain = mlx_mtp.load(tmp_path / "target", drafter=None).generate(ids, max_tokens=20, ignore_end=True).tokens
+    frozen_too = [tmp_path / "frozen" / shape.family for shape in shapes[1:]]
+    for folder in (*(tmp_path / family for family in FAMILIES), *frozen_too):
+        engine = mlx_mtp.load(tmp_path / "target", drafter=folder, depth=2)
+        assert engine.generate(ids, max_tokens=20, ignore_end=True).tokens == plain
+
+
+@pytest.mark.parametrize("family", ["parallel", "sequential"])
+def test_joint_training_makes_a_pair(family: str, corpus: Path, tmp_path: Path) -> None:
+    recipe = Recipe(drafters=[DrafterShape(family=family, drafts=2)], joint=True, data=[str(corpus)], **TINY)
+    stages = list(pipeline.train(tmp_path, recipe))
+    assert {stage.name for stage in stages} == {"joint"} and len(stages) == 3
+    assert stages[-1].progress.loss < stages[0].progress.loss
+    engine = mlx_mtp.load(tmp_path / "target", drafter=tmp_path / family, depth=2)
+    plain = mlx_mtp.load(tmp_path / "target", drafter=None)
+    found = [one.generate("tree stone", raw=True, max_tokens=20, ignore_end=True).tokens for one in (engine, plain)]
+    assert found[0] == found[1]
+    with pytest.raises(mlx_mtp.OptionError, match="data"):
+        list(pipeline.train(tmp_path, dataclasses.replace(recipe, data=["elsewhere"])))
+
+
+def test_impossible_recipes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(mlx_mtp.OptionError, match="joint"):
+        Recipe(joint=True)
+    with pytest.raises(mlx_mtp.OptionError, match="family"):
+        DrafterShape(family="medusa")
+    with pytest.raises(mlx_mtp.CheckpointError, match="recipe"):
+        Recipe.read(tmp_path)
+    (tmp_path / "recipe.json").write_text('{"drafters": [], "colour": 3}')
+    with pytest.raises(mlx_mtp.CheckpointError, match="not a recipe"):
+        Recipe.read(tmp_path)

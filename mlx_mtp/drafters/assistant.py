@@ -266,6 +266,12 @@ def in_slot_order(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     return {**weights, **moved, ORDERING: ordering}
 
 
+def in_token_order(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """The published order again, for writing: the inverse of in_slot_order."""
+    back = mx.argsort(weights[ORDERING])
+    return {name: value[back] if name.startswith(TABLE) else value for name, value in weights.items()}
+
+
 @registry.register(*MODEL_TYPES)
 def load(checkpoint: Checkpoint) -> Assistant:
     """An assistant from a published checkpoint or an MLX conversion of one, quantised or not."""

@@ -1,0 +1,225 @@
+"""Drafters to be trained: a fresh one of any family for any target, what it is trained for, and how it is written.
+
+What it does: the one table of families on the training side. What it does not do: data, the loop, or shapes of the
+embedded model.
+
+A new family adds a Family here beside its file in drafters/.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_mtp.cache import FULL, SLIDING
+from mlx_mtp.checkpoint import Checkpoint, named_parameters, write_checkpoint
+from mlx_mtp.drafters.assistant import AssistantConfig, AssistantModel, in_token_order
+from mlx_mtp.drafters.parallel import MOST_HEADS, ParallelConfig, ParallelModel
+from mlx_mtp.drafters.sequential import MOST_MODULES, SequentialConfig, SequentialModel
+from mlx_mtp.errors import CheckpointError, OptionError
+from mlx_mtp.interfaces import Target
+from mlx_mtp.training.objective import (
+    assistant_loss,
+    joint_parallel_loss,
+    joint_sequential_loss,
+    parallel_loss,
+    sequential_loss,
+)
+
+HEAD_DIM = 64
+MOST_DRAFTS = 8
+# Widths of the released assistants: 256 for targets up to 2,560 wide, 1,024 beyond; ours for very small ones.
+ASSISTANT_WIDTHS = ((512, 192), (2560, 256), (1 << 30, 1024))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrafterShape:
+    """What is chosen of a fresh drafter.
+
+    drafts: K, for how many it is trained (parallel heads: how many there are beside the target's own). modules: of the
+    sequential family; beyond them the last is used again. width: hidden size of an assistant. inner: hidden size of
+    the feed-forward layers. None = by the target's size.
+    """
+
+    family: str = "assistant"
+    drafts: int = 3
+    modules: int = 1
+    width: int | None = None
+    inner: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise OptionError(f"Expected a family of {', '.join(FAMILIES)}, found '{self.family}'.")
+        for name, most in (("drafts", MOST_DRAFTS), ("modules", MOST_MODULES)):
+            if not 1 <= getattr(self, name) <= most:
+                raise OptionError(f"Expected {name} from 1 to {most}, found {getattr(self, name)}.")
+        for name in ("width", "inner"):
+            size = getattr(self, name)
+            if size is not None and not 8 <= size <= 1 << 16:
+                raise OptionError(f"Expected {name} from 8 to {1 << 16}, found {size}.")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family on the training side.
+
+    describe: config.json of a fresh drafter, given the length of the sequences it will see. build: its parameters.
+    objective: loss on a frozen target for K drafts. joint: loss together with the target, None where there is none.
+    """
+
+    describe: Callable[[DrafterShape, Target, int], dict[str, Any]]
+    build: Callable[[Mapping[str, Any]], nn.Module]
+    objective: Callable[..., Any]
+    joint: Callable[[int], Callable[..., Any]] | None
+
+
+def describe_assistant(shape: DrafterShape, target: Target, length: int) -> dict[str, Any]:
+    """One layer, a full one where the target has any; dense tied head, published form.
+
+    One where the released ones have four: beside the embedded target the cost of a draft step is its number of
+    operations; on two cores a step of one full layer takes 0.8 ms, of a sliding and a full one 1.2 ms.
+    """
+    info = target.info
+    if not info.readable:
+        raise OptionError(
+            "Expected a Gemma 4 target for an assistant, which reads its K/V, found one whose K/V are its own affair; "
+            "train the family parallel or sequential."
+        )
+    width = shape.width or next(size for most, size in ASSISTANT_WIDTHS if info.hidden_size <= most)
+    kind = FULL if FULL in info.readable else SLIDING
+    kept = info.readable.get(SLIDING, info.readable[kind]), info.readable.get(FULL, info.readable[kind])
+    text = {
+        "model_type": "gemma4_text", "vocab_size": info.vocab_size, "hidden_size": width,
+        "intermediate_size": shape.inner or 4 * width, "num_hidden_layers": 1, "layer_types": [kind],
+        "num_attention_heads": max(min(4, info.attention_heads), kept[0].heads, kept[1].heads),
+        "num_key_value_heads": kept[0].heads, "num_global_key_value_heads": kept[1].heads,
+        "head_dim": kept[0].head_dim, "global_head_dim": kept[1].head_dim, "sliding_window": info.window,
+        "max_position_embeddings": info.max_context, "num_kv_shared_layers": 1, "use_double_wide_mlp": False,
+        "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "attention_k_eq_v": False,
+        "enable_moe_block": False, "final_logit_softcapping": None, "rms_norm_eps": 1e-6,
+        "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "tie_word_embeddings": True,
+        "rope_parameters": _rope_of(target), "use_bidirectional_attention": None,
+    }  # fmt: skip
+    return {
+        "model_type": "gemma4_assistant", "architectures": ["Gemma4AssistantForCausalLM"], "text_config": text,
+        "backbone_hidden_size": info.hidden_size, "use_ordered_embeddings": False, "num_centroids": 16,
+        "centroid_intermediate_top_k": 4, "tie_word_embeddings": True, "reads_last": length, **_ids_of(target),
+    }  # fmt: skip
+
+
+def _rope_of(target: Target) -> Mapping[str, Any]:
+    """The rotary settings of the keys it will read."""
+    rope: Mapping[str, Any] = target.config.rope_parameters  # type: ignore[attr-defined]
+    return rope
+
+
+def _ids_of(target: Target) -> dict[str, int]:
+    """Special tokens, for programs that look for them in a drafter's config.json."""
+    config = Checkpoint.open(target.path).config if target.path else {}
+    found = {name: config.get(f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    first = {name: value[0] if isinstance(value, list) and value else value for name, value in found.items()}
+    return {f"{name}_token_id": value for name, value in first.items() if isinstance(value, int)}
+
+
+def llama_block(target: Target, inner: int | None) -> dict[str, Any]:
+    """mlx-lm config of one layer of the target's width, with a quarter of its heads for K/V."""
+    width = target.info.hidden_size
+    heads = max(1, width // HEAD_DIM)
+    return {
+        "model_type": "llama", "hidden_size": width, "intermediate_size": inner or 2 * width,
+        "num_attention_heads": heads, "num_key_value_heads": heads // 4 if heads % 4 == 0 else 1,
+        "head_dim": HEAD_DIM if width >= HEAD_DIM else width, "num_hidden_layers": 1, "rms_norm_eps": 1e-6,
+        "vocab_size": target.info.vocab_size, "rope_theta": 10000.0, "tie_word_embeddings": True,
+        "max_position_embeddings": target.info.max_context,
+    }  # fmt: skip
+
+
+def describe_parallel(shape: DrafterShape, target: Target, length: int) -> dict[str, Any]:
+    """As many heads as drafts, each a llama layer on the finished target's states."""
+    if shape.drafts > MOST_HEADS:
+        raise OptionError(f"Expected at most {MOST_HEADS} drafts, found {shape.drafts}.")
+    return {
+        "model_type": "parallel_heads", "heads": shape.drafts, "reads": "hidden",
+        "hidden_size": target.info.hidden_size, "vocab_size": target.info.vocab_size,
+        "block": llama_block(target, shape.inner),
+    }  # fmt: skip
+
+
+def describe_sequential(shape: DrafterShape, target: Target, length: int) -> dict[str, Any]:
+    """Modules of one llama layer each."""
+    return {
+        "model_type": "sequential_modules", "modules": shape.modules, "hidden_size": target.info.hidden_size,
+        "vocab_size": target.info.vocab_size, "block": llama_block(target, shape.inner),
+    }  # fmt: skip
+
+
+def _frozen_assistant(target: Target, drafts: int, **options: float) -> Any:
+    return assistant_loss(target, drafts, **options)
+
+
+def _frozen_parallel(target: Target, drafts: int, **options: float) -> Any:
+    return parallel_loss(target, **options)
+
+
+def _frozen_sequential(target: Target, drafts: int, **options: float) -> Any:
+    return sequential_loss(target, drafts, **options)
+
+
+FAMILIES: dict[str, Family] = {
+    "assistant": Family(
+        describe_assistant, lambda config: AssistantModel(AssistantConfig.from_dict(config)), _frozen_assistant, None
+    ),
+    "parallel": Family(
+        describe_parallel, lambda config: ParallelModel(ParallelConfig.from_dict(config)), _frozen_parallel,
+        lambda drafts: joint_parallel_loss(),
+    ),
+    "sequential": Family(
+        describe_sequential, lambda config: SequentialModel(SequentialConfig.from_dict(config)), _frozen_sequential,
+        joint_sequential_loss,
+    ),
+}  # fmt: skip
+
+MODEL_TYPES = {
+    "gemma4_assistant": "assistant", "gemma4_unified_assistant": "assistant", "parallel_heads": "parallel",
+    "sequential_modules": "sequential",
+}  # fmt: skip
+
+
+def family_of(config: Mapping[str, Any], name: str) -> str:
+    """The family of a drafter's config.json; OptionError where none can be trained."""
+    model_type = config.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise OptionError(f"{name}: expected a drafter of {', '.join(FAMILIES)}, found model_type '{model_type}'.")
+    return MODEL_TYPES[model_type]
+
+
+def write_drafter(folder: Path, config: Mapping[str, Any], module: nn.Module) -> None:
+    """A drafter's checkpoint in the layout that the engine and, for assistants, other programs read.
+
+    What is in `folder` is replaced at once or not at all. CheckpointError where the disk does not take it.
+    """
+    weights = named_parameters(module)
+    if isinstance(module, AssistantModel) and module.config.centroids:
+        weights = in_token_order(weights)
+    part, old = (folder.with_name(f"{folder.name}.{end}") for end in ("part", "old"))
+    try:
+        for left in (part, old):
+            shutil.rmtree(left, ignore_errors=True)
+        write_checkpoint(part, config, weights)
+        if folder.exists():
+            folder.replace(old)
+        part.replace(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: could not be written ({error}); free some disk space and go on.") from error
+
+
+def parameters(module: nn.Module) -> int:
+    """How many numbers a module learns."""
+    return sum(value.size for value in named_parameters(module).values() if mx.issubdtype(value.dtype, mx.floating))
