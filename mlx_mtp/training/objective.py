@@ -54,7 +54,7 @@ Draft = Callable[[Any, States, KVCache, mx.array, int], Drafted]
 class Joint(nn.Module):
     """A target and the drafter that is trained with it, as one tree of parameters."""
 
-    def __init__(self, target: Gemma4Model, drafter: ParallelModel | SequentialModel) -> None:
+    def __init__(self, target: Gemma4Model, drafter: Any) -> None:
         super().__init__()
         self.target, self.drafter = target, drafter
 
@@ -78,7 +78,7 @@ def joint_parallel_loss(weight: float = 1.0) -> Callable[..., Result]:
     """
 
     def loss(module: Joint, batch: mx.array, progress: mx.array = START) -> Result:
-        heads = module.drafter
+        heads: ParallelModel = module.drafter
         count = len(heads.heads)
         states = _states(module.target, batch[:, : batch.shape[1] - 1 - count])
         hiddens = [states.hidden, *heads(heads.read(states))]
@@ -103,9 +103,10 @@ def joint_sequential_loss(steps: int, weight: Schedule = deepseek_weight) -> Cal
     _check(steps)
 
     def loss(module: Joint, batch: mx.array, progress: mx.array = START) -> Result:
+        modules: SequentialModel = module.drafter
         target, rows = module.target, batch.shape[1] - 1 - steps
         hidden = _states(target, batch[:, :rows]).hidden
-        hiddens = [hidden, *module.drafter(hidden, target.embed(batch[:, 1 : rows + steps]), steps)]
+        hiddens = [hidden, *modules(hidden, target.embed(batch[:, 1 : rows + steps]), steps)]
         return _on_labels(target, batch, hiddens, [1.0] + [weight(progress) / steps] * steps)
 
     return loss
