@@ -81,9 +81,15 @@ class ParallelModel(nn.Module):
         passes = [(head, ChainedRows(states.shape[1])) for head in self.heads]
         return [head.norm(head.layer(states, rows.mask, rows)) for head, rows in passes]
 
-    def read(self, states: States) -> mx.array | None:
-        """What the heads branch off from, [B, M, D]; None where the target has none to give."""
-        return states.trunk if self.config.reads == "trunk" else states.hidden
+    def read(self, states: States) -> mx.array:
+        """What the heads branch off from, [B, M, D]; IncompatibleDrafter where the target has none to give."""
+        found = states.trunk if self.config.reads == "trunk" else states.hidden
+        if found is None:
+            raise IncompatibleDrafter(
+                "These parallel heads do not fit the target: they read the state in front of its last layer, and this "
+                "target gives none; use heads that read 'hidden'."
+            )
+        return found
 
 
 class Parallel:
@@ -107,11 +113,7 @@ class Parallel:
         """Raises IncompatibleDrafter unless the sizes are the target's and it gives the states the heads read."""
         check_sizes(self.name, self.model.config.hidden_size, self.model.config.vocab_size, target)
         token = mx.zeros((1, 1), dtype=mx.int32)
-        if self.model.read(target.forward(token, target.new_cache(CAPACITY_STEP))) is None:  # lazy: nothing is run
-            raise IncompatibleDrafter(
-                f"{self.name} does not fit the target: its heads read the state in front of the target's last layer, "
-                "and this target gives none; use heads that read 'hidden'."
-            )
+        self.model.read(target.forward(token, target.new_cache(CAPACITY_STEP)))  # lazy: nothing is run
         self._target = target
 
     def quantise_head(self, bits: int) -> None:
@@ -139,9 +141,7 @@ class Parallel:
 
     def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:
         """Writes every head's K/V for M rows; only those are computed, for nobody asks for the layers' results."""
-        reads = self.model.read(states)
-        assert reads is not None, "attach() has seen some"
-        reads = reads.astype(self._dtype)
+        reads = self.model.read(states).astype(self._dtype)
         before = mx.concatenate([memory["state"], reads[:, :-1]], axis=1)
         own = self._own.open(memory["layers"])
         for i in range(len(self.model.heads)):

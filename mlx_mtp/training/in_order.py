@@ -8,6 +8,7 @@ What it does not do: know a model, or what the loss is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import mlx.core as mx
 
@@ -15,7 +16,7 @@ import mlx.core as mx
 Leaf = Callable[..., tuple[mx.array, mx.array]]
 
 
-def in_order(leaf: Leaf, weights: Sequence[float]) -> Callable[..., tuple[mx.array, mx.array]]:
+def in_order(leaf: Leaf, weights: Sequence[float | mx.array]) -> Callable[..., tuple[mx.array, mx.array]]:
     """(hiddens [n, B, T, D], *shared) -> sum of weights[i] * loss_i, and the figures [n].
 
     shared: arrays every head uses and that learn, such as the unembedding [V, D].
@@ -23,7 +24,9 @@ def in_order(leaf: Leaf, weights: Sequence[float]) -> Callable[..., tuple[mx.arr
 
     @mx.custom_function
     def forward(hiddens: mx.array, *shared: mx.array) -> tuple[mx.array, ...]:
-        total, figures, by_hidden = mx.array(0.0), [], []
+        total = mx.array(0.0)
+        figures: list[mx.array] = []
+        by_hidden: list[mx.array] = []
         by_shared = [mx.zeros_like(array) for array in shared]
         for i, weight in enumerate(weights):
             # Nothing of this head is computed before the gradients of the last one are.
@@ -46,7 +49,7 @@ def in_order(leaf: Leaf, weights: Sequence[float]) -> Callable[..., tuple[mx.arr
         return tuple(cotangents[0] * gradient for gradient in outputs[2:])
 
     def loss(hiddens: mx.array, *shared: mx.array) -> tuple[mx.array, mx.array]:
-        found = forward(hiddens, *shared)
-        return found[0], mx.stop_gradient(found[1])
+        total, figures, *_ = cast(tuple[mx.array, ...], forward(hiddens, *shared))
+        return total, mx.stop_gradient(figures)
 
     return loss

@@ -54,7 +54,7 @@ Draft = Callable[[Any, States, KVCache, mx.array, int], Drafted]
 class Joint(nn.Module):
     """A target and the drafter that is trained with it, as one tree of parameters."""
 
-    def __init__(self, target: Gemma4Model, drafter: ParallelModel | SequentialModel) -> None:
+    def __init__(self, target: Gemma4Model, drafter: Any) -> None:
         super().__init__()
         self.target, self.drafter = target, drafter
 
@@ -63,9 +63,8 @@ def next_token_loss(model: Gemma4Model, batch: mx.array, progress: mx.array = ST
     """Mean cross-entropy of tokens 1.. given those before; batch [B, T + 1]. Second result: share predicted right."""
     tokens, labels = batch[:, :-1], batch[:, 1:]
     hidden, _ = model(tokens, NoCache(model.config.sliding_window, tokens.shape[0]))
-    logits = model.head(hidden)
-    loss = nn.losses.cross_entropy(logits, labels, reduction="mean")
-    return loss, _share(logits, labels)[None]
+    logits, right = _judged(model.head(hidden), labels)
+    return nn.losses.cross_entropy(logits, labels, reduction="mean"), right[None]
 
 
 # A target and its drafter together
@@ -79,7 +78,7 @@ def joint_parallel_loss(weight: float = 1.0) -> Callable[..., Result]:
     """
 
     def loss(module: Joint, batch: mx.array, progress: mx.array = START) -> Result:
-        heads = module.drafter
+        heads: ParallelModel = module.drafter
         count = len(heads.heads)
         states = _states(module.target, batch[:, : batch.shape[1] - 1 - count])
         hiddens = [states.hidden, *heads(heads.read(states))]
@@ -104,9 +103,10 @@ def joint_sequential_loss(steps: int, weight: Schedule = deepseek_weight) -> Cal
     _check(steps)
 
     def loss(module: Joint, batch: mx.array, progress: mx.array = START) -> Result:
+        modules: SequentialModel = module.drafter
         target, rows = module.target, batch.shape[1] - 1 - steps
         hidden = _states(target, batch[:, :rows]).hidden
-        hiddens = [hidden, *module.drafter(hidden, target.embed(batch[:, 1 : rows + steps]), steps)]
+        hiddens = [hidden, *modules(hidden, target.embed(batch[:, 1 : rows + steps]), steps)]
         return _on_labels(target, batch, hiddens, [1.0] + [weight(progress) / steps] * steps)
 
     return loss
@@ -125,8 +125,8 @@ def _on_labels(
 
     def leaf(i: int, hidden: mx.array, table: mx.array) -> Result:
         labels = batch[:, i + 1 : i + 1 + rows]
-        logits = model.capped(hidden @ table.T)
-        return nn.losses.cross_entropy(logits, labels, reduction="mean"), _share(logits, labels)
+        logits, right = _judged(model.capped(hidden @ table.T), labels)
+        return nn.losses.cross_entropy(logits, labels, reduction="mean"), right
 
     return in_order(leaf, weights)(mx.stack(hiddens), model.embed_tokens.weight)
 
@@ -223,9 +223,9 @@ def _frozen(
             wanted, labels = wanted[..., drafted.ordering], mx.argsort(drafted.ordering)[batch]
 
         def leaf(j: int, hidden: mx.array, *learning: mx.array) -> Result:
-            proposed, law = drafted.unembed(hidden, *learning), wanted[:, j + 1 : j + 1 + rows]
-            cross = _cross_entropy(proposed, law, labels[:, j + 2 : j + 2 + rows], label_share)
-            return cross, _share(proposed, mx.argmax(law, axis=-1))
+            law = wanted[:, j + 1 : j + 1 + rows]
+            proposed, right = _judged(drafted.unembed(hidden, *learning), mx.argmax(law, axis=-1))
+            return _cross_entropy(proposed, law, labels[:, j + 2 : j + 2 + rows], label_share), right
 
         weights = [decay**j / sum(decay**i for i in range(count)) for j in range(count)]
         return in_order(leaf, weights)(mx.stack(drafted.hiddens), *drafted.learning)
@@ -251,8 +251,14 @@ def _cross_entropy(proposed: mx.array, wanted: mx.array, labels: mx.array, label
     return (mx.logsumexp(proposed, axis=-1) - expected).mean()
 
 
-def _share(logits: mx.array, right: mx.array) -> mx.array:
-    return (mx.argmax(mx.stop_gradient(logits), axis=-1) == right).mean()
+def _judged(logits: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
+    """The logits, and for how many rows the best token is that of `tokens` [B, T].
+
+    Counted before the logits are used, so that nobody else needs them then and the gradient may take their place.
+    """
+    right = (mx.argmax(mx.stop_gradient(logits), axis=-1) == tokens).mean()
+    (logits,) = mx.depends([logits], [right])
+    return logits, right
 
 
 def _check(steps: int) -> None:
