@@ -1,7 +1,7 @@
 """Losses: next token for a target, and an assistant unrolled over its own states on a frozen target.
 
 Shapes: B batch, T positions, K unrolled draft steps, D hidden, V vocabulary. A batch holds T + 1 (target) or
-T + 1 + K tokens (assistant).
+T + 1 + K tokens (assistant). `progress`: see trainer.Loss; these losses are the same from first step to last.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from mlx_mtp.drafters.assistant import AssistantModel
 from mlx_mtp.targets.gemma4 import Gemma4Model
 
 
-def next_token_loss(model: Gemma4Model, batch: mx.array) -> tuple[mx.array, mx.array]:
+def next_token_loss(
+    model: Gemma4Model, batch: mx.array, progress: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
     """Mean cross-entropy of tokens 1.. given those before; batch [B, T + 1]. Second result: share predicted right."""
     tokens, labels = batch[:, :-1], batch[:, 1:]
     hidden, _ = model(tokens, NoCache(model.config.sliding_window, tokens.shape[0]))
@@ -28,7 +30,7 @@ def next_token_loss(model: Gemma4Model, batch: mx.array) -> tuple[mx.array, mx.a
 
 def assistant_loss(
     target: Gemma4Model, steps: int, decay: float = 0.8
-) -> Callable[[AssistantModel, mx.array], tuple[mx.array, mx.array]]:
+) -> Callable[..., tuple[mx.array, mx.array]]:
     """Loss of an assistant on a frozen target, for batches [B, T + 1 + K] with K = steps.
 
     The drafter's row at position t reads the target's K/V up to t, as in decoding (convention B: query position
@@ -39,7 +41,9 @@ def assistant_loss(
     Second result [K]: share of rows whose best token is the target's, per step.
     """
 
-    def loss(drafter: AssistantModel, batch: mx.array) -> tuple[mx.array, mx.array]:
+    def loss(
+        drafter: AssistantModel, batch: mx.array, progress: mx.array | None = None
+    ) -> tuple[mx.array, mx.array]:
         batch_size, rows = batch.shape[0], batch.shape[1] - 1 - steps
         tokens = batch[:, : rows + steps]
         hidden, shared = target(tokens, NoCache(target.config.sliding_window, batch_size))
