@@ -12,10 +12,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from mlx_mtp.errors import OptionError
 from mlx_mtp.training.families import FAMILIES, DrafterShape
+from mlx_mtp.training.optimizers import OPTIMIZERS
 from mlx_mtp.training.pipeline import Recipe, Stage
 from mlx_mtp.training.pipeline import train as run
+from mlx_mtp.training.trainer import TrainOptions
 
-DEFAULTS, SHAPE = Recipe(), DrafterShape()
+DEFAULTS, SHAPE, OPTIONS = Recipe(), DrafterShape(), TrainOptions(steps=1)
 MODEL = "The model"
 DRAFTER = "The drafter"
 LENGTH = "How long, and how"
@@ -79,6 +81,23 @@ def train(
     learning_rate: Annotated[
         float, typer.Option(help="Highest learning rate.", rich_help_panel=LENGTH)
     ] = DEFAULTS.learning_rate,
+    optimizer: Annotated[
+        str, typer.Option(help=f"{' or '.join(OPTIMIZERS)}.", rich_help_panel=LENGTH)
+    ] = OPTIONS.optimizer,
+    accumulate: Annotated[
+        int, typer.Option(help="Parts in which a batch goes through, to save memory.", rich_help_panel=LENGTH)
+    ] = OPTIONS.accumulate,
+    checkpoint_gradients: Annotated[
+        bool, typer.Option("--checkpoint-gradients", help="Run layers again for the gradient, to save memory.",
+                           rich_help_panel=LENGTH)
+    ] = False,
+    memory_saving: Annotated[
+        bool, typer.Option("--memory-saving", help="Keep MLX's CPU backend from working ahead.",
+                           rich_help_panel=LENGTH)
+    ] = False,
+    dtype: Annotated[
+        str, typer.Option(help="float32 or bfloat16 while training.", rich_help_panel=LENGTH)
+    ] = OPTIONS.dtype,
     seed: Annotated[int, typer.Option(help="Seed of weights and batches.", rich_help_panel=LENGTH)] = DEFAULTS.seed,
 ) -> None:
     """Train drafters for a finished target, or a small Gemma-4-shaped target and drafters for it."""
@@ -95,6 +114,8 @@ def train(
             drafters=shapes, target=target, joint=joint, target_steps=target_steps, drafter_steps=drafter_steps,
             agreement_steps=agreement_steps, batch_size=batch_size, length=length, learning_rate=learning_rate,
             label_share=label_share, seed=seed, vocabulary=vocabulary, data=tuple(data or ()),
+            options={"optimizer": optimizer, "accumulate": accumulate, "checkpoint_gradients": checkpoint_gradients,
+                     "memory_saving": memory_saving, "dtype": dtype},
         )  # fmt: skip
     console = Console(stderr=True)
     console.print(f"Training into {out} (Ctrl-C saves; mlx-mtp train --out {out} --resume goes on).", soft_wrap=True)

@@ -99,7 +99,7 @@ class Line(nn.Module):
 
 
 def line_trainer(folder: Path, steps: int = 12, data: str = "same") -> Trainer:
-    def loss(model: Line, batch: mx.array) -> tuple[mx.array, mx.array]:
+    def loss(model: Line, batch: mx.array, progress: mx.array) -> tuple[mx.array, mx.array]:
         error = ((model(batch) - batch.sum(axis=-1, keepdims=True)) ** 2).mean()
         return error, error[None]
 

@@ -173,7 +173,7 @@ def _frozen_sequential(target: Target, drafts: int, **options: float) -> Any:
 
 FAMILIES: dict[str, Family] = {
     "assistant": Family(
-        describe_assistant, lambda config: AssistantModel(AssistantConfig.from_dict(config)), _frozen_assistant, None
+        describe_assistant, lambda config: AssistantModel(AssistantConfig.from_dict(config)), _frozen_assistant, None,
     ),
     "parallel": Family(
         describe_parallel, lambda config: ParallelModel(ParallelConfig.from_dict(config)), _frozen_parallel,

@@ -71,6 +71,7 @@ class Recipe:
                 "Expected for joint training one drafter, parallel or sequential, and no finished target; "
                 "train on a frozen target in place of that."
             )
+        TrainOptions(steps=1, learning_rate=self.learning_rate, **self.options)  # says what is wrong before any work
 
     def saved(self) -> dict[str, Any]:
         """As JSON's types."""
@@ -232,7 +233,7 @@ def _train_joint(folder: Path, out: Path, recipe: Recipe) -> Iterator[Stage]:
     described = family.describe(shape, Gemma4Target(model, mx.float32), recipe.length)
     if shape.family == "parallel":
         described["reads"] = "trunk"  # as in the paper: the last layer is the first head's own
-    module = Joint(model, family.build(described))  # type: ignore[arg-type]
+    module = Joint(model, family.build(described))
     assert family.joint is not None
     names = ("accuracy", *(f"accuracy_{j + 2}" for j in range(shape.drafts)))
     yield from run_stage("joint", folder, module, family.joint(shape.drafts), data.train, data.held_out, recipe,

@@ -1,38 +1,57 @@
-"""The training loop: compiled step, cosine schedule, atomic checkpoints, resume as if never stopped.
+"""The training loop: compiled step, cosine schedule, durable checkpoints, resume as if never stopped.
 
 What it does: minimises any loss over any module on batches that are a pure function of the step. What it does not
 do: know what is trained, print, or choose hyper-parameters.
 
 Invariant: a checkpoint is one file that replaces the last by a rename, so a kill at any moment leaves a whole one.
-Parameters, optimiser state and step are all there is to resume: batches and schedule follow from the step.
+Parameters, optimiser state and step are all there is to resume: batches and schedule follow from the step, and a
+loss may draw no random numbers. The log then holds what a run without the kill would have logged, but for its times.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_mtp.checkpoint import named_parameters
 from mlx_mtp.errors import CheckpointError, DataError, OptionError
+from mlx_mtp.training import curves, optimizers
+from mlx_mtp.training.files import cut_log, locked, read_state, write_state
+from mlx_mtp.training.memory import checkpointed_layers, one_operation_at_a_time
 
-# loss(module, batch int32 [B, T]) -> scalar to minimise and a vector of figures to report.
-Loss = Callable[[Any, mx.array], tuple[mx.array, mx.array]]
+# loss(module, batch [B, ...], progress) -> scalar to minimise and a vector of figures to report, both means over the
+# rows. progress: float32 scalar, the share of all steps that is done, from 0 to below 1.
+Loss = Callable[[Any, mx.array, mx.array], tuple[mx.array, mx.array]]
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
+# Options that change no figure: a run may be resumed with other values of these.
+FREE = frozenset({"save_seconds", "memory_saving"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """Hyper-parameters of one run. Rates are per step; `clip` bounds the global gradient norm."""
+    """Hyper-parameters of one run. Rates are per step; `clip` bounds the global gradient norm.
+
+    optimizer: "adamw", or "muon" for the hidden matrices with AdamW for the rest (optimizers.py); same learning_rate.
+    accumulate: a step's batch goes through in that many equal parts, their gradients averaged.
+    checkpoint_gradients: layers are run again for the gradient in place of keeping what they computed.
+    dtype: of parameters and activations while training; "bfloat16" keeps float32 weights beside them, to which the
+    optimiser's small steps are added.
+    memory_saving: work is queued only as memory is freed; on the CPU, where MLX otherwise runs far ahead.
+    """
 
     steps: int
     learning_rate: float = 2e-3
@@ -42,21 +61,26 @@ class TrainOptions:
     clip: float = 1.0
     save_seconds: float = 60.0
     evaluate_every: int = 200
+    optimizer: str = "adamw"
+    accumulate: int = 1
+    checkpoint_gradients: bool = False
+    dtype: str = "float32"
+    memory_saving: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "learning_rate", "clip", "save_seconds", "evaluate_every"):
-            if getattr(self, name) <= 0:
+        for name in ("steps", "learning_rate", "clip", "save_seconds", "evaluate_every", "accumulate"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise OptionError(f"Expected {name} above 0, found {getattr(self, name)}; choose a positive value.")
+        for name, known in (("optimizer", optimizers.OPTIMIZERS), ("dtype", tuple(DTYPES))):
+            if getattr(self, name) not in known:
+                raise OptionError(
+                    f"Expected {name} to be one of {', '.join(known)}, found {getattr(self, name)!r}; choose one."
+                )
 
-    def schedule(self) -> Callable[[mx.array], mx.array]:
+    def schedule(self) -> optimizers.Schedule:
         """Linear warm-up, then a cosine down to final_rate."""
         warmup = min(self.warmup, max(1, self.steps // 10))
-        rise = optim.linear_schedule(0.0, self.learning_rate, warmup)
-        fall = optim.cosine_decay(
-            self.learning_rate, max(1, self.steps - warmup), self.learning_rate * self.final_rate
-        )
-        joined: Callable[[mx.array], mx.array] = optim.join_schedules([rise, fall], [warmup])
-        return joined
+        return optimizers.cosine(self.learning_rate, self.learning_rate * self.final_rate, warmup, self.steps)
 
 
 @dataclass(frozen=True)
@@ -75,7 +99,8 @@ class Progress:
 class Trainer:
     """Trains `module` with `loss` on `batch_at(step)`; all files go to `folder`.
 
-    figures: names of the loss's second result, for the log.
+    figures: names of the loss's second result, for the log. The module's weights are float32 before and after a run,
+    whatever it is computed in.
     """
 
     def __init__(
@@ -95,8 +120,10 @@ class Trainer:
         self.figures = figures
         self.data = data
         self.step = 0
-        self.optimizer = optim.AdamW(options.schedule(), betas=[0.9, 0.95], weight_decay=options.weight_decay)
-        self.optimizer.init(module.trainable_parameters())
+        module.update(_cast(module.trainable_parameters(), mx.float32))
+        self.optimizer = optimizers.make_optimizer(options.optimizer, module, options.schedule(), options.weight_decay)
+        # The float32 weights under "weights" while the module holds rounded ones; else empty.
+        self._masters: dict[str, Any] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -104,69 +131,59 @@ class Trainer:
         """The one checkpoint of this run."""
         return self.folder / "training.safetensors"
 
+    @property
+    def log_file(self) -> Path:
+        """One JSON object a step."""
+        return self.folder / "log.jsonl"
+
     def save(self) -> None:
         """Writes the checkpoint beside the old one and renames; a full disk leaves the old one untouched."""
-        tensors = {f"model.{k}": v for k, v in named_parameters(self.module).items()}
+        weights = named_parameters(self.module) | dict(tree_flatten(self._masters.get("weights", {})))
+        tensors = {f"model.{k}": v for k, v in weights.items()}
         tensors |= {f"optimizer.{k}": v for k, v in dict(tree_flatten(self.optimizer.state)).items()}
-        about = {"step": self.step, "data": self.data, "options": asdict(self.options)}
-        fresh = self.state_file.with_name("training.part.safetensors")
-        try:
-            mx.save_safetensors(str(fresh), tensors, {"mlx_mtp": json.dumps(about)})
-            os.replace(fresh, self.state_file)
-        except (OSError, RuntimeError) as error:
-            fresh.unlink(missing_ok=True)
-            raise CheckpointError(
-                f"{self.state_file}: could not be written ({error}); the last checkpoint is untouched, "
-                "free some disk space and resume."
-            ) from error
+        write_state(
+            self.state_file, tensors, {"step": self.step, "data": self.data, "options": asdict(self.options)}
+        )
 
     def resume(self) -> bool:
-        """Continues from the checkpoint if there is one; refuses one of other data or options."""
+        """Continues from the checkpoint if there is one; refuses one of other data, options or module."""
         if not self.state_file.exists():
             return False
-        try:
-            loaded: Any = mx.load(str(self.state_file), return_metadata=True)
-            tensors, metadata = loaded
-            about: dict[str, Any] = json.loads(metadata["mlx_mtp"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{self.state_file}: not a checkpoint of this trainer ({error}); move it.") from error
+        tensors, about = read_state(self.state_file)
         if about["data"] != self.data:
             raise DataError(f"{self.state_file}: was trained on other data; use the same data, or another folder.")
-        if about["options"] != asdict(self.options):
-            changed = [k for k, v in asdict(self.options).items() if about["options"].get(k) != v]
+        # An option that is younger than the checkpoint had its default then.
+        then = {field.name: field.default for field in fields(self.options)} | about["options"]
+        changed = [k for k, v in asdict(self.options).items() if k not in FREE and then[k] != v]
+        if changed:
             raise OptionError(
                 f"{self.state_file}: was trained with other values of {', '.join(changed)} "
-                f"({', '.join(str(about['options'].get(k)) for k in changed)}); use the same, or another folder."
+                f"({', '.join(str(then[k]) for k in changed)}); use the same, or another folder."
             )
         parts: dict[str, list[tuple[str, mx.array]]] = {"model": [], "optimizer": []}
         for key, value in tensors.items():
             part, name = key.split(".", 1)
             parts[part].append((name, value))
-        self.module.load_weights(parts["model"], strict=True)
+        try:
+            self.module.load_weights(parts["model"], strict=True)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.state_file}: expected the weights of this model, found another's "
+                f"({str(error).splitlines()[0]}); use the same model, or another folder."
+            ) from error
         self.optimizer.state = tree_unflatten(parts["optimizer"])
+        self.optimizer.init(self.module.trainable_parameters())
         self.step = about["step"]
         mx.eval(self.module.state, self.optimizer.state)
         return True
 
-    def _compiled_step(self) -> Callable[[mx.array], tuple[mx.array, mx.array]]:
-        gradient = nn.value_and_grad(self.module, self.loss)
-        state = [self.module.state, self.optimizer.state]
-
-        def one_step(batch: mx.array) -> tuple[mx.array, mx.array]:
-            (loss, figures), gradients = gradient(self.module, batch)
-            gradients, _ = optim.clip_grad_norm(gradients, self.options.clip)
-            self.optimizer.update(self.module, gradients)
-            return loss, figures
-
-        compiled: Callable[[mx.array], tuple[mx.array, mx.array]] = mx.compile(one_step, inputs=state, outputs=state)
-        return compiled
-
     def evaluate(self) -> list[float]:
-        """Mean loss and figures over the held-out batches."""
+        """Mean loss and figures over the held-out batches, at the last finished step's progress."""
         self.module.eval()
+        progress = self._progress(max(0, self.step - 1))
         rows = []
         for batch in self.held_out:
-            loss, figures = self.loss(self.module, batch)
+            loss, figures = self.loss(self.module, batch, progress)
             rows.append(mx.concatenate([loss[None], figures]))
             mx.eval(rows[-1])
         self.module.train()
@@ -176,39 +193,163 @@ class Trainer:
     def run(self) -> Iterator[Progress]:
         """Trains to the last step, saving as it goes, and yields every step's progress.
 
-        Closing the iterator early (Ctrl-C in the consumer) saves first, so nothing is lost.
+        Closing the iterator early saves first, and so does an interrupt (Ctrl-C), so nothing is lost. A loss or
+        gradient that is not finite ends the run with OptionError; the last checkpoint is then kept as it is.
         """
-        step_fn, began, first = self._compiled_step(), time.perf_counter(), self.step
-        saved, log = began, (self.folder / "log.jsonl").open("a", encoding="utf-8")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked(self.folder))
+            stack.enter_context(self._rounded())
+            if self.options.checkpoint_gradients:
+                stack.enter_context(checkpointed_layers(self.module))
+            if self.options.memory_saving:
+                stack.enter_context(one_operation_at_a_time())
+            cut_log(self.log_file, self.step)
+            log = stack.enter_context(self.log_file.open("a", encoding="utf-8"))
+            yield from _Run(self, log).steps()
+        self.draw()
+
+    def draw(self) -> None:
+        """Draws curves.png from the log where matplotlib is installed; a picture is no reason to end a run."""
+        with contextlib.suppress(Exception):
+            curves.plot_log(self.log_file)
+
+    def _progress(self, step: int) -> mx.array:
+        return mx.array(step / self.options.steps, dtype=mx.float32)
+
+    @contextlib.contextmanager
+    def _rounded(self) -> Iterator[None]:
+        """Within: the module holds its weights in options.dtype, and _masters the trained ones in float32."""
+        if self.options.dtype == "float32":
+            yield
+            return
+        trained = self.module.trainable_parameters()
+        names = dict(tree_flatten(trained)).keys()
+        frozen = [(k, v) for k, v in named_parameters(self.module).items() if k not in names]
+        self._masters["weights"] = trained
+        self.module.set_dtype(DTYPES[self.options.dtype])
         try:
-            while self.step < self.options.steps:
-                batch = mx.array(self.batch_at(self.step))
-                loss, figures = step_fn(batch)
-                mx.eval(loss, figures, self.module.state, self.optimizer.state)
-                self.step += 1
-                seconds = time.perf_counter() - began
-                done = self.step - first
-                held_out = None
-                if self.held_out and (self.step % self.options.evaluate_every == 0 or self.step == self.options.steps):
-                    held_out = self.evaluate()
-                progress = Progress(
-                    self.step, self.options.steps, loss.item(), figures.tolist(),  # type: ignore[arg-type]
-                    done * batch.size / seconds, (self.options.steps - self.step) * seconds / done, held_out,
-                )
-                log.write(json.dumps(self._record(progress, seconds)) + "\n")
-                log.flush()
-                if time.perf_counter() - saved > self.options.save_seconds:
-                    self.save()
+            yield
+        finally:
+            self.module.update(self._masters.pop("weights"))
+            if frozen:
+                self.module.update(tree_unflatten(frozen))
+
+    def _compiled_step(self) -> Callable[..., Any]:
+        """step(part of a batch, progress, sums of the parts before or None, whether it is the last) ->
+        (loss, figures, gradient norm) of the whole batch behind the last part, else the sums."""
+        gradient, options = nn.value_and_grad(self.module, self.loss), self.options
+        state = [self.module.state, self.optimizer.state, self._masters]
+
+        def one_step(batch: mx.array, progress: mx.array, sums: Any, last: bool) -> Any:
+            held = self.module.trainable_parameters()
+            (loss, figures), gradients = gradient(self.module, batch, progress)
+            self.module.update(held)  # checkpointed layers leave what they were traced with
+            found = (loss, figures, _cast(gradients, mx.float32))
+            if sums is not None:
+                found = tree_map(mx.add, sums, found)
+            if not last:
+                return found
+            if options.accumulate > 1:
+                found = tree_map(lambda total: total / options.accumulate, found)
+            loss, figures, gradients = found
+            gradients, norm = optim.clip_grad_norm(gradients, options.clip)
+            weights = self.optimizer.apply_gradients(gradients, self._masters.get("weights", held))
+            if self._masters:
+                self._masters["weights"] = weights
+            self.module.update(_cast(weights, DTYPES[options.dtype]))
+            return loss, figures, norm
+
+        compiled: Callable[..., Any] = mx.compile(one_step, inputs=state, outputs=state)
+        return compiled
+
+
+class _Run:
+    """One call of Trainer.run: where it stands between the moments at which it can be interrupted."""
+
+    def __init__(self, trainer: Trainer, log: TextIO) -> None:
+        self.trainer, self.log = trainer, log
+        self.step_fn = trainer._compiled_step()
+        self.began, self.first = time.perf_counter(), trainer.step
+        # A step's results from when the weights have moved until it is logged and counted.
+        self.pending: Any = None
+        self.tokens = 0
+        self.broken = False
+
+    def steps(self) -> Iterator[Progress]:
+        trainer, saved = self.trainer, self.began
+        try:
+            while trainer.step < trainer.options.steps:
+                self._advance()
+                progress = self._finish()
+                if time.perf_counter() - saved > trainer.options.save_seconds:
+                    self._save()
                     saved = time.perf_counter()
                 yield progress
         finally:
-            log.close()
-            self.save()
+            # An interrupt mostly arrives while a step is computed: that step is finished, not thrown away.
+            if self.pending is not None and not self.broken:
+                self._finish()
+            if not self.broken and optimizers.steps_taken(trainer.optimizer) == trainer.step:
+                self._save()
 
-    def _record(self, progress: Progress, seconds: float) -> dict[str, Any]:
-        record: dict[str, Any] = {"step": progress.step, "loss": progress.loss}
-        record |= dict(zip(self.figures, progress.figures, strict=False))
-        record |= {"tokens_per_second": round(progress.tokens_per_second, 1), "seconds": round(seconds, 1)}
-        if progress.held_out is not None:
-            record["held_out"] = dict(zip(("loss", *self.figures), progress.held_out, strict=False))
-        return record
+    def _advance(self) -> None:
+        """Queues a step; all but its last part are waited for, so that only one is in memory."""
+        trainer, count = self.trainer, self.trainer.options.accumulate
+        batch, progress = trainer.batch_at(trainer.step), trainer._progress(trainer.step)
+        if len(batch) % count:
+            raise OptionError(
+                f"Expected accumulate to divide a batch's {len(batch)} rows, found {count}; choose one that does."
+            )
+        parts, sums = np.split(batch, count), None
+        for part in parts[:-1]:
+            sums = self.step_fn(mx.array(part), progress, sums, False)
+            mx.eval(sums)
+        self.pending = self.step_fn(mx.array(parts[-1]), progress, sums, True)
+        self.tokens = batch.size
+
+    def _finish(self) -> Progress:
+        """Waits for the step, checks, evaluates, logs and counts it; may be run again where it was interrupted."""
+        trainer, options = self.trainer, self.trainer.options
+        loss, figures, norm = self.pending
+        mx.eval(loss, figures, norm, trainer.module.state, trainer.optimizer.state, trainer._masters)
+        step = trainer.step + 1
+        if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
+            self.broken = True
+            raise OptionError(
+                f"{trainer.folder}: expected a finite loss and gradient, found {loss.item()} and {norm.item()} at step "
+                f"{step}; the last checkpoint is kept, train with a lower learning_rate into another folder."
+            )
+        seconds, done = time.perf_counter() - self.began, step - self.first
+        held_out = None
+        if trainer.held_out and (step % options.evaluate_every == 0 or step == options.steps):
+            held_out = trainer.evaluate()
+        progress = Progress(
+            step, options.steps, loss.item(), figures.tolist(),
+            done * self.tokens / seconds, (options.steps - step) * seconds / done, held_out,
+        )  # fmt: skip
+        self.log.write(json.dumps(_record(trainer.figures, progress, seconds)) + "\n")
+        self.log.flush()
+        self.pending, trainer.step = None, step
+        if held_out is not None:
+            trainer.draw()
+        return progress
+
+    def _save(self) -> None:
+        # A save that failed is not tried again on the way out.
+        self.broken = True
+        os.fsync(self.log.fileno())
+        self.trainer.save()
+        self.broken = False
+
+
+def _cast(tree: Any, dtype: mx.Dtype) -> Any:
+    return tree_map(lambda value: value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value, tree)
+
+
+def _record(names: tuple[str, ...], progress: Progress, seconds: float) -> dict[str, Any]:
+    record: dict[str, Any] = {"step": progress.step, "loss": progress.loss}
+    record |= dict(zip(names, progress.figures, strict=False))
+    record |= {"tokens_per_second": round(progress.tokens_per_second, 1), "seconds": round(seconds, 1)}
+    if progress.held_out is not None:
+        record["held_out"] = dict(zip(("loss", *names), progress.held_out, strict=False))
+    return record
