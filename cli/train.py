@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -21,6 +21,7 @@ DEFAULTS, SHAPE, OPTIONS = Recipe(), DrafterShape(), TrainOptions(steps=1)
 MODEL = "The model"
 DRAFTER = "The drafter"
 LENGTH = "How long, and how"
+Returned = TypeVar("Returned")
 
 
 def train(
@@ -125,16 +126,20 @@ def train(
                   soft_wrap=True)  # fmt: skip
 
 
-def show(stages: Generator[Stage, None, None], console: Console) -> None:
-    """Runs a pipeline with a bar for every stage; an interrupt closes it first, which saves."""
+def show(stages: Generator[Stage, None, Returned], console: Console) -> Returned:
+    """Runs stages to their end with a bar for each, and returns what they return; an interrupt saves first."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console) as bars:
         tasks: dict[str, TaskID] = {}
         try:
-            for stage in stages:
+            while True:
+                stage = next(stages)
                 if stage.name not in tasks:
                     tasks[stage.name] = bars.add_task(stage.name, total=stage.steps)
                 _update(bars, tasks[stage.name], stage)
+        except StopIteration as end:
+            returned: Returned = end.value
+            return returned
         finally:
             stages.close()
 

@@ -31,11 +31,14 @@ ROLES = {"system": "system", "user": "user", "assistant": "assistant", "model": 
 CHUNK_CHARACTERS = 4_000_000  # tokenized at a time: enough for every core, small enough not to be noticed
 
 
-def read_documents(sources: Sequence[str]) -> Iterator[Document]:
-    """Documents of text files, folders (recursively .txt .md .py .jsonl, not hidden) and glob patterns, in order."""
+def read_documents(sources: Sequence[str], prompts: bool = False) -> Iterator[Document]:
+    """Documents of text files, folders (recursively .txt .md .py .jsonl, not hidden) and glob patterns, in order.
+
+    prompts: a `prompt` without its `completion` is a document too, for whoever only asks.
+    """
     for source in sources:
         for path in _files(source):
-            yield from _read_jsonl(path) if path.suffix == ".jsonl" else _read_text(path)
+            yield from _read_jsonl(path, prompts) if path.suffix == ".jsonl" else _read_text(path)
 
 
 def pack(documents: Iterable[Document], tokenizer: Any) -> np.ndarray:
@@ -184,18 +187,18 @@ def _read_text(path: Path) -> Iterator[Document]:
         yield Document(str(path), text=text)
 
 
-def _read_jsonl(path: Path) -> Iterator[Document]:
+def _read_jsonl(path: Path, prompts: bool) -> Iterator[Document]:
     try:
         with path.open("rb") as lines:
             for number, raw in enumerate(lines, start=1):
                 line = _decode(raw, path, number)
                 if line.strip():
-                    yield from _json_document(line, f"{path}, line {number}")
+                    yield from _json_document(line, f"{path}, line {number}", prompts)
     except OSError as error:
         raise DataError(f"{path}: expected a readable file, found {error.strerror}; change its permissions") from error
 
 
-def _json_document(line: str, where: str) -> Iterator[Document]:
+def _json_document(line: str, where: str, prompts: bool) -> Iterator[Document]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -207,6 +210,8 @@ def _json_document(line: str, where: str) -> Iterator[Document]:
     elif "prompt" in record and "completion" in record:
         pairs = (("user", "prompt"), ("assistant", "completion"))
         yield Document(where, messages=[{"role": role, "content": _string(record, key, where)} for role, key in pairs])
+    elif "prompt" in record and prompts:
+        yield Document(where, messages=[{"role": "user", "content": _string(record, "prompt", where)}])
     elif "text" in record:
         text = _string(record, "text", where)
         if text:

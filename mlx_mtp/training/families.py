@@ -199,6 +199,13 @@ def family_of(config: Mapping[str, Any], name: str) -> str:
     return MODEL_TYPES[model_type]
 
 
+def trainable(module: nn.Module) -> nn.Module:
+    """The same module with what is not learned frozen: which block of the vocabulary a centroid stands for."""
+    if isinstance(module, AssistantModel) and module.config.centroids:
+        module.masked_embedding.freeze()
+    return module
+
+
 def write_drafter(folder: Path, config: Mapping[str, Any], module: nn.Module) -> None:
     """A drafter's checkpoint in the layout that the engine and, for assistants, other programs read.
 

@@ -31,7 +31,7 @@ from mlx_mtp.training.continuations import continuations, openings
 from mlx_mtp.training.corpus import Document, is_held_out, standard_library
 from mlx_mtp.training.data import Batches, fingerprint, pack, read_documents
 from mlx_mtp.training.embedded import IDS, TOKENIZER_FILES, target_config
-from mlx_mtp.training.families import FAMILIES, DrafterShape, write_drafter
+from mlx_mtp.training.families import FAMILIES, DrafterShape, trainable, write_drafter
 from mlx_mtp.training.objective import Joint, next_token_loss
 from mlx_mtp.training.tokenizer import train_tokenizer
 from mlx_mtp.training.trainer import Progress, Trainer, TrainOptions
@@ -258,7 +258,7 @@ def _train_drafter(
     mx.random.seed(recipe.seed + 1)
     family, out = FAMILIES[shape.family], folder / shape.family
     config = family.describe(shape, target, recipe.length)
-    drafter = family.build(config)
+    drafter = trainable(family.build(config))
     loss = family.objective(target, shape.drafts, decay=DECAY, label_share=recipe.label_share)
     sizes: dict[str, Any] = {
         "lookahead": shape.drafts, "figures": tuple(f"agreement_{j + 1}" for j in range(shape.drafts)), "seed": 1
