@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 import mlx_mtp
+from mlx_mtp.cli.convert import convert
 from mlx_mtp.cli.generate import generate
 from mlx_mtp.cli.train import train
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(train)
+app.command()(convert)
 
 
 def _version(asked: bool) -> None:
