@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from mlx_mtp import converting
+from mlx_mtp.cli import notices
 
 
 def convert(
@@ -27,6 +28,7 @@ def convert(
     """Quantise a checkpoint, bring in Meta's .pth heads, or split MTP modules off a target."""
     conversion = converting.plan(source, what=what, bits=bits, group_size=group_size, with_target=with_target)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"Found {conversion.layout} in {conversion.source}.", markup=False)
-    written = converting.convert(conversion, out, force=force)
+    # Shown on a terminal while it lasts: an error is to stand alone.
+    with notices.held_back(), console.status(f"Converting {conversion.layout} ..."):
+        written = converting.convert(conversion, out, force=force)
     console.print(f"Done: {' and '.join(map(str, written))}.", markup=False)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mlx_mtp.checkpoint import Checkpoint
 from mlx_mtp.converting import meta, modules
-from mlx_mtp.converting.files import check_out, whole_folder
+from mlx_mtp.converting.files import whole_folder
 from mlx_mtp.converting.quantise import check_options, quantise
 from mlx_mtp.errors import CheckpointError, ModelNotFound, OptionError
 
@@ -84,7 +84,7 @@ def convert(conversion: Conversion, out: Path | str, *, force: bool = False) -> 
 
     Raises OptionError where `out` exists (a checkpoint is replaced with `force`).
     """
-    out = Path(os.path.abspath(os.path.expanduser(out)))
+    out = Path(os.path.expanduser(out))
     with whole_folder(out, conversion.source, force) as folder:
         if conversion.layout == QUANTISE:
             assert conversion.bits is not None, "plan() saw to it"
@@ -112,4 +112,4 @@ def _quantise_in_place(folder: Path, bits: int, group: int) -> None:
     shutil.rmtree(whole)
 
 
-__all__ = ["META", "QUANTISE", "SPLIT", "Conversion", "check_out", "convert", "plan"]
+__all__ = ["META", "QUANTISE", "SPLIT", "Conversion", "convert", "plan"]

@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_mtp.checkpoint import INDEX
-from mlx_mtp.errors import OptionError
+from mlx_mtp.errors import OptionError, brief
 
 # Small enough that a shard fits in memory beside the tensor that is being read.
 SHARD_BYTES = 4 * 10**9
@@ -25,7 +25,7 @@ COMPANIONS = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
-# By these a folder is known as a conversion's or a checkpoint, which --force may replace.
+# --force replaces a checkpoint, or a folder with one of these in it: what conversions write, and nothing else.
 PARTS = ("target", "parallel", "sequential")
 
 
@@ -35,7 +35,7 @@ def whole_folder(out: Path, source: Path, force: bool) -> Iterator[Path]:
 
     Raises OptionError where `out` exists, unless it is empty, or a checkpoint and `force` is given.
     """
-    out, source = Path(os.path.abspath(out)), source.resolve()
+    out = out.resolve()
     check_out(out, source, force)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial, replaced = (out.parent / f".{out.name}.{word}-{os.getpid()}" for word in ("partial", "replaced"))
@@ -52,21 +52,19 @@ def whole_folder(out: Path, source: Path, force: bool) -> Iterator[Path]:
             raise
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
-        raise OptionError(
-            f"Expected to write the folder '{out}', found that the system does not let me ({error}); "
-            "make room or name another with --out."
-        ) from error
+        raise unwritten(out, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_out(out: Path, source: Path, force: bool) -> None:
     """OptionError unless a conversion of `source` may become `out`."""
-    if source == out.resolve() or source.is_relative_to(out.resolve()):
+    if source.resolve().is_relative_to(out.resolve()):
         raise OptionError(f"Expected a folder beside the source as --out, found '{out}', which holds it; name another.")
     if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return
-    known = out.is_dir() and any((out / part / "config.json").is_file() for part in (".", *PARTS))
+    parts = [out / part for part in (".", *PARTS)]
+    known = any((part / "config.json").is_file() and any(part.glob("*.safetensors")) for part in parts)
     if not force or not known:
         what = "a checkpoint; use --force to replace it" if known else "something that is no checkpoint"
         raise OptionError(f"Expected a new folder as --out, found at '{out}' {what}, or name another.")
@@ -88,10 +86,7 @@ def write_model(folder: Path, config: Mapping[str, Any], tensors: Iterable[tuple
         try:
             mx.save_safetensors(str(folder / f"part-{shards}.safetensors"), shard, {"format": "pt"})
         except RuntimeError as error:
-            raise OptionError(
-                f"Expected to write {held} bytes into '{folder.parent}', found that MLX could not ({error}); make room "
-                "or name another folder with --out."
-            ) from error
+            raise unwritten(folder, error) from error
         shard.clear()
         held = 0
 
@@ -111,6 +106,14 @@ def write_model(folder: Path, config: Mapping[str, Any], tensors: Iterable[tuple
         index = {"metadata": {"total_size": total}, "weight_map": {name: names[i - 1] for name, i in places.items()}}
         write_json(folder / INDEX, index)
     write_json(folder / "config.json", config)
+
+
+def unwritten(folder: Path, error: Exception) -> OptionError:
+    """What to raise where a folder cannot be written."""
+    return OptionError(
+        f"Expected to write into '{folder.parent}', found that it cannot be done ({brief(error)}); "
+        "make room or name another folder with --out."
+    )
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

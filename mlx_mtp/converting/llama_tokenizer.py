@@ -22,14 +22,19 @@ SPACE = "\u2581"
 PROBES = ("def f(x):\n    return x", "    x = 1\n\n", "a  b\tc", "caf\u00e9 \u6f22\u5b57 \U0001f600", "", " ")
 
 
-def write_tokenizer(model: Path, folder: Path, context: int) -> dict[str, Any]:
+def write_tokenizer(model: Path, folder: Path, vocabulary: int, context: int) -> dict[str, Any]:
     """tokenizer.model, tokenizer.json and tokenizer_config.json in `folder`; what config.json must know of them.
 
-    Raises CheckpointError where `model` is no sentencepiece model, or one that works otherwise than Llama 2's.
+    Raises CheckpointError where `model` is no sentencepiece model, one that works otherwise than Llama 2's, or one with
+    more pieces than the target's vocabulary.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(model, folder / "tokenizer.model")
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
-        fast = _fast_tokenizer(model, pieces)
+        if pieces.get_piece_size() > vocabulary:
+            raise ValueError(f"{pieces.get_piece_size()} pieces for a vocabulary of {vocabulary}")
+        fast = _fast_tokenizer(folder, pieces)
         wrong = [text for text in PROBES if fast.encode(text).ids != [pieces.bos_id(), *pieces.encode(text)]]
         if wrong:
             raise ValueError(f"other ids than sentencepiece's for {wrong[0]!r}")
@@ -40,8 +45,6 @@ def write_tokenizer(model: Path, folder: Path, context: int) -> dict[str, Any]:
             f"({brief(error)}); use the tokenizer.model of this checkpoint."
         ) from error
     special = {"bos_token": pieces.bos_id(), "eos_token": pieces.eos_id(), "unk_token": pieces.unk_id()}
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(model, folder / "tokenizer.model")
     fast.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", {
         # The class that takes tokenizer.json as it is.
@@ -53,15 +56,14 @@ def write_tokenizer(model: Path, folder: Path, context: int) -> dict[str, Any]:
     return {"bos_token_id": special["bos_token"], "eos_token_id": special["eos_token"]}
 
 
-def _fast_tokenizer(model: Path, pieces: Any) -> Tokenizer:
+def _fast_tokenizer(folder: Path, pieces: Any) -> Tokenizer:
     from transformers import LlamaTokenizer  # slow to import
 
     tokenizer: Tokenizer = LlamaTokenizer.from_pretrained(
-        str(model.parent), add_bos_token=True, add_eos_token=False,
+        str(folder), add_bos_token=True, add_eos_token=False,
         bos_token=pieces.id_to_piece(pieces.bos_id()), eos_token=pieces.id_to_piece(pieces.eos_id()),
         unk_token=pieces.id_to_piece(pieces.unk_id()),
     ).backend_tokenizer  # fmt: skip
-    spaces = [normalizers.Replace(" ", SPACE)]
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), *spaces])
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
     tokenizer.pre_tokenizer = None
     return tokenizer

@@ -14,6 +14,7 @@ half with the number i of the second; the rows of wq and wk are put in that orde
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from mlx_mtp.converting.llama_tokenizer import write_tokenizer
 from mlx_mtp.converting.pth import STORAGES, StoredTensor, read_pth
 from mlx_mtp.drafters.parallel import MOST_HEADS
 from mlx_mtp.errors import CheckpointError, UnsupportedModel
+
+log = logging.getLogger(__name__)
 
 PARAMS = "params.json"
 MAX_SIZE, MAX_COUNT = 2**24, 2**10
@@ -264,7 +267,9 @@ def bring_in(folder: Path, out: Path) -> list[str]:
     model = MetaModel.open(folder)
     config, tokenizer = model.config(), tokenizer_of(folder)
     if tokenizer:
-        config |= write_tokenizer(tokenizer, out / "target", model.context)
+        config |= write_tokenizer(tokenizer, out / "target", model.vocabulary, model.context)
+    else:
+        log.warning("No tokenizer.model in '%s' or above it: the target will take token ids only.", folder)
     write_model(out / "target", config, model.target())
     if not model.extra_heads:
         return ["target"]

@@ -158,13 +158,13 @@ class Modules:
                 model_class, args_class = _get_classes(block)
             model = model_class(args_class.from_dict(block))
             clean = model.sanitize(named) if hasattr(model_class, "sanitize") else named
+            (layer,) = build_layers(block, 1, self.width)
         except (Exception, SystemExit) as error:  # another project's code on any checkpoint
             raise UnsupportedModel(
                 f"{self.checkpoint.path}: mlx-lm cannot bring module {k} of this {block['model_type']} model into its "
                 f"form ({brief(error)}); use a checkpoint as it was published."
             ) from error
         clean = {name.removeprefix(prefix): weight for name, weight in clean.items()}
-        (layer,) = build_layers(block, 1, self.width)
         wanted = {name: weight.shape for name, weight in named_parameters(layer).items()}
         have = {name: weight.shape for name, weight in clean.items() if name not in self.layout.names}
         for name in sorted(wanted.keys() | have.keys()):

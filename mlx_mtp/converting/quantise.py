@@ -18,7 +18,7 @@ import mlx.nn as nn
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
 from mlx_mtp.checkpoint import Checkpoint, named_parameters, number, section
-from mlx_mtp.converting.files import copy_companions, write_model
+from mlx_mtp.converting.files import copy_companions, unwritten, write_model
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters import registry as drafters
 from mlx_mtp.errors import CheckpointError, OptionError, UnsupportedModel, brief
@@ -81,15 +81,18 @@ def _target(checkpoint: Checkpoint, folder: Path, bits: int, group: int) -> bool
         with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
             model, config = load_model(checkpoint.path, lazy=True, get_model_classes=generic._classes)
             model, config = quantize_model(model, config, group, bits)
-            if not any(name.endswith(".scales") for name in named_parameters(model)):
-                return False
-            save_model(folder, model, donate_model=True)
-            save_config(config, folder / "config.json")
     except Exception as error:  # mlx-lm has no error class of its own
         raise CheckpointError(
             f"{checkpoint.path}: mlx-lm cannot quantise this {checkpoint.config['model_type']} model ({brief(error)}); "
             "the weights and config.json must be whole and belong together."
         ) from error
+    if not any(name.endswith(".scales") for name in named_parameters(model)):
+        return False
+    try:
+        save_model(folder, model, donate_model=True)
+    except RuntimeError as error:
+        raise unwritten(folder, error) from error
+    save_config(config, folder / "config.json")
     return True
 
 
