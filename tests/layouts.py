@@ -133,6 +133,13 @@ def meta_arrays(params: dict[str, Any] = META_PARAMS, vocabulary: int = META_VOC
     return drawn(shapes | {f"{place}.{name}.weight": shape for place in places for name, shape in layer.items()})
 
 
+def meta_folder(folder: Path, arrays: Arrays, kind: str = "FloatStorage", **params: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_pth(folder / "consolidated.pth", arrays, kind)
+    (folder / "params.json").write_text(json.dumps({**META_PARAMS, **params}))
+    return folder
+
+
 def causal(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float) -> np.ndarray:
     """Queries [T, H, d], keys [T, G, d], values [T, G, v] of a whole sequence -> [T, H * v]."""
     keys, values = (np.repeat(x, queries.shape[1] // x.shape[1], axis=1) for x in (keys, values))

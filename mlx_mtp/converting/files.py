@@ -25,7 +25,7 @@ COMPANIONS = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
-# --force replaces a checkpoint, or a folder with one of these in it: what conversions write, and nothing else.
+# --force replaces a checkpoint, or a folder of checkpoints with these names: what conversions write, nothing else.
 PARTS = ("target", "parallel", "sequential")
 
 
@@ -35,12 +35,11 @@ def whole_folder(out: Path, source: Path, force: bool) -> Iterator[Path]:
 
     Raises OptionError where `out` exists, unless it is empty, or a checkpoint and `force` is given.
     """
-    out = out.resolve()
-    check_out(out, source, force)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = Path(os.path.realpath(out))
     partial, replaced = (out.parent / f".{out.name}.{word}-{os.getpid()}" for word in ("partial", "replaced"))
     try:
-        partial.mkdir()
+        check_out(out, source, force)
+        partial.mkdir(parents=True)
         yield partial
         check_out(out, source, force)  # the work may have taken an hour
         if out.exists():
@@ -61,13 +60,22 @@ def check_out(out: Path, source: Path, force: bool) -> None:
     """OptionError unless a conversion of `source` may become `out`."""
     if source.resolve().is_relative_to(out.resolve()):
         raise OptionError(f"Expected a folder beside the source as --out, found '{out}', which holds it; name another.")
-    if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
+    if not os.path.lexists(out):
         return
-    parts = [out / part for part in (".", *PARTS)]
-    known = any((part / "config.json").is_file() and any(part.glob("*.safetensors")) for part in parts)
-    if not force or not known:
-        what = "a checkpoint; use --force to replace it" if known else "something that is no checkpoint"
+    inside = list(out.iterdir()) if out.is_dir() else [out]
+    known = _is_checkpoint(out) or all(path.name in PARTS and _is_checkpoint(path) for path in inside)
+    if inside and not (force and known):
+        what = "a checkpoint; use --force to replace it" if known else "more than a checkpoint, which stays"
         raise OptionError(f"Expected a new folder as --out, found at '{out}' {what}, or name another.")
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds one and nothing below it."""
+    inside = list(folder.iterdir()) if folder.is_dir() else []
+    names = {path.name for path in inside}
+    return "config.json" in names and any(name.endswith(".safetensors") for name in names) and all(
+        path.is_file() for path in inside
+    )  # fmt: skip
 
 
 def write_model(folder: Path, config: Mapping[str, Any], tensors: Iterable[tuple[str, mx.array]]) -> None:

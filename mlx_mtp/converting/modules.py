@@ -88,8 +88,9 @@ class Modules:
         """None where a checkpoint holds no modules; CheckpointError where some of them are missing."""
         if not checkpoint.config.get(COUNT) or checkpoint.config.get("num_hidden_layers") is None:
             return None
-        layers = number(checkpoint.config, "num_hidden_layers", int, 1, MAX_COUNT)
-        wanted = number(checkpoint.config, COUNT, int, 1, MOST_MODULES)
+        where = str(checkpoint.path / "config.json")
+        layers = number(checkpoint.config, "num_hidden_layers", int, 1, MAX_COUNT, where=where)
+        wanted = number(checkpoint.config, COUNT, int, 1, MOST_MODULES, where=where)
         weights = checkpoint.weights()
         for layout, first in ((DEEPSEEK, layers), (MIMO, 0)):
             pattern = re.compile(re.escape(layout.prefix) + r"(\d+)\.(.+)")
@@ -178,11 +179,13 @@ class Modules:
     @property
     def width(self) -> int:
         """Numbers in a state."""
-        return number(self.checkpoint.config, "hidden_size", int, 1, MAX_SIZE)
+        where = str(self.checkpoint.path / "config.json")
+        return number(self.checkpoint.config, "hidden_size", int, 1, MAX_SIZE, where=where)
 
     def config(self) -> dict[str, Any]:
         """config.json of the drafter."""
-        vocabulary = number(self.checkpoint.config, "vocab_size", int, 2, MAX_SIZE)
+        where = str(self.checkpoint.path / "config.json")
+        vocabulary = number(self.checkpoint.config, "vocab_size", int, 2, MAX_SIZE, where=where)
         return {
             "model_type": "sequential_modules", "modules": len(self.of), "hidden_size": self.width,
             "vocab_size": vocabulary, "block": self.block(),

@@ -73,10 +73,11 @@ def quantise(checkpoint: Checkpoint, folder: Path, bits: int, group: int) -> Non
 def _target(checkpoint: Checkpoint, folder: Path, bits: int, group: int) -> bool:
     """Through mlx-lm: load lazily, quantise, save shard by shard. Whether anything was quantised."""
     checkpoint.check_files()
+    where = str(checkpoint.path / "config.json")
     for names, high in ((generic.LAYERS, generic.MAX_COUNT), (("hidden_size",), generic.MAX_SIZE)):
         for name in names:
             if checkpoint.config.get(name) is not None and not isinstance(checkpoint.config[name], list):
-                number(checkpoint.config, name, int, 1, high)
+                number(checkpoint.config, name, int, 1, high, where=where)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
             model, config = load_model(checkpoint.path, lazy=True, get_model_classes=generic._classes)
