@@ -50,5 +50,5 @@ def adapt(
     report = show(library.adapt(model, drafter, out, data, options), console)
     print(
         f"Tokens per round on {report.prompts} held-out prompts at depth {report.depth}: "
-        f"{report.before:.2f} before, {report.after:.2f} after ({report.after / report.before - 1:+.0%}). Written: {out}"
+        f"{report.before:.2f} before, {report.after:.2f} after ({report.after / report.before - 1:+.0%}).\nDone: {out}."
     )

@@ -16,6 +16,7 @@ from rich.logging import RichHandler
 
 import mlx_mtp
 from mlx_mtp.cli.adapt import adapt
+from mlx_mtp.cli.convert import convert
 from mlx_mtp.cli.generate import generate
 from mlx_mtp.cli.train import train
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(train)
 app.command()(adapt)
+app.command()(convert)
 
 
 def _version(asked: bool) -> None:

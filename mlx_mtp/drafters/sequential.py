@@ -8,6 +8,9 @@ does not do: hold embedding and unembedding, which are the target's.
 Checkpoint: config.json with model_type "sequential_modules", `modules` (D), `block` (an mlx-lm config of one layer);
 tensors `blocks.<k>.{enorm,hnorm,eh_proj,norm}.weight` and `blocks.<k>.layer.*`: DeepSeek's names with
 `shared_head.norm` as `norm`. eh_proj reads [embedding, state] in this order, as DeepSeek's and vLLM's code does.
+`reads` says which of the target's states the first module takes: "hidden" (the default: behind its final norm) or
+"residual" (in front of it, as MiMo's); for the latter `unnorm` [D] holds one over the weight of that norm. What is left
+is the state over its size, and as the module's own norm takes the size out again that is all it needs.
 """
 
 from __future__ import annotations
@@ -23,9 +26,11 @@ from mlx_mtp.cache import KVCache
 from mlx_mtp.checkpoint import Checkpoint, compute_dtype, load_into, number, section
 from mlx_mtp.drafters import registry
 from mlx_mtp.drafters.layers import ChainedRows, OwnLayers, build_layers, check_sizes
+from mlx_mtp.errors import CheckpointError
 from mlx_mtp.interfaces import Choose, Memory, States, Target
 
 MOST_MODULES = 8
+READS = ("hidden", "residual")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,7 @@ class SequentialConfig:
     """A drafter's config.json."""
 
     modules: int
+    reads: str
     hidden_size: int
     vocab_size: int
     norm_eps: float
@@ -41,9 +47,15 @@ class SequentialConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> SequentialConfig:
         """Reads config.json; CheckpointError where a field is missing or makes no sense."""
-        block = section(config, "block")
+        block, reads = section(config, "block"), config.get("reads", READS[0])
+        if reads not in READS:
+            raise CheckpointError(
+                f"config.json: expected 'reads' to be one of {', '.join(READS)}, found {reads!r}; "
+                "use the config.json that belongs to this drafter."
+            )
         return cls(
             modules=number(config, "modules", int, 1, MOST_MODULES),
+            reads=reads,
             hidden_size=number(config, "hidden_size", int, 1, 1 << 20),
             vocab_size=number(config, "vocab_size", int, 2, 1 << 24),
             norm_eps=number(block, "rms_norm_eps", float, 0.0, 1.0, 1e-6),
@@ -73,6 +85,12 @@ class SequentialModel(nn.Module):
         super().__init__()
         self.config = config
         self.blocks = [Module(config) for _ in range(config.modules)]
+        if config.reads == "residual":
+            self.unnorm = mx.ones(config.hidden_size)
+
+    def read(self, hidden: mx.array) -> mx.array:
+        """The target's states behind its final norm [B, M, D] -> what the first module takes."""
+        return hidden * self.unnorm if self.config.reads == "residual" else hidden
 
     def __call__(self, states: mx.array, embedded: mx.array, steps: int) -> list[mx.array]:
         """Whole sequences: the target's states [B, T, D], and the embeddings [B, T + steps - 1, D] of the tokens that
@@ -81,7 +99,7 @@ class SequentialModel(nn.Module):
         Step s at place t reads embedding t + s, that of token t + s + 1, and asks for token t + s + 2 (equations 21
         to 23, k = s + 1). Steps beyond the last module are that module's, on its own states, as in decoding.
         """
-        rows, last, found = states.shape[1], len(self.blocks) - 1, []
+        rows, last, found, states = states.shape[1], len(self.blocks) - 1, [], self.read(states)
         stored = [ChainedRows(rows) for _ in self.blocks]
         for step in range(steps):
             k = min(step, last)
@@ -150,7 +168,7 @@ class Sequential:
         """Writes every module's K/V for M rows from true states and tokens, over what drafting guessed there."""
         assert self._target is not None, "attach() comes first"
         own, embedded = self._own.open(memory["layers"]), self._target.embed(tokens).astype(self._dtype)
-        reads, kept = states.hidden.astype(self._dtype), []
+        reads, kept = self.model.read(states.hidden.astype(self._dtype)), []
         for k, state in enumerate(memory["states"]):
             kept.append(mx.take_along_axis(reads, accepted[:, None, None], axis=1))
             reads = self._row(k, embedded, mx.concatenate([state, reads[:, :-1]], axis=1), own, 0)

@@ -120,8 +120,9 @@ def adapt(
     after = yield from _measure("after", fresh, held, options)
     if after <= standing:
         raise NotBetter(
-            f"The adapted drafter gives {after:.2f} tokens per round on {len(held)} held-out prompts, the one there is "
-            f"{standing:.2f}: nothing was replaced; give more prompts or steps (the new one is in {work / 'candidate'})."
+            f"Expected more than the {standing:.2f} tokens per round of the drafter there is, found {after:.2f} on "
+            f"{len(held)} held-out prompts: nothing was replaced; give more prompts or steps (the new one is in "
+            f"{work / 'candidate'})."
         )
     write_drafter(out, written, module)
     return Report(before, after, fresh.depth if isinstance(fresh.depth, int) else options.depth, len(held))
