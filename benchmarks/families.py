@@ -1,0 +1,166 @@
+"""The families side by side on one target and the same prompts; and what training them jointly does to the main head.
+
+    .venv/bin/python benchmarks/families.py [--runs DIR] [--joint-runs DIR --joint-steps 300] \
+        [--json FILE --markdown FILE --plot FILE.png]
+
+Arms: stock mlx_lm (1.00), plain, lookup, assistant, lookup in front of it, parallel heads, sequential module; greedy,
+interleaved. Draft cost: a round evaluated alone, less a pass over as many rows. --runs: the folder in which the
+drafters were trained, for their training times. Jointly: the same small target is trained for --joint-steps without
+and with each auxiliary objective; the loss is that of the main head alone on held-out modules.
+"""
+
+from __future__ import annotations
+
+import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from prompts import held_out_code
+from verify_cost import round_seconds, verify_seconds
+
+from mlx_mtp.benchmark import Job, engine_arm, interleave, mlx_lm_arm, ratio, same_tokens
+from mlx_mtp.checkpoint import Checkpoint
+from mlx_mtp.loading import EMBEDDED
+from mlx_mtp.results import NEUTRAL
+from mlx_mtp.targets.gemma4 import Gemma4Target
+from mlx_mtp.training.data import Batches
+from mlx_mtp.training.families import DrafterShape
+from mlx_mtp.training.objective import next_token_loss
+from mlx_mtp.training.pipeline import Recipe, train
+
+DRAFTERS = ("lookup", "assistant", "lookup+assistant", "parallel", "sequential")
+
+
+def training_minutes(runs: Path, family: str) -> float | None:
+    """Minutes in the logs of a family's stages."""
+    logs = [runs / f"train-{family}{end}" / "log.jsonl" for end in ("", "-agreement")]
+    lines = [log.read_text().splitlines()[-1] for log in logs if log.exists()]
+    return sum(json.loads(line)["seconds"] for line in lines) / 60 if lines else None
+
+
+def compare(depth: int, context: int, prompts: int, repeats: int, runs: Path | None) -> dict[str, dict[str, Any]]:
+    """Speed, acceptance and cost of every arm."""
+    engines = {name: mlx_mtp.load(drafter=name, depth=depth) for name in DRAFTERS}
+    plain = mlx_mtp.load(drafter=None)
+    assert plain.tokenizer is not None
+    arms = {"stock mlx-lm": mlx_lm_arm(EMBEDDED / "target"), "plain": engine_arm(plain)}
+    arms |= {name: engine_arm(engine) for name, engine in engines.items()}
+    ids = held_out_code(context, prompts, plain.tokenizer.encode)
+    greedy = mlx_mtp.Sampling(temperature=0.0).over(NEUTRAL)
+    *_, records = interleave(arms, [Job(prompt, 128, greedy) for prompt in ids], repeats)
+    passes = verify_seconds(plain, ids[0], 15)
+    found: dict[str, dict[str, Any]] = {}
+    for name, record in records.items():
+        faster, low, high = ratio(record, records["stock mlx-lm"])
+        row = found[name] = {"tokens_per_second": record.rate, "ratio": faster, "interval": [low, high]}
+        row["same_tokens_as_plain"] = same_tokens(record, records["plain"]) is None
+        if name in engines:
+            used = min(depth, engines[name].drafter.max_depth)  # type: ignore[union-attr]
+            alone = round_seconds(engines[name], ids[0], used, 15)["device_milliseconds"]
+            row |= {"depth": used, "tokens_per_round": record.tokens_per_round, "acceptance": record.acceptance(),
+                    "draft_milliseconds": alone - 1e3 * passes[used]}  # fmt: skip
+        if (EMBEDDED / name / "config.json").exists():
+            row["parameters"] = sum(w.size for w in Checkpoint.open(EMBEDDED / name).weights().values())
+            if runs and (minutes := training_minutes(runs, name)) is not None:
+                row["training_minutes"] = minutes
+    return found
+
+
+def main_head_losses(folder: Path, steps: int) -> dict[str, float]:
+    """Held-out loss of the next token of small targets trained alone and with each auxiliary objective."""
+    found = {}
+    for name, shape in (("alone", None), ("parallel", "parallel"), ("sequential", "sequential")):
+        shapes = (DrafterShape(family=shape, inner=320),) if shape else ()
+        recipe = Recipe(drafters=shapes, joint=bool(shape), target_steps=steps)
+        for stage in train(folder / name, recipe):
+            if stage.progress and stage.step % 20 == 0:
+                print(f"joint, {name}: step {stage.step}, loss {stage.progress.loss:.3f}", flush=True)
+        target = mlx_mtp.load(folder / name / "target", drafter=None).target
+        assert isinstance(target, Gemma4Target)
+        held = Batches(np.load(folder / name / "held_out.npy"), 4, 512, 0)
+        losses = [next_token_loss(target.model, mx.array(held.batch(i)))[0].item() for i in range(16)]
+        found[name] = float(np.mean(losses))
+        print(f"main head, {name}: held-out loss {found[name]:.4f}", flush=True)
+    return found
+
+
+def markdown(found: dict[str, dict[str, Any]]) -> str:
+    """The table for people."""
+    heads = ("arm", "speed", "depth", "tokens a round", "acceptance by position", "draft ms a round", "parameters",
+             "trained")  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, row in found.items():
+        drafted = "draft_milliseconds" in row
+        cells = [
+            name, f"{row['ratio']:.2f}", str(row["depth"]) if drafted else "",
+            f"{row['tokens_per_round']:.2f}" if drafted else "",
+            " ".join(f"{share:.0%}" for share in row["acceptance"]) if drafted else "",
+            f"{row['draft_milliseconds']:.2f}" if drafted else "",
+            f"{row['parameters'] / 1e6:.2f} M" if "parameters" in row else "",
+            f"{row['training_minutes']:.0f} min" if "training_minutes" in row else "",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(found: dict[str, dict[str, Any]], file: Path) -> None:
+    """Speed of every arm with its interval, and acceptance by position."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    names = list(found)
+    speeds = [found[name]["ratio"] for name in names]
+    low, high = zip(*(found[name]["interval"] for name in names), strict=True)
+    errors = [[max(0.0, speed - end) for speed, end in zip(speeds, low, strict=True)],
+              [max(0.0, end - speed) for speed, end in zip(speeds, high, strict=True)]]  # fmt: skip
+    left.barh(names[::-1], speeds[::-1], xerr=[side[::-1] for side in errors], color="#4477aa", capsize=3)
+    left.axvline(1.0, color="black", linewidth=0.8)
+    left.set_xlabel("speed over stock mlx_lm (95 % interval)")
+    for name in names:
+        if found[name].get("acceptance"):
+            shares = found[name]["acceptance"]
+            right.plot(range(1, len(shares) + 1), shares, marker="o", label=name)
+    right.set(xlabel="draft position", ylabel="share of drafts accepted", ylim=(0, 1))
+    right.xaxis.get_major_locator().set_params(integer=True)
+    right.legend()
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    """Parses options, runs, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--context", type=int, default=500)
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--runs", type=Path)
+    parser.add_argument("--joint-runs", type=Path)
+    parser.add_argument("--joint-steps", type=int, default=300)
+    for name in ("json", "markdown", "plot"):
+        parser.add_argument(f"--{name}", type=Path)
+    args = parser.parse_args()
+    results: dict[str, Any] = {"depth": args.depth, "context": args.context}
+    if args.joint_runs:
+        losses = main_head_losses(args.joint_runs, args.joint_steps)
+        results["main_head_held_out_loss"] = {"steps": args.joint_steps, **losses}
+    found = results["arms"] = compare(args.depth, args.context, args.prompts, args.repeats, args.runs)
+    table = markdown(found)
+    print(table)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+    if args.markdown:
+        args.markdown.write_text(table)
+    if args.plot:
+        plot(found, args.plot)
+
+
+if __name__ == "__main__":
+    main()
