@@ -1,0 +1,126 @@
+"""Training speed against mlx-lm's own trainer: the same target, batch, length, optimiser and precision.
+
+    .venv/bin/python benchmarks/training.py [--turns 6] [--steps 4] [--json FILE]
+
+Full fine-tuning of the embedded target in float32 with AdamW, 4 x 512 tokens a step, on the standard library. The arms
+take turns (A B B A ...); a turn builds its step anew, so its first step is not booked. Medians of all booked steps.
+"""
+
+from __future__ import annotations
+
+import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+
+from mlx_mtp.loading import EMBEDDED
+from mlx_mtp.targets.gemma4 import Gemma4Target
+from mlx_mtp.training.corpus import standard_library
+from mlx_mtp.training.data import Batches, fingerprint, pack
+from mlx_mtp.training.objective import next_token_loss
+from mlx_mtp.training.trainer import Trainer, TrainOptions
+
+BATCH, LENGTH, RATE = 4, 512, 1e-4
+
+
+def packed(most: int) -> np.ndarray:
+    """Ids of the first documents, enough for all steps."""
+    from mlx_lm.tokenizer_utils import load
+
+    documents = [document for document in standard_library() if document.text][:60]
+    return pack(documents, load(EMBEDDED / "target"))[:most]
+
+
+def our_arm(ids: np.ndarray, steps: int) -> Callable[[], list[float]]:
+    """Seconds of every step of a turn of ours."""
+    target = mlx_mtp.load(drafter=None).target
+    assert isinstance(target, Gemma4Target)
+
+    def turn() -> list[float]:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = Trainer(
+                target.model, next_token_loss, Batches(ids, BATCH, LENGTH, 0).batch,
+                TrainOptions(steps=steps, learning_rate=RATE), Path(folder), data=fingerprint(ids),
+            )  # fmt: skip
+            times, began = [], time.perf_counter()
+            for _ in trainer.run():
+                now = time.perf_counter()
+                times.append(now - began)
+                began = now
+        return times
+
+    return turn
+
+
+def mlx_lm_arm(ids: np.ndarray, steps: int) -> Callable[[], list[float]]:
+    """The same of mlx_lm.tuner.trainer.train."""
+    from mlx_lm import load
+    from mlx_lm.tuner.trainer import TrainingArgs, TrainingCallback, train
+
+    model = load(str(EMBEDDED / "target"))[0]
+    model.set_dtype(mx.float32)
+    model.unfreeze()
+    # It cuts rows at a multiple of 32 and one: the same 512 places learn.
+    rows = [(ids[i * LENGTH : (i + 1) * LENGTH + 1].tolist(), 0) for i in range((len(ids) - 1) // LENGTH)]
+
+    class Times(TrainingCallback):
+        """Collects what it reports."""
+
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+
+        def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+            self.seconds.append(1.0 / train_info["iterations_per_second"])
+
+    def turn() -> list[float]:
+        times = Times()
+        with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null:
+            args = TrainingArgs(
+                batch_size=BATCH, iters=steps, steps_per_report=1, steps_per_save=10**9, max_seq_length=LENGTH + 1,
+                adapter_file=str(Path(folder) / "weights.safetensors"),
+            )  # fmt: skip
+            optimizer = optim.AdamW(learning_rate=RATE, betas=[0.9, 0.95], weight_decay=0.05)
+            with contextlib.redirect_stdout(null):
+                train(model, optimizer, rows, args=args, training_callback=times)
+        return times.seconds
+
+    return turn
+
+
+def main() -> None:
+    """Parses options, runs, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=6, help="of each arm")
+    parser.add_argument("--steps", type=int, default=4, help="of a turn; the first is not booked")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    ids = packed(64 * LENGTH + 1)
+    arms = {"mlx-mtp": our_arm(ids, args.steps), "mlx-lm": mlx_lm_arm(ids, args.steps)}
+    booked: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(args.turns):
+        for name in list(arms) if turn % 2 == 0 else list(arms)[::-1]:
+            booked[name] += arms[name]()[1:]
+    speed = {name: BATCH * LENGTH / statistics.median(times) for name, times in booked.items()}
+    ratio = speed["mlx-mtp"] / speed["mlx-lm"]
+    for name, tokens in speed.items():
+        low, high = min(booked[name]), max(booked[name])
+        print(f"{name}: {tokens:,.0f} tokens/s, a step {low:.2f} to {high:.2f} s over {len(booked[name])} steps")
+    print(f"ratio {ratio:.2f}")
+    if args.json:
+        args.json.write_text(json.dumps({"tokens_per_second": speed, "ratio": ratio}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
