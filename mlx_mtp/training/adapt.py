@@ -9,11 +9,12 @@ A drafter loses acceptance where its target was quantised or fine-tuned; words o
 
     out/                       the new drafter
     out.work/replies.jsonl     prompt and reply ids, a line each; kept and used again
-    out.work/train-adapt/      log, curves, checkpoint
+    out.work/<run>/            log, curves, checkpoint of one set of replies and options
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from mlx_mtp.drafters.parallel import ParallelModel
 from mlx_mtp.engine import Engine
 from mlx_mtp.errors import DataError, MLXMTPError, OptionError
 from mlx_mtp.training.corpus import Document
-from mlx_mtp.training.data import pack, read_documents
+from mlx_mtp.training.data import fingerprint, pack, read_documents
 from mlx_mtp.training.families import FAMILIES, family_of, trainable, write_drafter
 from mlx_mtp.training.pipeline import DECAY, Recipe, Stage, run_stage, split
 from mlx_mtp.training.trainer import TrainOptions
@@ -112,7 +113,9 @@ def adapt(
     loss = FAMILIES[family_of(config, str(source))].objective(engine.target, drafts, decay=DECAY)
     recipe = Recipe(batch_size=options.batch_size, length=options.length, learning_rate=options.learning_rate,
                     seed=options.seed)  # fmt: skip
-    yield from run_stage("adapt", work, module, loss, ids, fixed, recipe, steps=options.steps, lookahead=drafts,
+    # Another source, other prompts or options are another run; the same goes on where it was stopped.
+    run = work / _key(source, ids, options)
+    yield from run_stage("adapt", run, module, loss, ids, fixed, recipe, steps=options.steps, lookahead=drafts,
                          figures=tuple(f"agreement_{j + 1}" for j in range(drafts)))  # fmt: skip
     written = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
     write_drafter(work / "candidate", written, module)
@@ -126,6 +129,11 @@ def adapt(
         )
     write_drafter(out, written, module)
     return Report(before, after, fresh.depth if isinstance(fresh.depth, int) else options.depth, len(held))
+
+
+def _key(source: Path, ids: np.ndarray, options: Adapting) -> str:
+    weights = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source.glob("*.safetensors"))
+    return hashlib.sha256(repr((source, weights, fingerprint(ids), options)).encode()).hexdigest()[:12]
 
 
 def prompts_of(documents: Iterator[Document], tokenizer: Any, options: Adapting) -> list[list[int]]:

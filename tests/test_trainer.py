@@ -1,0 +1,335 @@
+"""The trainer: optimisers against NumPy, batches in parts, layers run again, bfloat16, kills, full disks, curves."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+import mlx_mtp
+from mlx_mtp.training import files
+from mlx_mtp.training.curves import groups, plot_log, smoothed
+from mlx_mtp.training.memory import checkpointed_layers, one_operation_at_a_time
+from mlx_mtp.training.optimizers import make_optimizer
+from mlx_mtp.training.trainer import Trainer, TrainOptions
+
+
+class Stack(nn.Module):
+    """Two layers under `layers`, a table and a head: one weight of every kind that optimisers tell apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        mx.random.seed(1)
+        self.table = nn.Embedding(12, 6)
+        self.layers = [nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 6)) for _ in range(2)]
+        self.head = nn.Linear(6, 12, bias=False)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        x = self.table(tokens)
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x)
+
+
+def stack_loss(model: Stack, batch: mx.array, progress: mx.array) -> tuple[mx.array, mx.array]:
+    loss = nn.losses.cross_entropy(model(batch[:, :-1]), batch[:, 1:], reduction="mean")
+    return loss, mx.stack([loss, progress])
+
+
+def stack_batch(step: int) -> np.ndarray:
+    return np.random.default_rng(step).integers(0, 12, (4, 7)).astype(np.int32)
+
+
+def trainer(folder: Path, steps: int = 6, **options: object) -> Trainer:
+    made = TrainOptions(steps=steps, warmup=2, **options)
+    held_out = [stack_batch(1000)]
+    return Trainer(Stack(), stack_loss, stack_batch, made, folder, data="same", held_out=held_out,
+                   figures=("again", "progress"))  # fmt: skip
+
+
+def weights(module: nn.Module) -> dict[str, np.ndarray]:
+    return {name: np.array(value) for name, value in tree_flatten(module.parameters())}
+
+
+def apart(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
+    return max(float(np.abs(value - other[name]).max()) for name, value in one.items())
+
+
+def slopes_of(model: Stack, step: int) -> tuple[mx.array, dict]:
+    batch = mx.array(stack_batch(step))
+    return nn.value_and_grad(model, lambda m: stack_loss(m, batch, mx.array(0.0))[0])(model)
+
+
+# Optimisers
+
+
+def orthogonal(matrix: np.ndarray) -> np.ndarray:
+    """Newton-Schulz in five steps with Keller Jordan's coefficients."""
+    turned = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if turned else matrix
+    x = x / (np.linalg.norm(x) + 1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.T if turned else x
+
+
+def test_muon_against_numpy() -> None:
+    """Three steps on hidden matrices, both ways round, with nesterov momentum, decay and AdamW's step size."""
+    model, rate, decay = Stack(), 0.01, 0.1
+    optimizer = make_optimizer("muon", model, lambda step: mx.array(rate), decay)
+    expected = {n: w.astype(np.float64) for n, w in weights(model).items() if "layers" in n and n.endswith("weight")}
+    assert {w.shape for w in expected.values()} == {(9, 6), (6, 9)}
+    momentum = {name: np.zeros_like(value) for name, value in expected.items()}
+    for step in range(3):
+        _, slopes = slopes_of(model, step)
+        optimizer.update(model, slopes)
+        for name, slope in tree_flatten(slopes):
+            if name in expected:
+                slope = np.array(slope).astype(np.float64)
+                momentum[name] = 0.95 * momentum[name] + 0.05 * slope
+                pushed = orthogonal(0.05 * slope + 0.95 * momentum[name])
+                outputs, inputs = slope.shape
+                step_size = 0.2 * np.sqrt(inputs) * np.sqrt(max(1.0, outputs / inputs))
+                expected[name] = expected[name] * (1 - rate * decay) - rate * step_size * pushed
+    found = weights(model)
+    assert max(np.abs(found[name] - value).max() for name, value in expected.items()) < 2e-4
+    assert max(np.abs(found[name] - value).max() for name, value in weights(Stack()).items() if name in expected) > 1e-3
+
+
+def test_muon_leaves_tables_heads_and_vectors_to_adamw() -> None:
+    models = [Stack(), Stack()]
+    for model, name in zip(models, ("muon", "adamw"), strict=True):
+        optimizer = make_optimizer(name, model, lambda step: mx.array(0.01), 0.0)
+        _, slopes = slopes_of(model, 0)
+        optimizer.update(model, slopes)
+    muon, adamw = map(weights, models)
+    same = {name for name in muon if np.array_equal(muon[name], adamw[name])}
+    assert same == {name for name in muon if "layers" not in name or name.endswith("bias")}
+
+
+# Ways to save memory
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("options", [{"accumulate": 4}, {"checkpoint_gradients": True}, {"memory_saving": True},
+                                     {"accumulate": 2, "checkpoint_gradients": True}])  # fmt: skip
+def test_saving_memory_changes_nothing(tmp_path: Path, options: dict, optimizer: str) -> None:
+    whole = trainer(tmp_path / "whole", optimizer=optimizer)
+    expected = [(p.loss, p.figures, p.held_out) for p in whole.run()]
+    saving = trainer(tmp_path / "saving", optimizer=optimizer, **options)
+    found = [(p.loss, p.figures, p.held_out) for p in saving.run()]
+    for one, other in zip(found, expected, strict=True):
+        assert np.allclose([one[0], *one[1]], [other[0], *other[1]], rtol=1e-5, atol=1e-6)
+    assert apart(weights(saving.module), weights(whole.module)) < 1e-5
+    assert type(saving.module.layers[0]) is nn.Sequential
+
+
+def test_checkpointed_layers_are_run_again() -> None:
+    """Twice where the gradient is taken, and only within the context."""
+    calls = 0
+
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = mx.ones((3,))
+
+        def __call__(self, x: mx.array) -> mx.array:
+            nonlocal calls
+            calls += 1
+            return x * self.weight
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = [Counted()]
+
+        def __call__(self, x: mx.array) -> mx.array:
+            return self.layers[0](x).sum()
+
+    net = Net()
+    with checkpointed_layers(net):
+        mx.eval(nn.value_and_grad(net, net)(mx.ones((3,))))
+    assert calls == 2
+    mx.eval(nn.value_and_grad(net, net)(mx.ones((3,))))
+    assert calls == 3
+    with pytest.raises(mlx_mtp.OptionError, match="layers"), checkpointed_layers(nn.Linear(2, 2)):
+        pass
+
+
+def test_the_memory_limit_is_put_back() -> None:
+    before = mx.set_memory_limit(10**12)
+    with one_operation_at_a_time():
+        pass
+    assert mx.set_memory_limit(before) == 10**12
+
+
+def test_bfloat16_keeps_steps_that_it_cannot_hold(tmp_path: Path) -> None:
+    """Weights move by less than bfloat16 resolves, and end in float32 near those of a float32 run."""
+    dtypes = "float32", "bfloat16"
+    runs = {dtype: trainer(tmp_path / dtype, steps=20, dtype=dtype, learning_rate=1e-4) for dtype in dtypes}
+    for run in runs.values():
+        list(run.run())
+    half, single, start = weights(runs["bfloat16"].module), weights(runs["float32"].module), weights(Stack())
+    assert all(value.dtype == np.float32 for value in half.values())
+    assert 0 < apart(half, single) < 0.5 * apart(single, start)
+
+
+def test_parts_must_divide_the_batch(tmp_path: Path) -> None:
+    with pytest.raises(mlx_mtp.OptionError, match="4 rows, found 3"):
+        list(trainer(tmp_path, accumulate=3).run())
+
+
+# Stopping and going on
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": "muon", "dtype": "bfloat16"}, {"accumulate": 2}])
+def test_resuming_gives_the_same_weights_and_log(tmp_path: Path, options: dict) -> None:
+    whole = trainer(tmp_path / "whole", steps=8, evaluate_every=3, **options)
+    list(whole.run())
+    for stop in (2, 3):
+        part = trainer(tmp_path / "parts", steps=8, evaluate_every=3, **options)
+        part.resume()
+        run = part.run()
+        for _ in range(stop):
+            next(run)
+        run.close()
+    last = trainer(tmp_path / "parts", steps=8, evaluate_every=3, **options)
+    assert last.resume() and last.step == 5
+    list(last.run())
+    assert apart(weights(last.module), weights(whole.module)) == 0
+    assert records(last.log_file) == records(whole.log_file)
+    assert [r["progress"] for r in records(last.log_file)] == pytest.approx([i / 8 for i in range(8)])
+
+
+def records(log: Path) -> list[dict]:
+    found = files.read_log(log)
+    return [{k: v for k, v in record.items() if k not in ("tokens_per_second", "seconds")} for record in found]
+
+
+KILLED = """
+import mlx_mtp  # before MLX, as conftest.py does: another BLAS rounds otherwise
+import sys; sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_trainer import trainer
+run = trainer(Path({folder!r}), steps=60, save_seconds=1e-6, evaluate_every=7)
+run.resume()
+for progress in run.run():
+    print(progress.step, flush=True)
+"""
+
+
+def test_kill_at_any_moment(tmp_path: Path) -> None:
+    """kill -9 again and again, at chance moments, saving at every step: the end is that of a run left alone."""
+    whole = trainer(tmp_path / "whole", steps=60, save_seconds=1e9, evaluate_every=7)
+    list(whole.run())
+    script = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "killed"))
+    chance, kills = np.random.default_rng(0), 0
+    for attempt in range(40):
+        with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+            for _ in range(int(chance.integers(5, 25)) if attempt < 4 else 1000):
+                if not process.stdout.readline():
+                    break
+            time.sleep(float(chance.uniform(0, 0.01)))
+            if attempt < 4:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+        if process.returncode == 0:
+            break
+    assert kills >= 2
+    last = trainer(tmp_path / "killed", steps=60, save_seconds=1e-6, evaluate_every=7)
+    assert last.resume() and last.step == 60
+    assert apart(weights(last.module), weights(whole.module)) == 0
+    assert records(last.log_file) == records(whole.log_file)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = trainer(tmp_path, steps=3)
+    run = first.run()
+    next(run)
+    run.close()
+    kept = first.state_file.read_bytes()
+    for name, error in (("save", RuntimeError("[save] disk full")), ("sync", OSError(28, "No space left on device"))):
+        again = trainer(tmp_path, steps=3)
+        again.resume()
+
+        def fail(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(*((mx, "save_safetensors") if name == "save" else (files.os, "fsync")), fail)
+            with pytest.raises(mlx_mtp.CheckpointError, match="last checkpoint is untouched"):
+                again.save()
+        assert first.state_file.read_bytes() == kept
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(mlx_mtp.CheckpointError, match="MB are free"):
+        trainer(tmp_path, steps=3).save()
+    assert first.state_file.read_bytes() == kept
+    assert not list(tmp_path.glob("*.part*"))
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    def loss(model: Stack, batch: mx.array, progress: mx.array) -> tuple[mx.array, mx.array]:
+        value, figures = stack_loss(model, batch, progress)
+        return value * mx.where(progress >= 0.5, mx.inf, 1.0), figures
+
+    broken = Trainer(Stack(), loss, stack_batch, TrainOptions(steps=6), tmp_path, data="same")
+    with pytest.raises(mlx_mtp.OptionError, match="found inf .* at step 4"):
+        for progress in broken.run():
+            broken.save()
+            assert progress.step < 4
+    again = Trainer(Stack(), stack_loss, stack_batch, TrainOptions(steps=6), tmp_path, data="same")
+    assert again.resume() and again.step == 3
+    assert all(np.isfinite(value).all() for value in weights(again.module).values())
+
+
+def test_two_runs_into_one_folder(tmp_path: Path) -> None:
+    first = trainer(tmp_path).run()
+    next(first)
+    with pytest.raises(mlx_mtp.CheckpointError, match="another run"):
+        next(trainer(tmp_path).run())
+    first.close()
+    next(trainer(tmp_path).run())
+
+
+# Curves
+
+
+def test_curves_are_drawn_from_the_log(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    run = trainer(tmp_path, evaluate_every=2)
+    list(run.run())
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 7, "lo')  # cut by a kill
+    picture = plot_log(tmp_path / "log.jsonl", tmp_path / "other.png")
+    assert picture.stat().st_size > 5000
+    with pytest.raises(mlx_mtp.DataError, match="no step"):
+        plot_log(tmp_path / "none.jsonl")
+
+
+def test_figures_with_numbers_share_a_panel() -> None:
+    names = ["agreement_1", "agreement_2"]
+    assert groups(["loss", *names]) == {"loss": ["loss"], "agreement": names}
+
+
+def test_smoothing_starts_at_the_first_value() -> None:
+    assert smoothed([2.0, 2.0, 2.0], 5) == pytest.approx([2.0] * 3)
+    assert smoothed([0.0, 1.0], 2) == pytest.approx([0.0, 2 / 3])
+
+
+def test_a_log_of_odd_lines(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 2, 3)]
+    log.write_text("\n".join([*lines, "nonsense", '{"loss": 2}', "[1]", ""]))
+    assert [record["step"] for record in files.read_log(log)] == [1, 2, 3]
+    files.cut_log(log, 2)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2]
