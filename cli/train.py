@@ -34,6 +34,11 @@ def train(
         typer.Option(help="Finished target, a folder or a hub name; it does not change.", rich_help_panel=MODEL,
                      show_default="a small one is trained first"),
     ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(help="Gemma 4 target, not quantised, to go on training from.", rich_help_panel=MODEL,
+                     show_default="a new one"),
+    ] = None,
     joint: Annotated[
         bool, typer.Option("--joint", help="Train the small target and its heads with one loss.", rich_help_panel=MODEL)
     ] = False,
@@ -42,7 +47,7 @@ def train(
     ] = DEFAULTS.vocabulary,
     family: Annotated[
         list[str] | None,
-        typer.Option(help=f"{', '.join(FAMILIES)}; may be repeated.", show_default=SHAPE.family,
+        typer.Option(help=f"{', '.join(FAMILIES)} (may be repeated), or none.", show_default=SHAPE.family,
                      rich_help_panel=DRAFTER),
     ] = None,
     drafts: Annotated[
@@ -109,10 +114,10 @@ def train(
     else:
         shapes = tuple(
             DrafterShape(family=name, drafts=drafts, modules=modules, width=width, inner=inner)
-            for name in family or [SHAPE.family]
+            for name in ([] if family == ["none"] else family or [SHAPE.family])
         )
         recipe = Recipe(
-            drafters=shapes, target=target, joint=joint, target_steps=target_steps, drafter_steps=drafter_steps,
+            drafters=shapes, target=target, start=start, joint=joint, target_steps=target_steps, drafter_steps=drafter_steps,
             agreement_steps=agreement_steps, batch_size=batch_size, length=length, learning_rate=learning_rate,
             label_share=label_share, seed=seed, vocabulary=vocabulary, data=tuple(data or ()),
             options={"optimizer": optimizer, "accumulate": accumulate, "checkpoint_gradients": checkpoint_gradients,

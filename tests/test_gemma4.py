@@ -61,7 +61,10 @@ def test_rollback_is_a_smaller_length(golden) -> None:
 
 
 def test_long_sequences_wrap_the_ring_like_no_cache(golden) -> None:
-    """300 tokens through a ring of 8 + 32 slots, in chunks below and above the slack, against the uncached pass."""
+    """300 tokens through a ring of 8 + 32 slots, in chunks below and above the slack, against the uncached pass.
+
+    Both sides round: each may be a tolerance from the exact logits. A row that sees a wrong slot is off by about 1.
+    """
     folder, _ = golden
     target = load_target(Checkpoint.open(folder / "target"))
     tokens = np.random.default_rng(0).integers(3, 128, (1, 300))
@@ -73,7 +76,7 @@ def test_long_sequences_wrap_the_ring_like_no_cache(golden) -> None:
             cache.advance(size)
             found.append(target.head(states.hidden))
             start += size
-        assert difference(mx.concatenate(found, axis=1), cache_free) < TOLERANCE
+        assert difference(mx.concatenate(found, axis=1), cache_free) < 2 * TOLERANCE
 
 
 def test_published_config_form(golden, tmp_path: Path) -> None:

@@ -183,6 +183,35 @@ def test_bfloat16_keeps_steps_that_it_cannot_hold(tmp_path: Path) -> None:
     assert 0 < apart(half, single) < 0.5 * apart(single, start)
 
 
+class Wide(nn.Module):
+    """Many matrices and vectors of one shape, so that arrays out of order would go unnoticed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        mx.random.seed(2)
+        self.table = nn.Embedding(12, 6)
+        for name in "abcdefgh":
+            self[name] = nn.Linear(6, 6)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        x = self.table(tokens)
+        for name in "abcdefgh":
+            x = x + mx.tanh(self[name](x))
+        return self.table.as_linear(x)
+
+
+def test_weights_of_two_optimisers_stay_in_order(tmp_path: Path) -> None:
+    """MLX merges what its optimisers return in the order of a set; a compiled step would mix equal shapes up."""
+    made = TrainOptions(steps=4, warmup=2, optimizer="muon", dtype="bfloat16")
+    run = Trainer(Wide(), stack_loss, stack_batch, made, tmp_path, data="same", held_out=[stack_batch(1000)])
+    names = [name for name, _ in tree_flatten(run.module.trainable_parameters())]
+    steps = run.run()
+    for _ in range(2):
+        next(steps)
+        assert [name for name, _ in tree_flatten(run._masters["weights"])] == names
+    steps.close()
+
+
 def test_parts_must_divide_the_batch(tmp_path: Path) -> None:
     with pytest.raises(mlx_mtp.OptionError, match="4 rows, found 3"):
         list(trainer(tmp_path, accumulate=3).run())

@@ -13,6 +13,7 @@ its checkpoint, a stage that is finished is not run again.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,9 +24,10 @@ import mlx.nn as nn
 import numpy as np
 
 import mlx_mtp
-from mlx_mtp.checkpoint import read_json, write_checkpoint
+from mlx_mtp.checkpoint import Checkpoint, read_json, write_checkpoint
 from mlx_mtp.errors import CheckpointError, OptionError
 from mlx_mtp.interfaces import Target
+from mlx_mtp.targets import load_target
 from mlx_mtp.targets.gemma4 import Gemma4Config, Gemma4Model, Gemma4Target, published_weights
 from mlx_mtp.training.continuations import continuations, openings
 from mlx_mtp.training.corpus import Document, is_held_out, standard_library
@@ -46,12 +48,14 @@ HELD_OUT_BATCHES = 8
 class Recipe:
     """What a user may turn: what is trained, how long, how much at once, from which seed.
 
-    target: a folder or hub name of a finished one; None = the small one is trained. joint: its first drafter learns
-    together with it.
+    target: a folder or hub name of a finished one; None = the small one is trained. start: a folder of a Gemma 4
+    target whose weights, sizes and tokenizer the trained one begins with. joint: its first drafter learns together
+    with it.
     """
 
     drafters: Sequence[DrafterShape] = (DrafterShape(),)
     target: str | None = None
+    start: str | None = None
     joint: bool = False
     target_steps: int = 1400
     drafter_steps: int = 600  # on the corpus
@@ -71,6 +75,8 @@ class Recipe:
                 "Expected for joint training one drafter, parallel or sequential, and no finished target; "
                 "train on a frozen target in place of that."
             )
+        if self.start and self.target:
+            raise OptionError("Expected a target to train from (start) or a finished one (target), found both.")
         TrainOptions(steps=1, learning_rate=self.learning_rate, **self.options)  # says what is wrong before any work
 
     def saved(self) -> dict[str, Any]:
@@ -152,7 +158,10 @@ def prepare(folder: Path, recipe: Recipe, tokenizer_folder: Path | None = None) 
     documents: tuple[list[Document], list[Document]] = ([], []) if whole else split(recipe.data)
     if recipe.target is None:
         if not (own / TOKENIZER_FILES[-1]).exists():
-            train_tokenizer((_plain(document) for document in documents[0]), own, recipe.vocabulary)
+            if recipe.start:
+                _copy_tokenizer(Path(recipe.start), own)
+            else:
+                train_tokenizer((_plain(document) for document in documents[0]), own, recipe.vocabulary)
         tokenizer_folder = own
     assert tokenizer_folder is not None
     try:
@@ -214,11 +223,33 @@ def run_stage(
         yield Stage(name, progress.step, progress.steps, progress, figures)
 
 
+def _copy_tokenizer(source: Path, out: Path) -> None:
+    """A checkpoint's tokenizer, the template last: its presence says that all is there."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, out / name)
+
+
+def _fresh_target(recipe: Recipe) -> tuple[dict[str, Any], Gemma4Model]:
+    """config.json and model of the target to be trained: new, or as `start` left it."""
+    mx.random.seed(recipe.seed)
+    if recipe.start is None:
+        config = target_config(recipe.vocabulary)
+        return config, Gemma4Model(Gemma4Config.from_dict(config))
+    checkpoint = Checkpoint.open(recipe.start)
+    target = load_target(checkpoint)
+    if not isinstance(target, Gemma4Target) or "quantization" in checkpoint.config:
+        raise OptionError(
+            f"Expected a Gemma 4 target that is not quantised at '{recipe.start}', found another kind; "
+            "start from one that is."
+        )
+    return checkpoint.config, target.model
+
+
 def _train_target(folder: Path, out: Path, recipe: Recipe) -> Iterator[Stage]:
     data = prepare(folder, recipe)
-    mx.random.seed(recipe.seed)
-    config = target_config(recipe.vocabulary)
-    model = Gemma4Model(Gemma4Config.from_dict(config))
+    config, model = _fresh_target(recipe)
     yield from run_stage("target", folder, model, next_token_loss, data.train, data.held_out, recipe,
                          steps=recipe.target_steps, lookahead=0, figures=("accuracy",))  # fmt: skip
     _write_target(folder, out, config, model)
@@ -227,9 +258,8 @@ def _train_target(folder: Path, out: Path, recipe: Recipe) -> Iterator[Stage]:
 def _train_joint(folder: Path, out: Path, recipe: Recipe) -> Iterator[Stage]:
     """The target and its first drafter with one loss."""
     data, (shape,) = prepare(folder, recipe), recipe.drafters
-    mx.random.seed(recipe.seed)
-    config, family = target_config(recipe.vocabulary), FAMILIES[shape.family]
-    model = Gemma4Model(Gemma4Config.from_dict(config))
+    config, model = _fresh_target(recipe)
+    family = FAMILIES[shape.family]
     described = family.describe(shape, Gemma4Target(model, mx.float32), recipe.length)
     if shape.family == "parallel":
         described["reads"] = "trunk"  # as in the paper: the last layer is the first head's own
@@ -243,10 +273,8 @@ def _train_joint(folder: Path, out: Path, recipe: Recipe) -> Iterator[Stage]:
 
 
 def _write_target(folder: Path, out: Path, config: dict[str, Any], model: Gemma4Model) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        (out / name).write_bytes((folder / "tokenizer" / name).read_bytes())
-    generation = {"do_sample": False, **IDS, "eos_token_id": config["eos_token_id"]}
+    _copy_tokenizer(folder / "tokenizer", out)
+    generation = {"do_sample": False} | {name: config[name] for name in IDS if name in config}
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     write_checkpoint(out, config, published_weights(model))
 

@@ -253,7 +253,10 @@ class Trainer:
                 found = tree_map(lambda total: total / options.accumulate, found)
             loss, figures, gradients = found
             gradients, norm = optim.clip_grad_norm(gradients, options.clip)
-            weights = self.optimizer.apply_gradients(gradients, self._masters.get("weights", held))
+            before = self._masters.get("weights", held)
+            # In the order of the tree before: MLX merges an optimiser's groups through a set, whose order changes from
+            # process to process, and a compiled function knows the arrays of its state by their order alone.
+            weights = tree_map(lambda _, new: new, before, self.optimizer.apply_gradients(gradients, before))
             if self._masters:
                 self._masters["weights"] = weights
             self.module.update(_cast(weights, DTYPES[options.dtype]))
