@@ -117,9 +117,10 @@ def train(
             for name in ([] if family == ["none"] else family or [SHAPE.family])
         )
         recipe = Recipe(
-            drafters=shapes, target=target, start=start, joint=joint, target_steps=target_steps, drafter_steps=drafter_steps,
-            agreement_steps=agreement_steps, batch_size=batch_size, length=length, learning_rate=learning_rate,
-            label_share=label_share, seed=seed, vocabulary=vocabulary, data=tuple(data or ()),
+            drafters=shapes, target=target, start=start, joint=joint, target_steps=target_steps,
+            drafter_steps=drafter_steps, agreement_steps=agreement_steps, batch_size=batch_size, length=length,
+            learning_rate=learning_rate, label_share=label_share, seed=seed, vocabulary=vocabulary,
+            data=tuple(data or ()),
             options={"optimizer": optimizer, "accumulate": accumulate, "checkpoint_gradients": checkpoint_gradients,
                      "memory_saving": memory_saving, "dtype": dtype},
         )  # fmt: skip

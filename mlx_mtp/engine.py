@@ -9,6 +9,7 @@ consumer leave the engine as it was.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import time
@@ -24,6 +25,7 @@ from mlx_mtp.depth import Curve, DepthController, DepthPolicy, FixedDepth, remem
 from mlx_mtp.errors import OptionError, PromptError
 from mlx_mtp.interfaces import Drafter, Target
 from mlx_mtp.results import NEUTRAL, Event, Result, Sampling, Stats
+from mlx_mtp.session import Session
 from mlx_mtp.speculate import LogitsProcessor
 from mlx_mtp.tokens import Prompt, StopStrings, Tokenizer, prompt_ids
 
@@ -118,6 +120,7 @@ class Engine:
         ignore_end: bool = False,
         logits_processors: Sequence[LogitsProcessor] = (),
         on_prefill: PrefillProgress | None = None,
+        session: Session | None = None,
     ) -> Iterator[Event]:
         """Events of a reply as they come; the last one carries the Result.
 
@@ -126,6 +129,7 @@ class Engine:
         stands, without the chat template. ignore_end: go on past ending tokens (for timing). logits_processors:
         Python functions in mlx-lm's convention, (tokens so far [T], logits [1, V]) -> logits [1, V]; they run on
         every row, and rounds are then read one by one. on_prefill(done, total) is called after every chunk.
+        session: keeps the K/V of this prompt and reply; what the next prompt has in common with them is not run again.
         Raises PromptError and OptionError before anything runs.
         """
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
@@ -147,6 +151,7 @@ class Engine:
             logprobs=logprobs,
             processors=tuple(logits_processors),
             on_prefill=on_prefill,
+            session=session,
         )
         policy = self._decoder.policy
         if seed is not None and asked.sampling.temperature and isinstance(policy, DepthController):
@@ -182,23 +187,24 @@ class Engine:
         logprobs: list[float] = []
         top: list[dict[int, float]] = []
         finish, began = "length", time.perf_counter()
-        for run in self._decoder.decode(asked, stats, policy):
-            stats.decode_seconds = time.perf_counter() - began - stats.prefill_seconds
-            end = next((i for i, token in enumerate(run.tokens) if token in ends), None)
-            fresh, fresh_logprobs, fresh_top = run.tokens[:end], (run.logprobs or [])[:end], (run.top or [])[:end]
-            tokens, logprobs, top = tokens + fresh, logprobs + fresh_logprobs, top + fresh_top
-            stats.tokens = len(tokens)
-            shown = ""
-            if detokenizer:
-                for token in fresh:
-                    detokenizer.add_token(token)
-                shown = stops.feed(detokenizer.last_segment)
-            text.append(shown)
-            if fresh or shown:
-                yield Event(shown, fresh, None, fresh_logprobs or None, fresh_top or None)
-            if end is not None or stops.hit:
-                finish = "stop"
-                break
+        with contextlib.closing(self._decoder.decode(asked, stats, policy)) as runs:
+            for run in runs:
+                stats.decode_seconds = time.perf_counter() - began - stats.prefill_seconds
+                end = next((i for i, token in enumerate(run.tokens) if token in ends), None)
+                fresh, fresh_logprobs, fresh_top = run.tokens[:end], (run.logprobs or [])[:end], (run.top or [])[:end]
+                tokens, logprobs, top = tokens + fresh, logprobs + fresh_logprobs, top + fresh_top
+                stats.tokens = len(tokens)
+                shown = ""
+                if detokenizer:
+                    for token in fresh:
+                        detokenizer.add_token(token)
+                    shown = stops.feed(detokenizer.last_segment)
+                text.append(shown)
+                if fresh or shown:
+                    yield Event(shown, fresh, None, fresh_logprobs or None, fresh_top or None)
+                if end is not None or stops.hit:
+                    finish = "stop"
+                    break
         last = ""
         if detokenizer:
             detokenizer.finalize()
