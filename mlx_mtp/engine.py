@@ -13,13 +13,15 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_mtp import exactness
+from mlx_mtp.chat import Chat
+from mlx_mtp.chat_file import load_chat
 from mlx_mtp.decode import Asked, Decoder, PrefillProgress
 from mlx_mtp.depth import Curve, DepthController, DepthPolicy, FixedDepth, remembered
 from mlx_mtp.errors import OptionError, PromptError
@@ -107,6 +109,14 @@ class Engine:
         assert last.result is not None
         return last.result
 
+    def chat(self, system: str | None = None, thinking: bool = False) -> Chat:
+        """A new conversation. thinking: checkpoints that can think first, and their thoughts are not kept."""
+        return Chat(self, system, thinking)
+
+    def load_chat(self, file: str | Path) -> Chat:
+        """A conversation that `Chat.save` wrote; CheckpointError where it is another model's or not whole."""
+        return load_chat(self, Path(file))
+
     def stream(
         self,
         prompt: Prompt,
@@ -121,7 +131,7 @@ class Engine:
         logits_processors: Sequence[LogitsProcessor] = (),
         on_prefill: PrefillProgress | None = None,
         session: Session | None = None,
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """Events of a reply as they come; the last one carries the Result.
 
         seed: the same seed gives the same reply; without one every reply is another (temperature 0 needs none).
@@ -178,7 +188,9 @@ class Engine:
             )
         return ids
 
-    def _events(self, asked: Asked, policy: DepthPolicy, stop: list[str], ends: Collection[int]) -> Iterator[Event]:
+    def _events(
+        self, asked: Asked, policy: DepthPolicy, stop: list[str], ends: Collection[int]
+    ) -> Generator[Event, None, None]:
         stats = Stats(prompt_tokens=len(asked.ids), mode=self.mode)
         mx.reset_peak_memory()
         text, stops = [], StopStrings(stop)

@@ -146,10 +146,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Event:
-    """A piece of a running generation: the new text and tokens; `result` only on the last one."""
+    """A piece of a running generation: the new text and tokens; `result` only on the last one.
+
+    thinking: what of the new text is thought and not answer; told apart in chats only.
+    """
 
     text: str
     tokens: list[int]
     result: Result | None = None
     logprobs: list[float] | None = None
     top_logprobs: list[dict[int, float]] | None = None
+    thinking: str = ""

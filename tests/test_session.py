@@ -33,7 +33,7 @@ def ids(count: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(3, 128, count).tolist()
 
 
-def reply(engine: mlx_mtp.Engine, prompt: list[int], session: Session | None = None, tokens: int = 24) -> mlx_mtp.Result:
+def reply(engine: mlx_mtp.Engine, prompt: list[int], session: Session | None = None, tokens: int = 24):
     return engine.generate(prompt, max_tokens=tokens, ignore_end=True, session=session)
 
 
