@@ -36,8 +36,8 @@ def train(
     ] = None,
     start: Annotated[
         str | None,
-        typer.Option(help="Gemma 4 target, not quantised, to go on training from.", rich_help_panel=MODEL,
-                     show_default="a new one"),
+        typer.Option(help="What to go on training: a Gemma 4 target, or with --target a drafter.",
+                     rich_help_panel=MODEL, show_default="a new one"),
     ] = None,
     joint: Annotated[
         bool, typer.Option("--joint", help="Train the small target and its heads with one loss.", rich_help_panel=MODEL)
