@@ -1,6 +1,6 @@
 """The families side by side on one target and the same prompts; and what training them jointly does to the main head.
 
-    .venv/bin/python benchmarks/families.py [--runs DIR] [--joint-runs DIR --joint-steps 300] \
+    .venv/bin/python benchmarks/families.py [--runs DIR] [--joint-runs DIR --joint-steps 150] \
         [--json FILE --markdown FILE --plot FILE.png]
 
 Arms: stock mlx_lm (1.00), plain, lookup, assistant, lookup in front of it, parallel heads, sequential module; greedy,
@@ -76,7 +76,7 @@ def main_head_losses(folder: Path, steps: int) -> dict[str, float]:
     found = {}
     for name, shape in (("alone", None), ("parallel", "parallel"), ("sequential", "sequential")):
         shapes = (DrafterShape(family=shape, inner=320),) if shape else ()
-        recipe = Recipe(drafters=shapes, joint=bool(shape), target_steps=steps)
+        recipe = Recipe(drafters=shapes, joint=bool(shape), target_steps=steps, length=256)
         for stage in train(folder / name, recipe):
             if stage.progress and stage.step % 20 == 0:
                 print(f"joint, {name}: step {stage.step}, loss {stage.progress.loss:.3f}", flush=True)
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--runs", type=Path)
     parser.add_argument("--joint-runs", type=Path)
-    parser.add_argument("--joint-steps", type=int, default=300)
+    parser.add_argument("--joint-steps", type=int, default=150)
     for name in ("json", "markdown", "plot"):
         parser.add_argument(f"--{name}", type=Path)
     args = parser.parse_args()
