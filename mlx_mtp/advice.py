@@ -68,13 +68,13 @@ def outlook(found: Diagnosis) -> str | None:
     if len(paying) < len(found.choices):
         first = paying[0]
         return (
-            f"Drafting pays only with a good drafter: from {first.acceptance:.0%} acceptance on ({first.depth} drafts, "
+            f"Drafting pays only with a good drafter: from {first.acceptance:.0%} acceptance on ({_drafts(first.depth)}, "
             f"{first.speed_up:.2f} times plain). --depth auto goes back to plain decoding where it does not."
         )
     middle = paying[len(paying) // 2]
     return (
         f"Drafting pays: about {middle.speed_up:.2f} times plain decoding at {middle.acceptance:.0%} acceptance with "
-        f"{middle.depth} drafts a round. --depth auto finds the depth by itself."
+        f"{_drafts(middle.depth)} a round. --depth auto finds the depth by itself."
     )
 
 
@@ -284,6 +284,10 @@ RULES: tuple[tuple[str, Callable[[Diagnosis], str | None]], ...] = (
 def _row_share(found: Diagnosis) -> float:
     """What a further row adds, up to ONE_READ rows, in one-row passes."""
     return (found.costs.ratio(ONE_READ) - 1.0) / (ONE_READ - 1)
+
+
+def _drafts(count: int) -> str:
+    return f"{count} draft{'' if count == 1 else 's'}"
 
 
 def _generation(found: Diagnosis) -> int:
