@@ -78,6 +78,27 @@ def stock_milliseconds(prompt: list[int], repeats: int = 21) -> float:
     return statistics.median(times[3:])
 
 
+def context_cost(engine: mlx_mtp.Engine, turns: int = 5) -> dict[str, dict[str, float]]:
+    """Milliseconds at both contexts and their ratio; medians over turns, so that a slow minute falls on all alike."""
+    assert engine.tokenizer is not None
+    prompts = [held_out_code(n, 1, engine.tokenizer.encode)[0] for n in (500, 8000)]
+    arms = {
+        "round, depth 0": lambda ids: round_milliseconds(engine, ids, 0),
+        "round, depth 3": lambda ids: round_milliseconds(engine, ids, 3),
+        "mlx-lm step": stock_milliseconds,
+    }
+    booked: dict[str, list[list[float]]] = {name: [] for name in arms}
+    for turn in range(turns):
+        for name in list(arms) if turn % 2 == 0 else list(arms)[::-1]:
+            booked[name].append([arms[name](ids) for ids in prompts])
+    found = {}
+    for name, rows in booked.items():
+        columns = zip(*((short, long, long / short) for short, long in rows), strict=True)
+        short, long, ratio = map(statistics.median, columns)
+        found[name] = {"at 500": short, "at 8000": long, "ratio": ratio}
+    return found
+
+
 def main() -> None:
     """Parses options, runs, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -94,15 +115,9 @@ def main() -> None:
     memory = many_requests(engine, args.requests)
     found["requests"] = {"first 50": max(memory[:50]), "last 50": max(memory[-50:])}
     print("active megabytes over", args.requests, "requests:", found["requests"], flush=True)
-    contexts = {n: held_out_code(n, 1, engine.tokenizer.encode)[0] for n in (500, 8000)}
-    found["context"] = {
-        n: {"round, depth 0": round_milliseconds(engine, ids, 0), "round, depth 3": round_milliseconds(engine, ids, 3),
-            "mlx-lm step": stock_milliseconds(ids)}
-        for n, ids in contexts.items()
-    }  # fmt: skip
-    for name in found["context"][500]:
-        short, long = (found["context"][n][name] for n in contexts)
-        print(f"{name}: {short:.2f} ms at 500, {long:.2f} ms at 8,000, ratio {long / short:.2f}")
+    found["context"] = context_cost(engine)
+    for name, row in found["context"].items():
+        print(f"{name}: {row['at 500']:.2f} ms at 500, {row['at 8000']:.2f} ms at 8,000, ratio {row['ratio']:.2f}")
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n")
 

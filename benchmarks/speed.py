@@ -3,7 +3,8 @@
     .venv/bin/python benchmarks/speed.py [--model DIR --drafter DIR] [--depths 3,auto] [--json FILE]
 
 1.00 is stock mlx_lm plain decoding of the same weights in the same precision with the same BLAS. Prompts: held-out
-code of 200 to 1,000 tokens; with --unfriendly, text the drafter is bad at, compared with this engine's depth 0.
+code of 200 to 1,000 tokens; with --unfriendly, text the drafter is bad at, and a drafter that is bad at everything,
+compared with this engine's depth 0.
 mlx-vlm takes part where it is installed (make peers).
 """
 
@@ -18,10 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_map
 from prompts import held_out_code, unfriendly
 
 from mlx_mtp import blas
 from mlx_mtp.benchmark import Arm, Job, Record, engine_arm, interleave, mlx_lm_arm, mlx_vlm_arm, ratio, same_tokens
+from mlx_mtp.checkpoint import Checkpoint
+from mlx_mtp.drafters import load_drafter
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.results import NEUTRAL
 
@@ -47,6 +51,15 @@ def make_arms(args: argparse.Namespace, deepest: int) -> dict[str, Arm]:
         except ImportError:
             print("mlx-vlm is not installed (make peers): left out")
     return arms
+
+
+def random_drafter_arm() -> Arm:
+    """The embedded target with an assistant of random weights, which agrees with it by chance only; depth auto."""
+    plain, drafter = mlx_mtp.load(drafter=None), load_drafter(Checkpoint.open(EMBEDDED / "assistant"))
+    mx.random.seed(0)
+    model = drafter.model  # type: ignore[attr-defined]
+    model.update(tree_map(lambda weight: 0.05 * mx.random.normal(weight.shape), model.parameters()))
+    return engine_arm(mlx_mtp.Engine(plain.target, drafter, plain.tokenizer, depth="auto"))
 
 
 def report(records: dict[str, Record], base: str, greedy: bool) -> dict[str, Any]:
@@ -94,6 +107,7 @@ def main() -> None:
     assert engine.tokenizer is not None
     encode = engine.tokenizer.encode
     if args.unfriendly:
+        arms["auto, random drafter"] = random_drafter_arm()
         sets = {name: [ids] for name, ids in unfriendly(300, encode, engine.target.info.vocab_size).items()}
     else:
         lengths = [int(n) for n in args.contexts.split(",")]

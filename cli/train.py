@@ -36,8 +36,8 @@ def train(
     ] = None,
     start: Annotated[
         str | None,
-        typer.Option(help="Gemma 4 target, not quantised, to go on training from.", rich_help_panel=MODEL,
-                     show_default="a new one"),
+        typer.Option(help="What to go on training: a Gemma 4 target, or with --target a drafter.",
+                     rich_help_panel=MODEL, show_default="a new one"),
     ] = None,
     joint: Annotated[
         bool, typer.Option("--joint", help="Train the small target and its heads with one loss.", rich_help_panel=MODEL)
@@ -117,9 +117,10 @@ def train(
             for name in ([] if family == ["none"] else family or [SHAPE.family])
         )
         recipe = Recipe(
-            drafters=shapes, target=target, start=start, joint=joint, target_steps=target_steps, drafter_steps=drafter_steps,
-            agreement_steps=agreement_steps, batch_size=batch_size, length=length, learning_rate=learning_rate,
-            label_share=label_share, seed=seed, vocabulary=vocabulary, data=tuple(data or ()),
+            drafters=shapes, target=target, start=start, joint=joint, target_steps=target_steps,
+            drafter_steps=drafter_steps, agreement_steps=agreement_steps, batch_size=batch_size, length=length,
+            learning_rate=learning_rate, label_share=label_share, seed=seed, vocabulary=vocabulary,
+            data=tuple(data or ()),
             options={"optimizer": optimizer, "accumulate": accumulate, "checkpoint_gradients": checkpoint_gradients,
                      "memory_saving": memory_saving, "dtype": dtype},
         )  # fmt: skip

@@ -10,6 +10,7 @@ from mlx_mtp.blas import load_fast_blas
 
 load_fast_blas()  # on Linux it must be there before MLX binds its own
 
+from mlx_mtp.chat import Chat  # noqa: E402
 from mlx_mtp.engine import Engine  # noqa: E402
 from mlx_mtp.errors import (  # noqa: E402
     CheckpointError,
@@ -23,9 +24,11 @@ from mlx_mtp.errors import (  # noqa: E402
 )
 from mlx_mtp.loading import load  # noqa: E402
 from mlx_mtp.results import Event, Result, Sampling, Stats  # noqa: E402
+from mlx_mtp.session import Session  # noqa: E402
 from mlx_mtp.version import __version__  # noqa: E402
 
 __all__ = [
+    "Chat",
     "CheckpointError",
     "DataError",
     "Engine",
@@ -37,6 +40,7 @@ __all__ = [
     "PromptError",
     "Result",
     "Sampling",
+    "Session",
     "Stats",
     "UnsupportedModel",
     "__version__",

@@ -1,9 +1,11 @@
-"""tanh and gelu, written so that they are also fast on a CPU.
+"""tanh, gelu, softmax and logsumexp, written so that they are also fast on a CPU.
 
 MLX's CPU backend computes tanh one value at a time (16 ns each, measured with MLX 0.32.4), which made gelu half of
 a training step; sums and products are vectorised and a hundred times faster. So on a CPU tanh is Lambert's
 continued fraction, cut at depth 6, at half the argument, and the addition theorem: error below 2e-7 in float32.
 On a GPU it is MLX's own.
+
+The same holds for exp (9 ns each; powers of two cost a third), so on a CPU softmax and logsumexp count in base 2.
 """
 
 from __future__ import annotations
@@ -16,6 +18,10 @@ import mlx.core as mx
 
 # tanh rounds to 1 in float32 beyond this.
 SATURATED = 9.0
+# Powers of two in place of exp: exp(x) = 2 ** (x * PER_OCTAVE).
+PER_OCTAVE = math.log2(math.e)
+# 2 ** -126 is the smallest float32 that is not denormal: to a sum of at least 1 it adds nothing.
+NOTHING = -126.0
 
 
 def _tanh(x: mx.array) -> mx.array:
@@ -69,3 +75,41 @@ def _gelu_vjp(x: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
 def gelu(x: mx.array) -> mx.array:
     """The tanh form of gelu (`gelu_pytorch_tanh`), any shape."""
     return cast(mx.array, _gelu_with_slope(x))
+
+
+def _in_base_2(x: mx.array) -> bool:
+    return x.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu)
+
+
+def exponentials(x: mx.array) -> mx.array:
+    """exp(x) for x <= 0 and float32 on a CPU, to within rounding; values below 2 ** -126 become that."""
+    return mx.power(2.0, mx.maximum(x * PER_OCTAVE, NOTHING))
+
+
+def softmax(x: mx.array) -> mx.array:
+    """Softmax over the last axis. For laws that nothing is learned through: its gradient is not the fast one."""
+    if not _in_base_2(x):
+        return mx.softmax(x, axis=-1)
+    weights = exponentials(x - x.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def _logsumexp(x: mx.array) -> mx.array:
+    if not _in_base_2(x):
+        return mx.logsumexp(x, axis=-1)
+    most = x.max(axis=-1, keepdims=True)
+    return (mx.log(exponentials(x - most).sum(axis=-1, keepdims=True)) + most)[..., 0]
+
+
+_logsumexp_with_slope = mx.custom_function(_logsumexp)
+
+
+@_logsumexp_with_slope.vjp
+def _logsumexp_vjp(x: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
+    below = x - y[..., None]
+    return cotangent[..., None] * (exponentials(below) if _in_base_2(x) else mx.exp(below))
+
+
+def logsumexp(x: mx.array) -> mx.array:
+    """log(sum(exp(x))) over the last axis, [..., V] -> [...]; its gradient is the softmax."""
+    return cast(mx.array, _logsumexp_with_slope(x))

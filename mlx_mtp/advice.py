@@ -68,8 +68,9 @@ def outlook(found: Diagnosis) -> str | None:
     if len(paying) < len(found.choices):
         first = paying[0]
         return (
-            f"Drafting pays only with a good drafter: from {first.acceptance:.0%} acceptance on ({_drafts(first.depth)}, "
-            f"{first.speed_up:.2f} times plain). --depth auto goes back to plain decoding where it does not."
+            f"Drafting pays only with a good drafter: from {first.acceptance:.0%} acceptance on "
+            f"({_drafts(first.depth)}, {first.speed_up:.2f} times plain). --depth auto goes back to plain decoding "
+            "where it does not."
         )
     middle = paying[len(paying) // 2]
     return (

@@ -10,7 +10,7 @@ request, so stopping early, cancelling or an exception in the consumer leave not
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +19,10 @@ import mlx.core as mx
 from mlx_mtp.cache import KVCache, capacity_for
 from mlx_mtp.depth import DepthPolicy
 from mlx_mtp.exactness import WIDEST, Exactness
-from mlx_mtp.interfaces import Drafter, States, Target
+from mlx_mtp.interfaces import Drafter, Memory, States, Target
 from mlx_mtp.results import NEUTRAL, Sampling, Stats
 from mlx_mtp.sampling import Rules
+from mlx_mtp.session import Held, Session
 from mlx_mtp.speculate import LogitsProcessor, Outcome, Request, Rounds
 
 # Most bytes of attention scores one prefill chunk may need, and its largest and smallest number of rows.
@@ -34,7 +35,10 @@ PrefillProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What one request wants of the loop. sampling has no None left; budget is the most tokens to emit."""
+    """What one request wants of the loop. sampling has no None left; budget is the most tokens to emit.
+
+    session: what an earlier request of the same conversation left, and where this one leaves its own.
+    """
 
     ids: list[int]
     budget: int
@@ -43,6 +47,7 @@ class Asked:
     logprobs: int = 0
     processors: Sequence[LogitsProcessor] = ()
     on_prefill: PrefillProgress | None = None
+    session: Session | None = None
 
 
 @dataclass
@@ -82,13 +87,15 @@ def _first(array: mx.array) -> list[Any]:
 class _Decoding:
     """Host side of one request: an upper bound of the device's length, and a clock.
 
-    paused: seconds the consumer took since the last read. disturbed: whether the time since the last read, or that
-    before it, says nothing about a round: a graph or buffer was made, or the consumer was slow and the device ahead.
+    newest: the furthest row that was or will be written. paused: seconds the consumer took since the last read.
+    disturbed: whether the time since the last read, or that before it, says nothing about a round: a graph or buffer
+    was made, or the consumer was slow and the device ahead.
     """
 
     request: Request
     stats: Stats
     bound: int
+    newest: int
     asked: Asked
     emitted: list[int] = field(default_factory=list)
     read_at: float = 0.0
@@ -116,15 +123,26 @@ class Decoder:
         self.width = exact.width if exact else None
         self.rounds = Rounds(target, drafter, self.width)
 
-    def decode(self, asked: Asked, stats: Stats, policy: DepthPolicy | None = None) -> Iterator[Run]:
+    def decode(self, asked: Asked, stats: Stats, policy: DepthPolicy | None = None) -> Generator[Run, None, None]:
         """Runs of new tokens, at most the budget in all: the first from the prefill, then one run a round."""
         policy = policy or self.policy
         policy.begin()
-        began, reader = time.perf_counter(), _Reader(stats)
-        request = self.prefill(asked, policy.deepest)
-        first = self.rounds.first(request, asked.ids, asked.processors)
+        session, decoding = asked.session, None
+        taken = session.take(asked.ids, self._runs_again) if session is not None else None
+        try:
+            began = time.perf_counter()
+            request, newest = self._prefill(asked, policy.deepest, taken, stats)
+            decoding = _Decoding(request, stats, len(asked.ids), newest, asked)
+            yield from self._run(decoding, policy, began)
+        finally:
+            if session is not None:
+                _leave(session, decoding)
+
+    def _run(self, decoding: _Decoding, policy: DepthPolicy, began: float) -> Iterator[Run]:
+        """The tokens behind the prompt; one round in flight while the one before is read."""
+        asked, stats, reader = decoding.asked, decoding.stats, _Reader(decoding.stats)
+        first = self.rounds.first(decoding.request, asked.ids, asked.processors)
         stats.head_passes += 1
-        decoding = _Decoding(request, stats, len(asked.ids), asked)
         serial = bool(asked.processors)  # Python functions want every token before the next round is built
         pending = self._submit(decoding, policy) if asked.budget > 1 and not serial else None
         run, _ = reader.read(first)
@@ -161,7 +179,9 @@ class Decoder:
     def _submit(self, decoding: _Decoding, policy: DepthPolicy) -> tuple[int, Outcome]:
         """Starts a round of the depth the policy chose; that depth and what the round will give."""
         depth, request, asked = policy.next(), decoding.request, decoding.asked
-        grown = self._reserve(request, decoding.bound + max(depth + 1, self.width or 0))
+        rows = decoding.bound + max(depth + 1, self.width or 0)
+        decoding.newest = max(decoding.newest, rows - 1)
+        grown = self._reserve(request, rows)
         decoding.disturbed |= grown or self.rounds.is_new(request, depth)
         decoding.bound += depth + 1
         if asked.processors:
@@ -186,15 +206,20 @@ class Decoder:
 
     def prefill(self, asked: Asked, deepest: int) -> Request:
         """Runs the prompt in chunks that bound memory; leaves the state of its last token."""
+        return self._prefill(asked, deepest, None, Stats())[0]
+
+    def _prefill(
+        self, asked: Asked, deepest: int, taken: tuple[Held, int] | None, stats: Stats
+    ) -> tuple[Request, int]:
+        """The request behind its prompt, and the furthest row written; `taken` = what stands of it already."""
         target, drafter, ids = self.target, self.drafter, asked.ids
         # In exact mode room for the whole reply: the kernels may depend on the size of the buffers, and when those
         # grow must not depend on how many drafts are in flight.
         rows = len(ids) + (asked.budget + 4 * WIDEST if self.exact else deepest + 1)
-        cache = target.new_cache(capacity_for(rows))
-        memory = drafter.start(1, cache.capacity) if drafter else {}
+        cache, memory, begin, newest = self._begin(ids, capacity_for(rows), taken)
         chunk = self._chunk(cache)
         states = States(mx.zeros((1, 0, 0)))
-        for start in range(0, len(ids), chunk):
+        for start in range(begin, len(ids), chunk):
             tokens = mx.array([ids[start : start + chunk]], dtype=mx.int32)
             final = start + chunk >= len(ids)
             wants_all = drafter is not None and drafter.reads_states
@@ -204,13 +229,41 @@ class Decoder:
             cache.advance(tokens.shape[1])
             mx.eval(cache.arrays, memory)
             if asked.on_prefill:
-                asked.on_prefill(min(start + chunk, len(ids)), len(ids))
+                asked.on_prefill(min(start + chunk, len(ids)) - begin, len(ids) - begin)
+        stats.prefilled_tokens, newest = len(ids) - begin, max(newest, len(ids) - 1)
+        if asked.session is not None:
+            asked.session.mark(cache, len(ids), newest)
         vocabulary = target.info.vocab_size
         rules = Rules.of(asked.sampling, vocabulary, asked.logprobs)
-        return Request(
+        request = Request(
             mx.zeros((1, 1), dtype=mx.int32), states.hidden[:, -1:], cache, memory, rules,
             rules.knobs(asked.sampling, vocabulary), rules.history(ids, vocabulary), mx.random.key(asked.seed),
         )  # fmt: skip
+        return request, newest
+
+    @property
+    def _runs_again(self) -> int:
+        """Rows of a kept conversation that are run again, for a drafter that needs the last one's state."""
+        return int(self.drafter is not None and self.drafter.reads_states)
+
+    def _begin(
+        self, ids: list[int], capacity: int, taken: tuple[Held, int] | None
+    ) -> tuple[KVCache, Memory, int, int]:
+        """Cache and drafter's memory to start from, how many tokens they hold, and the furthest row written."""
+        target, drafter = self.target, self.drafter
+        if taken is None:
+            cache = target.new_cache(capacity)
+            return cache, drafter.start(1, cache.capacity) if drafter else {}, 0, -1
+        held, begin = taken
+        cache, memory = held.cache, held.memory
+        cache.grow(capacity)
+        if drafter is not None:
+            states = None
+            if self._runs_again:
+                states = target.forward(mx.array([[ids[begin - 1]]], dtype=mx.int32), cache)
+                cache.advance(1)
+            memory = drafter.rewind(drafter.grow(memory, cache.capacity), begin, states)
+        return cache, memory, begin, held.newest
 
     def _chunk(self, cache: KVCache) -> int:
         """Rows of the prompt that one pass may take."""
@@ -218,9 +271,12 @@ class Decoder:
         return max(MIN_CHUNK, min(MAX_CHUNK, CHUNK_BYTES // score_bytes))
 
     def seconds_by_depth(
-        self, depths: Sequence[int], repeats: int = 5, ids: Sequence[int] | None = None
+        self, depths: Sequence[int], repeats: int = 7, ids: Sequence[int] | None = None
     ) -> dict[int, float]:
-        """Median seconds of a pipelined round of each depth, behind a prompt; None = a short made-up one."""
+        """Seconds of a pipelined round of each depth behind a prompt, None = a short made-up one.
+
+        The fastest of some, for whatever else runs on the machine only ever makes a round slower.
+        """
         made_up = [i % self.target.info.vocab_size for i in range(1, 17)]
         room = (repeats + 4) * (max(depths) + 1)  # nothing makes room between these rounds
         asked = Asked(ids=made_up if ids is None else list(ids), budget=room)
@@ -238,5 +294,15 @@ class Decoder:
                 times.append(now - began)
                 pending, began = ahead, now
             mx.eval(pending.tokens)
-            found[depth] = sorted(times)[repeats // 2]
+            found[depth] = min(times)
         return found
+
+
+def _leave(session: Session, decoding: _Decoding | None) -> None:
+    """Gives a session what a request computed; the last token's row is not written yet, or not for sure."""
+    if decoding is None:
+        session.give_back(None, ())
+        return
+    request, ids = decoding.request, [*decoding.asked.ids, *decoding.emitted]
+    held = Held(request.cache, request.memory, decoding.newest)
+    session.give_back(held, ids[: max(len(decoding.asked.ids), len(ids) - 1)])

@@ -21,8 +21,9 @@ from typing import Protocol
 
 log = logging.getLogger(__name__)
 
-# How much one round moves the times of all depths (a warmer chip, a longer context), or that of its own alone.
-COMMON, OWN = 0.1, 0.35
+# How much one round moves the times of all depths (a warmer chip, a longer context), or that of its own alone; and
+# one that came earlier than expected: rounds are late for many reasons and early for none.
+COMMON, OWN, EARLY = 0.1, 0.35, 0.7
 # However late a round comes (something else interrupted it), it counts as this much later than expected at most.
 MOST = 0.5
 # Acceptance is a share of rounds that fade by these factors: within a request, and over all of them.
@@ -32,8 +33,14 @@ MEMORY, NEIGHBOUR = 4.0, 1.0
 PRIOR = 0.6
 # A change must promise this much.
 GAIN = 1.02
-# Share of the time that may be spent on seeing whether another depth would pay, and the fewest rounds in between.
+# The first rounds of a depth that has just been chosen tell how far its own time was wrong: the machine hardly changed
+# its speed in that very moment.
+NEW = 4
+# Share of the time that may be lost on seeing whether another depth would pay, and the fewest rounds in between.
 PROBING, PAUSE = 0.005, 6
+# What a depth is thought to cost may have been measured in a bad minute: a try is due when this share of the loss it
+# would bring has been saved up; what it really lost is then taken off, down to a debt of 80 rounds.
+HOPE, DEBT = 0.25, 0.4
 
 
 class DepthPolicy(Protocol):
@@ -106,7 +113,7 @@ class Curve:
             known = {**self.seconds, depth: expected}
             self.seconds = {d: t * (1.0 + COMMON * drift) for d, t in known.items()}
             return
-        found = expected * (1.0 + OWN * drift)
+        found = expected * (1.0 + (OWN if drift > 0 else EARLY) * drift)
         self.seconds = {d: min(t, found) if d < depth else max(t, found) for d, t in self.seconds.items()}
         self.seconds[depth] = found
 
@@ -177,14 +184,16 @@ class DepthController:
         if self.long_run is None or len(self.long_run.seen) != self.deepest:
             self.long_run = Acceptance.unknown(self.deepest)
         self._everything: Acceptance = self.long_run
+        # Counted over all requests: many short ones must find out what a long one does.
+        self._since_probe = self._probes = 0
+        self._saved = 0.0  # rounds' worth of time that may be lost on tries
         self.begin()
 
     def begin(self) -> None:
         """Starts from the long run, ready to be convinced otherwise within a few rounds."""
         self._here = Acceptance.unknown(self.deepest)
         self._shares = self._everything.shares()
-        self._depth = self._best()
-        self._since_probe = self._probes = 0
+        self._depth, self._new = self._best(), 0
 
     def tokens(self, depth: int) -> float:
         """Expected tokens of a round."""
@@ -200,13 +209,14 @@ class DepthController:
         if best != self._depth and self.rate(best) > GAIN * self.rate(self._depth):
             log.info("depth %d -> %d: %.0f tokens/s expected in place of %.0f",
                      self._depth, best, self.rate(best), self.rate(self._depth))  # fmt: skip
-            self._depth, self._since_probe = best, 0
+            self._depth, self._since_probe, self._new = best, 0, NEW
         self._since_probe += 1
         others = self._others()
         if not others:
             return self._depth
         other = others[self._probes % len(others)]
-        if self._since_probe < max(PAUSE, self._lost(other) / PROBING):
+        self._saved += PROBING
+        if self._since_probe < PAUSE or self._saved < HOPE * self._lost(other, self.curve.at(other)):
             return self._depth
         self._since_probe, self._probes = 0, self._probes + 1
         return other
@@ -217,10 +227,10 @@ class DepthController:
         shallower = [depth for depth in self.allowed if depth < self._depth]
         return deeper + shallower[-1:] + shallower[:-1][:1]
 
-    def _lost(self, depth: int) -> float:
-        """What a round of this depth is expected to cost, in rounds of the chosen one."""
-        time = self.curve.at(depth) / self.curve.at(self._depth)
-        return time - self.tokens(depth) / self.tokens(self._depth)
+    def _lost(self, depth: int, seconds: float) -> float:
+        """What a round of this depth costs that takes so long, in rounds of the chosen one."""
+        time = seconds / self.curve.at(self._depth)
+        return max(0.0, time - self.tokens(depth) / self.tokens(self._depth))
 
     def learn(self, depth: int, accepted: int, seconds: float | None) -> None:
         """Books a round: which drafts stood, and how long it took."""
@@ -229,8 +239,13 @@ class DepthController:
             acceptance.fade(factor)
             acceptance.book(depth, accepted)
         self._shares = self._here.shares_given(self._everything.shares())
+        if depth != self._depth:
+            lost = self._lost(depth, self.curve.at(depth) if seconds is None else seconds)
+            self._saved = max(-DEBT, self._saved - lost)
         if seconds is not None:
-            self.curve.learn(depth, seconds, usual=depth == self._depth)
+            self.curve.learn(depth, seconds, usual=depth == self._depth and self._new == 0)
+        if depth == self._depth:
+            self._new = max(0, self._new - 1)
 
     def _best(self) -> int:
         """The depth with the best rate."""

@@ -136,7 +136,8 @@ def rounds_alone(decoder: Decoder, prompt: list[int], depths: Sequence[int], rep
 class Costs:
     """Seconds of the pieces, behind `context` tokens.
 
-    verify: passes of 1, 2, ... rows. plain, drafted: pipelined rounds without drafts and with `drafted_depth` of them.
+    verify: passes of 1, 2, ... rows. plain, drafted: pipelined rounds without drafts and with `drafted_depth` of them,
+    the fastest of some.
     draft_step: what one draft adds beside its row of the pass; None without a drafter, as is `drafted`.
     build, submit: the host's part of a round (the drafted one, if there is one); see Timing. scatter: of the passes.
     """
@@ -301,7 +302,7 @@ def measure(decoder: Decoder, prompt: list[int], deepest: int, repeats: int) -> 
     depths = [0, depth] if depth else [0]
     alone = rounds_alone(decoder, prompt, depths, repeats)
     turns = [decoder.seconds_by_depth(depths, repeats, prompt) for _ in range(3)]
-    walls = {d: statistics.median(turn[d] for turn in turns) for d in depths}
+    walls = {d: min(turn[d] for turn in turns) for d in depths}
     step = None
     if depth:
         width = decoder.width or 1

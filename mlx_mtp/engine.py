@@ -9,21 +9,25 @@ consumer leave the engine as it was.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_mtp import exactness
+from mlx_mtp.chat import Chat
+from mlx_mtp.chat_file import load_chat
 from mlx_mtp.decode import Asked, Decoder, PrefillProgress
 from mlx_mtp.depth import Curve, DepthController, DepthPolicy, FixedDepth, remembered
 from mlx_mtp.errors import OptionError, PromptError
 from mlx_mtp.interfaces import Drafter, Target
 from mlx_mtp.results import NEUTRAL, Event, Result, Sampling, Stats
+from mlx_mtp.session import Session
 from mlx_mtp.speculate import LogitsProcessor
 from mlx_mtp.tokens import Prompt, StopStrings, Tokenizer, prompt_ids
 
@@ -105,6 +109,14 @@ class Engine:
         assert last.result is not None
         return last.result
 
+    def chat(self, system: str | None = None, thinking: bool = False) -> Chat:
+        """A new conversation. thinking: checkpoints that can think first, and their thoughts are not kept."""
+        return Chat(self, system, thinking)
+
+    def load_chat(self, file: str | Path) -> Chat:
+        """A conversation that `Chat.save` wrote; CheckpointError where it is another model's or not whole."""
+        return load_chat(self, Path(file))
+
     def stream(
         self,
         prompt: Prompt,
@@ -118,7 +130,8 @@ class Engine:
         ignore_end: bool = False,
         logits_processors: Sequence[LogitsProcessor] = (),
         on_prefill: PrefillProgress | None = None,
-    ) -> Iterator[Event]:
+        session: Session | None = None,
+    ) -> Generator[Event, None, None]:
         """Events of a reply as they come; the last one carries the Result.
 
         seed: the same seed gives the same reply; without one every reply is another (temperature 0 needs none).
@@ -126,6 +139,7 @@ class Engine:
         stands, without the chat template. ignore_end: go on past ending tokens (for timing). logits_processors:
         Python functions in mlx-lm's convention, (tokens so far [T], logits [1, V]) -> logits [1, V]; they run on
         every row, and rounds are then read one by one. on_prefill(done, total) is called after every chunk.
+        session: keeps the K/V of this prompt and reply; what the next prompt has in common with them is not run again.
         Raises PromptError and OptionError before anything runs.
         """
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
@@ -147,6 +161,7 @@ class Engine:
             logprobs=logprobs,
             processors=tuple(logits_processors),
             on_prefill=on_prefill,
+            session=session,
         )
         policy = self._decoder.policy
         if seed is not None and asked.sampling.temperature and isinstance(policy, DepthController):
@@ -173,7 +188,9 @@ class Engine:
             )
         return ids
 
-    def _events(self, asked: Asked, policy: DepthPolicy, stop: list[str], ends: Collection[int]) -> Iterator[Event]:
+    def _events(
+        self, asked: Asked, policy: DepthPolicy, stop: list[str], ends: Collection[int]
+    ) -> Generator[Event, None, None]:
         stats = Stats(prompt_tokens=len(asked.ids), mode=self.mode)
         mx.reset_peak_memory()
         text, stops = [], StopStrings(stop)
@@ -182,23 +199,24 @@ class Engine:
         logprobs: list[float] = []
         top: list[dict[int, float]] = []
         finish, began = "length", time.perf_counter()
-        for run in self._decoder.decode(asked, stats, policy):
-            stats.decode_seconds = time.perf_counter() - began - stats.prefill_seconds
-            end = next((i for i, token in enumerate(run.tokens) if token in ends), None)
-            fresh, fresh_logprobs, fresh_top = run.tokens[:end], (run.logprobs or [])[:end], (run.top or [])[:end]
-            tokens, logprobs, top = tokens + fresh, logprobs + fresh_logprobs, top + fresh_top
-            stats.tokens = len(tokens)
-            shown = ""
-            if detokenizer:
-                for token in fresh:
-                    detokenizer.add_token(token)
-                shown = stops.feed(detokenizer.last_segment)
-            text.append(shown)
-            if fresh or shown:
-                yield Event(shown, fresh, None, fresh_logprobs or None, fresh_top or None)
-            if end is not None or stops.hit:
-                finish = "stop"
-                break
+        with contextlib.closing(self._decoder.decode(asked, stats, policy)) as runs:
+            for run in runs:
+                stats.decode_seconds = time.perf_counter() - began - stats.prefill_seconds
+                end = next((i for i, token in enumerate(run.tokens) if token in ends), None)
+                fresh, fresh_logprobs, fresh_top = run.tokens[:end], (run.logprobs or [])[:end], (run.top or [])[:end]
+                tokens, logprobs, top = tokens + fresh, logprobs + fresh_logprobs, top + fresh_top
+                stats.tokens = len(tokens)
+                shown = ""
+                if detokenizer:
+                    for token in fresh:
+                        detokenizer.add_token(token)
+                    shown = stops.feed(detokenizer.last_segment)
+                text.append(shown)
+                if fresh or shown:
+                    yield Event(shown, fresh, None, fresh_logprobs or None, fresh_top or None)
+                if end is not None or stops.hit:
+                    finish = "stop"
+                    break
         last = ""
         if detokenizer:
             detokenizer.finalize()

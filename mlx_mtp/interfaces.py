@@ -131,3 +131,9 @@ class Drafter(Protocol):
 
         Of the prompt there are fewer states than tokens unless the family reads_states.
         """
+
+    def rewind(self, memory: Memory, length: int, states: States | None) -> Memory:
+        """The same memory as it was when `length` rows were committed, for the next turn of a conversation.
+
+        states: of the last of these rows, [B, 1, D], for a family that reads_states; else None.
+        """

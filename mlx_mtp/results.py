@@ -66,6 +66,7 @@ NEUTRAL = Sampling(
 class Stats:
     """Counts and times of one generation. Rates are per second, memory in bytes.
 
+    prefilled_tokens: of the prompt, those that were run; in a conversation the rest is there already.
     rounds: target forwards after prefill, a surplus one that a stop made useless included.
     accepted: drafts that stood, before the token that the target adds to each round.
     host_syncs: blocking reads of device values after prefill, counted where they happen.
@@ -73,6 +74,7 @@ class Stats:
     """
 
     prompt_tokens: int = 0
+    prefilled_tokens: int = 0
     tokens: int = 0
     rounds: int = 0
     drafted: int = 0
@@ -144,10 +146,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Event:
-    """A piece of a running generation: the new text and tokens; `result` only on the last one."""
+    """A piece of a running generation: the new text and tokens; `result` only on the last one.
+
+    thinking: what of the new text is thought and not answer; told apart in chats only.
+    """
 
     text: str
     tokens: list[int]
     result: Result | None = None
     logprobs: list[float] | None = None
     top_logprobs: list[dict[int, float]] | None = None
+    thinking: str = ""

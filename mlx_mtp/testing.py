@@ -53,6 +53,10 @@ class ScriptedDrafter:
         """Nothing to remember."""
         return memory
 
+    def rewind(self, memory: Memory, length: int, states: States | None) -> Memory:
+        """Nothing to forget."""
+        return memory
+
 
 class MarkovTarget:
     """A target whose next-token logits depend on the last token alone: table [V, V]. Its law is known exactly."""

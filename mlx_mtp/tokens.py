@@ -5,12 +5,15 @@ What it does: wraps mlx-lm's tokenizer and streaming detokeniser. What it does n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_mtp.errors import CheckpointError, PromptError
+from mlx_mtp.channels import THOUGHTS
+from mlx_mtp.errors import CheckpointError, PromptError, brief
 
+# Tokens at a prompt's end in which a template may open a thought.
+THOUGHT_TAIL = 16
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
 
@@ -44,12 +47,35 @@ class Tokenizer:
         text: str = self._wrapped.decode(list(ids))
         return text
 
-    def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Messages to ids through the checkpoint's chat template, ready for the reply."""
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
+        """Messages to ids through the checkpoint's chat template, ready for the reply.
+
+        thinking: whether a checkpoint that can shall think first, None = what its template does. tools: declarations
+        in OpenAI's form. PromptError where the template refuses the messages.
+        """
         if not self.has_chat_template:
             raise PromptError("Expected a checkpoint with a chat template, found none; pass a plain prompt or --raw.")
-        ids: list[int] = self._wrapped.apply_chat_template(list(messages), add_generation_prompt=True)
+        options: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
+        if tools:
+            options["tools"] = list(tools)
+        try:
+            ids: list[int] = self._wrapped.apply_chat_template(list(messages), add_generation_prompt=True, **options)
+        except Exception as error:  # a template may raise anything, most often jinja's TemplateError
+            raise PromptError(
+                f"Expected messages that this checkpoint's chat template takes, found others ({brief(error)}); "
+                "use the roles system, user and assistant in turns."
+            ) from error
         return ids
+
+    def opened_thought(self, ids: Sequence[int]) -> str | None:
+        """The marker of a thought that a prompt has opened and not closed, None where it has not."""
+        end = self.decode(ids[-THOUGHT_TAIL:])
+        return next((opening for opening, closing in THOUGHTS if end.rfind(opening) > end.rfind(closing)), None)
 
     @property
     def has_chat_template(self) -> bool:

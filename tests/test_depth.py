@@ -67,6 +67,21 @@ def test_a_wrong_start_is_mended(seconds: dict[int, float], acceptance: float, f
     assert tokens / time > 0.95 * best_rate(seconds, acceptance)
 
 
+@pytest.mark.parametrize("acceptance", [0.7, 0.95])
+def test_short_requests_mend_a_curve_too(acceptance: float) -> None:
+    """Times taken while something else ran, and replies too short to probe more than once: found on a real machine."""
+    control = DepthController(Curve({0: 7.8, 1: 11.2, 2: 29.8, 4: 47.3}), 8, range(9))
+    for seed in range(12):
+        control.begin()
+        simulate(control, FLAT, acceptance, 60, seed)
+    tokens, time = 0.0, 0.0
+    for seed in range(12):
+        control.begin()
+        more, took = simulate(control, FLAT, acceptance, 60, seed)
+        tokens, time = tokens + more, time + took
+    assert tokens / time > 0.9 * best_rate(FLAT, acceptance)
+
+
 def test_it_follows_a_text_that_changes() -> None:
     control = controller(FLAT)
     simulate(control, FLAT, 0.95, 200)
@@ -104,7 +119,6 @@ def test_more_drafts_never_look_cheaper() -> None:
     for _ in range(50):
         curve.learn(3, 9.0, usual=False)
     assert [curve.at(d) for d in (0, 2, 3, 4)] == pytest.approx([9.0, 9.0, 9.0, 12.0], rel=0.01)
-
 
 
 def test_curves_are_straight_between_and_beyond_measurements() -> None:

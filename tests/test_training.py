@@ -219,6 +219,38 @@ def test_joint_training_makes_a_pair(family: str, corpus: Path, tmp_path: Path) 
         list(pipeline.train(tmp_path, dataclasses.replace(recipe, data=["elsewhere"])))
 
 
+def test_training_goes_on_from_a_target_and_from_a_drafter(corpus: Path, tmp_path: Path) -> None:
+    """The first loss of the second run is that of the weights it starts from, not of fresh ones."""
+    shapes = [DrafterShape(family="sequential", drafts=1, inner=32)]
+    options = {**TINY, "target_steps": 12, "agreement_steps": 0, "learning_rate": 1e-2}
+    fresh = list(pipeline.train(tmp_path / "one", Recipe(drafters=shapes, data=[str(corpus)], **options)))
+    on = Recipe(drafters=[], start=str(tmp_path / "one" / "target"), data=[str(corpus)], seed=0,
+                **{**options, "target_steps": 1, "learning_rate": 1e-6})  # fmt: skip
+    (stage,) = pipeline.train(tmp_path / "two", on)
+    losses = [s.progress.loss for s in fresh if s.name == "target"]
+    assert stage.progress.loss < losses[0] - 0.5  # the same batch: the seed's first
+    one, two = (mlx_mtp.load(tmp_path / name / "target", drafter=None) for name in ("one", "two"))
+    assert one.tokenizer.encode("tree stone") == two.tokenizer.encode("tree stone")
+    assert apart(one.target, two.target) < 1e-3
+    start = str(tmp_path / "one" / "sequential")
+    frozen = Recipe(drafters=shapes, target=str(tmp_path / "one" / "target"), start=start, data=[str(corpus)],
+                    **{**options, "drafter_steps": 1, "learning_rate": 1e-6})  # fmt: skip
+    list(pipeline.train(tmp_path / "three", frozen))
+    files = (tmp_path / name / "sequential" / "model.safetensors" for name in ("one", "three"))
+    kept = [mx.load(str(file)) for file in files]
+    assert max(mx.abs(kept[0][name] - kept[1][name]).max().item() for name in kept[0]) < 1e-3
+    with pytest.raises(mlx_mtp.OptionError, match="family"):
+        other = dataclasses.replace(frozen, drafters=[DrafterShape(family="parallel", drafts=1)])
+        list(pipeline.train(tmp_path / "four", other))
+    with pytest.raises(mlx_mtp.OptionError, match="one drafter"):
+        dataclasses.replace(frozen, drafters=[])
+
+
+def apart(one: Gemma4Target, other: Gemma4Target) -> float:
+    tokens = mx.array([[5, 6, 7, 8]])
+    return mx.abs(one.logits(tokens) - other.logits(tokens)).max().item()
+
+
 def test_impossible_recipes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(mlx_mtp.OptionError, match="joint"):
         Recipe(joint=True)

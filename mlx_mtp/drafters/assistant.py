@@ -235,6 +235,10 @@ class Assistant:
         """Nothing to remember."""
         return memory
 
+    def rewind(self, memory: Memory, length: int, states: States | None) -> Memory:
+        """Nothing to forget."""
+        return memory
+
 
 def mismatch(config: AssistantConfig, info: TargetInfo, name: str) -> None:
     """Raises IncompatibleDrafter with the first size in which drafter and target differ."""

@@ -105,6 +105,11 @@ class OwnLayers:
         cache.grow(capacity)
         return cache.arrays
 
+    def rewind(self, memory: Any, length: int) -> Any:
+        """The same memory with `length` rows committed."""
+        committed, keys, values = memory
+        return mx.full(committed.shape, length, dtype=mx.int32), keys, values
+
     def open(self, memory: Any) -> KVCache:
         """The memory as a cache; `arrays` of it is the memory again."""
         layout = KVCache(self._shapes, 0, 0, self._dtype)

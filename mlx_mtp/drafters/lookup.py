@@ -65,6 +65,10 @@ class Lookup:
         kept = mx.put_along_axis(memory["tokens"], places, tokens.astype(mx.int32), axis=1)
         return {**memory, "tokens": kept, "length": memory["length"] + accepted + 1}
 
+    def rewind(self, memory: Memory, length: int, states: States | None) -> Memory:
+        """Tokens beyond the length are overwritten as they come."""
+        return {**memory, "length": mx.full(memory["length"].shape, length, dtype=mx.int32)}
+
     @staticmethod
     def continuation(memory: Memory, token: mx.array, depth: int) -> tuple[mx.array, mx.array]:
         """Proposals [B, K] behind `token` [B, 1], and the length n [B] of the match they rest on."""
@@ -130,6 +134,13 @@ class LookupFirst:
         return {
             "lookup": self.lookup.observe(memory["lookup"], tokens, states, accepted),
             "drafter": self.drafter.observe(memory["drafter"], tokens, states, accepted),
+        }
+
+    def rewind(self, memory: Memory, length: int, states: States | None) -> Memory:
+        """Both go back."""
+        return {
+            "lookup": self.lookup.rewind(memory["lookup"], length, states),
+            "drafter": self.drafter.rewind(memory["drafter"], length, states),
         }
 
 

@@ -154,6 +154,12 @@ class Parallel:
         state = mx.take_along_axis(reads, accepted[:, None, None], axis=1)
         return {**memory, "layers": own.arrays, "state": state}
 
+    def rewind(self, memory: Memory, length: int, states: States | None) -> Memory:
+        """Fewer rows, and the state of the last of them."""
+        assert states is not None, "this family reads states"
+        return {"layers": self._own.rewind(memory["layers"], length),
+                "state": self.model.read(states)[:, -1:].astype(self._dtype)}  # fmt: skip
+
 
 @registry.register("parallel_heads")
 def load(checkpoint: Checkpoint) -> Parallel:

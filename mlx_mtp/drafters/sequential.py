@@ -179,6 +179,17 @@ class Sequential:
         own.advance(accepted + 1)
         return {**memory, "layers": own.arrays, "states": kept}
 
+    def rewind(self, memory: Memory, length: int, states: States | None) -> Memory:
+        """Fewer rows, and the target's state of the last of them.
+
+        What later modules left there is not known any more: they begin as in front of a text's first row, which costs
+        a draft or two and never the answer.
+        """
+        assert states is not None, "this family reads states"
+        state = self.model.read(states.hidden[:, -1:].astype(self._dtype))
+        unknown = [mx.zeros_like(state)] * (len(self.model.blocks) - 1)
+        return {"layers": self._own.rewind(memory["layers"], length), "states": [state, *unknown]}
+
     def _row(self, k: int, embedded: mx.array, state: mx.array, own: KVCache, ahead: int) -> mx.array:
         """Module k over rows `ahead` of the committed ones: embeddings and states [B, M, D] -> [B, M, D]."""
         return self._own.run(k, self.model.blocks[k].join(embedded, state), own, ahead)

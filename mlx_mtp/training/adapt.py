@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 import mlx_mtp
@@ -33,7 +31,7 @@ from mlx_mtp.engine import Engine
 from mlx_mtp.errors import DataError, MLXMTPError, OptionError
 from mlx_mtp.training.corpus import Document
 from mlx_mtp.training.data import fingerprint, pack, read_documents
-from mlx_mtp.training.families import FAMILIES, family_of, trainable, write_drafter
+from mlx_mtp.training.families import FAMILIES, QUANTISED, family_of, for_training, write_drafter
 from mlx_mtp.training.pipeline import DECAY, Recipe, Stage, run_stage, split
 from mlx_mtp.training.trainer import TrainOptions
 
@@ -108,7 +106,7 @@ def adapt(
     own = yield from _replies(work / "replies.jsonl", engine, learned, options)
     ids, fixed = _rows(own, tokenizer, options)
     config = Checkpoint.open(source).config
-    module = _for_training(load_drafter(Checkpoint.open(source)))
+    module = for_training(load_drafter(Checkpoint.open(source)))
     drafts = len(module.heads) if isinstance(module, ParallelModel) else options.drafts
     loss = FAMILIES[family_of(config, str(source))].objective(engine.target, drafts, decay=DECAY)
     recipe = Recipe(batch_size=options.batch_size, length=options.length, learning_rate=options.learning_rate,
@@ -117,7 +115,7 @@ def adapt(
     run = work / _key(source, ids, options)
     yield from run_stage("adapt", run, module, loss, ids, fixed, recipe, steps=options.steps, lookahead=drafts,
                          figures=tuple(f"agreement_{j + 1}" for j in range(drafts)))  # fmt: skip
-    written = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
+    written = {key: value for key, value in config.items() if key not in QUANTISED}
     write_drafter(work / "candidate", written, module)
     fresh = mlx_mtp.load(model, drafter=work / "candidate", depth=options.depth, draft_head_bits=0)
     after = yield from _measure("after", fresh, held, options)
@@ -173,15 +171,6 @@ def _tokenizer(engine: Engine) -> Any:
     if engine.tokenizer is None or engine.target.path is None:
         raise OptionError("Expected a target with a tokenizer, found none; it must read the prompts.")
     return load_tokenizer(engine.target.path)
-
-
-def _for_training(drafter: Any) -> nn.Module:
-    """A drafter's parameters in float32, quantised ones restored."""
-    from mlx_lm.utils import dequantize_model
-
-    module: nn.Module = dequantize_model(drafter.model)
-    module.set_dtype(mx.float32)
-    return trainable(module)
 
 
 def _measure(

@@ -19,6 +19,7 @@ import mlx.nn as nn
 
 from mlx_mtp.cache import FULL, SLIDING
 from mlx_mtp.checkpoint import Checkpoint, named_parameters, write_checkpoint
+from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.assistant import AssistantConfig, AssistantModel, in_token_order
 from mlx_mtp.drafters.parallel import MOST_HEADS, ParallelConfig, ParallelModel
 from mlx_mtp.drafters.sequential import MOST_MODULES, SequentialConfig, SequentialModel
@@ -185,6 +186,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }  # fmt: skip
 
+QUANTISED = ("quantization", "quantization_config")
 MODEL_TYPES = {
     "gemma4_assistant": "assistant", "gemma4_unified_assistant": "assistant", "parallel_heads": "parallel",
     "sequential_modules": "sequential",
@@ -197,6 +199,29 @@ def family_of(config: Mapping[str, Any], name: str) -> str:
     if model_type not in MODEL_TYPES:
         raise OptionError(f"{name}: expected a drafter of {', '.join(FAMILIES)}, found model_type '{model_type}'.")
     return MODEL_TYPES[model_type]
+
+
+def started(folder: str | Path, family: str, target: Target) -> tuple[dict[str, Any], nn.Module]:
+    """config.json and float32 parameters of a drafter to go on training, a quantised one restored.
+
+    OptionError where it is of another family, IncompatibleDrafter where it does not fit the target.
+    """
+    checkpoint = Checkpoint.open(folder)
+    if (found := family_of(checkpoint.config, str(folder))) != family:
+        raise OptionError(f"Expected a drafter of the family {family} at '{folder}', found one of {found}.")
+    drafter: Any = load_drafter(checkpoint)
+    drafter.attach(target)
+    config = {key: value for key, value in checkpoint.config.items() if key not in QUANTISED}
+    return config, for_training(drafter)
+
+
+def for_training(drafter: Any) -> nn.Module:
+    """A loaded drafter's parameters in float32, quantised ones restored."""
+    from mlx_lm.utils import dequantize_model
+
+    module: nn.Module = dequantize_model(drafter.model)
+    module.set_dtype(mx.float32)
+    return trainable(module)
 
 
 def trainable(module: nn.Module) -> nn.Module:

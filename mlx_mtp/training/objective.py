@@ -19,6 +19,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_mtp.activations import logsumexp, softmax
 from mlx_mtp.cache import KVCache, NoCache
 from mlx_mtp.drafters.assistant import AssistantModel
 from mlx_mtp.drafters.parallel import ParallelModel
@@ -64,7 +65,7 @@ def next_token_loss(model: Gemma4Model, batch: mx.array, progress: mx.array = ST
     tokens, labels = batch[:, :-1], batch[:, 1:]
     hidden, _ = model(tokens, NoCache(model.config.sliding_window, tokens.shape[0]))
     logits, right = _judged(model.head(hidden), labels)
-    return nn.losses.cross_entropy(logits, labels, reduction="mean"), right[None]
+    return _surprise(logits, labels), right[None]
 
 
 # A target and its drafter together
@@ -126,7 +127,7 @@ def _on_labels(
     def leaf(i: int, hidden: mx.array, table: mx.array) -> Result:
         labels = batch[:, i + 1 : i + 1 + rows]
         logits, right = _judged(model.capped(hidden @ table.T), labels)
-        return nn.losses.cross_entropy(logits, labels, reduction="mean"), right
+        return _surprise(logits, labels), right
 
     return in_order(leaf, weights)(mx.stack(hiddens), model.embed_tokens.weight)
 
@@ -221,11 +222,17 @@ def _frozen(
         wanted, labels = target.head(states.hidden), batch
         if drafted.ordering is not None:
             wanted, labels = wanted[..., drafted.ordering], mx.argsort(drafted.ordering)[batch]
+        best, law = mx.argmax(wanted, axis=-1), softmax(wanted) if label_share < 1.0 else None
 
         def leaf(j: int, hidden: mx.array, *learning: mx.array) -> Result:
-            law = wanted[:, j + 1 : j + 1 + rows]
-            proposed, right = _judged(drafted.unembed(hidden, *learning), mx.argmax(law, axis=-1))
-            return _cross_entropy(proposed, law, labels[:, j + 2 : j + 2 + rows], label_share), right
+            proposed, right = _judged(drafted.unembed(hidden, *learning), best[:, j + 1 : j + 1 + rows])
+            loss = mx.array(0.0)
+            if law is not None:
+                expected = (law[:, j + 1 : j + 1 + rows] * proposed).sum(axis=-1)
+                loss = (1.0 - label_share) * (logsumexp(proposed) - expected).mean()
+            if label_share > 0.0:
+                loss = loss + label_share * _surprise(proposed, labels[:, j + 2 : j + 2 + rows])
+            return loss, right
 
         weights = [decay**j / sum(decay**i for i in range(count)) for j in range(count)]
         return in_order(leaf, weights)(mx.stack(drafted.hiddens), *drafted.learning)
@@ -241,14 +248,9 @@ def _remembering(target: Target, tokens: mx.array) -> KVCache:
     return KVCache(own.shapes, own.window, rows, dtype, batch, slack=rows)
 
 
-def _cross_entropy(proposed: mx.array, wanted: mx.array, labels: mx.array, label_share: float) -> mx.array:
-    """Mean cross-entropy of logits [B, T, V] against the law of other logits and against labels [B, T], mixed."""
-    expected = mx.array(0.0)
-    if label_share < 1.0:
-        expected = (1.0 - label_share) * (mx.softmax(wanted, axis=-1) * proposed).sum(axis=-1)
-    if label_share > 0.0:
-        expected = expected + label_share * mx.take_along_axis(proposed, labels[..., None], axis=-1)[..., 0]
-    return (mx.logsumexp(proposed, axis=-1) - expected).mean()
+def _surprise(logits: mx.array, labels: mx.array) -> mx.array:
+    """Mean cross-entropy of logits [B, T, V] against labels [B, T], in nats."""
+    return (logsumexp(logits) - mx.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]).mean()
 
 
 def _judged(logits: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:

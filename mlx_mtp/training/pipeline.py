@@ -33,7 +33,7 @@ from mlx_mtp.training.continuations import continuations, openings
 from mlx_mtp.training.corpus import Document, is_held_out, standard_library
 from mlx_mtp.training.data import Batches, fingerprint, pack, read_documents
 from mlx_mtp.training.embedded import IDS, TOKENIZER_FILES, target_config
-from mlx_mtp.training.families import FAMILIES, DrafterShape, trainable, write_drafter
+from mlx_mtp.training.families import FAMILIES, DrafterShape, started, trainable, write_drafter
 from mlx_mtp.training.objective import Joint, next_token_loss
 from mlx_mtp.training.tokenizer import train_tokenizer
 from mlx_mtp.training.trainer import Progress, Trainer, TrainOptions
@@ -48,9 +48,9 @@ HELD_OUT_BATCHES = 8
 class Recipe:
     """What a user may turn: what is trained, how long, how much at once, from which seed.
 
-    target: a folder or hub name of a finished one; None = the small one is trained. start: a folder of a Gemma 4
-    target whose weights, sizes and tokenizer the trained one begins with. joint: its first drafter learns together
-    with it.
+    target: a folder or hub name of a finished one; None = the small one is trained. start: a folder of what the
+    training begins with: a Gemma 4 target and its tokenizer, or beside a finished target one drafter of the family
+    to be trained. joint: its first drafter learns together with it.
     """
 
     drafters: Sequence[DrafterShape] = (DrafterShape(),)
@@ -75,8 +75,11 @@ class Recipe:
                 "Expected for joint training one drafter, parallel or sequential, and no finished target; "
                 "train on a frozen target in place of that."
             )
-        if self.start and self.target:
-            raise OptionError("Expected a target to train from (start) or a finished one (target), found both.")
+        if self.start and self.target and len(self.drafters) != 1:
+            raise OptionError(
+                f"Expected one drafter to start from '{self.start}', found {len(self.drafters)} families; "
+                "train them one after the other."
+            )
         TrainOptions(steps=1, learning_rate=self.learning_rate, **self.options)  # says what is wrong before any work
 
     def saved(self) -> dict[str, Any]:
@@ -285,8 +288,11 @@ def _train_drafter(
     """First on the corpus, then on the target's own continuations of it with a third of the corpus for rehearsal."""
     mx.random.seed(recipe.seed + 1)
     family, out = FAMILIES[shape.family], folder / shape.family
-    config = family.describe(shape, target, recipe.length)
-    drafter = trainable(family.build(config))
+    if recipe.target and recipe.start:
+        config, drafter = started(recipe.start, shape.family, target)
+    else:
+        config = family.describe(shape, target, recipe.length)
+        drafter = trainable(family.build(config))
     loss = family.objective(target, shape.drafts, decay=DECAY, label_share=recipe.label_share)
     sizes: dict[str, Any] = {
         "lookahead": shape.drafts, "figures": tuple(f"agreement_{j + 1}" for j in range(shape.drafts)), "seed": 1

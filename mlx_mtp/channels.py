@@ -1,0 +1,184 @@
+"""What a model writes besides its answer: thoughts and calls of tools, told apart while the text streams.
+
+What it does: splits streamed text at the markers of the checkpoint formats below, and reads Gemma's tool calls. What
+it does not do: hold back answers longer than a marker needs, run tools, or change what the model saw.
+
+Formats: Gemma 4 `<|channel>thought\\n...<channel|>` and `<|tool_call>call:NAME{key:value,...}<tool_call|>` with strings
+between `<|"|>` (gemma4.md, section 5); `<think>...</think>` (Qwen 3, DeepSeek R1 and others).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+QUOTE = '<|"|>'
+CALL = "<|tool_call>", "<tool_call|>"
+THOUGHTS = (("<|channel>", "<channel|>"), ("<think>", "</think>"))
+CLOSING = {opening: closing for opening, closing in (*THOUGHTS, CALL)}
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One call: the tool's name and its arguments."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What a stretch of text was: answer, thought, finished calls."""
+
+    text: str = ""
+    thinking: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
+
+
+class Channels:
+    """Splits one reply. `thinking`: the prompt has opened a thought already (templates that end in `<think>`)."""
+
+    def __init__(self, thinking: str | None = None) -> None:
+        self._open = thinking  # the marker that opened what is being read, None in the answer
+        self._held = ""
+        self._naming = False  # a channel's name, up to the end of its line, is no thought
+        self._answered = False
+
+    def feed(self, text: str) -> Pieces:
+        """New text of the reply; what might become a marker is held back."""
+        self._held += text
+        found = list(self._split(final=False))
+        return _joined(found)
+
+    def flush(self) -> Pieces:
+        """What was held back, once nothing can follow; a call without its end is shown as it was written."""
+        return _joined(list(self._split(final=True)))
+
+    def _split(self, final: bool) -> Iterator[Pieces]:
+        while self._held:
+            if self._open is None:
+                at, marker = _first(self._held, CLOSING)
+                yield self._answer(self._held[:at] if marker else self._cut(list(CLOSING), final))
+                if marker is None:
+                    return
+                self._held, self._open = self._held[at + len(marker) :], marker
+                self._naming = marker == THOUGHTS[0][0]
+                continue
+            closing = CLOSING[self._open]
+            at = self._held.find(closing)
+            if self._open == CALL[0]:
+                if at < 0 and not final:
+                    return
+                yield _called(self._held[:at]) if at >= 0 else Pieces(text=CALL[0] + self._held)
+            else:
+                taken = self._held[:at] if at >= 0 else self._cut([closing], final)
+                yield Pieces(thinking=self._thought(taken, closed=at >= 0))
+                if at < 0:
+                    return
+            self._held, self._open = self._held[at + len(closing) :] if at >= 0 else "", None
+
+    def _answer(self, text: str) -> Pieces:
+        """Answer text; the empty lines between a thought and the answer belong to neither."""
+        if not self._answered:
+            text = text.lstrip("\n")
+        self._answered |= bool(text)
+        return Pieces(text=text)
+
+    def _thought(self, text: str, closed: bool) -> str:
+        """A thought without its channel's name."""
+        if self._naming and text:
+            name, end, rest = text.partition("\n")
+            if not end and not closed:
+                self._held = text + self._held
+                return ""
+            self._naming, text = False, rest
+        return text
+
+    def _cut(self, markers: list[str], final: bool) -> str:
+        """Takes the held text but for an end that may begin a marker."""
+        keep = 0 if final else max(_overlap(self._held, marker) for marker in markers)
+        at = len(self._held) - keep
+        taken, self._held = self._held[:at], self._held[at:]
+        return taken
+
+
+def without_thoughts(text: str) -> str:
+    """A whole reply's answer alone, as a conversation's history keeps it."""
+    channels = Channels()
+    return channels.feed(text).text + channels.flush().text
+
+
+def _joined(found: list[Pieces]) -> Pieces:
+    return Pieces(
+        "".join(p.text for p in found), "".join(p.thinking for p in found), [call for p in found for call in p.calls]
+    )
+
+
+def _first(text: str, markers: Any) -> tuple[int, str | None]:
+    """Place of the first marker in a text, and which."""
+    places = [(at, marker) for marker in markers if (at := text.find(marker)) >= 0]
+    return min(places) if places else (-1, None)
+
+
+def _overlap(text: str, marker: str) -> int:
+    """Length of the longest end of the text that begins the marker."""
+    return next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if text.endswith(marker[:n])), 0)
+
+
+def _called(body: str) -> Pieces:
+    """A finished call; text that is none is shown as it was written."""
+    matched = re.fullmatch(r"\s*call:([\w.\-/]+)\s*(\{.*\})\s*", body, re.DOTALL)
+    if matched:
+        try:
+            arguments, rest = _value(matched[2])
+            if isinstance(arguments, dict) and not rest.strip():
+                return Pieces(calls=[ToolCall(matched[1], arguments)])
+        except ValueError:
+            pass
+    return Pieces(text=CALL[0] + body + CALL[1])
+
+
+def _value(text: str) -> tuple[Any, str]:
+    """One value of Gemma's notation in front of a text, and the rest; ValueError where there is none."""
+    text = text.lstrip()
+    if text.startswith(QUOTE):
+        string, end, rest = text.removeprefix(QUOTE).partition(QUOTE)
+        if not end:
+            raise ValueError("a string without its end")
+        return string, rest
+    if text[:1] in ("{", "["):
+        return _container(text[0], text[1:])
+    word = re.match(r"[^,{}\[\]]+", text)
+    if not word:
+        raise ValueError("no value")
+    try:
+        return json.loads(word[0]), text[word.end() :]
+    except json.JSONDecodeError:
+        return word[0].strip(), text[word.end() :]
+
+
+def _container(opening: str, text: str) -> tuple[Any, str]:
+    """The inside of an object or a list, and what follows it."""
+    named, closing = opening == "{", {"{": "}", "[": "]"}[opening]
+    fields: dict[str, Any] = {}
+    items: list[Any] = []
+    text = text.lstrip()
+    while not text.startswith(closing):
+        if named:
+            key, colon, text = text.partition(":")
+            if not colon:
+                raise ValueError("a field without a value")
+            key = key.strip().removeprefix(QUOTE).removesuffix(QUOTE).strip('"')
+            fields[key], text = _value(text)
+        else:
+            item, text = _value(text)
+            items.append(item)
+        text = text.lstrip()
+        if text.startswith(","):
+            text = text[1:].lstrip()
+        elif not text.startswith(closing):
+            raise ValueError("neither a comma nor an end")
+    return fields if named else items, text[1:]

@@ -1,0 +1,120 @@
+"""A conversation of several turns, whose K/V stay from one turn to the next.
+
+What it does: keeps the messages, sends them through the checkpoint's template, streams replies with thoughts told
+apart, takes back and repeats turns, saves and loads. What it does not do: run anything (engine.py), or talk to a
+terminal (cli/chat.py).
+
+Invariant: `messages` are always what was said and answered; a reply that was stopped stays as far as it came, one
+that failed takes its question back. Every turn is the template over all messages, so it is what a fresh run would
+be; the session finds out what of it is new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_mtp.channels import Channels
+from mlx_mtp.errors import PromptError
+from mlx_mtp.results import Event, Result
+from mlx_mtp.session import Session
+
+if TYPE_CHECKING:
+    from mlx_mtp.engine import Engine
+
+Message = dict[str, Any]
+
+
+class Chat:
+    """One conversation with an engine. Made by `Engine.chat` and `Engine.load_chat`.
+
+    messages: {"role": "system" | "user" | "assistant", "content": str}. thinking: asks checkpoints that can to think
+    first; thoughts are streamed and never kept. last: the Result of the newest reply.
+    """
+
+    def __init__(self, engine: Engine, system: str | None = None, thinking: bool = False) -> None:
+        self.engine, self.thinking = engine, thinking
+        self.messages: list[Message] = []
+        self.session = Session()
+        self.last: Result | None = None
+        self.set_system(system)
+
+    @property
+    def system(self) -> str | None:
+        """The instruction in front of the conversation."""
+        first = self.messages[:1]
+        return str(first[0]["content"]) if first and first[0]["role"] == "system" else None
+
+    def set_system(self, text: str | None) -> None:
+        """Another instruction in front of the conversation, None for none; the messages stay."""
+        said = [message for message in self.messages if message["role"] != "system"]
+        self.messages = [{"role": "system", "content": text}, *said] if text else said
+
+    def send(self, text: str, **options: Any) -> Generator[Event, None, None]:
+        """Says `text` and streams the reply; options as for Engine.stream. Raises PromptError before anything runs."""
+        if not text.strip():
+            raise PromptError("Expected something to say, found an empty message; write at least one character.")
+        return self._reply([*self.messages, {"role": "user", "content": text}], options)
+
+    def retry(self, **options: Any) -> Generator[Event, None, None]:
+        """Takes the last reply back and streams another one to the same question."""
+        messages = self.messages[:-1] if self.messages and self.messages[-1]["role"] == "assistant" else self.messages
+        if not messages or messages[-1]["role"] != "user":
+            raise PromptError("Expected a question to answer again, found an empty conversation; say something first.")
+        return self._reply(list(messages), options)
+
+    def undo(self) -> str | None:
+        """Takes the last question and its reply back; the question, None where there is none."""
+        places = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        if not places:
+            return None
+        taken = self.messages[places[-1]]["content"]
+        del self.messages[places[-1] :]
+        return str(taken)
+
+    def reset(self) -> None:
+        """Forgets everything but the system message."""
+        self.messages = [message for message in self.messages if message["role"] == "system"]
+        self.session.clear()
+        self.last = None
+
+    def save(self, file: str | Path) -> Path:
+        """Writes messages and K/V to `file` (".safetensors" is added where it is missing) and returns its path."""
+        from mlx_mtp.chat_file import save_chat
+
+        return save_chat(self, Path(file))
+
+    def _reply(self, messages: list[Message], options: dict[str, Any]) -> Generator[Event, None, None]:
+        """Checks what a reply to the last of `messages` needs; the generator keeps what comes of it."""
+        tokenizer = self.engine.tokenizer
+        if tokenizer is None:
+            raise PromptError("Expected a checkpoint with a tokenizer for a chat, found none; use another model.")
+        ids = tokenizer.chat(messages, thinking=self.thinking)
+        events = self.engine.stream(ids, session=self.session, **options)
+        return self._kept(messages, events, Channels(tokenizer.opened_thought(ids)))
+
+    def _kept(
+        self, messages: list[Message], events: Generator[Event, None, None], channels: Channels
+    ) -> Generator[Event, None, None]:
+        """The reply's events; whatever ends them, what was answered so far joins the messages."""
+        answer, self.last = "", None
+        try:
+            for event in events:
+                pieces = channels.feed(event.text)
+                if event.result is None:
+                    answer += pieces.text
+                    yield replace(event, text=pieces.text, thinking=pieces.thinking)
+                    continue
+                rest = channels.flush()
+                answer += pieces.text + rest.text
+                self.last = replace(event.result, text=answer)
+                yield Event(pieces.text + rest.text, [], self.last, thinking=pieces.thinking + rest.thinking)
+        finally:
+            events.close()
+            # A question without any answer is as good as not asked.
+            if answer.strip():
+                self.messages = [*messages, {"role": "assistant", "content": answer}]
+            else:
+                self.messages = messages[:-1]

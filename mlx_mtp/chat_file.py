@@ -1,0 +1,190 @@
+"""A conversation on disk: its messages and its K/V, for the same model only.
+
+What it does: writes one safetensors file that replaces the last by a rename, and reads it defensively. What it does
+not do: keep a conversation's K/V for another model, another tokenizer or another layout of buffers.
+
+Format: safetensors; the metadata field "mlx_mtp" is JSON with `format`, `version`, `target`, `drafter` (fingerprints),
+`messages`, `thinking`, `capacity`, `newest` and `digest`, the SHA-256 of all that and of the tensors. These are
+`ids` int32 [T], the rows that stand of every full layer `keys.<i>`, `values.<i>` [1, G, T, d], the whole rings of
+sliding ones, and `memory.<path>` of a drafter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_mtp.cache import FULL, SLACK, capacity_for
+from mlx_mtp.checkpoint import check_safetensors
+from mlx_mtp.errors import CheckpointError
+from mlx_mtp.session import Held
+from mlx_mtp.version import __version__
+
+if TYPE_CHECKING:
+    from mlx_mtp.chat import Chat
+    from mlx_mtp.engine import Engine
+
+FORMAT = 1
+SAMPLE = 1 << 16  # bytes of every weight file that a fingerprint reads at its start, middle and end
+SUFFIX = ".safetensors"
+
+
+def fingerprint(folder: Path | None) -> str:
+    """What a checkpoint is known by: its config, its tokenizer, the sizes and samples of its weights."""
+    digest = hashlib.sha256()
+    if folder is not None:
+        for file in sorted(folder.iterdir()):
+            if file.suffix not in (".json", ".safetensors", ".model", ".jinja") or not file.is_file():
+                continue
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            with file.open("rb") as stream:
+                for start in (0, size // 2, max(0, size - SAMPLE)):
+                    stream.seek(start)
+                    digest.update(stream.read(SAMPLE))
+    return digest.hexdigest()[:32]
+
+
+def drafter_fingerprint(engine: Engine) -> str:
+    """What the drafter's memory belongs to; families without any memory are all alike."""
+    drafter = engine.drafter
+    if drafter is None or not drafter.reads_prompt:
+        return "none"
+    return f"{type(drafter).__name__} {getattr(drafter, 'name', '')}"
+
+
+def save_chat(chat: Chat, file: Path) -> Path:
+    """Writes the conversation; CheckpointError where the disk does not take it, the old file is then untouched."""
+    file = file if file.suffix == SUFFIX else file.with_name(file.name + SUFFIX)
+    engine, session = chat.engine, chat.session
+    about: dict[str, Any] = {
+        "format": FORMAT, "version": __version__, "target": fingerprint(engine.target.path),
+        "drafter": drafter_fingerprint(engine), "messages": chat.messages, "thinking": chat.thinking,
+    }  # fmt: skip
+    tensors = {"ids": mx.array(session.ids, dtype=mx.int32)}
+    if session.held is not None:
+        about |= {"capacity": session.held.cache.capacity, "newest": session.held.newest}
+        tensors |= _tensors(session.held, len(session.ids))
+    about["digest"] = _digest(about, tensors)
+    part = file.with_name(f".{file.stem}.part{SUFFIX}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        mx.save_safetensors(str(part), tensors, {"mlx_mtp": json.dumps(about)})
+        os.replace(part, file)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{file}: could not be written ({error}); free some disk space, or choose another path."
+        ) from error
+    return file
+
+
+def _digest(about: Mapping[str, Any], tensors: Mapping[str, mx.array]) -> str:
+    """SHA-256 of the metadata and of every tensor's name, kind and bytes."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        if tensor.size:
+            digest.update(np.array(mx.view(mx.contiguous(tensor), mx.uint8)).tobytes())
+    return digest.hexdigest()
+
+
+def _tensors(held: Held, length: int) -> dict[str, mx.array]:
+    """K/V without the rows that nobody committed, and the drafter's memory."""
+    found = {f"memory.{name}": value for name, value in dict(tree_flatten(held.memory)).items()}
+    for i, shape in enumerate(held.cache.shapes):
+        for name, buffers in (("keys", held.cache.keys), ("values", held.cache.values)):
+            found[f"{name}.{i}"] = buffers[i][:, :, :length] if shape.kind == FULL else buffers[i]
+    return found
+
+
+def load_chat(engine: Engine, file: Path) -> Chat:
+    """The conversation of a file; CheckpointError where it is another model's, damaged, or no conversation.
+
+    With another drafter than it was saved with, the K/V are computed anew when the conversation goes on.
+    """
+    from mlx_mtp.chat import Chat
+
+    if not file.exists() and file.suffix != SUFFIX:
+        file = file.with_name(file.name + SUFFIX)
+    tensors, about = _read(file)
+    if about["target"] != fingerprint(engine.target.path):
+        raise CheckpointError(
+            f"{file}: expected a conversation with this model, found one with another (or with other weights or "
+            "another tokenizer); load the model it was saved with."
+        )
+    chat = Chat(engine, thinking=about["thinking"])
+    chat.messages = about["messages"]
+    if "capacity" in about and about["drafter"] == drafter_fingerprint(engine):
+        chat.session.ids = np.array(tensors.pop("ids")).tolist()
+        chat.session.held = _held(engine, tensors, about, chat.session.ids, file)
+    return chat
+
+
+def _read(file: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    if not file.is_file():
+        raise CheckpointError(f"Expected a saved conversation at '{file}', found none; check the path.")
+    check_safetensors(file)
+    try:
+        loaded: Any = mx.load(str(file), return_metadata=True)
+        tensors, metadata = loaded
+        about = json.loads(metadata["mlx_mtp"])
+        mx.eval(tensors)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(file, "no conversation that was saved by this program") from error
+    if not isinstance(about, dict) or about.pop("digest", None) != _digest(about, tensors):
+        raise _damaged(file, "one that was changed or damaged")
+    if not _is_sound(about, tensors):
+        raise _damaged(file, f"one of another format than {FORMAT}")
+    return tensors, about
+
+
+def _is_sound(about: dict[str, Any], tensors: Mapping[str, mx.array]) -> bool:
+    """Whether everything that is read later is there and of its type."""
+    types = {"target": str, "drafter": str, "thinking": bool, "messages": list, "version": str}
+    ids = tensors.get("ids")
+    if about.get("format") != FORMAT or not all(isinstance(about.get(name), kind) for name, kind in types.items()):
+        return False
+    if ids is None or ids.dtype != mx.int32 or ids.ndim != 1:
+        return False
+    roles = ("system", "user", "assistant")
+    for message in about["messages"]:
+        if not isinstance(message, dict) or message.get("role") not in roles:
+            return False
+        if not isinstance(message.get("content"), str):
+            return False
+    capacity, newest = about.get("capacity", 1), about.get("newest", 0)
+    return isinstance(capacity, int) and isinstance(newest, int)
+
+
+def _damaged(file: Path, found: str) -> CheckpointError:
+    return CheckpointError(f"{file}: expected a saved conversation, found {found}; use a file that 'save' has written.")
+
+
+def _held(engine: Engine, tensors: dict[str, mx.array], about: dict[str, Any], ids: list[int], file: Path) -> Held:
+    """Buffers of this engine's own layout, filled with the file's rows; CheckpointError where those do not fit."""
+    info, capacity = engine.target.info, about["capacity"]
+    if not 0 < len(ids) <= min(capacity, info.max_context) or capacity > capacity_for(info.max_context + SLACK):
+        raise _damaged(file, f"{len(ids)} tokens in room for {capacity}, which this model cannot have written")
+    cache = engine.target.new_cache(capacity)
+    memory: Any = engine.drafter.start(1, capacity) if engine.drafter else {}
+    wanted = {name: (t.shape, t.dtype) for name, t in _tensors(Held(cache, memory, 0), len(ids)).items()}
+    if wanted != {name: (t.shape, t.dtype) for name, t in tensors.items()}:
+        raise _damaged(file, "K/V of other shapes than this model's")
+    for i, shape in enumerate(cache.shapes):
+        for name, buffers in (("keys", cache.keys), ("values", cache.values)):
+            rows = tensors[f"{name}.{i}"]
+            missing = buffers[i].shape[2] - rows.shape[2] if shape.kind == FULL else 0
+            buffers[i] = mx.pad(rows, [(0, 0), (0, 0), (0, missing), (0, 0)])
+    cache.length = mx.array([len(ids)], dtype=mx.int32)
+    kept = [(name.removeprefix("memory."), value) for name, value in tensors.items() if name.startswith("memory.")]
+    return Held(cache, tree_unflatten(kept) if kept else memory, about["newest"])

@@ -1,0 +1,131 @@
+"""What a conversation has computed: the K/V of its tokens, kept from one request to the next.
+
+What it does: finds how much of a new prompt is there already, rolls back to it, and remembers the sliding layers at
+the ends of prompts, so that undoing and retrying are cheap too. What it does not do: run a model, or know messages
+(chat.py).
+
+Invariant: `ids` are tokens whose K/V rows stand in the cache, in order. A session that a request has taken is empty
+until that request gives it back; so whatever happens to a request, a session never holds rows it does not know.
+
+Rolling a full layer back is a smaller length. A ring has forgotten what its newest rows overwrote: it can only go
+back by its slack. Beyond that the session goes back to the last mark, a copy of the rings made where a prompt ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from mlx_mtp.cache import SLIDING, KVCache
+from mlx_mtp.errors import OptionError
+from mlx_mtp.interfaces import Memory
+
+# Most bytes of ring copies a session keeps; the newest is always kept.
+MARK_BYTES = 256_000_000
+
+
+@dataclass(frozen=True)
+class Mark:
+    """The rings as they were when the first `length` tokens, and rows up to `newest`, had been written."""
+
+    length: int
+    newest: int
+    rings: dict[int, tuple[mx.array, mx.array]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copies."""
+        return sum(keys.nbytes + values.nbytes for keys, values in self.rings.values())
+
+
+@dataclass
+class Held:
+    """What a request takes from a session: a cache and a drafter's memory; rows up to `newest` have been written."""
+
+    cache: KVCache
+    memory: Memory
+    newest: int
+
+
+@dataclass
+class Session:
+    """The K/V of one conversation. Give it to `Engine.stream` and the next prompt only costs what is new in it."""
+
+    ids: list[int] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
+    held: Held | None = None
+    busy: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all K/V kept, marks included."""
+        buffers = [] if self.held is None else [*self.held.cache.keys, *self.held.cache.values]
+        return sum(buffer.nbytes for buffer in buffers) + sum(mark.nbytes for mark in self.marks)
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self.ids, self.marks, self.held = [], [], None
+
+    def common(self, ids: Sequence[int]) -> int:
+        """How many tokens of `ids` in front are those of the session."""
+        pairs = zip(self.ids, ids, strict=False)
+        return next((i for i, (mine, theirs) in enumerate(pairs) if mine != theirs), min(len(self.ids), len(ids)))
+
+    def take(self, ids: Sequence[int], back: int) -> tuple[Held, int] | None:
+        """The cache rolled back to as many tokens of `ids` as it can, and that number; None where there are none.
+
+        back: rows before that number which the caller runs again (and whose windows must stand too). At least the
+        last token of `ids` is left to run. OptionError where another request has the session.
+        """
+        if self.busy:
+            raise OptionError("Expected a session that is free, found it in use by another reply; finish that first.")
+        self.busy, held = True, self.held
+        found = None if held is None else self._reach(held, min(self.common(ids), len(ids) - 1), back)
+        self.held, self.ids = None, []
+        if found is None or held is None:
+            self.marks = []
+            return None
+        self.marks = [mark for mark in self.marks if mark.length <= found]
+        held.cache.length = mx.array([found - back], dtype=mx.int32)
+        return held, found
+
+    def _reach(self, held: Held, wanted: int, back: int) -> int | None:
+        """The furthest of up to `wanted` tokens whose rows all stand, after bringing old rings back if it must."""
+        if wanted <= back:
+            return None
+        if _stands(held.cache, wanted - back, held.newest):
+            return wanted
+        for mark in reversed(self.marks):
+            if back < mark.length <= wanted and _stands(held.cache, mark.length - back, mark.newest):
+                for layer, (keys, values) in mark.rings.items():
+                    held.cache.keys[layer], held.cache.values[layer] = keys, values
+                held.newest = mark.newest
+                return mark.length
+        return None
+
+    def mark(self, cache: KVCache, length: int, newest: int) -> None:
+        """Remembers the rings where a prompt of `length` tokens ended, if they can wrap at all.
+
+        Costs one copy of the rings: MLX writes a buffer in place only where nobody else holds it.
+        """
+        if cache.slots(SLIDING) >= cache.capacity:
+            return
+        rings = {i: (cache.keys[i], cache.values[i]) for i, shape in enumerate(cache.shapes) if shape.kind == SLIDING}
+        if not rings:
+            return
+        self.marks = [*(mark for mark in self.marks if mark.length < length), Mark(length, newest, rings)]
+        while len(self.marks) > 1 and sum(mark.nbytes for mark in self.marks) > MARK_BYTES:
+            self.marks.pop(0)
+
+    def give_back(self, held: Held | None, ids: Sequence[int]) -> None:
+        """Ends a request: `ids` are the tokens whose rows stand in its cache. None = it came to nothing."""
+        self.busy, self.held, self.ids = False, held, list(ids) if held is not None else []
+
+
+def _stands(cache: KVCache, length: int, newest: int) -> bool:
+    """Whether the rings still hold the window in front of row `length`, after rows up to `newest` were written."""
+    if all(shape.kind != SLIDING for shape in cache.shapes):
+        return True
+    return max(0, length - cache.window + 1) + cache.slots(SLIDING) > newest

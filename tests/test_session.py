@@ -1,0 +1,165 @@
+"""Sessions: what a prompt has in common with the last one is not run again, and the tokens are those of a fresh run."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from families import config_of, written
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mlx_mtp
+from mlx_mtp.cache import FULL, SLIDING, KVCache, LayerShape
+from mlx_mtp.checkpoint import Checkpoint
+from mlx_mtp.session import Held, Session, _stands
+from mlx_mtp.targets import load_target
+
+FAMILIES = ("none", "assistant", "lookup", "parallel", "sequential")
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, mlx_mtp.Engine]:
+    """One target with windows of 8 tokens, and a drafter of every family."""
+    folder, target = tmp_path_factory.mktemp("drafters"), GOLDEN / "ple" / "target"
+    info = load_target(Checkpoint.open(target)).info
+    drafters = {"none": "none", "lookup": "lookup", "assistant": GOLDEN / "ple" / "assistant_tied"}
+    for name, family in (("parallel", "parallel_heads"), ("sequential", "sequential_modules")):
+        drafters[name] = written(folder / name, config_of(family, info.hidden_size, info.vocab_size, 2))
+    return {name: mlx_mtp.load(target, drafter=drafter, depth="auto" if name == "none" else 2)
+            for name, drafter in drafters.items()}  # fmt: skip
+
+
+def ids(count: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(3, 128, count).tolist()
+
+
+def reply(engine: mlx_mtp.Engine, prompt: list[int], session: Session | None = None, tokens: int = 24):
+    return engine.generate(prompt, max_tokens=tokens, ignore_end=True, session=session)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("length", [5, 70])
+def test_a_second_turn_runs_only_what_is_new(engines: dict[str, mlx_mtp.Engine], family: str, length: int) -> None:
+    engine, session = engines[family], Session()
+    first = reply(engine, ids(length), session)
+    assert first.stats.prefilled_tokens == length and first.tokens == reply(engine, ids(length)).tokens
+    said = [*ids(length), *first.tokens]
+    for seed in (1, 2):
+        prompt = [*said, *ids(9, seed)]
+        again = reply(engine, prompt, session)
+        # The last token of the reply has no row yet: it counts as new.
+        assert again.stats.prefilled_tokens == 9 + 1
+        assert again.stats.prompt_tokens == len(prompt)
+        assert again.tokens == reply(engine, prompt).tokens
+        said = [*prompt, *again.tokens]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_edits_beyond_the_ring(engines: dict[str, mlx_mtp.Engine], family: str) -> None:
+    """Windows of 8 and rings of 40 slots: after 60 new tokens nothing of the last prompt's window is left in them."""
+    engine, session = engines[family], Session()
+    one = ids(50)
+    first = reply(engine, one, session, 60)
+    again = reply(engine, one, session, 60)  # retry: the mark at the prompt's end
+    assert again.tokens == first.tokens and again.stats.prefilled_tokens <= 50
+    two = [*one, *first.tokens, *ids(20, 1)]
+    second = reply(engine, two, session, 60)
+    assert second.tokens == reply(engine, two, None, 60).tokens and second.stats.prefilled_tokens < 30
+    other = [*one, *first.tokens, *ids(20, 2)]  # undo, and say something else: the mark of the first prompt
+    third = reply(engine, other, session, 60)
+    assert third.tokens == reply(engine, other, None, 60).tokens and third.stats.prefilled_tokens == len(other) - 50
+    fourth = reply(engine, ids(70, 9), session)  # another conversation
+    assert fourth.tokens == reply(engine, ids(70, 9)).tokens and fourth.stats.prefilled_tokens == 70
+
+
+def test_every_kind_of_target_and_edit(engines: dict[str, mlx_mtp.Engine]) -> None:
+    """Chance edits: cut anywhere, add, generate; tokens and logprobs are a fresh run's."""
+    engine, session, chance = engines["assistant"], Session(), np.random.default_rng(3)
+    said = ids(30)
+    for turn in range(12):
+        kept = said[: int(chance.integers(1, len(said) + 1))][-150:]
+        prompt = [*kept, *ids(int(chance.integers(0, 30)), turn)]
+        count = int(chance.integers(1, 50))
+        mine = engine.generate(prompt, max_tokens=count, ignore_end=True, session=session, logprobs=1)
+        fresh = engine.generate(prompt, max_tokens=count, ignore_end=True, logprobs=1)
+        assert mine.tokens == fresh.tokens
+        assert np.abs(np.array(mine.logprobs) - fresh.logprobs).max() < 1e-3
+        said = [*prompt, *mine.tokens]
+
+
+def test_a_reply_that_is_dropped_leaves_what_it_had(engines: dict[str, mlx_mtp.Engine]) -> None:
+    engine, session = engines["assistant"], Session()
+    stream = engine.stream(ids(40), max_tokens=50, ignore_end=True, session=session)
+    heard = [*next(stream).tokens, *next(stream).tokens, *next(stream).tokens]
+    with pytest.raises(mlx_mtp.OptionError, match="in use"):
+        reply(engine, ids(40), session)
+    stream.close()
+    prompt = [*ids(40), *heard, *ids(5, 1)]
+    result = reply(engine, prompt, session)
+    assert result.tokens == reply(engine, prompt).tokens and result.stats.prefilled_tokens == 6
+
+
+def test_a_prompt_that_fails_leaves_an_empty_session(engines: dict[str, mlx_mtp.Engine]) -> None:
+    engine, session = engines["assistant"], Session()
+    reply(engine, ids(40), session)
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(engine.stream([*ids(40), *ids(40, 1)], session=session, on_prefill=stop))
+    assert not session.busy and session.ids == [] and session.held is None
+    assert reply(engine, ids(40), session).tokens == reply(engine, ids(40)).tokens
+
+
+def test_exact_mode_keeps_its_promise_in_a_session() -> None:
+    folder = GOLDEN / "ple"
+    plain, exact = (mlx_mtp.load(folder / "target", drafter=drafter, mode="exact", depth=depth)
+                    for drafter, depth in (("none", "auto"), (folder / "assistant_tied", 2)))  # fmt: skip
+    sessions = Session(), Session()
+    said = ids(60)
+    for turn in range(3):
+        results = [reply(engine, said, session) for engine, session in zip((plain, exact), sessions, strict=True)]
+        assert results[0].tokens == results[1].tokens
+        said = [*said, *results[0].tokens, *ids(7, turn)]
+
+
+def test_marks_stay_within_their_bytes(monkeypatch: pytest.MonkeyPatch, engines: dict[str, mlx_mtp.Engine]) -> None:
+    engine, session = engines["none"], Session()
+    reply(engine, ids(50), session)
+    one = session.marks[0].nbytes
+    monkeypatch.setattr("mlx_mtp.session.MARK_BYTES", 2 * one)
+    said = ids(50)
+    for turn in range(4):
+        said = [*said, *reply(engine, said, session).tokens, *ids(3, turn)]
+    assert len(session.marks) == 2 and session.nbytes > 2 * one
+    session.clear()
+    assert session.nbytes == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 9), st.integers(0, 12), st.lists(st.integers(1, 20), min_size=1, max_size=8), st.data())
+def test_what_stands_in_a_ring(window: int, slack: int, writes: list[int], data: st.DataObject) -> None:
+    """Against a plain list that remembers who wrote last into every slot."""
+    cache = KVCache((LayerShape(SLIDING, 1, 1), LayerShape(FULL, 1, 1)), window, 256, mx.float32, slack=slack)
+    size, last, newest, length = cache.slots(SLIDING), {}, -1, 0
+    for count in writes:
+        for position in range(length, length + count):
+            last[position % size] = position
+        newest, length = max(newest, length + count - 1), length + count
+        length = data.draw(st.integers(max(0, length - 3), length))
+    wanted = data.draw(st.integers(0, length))
+    stands = all(last.get(p % size, p) == p for p in range(max(0, wanted - window + 1), wanted))
+    # A row that was overwritten by one that rolled back still counts as lost: the rule knows only the newest row.
+    assert not _stands(cache, wanted, newest) or stands
+
+
+def test_held_is_only_what_was_given_back() -> None:
+    session = Session()
+    assert session.take([1, 2], 0) is None
+    session.give_back(Held(KVCache((), 1, 256, mx.float32), {}, 4), [1, 2, 3])
+    assert session.common([1, 2, 9]) == 2 and session.common([]) == 0 and session.common([1, 2, 3, 4]) == 3
+    held, begin = session.take([1, 2, 3], 0) or (None, 0)
+    assert held is not None and begin == 2 and held.cache.length.item() == 2 and session.ids == []
+    with pytest.raises(mlx_mtp.OptionError):
+        session.take([1], 0)
