@@ -21,10 +21,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from prompts import held_out_code
-from verify_cost import round_seconds, verify_seconds
+from verify_cost import round_seconds
 
 from mlx_mtp.benchmark import Job, engine_arm, interleave, mlx_lm_arm, ratio, same_tokens
 from mlx_mtp.checkpoint import Checkpoint
+from mlx_mtp.diagnosis import passes_alone
+from mlx_mtp.exactness import WIDEST
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.results import NEUTRAL
 from mlx_mtp.targets.gemma4 import Gemma4Target
@@ -53,7 +55,7 @@ def compare(depth: int, context: int, prompts: int, repeats: int, runs: Path | N
     ids = held_out_code(context, prompts, plain.tokenizer.encode)
     greedy = mlx_mtp.Sampling(temperature=0.0).over(NEUTRAL)
     *_, records = interleave(arms, [Job(prompt, 128, greedy) for prompt in ids], repeats)
-    passes = verify_seconds(plain, ids[0], 15)
+    passes = [timing.device for timing in passes_alone(plain.target, ids[0], range(1, WIDEST + 1), 15)]
     found: dict[str, dict[str, Any]] = {}
     for name, record in records.items():
         faster, low, high = ratio(record, records["stock mlx-lm"])

@@ -13,8 +13,6 @@ import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,62 +20,17 @@ import mlx.core as mx
 from prompts import held_out_code
 
 from mlx_mtp.benchmark import mlx_lm_step
-from mlx_mtp.decode import Asked, Decoder
+from mlx_mtp.decode import Decoder
 from mlx_mtp.depth import FixedDepth
+from mlx_mtp.diagnosis import passes_alone, rounds_alone, timed_in_turns
+from mlx_mtp.exactness import WIDEST
 from mlx_mtp.loading import EMBEDDED
-
-WIDEST = 9
-
-
-def timed(build: Callable[[], Any], repeats: int, warm: int = 3) -> tuple[float, float]:
-    """Median seconds to build what is to be computed, and then to compute it."""
-    times = []
-    for _ in range(repeats + warm):
-        began = time.perf_counter()
-        arrays = build()
-        built = time.perf_counter()
-        mx.eval(arrays)
-        times.append((built - began, time.perf_counter() - built))
-    hosts, devices = zip(*times[warm:], strict=True)
-    return statistics.median(hosts), statistics.median(devices)
-
-
-def verify_seconds(engine: mlx_mtp.Engine, prompt: list[int], repeats: int) -> list[float]:
-    """Device seconds of passes of 1..9 rows, head included, behind the prompt."""
-    decoder = Decoder(engine.target, None, FixedDepth(0))
-    request = decoder.prefill(Asked(ids=prompt, budget=1), WIDEST)
-    layout, target = request.cache, engine.target
-
-    @mx.compile
-    def verify(tokens: mx.array, arrays: Any) -> tuple[mx.array, Any]:
-        cache = layout.around(arrays)
-        states = target.forward(tokens, cache)
-        return mx.argmax(target.head(states.hidden), axis=-1), cache.arrays
-
-    found = []
-    for width in range(1, WIDEST + 1):
-        tokens = mx.array([prompt[-width:]])
-
-        def build(tokens: mx.array = tokens) -> Any:
-            best, request.cache.arrays = verify(tokens, request.cache.arrays)
-            return best, request.cache.arrays
-
-        found.append(timed(build, repeats)[1])
-    return found
 
 
 def round_seconds(engine: mlx_mtp.Engine, prompt: list[int], depth: int, repeats: int) -> dict[str, float]:
     """One depth: host and device seconds of a round evaluated alone, wall seconds of one in the loop, memory."""
     decoder = Decoder(engine.target, engine.drafter, FixedDepth(depth))
-    room = (repeats + 3) * (depth + 1)
-    request = decoder.prefill(Asked(ids=prompt, budget=1), room)
-    decoder.rounds.first(request)
-
-    def build() -> Any:
-        outcome = decoder.rounds.build(request, depth)
-        return outcome.tokens, request.state
-
-    host, device = timed(build, repeats)
+    (alone,) = rounds_alone(decoder, prompt, [depth], repeats)
     fixed = mlx_mtp.Engine(engine.target, engine.drafter, engine.tokenizer, depth=depth)
     walls = []
     for _ in range(3):
@@ -86,9 +39,9 @@ def round_seconds(engine: mlx_mtp.Engine, prompt: list[int], depth: int, repeats
         walls.append(stats.decode_seconds / stats.rounds)
     wall = statistics.median(walls)
     return {
-        "host_milliseconds": 1e3 * host, "device_milliseconds": 1e3 * device, "wall_milliseconds": 1e3 * wall,
-        "idle_share": max(0.0, 1.0 - device / wall), "peak_megabytes": stats.peak_memory_bytes / 1e6,
-        "active_megabytes": mx.get_active_memory() / 1e6,
+        "host_milliseconds": 1e3 * alone.build, "device_milliseconds": 1e3 * alone.device,
+        "wall_milliseconds": 1e3 * wall, "idle_share": max(0.0, 1.0 - alone.device / wall),
+        "peak_megabytes": stats.peak_memory_bytes / 1e6, "active_megabytes": mx.get_active_memory() / 1e6,
     }  # fmt: skip
 
 
@@ -105,10 +58,12 @@ def main() -> None:
     engine = mlx_mtp.load(args.model, drafter=args.drafter, depth=1)
     assert engine.tokenizer is not None
     (prompt,) = held_out_code(args.context, 1, engine.tokenizer.encode)
-    verify = verify_seconds(engine, prompt, args.repeats)
+    passes = passes_alone(engine.target, prompt, range(1, WIDEST + 1), args.repeats)
+    verify = [timing.device for timing in passes]
     print(f"context {args.context}: pass of M rows in ms, and over one row")
     print("  " + "  ".join(f"{m}: {1e3 * t:.2f} ({t / verify[0]:.2f})" for m, t in enumerate(verify, 1)))
-    stock = timed(mlx_lm_step(Path(args.model or EMBEDDED / "target"), prompt), args.repeats)[1]
+    step = mlx_lm_step(Path(args.model or EMBEDDED / "target"), prompt)
+    stock = timed_in_turns([step], args.repeats)[0].device
     print(f"stock mlx-lm's step: {1e3 * stock:.2f} ms")
     found: dict[str, Any] = {"context": args.context, "verify_milliseconds": [1e3 * t for t in verify],
                              "mlx_lm_step_milliseconds": 1e3 * stock, "rounds": {}}  # fmt: skip

@@ -17,6 +17,7 @@ from rich.logging import RichHandler
 import mlx_mtp
 from mlx_mtp.cli.adapt import adapt
 from mlx_mtp.cli.convert import convert
+from mlx_mtp.cli.doctor import doctor
 from mlx_mtp.cli.generate import generate
 from mlx_mtp.cli.train import train
 
@@ -30,6 +31,7 @@ app.command()(generate)
 app.command()(train)
 app.command()(adapt)
 app.command()(convert)
+app.command()(doctor)
 
 
 def _version(asked: bool) -> None:

@@ -270,13 +270,19 @@ class Decoder:
         score_bytes = 4 * self.target.info.attention_heads * cache.capacity
         return max(MIN_CHUNK, min(MAX_CHUNK, CHUNK_BYTES // score_bytes))
 
-    def seconds_by_depth(self, depths: Sequence[int], repeats: int = 7) -> dict[int, float]:
-        """Seconds of a pipelined round of each depth, on a short made-up prompt; the fastest of some, for whatever else
-        runs on the machine only ever makes a round slower."""
-        asked = Asked(ids=[i % self.target.info.vocab_size for i in range(1, 17)], budget=1)
+    def seconds_by_depth(
+        self, depths: Sequence[int], repeats: int = 7, ids: Sequence[int] | None = None
+    ) -> dict[int, float]:
+        """Seconds of a pipelined round of each depth behind a prompt, None = a short made-up one.
+
+        The fastest of some, for whatever else runs on the machine only ever makes a round slower.
+        """
+        made_up = [i % self.target.info.vocab_size for i in range(1, 17)]
+        room = (repeats + 4) * (max(depths) + 1)  # nothing makes room between these rounds
+        asked = Asked(ids=made_up if ids is None else list(ids), budget=room)
         found = {}
         for depth in depths:
-            request = self.prefill(asked, max(depths))
+            request = self.prefill(asked, room)
             self.rounds.first(request)
             outcomes = [self.rounds.submit(request, depth) for _ in range(2)]
             mx.eval([outcome.tokens for outcome in outcomes])

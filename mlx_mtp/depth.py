@@ -155,6 +155,20 @@ class Acceptance:
         return [(MEMORY * share + stood) / (MEMORY + seen) for share, seen, stood in rows]
 
 
+def expected_tokens(shares: Sequence[float], depth: int) -> float:
+    """Tokens of a round of `depth` drafts, from each position's chance to stand once those before it do."""
+    total = stands = 1.0
+    for share in shares[:depth]:
+        stands *= share
+        total += stands
+    return total
+
+
+def best_depth(curve: Curve, shares: Sequence[float], allowed: Sequence[int]) -> int:
+    """The depth with most expected tokens per second; drafting must beat plain decoding by GAIN."""
+    return max(allowed, key=lambda d: expected_tokens(shares, d) / curve.at(d) * (1.0 if d else GAIN))
+
+
 @dataclass
 class DepthController:
     """Chooses among `allowed` depths. `long_run` is what all requests so far had accepted."""
@@ -183,11 +197,7 @@ class DepthController:
 
     def tokens(self, depth: int) -> float:
         """Expected tokens of a round."""
-        total = stands = 1.0
-        for share in self._shares[:depth]:
-            stands *= share
-            total += stands
-        return total
+        return expected_tokens(self._shares, depth)
 
     def rate(self, depth: int) -> float:
         """Expected tokens per second."""
@@ -238,8 +248,8 @@ class DepthController:
             self._new = max(0, self._new - 1)
 
     def _best(self) -> int:
-        """The depth with the best rate; drafting must beat plain decoding by GAIN."""
-        return max(self.allowed, key=lambda depth: self.rate(depth) * (1.0 if depth else GAIN))
+        """The depth with the best rate."""
+        return best_depth(self.curve, self._shares, self.allowed)
 
     def save(self) -> None:
         """Keeps curve and acceptance for the next start; a read-only or full disk costs nothing but that."""

@@ -35,47 +35,60 @@ class Exactness:
         """Whether any drafting is."""
         return len(self.depths) > 1
 
+    @property
+    def equal_widths(self) -> tuple[int, ...]:
+        """Widths from 2 on whose rows equal the one-row result bit for bit, as the probe found them."""
+        return () if self.width else tuple(depth + 1 for depth in self.depths if depth)
+
 
 def probe(target: Target) -> Exactness:
     """Finds the way this target on this device can be exact; Exactness((0,), None) when it cannot."""
-    widths = [width for width in range(2, WIDEST + 1) if _same(target, 1, width)]
+    one_row: _Known = {}
+    widths = [width for width in range(2, WIDEST + 1) if _same(target, 1, width, one_row)]
     if widths:
         return Exactness((0, *(width - 1 for width in widths)), None)
-    if _same(target, CANONICAL, CANONICAL):
+    if _same(target, CANONICAL, CANONICAL, {}):
         return Exactness(tuple(range(CANONICAL)), CANONICAL)
     return Exactness((0,), None)
 
 
-def _same(target: Target, single: int, width: int) -> bool:
+# Where the probe's tokens stand: (length of the prompt before them, capacity of the cache).
+_Place = tuple[int, int]
+# Logits [T, V] of the tokens taken one a pass: what every width is compared with.
+_Known = dict[_Place, mx.array]
+
+
+def _same(target: Target, single: int, width: int, known: _Known) -> bool:
     """Whether row i of a pass of `width` rows equals, bit for bit, the first row of a pass of `single` rows there."""
     info = target.info
     tokens = [(7919 * i + 13) % info.vocab_size for i in range(PROBE_TOKENS + width)]
     starts = (17, min(info.window, 512) + 41)  # before the window fills, and after a ring has wrapped
     for capacity in PROBE_CAPACITIES:
         for start in starts:
-            if start + PROBE_TOKENS + width <= capacity and not _agree(target, tokens, start, capacity, single, width):
-                return False
+            if start + PROBE_TOKENS + width <= capacity:
+                place = start, capacity
+                if place not in known:
+                    known[place] = _logits(target, tokens, place, [1] * PROBE_TOKENS, single)
+                if not _agree(target, tokens, place, width, width if single > 1 else 1, known[place]):
+                    return False
     return True
 
 
-def _agree(target: Target, tokens: Sequence[int], start: int, capacity: int, single: int, width: int) -> bool:
-    prompt = mx.array([[(31 * i + 5) % target.info.vocab_size for i in range(start)]])
-    one = _logits(target, prompt, tokens, capacity, [1] * PROBE_TOKENS, single)
+def _agree(target: Target, tokens: Sequence[int], place: _Place, width: int, filled: int, one: mx.array) -> bool:
     for first in range(min(width, 3)):  # so that a position is met as different rows of a pass
         sizes = [1] * first + [width] * ((PROBE_TOKENS - first) // width)
-        several = _logits(target, prompt, tokens, capacity, sizes, width if single > 1 else 1)
+        several = _logits(target, tokens, place, sizes, filled)
         if not mx.array_equal(one[: len(several)], several).item():
             return False
     return True
 
 
-def _logits(
-    target: Target, prompt: mx.array, tokens: Sequence[int], capacity: int, sizes: Sequence[int], width: int
-) -> mx.array:
+def _logits(target: Target, tokens: Sequence[int], place: _Place, sizes: Sequence[int], width: int) -> mx.array:
     """Logits [T, V] of tokens behind a prompt, `sizes` of them committed a pass, each pass filled up to `width`."""
+    start, capacity = place
     cache = target.new_cache(capacity)
-    target.forward(prompt, cache, 0)
-    cache.advance(prompt.shape[1])
+    target.forward(mx.array([[(31 * i + 5) % target.info.vocab_size for i in range(start)]]), cache, 0)
+    cache.advance(start)
     rows, at = [], 0
     for size in sizes:
         taken = [*tokens[at : at + size], *[tokens[at]] * (width - size)]

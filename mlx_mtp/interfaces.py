@@ -9,12 +9,13 @@ Adding a target is one file in targets/, adding a drafter family one file in dra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_mtp.cache import KVCache, LayerShape
 from mlx_mtp.sampling import Forced
@@ -59,6 +60,9 @@ class Target(Protocol):
     info: TargetInfo
     path: Path | None  # local folder of the checkpoint
 
+    def modules(self) -> Sequence[nn.Module]:
+        """The modules that hold its weights; for reports."""
+
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """An empty cache for `capacity` positions."""
 
@@ -100,6 +104,9 @@ class Drafter(Protocol):
 
     def attach(self, target: Target) -> None:
         """Binds the drafter to the target it will read; raises IncompatibleDrafter where the two differ."""
+
+    def modules(self) -> Sequence[nn.Module]:
+        """The modules that hold weights of its own, the target's not among them; for reports."""
 
     def quantise_head(self, bits: int) -> None:
         """Stores the family's own output head, if it has a dense one, in `bits` bits: proposals cost less."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_mtp.cache import KVCache
 from mlx_mtp.interfaces import Choose, Memory, States, Target, TargetInfo
@@ -25,6 +26,13 @@ class ScriptedDrafter:
 
     def attach(self, target: Target) -> None:
         """Fits every target."""
+
+    def modules(self) -> list[nn.Module]:
+        """None."""
+        return []
+
+    def quantise_head(self, bits: int) -> None:
+        """There is none."""
 
     def start(self, batch: int, capacity: int) -> Memory:
         """Nothing to remember."""
@@ -60,6 +68,10 @@ class MarkovTarget:
             vocab_size=table.shape[0], hidden_size=1, max_context=max_context, window=1, readable={},
             storing_layers={}, attention_heads=1,
         )  # fmt: skip
+
+    def modules(self) -> list[nn.Module]:
+        """None."""
+        return []
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """A cache that only counts."""

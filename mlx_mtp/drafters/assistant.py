@@ -182,6 +182,10 @@ class Assistant:
         mismatch(self.model.config, target.info, self.name)
         self._target = target
 
+    def modules(self) -> list[nn.Module]:
+        """The assistant."""
+        return [self.model]
+
     def quantise_head(self, bits: int) -> None:
         """The dense head, if its rows can be cut into groups and it is not quantised yet; a centroid head is cheap.
 

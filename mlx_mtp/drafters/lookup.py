@@ -11,7 +11,10 @@ Shapes: B batch, S places for tokens, K drafts, n length of a match.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_mtp.cache import KVCache
 from mlx_mtp.interfaces import Choose, Drafter, Memory, States, Target
@@ -32,6 +35,10 @@ class Lookup:
 
     def attach(self, target: Target) -> None:
         """Fits every target."""
+
+    def modules(self) -> list[nn.Module]:
+        """None."""
+        return []
 
     def quantise_head(self, bits: int) -> None:
         """There is none."""
@@ -93,6 +100,10 @@ class LookupFirst:
     def attach(self, target: Target) -> None:
         """Binds the drafter."""
         self.drafter.attach(target)
+
+    def modules(self) -> Sequence[nn.Module]:
+        """The drafter's."""
+        return self.drafter.modules()
 
     def quantise_head(self, bits: int) -> None:
         """The drafter's."""

@@ -116,6 +116,10 @@ class Parallel:
         self.model.read(target.forward(token, target.new_cache(CAPACITY_STEP)))  # lazy: nothing is run
         self._target = target
 
+    def modules(self) -> list[nn.Module]:
+        """The heads."""
+        return [self.model]
+
     def quantise_head(self, bits: int) -> None:
         """There is none: the unembedding is the target's."""
 

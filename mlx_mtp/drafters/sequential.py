@@ -132,6 +132,10 @@ class Sequential:
         check_sizes(self.name, self.model.config.hidden_size, self.model.config.vocab_size, target)
         self._target = target
 
+    def modules(self) -> list[nn.Module]:
+        """The modules of the checkpoint."""
+        return [self.model]
+
     def quantise_head(self, bits: int) -> None:
         """There is none: the unembedding is the target's."""
 

@@ -489,6 +489,10 @@ class Gemma4Target:
             attention_heads=config.num_attention_heads,
         )
 
+    def modules(self) -> list[nn.Module]:
+        """The model."""
+        return [self.model]
+
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """An empty cache for `capacity` positions."""
         return KVCache(self.shapes, self.config.sliding_window, capacity, self.dtype, batch)

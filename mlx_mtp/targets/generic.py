@@ -181,6 +181,10 @@ class GenericTarget:
         )
         self._check()
 
+    def modules(self) -> list[nn.Module]:
+        """The model."""
+        return [self.model]
+
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """An empty cache for `capacity` positions."""
         return KVCache(self.shapes, self.info.window, capacity, self.dtype, batch)

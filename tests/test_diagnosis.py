@@ -1,0 +1,420 @@
+"""doctor: advice on made-up facts, the depth table, exactness per width, and the command as a user runs it."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import sys
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from conftest import GOLDEN
+from rich.console import Console
+
+import mlx_mtp
+from mlx_mtp import advice, blas, diagnosis, exactness, machine
+from mlx_mtp.checkpoint import Checkpoint
+from mlx_mtp.cli import app
+from mlx_mtp.cli.doctor import report
+from mlx_mtp.decode import Asked, Decoder
+from mlx_mtp.depth import GAIN, Curve, FixedDepth
+from mlx_mtp.diagnosis import Choice, ConventionCheck, Costs, Diagnosis, Pair, Quantisation, Timing
+from mlx_mtp.drafters.assistant import Convention
+from mlx_mtp.drafters.lookup import Lookup, LookupFirst
+from mlx_mtp.exactness import Exactness
+from mlx_mtp.loading import EMBEDDED
+from mlx_mtp.machine import Machine
+from mlx_mtp.sampling import Chooser
+from mlx_mtp.testing import MarkovTarget
+
+# Passes of 1 to 8 rows over one row, as others measured them (performance.md, A2), and made-up ones of known kinds.
+M5_MAX = (1.0, 1.03, 1.09, 1.13, 1.22, 1.39, 1.55, 1.73)
+M4_PRO = (1.0, 1.03, 1.22, 1.47, 1.75, 2.07, 2.4, 2.69)
+M1_ULTRA = tuple(1.0 + 0.7 * i for i in range(8))
+PADDED = (1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.1, 2.1)
+
+FOUR_BITS = Quantisation(4, 64, "affine", 15_000_000_000)
+HEALTHY = Machine(
+    name="Apple M5 Max", system="Darwin 26.2", cores=16, device="gpu", metal=True, architecture="applegpu_g17s",
+    gpu_generation=17, memory_bytes=64_000_000_000, recommended_bytes=48_000_000_000,
+    wired_limit_bytes=30_000_000_000, mlx="0.32.4", mlx_lm="0.32.2", mlx_mtp="0.1.0", blas="Accelerate",
+    mlx_imported_too_early=False, compile_works=True, low_power_mode=False,
+)  # fmt: skip
+PAIR = Pair(
+    path="/models/gemma", bytes=16_000_000_000, quantisation=(FOUR_BITS,), mixture=False, family="assistant",
+    drafter_bytes=300_000_000, drafter_quantisation=(), max_depth=8,
+)  # fmt: skip
+
+
+def costs(ratios: tuple[float, ...] = M4_PRO, **changes: Any) -> Costs:
+    found = Costs(
+        context=200, verify=tuple(0.02 * ratio for ratio in ratios), plain=0.021, drafted_depth=4,
+        drafted=0.02 * ratios[4] + 0.006, draft_step=0.001, build=0.001, submit=0.002, scatter=0.02,
+    )  # fmt: skip
+    return replace(found, **changes)
+
+
+def facts(here: dict[str, Any] | None = None, pair: dict[str, Any] | None = None, **changes: Any) -> Diagnosis:
+    """A healthy M5 Max with a 4-bit target, but for the changes."""
+    measured = changes.pop("costs", costs())
+    found = Diagnosis(
+        machine=replace(HEALTHY, **(here or {})), mode="fast", pair=replace(PAIR, **(pair or {})), costs=measured,
+        exactness=Exactness(tuple(range(9)), None), choices=diagnosis.choices(measured.curve(), range(9)),
+        convention=None,
+    )  # fmt: skip
+    return replace(found, **changes)
+
+
+OLD = {"gpu_generation": 14, "architecture": "applegpu_g14s"}
+CPU = {
+    "device": "cpu", "metal": False, "gpu_generation": None, "recommended_bytes": None, "wired_limit_bytes": None,
+}  # fmt: skip
+CHECK = ConventionCheck(192, 0.9, 0.6, 60, 2, "B")
+
+
+@pytest.mark.parametrize(
+    ("topic", "words", "found"),
+    [
+        ("rows", "re-reads affine quantised weights for every row, expect little", facts(OLD, costs=costs(M1_ULTRA))),
+        ("rows", "70%", facts(OLD, costs=costs(M1_ULTRA))),
+        ("rows", "experts", facts(pair={"mixture": True}, costs=costs(M1_ULTRA))),
+        ("rows", "row by row", facts(CPU, costs=costs(M1_ULTRA))),
+        ("rows", "nearly always right", facts(costs=costs(M1_ULTRA))),
+        ("rows", "Row 6 starts a second read", facts(costs=costs(M5_MAX))),
+        ("rows", "whole tile", facts(OLD, {"quantisation": ()}, costs=costs(PADDED))),
+        ("drafter", "--drafter lookup", facts(pair={"family": None}, costs=costs(drafted=None, draft_step=None))),
+        ("outlook", "does not pay here even where 90%", facts(costs=costs(tuple(map(float, range(1, 25, 3)))))),
+        ("outlook", "from 90% acceptance on", facts(OLD, costs=costs(M1_ULTRA))),
+        ("outlook", "Drafting pays: about", facts(costs=costs(M5_MAX))),
+        ("draft", "mlx-mtp convert", facts(costs=costs(draft_step=0.01))),
+        ("draft", "smaller drafter", facts(pair={"drafter_quantisation": (FOUR_BITS,)}, costs=costs(draft_step=0.01))),
+        ("host", "Python takes 30.0 ms", facts(costs=costs(build=0.03))),
+        ("compile", "MLX_DISABLE_COMPILE", facts({"compile_works": False})),
+        ("compile", "g++", facts({**CPU, "compile_works": False})),
+        ("BLAS", "libopenblas0-pthread", facts({**CPU, "blas": blas.REFERENCE})),
+        ("BLAS", "import mlx_mtp before", facts({**CPU, "blas": blas.TOO_LATE, "mlx_imported_too_early": True})),
+        ("memory", "leaves little for the context", facts(pair={"bytes": 40_000_000_000})),
+        ("memory", "read from disk again", facts(pair={"bytes": 60_000_000_000})),
+        ("memory", "wired limit", facts({"wired_limit_bytes": 0})),
+        ("power", "Low Power Mode", facts({"low_power_mode": True})),
+        ("noise", "scatter by 40%", facts(costs=costs(scatter=0.4))),
+        ("exact mode", "decodes plainly", facts(exactness=Exactness((0,), None))),
+        ("exact mode", "fills every pass to 5 rows: 1.75 times", facts(exactness=Exactness((0, 1, 2, 3, 4), 5))),
+        ("exact mode", "leaves out passes of 3, 4, 5, 6, 7, 8 rows", facts(exactness=Exactness((0, 1), None))),
+        ("exact mode", "costs nothing", facts()),
+        ("convention", "Convention A of the query position fits", facts(convention=CHECK)),
+        ("convention", "convention A: first", facts(convention=replace(CHECK, used="A"))),
+        ("convention", "no more apart than chance", facts(convention=replace(CHECK, only_a=5, only_b=2))),
+        ("MLX", "0.32.1", facts({"mlx": "0.32.1"})),
+        ("device", "on the CPU here", facts(CPU)),
+    ],
+)  # fmt: skip
+def test_advice_names_what_was_measured(topic: str, words: str, found: Diagnosis) -> None:
+    texts = [one.text for one in advice.advise(found) if one.topic == topic]
+    assert any(words in text for text in texts), texts
+
+
+def test_a_healthy_machine_hears_no_complaint() -> None:
+    assert [one.topic for one in advice.advise(facts())] == ["outlook", "exact mode"]
+    # On a chip that reads weights once, a leap at row 6 that is no larger than the steps before it is no second read;
+    # and on one that has no such kernel, or without Metal, it is something else.
+    assert advice.second_read(facts(costs=costs(M4_PRO))) is None
+    assert advice.second_read(facts(OLD, costs=costs(M5_MAX))) is None
+    assert advice.second_read(facts(CPU, costs=costs(M5_MAX))) is None
+    # Weights in a floating mode are read once on older chips too.
+    floating = (replace(FOUR_BITS, mode="mxfp4"),)
+    assert advice.second_read(facts(OLD, {"quantisation": floating}, costs=costs(M5_MAX))) is not None
+    # Small weights need no wiring; nothing is wired where there is no such limit.
+    assert advice.not_wired(facts(CPU)) is None
+    assert advice.low_power(facts({"low_power_mode": None})) is None
+
+
+def best_by_enumeration(seconds: dict[int, float], acceptance: float) -> tuple[int, float]:
+    """Depth and tokens a round: every way in which the drafts of a round can stand or fall, with its chance."""
+    def tokens(depth: int) -> float:
+        total = 0.0
+        for stands in itertools.product((True, False), repeat=depth):
+            chance = 1.0
+            for one in stands:
+                chance *= acceptance if one else 1.0 - acceptance
+            first_loss = stands.index(False) if False in stands else depth
+            total += chance * (first_loss + 1)
+        return total
+
+    rates = {depth: tokens(depth) / time * (1.0 if depth else GAIN) for depth, time in seconds.items()}
+    best = max(rates, key=lambda depth: rates[depth])
+    return best, tokens(best)
+
+
+@pytest.mark.parametrize("ratios", [M5_MAX, M4_PRO, M1_ULTRA, PADDED])
+def test_the_depth_table_against_enumeration(ratios: tuple[float, ...]) -> None:
+    curve = costs(ratios).curve()
+    allowed = [0, 1, 2, 3, 4, 6, 7]
+    found = diagnosis.choices(curve, allowed, (0.0, 0.5, 0.7, 0.9, 1.0))
+    assert [one.acceptance for one in found] == [0.0, 0.5, 0.7, 0.9, 1.0]
+    assert found[0].depth == 0 and found[-1].depth in (4, 7)
+    for one in found:
+        depth, tokens = best_by_enumeration({d: curve.at(d) for d in allowed}, one.acceptance)
+        assert (one.depth, one.tokens_per_round) == (depth, pytest.approx(tokens))
+        assert one.speed_up == pytest.approx(tokens * curve.at(0) / curve.at(depth))
+
+
+def test_the_curve_goes_through_what_was_measured() -> None:
+    measured = costs(M5_MAX)
+    curve = measured.curve()
+    assert curve.at(0) == measured.plain and curve.at(4) == pytest.approx(measured.drafted)
+    row_and_draft = measured.verify[6] - measured.verify[5] + measured.draft_step
+    assert curve.at(6) - curve.at(5) == pytest.approx(row_and_draft)
+    # Passes filled up to 5 rows cost the same from 1 to 5: then a draft adds its own step alone.
+    filled = measured.curve(filled=5)
+    assert filled.at(3) - filled.at(2) == pytest.approx(measured.draft_step)
+    assert costs(drafted=None, draft_step=None).curve() == Curve({0: 0.021})
+
+
+def test_turns_and_medians() -> None:
+    """Without a clock: who computes when, and what is made of given times."""
+    order: list[str] = []
+
+    def build(name: str) -> mx.array:
+        order.append(name)
+        return mx.zeros(1)
+
+    found = diagnosis.timed_in_turns([lambda: build("a"), lambda: build("b")], repeats=3, warm=2)
+    assert order == ["a", "b"] * 5 and len(found) == 2
+    timing = Timing.of([(1.0, 5.0, 10.0), (3.0, 4.0, 20.0), (2.0, 6.0, 30.0)])
+    assert (timing.build, timing.submit, timing.device) == (2.0, 5.0, 20.0)
+    assert timing.scatter == pytest.approx(1.0)
+
+
+def test_the_sign_test_against_enumeration() -> None:
+    for one, other in ((0, 0), (5, 0), (3, 9), (6, 6), (10, 2)):
+        splits = list(itertools.product((0, 1), repeat=one + other))
+        lopsided = [s for s in splits if abs(2 * sum(s) - len(s)) >= abs(one - other)]
+        assert diagnosis.sign_test(one, other) == pytest.approx(len(lopsided) / len(splits))
+    assert ConventionCheck(100, 0.5, 0.55, 0, 5, "B").better is None
+    assert ConventionCheck(100, 0.5, 0.56, 0, 6, "B").better == "B"
+
+
+def test_exactness_per_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny target whose passes of some widths differ in one bit: those are named, and no others."""
+    engine = mlx_mtp.load(GOLDEN / "ple" / "target", drafter=None)
+    target, head = engine.target, engine.target.head
+    alone = exactness.probe(target).equal_widths
+    odd: tuple[int, ...] = (3, 6)
+
+    def uneven(hidden: mx.array) -> mx.array:
+        logits, rows = head(hidden), hidden.shape[1]
+        return logits * (1.0 + 2.0**-22 * mx.arange(1, rows + 1)[:, None]) if rows in odd else logits
+
+    monkeypatch.setattr(target, "head", uneven)
+    found = diagnosis.diagnose(engine, repeats=2)
+    left = tuple(rows for rows in alone if rows not in odd)
+    assert len(alone) >= len(left) + 2  # on this BLAS the widths the test makes uneven are even
+    assert found.exactness.equal_widths == left
+    exact = [row["rows"] for row in found.as_dict()["verify"] if row["exact"]]
+    assert exact == [1, *(rows for rows in left if rows <= 8)]
+    odd = tuple(range(1, 10))
+    assert exactness.probe(target) == Exactness((0,), None)
+
+
+def test_a_probe_that_the_engine_has_made_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = mlx_mtp.load(GOLDEN / "keqv" / "target", drafter=GOLDEN / "keqv" / "assistant_tied", mode="exact", depth=0)
+    monkeypatch.setattr(exactness, "probe", lambda target: pytest.fail("probed twice"))
+    found = diagnosis.diagnose(engine, repeats=2)
+    assert found.exactness is engine.exactness and found.mode == "exact"
+    assert found.convention is None  # no tokenizer, no text to compare on
+
+
+def test_what_is_loaded() -> None:
+    engine = mlx_mtp.load(depth=0)
+    pair = diagnosis.describe_pair(engine.target, engine.drafter)
+    for size, folder in ((pair.bytes, "target"), (pair.drafter_bytes, "assistant")):
+        weights = Checkpoint.open(EMBEDDED / folder).weights()
+        assert size == sum(w.size for w in weights.values()) * 4  # float16 in the file, float32 on a CPU
+    assert pair.path == str(EMBEDDED / "target")
+    assert (pair.family, pair.max_depth, pair.mixture, pair.quantisation) == ("assistant", 8, False, ())
+    assert diagnosis.family_of(LookupFirst(engine.drafter)) == "lookup+assistant"
+    assert diagnosis.describe_pair(engine.target, None).family is None
+    assert diagnosis.describe_pair(engine.target, Lookup()).drafter_bytes == 0
+
+
+def test_quantisation_as_found_and_experts() -> None:
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.narrow = nn.Linear(64, 256, bias=False), nn.Linear(64, 32, bias=False)
+            self.norm = nn.RMSNorm(64)
+
+    class Holder(MarkovTarget):
+        def modules(self) -> list[nn.Module]:
+            return [small]
+
+    small = Small()
+    small.wide = small.wide.to_quantized(32, 4, "mxfp4")
+    small.narrow = small.narrow.to_quantized(32, 8)
+    pair = diagnosis.describe_pair(Holder(mx.zeros((4, 4))), None)
+    assert pair.quantisation == (
+        Quantisation(4, 32, "mxfp4", 256 * 64 // 2 + 256 * 2),
+        Quantisation(8, 32, "affine", 32 * 64 + 2 * 4 * 32 * 2),
+    )
+    assert pair.bytes == sum(kind.bytes for kind in pair.quantisation) + 4 * 64
+    moe = mlx_mtp.load(GOLDEN / "moe" / "target", drafter=None)
+    assert diagnosis.describe_pair(moe.target, None).mixture
+
+
+def test_conventions_are_compared_on_the_replies_of_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against single prefills of every beginning of the reply; A is made a bad position, so that the two differ."""
+    def position(self: Convention, length: mx.array) -> mx.array:
+        return length + 3000 if self is Convention.A else length - 1
+
+    monkeypatch.setattr(Convention, "position", position)
+    engine = mlx_mtp.load(depth=0)
+    assert engine.tokenizer is not None
+    assistant: Any = engine.drafter
+    prompts = [engine.tokenizer.encode(text) for text in ("import os\n\ndef main(", "class Queue:\n")]
+    decoder = Decoder(engine.target, assistant, FixedDepth(0))
+    found = diagnosis.compare_conventions(decoder, assistant, prompts, tokens=10)
+    right = {"A": [], "B": []}
+    for ids in prompts:
+        reply = engine.generate(ids, max_tokens=11, ignore_end=True).tokens
+        for at in range(10):
+            request = decoder.prefill(Asked(ids=ids + reply[:at], budget=1), 4)
+            decoder.rounds.first(request)
+            for convention in Convention:
+                arm = type(assistant)(assistant.model, convention=convention)
+                arm.attach(engine.target)
+                choose = Chooser(request.rules, {}, {}, mx.random.split(request.key, 1))
+                draft, _ = arm.draft({}, request.token, request.hidden, request.cache, 1, choose)
+                right[convention.value].append(draft.item() == reply[at + 1])
+    assert found.tokens == 20 and found.used == "B"
+    assert found.share_a == sum(right["A"]) / 20 and found.share_b == sum(right["B"]) / 20 > 0.2
+    pairs = list(zip(right["A"], right["B"], strict=True))
+    assert (found.only_a, found.only_b) == (pairs.count((True, False)), pairs.count((False, True)))
+    assert found.only_a != found.only_b
+
+
+def test_facts_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [machine.generation_of(name) for name in ("applegpu_g13s", "applegpu_g17d", "x86_64", "sm_90", "")] == [
+        13, 17, None, None, None,
+    ]  # fmt: skip
+    settings = "Currently in use:\n standby  1\n lowpowermode         {}\n womp 1\n"
+    assert machine.power_mode_is_low(settings.format(1)) is True
+    assert machine.power_mode_is_low(settings.format(0)) is False
+    assert machine.power_mode_is_low(" powermode            2\n") is False  # high
+    assert machine.power_mode_is_low(" powermode            1\n") is True
+    assert machine.power_mode_is_low("womp 1") is None
+    here = machine.describe()
+    assert here.device == ("gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu")
+    assert here.memory_bytes and here.memory_bytes > 2**28 and here.cores >= 1
+    assert here.metal == (here.recommended_bytes is not None) == (here.wired_limit_bytes is not None)
+    monkeypatch.setattr(blas, "name", lambda: blas.TOO_LATE)
+    assert machine.describe().mlx_imported_too_early
+    try:
+        mx.disable_compile()
+        assert not machine.compile_works()
+    finally:
+        mx.enable_compile()
+
+
+def test_facts_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What MLX's Metal device says, in its words; the wired limit is read by setting it, and put back."""
+    limits = [7_000_000]
+
+    def set_wired_limit(limit: int) -> int:
+        limits.append(limit)
+        return limits[-2]
+
+    info = {
+        "device_name": "Apple M3 Max", "architecture": "applegpu_g15s", "memory_size": 64 * 2**30,
+        "max_recommended_working_set_size": 48 * 2**30, "max_buffer_length": 36 * 2**30, "resource_limit": 499000,
+    }  # fmt: skip
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "set_wired_limit", set_wired_limit)
+    here = machine.describe()
+    assert (here.name, here.architecture, here.gpu_generation) == ("Apple M3 Max", "applegpu_g15s", 15)
+    assert (here.device, here.metal) == ("gpu", True)
+    assert (here.memory_bytes, here.recommended_bytes) == (64 * 2**30, 48 * 2**30)
+    assert here.usable_bytes == 48 * 2**30
+    assert here.wired_limit_bytes == 7_000_000 == limits[-1]
+
+
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    """`mlx-mtp doctor ARGS` in this process: exit code, stdout, stderr."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "argv", ["mlx-mtp", "doctor", *args])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        app.main()
+    out, err = capsys.readouterr()
+    return int(end.value.code or 0), out, err
+
+
+def test_json_of_the_embedded_pair(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = command(monkeypatch, capsys, "--json")
+    assert code == 0 and out.count("\n") == 1
+    found = json.loads(out)
+    assert set(found) == {
+        "machine", "mode", "pair", "context", "verify", "plain_round_milliseconds", "drafted_depth",
+        "drafted_round_milliseconds", "draft_step_milliseconds", "host_build_milliseconds",
+        "host_submit_milliseconds", "scatter", "exactness", "choices", "convention", "advice",
+    }  # fmt: skip
+    assert set(found["machine"]) == set(HEALTHY.__dataclass_fields__)
+    assert set(found["pair"]) == set(PAIR.__dataclass_fields__)
+    assert (found["mode"], found["context"], found["pair"]["family"]) == ("fast", 200, "assistant")
+    assert [row["rows"] for row in found["verify"]] == list(range(1, 9))
+    assert all(set(row) == {"rows", "milliseconds", "ratio", "exact"} for row in found["verify"])
+    assert found["verify"][0]["ratio"] == 1.0 and found["verify"][0]["exact"]
+    for row in found["verify"]:
+        assert row["ratio"] == pytest.approx(row["milliseconds"] / found["verify"][0]["milliseconds"])
+    times = [value for name, value in found.items() if name.endswith("_milliseconds")]
+    assert len(times) == 5 and all(value >= 0 for value in times) and found["plain_round_milliseconds"] > 0
+    assert [one["acceptance"] for one in found["choices"]] == [0.5, 0.7, 0.9]
+    assert all(set(one) == set(Choice.__dataclass_fields__) for one in found["choices"])
+    assert all(0 <= one["depth"] <= 8 and one["speed_up"] > 0 for one in found["choices"])
+    assert set(found["exactness"]) == {"depths", "width", "possible"} and found["exactness"]["depths"][0] == 0
+    check = found["convention"]
+    assert set(check) == {"tokens", "share_a", "share_b", "only_a", "only_b", "used", "better"}
+    assert check["tokens"] > 50 and check["share_b"] > 0.3
+    assert {"exact mode", "convention"} <= {one["topic"] for one in found["advice"]}
+
+
+def test_the_report_without_drafter(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    target = str(GOLDEN / "unified" / "target")
+    code, out, err = command(monkeypatch, capsys, "--model", target, "--drafter", "none")
+    assert code == 0 and "Traceback" not in err
+    for words in ("Machine", "Passes over the target", "exact mode", "--drafter lookup", mlx_mtp.__version__):
+        assert words in out
+
+
+def test_the_report_fits_a_narrow_terminal() -> None:
+    found = facts(CPU, convention=CHECK)
+    output = io.StringIO()
+    report(Console(file=output, width=40, no_color=True), found, advice.advise(found))
+    lines = output.getvalue().splitlines()
+    assert max(map(len, lines)) <= 40
+    assert "4-bit affine" in output.getvalue() and "convention: Convention A" in output.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--model", "/no/such/folder"), "/no/such/folder"),
+        (("--model", str(EMBEDDED / "target"), "--drafter", str(GOLDEN / "ple" / "target")), "gemma4"),
+        (("--mode", "quick"), "exact"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(
+    args: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more in ((), ("--json",)):
+        code, out, err = command(monkeypatch, capsys, *args, *more)
+        assert (code, out) == (2, "")
+        assert err.endswith(".\n") and err.count("\n") == 1 and words in err and "Traceback" not in err
+
+
