@@ -14,6 +14,7 @@ from mlx_mtp.engine import Engine  # noqa: E402
 from mlx_mtp.errors import (  # noqa: E402
     CheckpointError,
     DataError,
+    DoesNotFit,
     IncompatibleDrafter,
     MLXMTPError,
     ModelNotFound,
@@ -28,6 +29,7 @@ from mlx_mtp.version import __version__  # noqa: E402
 __all__ = [
     "CheckpointError",
     "DataError",
+    "DoesNotFit",
     "Engine",
     "Event",
     "IncompatibleDrafter",
