@@ -18,6 +18,7 @@ import mlx_mtp
 from mlx_mtp.cli.adapt import adapt
 from mlx_mtp.cli.convert import convert
 from mlx_mtp.cli.generate import generate
+from mlx_mtp.cli.models import models
 from mlx_mtp.cli.train import train
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.command()(generate)
 app.command()(train)
 app.command()(adapt)
 app.command()(convert)
+app.command()(models)
 
 
 def _version(asked: bool) -> None:
