@@ -43,7 +43,8 @@ class PrefillBar:
     def update(self, done: int, total: int) -> None:
         """Prompt tokens done, of total."""
         if self._progress is None:
-            if done >= total or time.perf_counter() - self._began < PATIENCE_SECONDS:
+            early = time.perf_counter() - self._began < PATIENCE_SECONDS
+            if early or done >= total or not self._console.is_interactive:
                 return
             columns = TextColumn("reading the prompt"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
             self._progress = Progress(*columns, console=self._console, transient=True)
@@ -79,13 +80,15 @@ class LoadBar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if self._tasks:  # a Progress that was never started prints an empty line when stopped
+            self._progress.stop()
 
     def update(self, at: hub.Progress) -> None:
         """How far a download or the reading of a file is."""
         key = (at.what, at.name)
         if key not in self._tasks:
-            if at.done >= at.total or time.perf_counter() - self._began < PATIENCE_SECONDS:
+            early = time.perf_counter() - self._began < PATIENCE_SECONDS
+            if early or at.done >= at.total or not self._progress.console.is_interactive:
                 return
             self._progress.start()
             # What is there already was not fetched in this run, and must not count for the speed.

@@ -134,6 +134,7 @@ def _read(file: Path) -> dict[str, list[dict[str, Any]]]:
             names = isinstance(entry, dict) and isinstance(entry.get("target"), str) and "assistant" in entry
             if not names or not isinstance(entry["assistant"], str | None) or not entry["target"]:
                 raise _unusable(file, f"{reprlib.repr(entry)} in '{key}'")
+            _pair(entry, file)
     return table
 
 
