@@ -19,6 +19,7 @@ from mlx_mtp.cli.adapt import adapt
 from mlx_mtp.cli.convert import convert
 from mlx_mtp.cli.doctor import doctor
 from mlx_mtp.cli.generate import generate
+from mlx_mtp.cli.models import models
 from mlx_mtp.cli.train import train
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ app.command()(train)
 app.command()(adapt)
 app.command()(convert)
 app.command()(doctor)
+app.command()(models)
 
 
 def _version(asked: bool) -> None:

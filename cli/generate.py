@@ -12,7 +12,7 @@ from rich.console import Console
 
 import mlx_mtp
 from mlx_mtp.cli import notices, options
-from mlx_mtp.cli.progress import PrefillBar
+from mlx_mtp.cli.progress import LoadBar, PrefillBar
 from mlx_mtp.tokens import Prompt
 
 
@@ -50,10 +50,11 @@ def generate(
         logging.getLogger("mlx_mtp").setLevel(logging.INFO)
     bar = PrefillBar(Console(stderr=True))
     with notices.held_back():
-        engine = mlx_mtp.load(
-            model, drafter=drafter, depth=options.depth_value(depth), mode=mode, max_context=max_context,
-            draft_head_bits=options.head_bits_value(draft_head_bits),
-        )  # fmt: skip
+        with LoadBar(Console(stderr=True)) as loading:
+            engine = mlx_mtp.load(
+                model, drafter=drafter, depth=options.depth_value(depth), mode=mode, max_context=max_context,
+                draft_head_bits=options.head_bits_value(draft_head_bits), on_progress=loading.update,
+            )  # fmt: skip
         stream = engine.stream(
             asked, max_tokens=max_tokens, sampling=sampling, stop=stop or [], seed=seed, logprobs=logprobs, raw=raw,
             on_prefill=bar.update,

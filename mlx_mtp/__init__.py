@@ -15,6 +15,7 @@ from mlx_mtp.engine import Engine  # noqa: E402
 from mlx_mtp.errors import (  # noqa: E402
     CheckpointError,
     DataError,
+    DoesNotFit,
     IncompatibleDrafter,
     MLXMTPError,
     ModelNotFound,
@@ -31,6 +32,7 @@ __all__ = [
     "Chat",
     "CheckpointError",
     "DataError",
+    "DoesNotFit",
     "Engine",
     "Event",
     "IncompatibleDrafter",

@@ -12,9 +12,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import reprlib
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +31,14 @@ INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
 ITEM_BYTES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "C64": 8}
+# Parts of a multimodal checkpoint that text does not need: never read, so they cost no memory.
+TOWERS = ("vision_tower", "audio_tower", "embed_vision", "embed_audio", "vision_embedder", "multi_modal_projector")
+SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
+# Weights are read in pieces of so many bytes, that progress can be told in between.
+PIECE_BYTES = 256 * 2**20
+# Hears (bytes read, bytes in all) while weights are read; set around a load. A context variable, since between
+# the caller who wants to know and the reading below stand families that need not care.
+on_read: ContextVar[Callable[[int, int], None] | None] = ContextVar("on_read", default=None)
 
 Number = TypeVar("Number", int, float)
 
@@ -73,6 +83,13 @@ class Checkpoint:
         for file in {*self._files(), *self.path.glob("model*.safetensors")}:
             check_safetensors(file)
 
+    def tensors(self) -> Iterator[tuple[str, str, int]]:
+        """Name, type ("BF16", "U32", ...) and bytes of every stored tensor, from the headers alone."""
+        for file in self._files():
+            for name, entry in check_safetensors(file).items():
+                if name != "__metadata__":
+                    yield name, entry["dtype"], entry["data_offsets"][1] - entry["data_offsets"][0]
+
     def _files(self) -> list[Path]:
         index = self.path / INDEX
         if index.exists():
@@ -92,7 +109,20 @@ class Checkpoint:
         files = sorted(self.path.glob("model*.safetensors")) or sorted(self.path.glob("*.safetensors"))
         if not files:
             raise CheckpointError(f"Expected model*.safetensors in {self.path}, found none; download the weights.")
+        if missing := missing_shards(file.name for file in files):
+            raise CheckpointError(
+                f"Expected all shards of the weights in {self.path}, found none named '{missing[0]}'; "
+                "download the weights again."
+            )
         return files
+
+
+def missing_shards(names: Iterable[str]) -> list[str]:
+    """Shards that the others' names ("model-00001-of-00003.safetensors") say there must be, and are not."""
+    there = set(names)
+    series = {(found[1], int(found[3])) for name in there if (found := SHARD.fullmatch(name))}
+    wanted = [f"{stem}-{i:05d}-of-{n:05d}.safetensors" for stem, n in sorted(series) for i in range(1, n + 1)]
+    return [name for name in wanted if name not in there]
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -111,8 +141,9 @@ def read_json(file: Path) -> dict[str, Any]:
     return found
 
 
-def check_safetensors(file: Path) -> None:
-    """Compares a file's header with its size: MLX reads lazily, so a short file would otherwise fail much later."""
+def check_safetensors(file: Path) -> dict[str, Any]:
+    """A file's header, compared with its size: MLX reads lazily, so a short file would otherwise fail much later."""
+    found: dict[str, Any] = {}
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -125,12 +156,14 @@ def check_safetensors(file: Path) -> None:
     problem = f"a header of {length} bytes in a file of {size}"
     if whole:
         try:
-            wanted = 8 + length + _data_bytes(json.loads(header))
+            found = json.loads(header)
+            wanted = 8 + length + _data_bytes(found)
             problem = "" if wanted == size else f"{size} bytes where its header says {wanted}"
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             problem = "a header that is not the format's JSON"
     if problem:
         raise CheckpointError(f"{file}: expected a whole safetensors file, found {problem}; download it again.")
+    return found
 
 
 def _data_bytes(header: dict[str, Any]) -> int:
@@ -216,9 +249,28 @@ def load_into(module: nn.Module, weights: dict[str, mx.array], dtype: mx.Dtype, 
     module.load_weights(list(cast.items()), strict=True)
     module.eval()
     try:
-        mx.eval(module.parameters())
+        read_parameters(module)
     except RuntimeError as error:
         raise CheckpointError(f"{source}: the weights could not be read ({error}); download them again.") from error
+
+
+def read_parameters(module: nn.Module) -> None:
+    """Evaluates a module's parameters, that is reads them from their files, and tells `on_read` how far it is.
+
+    RuntimeError from MLX where a file cannot be read.
+    """
+    arrays = list(named_parameters(module).values())
+    total, done, waiting = sum(array.nbytes for array in arrays), 0, 0
+    piece: list[mx.array] = []
+    tell = on_read.get()
+    for i, array in enumerate(arrays):
+        piece.append(array)
+        waiting += array.nbytes
+        if waiting >= PIECE_BYTES or i + 1 == len(arrays):
+            mx.eval(piece)
+            done, piece, waiting = done + waiting, [], 0
+            if tell is not None:
+                tell(done, total)
 
 
 def _quantize_like(module: nn.Module, weights: Mapping[str, mx.array], source: Path) -> None:

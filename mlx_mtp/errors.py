@@ -7,6 +7,7 @@
     |-- IncompatibleDrafter the drafter cannot read this target
     |-- PromptError         empty, too long, or with token ids outside the vocabulary
     |-- OptionError         an option out of its range
+    |-- DoesNotFit          more memory or disk than this machine has free; says what would fit
     `-- DataError           a training file that cannot be used; names the file and the line
 
 A message says what was expected, what was found and what to do about it.
@@ -43,6 +44,10 @@ class PromptError(MLXMTPError):
 
 class OptionError(MLXMTPError):
     """An option with a value outside its range."""
+
+
+class DoesNotFit(MLXMTPError):
+    """A model larger than this machine's memory or free disk; the message names one that fits."""
 
 
 class DataError(MLXMTPError):

@@ -1,7 +1,8 @@
 """From a name to an Engine: local folders, the hub, the embedded pair; which drafter belongs to which target.
 
-What it does: finds files, loads both models, checks that they fit. What it does not do: read tensors
-(checkpoint.py) or know a family (targets/, drafters/).
+What it does: finds both models, refuses what does not fit before anything is downloaded or read, loads them, checks
+that they belong together. What it does not do: know the hub (hub.py), the table of pairs (pairs.py) or a family
+(targets/, drafters/), or read tensors (checkpoint.py).
 """
 
 from __future__ import annotations
@@ -10,20 +11,23 @@ import importlib.metadata
 import logging
 import os
 import platform
-import re
 import reprlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp import assets, blas
-from mlx_mtp.checkpoint import Checkpoint, read_json, section
+from mlx_mtp import assets, blas, hub, memory, pairs
+from mlx_mtp.checkpoint import Checkpoint, on_read, read_json, section
 from mlx_mtp.depth import cache_folder
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.lookup import Lookup, LookupFirst
 from mlx_mtp.engine import Engine
 from mlx_mtp.errors import CheckpointError, ModelNotFound, OptionError
+from mlx_mtp.hub import Listing, OnProgress, Progress
 from mlx_mtp.interfaces import Drafter
 from mlx_mtp.results import Sampling
 from mlx_mtp.targets import load_target
@@ -34,8 +38,8 @@ log = logging.getLogger(__name__)
 EMBEDDED = Path(assets.__path__[0]) / "standard-library"
 FAMILIES = ("assistant", "parallel", "sequential")  # drafters of the embedded model, by folder; the first is "auto"
 LOOKUP_FIRST = "lookup+"  # in front of a drafter's name: the lookup overrules it where it has a long match
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+
+Place = Path | Listing  # where a model is, or what the hub will send of it
 
 
 def load(
@@ -46,8 +50,9 @@ def load(
     mode: str = "fast",
     max_context: int | None = None,
     draft_head_bits: int | str = "auto",
+    on_progress: OnProgress | None = None,
 ) -> Engine:
-    """Loads a target and its drafter.
+    """Loads a target and its drafter, from the hub where they are not here yet.
 
     model: a folder, a hub name, or None for the embedded model. drafter: a folder, a hub name, "auto" (the
     assistant made for this target, or none where none is known), "lookup" (what followed the same words before),
@@ -57,20 +62,34 @@ def load(
     depth: drafts per round, "auto" or 0..8. draft_head_bits: 4 or 8 stores a drafter's dense output head in so many
     bits, 0 leaves it as it is; "auto" = 4 on a GPU, 0 on a CPU, where quantised products are the slower ones. Only
     proposals change, never the answer.
+    on_progress: hears how far downloads and reading are (hub.Progress), in this thread.
 
+    A model too large for this machine is refused (DoesNotFit) before it is downloaded or read; the environment
+    variable MLX_MTP_IGNORE_MEMORY=1 loads it all the same. On Metal the weights stay resident (memory.Wired).
     Raises a subclass of MLXMTPError whose message says what to do.
     """
     _ensure_compile_works()
     if blas.name() == blas.TOO_LATE:
         log.warning("MLX was imported before mlx_mtp and is bound to its slow BLAS: import mlx_mtp first.")
     head_bits = _head_bits(draft_head_bits)
-    checkpoint = Checkpoint.open(_target_folder(model))
-    target = load_target(checkpoint)
-    loaded = _load_drafter(model, checkpoint.path, drafter)
+    target_place = EMBEDDED / "target" if model is None else _place(model)
+    _check_folder(target_place)
+    plan = _plan_drafter(model, target_place, drafter)
+    for place in plan.places():
+        _check_folder(place)
+    if model is not None:
+        plan = _checked_memory(model, target_place, plan)
+    hub.check_disk([place for place in (target_place, *plan.places()) if isinstance(place, Listing)])
+    checkpoint = Checkpoint.open(_folder(target_place, on_progress))
+    others = _drafter_folders(plan, on_progress)
+    with _telling(str(model or "the embedded model"), on_progress):
+        target = load_target(checkpoint)
+    with _telling("its drafter", on_progress):
+        loaded = _load_drafter(plan, others)
     if loaded is not None and head_bits:
         loaded.quantise_head(head_bits)
     generation = _generation_config(checkpoint)
-    return Engine(
+    engine = Engine(
         target,
         loaded,
         Tokenizer.load(checkpoint.path),
@@ -81,6 +100,8 @@ def load(
         defaults=_default_sampling(generation, checkpoint.path),
         profile=(cache_folder() / "depth.json", _profile_key(checkpoint.path, drafter, loaded, mode, head_bits)),
     )
+    memory.wired.add(engine, sum(memory.folder_bytes(each) for each in (checkpoint.path, *others)))
+    return engine
 
 
 def _head_bits(asked: int | str) -> int:
@@ -114,45 +135,123 @@ def _ensure_compile_works() -> None:
             mx.disable_compile()
 
 
-def _target_folder(model: str | Path | None) -> Path:
-    return EMBEDDED / "target" if model is None else _local_folder(model)
-
-
-def _local_folder(name: str | Path) -> Path:
-    """A folder as it is; a hub name downloaded (or found in the hub's local cache)."""
+def _place(name: str | Path) -> Place:
+    """A folder as it is; of a hub name the folder in the cache, or what is to be downloaded."""
     folder = Path(os.path.expanduser(name))
-    if os.path.exists(folder) or not HUB_NAME.fullmatch(str(name)):
+    if os.path.exists(folder) or not hub.NAME.fullmatch(str(name)):
         return folder
-    from huggingface_hub import snapshot_download
+    return hub.find(str(name))
 
+
+def _check_folder(place: Place) -> None:
+    """Tells of a wrong path before anything is downloaded or read."""
+    if isinstance(place, Path):
+        Checkpoint.open(place)
+
+
+def _folder(place: Place, on_progress: OnProgress | None) -> Path:
+    return hub.download(place, on_progress) if isinstance(place, Listing) else place
+
+
+@contextmanager
+def _telling(name: str, on_progress: OnProgress | None) -> Iterator[None]:
+    """Within, reading weights is reported."""
+
+    def tell(done: int, total: int) -> None:
+        if on_progress is not None:
+            on_progress(Progress("load", name, done, total))
+
+    token = on_read.set(tell)
     try:
-        return Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
-    except Exception as error:  # the hub client raises its own, requests' and OS errors
-        raise ModelNotFound(
-            f"Expected a folder or a model on the Hugging Face hub at '{name}', found neither "
-            f"({type(error).__name__}); check the name, the network and your access to the model."
-        ) from error
+        yield
+    finally:
+        on_read.reset(token)
 
 
-def _load_drafter(model: str | Path | None, target_folder: Path, drafter: str | Path | None) -> Drafter | None:
+@dataclass(frozen=True)
+class DrafterPlan:
+    """Which drafter, before any is loaded. lookup: alone or in front of the one at `place`.
+
+    chosen: the user named it, so that failing is better than going without.
+    """
+
+    lookup: bool = False
+    place: Place | None = None
+    chosen: bool = True
+
+    def places(self) -> list[Place]:
+        """The place as a list, empty without one."""
+        return [] if self.place is None else [self.place]
+
+
+def _plan_drafter(model: str | Path | None, target: Place, drafter: str | Path | None) -> DrafterPlan:
     if drafter is None or drafter == "none":
-        return None
+        return DrafterPlan()
     if drafter == "lookup":
-        return Lookup()
+        return DrafterPlan(lookup=True)
     if isinstance(drafter, str) and drafter.startswith(LOOKUP_FIRST):
-        inner = _load_drafter(model, target_folder, drafter.removeprefix(LOOKUP_FIRST))
-        return LookupFirst(inner) if inner is not None else Lookup()
+        inner = _plan_drafter(model, target, drafter.removeprefix(LOOKUP_FIRST))
+        return DrafterPlan(True, inner.place, inner.chosen)
     if model is None and drafter in ("auto", *FAMILIES):
-        return load_drafter(Checkpoint.open(_embedded_drafter(FAMILIES[0] if drafter == "auto" else str(drafter))))
+        return DrafterPlan(place=_embedded_drafter(FAMILIES[0] if drafter == "auto" else str(drafter)))
     if drafter == "auto":
-        found = _known_drafter(model, target_folder)
-        if found is None:
-            log.warning("No drafter is known for '%s': decoding plainly. Name one with --drafter.", model)
-            return None
-        drafter = found
+        return _known_drafter(model, target)
     if drafter in FAMILIES:
         raise OptionError(f"Expected a drafter's folder or hub name, 'auto', 'lookup' or 'none', found '{drafter}'.")
-    return load_drafter(Checkpoint.open(_local_folder(drafter)))
+    return DrafterPlan(place=_place(drafter))
+
+
+def _known_drafter(model: str | Path | None, target: Place) -> DrafterPlan:
+    """The assistant beside a local target, or the table's for its name; plain decoding where none is to be had."""
+    if isinstance(target, Path) and (found := pairs.beside(target)):
+        return DrafterPlan(place=found)
+    in_cache = pairs.hub_name_of(target) if isinstance(target, Path) else target.name
+    name = pairs.assistant_of(str(model)) or (in_cache and pairs.assistant_of(in_cache))
+    if not name:
+        log.warning("No drafter is known for '%s': decoding plainly. Name one with --drafter.", model)
+        return DrafterPlan()
+    try:
+        return DrafterPlan(place=_place(name), chosen=False)
+    except ModelNotFound as error:
+        log.warning("Decoding plainly, since the drafter could not be had: %s", error)
+        return DrafterPlan()
+
+
+def _checked_memory(model: str | Path, target: Place, plan: DrafterPlan) -> DrafterPlan:
+    """The plan, without a drafter that nobody asked for where only the target fits; DoesNotFit where not even that."""
+    available = memory.available_bytes()
+    places = [target, *plan.places()]
+    if memory.fits(sum(_weights(place, exact=False) for place in places), available):
+        return plan
+    alone, *more = (_weights(place, exact=True) for place in places)
+    if more and not plan.chosen and memory.fits(alone, available) and not memory.fits(alone + sum(more), available):
+        log.warning("Decoding plainly: '%s' fits in memory, but not with its drafter.", model)
+        return DrafterPlan(plan.lookup)
+    what = f"'{model}' with its drafter" if more else f"'{model}'"
+    memory.check(alone + sum(more), what, pairs.instead(available, alone))
+    return plan
+
+
+def _weights(place: Place, exact: bool) -> int:
+    return place.weight_bytes(exact) if isinstance(place, Listing) else memory.folder_bytes(place)
+
+
+def _drafter_folders(plan: DrafterPlan, on_progress: OnProgress | None) -> list[Path]:
+    """The drafter's folder, empty without one, and where one that nobody asked for by name cannot be downloaded."""
+    try:
+        return [_folder(place, on_progress) for place in plan.places()]
+    except ModelNotFound as error:
+        if plan.chosen:
+            raise
+        log.warning("Decoding plainly, since the drafter could not be had: %s", error)
+        return []
+
+
+def _load_drafter(plan: DrafterPlan, folders: Sequence[Path]) -> Drafter | None:
+    inner = load_drafter(Checkpoint.open(folders[0])) if folders else None
+    if not plan.lookup:
+        return inner
+    return Lookup() if inner is None else LookupFirst(inner)
 
 
 def _embedded_drafter(family: str) -> Path:
@@ -164,17 +263,6 @@ def _embedded_drafter(family: str) -> Path:
             f"'{family}', which this installation does not hold; name another one, a folder, 'lookup' or 'none'."
         )
     return folder
-
-
-def _known_drafter(model: str | Path | None, target_folder: Path) -> str | Path | None:
-    """The assistant beside a local target, or google's on the hub; None where none is known."""
-    for folder in (target_folder / "assistant", Path(f"{target_folder}-assistant"), target_folder.parent / "assistant"):
-        if (folder / "config.json").is_file():
-            return folder
-    name = str(model)
-    if re.fullmatch(r"google/gemma-4-[\w-]+-it", name, re.IGNORECASE):
-        return name + "-assistant"
-    return None
 
 
 def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -29,7 +29,16 @@ from mlx_lm.models.switch_layers import SwitchGLU
 from mlx_mtp.activations import gelu, tanh
 from mlx_mtp.attention import attend
 from mlx_mtp.cache import FULL, SLIDING, KVCache, LayerShape, NoCache
-from mlx_mtp.checkpoint import Checkpoint, compute_dtype, load_into, named_parameters, number, renamed, section
+from mlx_mtp.checkpoint import (
+    TOWERS,
+    Checkpoint,
+    compute_dtype,
+    load_into,
+    named_parameters,
+    number,
+    renamed,
+    section,
+)
 from mlx_mtp.errors import CheckpointError, UnsupportedModel
 from mlx_mtp.interfaces import States, TargetInfo
 from mlx_mtp.targets import registry
@@ -37,8 +46,6 @@ from mlx_mtp.targets import registry
 log = logging.getLogger(__name__)
 
 MODEL_TYPES = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
-# Parts of a multimodal checkpoint that text does not need.
-TOWERS = ("vision_tower", "audio_tower", "embed_vision", "embed_audio", "vision_embedder", "multi_modal_projector")
 
 # Bounds of sizes and of counts in a config.json: far above any model, low enough that no product leaves 31 bits.
 MAX_SIZE, MAX_COUNT = 2**20, 2**10

@@ -28,7 +28,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.utils import _get_classes, load_model
 
 from mlx_mtp.cache import CAPACITY_STEP, FULL, SLACK, SLIDING, KVCache, LayerShape, LayerView
-from mlx_mtp.checkpoint import Checkpoint, number, section
+from mlx_mtp.checkpoint import Checkpoint, number, read_parameters, section
 from mlx_mtp.errors import CheckpointError, MLXMTPError, UnsupportedModel, brief
 from mlx_mtp.interfaces import States, TargetInfo
 from mlx_mtp.targets import registry
@@ -387,7 +387,7 @@ def load(checkpoint: Checkpoint) -> GenericTarget:
         model, _ = load_model(checkpoint.path, lazy=True, get_model_classes=_classes)
         if mx.default_device() == mx.Device(mx.cpu):
             model.set_dtype(mx.float32)  # half precision is emulated there, and slow
-        mx.eval(model.parameters())
+        read_parameters(model)
     except Exception as error:  # mlx-lm has no error class of its own
         raise CheckpointError(
             f"{checkpoint.path}: mlx-lm cannot load this {checkpoint.config['model_type']} model ({brief(error)}); "

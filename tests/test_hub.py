@@ -1,0 +1,678 @@
+"""The hub: downloads that break and go on, copies without network, refusals in one sentence, pairs, memory and disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from hub_server import Hub, settled, wait_for
+from huggingface_hub import constants
+
+import mlx_mtp
+from mlx_mtp import CheckpointError, DoesNotFit, ModelNotFound, OptionError, fetch, hub, loading, memory, pairs
+from mlx_mtp.cli import app
+
+GOLDEN = Path(__file__).parent / "golden"
+TARGET, TIED = GOLDEN / "ple" / "target", GOLDEN / "ple" / "assistant_tied"
+NAME, DRAFTER = "google/gemma-4-tiny-it", "google/gemma-4-tiny-it-assistant"
+WEIGHTS = (TARGET / "model.safetensors").read_bytes()
+CUT = 40_000
+IDS = [1, 2, 3]
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A hub with the tiny pair on it, and an empty cache; huggingface_hub's constants, which it reads at import."""
+    with Hub() as server:
+        server.add(NAME, TARGET)
+        server.add(DRAFTER, TIED)
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr(fetch, "RETRY_SECONDS", 0.0)
+        monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+        yield server
+        huggingface_hub.close_session()
+
+
+@pytest.fixture
+def cache(online: Hub, tmp_path: Path) -> Path:
+    """The cache's folder of the tiny target."""
+    return tmp_path / "home" / "hub" / f"models--{NAME.replace('/', '--')}"
+
+
+def fetched(name: str = NAME, on_progress: hub.OnProgress | None = None) -> Path:
+    place = hub.find(name)
+    return hub.download(place, on_progress) if isinstance(place, hub.Listing) else place
+
+
+def refusal(call: Callable[[], object], kind: type[mlx_mtp.MLXMTPError] = ModelNotFound) -> str:
+    with pytest.raises(kind) as caught:
+        call()
+    sentence = str(caught.value)
+    assert sentence.endswith((".", ")")) and "\n" not in sentence and 40 < len(sentence) < 500, sentence
+    return sentence
+
+
+def same_files(folder: Path, source: Path = TARGET) -> bool:
+    return {f.name: f.read_bytes() for f in folder.iterdir()} == {f.name: f.read_bytes() for f in source.iterdir()}
+
+
+# Downloads
+
+
+def test_a_download_is_whole_and_stays(online: Hub, cache: Path) -> None:
+    folder = fetched()
+    assert same_files(folder) and folder == cache / "snapshots" / online.commit(NAME)
+    assert (cache / "refs" / "main").read_text() == online.commit(NAME)
+    assert Path(huggingface_hub.snapshot_download(NAME, local_files_only=True)) == folder  # other programs find it
+    online.requests.clear()
+    assert fetched() == folder
+    assert [(r.method, r.path) for r in online.requests] == [("GET", f"/api/models/{NAME}")]
+
+
+def test_a_break_in_mid_file_is_mended_in_the_same_run(online: Hub) -> None:
+    online.faults.breaks["model.safetensors"] = [CUT, 0, 0, 30_000]
+    assert same_files(fetched())
+    assert [r.start for r in online.gets("model")] == [0, CUT, CUT, CUT, CUT + 30_000]
+
+
+def test_after_a_break_for_good_the_next_run_asks_only_for_the_rest(online: Hub, cache: Path) -> None:
+    online.faults.breaks["model.safetensors"] = [CUT] + [0] * 50
+    sentence = refusal(fetched)
+    assert "network" in sentence and online.endpoint in sentence
+    assert len(online.gets("model")) == 1 + fetch.RETRIES
+    assert not hub.cached(NAME) and hub.started(NAME)
+    listing = hub.find(NAME)
+    assert isinstance(listing, hub.Listing)
+    small = sum(len(content) for file, content in online.repositories[NAME].items() if file.endswith(".json"))
+    assert listing.bytes_to_come() == len(WEIGHTS) - CUT + small
+    online.faults.breaks.clear()
+    online.requests.clear()
+    assert same_files(fetched())
+    assert [r.start for r in online.gets("model")] == [CUT]
+    assert not list(cache.rglob("*.incomplete"))
+
+
+def test_an_interrupt_keeps_what_has_come(online: Hub, cache: Path) -> None:
+    online.faults.stall["model.safetensors"] = CUT
+
+    def interrupt(at: hub.Progress) -> None:
+        if at.done >= CUT:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetched(on_progress=interrupt)
+    assert settled(cache) == CUT and hub.cached(NAME) is None
+
+
+@pytest.mark.parametrize("left", [b"x" * CUT, WEIGHTS[: CUT - 1] + b"\0", b"x" * len(WEIGHTS), WEIGHTS[:-1] + b"\0",
+                                  WEIGHTS + b"x", b""])  # fmt: skip
+def test_a_spoilt_rest_is_fetched_again(online: Hub, cache: Path, left: bytes) -> None:
+    """A power cut leaves zeros at the end of a file, another program leaves anything."""
+    part = cache / "blobs" / f"{hashlib.sha256(WEIGHTS).hexdigest()}.incomplete"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(left)
+    assert same_files(fetched())
+    assert online.gets("model")[-1].start == 0
+
+
+def test_content_that_is_not_the_announced_one_never_gets_a_name(online: Hub, cache: Path) -> None:
+    online.faults.other_content.add("model.safetensors")
+    assert "model.safetensors" in refusal(fetched, CheckpointError)
+    assert hub.cached(NAME) is None and hashlib.sha256(WEIGHTS).hexdigest() not in os.listdir(cache / "blobs")
+
+
+def test_a_network_without_ranges(online: Hub) -> None:
+    online.faults.no_ranges = True
+    online.faults.breaks["model.safetensors"] = [CUT, 100]
+    assert same_files(fetched())
+    assert [r.start for r in online.gets("model")] == [0, CUT, 100]
+
+
+def test_the_token_goes_to_the_hub_and_nowhere_else(online: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_granted")
+    online.faults.gated.add(NAME)
+    online.faults.breaks["model.safetensors"] = [CUT]
+    assert same_files(fetched())
+    assert [r.token for r in online.gets()] == [None, None]
+    assert {r.token for r in online.requests if not r.path.startswith("/content/")} == {"hf_granted"}
+
+
+def test_progress_tells_bytes_and_ends_at_all(online: Hub, tmp_path: Path) -> None:
+    """Three shards, fetched at once; what an earlier run brought counts from the start."""
+    online.repositories[NAME] = {"config.json": b"{}", "readme.md": b"x" * 999, "onnx/model.safetensors": b"y" * 999}
+    shards = {f"model-0000{i}-of-00003.safetensors": os.urandom(50_000 + i) for i in (1, 2, 3)}
+    online.repositories[NAME] |= shards
+    online.faults.breaks["model-00002-of-00003.safetensors"] = [20_000] + [0] * 50
+    refusal(fetched)
+    online.faults.breaks.clear()
+    seen: list[hub.Progress] = []
+    folder = fetched(on_progress=seen.append)
+    assert {file.name for file in folder.iterdir()} == {"config.json", *shards}
+    assert {at.what for at in seen} == {"download"} and {at.name for at in seen} == {NAME}
+    assert [at.done for at in seen] == sorted(at.done for at in seen) and seen[-1].done == seen[-1].total
+    assert 0 < seen[-1].total <= 150_006
+
+
+def test_an_update_fetches_only_what_changed(online: Hub) -> None:
+    old = fetched()
+    online.repositories[NAME]["generation_config.json"] = b'{"eos_token_id": 7}'
+    online.requests.clear()
+    new = fetched()
+    assert new != old and (new / "generation_config.json").read_bytes() == b'{"eos_token_id": 7}'
+    assert online.gets("model") == [] and (new / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_the_hubs_own_spelling_of_a_name(online: Hub) -> None:
+    assert fetched(NAME.upper()) == fetched(NAME)
+    assert len(online.gets("model")) == 1
+
+
+# Refusals
+
+
+def test_no_such_name(online: Hub) -> None:
+    assert "found neither" in refusal(lambda: fetched("google/nothing")) and "google/nothing" in online.requests[0].path
+
+
+@pytest.mark.parametrize("name", ["a--b/c", "a/b..c", "a/" + "x" * 200])
+def test_names_the_hub_does_not_allow(online: Hub, name: str) -> None:
+    assert "found neither" in refusal(lambda: fetched(name)) and not online.requests
+
+
+@pytest.mark.parametrize("token", [None, "hf_other"])
+def test_a_licence_gate(online: Hub, monkeypatch: pytest.MonkeyPatch, token: str | None) -> None:
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    online.faults.gated.add(NAME)
+    sentence = refusal(fetched)
+    assert "licence" in sentence and f"{online.endpoint}/{NAME}" in sentence and "HF_TOKEN" in sentence
+
+
+def test_a_token_that_is_no_longer_valid(online: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", online.faults.bad_token)
+    assert "token (401)" in refusal(fetched)
+
+
+@pytest.mark.parametrize(("status", "said"), [(503, "its own (503)"), (500, "its own (500)"), (403, "token (403)")])
+@pytest.mark.parametrize("place", ["/api/models/", "/resolve/"])
+def test_errors_of_the_hub(online: Hub, status: int, said: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if place == "/resolve/":  # huggingface_hub asks for small files again and again, with pauses
+        online.faults.status["model.safetensors"] = status
+    else:
+        online.faults.status[place] = status
+    assert said in refusal(fetched)
+
+
+def test_repositories_that_hold_something_else(online: Hub) -> None:
+    online.repositories["a/gguf"] = {"config.json": b"{}", "model.gguf": b"GGUF"}
+    online.repositories["a/adapter"] = {"model.safetensors": b"x"}
+    online.repositories["a/empty"] = {}
+    for name in ("a/gguf", "a/adapter", "a/empty"):
+        assert "GGUF" in refusal(lambda name=name: fetched(name))
+    assert not online.gets()
+
+
+def test_a_listing_cannot_name_places_outside_the_cache(online: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    api = huggingface_hub.HfApi.model_info
+
+    def odd(*arguments: object, **named: object) -> object:
+        info = api(*arguments, **named)
+        for sibling in info.siblings:
+            if sibling.lfs:
+                sibling.lfs.sha256 = "../../../outside"
+        info.id = "../elsewhere"
+        return info
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", odd)
+    listing = hub.find(NAME)
+    assert isinstance(listing, hub.Listing) and listing.name == NAME and not listing.jobs()
+
+
+# Without a hub
+
+
+@pytest.fixture(params=["offline", "gone", "silent", "broken"])
+def without(request: pytest.FixtureRequest, online: Hub, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Takes the hub away, in one of four ways."""
+
+    def take() -> None:
+        online.requests.clear()
+        if request.param == "offline":
+            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        elif request.param == "gone":
+            online.close()
+            huggingface_hub.close_session()
+        elif request.param == "silent":
+            monkeypatch.setattr(hub, "PATIENCE", 0.2)
+            monkeypatch.setattr(hub, "LONG_PATIENCE", 0.2)
+            online.faults.silent = True
+        else:
+            online.faults.status["/"] = 502
+
+    return take
+
+
+def test_a_whole_copy_serves_without_the_hub(without: Callable[[], None]) -> None:
+    folder = fetched()
+    without()
+    assert fetched() == folder
+
+
+def test_half_a_copy_does_not(online: Hub, without: Callable[[], None], cache: Path) -> None:
+    online.faults.breaks["model.safetensors"] = [CUT] + [0] * 50
+    refusal(fetched)
+    without()
+    assert NAME in refusal(fetched)
+    assert (cache / "blobs").is_dir()
+
+
+def test_an_update_that_broke_off_leaves_the_older_copy(online: Hub, without: Callable[[], None]) -> None:
+    old = fetched()
+    online.repositories[NAME]["model.safetensors"] = WEIGHTS[:-4] + b"1234"
+    online.repositories[NAME]["config.json"] += b" "
+    online.faults.status["/resolve/" + online.commit(NAME) + "/generation_config"] = 404
+    refusal(fetched)
+    assert len(list(old.parent.iterdir())) == 2
+    without()
+    assert fetched() == old
+
+
+def spoilt(folder: Path, how: str) -> None:
+    """Takes a file out of a snapshot, or leaves one that says there must be more."""
+    weights = (folder / "model.safetensors").read_bytes()
+    if how == "weights":
+        (folder / "model.safetensors").unlink()
+    elif how == "blob":
+        Path(os.path.realpath(folder / "model.safetensors")).unlink()
+    elif how == "config":
+        (folder / "config.json").unlink()
+    elif how == "shard":
+        (folder / "model.safetensors").unlink()
+        (folder / "model-00001-of-00002.safetensors").write_bytes(weights)
+    else:
+        index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("how", ["weights", "blob", "config", "shard", "index"])
+def test_half_a_snapshot_is_never_taken_for_whole(online: Hub, cache: Path, how: str, listed: bool) -> None:
+    """With and without the listing that newer versions of huggingface_hub keep beside the snapshot."""
+    folder = fetched()
+    if not listed:
+        shutil.rmtree(cache / "trees")
+    copy = folder.parent.parent / "snapshots" / ("0" * 40)
+    shutil.copytree(folder, copy, symlinks=True)
+    shutil.rmtree(folder)
+    (cache / "refs" / "main").write_text(copy.name)
+    assert hub.cached(NAME) == copy
+    spoilt(copy, how)
+    assert hub.lacking(copy) and hub.cached(NAME) is None
+    refusal(lambda: mlx_mtp.load(copy), CheckpointError)  # as a path, too
+
+
+# Room
+
+
+def test_no_disk(online: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 150_000))
+    sentence = refusal(lambda: mlx_mtp.load(NAME), DoesNotFit)
+    assert NAME in sentence and DRAFTER in sentence and "150.0 kB" in sentence and "HF_HOME" in sentence
+    assert not online.gets()
+    mlx_mtp.load(NAME, drafter=None)  # the target alone takes less
+
+
+def test_a_part_counts_as_there(online: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    online.faults.breaks["model.safetensors"] = [CUT] + [0] * 50
+    refusal(fetched)
+    online.faults.breaks.clear()
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, len(WEIGHTS) - CUT + 10_000))
+    listing = hub.find(NAME)
+    assert isinstance(listing, hub.Listing)
+    hub.check_disk([listing])
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """A machine with so many bytes for a model, and no fixed head-room."""
+
+    def set_to(size: float) -> None:
+        monkeypatch.setattr(memory, "HEAD_ROOM_BYTES", 0)
+        monkeypatch.setattr(memory, "available_bytes", lambda: int(size))
+
+    return set_to
+
+
+def test_no_memory_for_a_name_nothing_is_downloaded(online: Hub, small: Callable[[float], None]) -> None:
+    small(100_000)
+    sentence = refusal(lambda: mlx_mtp.load(NAME, drafter=None), DoesNotFit)
+    assert "100.0 kB" in sentence and NAME in sentence and "embedded model fits" in sentence
+    assert memory.IGNORE in sentence and all(r.span == "bytes=0-100000" for r in online.gets())  # headers, no weights
+
+
+def test_no_memory_for_a_folder_no_weight_is_read(small: Callable[[float], None], monkeypatch) -> None:
+    small(100_000)
+    monkeypatch.setattr(loading, "load_target", lambda _: pytest.fail("the weights were read"))
+    assert str(TARGET) in refusal(lambda: mlx_mtp.load(TARGET), DoesNotFit)
+    assert "with its drafter" in refusal(lambda: mlx_mtp.load(TARGET, drafter=TIED), DoesNotFit)
+
+
+def test_what_fits_instead_is_named(online: Hub, small: Callable[[float], None], monkeypatch) -> None:
+    small(9e9)
+    monkeypatch.setattr(memory, "folder_bytes", lambda _: 40 * 10**9)
+    sentence = refusal(lambda: mlx_mtp.load(TARGET), DoesNotFit)
+    assert "'mlx-community/gemma-4-e4b-it-4bit' fits" in sentence and "44.0 GB" in sentence
+
+
+def test_memory_may_be_ignored(small: Callable[[float], None], monkeypatch, caplog) -> None:
+    small(100_000)
+    monkeypatch.setenv(memory.IGNORE, "1")
+    assert mlx_mtp.load(TARGET, drafter=None).generate(IDS, max_tokens=2).tokens
+    assert "expect swapping" in caplog.text
+
+
+def test_the_headers_decide_what_the_sizes_leave_open(online: Hub, small: Callable[[float], None]) -> None:
+    """Towers are in the files, but not in memory."""
+    exact = memory.folder_bytes(TARGET)
+    listing = hub.find(NAME)
+    assert isinstance(listing, hub.Listing) and listing.weight_bytes(exact=True) == exact
+    assert listing.weight_bytes(exact=False) > exact  # a CPU may need three times the file
+    small(exact * 1.2)
+    assert mlx_mtp.load(NAME, drafter=None).target.path == hub.cached(NAME)
+
+
+def test_a_drafter_that_nobody_asked_for_gives_way(online: Hub, small: Callable[[float], None], caplog) -> None:
+    small(memory.folder_bytes(TARGET) * 1.15)
+    assert mlx_mtp.load(NAME).drafter is None
+    assert "not with its drafter" in caplog.text and hub.cached(DRAFTER) is None
+    refusal(lambda: mlx_mtp.load(NAME, drafter=DRAFTER), DoesNotFit)
+
+
+def test_towers_cost_nothing() -> None:
+    tensors = [("model.vision_tower.x", "F32", 10**9), ("model.embed_audio.y", "BF16", 10), ("model.norm", "U32", 8)]
+    assert memory.held_bytes(tensors) == 8
+
+
+def test_halves_cost_more_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert memory.held_bytes([("a", "BF16", 2), ("b", "F32", 4)]) == 3 * 2 + 4
+    pair = pairs.Pair(target="a", assistant="b", bits=4, weight_bytes=4500 * 10**6)
+    on_cpu = pair.memory_bytes
+    monkeypatch.setattr(memory, "on_cpu", lambda: False)
+    assert memory.held_bytes([("a", "BF16", 2), ("b", "F32", 4)]) == 6
+    assert pair.memory_bytes == memory.needed_bytes(4500 * 10**6) < on_cpu
+
+
+def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = memory.available_bytes()
+    for text, expected in (("123456\n", 123456), ("max\n", None), (f"{2**62}\n", None)):
+        (tmp_path / "max").write_text(text)
+        monkeypatch.setattr(memory, "CGROUP_FILES", (str(tmp_path / "max"), str(tmp_path / "none")))
+        assert memory.available_bytes() == (expected or max(whole, memory.available_bytes()))
+
+
+def test_wired_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [7]
+
+    def set_limit(limit: int) -> int:
+        limits.append(limit)
+        return limits[-2]
+
+    class Engine:
+        pass
+
+    monkeypatch.setattr(memory.mx, "set_wired_limit", set_limit)
+    wired, first, second = memory.Wired(), Engine(), Engine()
+    wired.add(first, 10**9)
+    assert limits == [7]  # no Metal here
+    monkeypatch.setattr(memory, "on_metal", lambda: True)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 3 * 10**9)
+    wired.add(first, 10**9)
+    wired.add(second, 10**9)
+    assert limits == [7, memory.needed_bytes(10**9), memory.needed_bytes(2 * 10**9)]
+    third = Engine()
+    wired.add(third, 2 * 10**9)
+    assert limits[-1] == 3 * 10**9  # never more than macOS recommends
+    del first, second
+    wired.add(third, 2 * 10**9)
+    assert limits[-1] == memory.needed_bytes(2 * 10**9)  # of those alive
+    wired.restore()
+    wired.restore()
+    assert limits[-1] == 7 and len(limits) == 6
+
+
+# Pairs
+
+
+def test_auto_finds_the_assistant_on_the_hub(online: Hub) -> None:
+    engine = mlx_mtp.load(NAME, depth=2)
+    result = engine.generate(IDS, max_tokens=12, ignore_end=True)
+    assert result.stats.drafted > 0 and len(online.gets()) == 2
+    assert result.tokens == mlx_mtp.load(TARGET, drafter=None).generate(IDS, max_tokens=12, ignore_end=True).tokens
+    snapshot = hub.cached(NAME)
+    assert snapshot and mlx_mtp.load(snapshot, depth=2).drafter is not None  # the cache's folder has the name in it
+
+
+@pytest.mark.parametrize("place", ["target/assistant", "target-assistant", "assistant"])
+def test_auto_finds_the_assistant_next_to_a_folder(tmp_path: Path, place: str) -> None:
+    shutil.copytree(TARGET, tmp_path / "target", copy_function=shutil.copyfile)
+    assert mlx_mtp.load(tmp_path / "target", depth=2).drafter is None
+    shutil.copytree(TIED, tmp_path / place, copy_function=shutil.copyfile)
+    assert mlx_mtp.load(tmp_path / "target", depth=2).drafter is not None
+
+
+def test_without_its_drafter_a_target_decodes_plainly(online: Hub, caplog) -> None:
+    online.faults.gated.add(DRAFTER)
+    assert mlx_mtp.load(NAME).drafter is None
+    assert "Decoding plainly" in caplog.text and "licence" in caplog.text
+    assert "licence" in refusal(lambda: mlx_mtp.load(NAME, drafter=DRAFTER))  # who asks for it hears why not
+    online.faults.gated.clear()
+    del online.repositories[DRAFTER]
+    assert mlx_mtp.load(NAME).drafter is None
+    assert isinstance(mlx_mtp.load(NAME, drafter="lookup+auto").drafter, loading.Lookup)
+
+
+SIZES = ("E2B", "E4B", "12B", "26B-A4B", "31B")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_names_of_google_and_mlx_community(size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    google, community = f"google/gemma-4-{size}-it", f"mlx-community/gemma-4-{size}-it"
+    assert pairs.assistant_of(google) == google + "-assistant"
+    for kind in ("4bit", "8bit", "6bit", "bf16", "mxfp4", "OptiQ-4bit"):
+        for name in (f"{community}-{kind}", f"{community.lower()}-{kind}"):
+            assert pairs.assistant_of(name) == community + "-assistant-bf16"
+    others = (google + "-assistant", community + "-assistant-4bit", f"google/gemma-3-{size}-it", "a/b", google[:-3])
+    for other in others:
+        assert pairs.assistant_of(other) is None
+
+
+def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    known = pairs.known_pairs()
+    assert len({pair.target.casefold() for pair in known}) == len(known) == 20
+    for pair in known:
+        assert hub.NAME.fullmatch(pair.target) and pair.assistant == pairs.assistant_of(pair.target) and pair.source
+        size = next(size for size in SIZES if f"-{size}-".casefold() in pair.target.casefold())
+        assert f"-{size}-" in pair.assistant
+        assert 0 < pair.weight_bytes < pair.download_bytes < 65 * 10**9  # towers and tokenizer are not held
+        assert pair.bits in (4, 6, 8, 16)
+
+
+@pytest.mark.parametrize(("gigabytes", "best"), [(2, None), (4, "e2b"), (5.3, "e4b"), (11.4, "12B"), (17.1, "26b-a4b"),
+                                                 (22.9, "31b"), (400, "31b")])  # fmt: skip
+def test_best_pair(gigabytes: float, best: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What macOS gives the GPU of Macs with 8, 16, 24 and 32 GB, and more."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setattr(memory, "on_cpu", lambda: False)
+    pair = pairs.best_pair(int(gigabytes * 10**9))
+    assert (pair and pair.target) == (best and f"mlx-community/gemma-4-{best}-it-4bit")
+
+
+@pytest.fixture
+def user_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str | bytes], Path]:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    file = tmp_path / "config" / "mlx-mtp" / "pairs.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(text: str | bytes) -> Path:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return file
+
+    return write
+
+
+def test_the_users_own_pairs_come_first(user_table: Callable[[str | bytes], Path]) -> None:
+    own = [
+        {"target": "google/gemma-4-E2B-it", "assistant": "me/mine", "weight_bytes": 10**9, "download_bytes": 10**9},
+        {"target": "me/plain", "assistant": None},
+        {"target": "~/models/x", "assistant": "~/models/y"},
+    ]
+    user_table(json.dumps({"pairs": own, "patterns": [{"target": "me/tuned-*", "assistant": "{target}-mtp"}]}))
+    assert pairs.assistant_of("google/gemma-4-E2B-it") == "me/mine"
+    assert pairs.assistant_of(os.path.expanduser("~/models/x")) == "~/models/y"
+    assert pairs.assistant_of("me/tuned-3") == "me/tuned-3-mtp" and pairs.assistant_of("me/plain") is None
+    assert pairs.assistant_of("google/gemma-4-E4B-it") == "google/gemma-4-E4B-it-assistant"
+    known = pairs.known_pairs()
+    assert [pair.target for pair in known[:3]] == [entry["target"] for entry in own] and len(known) == 22
+    best = pairs.best_pair(10**10)
+    assert best and best.target == "google/gemma-4-E2B-it"
+
+
+def test_a_folder_of_the_users_table(user_table: Callable[[str | bytes], Path]) -> None:
+    user_table(json.dumps({"pairs": [{"target": str(TARGET), "assistant": str(TIED)}]}))
+    assert mlx_mtp.load(TARGET, depth=2).drafter is not None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "7", b"\xff\xfe", "[" * 100_000, '{"pairs": 7}', '{"pairs": [7]}', '{"patterns": {}}',
+             '{"pairs": [{}]}', '{"pairs": [{"target": "a/b"}]}', '{"pairs": [{"target": 7, "assistant": "a/b"}]}',
+             '{"pairs": [{"target": "a/b", "assistant": 7}]}', '{"pairs": [{"target": "", "assistant": "a/b"}]}',
+             '{"pairs": [{"target": "a/b", "assistant": "c/d", "bits": "4"}]}',
+             '{"pairs": [{"target": "a/b", "assistant": "c/d", "weight_bytes": -1}]}',
+             '{"pairs": [{"target": "a/b", "assistant": "c/d", "download_bytes": 1e99}]}']
+)  # fmt: skip
+def test_a_corrupt_table_is_one_sentence(user_table: Callable[[str | bytes], Path], text: str | bytes) -> None:
+    file = user_table(text)
+    assert str(file) in refusal(pairs.known_pairs, OptionError)
+    assert str(file) in refusal(lambda: mlx_mtp.load(TARGET), OptionError)
+
+
+def test_who_needs_no_table_does_not_care_for_it(user_table: Callable[[str | bytes], Path]) -> None:
+    user_table("{")
+    assert mlx_mtp.load(depth=2).drafter is not None and mlx_mtp.load(TARGET, drafter=TIED, depth=2).drafter is not None
+
+
+# Whether the hub is there
+
+
+def test_hub_answers(online: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hub.hub_answers()
+    online.faults.status["/"] = 503
+    assert not hub.hub_answers()
+    online.faults.status.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    online.requests.clear()
+    assert not hub.hub_answers() and not online.requests
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    online.faults.silent = True
+    assert not hub.hub_answers(0.2)
+    online.close()
+    assert not hub.hub_answers()
+
+
+# The command line
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["mlx-mtp", *args])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        app.main()
+    out, err = capsys.readouterr()
+    return int(end.value.code or 0), out, err
+
+
+def test_models_as_json_and_as_lines(online: Hub, small, user_table, monkeypatch, capsys) -> None:
+    small(9e9)
+    user_table(json.dumps({"pairs": [{"target": NAME, "assistant": DRAFTER}]}))
+    for expected in ("no", "partly", "yes"):
+        code, out, err = run(monkeypatch, capsys, "models", "--json")
+        assert code == 0 and err == "" and out.count("\n") == 1
+        found = json.loads(out)
+        assert set(found) == {"memory_bytes", "best", "pairs"} and found["memory_bytes"] == 9 * 10**9
+        assert found["best"] == "mlx-community/gemma-4-e4b-it-4bit" and len(found["pairs"]) == 21
+        own = found["pairs"][0]
+        assert (own["target"], own["fits"], own["download_bytes"], own["downloaded"]) == (NAME, None, None, expected)
+        fetched(NAME if expected == "no" else DRAFTER)
+    code, out, err = run(monkeypatch, capsys, "models")
+    lines = [line.split("\t") for line in out.splitlines()]
+    assert code == 0 and err == "" and len(lines) == 22 and {len(line) for line in lines} == {6}
+    assert lines[1] == [NAME, DRAFTER, "?", "?", "?", "yes"]
+    _, out, _ = run(monkeypatch, capsys, "models", "--fitting")
+    assert {line.split("\t")[4] for line in out.splitlines()[1:]} == {"yes"}
+    user_table("{")
+    code, out, err = run(monkeypatch, capsys, "models")
+    assert code == 2 and out == "" and err.count("\n") == 1 and "pairs.json" in err
+
+
+def test_generate_says_one_sentence_and_nothing_on_stdout(online: Hub, monkeypatch, capsys) -> None:
+    code, out, err = run(monkeypatch, capsys, "generate", "x", "--model", "google/nothing")
+    assert code == 2 and out == "" and err.count("\n") == 1 and "found neither" in err
+
+
+# The same in processes of their own, which read the environment
+
+
+def start(home: Path, endpoint: str, *args: str, **more: str) -> subprocess.Popen[str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
+    environment = {**kept, "HF_HOME": str(home), "HF_ENDPOINT": endpoint, "XDG_CONFIG_HOME": str(home), **more}
+    command = [sys.executable, "-m", "mlx_mtp.cli.app", "generate", "--model", NAME, "--tokens", "1,2,3",
+               "--max-tokens", "6", "--depth", "2", "--json", *args]  # fmt: skip
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_killed_in_mid_file_resumed_and_then_offline(tmp_path: Path) -> None:
+    """HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE as a user sets them; the process dies as in a power cut."""
+    home = tmp_path / "elsewhere"
+    with Hub() as server:
+        server.add(NAME, TARGET)
+        server.add(DRAFTER, TIED)
+        server.faults.stall["model.safetensors"] = CUT
+        first = start(home, server.endpoint, HF_TOKEN="hf_mine")
+        wait_for(server.stalled)
+        assert settled(home) == CUT
+        first.send_signal(signal.SIGKILL)
+        first.communicate(timeout=30)
+        assert {request.token for request in server.asked("/api/models/")} == {"hf_mine"}
+        server.requests.clear()
+        second = start(home, server.endpoint)
+        out, err = second.communicate(timeout=60)
+        assert second.returncode == 0 and err == "", err
+        assert [r.start for r in server.gets(f"{NAME}/")] == [CUT]
+        assert (home / "hub" / "models--google--gemma-4-tiny-it" / "snapshots" / server.commit(NAME)).is_dir()
+        endpoint = server.endpoint
+    expected = mlx_mtp.load(TARGET, drafter=None).generate(IDS, max_tokens=6).tokens
+    third = start(home, endpoint, HF_HUB_OFFLINE="1")
+    again, err = third.communicate(timeout=60)
+    assert third.returncode == 0 and err == "", err
+    for printed in (out, again):
+        assert json.loads(printed)["tokens"] == expected and json.loads(printed)["stats"]["drafted"] > 0
