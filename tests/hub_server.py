@@ -84,7 +84,7 @@ class Hub:
 
     @property
     def content_endpoint(self) -> str:
-        return f"http://127.0.0.1:{self._servers[1].server_port}"
+        return f"http://localhost:{self._servers[1].server_port}"  # another host, as far as a client can tell
 
     def add(self, name: str, folder: Path, **more: bytes) -> None:
         files = {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
