@@ -274,7 +274,7 @@ class _Run:
         self.step_fn = trainer._compiled_step()
         self.began, self.first = time.perf_counter(), trainer.step
         # A step's results from when the weights have moved until it is logged and counted.
-        self.pending: Any = None
+        self.moved: list[Any] = []
         self.tokens = 0
         self.broken = False
 
@@ -290,7 +290,7 @@ class _Run:
                 yield progress
         finally:
             # An interrupt mostly arrives while a step is computed: that step is finished, not thrown away.
-            if self.pending is not None and not self.broken:
+            if self.moved and not self.broken:
                 self._finish()
             if not self.broken and optimizers.steps_taken(trainer.optimizer) == trainer.step:
                 self._save()
@@ -307,13 +307,15 @@ class _Run:
         for part in parts[:-1]:
             sums = self.step_fn(mx.array(part), progress, sums, False)
             mx.eval(sums)
-        self.pending = self.step_fn(mx.array(parts[-1]), progress, sums, True)
         self.tokens = batch.size
+        # Python raises an interrupt right behind a call, before its result is stored: then the weights would have
+        # moved and nobody would know. Within `extend` nothing comes in between.
+        self.moved.extend(map(self.step_fn, [mx.array(parts[-1])], [progress], [sums], [True]))
 
     def _finish(self) -> Progress:
         """Waits for the step, checks, evaluates, logs and counts it; may be run again where it was interrupted."""
         trainer, options = self.trainer, self.trainer.options
-        loss, figures, norm = self.pending
+        loss, figures, norm = self.moved[0]
         mx.eval(loss, figures, norm, trainer.module.state, trainer.optimizer.state, trainer._masters)
         step = trainer.step + 1
         if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
@@ -332,7 +334,7 @@ class _Run:
         )  # fmt: skip
         self.log.write(json.dumps(_record(trainer.figures, progress, seconds)) + "\n")
         self.log.flush()
-        self.pending, trainer.step = None, step
+        self.moved, trainer.step = [], step  # no call in between, so no interrupt either
         if held_out is not None:
             trainer.draw()
         return progress
