@@ -19,7 +19,18 @@ from hub_server import Hub, settled, wait_for
 from huggingface_hub import constants
 
 import mlx_mtp
-from mlx_mtp import CheckpointError, DoesNotFit, ModelNotFound, OptionError, checkpoint, fetch, hub, loading, memory, pairs
+from mlx_mtp import (
+    CheckpointError,
+    DoesNotFit,
+    ModelNotFound,
+    OptionError,
+    checkpoint,
+    fetch,
+    hub,
+    loading,
+    memory,
+    pairs,
+)
 from mlx_mtp.cli import app
 
 GOLDEN = Path(__file__).parent / "golden"
