@@ -19,7 +19,18 @@ from hub_server import Hub, settled, wait_for
 from huggingface_hub import constants
 
 import mlx_mtp
-from mlx_mtp import CheckpointError, DoesNotFit, ModelNotFound, OptionError, fetch, hub, loading, memory, pairs
+from mlx_mtp import (
+    CheckpointError,
+    DoesNotFit,
+    ModelNotFound,
+    OptionError,
+    checkpoint,
+    fetch,
+    hub,
+    loading,
+    memory,
+    pairs,
+)
 from mlx_mtp.cli import app
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -167,6 +178,18 @@ def test_progress_tells_bytes_and_ends_at_all(online: Hub, tmp_path: Path) -> No
     assert {at.what for at in seen} == {"download"} and {at.name for at in seen} == {NAME}
     assert [at.done for at in seen] == sorted(at.done for at in seen) and seen[-1].done == seen[-1].total
     assert 0 < seen[-1].total <= 150_006
+
+
+def test_reading_is_told_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 20_000)
+    seen: list[hub.Progress] = []
+    mlx_mtp.load(TARGET, drafter=TIED, depth=2, on_progress=seen.append)
+    for name in (str(TARGET), "its drafter"):
+        steps = [at for at in seen if at.name == name]
+        assert len(steps) > 2 and {at.what for at in steps} == {"load"} and len({at.total for at in steps}) == 1
+        assert [at.done for at in steps] == sorted({at.done for at in steps}) and steps[-1].done == steps[-1].total
+    mlx_mtp.load(TARGET, drafter=None)
+    assert checkpoint.on_read.get() is None  # nobody is told of the next load
 
 
 def test_an_update_fetches_only_what_changed(online: Hub) -> None:
