@@ -14,7 +14,7 @@ import termios
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from mlx_mtp import PromptError
 
@@ -54,6 +54,31 @@ class PipeLines:
         raise EOFError
 
 
+class DumbLines:
+    """A terminal that only knows text (TERM=dumb): the system's own line editing."""
+
+    interactive = True
+
+    def __init__(self, prompts: TextIO) -> None:
+        self._prompts = prompts
+
+    def read(self) -> str:
+        """The next message; a backslash at the end of a line goes on in another one."""
+        message: list[str] = []
+        while True:
+            print(PROMPT, end="", file=self._prompts, flush=True)
+            if not (line := sys.stdin.readline()):
+                print(file=self._prompts)
+                raise EOFError
+            message.append(line.rstrip("\r\n"))
+            if message[-1].endswith("\\"):
+                message[-1] = message[-1][:-1]
+            elif text := "\n".join(message).rstrip():
+                return text
+            else:
+                message = []
+
+
 class TerminalLines:
     """A prompt with history and several lines. to_stderr: standard output is taken by something else."""
 
@@ -83,6 +108,8 @@ class TerminalLines:
 def lines(commands: Sequence[str]) -> Lines:
     """What fits standard input and output as they are."""
     if sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty()):
+        if os.environ.get("TERM", "dumb") in ("dumb", "unknown"):
+            return DumbLines(sys.stdout if sys.stdout.isatty() else sys.stderr)
         return TerminalLines(commands, to_stderr=not sys.stdout.isatty())
     return PipeLines(echo=sys.stdout.isatty())
 
