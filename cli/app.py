@@ -6,7 +6,9 @@ anything a Python program could not do through `mlx_mtp`.
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import sys
 from typing import Annotated
 
@@ -16,11 +18,14 @@ from rich.logging import RichHandler
 
 import mlx_mtp
 from mlx_mtp.cli.adapt import adapt
+from mlx_mtp.cli.chat import chat
 from mlx_mtp.cli.convert import convert
 from mlx_mtp.cli.doctor import doctor
 from mlx_mtp.cli.generate import generate
 from mlx_mtp.cli.models import models
 from mlx_mtp.cli.train import train
+
+OUTPUT_GONE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     name="mlx-mtp",
@@ -28,6 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(chat)
 app.command()(generate)
 app.command()(train)
 app.command()(adapt)
@@ -66,6 +72,13 @@ def main() -> None:
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
+    except OSError as error:
+        if error.errno not in OUTPUT_GONE:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what Python still writes at its end
+        if error.errno != errno.EPIPE:  # else whoever read the output has read enough
+            print(f"Expected room for the output, found '{error.strerror}'; free some disk space.", file=sys.stderr)
+            sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,9 +39,13 @@ class Pieces:
 
 
 class Channels:
-    """Splits one reply. `thinking`: the prompt has opened a thought already (templates that end in `<think>`)."""
+    """Splits one reply. `thinking`: the prompt has opened a thought already (templates that end in `<think>`).
 
-    def __init__(self, thinking: str | None = None) -> None:
+    calls: whether calls of tools are told apart; where none were offered, what looks like one is text.
+    """
+
+    def __init__(self, thinking: str | None = None, calls: bool = True) -> None:
+        self._markers = [marker for marker in CLOSING if calls or marker != CALL[0]]
         self._open = thinking  # the marker that opened what is being read, None in the answer
         self._held = ""
         self._naming = False  # a channel's name, up to the end of its line, is no thought
@@ -60,8 +64,8 @@ class Channels:
     def _split(self, final: bool) -> Iterator[Pieces]:
         while self._held:
             if self._open is None:
-                at, marker = _first(self._held, CLOSING)
-                yield self._answer(self._held[:at] if marker else self._cut(list(CLOSING), final))
+                at, marker = _first(self._held, self._markers)
+                yield self._answer(self._held[:at] if marker else self._cut(self._markers, final))
                 if marker is None:
                     return
                 self._held, self._open = self._held[at + len(marker) :], marker
@@ -117,7 +121,7 @@ def _joined(found: list[Pieces]) -> Pieces:
     )
 
 
-def _first(text: str, markers: Any) -> tuple[int, str | None]:
+def _first(text: str, markers: Iterable[str]) -> tuple[int, str | None]:
     """Place of the first marker in a text, and which."""
     places = [(at, marker) for marker in markers if (at := text.find(marker)) >= 0]
     return min(places) if places else (-1, None)
@@ -136,7 +140,7 @@ def _called(body: str) -> Pieces:
             arguments, rest = _value(matched[2])
             if isinstance(arguments, dict) and not rest.strip():
                 return Pieces(calls=[ToolCall(matched[1], arguments)])
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
     return Pieces(text=CALL[0] + body + CALL[1])
 
@@ -155,7 +159,8 @@ def _value(text: str) -> tuple[Any, str]:
     if not word:
         raise ValueError("no value")
     try:
-        return json.loads(word[0]), text[word.end() :]
+        # NaN and its like are words: JSON has no such numbers.
+        return json.loads(word[0], parse_constant=str), text[word.end() :]
     except json.JSONDecodeError:
         return word[0].strip(), text[word.end() :]
 

@@ -5,8 +5,8 @@ apart, takes back and repeats turns, saves and loads. What it does not do: run a
 terminal (cli/chat.py).
 
 Invariant: `messages` are always what was said and answered; a reply that was stopped stays as far as it came, one
-that failed takes its question back. Every turn is the template over all messages, so it is what a fresh run would
-be; the session finds out what of it is new.
+without any answer leaves them as they were. Every turn is the template over all messages, so it is what a fresh run
+would be; the session finds out what of it is new.
 """
 
 from __future__ import annotations
@@ -54,12 +54,16 @@ class Chat:
 
     def send(self, text: str, **options: Any) -> Generator[Event, None, None]:
         """Says `text` and streams the reply; options as for Engine.stream. Raises PromptError before anything runs."""
+        try:
+            text.encode()
+        except UnicodeError:
+            raise PromptError("Expected text, found bytes that are no UTF-8 in it; convert it first.") from None
         if not text.strip():
             raise PromptError("Expected something to say, found an empty message; write at least one character.")
         return self._reply([*self.messages, {"role": "user", "content": text}], options)
 
     def retry(self, **options: Any) -> Generator[Event, None, None]:
-        """Takes the last reply back and streams another one to the same question."""
+        """Streams another reply to the last question, in place of the one there is once it has something to say."""
         messages = self.messages[:-1] if self.messages and self.messages[-1]["role"] == "assistant" else self.messages
         if not messages or messages[-1]["role"] != "user":
             raise PromptError("Expected a question to answer again, found an empty conversation; say something first.")
@@ -80,6 +84,14 @@ class Chat:
         self.session.clear()
         self.last = None
 
+    def moved(self, engine: Engine) -> Chat:
+        """The same conversation with another engine, whose next reply runs all of it. PromptError without template."""
+        if engine.tokenizer is None or not engine.tokenizer.has_chat_template:
+            raise PromptError("Expected a checkpoint with a chat template, found none; use another model.")
+        other = Chat(engine, thinking=self.thinking)
+        other.messages = list(self.messages)
+        return other
+
     def save(self, file: str | Path) -> Path:
         """Writes messages and K/V to `file` (".safetensors" is added where it is missing) and returns its path."""
         from mlx_mtp.chat_file import save_chat
@@ -93,13 +105,13 @@ class Chat:
             raise PromptError("Expected a checkpoint with a tokenizer for a chat, found none; use another model.")
         ids = tokenizer.chat(messages, thinking=self.thinking)
         events = self.engine.stream(ids, session=self.session, **options)
-        return self._kept(messages, events, Channels(tokenizer.opened_thought(ids)))
+        return self._kept(messages, events, Channels(tokenizer.opened_thought(ids), calls=False))
 
     def _kept(
         self, messages: list[Message], events: Generator[Event, None, None], channels: Channels
     ) -> Generator[Event, None, None]:
         """The reply's events; whatever ends them, what was answered so far joins the messages."""
-        answer, self.last = "", None
+        answer, before, self.last = "", self.messages, None
         try:
             for event in events:
                 pieces = channels.feed(event.text)
@@ -114,7 +126,5 @@ class Chat:
         finally:
             events.close()
             # A question without any answer is as good as not asked.
-            if answer.strip():
-                self.messages = [*messages, {"role": "assistant", "content": answer}]
-            else:
-                self.messages = messages[:-1]
+            answered = [*messages, {"role": "assistant", "content": answer}]
+            self.messages = answered if answer.strip() else before

@@ -4,7 +4,7 @@ What it does: writes one safetensors file that replaces the last by a rename, an
 not do: keep a conversation's K/V for another model, another tokenizer or another layout of buffers.
 
 Format: safetensors; the metadata field "mlx_mtp" is JSON with `format`, `version`, `target`, `drafter` (fingerprints),
-`messages`, `thinking`, `capacity`, `newest` and `digest`, the SHA-256 of all that and of the tensors. These are
+`mode`, `messages`, `thinking`, `capacity`, `newest` and `digest`, the SHA-256 of all that and of the tensors. These are
 `ids` int32 [T], the rows that stand of every full layer `keys.<i>`, `values.<i>` [1, G, T, d], the whole rings of
 sliding ones, and `memory.<path>` of a drafter.
 """
@@ -26,6 +26,7 @@ from mlx_mtp.cache import FULL, SLACK, capacity_for
 from mlx_mtp.checkpoint import check_safetensors
 from mlx_mtp.errors import CheckpointError
 from mlx_mtp.session import Held
+from mlx_mtp.training.files import write_state
 from mlx_mtp.version import __version__
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 SAMPLE = 1 << 16  # bytes of every weight file that a fingerprint reads at its start, middle and end
 SUFFIX = ".safetensors"
+START = b'{"__metadata__":{"mlx_mtp":"{\\"format\\": '  # of the header, behind its length
+ELSEWHERE = "free some disk space, or choose another path"
 
 
 def fingerprint(folder: Path | None) -> str:
@@ -62,29 +65,52 @@ def drafter_fingerprint(engine: Engine) -> str:
 
 
 def save_chat(chat: Chat, file: Path) -> Path:
-    """Writes the conversation; CheckpointError where the disk does not take it, the old file is then untouched."""
-    file = file if file.suffix == SUFFIX else file.with_name(file.name + SUFFIX)
+    """Writes the conversation and returns its file's name, which ends in .safetensors.
+
+    CheckpointError where the disk does not take it, or where another kind of file has that name; it is untouched then.
+    """
+    file = _named(file)
+    if os.path.exists(file) and not _is_ours(file):
+        raise CheckpointError(
+            f"{file}: expected a new name or an earlier conversation, found another file; choose another name."
+        )
     engine, session = chat.engine, chat.session
     about: dict[str, Any] = {
-        "format": FORMAT, "version": __version__, "target": fingerprint(engine.target.path),
-        "drafter": drafter_fingerprint(engine), "messages": chat.messages, "thinking": chat.thinking,
+        "format": FORMAT, "messages": chat.messages, "thinking": chat.thinking,
+        "target": fingerprint(engine.target.path), **_layout(engine),
     }  # fmt: skip
     tensors = {"ids": mx.array(session.ids, dtype=mx.int32)}
     if session.held is not None:
         about |= {"capacity": session.held.cache.capacity, "newest": session.held.newest}
         tensors |= _tensors(session.held, len(session.ids))
     about["digest"] = _digest(about, tensors)
-    part = file.with_name(f".{file.stem}.part{SUFFIX}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        mx.save_safetensors(str(part), tensors, {"mlx_mtp": json.dumps(about)})
-        os.replace(part, file)
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"{file}: could not be written ({error}); free some disk space, or choose another path."
-        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{file}: its folder could not be made ({error}); {ELSEWHERE}.") from error
+    write_state(file, tensors, about, ELSEWHERE)
     return file
+
+
+def _named(file: Path) -> Path:
+    """The file a conversation of this name is in; CheckpointError for what can be no file's name."""
+    if not file.name or "\0" in str(file):
+        raise CheckpointError(f"Expected a file's name for the conversation, found '{file}'; write one, like session.")
+    return file if file.suffix == SUFFIX else file.with_name(file.name + SUFFIX)
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a file may be replaced: whatever is damaged in it, it was written as a conversation."""
+    try:
+        with file.open("rb") as stream:
+            return START in stream.read(8 + len(START))
+    except OSError:
+        return False
+
+
+def _layout(engine: Engine) -> dict[str, str]:
+    """What K/V on disk belong to besides the target; with anything else they are computed anew."""
+    return {"version": __version__, "drafter": drafter_fingerprint(engine), "mode": engine.mode}
 
 
 def _digest(about: Mapping[str, Any], tensors: Mapping[str, mx.array]) -> str:
@@ -110,12 +136,13 @@ def _tensors(held: Held, length: int) -> dict[str, mx.array]:
 def load_chat(engine: Engine, file: Path) -> Chat:
     """The conversation of a file; CheckpointError where it is another model's, damaged, or no conversation.
 
-    With another drafter than it was saved with, the K/V are computed anew when the conversation goes on.
+    With another drafter, mode or version of mlx_mtp than it was saved with, the K/V are computed anew when the
+    conversation goes on.
     """
     from mlx_mtp.chat import Chat
 
-    if not file.exists() and file.suffix != SUFFIX:
-        file = file.with_name(file.name + SUFFIX)
+    if not os.path.isfile(file):  # unlike Path.is_file it answers for every string
+        file = _named(file)
     tensors, about = _read(file)
     if about["target"] != fingerprint(engine.target.path):
         raise CheckpointError(
@@ -124,14 +151,14 @@ def load_chat(engine: Engine, file: Path) -> Chat:
         )
     chat = Chat(engine, thinking=about["thinking"])
     chat.messages = about["messages"]
-    if "capacity" in about and about["drafter"] == drafter_fingerprint(engine):
+    if "capacity" in about and all(about[name] == mine for name, mine in _layout(engine).items()):
         chat.session.ids = np.array(tensors.pop("ids")).tolist()
         chat.session.held = _held(engine, tensors, about, chat.session.ids, file)
     return chat
 
 
 def _read(file: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise CheckpointError(f"Expected a saved conversation at '{file}', found none; check the path.")
     check_safetensors(file)
     try:
@@ -139,7 +166,7 @@ def _read(file: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
         tensors, metadata = loaded
         about = json.loads(metadata["mlx_mtp"])
         mx.eval(tensors)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(file, "no conversation that was saved by this program") from error
     if not isinstance(about, dict) or about.pop("digest", None) != _digest(about, tensors):
         raise _damaged(file, "one that was changed or damaged")
@@ -150,7 +177,8 @@ def _read(file: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
 
 def _is_sound(about: dict[str, Any], tensors: Mapping[str, mx.array]) -> bool:
     """Whether everything that is read later is there and of its type."""
-    types = {"target": str, "drafter": str, "thinking": bool, "messages": list, "version": str}
+    strings = ("target", "drafter", "version", "mode")
+    types = {"thinking": bool, "messages": list} | dict.fromkeys(strings, str)
     ids = tensors.get("ids")
     if about.get("format") != FORMAT or not all(isinstance(about.get(name), kind) for name, kind in types.items()):
         return False
@@ -162,8 +190,7 @@ def _is_sound(about: dict[str, Any], tensors: Mapping[str, mx.array]) -> bool:
             return False
         if not isinstance(message.get("content"), str):
             return False
-    capacity, newest = about.get("capacity", 1), about.get("newest", 0)
-    return isinstance(capacity, int) and isinstance(newest, int)
+    return all(type(about.get(name, 0)) is int for name in ("capacity", "newest"))
 
 
 def _damaged(file: Path, found: str) -> CheckpointError:
@@ -173,7 +200,8 @@ def _damaged(file: Path, found: str) -> CheckpointError:
 def _held(engine: Engine, tensors: dict[str, mx.array], about: dict[str, Any], ids: list[int], file: Path) -> Held:
     """Buffers of this engine's own layout, filled with the file's rows; CheckpointError where those do not fit."""
     info, capacity = engine.target.info, about["capacity"]
-    if not 0 < len(ids) <= min(capacity, info.max_context) or capacity > capacity_for(info.max_context + SLACK):
+    newest, most = about.get("newest", -1), capacity_for(info.max_context + 2 * SLACK)
+    if not 0 < len(ids) <= min(newest + 1, info.max_context) or not newest < capacity <= most:
         raise _damaged(file, f"{len(ids)} tokens in room for {capacity}, which this model cannot have written")
     cache = engine.target.new_cache(capacity)
     memory: Any = engine.drafter.start(1, capacity) if engine.drafter else {}
@@ -187,4 +215,4 @@ def _held(engine: Engine, tensors: dict[str, mx.array], about: dict[str, Any], i
             buffers[i] = mx.pad(rows, [(0, 0), (0, 0), (0, missing), (0, 0)])
     cache.length = mx.array([len(ids)], dtype=mx.int32)
     kept = [(name.removeprefix("memory."), value) for name, value in tensors.items() if name.startswith("memory.")]
-    return Held(cache, tree_unflatten(kept) if kept else memory, about["newest"])
+    return Held(cache, tree_unflatten(kept) if kept else memory, newest)

@@ -203,6 +203,11 @@ class DepthController:
         """Expected tokens per second."""
         return self.tokens(depth) / self.curve.at(depth)
 
+    @property
+    def plain_seconds(self) -> float:
+        """Expected seconds of a token decoded plainly: a round of depth 0, as fast as the machine is now."""
+        return self.curve.at(0)
+
     def next(self) -> int:
         """The chosen depth, or now and then another one, to see whether that would pay."""
         best = self._best()

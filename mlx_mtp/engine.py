@@ -117,6 +117,15 @@ class Engine:
         """A conversation that `Chat.save` wrote; CheckpointError where it is another model's or not whole."""
         return load_chat(self, Path(file))
 
+    @property
+    def plain_seconds_per_token(self) -> float | None:
+        """Seconds a token is expected to take without any drafts; None where the depth is fixed and nothing measured.
+
+        Taken from the depth control's cost curve, which follows the machine: an estimate, never a measurement.
+        """
+        policy = self._decoder.policy
+        return policy.plain_seconds if isinstance(policy, DepthController) else None
+
     def stream(
         self,
         prompt: Prompt,

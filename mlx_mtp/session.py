@@ -100,7 +100,7 @@ class Session:
         for mark in reversed(self.marks):
             if back < mark.length <= wanted and _stands(held.cache, mark.length - back, mark.newest):
                 for layer, (keys, values) in mark.rings.items():
-                    held.cache.keys[layer], held.cache.values[layer] = keys, values
+                    held.cache.keys[layer], held.cache.values[layer] = mx.array(keys), mx.array(values)
                 held.newest = mark.newest
                 return mark.length
         return None
@@ -108,13 +108,15 @@ class Session:
     def mark(self, cache: KVCache, length: int, newest: int) -> None:
         """Remembers the rings where a prompt of `length` tokens ended, if they can wrap at all.
 
-        Costs one copy of the rings: MLX writes a buffer in place only where nobody else holds it.
+        Costs one copy of the rings: MLX writes a buffer in place only where nobody else holds it. `mx.array` because
+        an assignment to a part of an array changes that very Python object, outside of compiled functions.
         """
         if cache.slots(SLIDING) >= cache.capacity:
             return
-        rings = {i: (cache.keys[i], cache.values[i]) for i, shape in enumerate(cache.shapes) if shape.kind == SLIDING}
-        if not rings:
+        layers = [i for i, shape in enumerate(cache.shapes) if shape.kind == SLIDING]
+        if not layers:
             return
+        rings = {i: (mx.array(cache.keys[i]), mx.array(cache.values[i])) for i in layers}
         self.marks = [*(mark for mark in self.marks if mark.length < length), Mark(length, newest, rings)]
         while len(self.marks) > 1 and sum(mark.nbytes for mark in self.marks) > MARK_BYTES:
             self.marks.pop(0)

@@ -60,7 +60,8 @@ class Tokenizer:
         """
         if not self.has_chat_template:
             raise PromptError("Expected a checkpoint with a chat template, found none; pass a plain prompt or --raw.")
-        options: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
+        # Always given: where it is not, mlx-lm asks every checkpoint that can think to do so.
+        options: dict[str, Any] = {"enable_thinking": thinking}
         if tools:
             options["tools"] = list(tools)
         try:
@@ -81,6 +82,12 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """Whether `chat` works."""
         return bool(self._wrapped.has_chat_template)
+
+    @property
+    def can_think(self) -> bool:
+        """Whether the chat template can ask for thoughts, or opens them by itself."""
+        template = str(getattr(self._wrapped, "chat_template", None) or "")
+        return "enable_thinking" in template or any(opening in template for opening, _ in THOUGHTS)
 
     @property
     def end_tokens(self) -> set[int]:

@@ -72,6 +72,18 @@ def test_edits_beyond_the_ring(engines: dict[str, mlx_mtp.Engine], family: str) 
     assert fourth.tokens == reply(engine, ids(70, 9)).tokens and fourth.stats.prefilled_tokens == 70
 
 
+@pytest.mark.parametrize("family", ["none", "assistant"])
+def test_marks_are_not_written_into(engines: dict[str, mlx_mtp.Engine], family: str) -> None:
+    """Rounds with logits processors are not compiled: they write into the very arrays that Python holds."""
+    engine, session, one = engines[family], Session(), ids(50)
+    processed = {"max_tokens": 60, "ignore_end": True, "logits_processors": [lambda tokens, logits: logits]}
+    for seed in range(3):
+        other = [*one, *ids(5 * seed, seed)]
+        again = engine.generate(other, session=session, **processed)
+        assert again.tokens == engine.generate(other, **processed).tokens
+        assert again.stats.prefilled_tokens == (5 * seed or 50)
+
+
 def test_every_kind_of_target_and_edit(engines: dict[str, mlx_mtp.Engine]) -> None:
     """Chance edits: cut anywhere, add, generate; tokens and logprobs are a fresh run's."""
     engine, session, chance = engines["assistant"], Session(), np.random.default_rng(3)

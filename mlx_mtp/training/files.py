@@ -39,31 +39,29 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def write_state(file: Path, tensors: dict[str, mx.array], about: dict[str, Any]) -> None:
+RESUME = "the last checkpoint is untouched, free some disk space and resume"
+
+
+def write_state(file: Path, tensors: dict[str, mx.array], about: dict[str, Any], advice: str = RESUME) -> None:
     """Replaces `file` by a safetensors file of these tensors, with `about` in its metadata; on disk when it returns.
 
-    Raises CheckpointError where that fails; the old file is then untouched.
+    Raises CheckpointError with the `advice` where that fails; the old file is then untouched.
     """
     fresh = file.with_name(f"{file.stem}.part{file.suffix}")
-    fresh.unlink(missing_ok=True)  # left by a run that was killed
     needed = sum(tensor.nbytes for tensor in tensors.values()) + HEADER_BYTES
-    free = shutil.disk_usage(file.parent).free
-    if free < needed:
-        raise _unwritten(file, f"{needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free")
     try:
+        fresh.unlink(missing_ok=True)  # left by a run that was killed
+        free = shutil.disk_usage(file.parent).free
+        if free < needed:
+            raise OSError(f"{needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free")
         mx.save_safetensors(str(fresh), tensors, {"mlx_mtp": json.dumps(about)})
         _sync(fresh)
         os.replace(fresh, file)
         _sync(file.parent)
     except (OSError, RuntimeError) as error:
-        fresh.unlink(missing_ok=True)
-        raise _unwritten(file, str(error)) from error
-
-
-def _unwritten(file: Path, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"{file}: could not be written ({why}); the last checkpoint is untouched, free some disk space and resume."
-    )
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        raise CheckpointError(f"{file}: could not be written ({error}); {advice}.") from error
 
 
 def _sync(path: Path) -> None:

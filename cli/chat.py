@@ -1,0 +1,135 @@
+"""`mlx-mtp chat`: a conversation on a terminal or through pipes, with a line of figures after each reply.
+
+What it does: chooses the model, reads messages and commands until there are no more. What it does not do: show replies
+(conversation.py, reply_view.py), or edit input (line_input.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import mlx_mtp
+from mlx_mtp.cli import commands, notices, options
+from mlx_mtp.cli.conversation import Conversation, Screen, Settings, checked_thinking
+from mlx_mtp.cli.line_input import Lines, lines
+
+Max = Annotated[int, typer.Option(help="Most tokens of a reply.")]
+
+
+def chat(
+    model: options.Model = None,
+    drafter: options.Drafter = "auto",
+    depth: options.Depth = "auto",
+    max_tokens: Max = 1024,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    mode: options.Mode = "fast",
+    draft_head_bits: options.HeadBits = "auto",
+    max_context: options.MaxContext = None,
+    system: Annotated[str | None, typer.Option(help="An instruction for the whole conversation.")] = None,
+    load: Annotated[str | None, typer.Option(metavar="FILE", help="Go on with a saved conversation.")] = None,
+    thinking: Annotated[
+        str | None,
+        typer.Option(help="Thoughts of models that have them: 'show', 'hide' or 'off'.", show_default="off"),
+    ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Text as it comes, no Markdown.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Say when the number of drafts changes.")] = False,
+) -> None:
+    """Chat on the terminal; in a pipe every line of standard input is a message."""
+    sampling = mlx_mtp.Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+    )  # fmt: skip
+    settings = Settings(sampling, max_tokens, seed, tuple(stop or ()), checked_thinking(thinking or "off"))
+    if verbose:
+        logging.getLogger("mlx_mtp").setLevel(logging.INFO)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character must not end the chat
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    screen = Screen(plain)
+
+    def engine(name: str | None, drafter: str) -> mlx_mtp.Engine:
+        with notices.held_back():
+            loaded = mlx_mtp.load(
+                name, drafter=drafter, depth=options.depth_value(depth), mode=mode, max_context=max_context,
+                draft_head_bits=options.head_bits_value(draft_head_bits),
+            )  # fmt: skip
+            if loaded.tokenizer is None or not loaded.tokenizer.has_chat_template:
+                raise mlx_mtp.PromptError(
+                    "Expected a checkpoint with a tokenizer and a chat template, found one without; use another model, "
+                    "or 'mlx-mtp generate --raw'."
+                )
+            return loaded
+
+    model = choose_model(model, screen)
+    conversation = Conversation(engine(model, drafter).chat(system), settings, screen, engine, model, drafter)
+    _prepare(conversation, load, system, thinking)
+    source = lines(list(commands.COMMANDS))
+    conversation.interactive = source.interactive
+    if source.interactive:
+        _greet(conversation)
+    if not converse(conversation, source):
+        raise typer.Exit(2)
+
+
+def choose_model(name: str | None, screen: Screen) -> str | None:
+    """The model to load: the one that was named, else None, the embedded one, and a line that says so."""
+    if name is None:
+        screen.note("No --model named: the embedded model, a small one that knows Python's standard library.")
+    return name
+
+
+def _prepare(conversation: Conversation, load: str | None, system: str | None, thinking: str | None) -> None:
+    """Settings and a saved conversation as asked for on the command line; refused before anything is shown."""
+    settings, tokenizer = conversation.settings, conversation.chat.engine.tokenizer
+    conversation.use(settings)
+    if load is not None:
+        conversation.screen.note(conversation.open(Path(load).expanduser()))
+        if system is not None:
+            conversation.chat.set_system(system)
+        if thinking is not None:
+            conversation.use(settings)
+    if thinking in ("show", "hide") and tokenizer and not tokenizer.can_think:
+        conversation.screen.note("This checkpoint's chat template knows no thinking.")
+
+
+def _greet(conversation: Conversation) -> None:
+    engine = conversation.chat.engine
+    drafter = "no drafter" if engine.drafter is None else f"drafter {conversation.drafter}"
+    thinking = ", thinking " + conversation.settings.thinking if engine.tokenizer and engine.tokenizer.can_think else ""
+    name = conversation.model or "embedded model"
+    conversation.screen.note(f"mlx-mtp {mlx_mtp.__version__} · {name}, {drafter}, mode {engine.mode}{thinking}")
+    conversation.screen.note("/help shows the commands, Ctrl-C stops a reply, Ctrl-D leaves.")
+
+
+def converse(conversation: Conversation, source: Lines) -> bool:
+    """Messages and commands until there are no more; whether all of them could be followed, if nobody was there."""
+    followed = True
+    while True:
+        try:
+            text = source.read()
+            if not commands.is_command(text):
+                conversation.say(text)
+            elif not commands.obey(conversation, text):
+                break
+        except EOFError:
+            break
+        except mlx_mtp.MLXMTPError as error:
+            conversation.screen.refuse(error)
+            followed = False
+        except KeyboardInterrupt:
+            if not source.interactive:
+                raise
+            conversation.screen.note("Ctrl-D leaves, /help shows the commands.")
+    return followed or source.interactive

@@ -1,0 +1,115 @@
+"""Thoughts, answers and calls told apart: the same pieces however the text is cut, and nothing of an answer lost."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_mtp.channels import Channels, Pieces, ToolCall, without_thoughts
+
+MARKERS = ["<|channel>", "<channel|>", "<think>", "</think>", "<|tool_call>", "<tool_call|>", "thought\n", '<|"|>']
+WORDS = ["a", "answer ", "\n", "\n\n", "<", "<|", "|>", "call:f{", "}", "x:1", ",", "ö", "[", "]", "NaN", "<chan"]
+THOUGHT = "<|channel>thought\nFirst this.\nThen that.<channel|>\n\nThe answer."
+CALL = '<|tool_call>call:search{query:<|"|>a, {b}: "c"<|"|>,n:3,deep:{list:[1,2.5,true,null,<|"|>x<|"|>]}}<tool_call|>'
+
+
+def whole(text: str, thinking: str | None = None, calls: bool = True) -> Pieces:
+    return pieces([text], thinking, calls)
+
+
+def pieces(parts: list[str], thinking: str | None = None, calls: bool = True) -> Pieces:
+    channels = Channels(thinking, calls)
+    found = [*(channels.feed(part) for part in parts), channels.flush()]
+    return Pieces(
+        "".join(piece.text for piece in found),
+        "".join(piece.thinking for piece in found),
+        [call for piece in found for call in piece.calls],
+    )
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(st.sampled_from(MARKERS + WORDS), max_size=20), st.sampled_from([None, "<think>", "<|channel>"]),
+    st.booleans(), st.data(),
+)  # fmt: skip
+def test_any_cut_gives_the_same(parts: list[str], thinking: str | None, calls: bool, data: st.DataObject) -> None:
+    text = "".join(parts)
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=12)))
+    cut = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    assert pieces(cut, thinking, calls) == whole(text, thinking, calls)
+    assert pieces(list(text), thinking, calls) == whole(text, thinking, calls)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "thinking"),
+    [
+        (THOUGHT, "The answer.", "First this.\nThen that."),
+        ("<think>\nHm.\n</think>\n\nYes.", "Yes.", "\nHm.\n"),
+        ("<|channel>thought\n<channel|>Yes.", "Yes.", ""),
+        ("Yes.<|channel>thought\nreally?<channel|> No.", "Yes. No.", "really?"),
+        ("<|channel>thought\nnever ends", "", "never ends"),
+        ("<|channel>tho", "", ""),
+        ("\n\nYes.\n\n", "Yes.\n\n", ""),
+        ("1 < 2 <| and <chan", "1 < 2 <| and <chan", ""),
+        ("a closing <channel|> alone", "a closing <channel|> alone", ""),
+    ],
+)
+def test_thoughts(text: str, answer: str, thinking: str) -> None:
+    assert whole(text) == Pieces(answer, thinking)
+    assert without_thoughts(text) == answer
+
+
+def test_a_thought_that_the_prompt_opened() -> None:
+    assert whole("Hm.</think>Yes.", "<think>") == Pieces("Yes.", "Hm.")
+    assert whole("Hm.<channel|>Yes.", "<|channel>") == Pieces("Yes.", "Hm.")
+
+
+def test_what_cannot_be_a_marker_is_not_held_back() -> None:
+    channels = Channels()
+    assert channels.feed("One <").text == "One "
+    assert channels.feed("b> two").text == "<b> two"
+    assert channels.feed("<think>so").thinking == "so"
+    assert channels.feed("</thin").thinking == ""
+    assert channels.feed("g").thinking == "</thing"
+
+
+def test_a_call() -> None:
+    found = whole("I look.\n" + CALL + "Done.")
+    arguments = {"query": 'a, {b}: "c"', "n": 3, "deep": {"list": [1, 2.5, True, None, "x"]}}
+    assert found == Pieces("I look.\nDone.", "", [ToolCall("search", arguments)])
+    assert whole("<|tool_call>call:now{}<tool_call|>" * 2).calls == [ToolCall("now", {})] * 2
+    assert whole('<|tool_call> call:a.b-c/d { <|"|>k<|"|> : bare word , m : [ ] } <tool_call|>').calls == [
+        ToolCall("a.b-c/d", {"k": "bare word", "m": []})
+    ]
+
+
+def test_numbers_that_json_lacks_are_words() -> None:
+    (call,) = whole("<|tool_call>call:f{a:NaN,b:-Infinity,c:1e3}<tool_call|>").calls
+    assert call.arguments == {"a": "NaN", "b": "-Infinity", "c": 1000.0}
+    assert all(not isinstance(value, float) or math.isfinite(value) for value in call.arguments.values())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "", "call:", "call:f", "call:f{", "call:f}", "call:f{a}", "call:f{a:}", "call:f{a:1", "call:f{a:1}}",
+        "call:f{a:1 b:2}{", "call:f{a:<|\"|>open}", "call:f{a:[1,2}", "call:f[1]", "f{a:1}", "call:{a:1}", "call:f{,}",
+        "call:f{a:[[1]}", "call:f{a:" + "[" * 100_000 + "}", "call:f{a:" + "9" * 5000 + "}",
+    ],
+)  # fmt: skip
+def test_broken_calls_are_shown_as_they_were_written(body: str) -> None:
+    text = f"Before.<|tool_call>{body}<tool_call|>After."
+    assert whole(text) == Pieces(text)
+
+
+def test_a_call_without_its_end_is_shown() -> None:
+    assert whole("Well <|tool_call>call:f{a:1}") == Pieces("Well <|tool_call>call:f{a:1}")
+
+
+def test_where_no_tools_were_offered_calls_are_text() -> None:
+    text = "Yes. " + CALL
+    assert whole(text, calls=False) == Pieces(text)
+    assert whole(THOUGHT + CALL, calls=False).thinking == "First this.\nThen that."

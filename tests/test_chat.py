@@ -1,0 +1,245 @@
+"""Conversations: every turn is what a fresh run on all messages gives, but runs only what is new; no thoughts kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from conftest import GOLDEN
+from thinking import ANSWER, THOUGHT, thinking_engine
+
+import mlx_mtp
+from mlx_mtp.loading import EMBEDDED, FAMILIES
+
+NEAR_TIE = 1e-3
+ONE, TWO, THREE = "What does `shutil.copytree` do?", "And what does os.walk do?", "Write a class for a queue."
+THERE = [family for family in FAMILIES if (EMBEDDED / family).is_dir()]
+
+
+@pytest.fixture(scope="module", params=["none", "lookup", *THERE])
+def engine(request: pytest.FixtureRequest) -> mlx_mtp.Engine:
+    """The embedded model with each of its drafters."""
+    return mlx_mtp.load(drafter=request.param, depth="auto" if request.param == "none" else 3)
+
+
+@pytest.fixture(scope="module")
+def plain() -> mlx_mtp.Engine:
+    return mlx_mtp.load(drafter=None)
+
+
+def said(chat: mlx_mtp.Chat, text: str | None = None, tokens: int = 24, **options) -> mlx_mtp.Result:
+    """A whole turn, None = the last question again; what was streamed is what the result says."""
+    options = {"max_tokens": tokens, **options}
+    events = list(chat.send(text, **options) if text is not None else chat.retry(**options))
+    assert chat.last is events[-1].result is not None
+    assert "".join(event.text for event in events) == chat.last.text
+    return chat.last
+
+
+def ids_of(chat: mlx_mtp.Chat, question: str) -> list[int]:
+    return chat.engine.tokenizer.chat([*chat.messages, {"role": "user", "content": question}], chat.thinking)
+
+
+def same_as_fresh(engine: mlx_mtp.Engine, ids: list[int], tokens: list[int], most: int) -> None:
+    """The tokens of a run without a session, or parting where the two best logits are nearer than rounding."""
+    fresh = engine.generate(ids, max_tokens=most).tokens
+    if fresh != tokens:
+        at = next(i for i, (a, b) in enumerate(zip(fresh, tokens, strict=False)) if a != b)
+        second, best = mx.sort(engine.target.logits(mx.array([ids + fresh[:at]]))[0, -1])[-2:].tolist()
+        assert best - second <= NEAR_TIE, f"parted at token {at}"
+
+
+def common(one: list[int], other: list[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def test_turns_run_only_what_is_new_and_equal_fresh_runs(engine: mlx_mtp.Engine) -> None:
+    """180 tokens go beyond the rings of 128 + 32 slots."""
+    chat = engine.chat()
+    ids = ids_of(chat, ONE)
+    first = said(chat, ONE, 180)
+    assert first.stats.prefilled_tokens == len(ids) and first.stats.tokens > 160
+    same_as_fresh(engine, ids, first.tokens, 180)
+    held = [*ids, *first.tokens[:-1]]
+    for question in (TWO, THREE):
+        ids = ids_of(chat, question)
+        result = said(chat, question, 32)
+        assert result.stats.prompt_tokens == len(ids) > 180
+        assert result.stats.prefilled_tokens == len(ids) - common(ids, held)
+        # The question, the marks of a turn around it, and the last token of the reply before.
+        assert result.stats.prefilled_tokens <= len(engine.tokenizer.encode(question)) + 12
+        same_as_fresh(engine, ids, result.tokens, 32)
+        held = [*ids, *result.tokens[:-1]]
+    roles = [message["role"] for message in chat.messages]
+    assert roles == ["user", "assistant"] * 3 and chat.messages[-1]["content"] == result.text
+
+
+def test_edits_equal_fresh_runs(engine: mlx_mtp.Engine) -> None:
+    chat = engine.chat(system="Answer about Python.")
+    first_ids = ids_of(chat, ONE)
+    said(chat, ONE, 170)
+    messages = list(chat.messages)
+    ids = ids_of(chat, TWO)
+    second = said(chat, TWO, 60)
+    again = said(chat, None, 60)
+    assert again.tokens == second.tokens and again.stats.prefilled_tokens < len(ids) and len(chat.messages) == 5
+    assert chat.undo() == TWO and chat.messages == messages
+    ids = ids_of(chat, THREE)
+    third = said(chat, THREE)
+    same_as_fresh(engine, ids, third.tokens, 24)
+    assert third.stats.prefilled_tokens <= len(ids) - len(first_ids)  # the first question, at least, still stands
+    chat.set_system("Answer in one word.")
+    ids = ids_of(chat, TWO)
+    fourth = said(chat, TWO)
+    same_as_fresh(engine, ids, fourth.tokens, 24)
+    assert chat.system == "Answer in one word." and chat.messages[0]["role"] == "system"
+    chat.reset()
+    assert [message["role"] for message in chat.messages] == ["system"] and chat.session.ids == []
+    same_as_fresh(engine, ids_of(chat, ONE), said(chat, ONE).tokens, 24)
+
+
+def test_a_stopped_reply_stays_as_far_as_it_came(engine: mlx_mtp.Engine) -> None:
+    chat = engine.chat()
+    events = chat.send(ONE, max_tokens=200)
+    heard = "".join(next(events).text for _ in range(12))
+    events.close()
+    assert chat.messages == [{"role": "user", "content": ONE}, {"role": "assistant", "content": heard}]
+    assert chat.last is None and not chat.session.busy
+    ids = ids_of(chat, TWO)
+    second = said(chat, TWO)
+    assert second.stats.prefilled_tokens < len(ids) - 10
+    same_as_fresh(engine, ids, second.tokens, 24)
+
+
+def test_the_session_is_free_whatever_the_consumer_does(plain: mlx_mtp.Engine) -> None:
+    chat = plain.chat()
+    with pytest.raises(ZeroDivisionError):
+        for event in chat.send(ONE):
+            if event.text.strip():
+                raise ZeroDivisionError
+    del event
+    assert said(chat, TWO).tokens and len(chat.messages) == 4
+
+
+def test_a_turn_without_any_answer_is_not_kept(plain: mlx_mtp.Engine) -> None:
+    chat = plain.chat()
+    said(chat, ONE)
+    kept = list(chat.messages)
+    chat.send(TWO).close()  # never begun
+    events = chat.send(TWO, on_prefill=lambda done, total: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        list(events)
+    assert chat.messages == kept
+    with pytest.raises(KeyboardInterrupt):  # the answer that was there stays, too
+        list(chat.retry(on_prefill=lambda done, total: (_ for _ in ()).throw(KeyboardInterrupt)))
+    assert chat.messages == kept and not chat.session.busy
+    end = {token: 100.0 for token in list(plain.end_tokens)[:1]}
+    result = said(chat, TWO, sampling=mlx_mtp.Sampling(logit_bias=end))
+    assert result.text == "" and result.finish_reason == "stop" and chat.messages == kept
+
+
+def test_undo_and_retry_in_an_empty_conversation(plain: mlx_mtp.Engine) -> None:
+    chat = plain.chat(system="Be brief.")
+    assert chat.undo() is None
+    with pytest.raises(mlx_mtp.PromptError, match="empty conversation"):
+        chat.retry()
+    chat.set_system(None)
+    assert chat.messages == [] and chat.system is None
+
+
+@pytest.mark.parametrize("text", ["", "  \n", "half a pair \ud800"])
+def test_messages_that_cannot_be_sent(plain: mlx_mtp.Engine, text: str) -> None:
+    chat = plain.chat()
+    with pytest.raises(mlx_mtp.PromptError):
+        chat.send(text)
+    assert chat.messages == []
+
+
+def test_a_conversation_too_long_is_refused_and_stays(plain: mlx_mtp.Engine) -> None:
+    chat = mlx_mtp.Engine(plain.target, None, plain.tokenizer, end_tokens=plain.end_tokens, max_context=60).chat()
+    said(chat, TWO, 20)
+    kept = list(chat.messages)
+    with pytest.raises(mlx_mtp.PromptError, match="shorter than the context of 60"):
+        chat.send(ONE * 5)
+    assert chat.messages == kept
+    said(chat, "More?", 4)
+
+
+def test_checkpoints_without_a_template(plain: mlx_mtp.Engine) -> None:
+    bare = mlx_mtp.load(GOLDEN / "ple" / "target", drafter=None)
+    with pytest.raises(mlx_mtp.PromptError, match="tokenizer"):
+        bare.chat().send("Hello")
+    with pytest.raises(mlx_mtp.PromptError, match="chat template"):
+        plain.chat().moved(bare)
+
+
+def test_a_conversation_moves_to_another_engine(plain: mlx_mtp.Engine) -> None:
+    chat = plain.chat(system="Be brief.")
+    said(chat, ONE)
+    other = chat.moved(mlx_mtp.load(depth=2))
+    assert other.messages == chat.messages and other.messages is not chat.messages
+    result = said(other, TWO)
+    assert result.stats.prefilled_tokens == result.stats.prompt_tokens and len(chat.messages) == 3
+
+
+def test_expected_seconds_of_plain_decoding(plain: mlx_mtp.Engine) -> None:
+    assert plain.plain_seconds_per_token is None and mlx_mtp.load(depth=2).plain_seconds_per_token is None
+    automatic = mlx_mtp.load()
+    assert automatic.plain_seconds_per_token == automatic._decoder.policy.curve.seconds[0] > 0
+
+
+# Thinking
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3, 8])
+def test_thoughts_are_streamed_and_not_kept(tmp_path: Path, depth: int) -> None:
+    engine = thinking_engine(tmp_path, depth)
+    assert engine.tokenizer.can_think
+    chat = engine.chat(thinking=True)
+    for turn, question in enumerate(("Why?", "And?"), 1):
+        events = list(chat.send(question))
+        assert "".join(event.thinking for event in events) == THOUGHT
+        assert "".join(event.text for event in events) == ANSWER == chat.last.text
+        assert engine.tokenizer.decode(chat.last.tokens) == f"<|channel>thought\n{THOUGHT}<channel|>{ANSWER}"
+        assert chat.messages[-1] == {"role": "assistant", "content": ANSWER} and len(chat.messages) == 2 * turn
+    prompt = engine.tokenizer.decode(engine.tokenizer.chat(chat.messages, thinking=True))
+    assert THOUGHT not in prompt and prompt.count(ANSWER) == 2 and "<|think|>" in prompt
+
+
+def test_thinking_is_asked_for_only_where_it_is_wanted(tmp_path: Path) -> None:
+    engine = thinking_engine(tmp_path)
+    chat = engine.chat()
+    events = list(chat.send("Why?"))
+    assert not any(event.thinking for event in events) and chat.last.text == ANSWER
+    # Left to the template, whose own default is not to think.
+    assert "<|think|>" not in engine.tokenizer.decode(engine.tokenizer.chat(chat.messages))
+    assert not mlx_mtp.load(drafter=None).tokenizer.can_think
+
+
+def test_only_thoughts_are_no_answer(tmp_path: Path) -> None:
+    chat = thinking_engine(tmp_path).chat(thinking=True)
+    events = list(chat.send("Why?", max_tokens=4))
+    assert "".join(event.thinking for event in events) == THOUGHT and chat.last.finish_reason == "length"
+    assert chat.last.text == "" and chat.messages == []
+
+
+def test_kv_is_right_where_a_thought_was_taken_out(engine: mlx_mtp.Engine) -> None:
+    """A real model that is made to think for 170 tokens, beyond its rings; then its thought leaves the history."""
+    chat = engine.chat()
+    prompt = ids_of(chat, ONE)
+    thought = "<|channel>thought\n" + " ".join(f"step{i}" for i in range(40)) + "<channel|>"
+    forced = engine.tokenizer.encode(thought, special=False)
+    assert len(forced) > 170
+
+    def force(tokens: mx.array, logits: mx.array) -> mx.array:
+        at = tokens.size - len(prompt)
+        return logits if at >= len(forced) else mx.where(mx.arange(logits.shape[-1]) == forced[at], 100.0, logits)
+
+    first = said(chat, ONE, len(forced) + 30, logits_processors=[force])
+    assert first.tokens[: len(forced)] == forced and first.text and "step1" not in chat.messages[-1]["content"]
+    ids = ids_of(chat, TWO)
+    second = said(chat, TWO, 32)
+    same_as_fresh(engine, ids, second.tokens, 32)
+    assert len(ids) < len(forced) and second.stats.prefilled_tokens == len(ids) - len(prompt)
+    same_as_fresh(engine, ids_of(chat, THREE), said(chat, THREE, 32).tokens, 32)
