@@ -18,6 +18,7 @@ import mlx_mtp
 from mlx_mtp.cli.adapt import adapt
 from mlx_mtp.cli.convert import convert
 from mlx_mtp.cli.generate import generate
+from mlx_mtp.cli.serve import serve
 from mlx_mtp.cli.train import train
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(generate)
+app.command()(serve)
 app.command()(train)
 app.command()(adapt)
 app.command()(convert)

@@ -136,7 +136,7 @@ def _called(body: str) -> Pieces:
             arguments, rest = _value(matched[2])
             if isinstance(arguments, dict) and not rest.strip():
                 return Pieces(calls=[ToolCall(matched[1], arguments)])
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
     return Pieces(text=CALL[0] + body + CALL[1])
 
