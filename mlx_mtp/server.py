@@ -308,10 +308,12 @@ async def _left(receive: Receive) -> None:
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; OptionError where the address cannot be had."""
+    if not 0 <= port <= 65535:
+        raise OptionError(f"Expected --port from 0 to 65535, found {port}.")
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         raise OptionError(
             f"Expected an address to listen on, found that {host} port {port} cannot be had ({error}); "
             "choose another --host or --port."

@@ -187,16 +187,18 @@ def test_tools_both_ways() -> None:
         assert not fake.tokenizer.seen[-1]["tools"]
 
 
-GEMMA = """{{ bos_token }}{% if tools or enable_thinking %}<|turn>system
-{% if enable_thinking %}<|think|>{% endif %}{% for tool in tools or [] %}<|tool>declaration:{{ tool.function.name }}{\
-description:<|"|>{{ tool.function.description }}<|"|>}<tool|>{% endfor %}<turn|>
-{% endif %}{% for message in messages %}{% if message.role == 'tool' %}<|tool_response>response:{{ message.name }}{\
-value:<|"|>{{ message.content }}<|"|>}<tool_response|>{% else %}<|turn>{{ message.role }}
-{{ message.content }}{% for call in message.tool_calls or [] %}<|tool_call>call:{{ call.function.name }}{\
-{%- for key, value in call.function.arguments | dictsort %}{{ key }}:{{ value }}{% endfor %}}<tool_call|>{% endfor %}\
-{% if not message.tool_calls %}<turn|>
-{% endif %}{% endif %}{% endfor %}{% if messages[-1].role != 'tool' %}<|turn>model
-{% endif %}"""
+GEMMA = (
+    "{% if tools or enable_thinking %}<|turn>system\n{% if enable_thinking %}<|think|>{% endif %}"
+    "{% for tool in tools or [] %}{{ '<|tool>declaration:' + tool.function.name + '{description:<|\"|>' }}"
+    "{{ tool.function.description + '<|\"|>}<tool|>' }}{% endfor %}<turn|>\n{% endif %}"
+    "{% for message in messages %}{% if message.role == 'tool' %}"
+    "{{ '<|tool_response>response:' + message.name + '{value:<|\"|>' + message.content + '<|\"|>}<tool_response|>' }}"
+    "{% else %}<|turn>{{ message.role + '\n' + message.content }}{% for call in message.tool_calls or [] %}"
+    "{{ '<|tool_call>call:' + call.function.name + '{' }}{% for key, value in call.function.arguments | dictsort %}"
+    "{{ key }}:{{ value }}{% endfor %}{{ '}<tool_call|>' }}{% endfor %}"
+    "{% if not message.tool_calls %}<turn|>\n{% endif %}{% endif %}{% endfor %}"
+    "{% if messages[-1].role != 'tool' %}<|turn>model\n{% endif %}"
+)
 
 
 def test_a_template_gets_what_gemmas_asks_for(tmp_path: Path) -> None:
@@ -219,9 +221,9 @@ def test_a_template_gets_what_gemmas_asks_for(tmp_path: Path) -> None:
         "<|turn>user\nRain\ntoday?<turn|>\n<|turn>assistant\n<|tool_call>call:get_weather{days:3}<tool_call|>"
         '<|tool_response>response:get_weather{value:<|"|>no<|"|>}<tool_response|>'
     )
-    assert reply["usage"]["prompt_tokens"] == len(tokenizer.encode(expected))
+    assert reply["usage"]["prompt_tokens"] == len(tokenizer.encode(expected, special=False))
     assert plain["usage"]["prompt_tokens"] == len(tokenizer.encode(
-        f"<|turn>user\n{QUESTION[0]['content']}<turn|>\n<|turn>model\n"))  # fmt: skip
+        f"<|turn>user\n{QUESTION[0]['content']}<turn|>\n<|turn>model\n", special=False))  # fmt: skip
 
 
 def test_thoughts_are_told_apart() -> None:
@@ -429,10 +431,12 @@ def test_who_leaves_frees_the_engine(stream: bool, half: bool) -> None:
         if stream:
             assert b"Hel" in _until(leaving, b"Hel")
         assert eventually(lambda: server.worker.running)
+        ticket = server.worker._running
         if half:
             leaving.shutdown(socket.SHUT_WR)
         else:
             leaving.close()
+        assert eventually(lambda: ticket.cancelled)
         fake.gate.release(1)  # the round under way ends; no other one begins
         assert server.idle() and fake.closed == 1
         fake.gate.release(2)

@@ -11,7 +11,6 @@ it, and it never waits for the event loop.
 from __future__ import annotations
 
 import asyncio
-import importlib
 import logging
 import math
 import threading
@@ -21,6 +20,8 @@ from collections.abc import AsyncIterator, Callable, Generator
 from concurrent.futures import Future
 from contextlib import closing
 from typing import Any
+
+import mlx.core as mx
 
 from mlx_mtp.engine import Engine
 from mlx_mtp.errors import MLXMTPError
@@ -104,12 +105,7 @@ class EngineThread:
         self._thread = threading.Thread(target=self._main, name="mlx-mtp-engine", daemon=True)
 
     def start(self) -> Engine:
-        """Starts the thread, waits until the engine is loaded, and raises what loading raised.
-
-        The tokenizers' libraries are imported here, in the caller's thread: some of what they import (torch, where it
-        is installed) aborts the process at its end if a thread that has ended was the first to import it.
-        """
-        importlib.import_module("mlx_lm.tokenizer_utils")
+        """Starts the thread, waits until the engine is loaded, and raises what loading raised."""
         self._thread.start()
         return self.engine
 
@@ -174,14 +170,20 @@ class EngineThread:
 
     def _main(self) -> None:
         try:
-            self._loaded.set_result(self._load())
-        except BaseException as error:  # `start` raises it where it can be told
-            self._loaded.set_exception(error)
-            return
-        while (ticket := self._next()) is not None:
-            self._serve(self.engine, ticket)
-            with self._change:
-                self._running = None
+            try:
+                engine = self._load()
+            except BaseException as error:  # `start` raises it where it can be told
+                self._loaded.set_exception(error)
+                return
+            self._loaded.set_result(engine)
+            while (ticket := self._next()) is not None:
+                self._serve(engine, ticket)
+                with self._change:
+                    self._running = None
+        finally:
+            # Joining a thread does not wait for the end of what is local to it in C++, and MLX's streams would abort
+            # the process if that ended first (MLX 0.32.4).
+            mx.clear_streams()
 
     def _next(self) -> Ticket | None:
         """The next ticket somebody waits for; None at the end."""
