@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import openai
+import uvicorn
 
 import mlx_mtp
 from mlx_mtp.results import Event, Result, Stats
@@ -28,6 +29,7 @@ class Running:
 
     port: int
     worker: EngineThread
+    server: uvicorn.Server
     stop: Callable[[], None]
     key: str = "-"
 
@@ -83,7 +85,7 @@ def running(
         assert not thread.is_alive() and not worker.alive
 
     try:
-        yield Running(listener.getsockname()[1], worker, stop, options.get("api_key") or "-")
+        yield Running(listener.getsockname()[1], worker, server, stop, options.get("api_key") or "-")
     finally:
         stop()
 

@@ -545,6 +545,8 @@ def test_slow_and_broken_connections(monkeypatch: pytest.MonkeyPatch) -> None:
             for start in range(0, len(good), 20):
                 drip.sendall(good[start : start + 20])
             assert b"Hello!" in _until(drip, b"Hello!")
+            sockets = [one.transport.get_extra_info("socket") for one in server.server.server_state.connections]
+            assert [one.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for one in sockets] == [1]
         with server.connect() as late, server.connect() as silent, server.connect() as half, server.connect() as cut:
             late.sendall(_request(COMPLETION, b'{"prompt"', length=50))
             silent.sendall(b"POST /v1/completions HTT")
