@@ -23,6 +23,7 @@ from mlx_mtp.cli.convert import convert
 from mlx_mtp.cli.doctor import doctor
 from mlx_mtp.cli.generate import generate
 from mlx_mtp.cli.models import models
+from mlx_mtp.cli.serve import serve
 from mlx_mtp.cli.train import train
 
 OUTPUT_GONE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 app.command()(chat)
 app.command()(generate)
+app.command()(serve)
 app.command()(train)
 app.command()(adapt)
 app.command()(convert)

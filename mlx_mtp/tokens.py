@@ -5,6 +5,7 @@ What it does: wraps mlx-lm's tokenizer and streaming detokeniser. What it does n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,18 @@ class Tokenizer:
         """Ids to text, special tokens spelled out."""
         text: str = self._wrapped.decode(list(ids))
         return text
+
+    def spell(self, token: int) -> tuple[str, bytes | None]:
+        """A token as it reads inside a text, and its bytes; None where it is a part of a character.
+
+        A token that stands for one byte has its bytes even so.
+        """
+        # Behind another token, as many tokenizers drop the space in front of a text's first one.
+        front = self.encode("a", special=False)[-1:]
+        text = self.decode([*front, token])[len(self.decode(front)) :]
+        if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", str(self._wrapped.convert_ids_to_tokens(token))):
+            return text, bytes.fromhex(byte[1])
+        return text, None if "\ufffd" in text else text.encode()
 
     def chat(
         self,

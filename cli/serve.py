@@ -1,0 +1,121 @@
+"""`mlx-mtp serve`: the engine behind an OpenAI-compatible HTTP address."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import mlx_mtp
+from mlx_mtp.cli import notices, options
+from mlx_mtp.loading import EMBEDDED
+
+WHO = "Who may ask, and where"
+LIMITS = "Limits"
+
+
+def serve(
+    model: options.Model = None,
+    drafter: options.Drafter = "auto",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; all but loopback need --api-key.", rich_help_panel=WHO)
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 = any free one.", rich_help_panel=WHO)] = 8080,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="MLX_MTP_API_KEY", help="What clients must send as their key.", show_default="none needed",
+                     rich_help_panel=WHO),
+    ] = None,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option(help="Web page (https://name) that may ask, or '*'; may be repeated.", show_default="none",
+                     rich_help_panel=WHO),
+    ] = None,
+    model_name: Annotated[
+        str | None, typer.Option(help="The model's name for clients.", show_default="that of --model")
+    ] = None,
+    depth: options.Depth = "auto",
+    mode: options.Mode = "fast",
+    max_tokens: Annotated[int, typer.Option(help="Tokens of a reply whose request names no number.")] = 1024,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of requests that bring none.", show_default="another each time")
+    ] = None,
+    draft_head_bits: options.HeadBits = "auto",
+    max_context: options.MaxContext = None,
+    most_tokens: Annotated[
+        int | None,
+        typer.Option(help="Most tokens a request may ask for.", show_default="the context", rich_help_panel=LIMITS),
+    ] = None,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; more get 429.", rich_help_panel=LIMITS)] = 32,
+    session_memory: Annotated[
+        float, typer.Option(help="GB of K/V kept between requests; 0 = none.", rich_help_panel=LIMITS)
+    ] = 1.0,
+    body_size: Annotated[float, typer.Option(help="Most MB of a request.", rich_help_panel=LIMITS)] = 8.0,
+    grace: Annotated[
+        float, typer.Option(help="Seconds for running replies to finish after SIGTERM.", rich_help_panel=LIMITS)
+    ] = 30.0,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log every request.")] = False,
+) -> None:
+    """Serve an OpenAI-compatible API: chat completions, completions, models, /health, /metrics."""
+    try:
+        from mlx_mtp import server
+    except ModuleNotFoundError as error:
+        raise mlx_mtp.OptionError(
+            f"Expected the packages of the server, found no '{error.name}'; install them: pip install 'mlx-mtp[serve]'."
+        ) from error
+    loopback = server.is_loopback(host)
+    if not loopback and api_key is None:
+        raise mlx_mtp.OptionError(
+            f"Expected --api-key (or MLX_MTP_API_KEY) for {host}, which others can reach, found none; give one, or "
+            "listen on 127.0.0.1."
+        )
+    if queue < 0 or grace < 0:
+        name, value = ("queue", queue) if queue < 0 else ("grace", grace)
+        raise mlx_mtp.OptionError(f"Expected --{name} of at least 0, found {value}.")
+    name = model_name or _name(model)
+    wanted = server.ServerOptions(
+        model=name, others=[model] if model else [], api_key=api_key, origins=cors or [],
+        hosts=None if api_key is not None else [*server.LOOPBACK_NAMES, host], tokens=max_tokens,
+        most_tokens=most_tokens, seed=seed, session_bytes=int(session_memory * 1e9), body_bytes=int(body_size * 1e6),
+        sampling=mlx_mtp.Sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+        ),
+    )  # fmt: skip
+    if verbose:
+        for logger in ("mlx_mtp", "uvicorn"):
+            logging.getLogger(logger).setLevel(logging.INFO)
+    with server.listen(host, port) as listener:
+        with notices.held_back():
+            worker = server.EngineThread(
+                lambda: mlx_mtp.load(
+                    model, drafter=drafter, depth=options.depth_value(depth), mode=mode, max_context=max_context,
+                    draft_head_bits=options.head_bits_value(draft_head_bits),
+                ),
+                queue,
+            )  # fmt: skip
+            worker.start()
+        running = server.make_server(server.create_app(worker, wanted), grace=grace, access_log=verbose)
+        address = f"[{host}]" if ":" in host else host
+        Console(stderr=True).print(
+            f"Serving {name} at http://{address}:{listener.getsockname()[1]}/v1 (Ctrl-C stops).",
+            soft_wrap=True, markup=False, highlight=False,
+        )  # fmt: skip
+        # uvicorn ends in good order and then raises the signal again; SIGTERM has had its effect by then.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        running.run(sockets=[listener])
+
+
+def _name(model: str | None) -> str:
+    """What clients call the model: a hub name as it is, else the folder's own name."""
+    if model is None:
+        return EMBEDDED.name
+    return Path(model).resolve().name if Path(model).exists() else model

@@ -1,0 +1,155 @@
+"""Servers for tests: a real uvicorn on a free port of this machine, and an engine that writes what it is told to."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import openai
+import uvicorn
+
+import mlx_mtp
+from mlx_mtp.results import Event, Result, Stats
+from mlx_mtp.server import EngineThread, ServerOptions, create_app, listen, make_server
+
+JSON = {"Content-Type": "application/json"}
+CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+
+
+@dataclass
+class Running:
+    """A server under test."""
+
+    port: int
+    worker: EngineThread
+    server: uvicorn.Server
+    stop: Callable[[], None]
+    key: str = "-"
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def openai(self) -> openai.OpenAI:
+        """OpenAI's own client, without its second tries."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=60)
+
+    def http(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60, trust_env=False, **options)
+
+    def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
+        with self.http() as client:
+            return client.post(path, json=body, headers=headers)
+
+    def connect(self) -> socket.socket:
+        """A bare connection."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+
+    def idle(self) -> bool:
+        """Whether nothing runs or waits, after a while for what is ending."""
+        return eventually(lambda: not self.worker.running and not self.worker.waiting)
+
+
+def eventually(true: Callable[[], object], seconds: float = 30.0) -> bool:
+    """Whether something comes true; looks again and again."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if true():
+            return True
+        time.sleep(0.01)
+    return bool(true())
+
+
+@contextmanager
+def running(
+    load: Callable[[], Any] = mlx_mtp.load, places: int = 32, grace: float = 5.0, **options: Any
+) -> Iterator[Running]:
+    """A server of `load`'s engine until the end of the block."""
+    worker = EngineThread(load, places)
+    worker.start()
+    listener = listen("127.0.0.1", 0)
+    server = make_server(create_app(worker, ServerOptions(model="test", **options)), grace=grace)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+
+    def stop() -> None:
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive() and not worker.alive
+
+    try:
+        yield Running(listener.getsockname()[1], worker, server, stop, options.get("api_key") or "-")
+    finally:
+        stop()
+
+
+class FakeTokenizer:
+    """One token a character; the template writes roles and contents down, and remembers what it was given."""
+
+    has_chat_template = True
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        return [ord(character) % 1000 for character in text]
+
+    def spell(self, token: int) -> tuple[str, bytes | None]:
+        return chr(token), chr(token).encode()
+
+    def opened_thought(self, ids: Sequence[int]) -> str | None:
+        return None
+
+    def chat(self, messages: Any, thinking: bool | None = None, tools: Any = None) -> list[int]:
+        self.seen.append({"messages": messages, "thinking": thinking, "tools": tools})
+        text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+        return self.encode(f"{bool(thinking)}{len(tools or [])}{text}")
+
+
+@dataclass
+class ScriptedEngine:
+    """Writes `script`, one string an event. Waits for the gate before each but the first where there is one.
+
+    asked: the options of every request; closed: how many replies ended before their time; fails_at: the event in
+    whose place it raises.
+    """
+
+    script: Sequence[str] = ("Hel", "lo", "!")
+    gate: threading.Semaphore | None = None
+    fails_at: int | None = None
+    max_context: int = 1000
+    tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    closed: int = 0
+    target: Any = field(default_factory=lambda: SimpleNamespace(path=None))
+
+    def stream(self, ids: list[int], **options: Any) -> Iterator[Event]:
+        self.asked.append({"ids": ids, **options})
+        return self._events(ids)
+
+    def _events(self, ids: list[int]) -> Iterator[Event]:
+        stats = Stats(prompt_tokens=len(ids), prefilled_tokens=len(ids), tokens=len(self.script))
+        try:
+            for i, text in enumerate(self.script):
+                if self.gate is not None and i:
+                    self.gate.acquire()
+                if i == self.fails_at:
+                    raise RuntimeError("a secret of the inside")
+                yield Event(text, [1])
+        except GeneratorExit:
+            self.closed += 1
+            raise
+        yield Event("", [], Result("".join(self.script), [1] * len(self.script), None, "stop", stats))
+
+
+def contents(response: httpx.Response) -> list[str]:
+    """The data of a streamed response, event by event."""
+    response.read()
+    return [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]

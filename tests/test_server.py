@@ -1,0 +1,692 @@
+"""The server as its clients see it: OpenAI's own client, plain HTTP, and bare sockets."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from servers import CHAT, COMPLETION, Running, ScriptedEngine, contents, eventually, running
+
+import mlx_mtp
+from mlx_mtp.cli import app as cli
+from mlx_mtp.loading import EMBEDDED
+from mlx_mtp.server import is_loopback, listen
+from mlx_mtp.serving.connections import Connection
+from mlx_mtp.serving.fields import parsed
+from mlx_mtp.serving.sessions import SessionPool
+from mlx_mtp.session import Session
+
+QUESTION = [{"role": "user", "content": "What does shutil.copytree do?"}]
+# A drafter's token can only differ from the target's own where the two best are closer than this.
+NEAR_TIE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def engine() -> mlx_mtp.Engine:
+    """The same pair as the server's, in this thread."""
+    return mlx_mtp.load(depth=2)
+
+
+@pytest.fixture(scope="module")
+def server(engine: mlx_mtp.Engine) -> Iterator[Running]:
+    """The embedded pair."""
+    with running(lambda: mlx_mtp.load(depth=2)) as found:
+        yield found
+
+
+def clear(result: mlx_mtp.Result) -> mlx_mtp.Result:
+    """A result whose tokens no rounding could have changed."""
+    assert result.top_logprobs is not None
+    for best, second, *_ in (sorted(row.values(), reverse=True) for row in result.top_logprobs):
+        assert best - second > NEAR_TIE
+    return result
+
+
+def test_chat_is_what_generate_writes(server: Running, engine: mlx_mtp.Engine) -> None:
+    expected = clear(engine.generate(engine.tokenizer.chat(QUESTION, thinking=False), max_tokens=12, logprobs=2))
+    with server.openai() as client:
+        first = client.chat.completions.create(model="test", messages=QUESTION, max_tokens=12, temperature=0)
+        again = client.chat.completions.create(model="test", messages=QUESTION, max_completion_tokens=12)
+        chunks = list(client.chat.completions.create(
+            model="test", messages=QUESTION, max_tokens=12, stream=True, stream_options={"include_usage": True}))
+    for reply in (first, again):
+        assert reply.choices[0].message.content == expected.text
+        assert (reply.choices[0].finish_reason, reply.choices[0].message.role) == ("length", "assistant")
+        assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (expected.stats.prompt_tokens, 12)
+        details, stats = reply.usage.completion_tokens_details, reply.model_extra["stats"]
+        assert details.accepted_prediction_tokens == stats["accepted"] == expected.stats.accepted > 0
+        assert details.rejected_prediction_tokens == expected.stats.drafted - expected.stats.accepted
+    assert first.id != again.id
+    assert again.usage.prompt_tokens_details.cached_tokens == expected.stats.prompt_tokens - 1
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == expected.text
+    assert chunks[0].choices[0].delta.role == "assistant" and len(chunks) > 4
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1] if chunk.choices[0].finish_reason] == ["length"]
+    assert chunks[-1].choices == [] and chunks[-1].usage.total_tokens == expected.stats.prompt_tokens + 12
+    assert {chunk.id for chunk in chunks} == {chunks[0].id} and chunks[-2].model_extra["stats"]["tokens"] == 12
+
+
+def test_a_conversation_runs_only_what_is_new(server: Running, engine: mlx_mtp.Engine) -> None:
+    said: list[dict[str, str]] = [{"role": "system", "content": "Answer in one line."}]
+    with server.openai() as client:
+        for turn, question in enumerate(("What does zip do?", "And enumerate?", "And map?")):
+            said.append({"role": "user", "content": question})
+            reply = client.chat.completions.create(model="test", messages=said, max_tokens=8)
+            ids = engine.tokenizer.chat(said, thinking=False)
+            expected = clear(engine.generate(ids, max_tokens=8, logprobs=2))
+            assert reply.choices[0].message.content == expected.text
+            assert (reply.usage.prompt_tokens_details.cached_tokens > len(ids) // 2) == (turn > 0)
+            said.append({"role": "assistant", "content": reply.choices[0].message.content})
+
+
+def test_completion_of_text_and_of_tokens(server: Running, engine: mlx_mtp.Engine) -> None:
+    prompt = "import os\n\n\ndef walk("
+    expected = clear(engine.generate(prompt, max_tokens=8, raw=True, logprobs=2))
+    with server.openai() as client:
+        for asked in (prompt, [prompt], engine.tokenizer.encode(prompt)):
+            reply = client.completions.create(model="test", prompt=asked, max_tokens=8)
+            assert (reply.choices[0].text, reply.choices[0].finish_reason) == (expected.text, "length")
+        chunks = list(client.completions.create(model="test", prompt=prompt, max_tokens=8, stream=True))
+        assert "".join(chunk.choices[0].text for chunk in chunks) == expected.text
+        stop = expected.text[4:7]
+        cut = client.completions.create(model="test", prompt=prompt, max_tokens=8, stop=stop)
+        assert cut.choices[0].text == expected.text[: expected.text.find(stop)]
+        assert cut.choices[0].finish_reason == "stop"
+
+
+def test_logprobs_in_both_forms(server: Running, engine: mlx_mtp.Engine) -> None:
+    ids = engine.tokenizer.chat(QUESTION, thinking=False)
+    expected = clear(engine.generate(ids, max_tokens=6, logprobs=3))
+    spelled = [engine.tokenizer.spell(token)[0] for token in expected.tokens]
+    options: dict[str, Any] = {"model": "test", "max_tokens": 6}
+    with server.openai() as client:
+        ask = client.chat.completions.create
+        chat = ask(messages=QUESTION, logprobs=True, top_logprobs=3, **options).choices[0].logprobs.content
+        bare = ask(messages=QUESTION, logprobs=True, **options).choices[0].logprobs.content
+        chunks = list(ask(messages=QUESTION, logprobs=True, top_logprobs=3, stream=True, **options))
+        old = client.completions.create(prompt=ids, logprobs=3, **options).choices[0].logprobs
+        parts = list(client.completions.create(prompt=ids, logprobs=0, stream=True, **options))
+    streamed = [one for chunk in chunks if chunk.choices[0].logprobs for one in chunk.choices[0].logprobs.content]
+    for content in (chat, bare, streamed):
+        assert [one.token for one in content] == spelled
+        assert [one.logprob for one in content] == pytest.approx(expected.logprobs, abs=1e-3)
+    assert all(bytes(one.bytes).decode() == one.token for one in chat)
+    assert all(one.top_logprobs == [] for one in bare)
+    for one, row in zip(chat, expected.top_logprobs, strict=True):
+        assert [top.logprob for top in one.top_logprobs] == pytest.approx(list(row.values()), abs=1e-3)
+    assert old.tokens == spelled and old.token_logprobs == pytest.approx(expected.logprobs, abs=1e-3)
+    assert all(tops[token] == value for tops, token, value in zip(old.top_logprobs, spelled, old.token_logprobs,
+                                                                  strict=True))  # fmt: skip
+    assert old.text_offset == [len("".join(spelled[:i])) for i in range(len(spelled))]
+    assert [t for part in parts if part.choices[0].logprobs for t in part.choices[0].logprobs.tokens] == spelled
+
+
+def test_sampling_reaches_the_engine(server: Running, engine: mlx_mtp.Engine) -> None:
+    """Seeded and penalised replies are those of generate; a bias of 100 forces a token."""
+    ids = engine.tokenizer.chat(QUESTION, thinking=False)
+    sampling = {"temperature": 0.9, "top_p": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.25}
+    extra = {"top_k": 20, "min_p": 0.01, "repetition_penalty": 1.1}
+    fresh = [engine.generate(ids, max_tokens=8, seed=seed, sampling=mlx_mtp.Sampling(**sampling, **extra)).text
+             for seed in (3, 4)]  # fmt: skip
+    with server.openai() as client:
+        ask = client.chat.completions.create
+        replies = [ask(model="test", messages=QUESTION, max_tokens=8, seed=seed, extra_body=extra, **sampling)
+                   for seed in (3, 4, 3)]  # fmt: skip
+        forced = ask(model="test", messages=QUESTION, max_tokens=3, logit_bias={"470": 100}, temperature=0)
+    assert [reply.choices[0].message.content for reply in replies] == [*fresh, fresh[0]] and fresh[0] != fresh[1]
+    assert forced.choices[0].message.content == engine.tokenizer.spell(470)[0] * 3
+
+
+TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}}  # fmt: skip
+CALLS = ('Let me see.<|tool_call>call:get_weather{city:<|"|>Z', 'ürich, "Old', ' Town"<|"|>,days:3,hourly:true}',
+         "<tool_call|><|tool_call>call:now{}<tool_call|>")  # fmt: skip
+ARGUMENTS = {"city": 'Zürich, "Old Town"', "days": 3, "hourly": True}
+
+
+def test_tools_both_ways() -> None:
+    """Gemma's calls become OpenAI's, whole and streamed; what comes back has objects and names for the template."""
+    fake = ScriptedEngine(CALLS)
+    with running(lambda: fake) as server, server.openai() as client:
+        ask = client.chat.completions.create
+        whole = ask(model="test", messages=QUESTION, tools=[TOOL], tool_choice="auto").choices[0]
+        assert (whole.finish_reason, whole.message.content) == ("tool_calls", "Let me see.")
+        first, second = whole.message.tool_calls
+        assert (first.function.name, json.loads(first.function.arguments)) == ("get_weather", ARGUMENTS)
+        assert (second.function.name, second.function.arguments) == ("now", "{}") and first.id != second.id
+        assert fake.tokenizer.seen[-1]["tools"][0]["function"]["name"] == "get_weather"
+
+        chunks = list(ask(model="test", messages=QUESTION, tools=[TOOL], stream=True))
+        deltas = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+        assert [(call.index, call.function.name) for call in deltas] == [(0, "get_weather"), (1, "now")]
+        assert json.loads(deltas[0].function.arguments) == ARGUMENTS and all(call.id for call in deltas)
+        assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+        one = ask(model="test", messages=QUESTION, tools=[TOOL], parallel_tool_calls=False).choices[0]
+        assert [call.function.name for call in one.message.tool_calls] == ["get_weather"]
+
+        fake.script = ("Rain.",)
+        answers = [{"role": "tool", "tool_call_id": call.id, "content": "rain"} for call in (first, second)]
+        messages = [*QUESTION, whole.message.model_dump(), *answers]
+        assert ask(model="test", messages=messages, tools=[TOOL]).choices[0].message.content == "Rain."
+        given = fake.tokenizer.seen[-1]["messages"]
+        assert given[1]["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": ARGUMENTS}
+        assert [message["name"] for message in given[2:]] == ["get_weather", "now"]
+        ask(model="test", messages=QUESTION, tools=[TOOL], tool_choice="none")
+        assert not fake.tokenizer.seen[-1]["tools"]
+
+
+GEMMA = (
+    "{% if tools or enable_thinking %}<|turn>system\n{% if enable_thinking %}<|think|>{% endif %}"
+    "{% for tool in tools or [] %}{{ '<|tool>declaration:' + tool.function.name + '{description:<|\"|>' }}"
+    "{{ tool.function.description + '<|\"|>}<tool|>' }}{% endfor %}<turn|>\n{% endif %}"
+    "{% for message in messages %}{% if message.role == 'tool' %}"
+    "{{ '<|tool_response>response:' + message.name + '{value:<|\"|>' + message.content + '<|\"|>}<tool_response|>' }}"
+    "{% else %}<|turn>{{ message.role + '\n' + message.content }}{% for call in message.tool_calls or [] %}"
+    "{{ '<|tool_call>call:' + call.function.name + '{' }}{% for key, value in call.function.arguments | dictsort %}"
+    "{{ key }}:{{ value }}{% endfor %}{{ '}<tool_call|>' }}{% endfor %}"
+    "{% if not message.tool_calls %}<turn|>\n{% endif %}{% endif %}{% endfor %}"
+    "{% if messages[-1].role != 'tool' %}<|turn>model\n{% endif %}"
+)
+
+
+def test_a_template_gets_what_gemmas_asks_for(tmp_path: Path) -> None:
+    """A real tokenizer with a template that reads arguments as an object, names of tools and enable_thinking."""
+    target = shutil.copytree(EMBEDDED / "target", tmp_path / "target", copy_function=shutil.copyfile)
+    (target / "chat_template.jinja").write_text(GEMMA)
+    call = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"days": 3}'}}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "Rain"}, {"type": "text", "text": "today?"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "no"},
+    ]
+    body = {"messages": messages, "tools": [TOOL], "max_tokens": 1, "reasoning_effort": "low"}
+    with running(lambda: mlx_mtp.load(target, drafter=None)) as server:
+        reply = server.post(CHAT, body).json()
+        plain = server.post(CHAT, {"messages": QUESTION, "max_tokens": 1}).json()
+    tokenizer = mlx_mtp.load(target, drafter=None).tokenizer
+    expected = (
+        '<|turn>system\n<|think|><|tool>declaration:get_weather{description:<|"|><|"|>}<tool|><turn|>\n'
+        "<|turn>user\nRain\ntoday?<turn|>\n<|turn>assistant\n<|tool_call>call:get_weather{days:3}<tool_call|>"
+        '<|tool_response>response:get_weather{value:<|"|>no<|"|>}<tool_response|>'
+    )
+    assert reply["usage"]["prompt_tokens"] == len(tokenizer.encode(expected, special=False))
+    assert plain["usage"]["prompt_tokens"] == len(tokenizer.encode(
+        f"<|turn>user\n{QUESTION[0]['content']}<turn|>\n<|turn>model\n", special=False))  # fmt: skip
+
+
+def test_thoughts_are_told_apart() -> None:
+    fake = ScriptedEngine(("<|chan", "nel>thought\nFirst ", "this.", "<channel|>Then", " that."))
+    with running(lambda: fake) as server, server.openai() as client:
+        ask = client.chat.completions.create
+        message = ask(model="test", messages=QUESTION, reasoning_effort="high").choices[0].message
+        assert (message.model_extra["reasoning_content"], message.content) == ("First this.", "Then that.")
+        assert fake.tokenizer.seen[-1]["thinking"] is True
+        off = {"chat_template_kwargs": {"enable_thinking": False}}
+        chunks = list(ask(model="test", messages=QUESTION, stream=True, extra_body=off))
+        assert fake.tokenizer.seen[-1]["thinking"] is False
+        deltas = [chunk.choices[0].delta for chunk in chunks]
+        assert "".join((delta.model_extra or {}).get("reasoning_content") or "" for delta in deltas) == "First this."
+        assert "".join(delta.content or "" for delta in deltas) == "Then that."
+        history = [*QUESTION, {"role": "assistant", "content": "a", "reasoning_content": "t"}, *QUESTION]
+        ask(model="test", messages=history)
+        assert fake.tokenizer.seen[-1]["messages"][1]["reasoning_content"] == "t"
+
+
+CHAT_FAULTS: list[tuple[dict[str, Any], str | None]] = [
+    ({"messages": []}, "messages"),
+    ({"messages": "hi"}, "messages"),
+    ({"messages": [{"role": "judge", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+     "messages[0].content[0].type"),
+    ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "unknown"}]}, "messages[0].tool_call_id"),
+    ({"messages": [{"role": "user", "content": "x", "colour": "red"}]}, "messages[0].colour"),
+    ({"messages": [{"role": "assistant", "tool_calls": [
+        {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{"}}]}]},
+     "messages[0].tool_calls[0].function.arguments"),
+    ({"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "late"}]}, "messages"),
+    ({"n": 2}, "n"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"tools": [TOOL]}, "tools"),  # this checkpoint's template has no place for them
+    ({"tools": [{"type": "function", "function": {"name": "with space"}}]}, "tools[0].function.name"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"reasoning_effort": "high"}, "reasoning_effort"),
+    ({"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}}, "reasoning_effort"),
+    ({"chat_template_kwargs": {"colour": "red"}}, "chat_template_kwargs.colour"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"modalities": ["text", "audio"]}, "modalities"),
+    ({"temperature": -1}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"temperature": True}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"top_k": 1.5}, "top_k"),
+    ({"presence_penalty": 10**400}, "presence_penalty"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 10**9}, "max_tokens"),
+    ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
+    ({"seed": -1}, "seed"),
+    ({"stop": [""]}, "stop"),
+    ({"stop": ["x"] * 17}, "stop"),
+    ({"stop": [1]}, "stop"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"1": 1000}}, "logit_bias"),
+    ({"logit_bias": {"999999": 1}}, None),
+    ({"stream": "yes"}, "stream"),
+    ({"grammar": "root"}, "grammar"),
+    ({"functions": [{"name": "f"}]}, "functions"),
+]
+COMPLETION_FAULTS: list[tuple[dict[str, Any], str | None]] = [
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": ["a", "b"]}, "prompt"),
+    ({"prompt": [1, True]}, "prompt"),
+    ({"prompt": [1, 10**30]}, None),
+    ({"prompt": [-1]}, None),
+    ({"prompt": [7] * 9000}, "prompt"),
+    ({"echo": True}, "echo"),
+    ({"suffix": "x"}, "suffix"),
+    ({"best_of": 2}, "best_of"),
+    ({"logprobs": True}, "logprobs"),
+]
+
+
+@pytest.mark.parametrize(("path", "faults"), [(CHAT, CHAT_FAULTS), (COMPLETION, COMPLETION_FAULTS)])
+def test_nothing_is_dropped_in_silence(server: Running, path: str, faults: list[tuple[dict[str, Any], Any]]) -> None:
+    good = {"messages": QUESTION, "max_tokens": 1} if path == CHAT else {"prompt": "x", "max_tokens": 1}
+    with server.http() as client:
+        for change, param in faults:
+            response = client.post(path, json=good | change)
+            error = response.json()["error"]
+            assert response.status_code == 400, change
+            assert (error["param"], error["type"]) == (param, "invalid_request_error"), (change, error)
+            assert error["message"].startswith("Expected ") and len(error["message"]) < 1100
+        ignored = {"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "n": 1, "unknown": None,
+                   "response_format": {"type": "text"}}  # fmt: skip
+        assert client.post(path, json=good | ignored).status_code == 200
+
+
+def test_models_errors_and_addresses(server: Running) -> None:
+    with server.openai() as client:
+        assert [model.id for model in client.models.list()] == ["test"]
+        assert client.models.retrieve("test").id == "test"
+        with pytest.raises(openai.NotFoundError) as missing:
+            client.chat.completions.create(model="gpt-9", messages=QUESTION)
+        assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
+        with pytest.raises(openai.BadRequestError) as long:
+            client.completions.create(model="test", prompt=[7] * 9000)
+        assert long.value.code == "context_length_exceeded"
+    with server.http() as client:
+        for method, path, status in (("GET", "/v2", 404), ("PUT", "/v1/models", 405), ("GET", CHAT, 405),
+                                     ("POST", "/health", 405), ("GET", "/v1/models/other", 404)):  # fmt: skip
+            response = client.request(method, path)
+            assert response.status_code == status and "message" in response.json()["error"], (method, path)
+        assert client.post(CHAT, content=b"{}", headers={"Content-Type": "text/plain"}).status_code == 415
+        assert client.get("/health").json()["status"] == "ok"
+
+
+def test_metrics_count(server: Running) -> None:
+    def figures() -> dict[str, float]:
+        with server.http() as client:
+            lines = client.get("/metrics").text.splitlines()
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+    before = figures()
+    reply = server.post(COMPLETION, {"prompt": "import", "max_tokens": 5}).json()
+    assert server.idle()
+    after = figures()
+    grown = {name: after[name] - before.get(name, 0.0) for name in after}
+    assert grown['mlx_mtp_requests_total{route="/v1/completions",status="200"}'] == 1
+    assert grown["mlx_mtp_generated_tokens_total"] == 5
+    assert grown["mlx_mtp_prompt_tokens_total"] == reply["usage"]["prompt_tokens"]
+    assert grown["mlx_mtp_accepted_tokens_total"] == reply["stats"]["accepted"]
+    assert after["mlx_mtp_queue_length"] == after["mlx_mtp_running"] == 0
+    assert after["mlx_mtp_session_bytes"] > 0 < after["mlx_mtp_sessions"]
+
+
+def test_strict_json() -> None:
+    assert parsed(b'{"a": [1, 2.5, null, "\xc3\xa9"]}') == {"a": [1, 2.5, None, "é"]}
+    for bad in (b"", b"{", b"[1,]", b"NaN", b'{"a": Infinity}', b"1e999", b"-1e999", b"9" * 5000, b'"\xff"',
+                b'"\\ud800"', b"[" * 101 + b"]" * 101, b"[" * 100_000, b'{"\\udfff": 1}',
+                b"\xef\xbb\xbf{}"):  # fmt: skip
+        with pytest.raises(mlx_mtp.MLXMTPError, match="Expected"):
+            parsed(bad)
+
+
+def test_the_pool_of_sessions() -> None:
+    class Sized(Session):
+        nbytes = 10
+
+    def held(*ids: int) -> Session:
+        return Sized(ids=list(ids))
+
+    pool = SessionPool(30)
+    for session in (one := held(1, 2, 3, 4), two := held(1, 2, 9), three := held(5)):
+        assert not pool.keep(session)
+    assert (pool.nbytes, pool.count) == (30, 3)
+    assert pool.take([1, 2, 3, 7]) is one and pool.count == 2  # most in common
+    assert not pool.keep(one)
+    assert pool.take([1, 8]) is not two  # more would be lost than saved
+    assert pool.keep(held(6)) and pool.nbytes == 30  # the least recently used one went: two
+    assert pool.take([1, 2, 9]) is one
+    pool.keep(Session())
+    assert pool.take([5, 5]) is three and pool.count == 1
+    nothing = SessionPool(0)
+    nothing.keep(held(1))
+    assert nothing.count == 0
+
+
+def test_a_full_queue(server: Running) -> None:
+    """One runs, two wait, the fourth is told when to come back; who leaves the queue makes room."""
+    fake = ScriptedEngine(gate=threading.Semaphore(0))
+    replies: list[httpx.Response] = []
+    with running(lambda: fake, places=2) as server:
+        asking = [threading.Thread(target=lambda: replies.append(server.post(COMPLETION, {"prompt": "x"})))
+                  for _ in range(2)]  # fmt: skip
+        asking[0].start()
+        assert eventually(lambda: server.worker.running)
+        asking[1].start()
+        leaving = server.connect()
+        leaving.sendall(_request(COMPLETION, {"prompt": "x"}))
+        assert eventually(lambda: server.worker.waiting == 2)
+        refused = server.post(COMPLETION, {"prompt": "x"})
+        assert refused.status_code == 429 and 1 <= int(refused.headers["Retry-After"]) <= 120
+        assert refused.json()["error"]["code"] == "queue_full"
+        with server.openai() as client, pytest.raises(openai.RateLimitError):
+            client.completions.create(model="test", prompt="x")
+        leaving.close()
+        assert eventually(lambda: server.worker.waiting == 1)
+        fake.gate.release(100)
+        for thread in asking:
+            thread.join()
+        assert [reply.json()["choices"][0]["text"] for reply in replies] == ["Hello!"] * 2
+    assert len(fake.asked) == 2
+
+
+def _request(path: str, body: Any, *more: str, length: int | None = None) -> bytes:
+    """A request as bytes."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", *more]
+    return "\r\n".join([*lines, f"Content-Length: {len(data) if length is None else length}", "", ""]).encode() + data
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("half", [True, False])
+def test_who_leaves_frees_the_engine(stream: bool, half: bool) -> None:
+    fake = ScriptedEngine(gate=threading.Semaphore(0))
+    with running(lambda: fake) as server, server.connect() as leaving:
+        leaving.sendall(_request(COMPLETION, {"prompt": "x", "stream": stream}))
+        if stream:
+            assert b"Hel" in _until(leaving, b"Hel")
+        assert eventually(lambda: server.worker.running)
+        ticket = server.worker._running
+        if half:
+            leaving.shutdown(socket.SHUT_WR)
+        else:
+            leaving.close()
+        assert eventually(lambda: ticket.cancelled)
+        fake.gate.release(1)  # the round under way ends; no other one begins
+        assert server.idle() and fake.closed == 1
+        fake.gate.release(2)
+        assert server.post(COMPLETION, {"prompt": "x"}).json()["choices"][0]["text"] == "Hello!"
+
+
+def _until(connection: socket.socket, end: bytes) -> bytes:
+    """What comes up to some bytes, or to the end of the connection."""
+    found = b""
+    while end not in found and (part := connection.recv(65536)):
+        found += part
+    return found
+
+
+def test_a_failure_is_told_without_its_inside(caplog: pytest.LogCaptureFixture) -> None:
+    fake = ScriptedEngine(fails_at=0)
+    with running(lambda: fake) as server, server.openai() as client:
+        with pytest.raises(openai.InternalServerError) as whole:
+            client.completions.create(model="test", prompt="x")
+        assert "secret" not in str(whole.value) and whole.value.code == "internal_error"
+        fake.fails_at = 1
+        with server.http() as http, http.stream("POST", COMPLETION, json={"prompt": "x", "stream": True}) as response:
+            events = contents(response)
+        assert response.status_code == 200 and len(events) == 2
+        assert json.loads(events[-1])["error"]["type"] == "server_error" and "secret" not in events[-1]
+        with pytest.raises(openai.APIError, match="failed"):
+            list(client.completions.create(model="test", prompt="x", stream=True))
+        fake.fails_at = None
+        assert client.completions.create(model="test", prompt="x").choices[0].text == "Hello!"
+    assert caplog.text.count("a secret of the inside") >= 3
+
+
+def test_a_prompt_is_dropped_between_chunks(engine: mlx_mtp.Engine) -> None:
+    """Leaving while a long prompt is read: the session comes back empty, and the next reply is right."""
+    began, seen = threading.Event(), threading.Event()
+
+    def load() -> mlx_mtp.Engine:
+        found = mlx_mtp.load(drafter=None)
+        inner = found.stream
+
+        def stream(ids: list[int], **options: Any) -> Any:
+            check = options["on_prefill"]
+
+            def on_prefill(done: int, total: int) -> None:
+                if total > 1000:
+                    began.set()
+                    assert seen.wait(30)
+                check(done, total)
+
+            return inner(ids, **{**options, "on_prefill": on_prefill})
+
+        found.stream = stream
+        return found
+
+    with running(load) as server, server.connect() as leaving:
+        leaving.sendall(_request(COMPLETION, {"prompt": [7] * 1200}))
+        assert began.wait(30)
+        ticket = server.worker._running
+        leaving.close()
+        assert eventually(lambda: ticket.cancelled)
+        seen.set()
+        assert server.idle()
+        ids = engine.tokenizer.chat(QUESTION, thinking=False)
+        expected = clear(engine.generate(ids, max_tokens=4, logprobs=2)).text
+        body = {"messages": QUESTION, "max_tokens": 4}
+        assert server.post(CHAT, body).json()["choices"][0]["message"]["content"] == expected
+
+
+def test_the_api_key() -> None:
+    with running(ScriptedEngine, api_key="s3cret", hosts=None) as server:
+        with server.openai() as client:
+            assert client.models.list().data[0].id == "test"
+        with server.http() as http:
+            for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cret"},
+                            {"Authorization": "Bearer s3cret\xe9"}):  # fmt: skip
+                for path in ("/v1/models", "/metrics", "/v1/nothing"):
+                    raw = {name: value.encode("latin-1") for name, value in headers.items()}
+                    response = http.get(path, headers=raw)
+                    assert response.status_code == 401 and response.headers["WWW-Authenticate"] == "Bearer"
+                    assert response.json()["error"]["code"] == "invalid_api_key"
+            assert http.get("/health").status_code == 200
+            assert http.get("/health", headers={"Host": "any.example"}).status_code == 200
+    with pytest.raises(mlx_mtp.OptionError):
+        next(iter([mlx_mtp.server.ServerOptions(api_key="")]))
+
+
+def test_other_names_and_other_pages() -> None:
+    page = {"Origin": "https://app.example"}
+    with running(ScriptedEngine, origins=["https://app.example"]) as server, server.http() as http:
+        for host, status in (("127.0.0.1:1", 200), ("localhost", 200), ("LOCALHOST:80", 200), ("[::1]:80", 200),
+                             ("evil.example", 403), ("localhost.evil.example", 403), ("", 403)):  # fmt: skip
+            assert http.get("/v1/models", headers={"Host": host}).status_code == status, host
+        asked = {**page, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+        assert http.options(CHAT, headers=asked).headers["Access-Control-Allow-Origin"] == "https://app.example"
+        assert http.options(CHAT, headers={**asked, "Origin": "https://evil.example"}).status_code == 400
+        assert "Access-Control-Allow-Origin" in http.get("/health", headers=page).headers
+    with running(ScriptedEngine) as server, server.http() as http:
+        assert "Access-Control-Allow-Origin" not in http.get("/health", headers=page).headers
+
+
+def test_slow_and_broken_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Connection, "head_seconds", 0.5)
+    good = _request(COMPLETION, {"prompt": "x"})
+    with running(ScriptedEngine, body_seconds=1.0, body_bytes=1000) as server:
+        with server.connect() as drip:  # slow, but in time
+            for start in range(0, len(good), 20):
+                drip.sendall(good[start : start + 20])
+            assert b"Hello!" in _until(drip, b"Hello!")
+            sockets = [one.transport.get_extra_info("socket") for one in server.server.server_state.connections]
+            assert [one.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for one in sockets] == [1]
+        with server.connect() as late, server.connect() as silent, server.connect() as half, server.connect() as cut:
+            late.sendall(_request(COMPLETION, b'{"prompt"', length=50))
+            silent.sendall(b"POST /v1/completions HTT")
+            half.sendall(good)
+            half.shutdown(socket.SHUT_WR)
+            cut.sendall(good[: len(good) // 2])
+            cut.shutdown(socket.SHUT_WR)
+            assert b"Hello!" in server.post(COMPLETION, {"prompt": "x"}).content  # nobody waits for them
+            answer = _until(late, b"too_slow")
+            assert answer.startswith(b"HTTP/1.1 408") and b"connection: close" in answer.lower()
+            assert _until(silent, b"nothing") == b""  # closed
+            assert b" 200 OK" not in _until(cut, b"nothing")
+        with server.connect() as large:
+            large.sendall(_request(COMPLETION, b"x" * 100, length=10**12))
+            assert _until(large, b"body_too_large").startswith(b"HTTP/1.1 413")
+        with server.connect() as chunked:
+            head = _request(COMPLETION, b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+            chunked.sendall(head + b"400\r\n" + b" " * 1024 + b"\r\n")
+            assert _until(chunked, b"body_too_large").startswith(b"HTTP/1.1 413")
+        for garbage in (b"\x16\x03\x01\x02\x00\x01", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n",
+                        b"GET / HTTP/1.1\r\n\r\n", good.replace(b"Length: ", b"Length: -"),
+                        b"\r\n" * 9 + b"\0"):  # fmt: skip
+            with server.connect() as broken:
+                broken.sendall(garbage)
+                broken.shutdown(socket.SHUT_WR)
+                assert _until(broken, b"\r\n\r\n").startswith((b"HTTP/1.1 400", b"HTTP/1.1 403")), garbage
+        assert b"Hello!" in server.post(COMPLETION, {"prompt": "x"}).content
+
+
+def test_a_reader_that_takes_nothing() -> None:
+    """The engine goes on with others; the reply that nobody takes is let go of."""
+    fake = ScriptedEngine(["x" * 100_000] * 100)
+    with running(lambda: fake, stall_seconds=0.5) as server:
+        stuck = socket.socket()
+        stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        with stuck:
+            stuck.connect(("127.0.0.1", server.port))
+            stuck.sendall(_request(COMPLETION, {"prompt": "x", "stream": True}))
+            assert eventually(lambda: fake.asked) and server.idle()
+            with server.http() as http:
+                assert eventually(lambda: "mlx_mtp_dropped_total 1" in http.get("/metrics").text)
+
+
+def test_running_replies_finish_before_the_end() -> None:
+    fake = ScriptedEngine(gate=threading.Semaphore(0))
+    with running(lambda: fake, grace=30) as server, server.http() as http:
+        with http.stream("POST", COMPLETION, json={"prompt": "x", "stream": True}) as response:
+            lines = response.iter_lines()
+            next(lines)
+            ending = threading.Thread(target=server.stop)
+            ending.start()
+            assert eventually(lambda: not _accepts(server))
+            fake.gate.release(2)
+            assert list(lines)[-2] == "data: [DONE]"
+        ending.join()
+
+
+def _accepts(server: Running) -> bool:
+    try:
+        server.connect().close()
+    except OSError:
+        return False
+    return True
+
+
+def test_replies_that_take_too_long_are_told_so() -> None:
+    fake = ScriptedEngine(gate=threading.Semaphore(0))
+    waiting: list[httpx.Response] = []
+    with running(lambda: fake, grace=0.2) as server, server.http() as http:
+        with http.stream("POST", COMPLETION, json={"prompt": "x", "stream": True}) as response:
+            lines = response.iter_lines()
+            next(lines)
+            second = threading.Thread(target=lambda: waiting.append(server.post(COMPLETION, {"prompt": "x"})))
+            second.start()
+            assert eventually(lambda: server.worker.waiting == 1)
+            ending = threading.Thread(target=server.stop)
+            ending.start()
+            last = list(lines)[-2]
+            assert json.loads(last.removeprefix("data: "))["error"]["code"] == "stopping"
+        second.join()
+        fake.gate.release(5)
+        ending.join()
+    assert waiting[0].status_code == 503 and waiting[0].json()["error"]["code"] == "stopping"
+
+
+def test_sigterm_ends_the_command_in_good_order() -> None:
+    """The command itself, on the embedded model: the reply under way comes to its end, then the process does."""
+    command = [sys.executable, "-m", "mlx_mtp.cli.app", "serve", "--port", "0", "--depth", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ)) as process:
+        try:
+            line = process.stderr.readline()
+            assert line.startswith("Serving standard-library at http://127.0.0.1:"), line
+            url = line.split()[3]
+            body = {"prompt": "import os\n", "max_tokens": 120, "stream": True}
+            with httpx.stream("POST", f"{url}/completions", json=body, timeout=60, trust_env=False) as response:
+                lines = response.iter_lines()
+                next(lines)
+                process.send_signal(signal.SIGTERM)
+                rest = list(lines)
+            assert rest[-2] == "data: [DONE]" and '"finish_reason":"length"' in rest[-4]
+            assert process.wait(60) == 0
+            assert process.stderr.read() == ""
+        finally:
+            process.kill()
+
+
+def test_what_the_command_refuses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(*args: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["mlx-mtp", "serve", *map(str, args)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert end.value.code == 2 and out == "" and err.count("\n") == 1 and err.endswith(".\n"), err
+        return err
+
+    monkeypatch.delenv("MLX_MTP_API_KEY", raising=False)
+    assert "--api-key" in refused("--host", "0.0.0.0")
+    assert "--api-key" in refused("--host", "::")
+    assert "API key" in refused("--api-key", "")
+    assert "--queue" in refused("--queue", -1)
+    with listen("127.0.0.1", 0) as taken:
+        assert "--port" in refused("--port", taken.getsockname()[1])
+    assert "--port" in refused("--port", 99999)
+    assert "/no/such" in refused("--port", 0, "--model", "/no/such/model")
+    assert "depth" in refused("--port", 0, "--depth", "99")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    for name in ("mlx_mtp.server", "mlx_mtp.serving.connections"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(mlx_mtp, "server")
+    assert "pip install 'mlx-mtp[serve]'" in refused()
+
+
+def test_loopback() -> None:
+    assert all(map(is_loopback, ("127.0.0.1", "localhost", "::1", "127.8.8.8")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.1", "example.com", "")))
+
+
+def test_tokens_as_they_read_in_a_text() -> None:
+    tokenizer = mlx_mtp.load(drafter=None).tokenizer
+    ids = tokenizer.encode("import os é <|turn>", special=False)
+    spelled = [tokenizer.spell(token) for token in ids]
+    assert b"".join(data for _, data in spelled).decode() == tokenizer.decode(ids)
+    assert spelled[0] == ("import", b"import") and (" os", b" os") in spelled and ("�", b"\xc3") in spelled

@@ -1,0 +1,224 @@
+"""The server under load and under nonsense: nothing lost, nothing mixed up, nothing left behind."""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import mlx.core as mx
+import pytest
+from servers import CHAT, COMPLETION, Running, running
+
+import mlx_mtp
+
+pytestmark = pytest.mark.slow
+
+# Tokens closer than this could change places by rounding; the questions below were chosen so that none are.
+NEAR_TIE = 1e-3
+SUBJECTS = ("zip", "sorted", "os.walk", "json.dumps", "shutil.copytree", "re.compile", "bisect", "heapq.merge")
+SESSION_BYTES = 12_000_000
+
+
+@pytest.fixture(scope="module")
+def engine() -> mlx_mtp.Engine:
+    """The same pair as the server's, in this thread."""
+    return mlx_mtp.load(depth=2)
+
+
+@pytest.fixture(scope="module")
+def server(engine: mlx_mtp.Engine) -> Iterator[Running]:
+    """Places for all at once, and room for about a dozen conversations."""
+    with running(lambda: mlx_mtp.load(depth=2), places=64, session_bytes=SESSION_BYTES, body_bytes=100_000) as found:
+        yield found
+
+
+def conversations(engine: mlx_mtp.Engine) -> list[tuple[dict[str, Any], str]]:
+    """Requests and what generate answers to them: single questions, and second turns that share their beginning."""
+    found = []
+    for i, subject in enumerate(SUBJECTS):
+        said = [{"role": "user", "content": f"What does {subject} do?"}]
+        for _ in range(2):
+            count = 4 + i
+            ids = engine.tokenizer.chat(said, thinking=False)
+            result = engine.generate(ids, max_tokens=count, logprobs=2, sampling=mlx_mtp.Sampling(temperature=0.0))
+            gaps = [max(row.values()) - min(row.values()) for row in result.top_logprobs]
+            if min(gaps) > NEAR_TIE:
+                found.append(({"messages": said, "max_tokens": count, "temperature": 0}, result.text))
+            said = [*said, {"role": "assistant", "content": result.text}, {"role": "user", "content": "And then?"}]
+    assert len(found) >= 12 and len({text for _, text in found}) >= 8
+    return found
+
+
+def ask(client: httpx.Client, number: int, body: dict[str, Any], expected: str) -> str:
+    """One request: a third streamed and dropped in mid-stream, a third streamed, a third whole; how it went."""
+    kind = ("dropped", "streamed", "whole")[number % 3]
+    if kind == "whole":
+        response = client.post(CHAT, json=body)
+        assert response.status_code == 200, response.text
+        assert response.json()["choices"][0]["message"]["content"] == expected
+        return kind
+    text, ended = "", False
+    with client.stream("POST", CHAT, json={**body, "stream": True}) as response:
+        assert response.status_code == 200
+        for i, line in enumerate(line for line in response.iter_lines() if line):
+            data = line.removeprefix("data: ")
+            ended = data == "[DONE]"
+            text += "" if ended else json.loads(data)["choices"][0]["delta"].get("content") or ""
+            if kind == "dropped" and i >= number % 4:
+                break
+    assert expected.startswith(text) if kind == "dropped" else (text == expected and ended)
+    return kind
+
+
+def test_two_hundred_requests_sixteen_at_a_time(server: Running, engine: mlx_mtp.Engine) -> None:
+    asked = conversations(engine)
+    order = random.Random(5)
+    memory = []
+
+    def go(number: int) -> str:
+        body, expected = order_of[number]
+        # A connection of its own, as clients come and go.
+        with server.http() as client:
+            return ask(client, number, body, expected)
+
+    order_of = [order.choice(asked) for _ in range(200)]
+    kinds: Counter[str] = Counter()
+    with ThreadPoolExecutor(16) as pool:
+        for start in range(0, 200, 50):
+            kinds.update(pool.map(go, range(start, start + 50)))
+            assert server.idle()
+            gc.collect()
+            memory.append(mx.get_active_memory())
+    assert kinds == {"dropped": 67, "streamed": 67, "whole": 66}
+    # The pool of sessions fills up in the first quarter and stays within its bound.
+    assert memory[-1] <= memory[0] + SESSION_BYTES and memory[-1] <= memory[1] + 1_000_000, memory
+    with server.http() as client:
+        figures = client.get("/metrics").text
+    assert f'requests_total{{route="{CHAT}",status="200"}} 200' in figures
+    assert f'route="{CHAT}",status="5' not in figures
+    bytes_kept = next(line for line in figures.splitlines() if line.startswith("mlx_mtp_session_bytes "))
+    assert 0 < float(bytes_kept.split()[1]) <= SESSION_BYTES
+
+
+GOOD_CHAT = {"messages": [{"role": "user", "content": "What does zip do?"}], "max_tokens": 4}
+GOOD_COMPLETION = {"prompt": "import os\n", "max_tokens": 4}
+Bad = tuple[str, str, bytes, dict[str, str]]
+
+
+def wrong_value(chance: random.Random, field: str) -> bytes:
+    """A JSON text that no field takes: of the wrong type, or out of any range."""
+    several: list[bytes] = [
+        b"NaN", b"Infinity", b"-Infinity", b"1e999", b"9" * chance.randint(20, 6000), b"-" + b"9" * 30,
+        b"[" * chance.randint(101, 3000), b'"\\ud83d"', b'"\xff\xfe"', b"'x'", b"tru", b"0x10", b"01", b"1.", b"{}}",
+        b'[[[["deep"]]]]', b'{"a": {"b": []}}', b'{"": 1}', b'[{"x": 1.5}]',
+    ]  # fmt: skip
+    typed = {
+        "messages": (b"1", b'"x"', b"{}", b"[]", b"[1]", b"[null]", b"[[]]", b'[{"role": 1}]', b'[{"role":"user"}]',
+                     b'[{"role":"nobody","content":"x"}]', b'[{"role":"tool","content":"x"}]',
+                     b'[{"role":"user","content":{"a":1}}]', b'[{"role":"user","content":[{"type":"audio"}]}]',
+                     b'[{"role":"assistant","tool_calls":[{}]}]', b'[{"role":"user","content":"a"},'
+                     b'{"role":"system","content":"b"}]'),
+        "prompt": (b"1", b"true", b"{}", b"[]", b'""', b"[-1]", b"[1.5]", b"[99999999]", b'["a","b"]', b'[1,"a"]',
+                   b"[" + b"5," * 9000 + b"5]"),
+        "max_tokens": (b"0", b"-1", b"1.5", b'"5"', b"true", b"[1]", b"99999999"),
+        "temperature": (b"-0.1", b"101", b'"1"', b"false", b"{}"),
+        "top_p": (b"0", b"1.1", b"[]"),
+        "top_k": (b"-1", b"0.5", b'"all"'),
+        "stop": (b"1", b"[1]", b'[""]', b"{}", b"false", b"[" + b'"x",' * 20 + b'"x"]'),
+        "seed": (b"-1", b"0.5", b"18446744073709551616", b'"x"'),
+        "logit_bias": (b"[]", b'{"a":1}', b'{"1":"x"}', b'{"1":101}', b'{"999999":1}', b'{"-1":1}', b"1"),
+        "stream": (b"1", b'"true"', b"[]"),
+        "n": (b"0", b"2", b"true", b'"1"'),
+        "model": (b"1", b'"another"', b"[]"),
+        "response_format": (b'{"type":"json_object"}', b'"text"', b"{}"),
+        "tools": (b"1", b"[1]", b"[{}]", b'[{"type":"function","function":{"name":""}}]'),
+    }  # fmt: skip
+    return chance.choice([*several, *typed[field]])
+
+
+def malformed(chance: random.Random) -> Bad:
+    """One request that no server may take: method, path, body, headers."""
+    path, good = chance.choice([(CHAT, GOOD_CHAT), (COMPLETION, GOOD_COMPLETION)])
+    text, kind = json.dumps(good).encode(), chance.randrange(10)
+    headers = {"Content-Type": "application/json"}
+    if kind == 0:  # cut short: never the whole of an object
+        return "POST", path, text[: chance.randrange(len(text))], headers
+    if kind == 1:  # a byte that is no UTF-8
+        at = chance.randrange(len(text))
+        return "POST", path, text[:at] + bytes([chance.choice([0xFF, 0xC0, 0xF8])]) + text[at:], headers
+    if kind == 2:  # chance bytes
+        return "POST", path, chance.randbytes(chance.randrange(300)) + b"\x00", headers
+    if kind == 3:
+        return "POST", path, b'{"messages": ' + b"[" * chance.randint(101, 40_000), headers
+    if kind == 4:
+        name = "".join(chance.choices("abcdefghij_", k=12))
+        return "POST", path, json.dumps(good | {name: 1}).encode(), headers
+    if kind == 5:
+        wrong = chance.choice(["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "", "json"])
+        return "POST", path, text, {"Content-Type": wrong}
+    if kind == 6:
+        route = chance.choice(["/", "/v1", "/v1/embeddings", "/v1/chat", "/v1/chat/completions/", "/..%2f", "/%00",
+                               f"/{chance.getrandbits(64):x}", "/v1/models/other", "/metrics/x"])  # fmt: skip
+        return chance.choice(["GET", "POST", "PUT", "DELETE", "BREW"]), route, text, headers
+    if kind == 7:
+        method = chance.choice(["GET", "PUT", "DELETE", "PATCH", "TRACE", "OPTIONS"])
+        return method, path, text, headers
+    if kind == 8 and chance.random() < 0.2:  # seldom, as each is large
+        return "POST", path, b" " * chance.randint(100_001, 200_000) + text, headers
+    fields = ["max_tokens", "temperature", "top_p", "top_k", "stop", "seed", "logit_bias", "stream", "n", "model",
+              "response_format", *(["messages", "tools"] if path == CHAT else ["prompt"])]  # fmt: skip
+    field = chance.choice(fields)
+    rest = {name: value for name, value in good.items() if name != field}
+    start = json.dumps(rest).encode()[:-1] + (b", " if rest else b"")
+    return "POST", path, start + json.dumps(field).encode() + b": " + wrong_value(chance, field) + b"}", headers
+
+
+def test_a_thousand_malformed_requests(server: Running, engine: mlx_mtp.Engine) -> None:
+    chance, statuses = random.Random(11), Counter[int]()
+    prompt = GOOD_COMPLETION["prompt"]
+    expected = engine.generate(prompt, max_tokens=4, raw=True, sampling=mlx_mtp.Sampling(temperature=0.0)).text
+
+    def works(client: httpx.Client) -> None:
+        reply = client.post(COMPLETION, json=GOOD_COMPLETION | {"temperature": 0})
+        assert reply.status_code == 200 and reply.json()["choices"][0]["text"] == expected
+
+    with server.http() as client:
+        for number in range(1000):
+            method, path, body, headers = malformed(chance)
+            response = client.request(method, path, content=body, headers=headers)
+            sent = (method, path, body[:300], headers, response.text[:300])
+            assert 400 <= response.status_code < 500 and "Traceback" not in response.text, sent
+            if method != "HEAD":
+                error = response.json()["error"]
+                assert set(error) == {"message", "type", "param", "code"} and 10 < len(error["message"]) < 1200, sent
+            statuses[response.status_code] += 1
+            if number % 250 == 249:
+                works(client)
+    assert sum(statuses.values()) == 1000 and {400, 404, 405, 413, 415} <= set(statuses), statuses
+    for _ in range(100):
+        answer = _raw(server, chance.randbytes(chance.randrange(1, 400)))
+        assert not answer or answer.startswith(b"HTTP/1.1 4"), answer
+    with server.http() as client:
+        works(client)
+    assert server.idle()
+
+
+def _raw(server: Running, data: bytes) -> bytes:
+    """What the server answers to bytes that are no HTTP."""
+    found = b""
+    with server.connect() as connection:
+        try:
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+            while part := connection.recv(65536):
+                found += part
+        except ConnectionError:
+            pass
+    return found
