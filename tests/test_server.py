@@ -471,7 +471,7 @@ def test_a_failure_is_told_without_its_inside(caplog: pytest.LogCaptureFixture) 
 
 def test_a_prompt_is_dropped_between_chunks(engine: mlx_mtp.Engine) -> None:
     """Leaving while a long prompt is read: the session comes back empty, and the next reply is right."""
-    began, seen = threading.Event(), threading.Event()
+    began, seen, chunks = threading.Event(), threading.Event(), []
 
     def load() -> mlx_mtp.Engine:
         found = mlx_mtp.load(drafter=None)
@@ -482,6 +482,7 @@ def test_a_prompt_is_dropped_between_chunks(engine: mlx_mtp.Engine) -> None:
 
             def on_prefill(done: int, total: int) -> None:
                 if total > 1000:
+                    chunks.append(done)
                     began.set()
                     assert seen.wait(30)
                 check(done, total)
@@ -498,11 +499,37 @@ def test_a_prompt_is_dropped_between_chunks(engine: mlx_mtp.Engine) -> None:
         leaving.close()
         assert eventually(lambda: ticket.cancelled)
         seen.set()
-        assert server.idle()
+        assert server.idle() and len(chunks) == 1
         ids = engine.tokenizer.chat(QUESTION, thinking=False)
         expected = clear(engine.generate(ids, max_tokens=4, logprobs=2)).text
         body = {"messages": QUESTION, "max_tokens": 4}
         assert server.post(CHAT, body).json()["choices"][0]["message"]["content"] == expected
+
+
+def test_a_failure_leaves_no_session() -> None:
+    """After an error that nobody expected, what stands in the buffers is anybody's guess."""
+    broken: list[bool] = []
+
+    def load() -> mlx_mtp.Engine:
+        found = mlx_mtp.load(drafter=None)
+        inner = found.stream
+
+        def stream(ids: list[int], **options: Any) -> Any:
+            for i, event in enumerate(inner(ids, **options)):
+                if broken and i == 2:
+                    raise RuntimeError("no memory")
+                yield event
+
+        found.stream = stream
+        return found
+
+    with running(load) as server:
+        for fails, status, kept in ((False, 200, 1), (True, 500, 0), (False, 200, 1)):
+            broken[:] = [True] * fails
+            assert server.post(COMPLETION, {"prompt": "import os\n", "max_tokens": 5}).status_code == status
+            assert server.idle()
+            with server.http() as http:
+                assert f"mlx_mtp_sessions {kept}\n" in http.get("/metrics").text
 
 
 def test_the_api_key() -> None:
