@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 import mlx_mtp
+from mlx_mtp import hub, memory, pairs
 from mlx_mtp.cli import commands, notices, options
 from mlx_mtp.cli.conversation import Conversation, Screen, Settings, checked_thinking
 from mlx_mtp.cli.line_input import Lines, lines
@@ -84,10 +85,22 @@ def chat(
 
 
 def choose_model(name: str | None, screen: Screen) -> str | None:
-    """The model to load: the one that was named, else None, the embedded one, and a line that says so."""
-    if name is None:
-        screen.note("No --model named: the embedded model, a small one that knows Python's standard library.")
-    return name
+    """The model to load: the one that was named; else the best known pair that fits, if somebody is there who agrees
+    to it and the hub answers or a copy is here; else None, the embedded one, and a line that says so."""
+    if name is not None:
+        return name
+    why = "No --model named"
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        pair = pairs.best_pair(memory.available_bytes())
+        here = pair is not None and hub.cached(pair.target) is not None
+        if pair is not None and (here or hub.hub_answers()):
+            cost = "it is downloaded already" if here else f"a download of {memory.readable(pair.download_bytes)}"
+            if typer.confirm(f"{pair.target} fits this machine ({cost}). Chat with it?", default=here):
+                return pair.target
+        elif pair is not None:
+            why += ", and the hub does not answer"
+    screen.note(f"{why}: the embedded model, a small one that knows Python's standard library.")
+    return None
 
 
 def _prepare(conversation: Conversation, load: str | None, system: str | None, thinking: str | None) -> None:
