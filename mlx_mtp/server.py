@@ -55,8 +55,8 @@ __all__ = ["LOOPBACK_NAMES", "EngineThread", "ServerOptions", "create_app", "is_
 log = logging.getLogger(__name__)
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
-# Requests at a time, waiting ones and those for /health included; beyond it uvicorn answers 503.
-MOST_CONNECTIONS = 1024
+# Connections at a time, those for /health included; beyond it uvicorn answers 503. macOS gives a process 256 files.
+MOST_CONNECTIONS = 200
 # Seconds for which running replies may be told that the server ends, once their time is over.
 FAREWELL = 5
 STREAM_HEADERS = [

@@ -21,6 +21,8 @@ from mlx_mtp.sampling import Chooser, History, Knobs, Rules
 
 # mlx-lm's convention: (all tokens so far [T], logits [1, V]) -> logits [1, V].
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+# Compiled rounds kept: a server meets every kind of sampling there is, and each graph takes memory.
+MOST_COMPILED = 128
 # Random keys a round spends besides one a draft: the next round's, acceptance, the token behind the drafts.
 SPARE_KEYS = 3
 
@@ -94,9 +96,13 @@ class Rounds:
     def build(self, request: Request, depth: int) -> Outcome:
         """A round that nobody has asked the device for yet; `request` stands behind it."""
         key = (depth, request.cache.capacity, request.rules)
-        if key not in self._compiled:
-            self._compiled[key] = mx.compile(self._round(request.cache.layout(), request.rules, depth))
-        request.state, outcome = self._compiled[key](request.state, request.knobs)
+        compiled = self._compiled.pop(key, None)
+        if compiled is None:
+            if len(self._compiled) >= MOST_COMPILED:
+                del self._compiled[next(iter(self._compiled))]  # the one that was used least recently
+            compiled = mx.compile(self._round(request.cache.layout(), request.rules, depth))
+        self._compiled[key] = compiled
+        request.state, outcome = compiled(request.state, request.knobs)
         return Outcome(*outcome)
 
     def submit_processed(

@@ -128,6 +128,17 @@ def test_chunked_prefill_equals_one_chunk(embedded, monkeypatch: pytest.MonkeyPa
         assert seen[-1] == (len(long), len(long)) and len(seen) == -(-len(long) // rows)
 
 
+def test_compiled_rounds_are_bounded(embedded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server meets every top_k there is: old graphs go, and coming back to one changes nothing."""
+    plain, ids, expected = embedded
+    monkeypatch.setattr("mlx_mtp.speculate.MOST_COMPILED", 2)
+    engine = scripted(plain, ids + expected, 1)
+    runs = [engine.generate(ids, max_tokens=4, seed=1, sampling=mlx_mtp.Sampling(temperature=1.0, top_k=k)).tokens
+            for k in (2, 3, 4, 5, 2)]  # fmt: skip
+    assert runs[0] == runs[-1]
+    assert [key[2].top_k for key in engine._decoder.rounds._compiled] == [5, 2]
+
+
 def test_context_is_respected(embedded) -> None:
     plain, ids, expected = embedded
     engine = scripted(plain, ids + expected, 4, max_context=len(ids) + 10)

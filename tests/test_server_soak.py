@@ -116,6 +116,7 @@ def test_two_hundred_requests_sixteen_at_a_time(server: Running, engine: mlx_mtp
     answered = [line for line in figures.splitlines() if 'route="/v1/c' in line]
     assert len(answered) == 2 and all('status="200"' in line for line in answered)
     assert sum(int(line.split()[1]) for line in answered) == 200
+    assert "mlx_mtp_dropped_total 0\n" not in figures
     bytes_kept = next(line for line in figures.splitlines() if line.startswith("mlx_mtp_session_bytes "))
     assert SESSION_BYTES / 2 < float(bytes_kept.split()[1]) <= SESSION_BYTES
 

@@ -24,6 +24,7 @@ TEMPLATE = (
     "<|turn>{{ {'assistant': 'model'}.get(message.role, message.role) }}\n{{ message.content | trim }}<turn|>\n"
     "{% endfor %}<|turn>model\n{% if not enable_thinking %}<|channel>thought\n<channel|>{% endif %}"
 )
+PLAIN_TEMPLATE = TEMPLATE.partition("{% if not")[0]  # without a closed thought in front of the answer
 
 
 def write_tokenizer(folder: Path, tokens: list[str] = TOKENS, template: str = TEMPLATE) -> Path:
