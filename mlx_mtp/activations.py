@@ -24,8 +24,13 @@ PER_OCTAVE = math.log2(math.e)
 NOTHING = -126.0
 
 
+def float32_on_cpu(x: mx.array) -> bool:
+    """Whether MLX would compute functions of this array one value at a time, so that the forms here are the faster."""
+    return x.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu)
+
+
 def _tanh(x: mx.array) -> mx.array:
-    if x.dtype != mx.float32 or mx.default_device() != mx.Device(mx.cpu):
+    if not float32_on_cpu(x):
         return mx.tanh(x)
     half = mx.minimum(mx.maximum(x, -SATURATED), SATURATED) * 0.5
     s = half * half
@@ -77,28 +82,24 @@ def gelu(x: mx.array) -> mx.array:
     return cast(mx.array, _gelu_with_slope(x))
 
 
-def _in_base_2(x: mx.array) -> bool:
-    return x.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu)
-
-
-def exponentials(x: mx.array) -> mx.array:
-    """exp(x) for x <= 0 and float32 on a CPU, to within rounding; values below 2 ** -126 become that."""
-    return mx.power(2.0, mx.maximum(x * PER_OCTAVE, NOTHING))
+def powers_of_two(x: mx.array) -> mx.array:
+    """2 ** x for x <= 0 in float32; values below 2 ** -126 become that."""
+    return mx.power(2.0, mx.maximum(x, NOTHING))
 
 
 def softmax(x: mx.array) -> mx.array:
     """Softmax over the last axis. For laws that nothing is learned through: its gradient is not the fast one."""
-    if not _in_base_2(x):
+    if not float32_on_cpu(x):
         return mx.softmax(x, axis=-1)
-    weights = exponentials(x - x.max(axis=-1, keepdims=True))
+    weights = powers_of_two((x - x.max(axis=-1, keepdims=True)) * PER_OCTAVE)
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
 def _logsumexp(x: mx.array) -> mx.array:
-    if not _in_base_2(x):
+    if not float32_on_cpu(x):
         return mx.logsumexp(x, axis=-1)
     most = x.max(axis=-1, keepdims=True)
-    return (mx.log(exponentials(x - most).sum(axis=-1, keepdims=True)) + most)[..., 0]
+    return (mx.log(powers_of_two((x - most) * PER_OCTAVE).sum(axis=-1, keepdims=True)) + most)[..., 0]
 
 
 _logsumexp_with_slope = mx.custom_function(_logsumexp)
@@ -107,7 +108,7 @@ _logsumexp_with_slope = mx.custom_function(_logsumexp)
 @_logsumexp_with_slope.vjp
 def _logsumexp_vjp(x: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
     below = x - y[..., None]
-    return cotangent[..., None] * (exponentials(below) if _in_base_2(x) else mx.exp(below))
+    return cotangent[..., None] * (powers_of_two(below * PER_OCTAVE) if float32_on_cpu(x) else mx.exp(below))
 
 
 def logsumexp(x: mx.array) -> mx.array:
