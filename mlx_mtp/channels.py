@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,12 +54,11 @@ class Channels:
     def feed(self, text: str) -> Pieces:
         """New text of the reply; what might become a marker is held back."""
         self._held += text
-        found = list(self._split(final=False))
-        return _joined(found)
+        return joined(list(self._split(final=False)))
 
     def flush(self) -> Pieces:
         """What was held back, once nothing can follow; a call without its end is shown as it was written."""
-        return _joined(list(self._split(final=True)))
+        return joined(list(self._split(final=True)))
 
     def _split(self, final: bool) -> Iterator[Pieces]:
         while self._held:
@@ -103,19 +102,14 @@ class Channels:
 
     def _cut(self, markers: list[str], final: bool) -> str:
         """Takes the held text but for an end that may begin a marker."""
-        keep = 0 if final else max(_overlap(self._held, marker) for marker in markers)
+        keep = 0 if final else max(overlap(self._held, marker) for marker in markers)
         at = len(self._held) - keep
         taken, self._held = self._held[:at], self._held[at:]
         return taken
 
 
-def without_thoughts(text: str) -> str:
-    """A whole reply's answer alone, as a conversation's history keeps it."""
-    channels = Channels()
-    return channels.feed(text).text + channels.flush().text
-
-
-def _joined(found: list[Pieces]) -> Pieces:
+def joined(found: Sequence[Pieces]) -> Pieces:
+    """Stretches of text that follow each other as one."""
     return Pieces(
         "".join(p.text for p in found), "".join(p.thinking for p in found), [call for p in found for call in p.calls]
     )
@@ -127,7 +121,7 @@ def _first(text: str, markers: Iterable[str]) -> tuple[int, str | None]:
     return min(places) if places else (-1, None)
 
 
-def _overlap(text: str, marker: str) -> int:
+def overlap(text: str, marker: str) -> int:
     """Length of the longest end of the text that begins the marker."""
     return next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if text.endswith(marker[:n])), 0)
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_mtp.channels import Channels
+from mlx_mtp.channels import Channels, joined
 from mlx_mtp.errors import PromptError
 from mlx_mtp.results import Event, Result
 from mlx_mtp.session import Session
@@ -119,10 +119,10 @@ class Chat:
                     answer += pieces.text
                     yield replace(event, text=pieces.text, thinking=pieces.thinking)
                     continue
-                rest = channels.flush()
-                answer += pieces.text + rest.text
+                pieces = joined([pieces, channels.flush()])
+                answer += pieces.text
                 self.last = replace(event.result, text=answer)
-                yield Event(pieces.text + rest.text, [], self.last, thinking=pieces.thinking + rest.thinking)
+                yield Event(pieces.text, [], self.last, thinking=pieces.thinking)
         finally:
             events.close()
             # A question without any answer is as good as not asked.

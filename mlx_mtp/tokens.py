@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_mtp.channels import THOUGHTS
+from mlx_mtp.channels import THOUGHTS, overlap
 from mlx_mtp.errors import CheckpointError, PromptError, brief
 
 # Tokens at a prompt's end in which a template may open a thought.
@@ -150,7 +150,7 @@ class StopStrings:
             self.hit = True
             shown, self._held = self._held[: min(places)], ""
             return shown
-        keep = max((self._overlap(stop) for stop in self._stops), default=0)
+        keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return shown
 
@@ -158,7 +158,3 @@ class StopStrings:
         """What was held back, once nothing can follow."""
         shown, self._held = ("" if self.hit else self._held), ""
         return shown
-
-    def _overlap(self, stop: str) -> int:
-        """Length of the longest end of the held text that begins `stop`."""
-        return next((n for n in range(len(stop) - 1, 0, -1) if self._held.endswith(stop[:n])), 0)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_mtp.channels import Channels, Pieces, ToolCall, without_thoughts
+from mlx_mtp.channels import Channels, Pieces, ToolCall
 
 MARKERS = ["<|channel>", "<channel|>", "<think>", "</think>", "<|tool_call>", "<tool_call|>", "thought\n", '<|"|>']
 WORDS = ["a", "answer ", "\n", "\n\n", "<", "<|", "|>", "call:f{", "}", "x:1", ",", "ö", "[", "]", "NaN", "<chan"]
@@ -59,7 +59,6 @@ def test_any_cut_gives_the_same(parts: list[str], thinking: str | None, calls: b
 )
 def test_thoughts(text: str, answer: str, thinking: str) -> None:
     assert whole(text) == Pieces(answer, thinking)
-    assert without_thoughts(text) == answer
 
 
 def test_a_thought_that_the_prompt_opened() -> None:

@@ -7,13 +7,13 @@ What it does: everything about a reply that needs the model or its tokenizer. Wh
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
 import mlx.core as mx
 
-from mlx_mtp.channels import Channels, Pieces, ToolCall
+from mlx_mtp.channels import Channels, Pieces, ToolCall, joined
 from mlx_mtp.engine import Engine
 from mlx_mtp.errors import MLXMTPError
 from mlx_mtp.results import Event, Result
@@ -116,7 +116,7 @@ class Replier:
             for event in events:
                 found = Pieces(event.text) if channels is None else channels.feed(event.text)
                 if event.result is not None and channels is not None:
-                    found = _joined([found, channels.flush()])
+                    found = joined([found, channels.flush()])
                 calls = found.calls if asked.parallel else found.calls[: 0 if called else 1]
                 called = called or bool(calls)
                 self.metrics.add("generated_tokens_total", len(event.tokens))
@@ -177,13 +177,6 @@ class Replier:
                     f"Expected no {name}: this checkpoint's chat template has no place for it; leave it out.",
                     param=name, code="unsupported_value",
                 )  # fmt: skip
-
-
-def _joined(found: Sequence[Pieces]) -> Pieces:
-    return Pieces(
-        "".join(one.text for one in found), "".join(one.thinking for one in found),
-        [call for one in found for call in one.calls],
-    )  # fmt: skip
 
 
 def _scored(tokenizer: Tokenizer | None, most: int | None, event: Event) -> list[Scored]:
