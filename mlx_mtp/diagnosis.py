@@ -276,7 +276,7 @@ def diagnose(engine: Engine, repeats: int = REPEATS, on_step: Progress = lambda 
     """Measures the loaded pair on this machine; on_step hears in a few words what comes next."""
     on_step("asking the machine")
     here, prompt = machine.describe(), sample_prompt(engine)
-    allowed = _allowed_depths(engine)
+    allowed = engine.allowed_depths
     decoder = Decoder(engine.target, engine.drafter, FixedDepth(0), engine.exactness)
     on_step("timing passes and rounds")
     costs = measure(decoder, prompt, max(allowed), repeats)
@@ -406,13 +406,6 @@ def _assistant_of(drafter: Drafter | None) -> Assistant | None:
     if isinstance(drafter, LookupFirst):
         return _assistant_of(drafter.drafter)
     return drafter if isinstance(drafter, Assistant) else None
-
-
-def _allowed_depths(engine: Engine) -> list[int]:
-    """As the engine itself would allow them with depth "auto"."""
-    deepest = min(DEEPEST, engine.drafter.max_depth) if engine.drafter else 0
-    exact = engine.exactness
-    return [depth for depth in range(deepest + 1) if exact is None or depth in exact.depths]
 
 
 def _bytes(modules: Iterable[nn.Module]) -> int:

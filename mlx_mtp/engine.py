@@ -80,13 +80,16 @@ class Engine:
         self.exactness = exactness.probe(target) if mode == "exact" else None
         self._decoder = self._make_decoder(profile)
 
+    @property
+    def allowed_depths(self) -> list[int]:
+        """Drafts a round that drafter and mode allow, 0 always among them; what depth "auto" chooses from."""
+        deepest = min(DEEPEST, self.drafter.max_depth) if self.drafter else 0
+        return [d for d in range(deepest + 1) if self.exactness is None or d in self.exactness.depths]
+
     def _make_decoder(self, profile: tuple[Path, str] | None) -> Decoder:
-        drafter, exact = self.drafter, self.exactness
-        allowed = list(range(min(DEEPEST, drafter.max_depth) + 1)) if drafter else [0]
-        if exact is not None:
-            allowed = [depth for depth in allowed if depth in exact.depths]
-            if drafter and not exact.possible:
-                log.warning("Exact mode: no way was found to verify drafts bit for bit here; decoding plainly.")
+        drafter, exact, allowed = self.drafter, self.exactness, self.allowed_depths
+        if exact is not None and drafter and not exact.possible:
+            log.warning("Exact mode: no way was found to verify drafts bit for bit here; decoding plainly.")
         if self.depth != "auto":
             deepest = max(depth for depth in allowed if depth <= int(self.depth))
             if deepest < int(self.depth):

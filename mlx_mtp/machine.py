@@ -14,14 +14,11 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_mtp import blas
+from mlx_mtp import blas, memory
 from mlx_mtp.version import __version__
-
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +57,8 @@ class Machine:
 def describe() -> Machine:
     """This machine, as it is now."""
     info = mx.device_info()
-    gpu = mx.default_device() == mx.Device(mx.gpu)
-    metal = gpu and mx.metal.is_available()
+    gpu, metal = mx.default_device() == mx.Device(mx.gpu), memory.on_metal()
     architecture = str(info["architecture"]) if "architecture" in info else None
-    memory = info.get("memory_size") or info.get("total_memory") or _physical_memory()
     recommended = info.get("max_recommended_working_set_size")
     used = blas.name()
     return Machine(
@@ -74,7 +69,7 @@ def describe() -> Machine:
         metal=metal,
         architecture=architecture,
         gpu_generation=generation_of(architecture or ""),
-        memory_bytes=int(memory) if memory else None,
+        memory_bytes=int(info.get("total_memory") or memory.physical_bytes()),
         recommended_bytes=int(recommended) if recommended else None,
         wired_limit_bytes=_wired_limit() if metal else None,
         mlx=importlib.metadata.version("mlx"),
@@ -124,18 +119,6 @@ def _low_power_mode() -> bool | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return power_mode_is_low(asked.stdout)
-
-
-def _physical_memory() -> int | None:
-    """Bytes of main memory, or of the container's share of it."""
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
-    try:
-        return min(memory, int(CGROUP_LIMIT.read_text()))
-    except (OSError, ValueError):  # no container, or "max"
-        return memory
 
 
 def _wired_limit() -> int:

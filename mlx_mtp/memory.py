@@ -46,6 +46,11 @@ def available_bytes() -> int:
     """
     if on_metal():
         return int(mx.device_info()["max_recommended_working_set_size"])
+    return physical_bytes()
+
+
+def physical_bytes() -> int:
+    """The machine's main memory, or the container's share of it."""
     stated = mx.device_info().get("memory_size")
     limits = [int(stated or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
     for file in CGROUP_FILES:

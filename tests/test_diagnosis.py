@@ -16,7 +16,7 @@ from conftest import GOLDEN
 from rich.console import Console
 
 import mlx_mtp
-from mlx_mtp import advice, blas, diagnosis, exactness, machine
+from mlx_mtp import advice, blas, diagnosis, exactness, machine, memory
 from mlx_mtp.checkpoint import Checkpoint
 from mlx_mtp.cli import app
 from mlx_mtp.cli.doctor import report
@@ -333,6 +333,7 @@ def test_facts_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
         "max_recommended_working_set_size": 48 * 2**30, "max_buffer_length": 36 * 2**30, "resource_limit": 499000,
     }  # fmt: skip
     monkeypatch.setattr(mx, "device_info", lambda: info)
+    monkeypatch.setattr(memory, "CGROUP_FILES", ())  # of the container this runs in
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(mx, "set_wired_limit", set_wired_limit)

@@ -47,7 +47,6 @@ class Ticket:
         self.work, self._loop = work, loop
         self._items: asyncio.Queue[tuple[bool, Any]] = asyncio.Queue()
         self._cancelled = threading.Event()
-        self.queued_at = time.perf_counter()
 
     @property
     def cancelled(self) -> bool:
