@@ -6,7 +6,6 @@ What it does: chooses the model, reads messages and commands until there are no 
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +14,7 @@ import typer
 
 import mlx_mtp
 from mlx_mtp import hub, memory, pairs
-from mlx_mtp.cli import commands, notices, options
+from mlx_mtp.cli import commands, loading, notices, options
 from mlx_mtp.cli.conversation import Conversation, Screen, Settings, checked_thinking
 from mlx_mtp.cli.line_input import Lines, lines
 
@@ -46,7 +45,7 @@ def chat(
         typer.Option(help="Thoughts of models that have them: 'show', 'hide' or 'off'.", show_default="off"),
     ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Text as it comes, no Markdown.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Say when the number of drafts changes.")] = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Chat on the terminal; in a pipe every line of standard input is a message."""
     sampling = mlx_mtp.Sampling(
@@ -55,17 +54,16 @@ def chat(
     )  # fmt: skip
     settings = Settings(sampling, max_tokens, seed, tuple(stop or ()), checked_thinking(thinking or "off"))
     if verbose:
-        logging.getLogger("mlx_mtp").setLevel(logging.INFO)
+        notices.say_more()
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character must not end the chat
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     screen = Screen(plain)
 
     def engine(name: str | None, drafter: str) -> mlx_mtp.Engine:
         with notices.held_back():
-            loaded = mlx_mtp.load(
-                name, drafter=drafter, depth=options.depth_value(depth), mode=mode, max_context=max_context,
-                draft_head_bits=options.head_bits_value(draft_head_bits),
-            )  # fmt: skip
+            loaded = loading.load(
+                name, drafter, depth=depth, mode=mode, draft_head_bits=draft_head_bits, max_context=max_context
+            )
             if loaded.tokenizer is None or not loaded.tokenizer.has_chat_template:
                 raise mlx_mtp.PromptError(
                     "Expected a checkpoint with a tokenizer and a chat template, found one without; use another model, "

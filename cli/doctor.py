@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-import mlx_mtp
 from mlx_mtp.advice import Advice, advise
-from mlx_mtp.cli import notices, options
+from mlx_mtp.cli import options
+from mlx_mtp.cli.loading import load
 from mlx_mtp.diagnosis import Diagnosis, Quantisation, diagnose
 from mlx_mtp.machine import Machine
 
@@ -26,10 +26,9 @@ def doctor(
 ) -> None:
     """Measure this machine with a pair, and say what to expect."""
     console = Console(stderr=True)
-    with console.status("loading") as status:
-        with notices.held_back():
-            # A fixed depth: with "auto" the engine would time its own rounds first.
-            engine = mlx_mtp.load(model, drafter=drafter, depth=0, mode=mode)
+    # A fixed depth: with "auto" the engine would time its own rounds first.
+    engine = load(model, drafter, depth="0", mode=mode)
+    with console.status("measuring") as status:
         found = diagnose(engine, on_step=status.update)
     advice = advise(found)
     if as_json:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from typing import Annotated
 
@@ -12,7 +11,8 @@ from rich.console import Console
 
 import mlx_mtp
 from mlx_mtp.cli import notices, options
-from mlx_mtp.cli.progress import LoadBar, PrefillBar
+from mlx_mtp.cli.loading import load
+from mlx_mtp.cli.progress import PrefillBar
 from mlx_mtp.tokens import Prompt
 
 
@@ -37,7 +37,7 @@ def generate(
     tokens: Annotated[str | None, typer.Option(help="Token ids in place of a prompt: 1,2,3.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it stands, no chat template.")] = False,
     logprobs: Annotated[int, typer.Option(help="Logprobs of every token and of the n likeliest (--json).")] = 0,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Say when the number of drafts changes.")] = False,
+    verbose: options.Verbose = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Generate one completion."""
@@ -47,14 +47,12 @@ def generate(
         presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
     )  # fmt: skip
     if verbose:
-        logging.getLogger("mlx_mtp").setLevel(logging.INFO)
+        notices.say_more()
     bar = PrefillBar(Console(stderr=True))
     with notices.held_back():
-        with LoadBar(Console(stderr=True)) as loading:
-            engine = mlx_mtp.load(
-                model, drafter=drafter, depth=options.depth_value(depth), mode=mode, max_context=max_context,
-                draft_head_bits=options.head_bits_value(draft_head_bits), on_progress=loading.update,
-            )  # fmt: skip
+        engine = load(
+            model, drafter, depth=depth, mode=mode, draft_head_bits=draft_head_bits, max_context=max_context
+        )
         stream = engine.stream(
             asked, max_tokens=max_tokens, sampling=sampling, stop=stop or [], seed=seed, logprobs=logprobs, raw=raw,
             on_prefill=bar.update,

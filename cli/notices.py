@@ -8,6 +8,12 @@ from contextlib import contextmanager
 from logging.handlers import MemoryHandler
 
 
+def say_more(*loggers: str) -> None:
+    """Shows what happens too, not warnings alone; of the library where no loggers are named."""
+    for name in loggers or ("mlx_mtp",):
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
 @contextmanager
 def held_back() -> Iterator[None]:
     """Log records wait for the end of the block; where it raises they are dropped."""

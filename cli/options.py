@@ -31,6 +31,7 @@ Mode = Annotated[
 ]
 HeadBits = Annotated[str, typer.Option(help="Bits of a drafter's dense output head: 'auto', 0 (as it is), 4 or 8.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the reply; may be repeated.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Say when the number of drafts changes.")]
 MaxContext = Annotated[
     int | None, typer.Option(help="Most tokens of prompt and reply together.", show_default="the model's limit")
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +11,7 @@ from rich.console import Console
 
 import mlx_mtp
 from mlx_mtp.cli import notices, options
+from mlx_mtp.cli.loading import load
 from mlx_mtp.loading import EMBEDDED
 
 WHO = "Who may ask, and where"
@@ -91,17 +91,15 @@ def serve(
         ),
     )  # fmt: skip
     if verbose:
-        for logger in ("mlx_mtp", "uvicorn"):
-            logging.getLogger(logger).setLevel(logging.INFO)
+        notices.say_more("mlx_mtp", "uvicorn")
     with server.listen(host, port) as listener:
         with notices.held_back():
             worker = server.EngineThread(
-                lambda: mlx_mtp.load(
-                    model, drafter=drafter, depth=options.depth_value(depth), mode=mode, max_context=max_context,
-                    draft_head_bits=options.head_bits_value(draft_head_bits),
+                lambda: load(
+                    model, drafter, depth=depth, mode=mode, draft_head_bits=draft_head_bits, max_context=max_context
                 ),
                 queue,
-            )  # fmt: skip
+            )
             worker.start()
         running = server.make_server(server.create_app(worker, wanted), grace=grace, access_log=verbose)
         address = f"[{host}]" if ":" in host else host

@@ -1,0 +1,26 @@
+"""Loading for every command that runs a model: with bars, and with warnings once the input was found good."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+import mlx_mtp
+from mlx_mtp.cli import notices, options
+from mlx_mtp.cli.progress import LoadBar
+
+
+def load(
+    model: str | None,
+    drafter: str,
+    *,
+    depth: str = "auto",
+    mode: str = "fast",
+    draft_head_bits: str = "auto",
+    max_context: int | None = None,
+) -> mlx_mtp.Engine:
+    """An engine from options as they stand on the command line; bars on a terminal for what takes long."""
+    with notices.held_back(), LoadBar(Console(stderr=True)) as bar:
+        return mlx_mtp.load(
+            model, drafter=drafter, depth=options.depth_value(depth), mode=mode, max_context=max_context,
+            draft_head_bits=options.head_bits_value(draft_head_bits), on_progress=bar.update,
+        )  # fmt: skip
