@@ -13,12 +13,14 @@ import json
 import math
 import reprlib
 from collections.abc import Collection
-from typing import Any
+from typing import Any, TypeVar
 
 from mlx_mtp.serving.errors import RequestError
 
 DEEPEST = 100
 NAMES = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+
+Kind = TypeVar("Kind")
 
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = _brief.maxlong = 60
@@ -98,17 +100,11 @@ class Fields:
 
     def text(self, name: str) -> str | None:
         """A string."""
-        value = self.take(name)
-        if value is not None and not isinstance(value, str):
-            raise self.wrong(name, "a string", value)
-        return value
+        return self._typed(name, str)
 
     def flag(self, name: str) -> bool | None:
         """true or false."""
-        value = self.take(name)
-        if value is not None and not isinstance(value, bool):
-            raise self.wrong(name, "true or false", value)
-        return value
+        return self._typed(name, bool)
 
     def whole(self, name: str, low: int, high: int) -> int | None:
         """A whole number from low to high."""
@@ -128,9 +124,12 @@ class Fields:
 
     def items(self, name: str) -> list[Any] | None:
         """A list."""
+        return self._typed(name, list)
+
+    def _typed(self, name: str, kind: type[Kind]) -> Kind | None:
         value = self.take(name)
-        if value is not None and not isinstance(value, list):
-            raise self.wrong(name, "a list", value)
+        if value is not None and not isinstance(value, kind):
+            raise self.wrong(name, NAMES[kind], value)
         return value
 
     def fields(self, name: str) -> Fields | None:
