@@ -1,9 +1,9 @@
-"""What compiling a round brings: host and wall time of pipelined rounds, compiled and built anew, in turns.
+"""What compiling a round brings: its time compiled and built anew, in turns.
 
     .venv/bin/python benchmarks/compiled.py [--depths 0,4] [--context 500] [--turns 6] [--json FILE]
 
-Host: Python's time to build and submit a round. Wall: time between two reads with one round in flight. Medians over
-all turns (A B B A ...) of 30 rounds each.
+Build: Python's time to make the graph of a round. Wall: a pipelined round, the fastest of a turn's 30. Medians over
+the turns (A B B A ...).
 """
 
 from __future__ import annotations
@@ -13,34 +13,24 @@ import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
 import argparse
 import json
 import statistics
-import time
 from pathlib import Path
 
 import mlx.core as mx
 from prompts import held_out_code
 
-from mlx_mtp.decode import Asked, Decoder
+from mlx_mtp.decode import Decoder
 from mlx_mtp.depth import FixedDepth
+from mlx_mtp.diagnosis import rounds_alone
 
 ROUNDS = 30
+SWITCHES = {"compiled": mx.enable_compile, "built anew": mx.disable_compile}
 
 
-def turn(engine: mlx_mtp.Engine, prompt: list[int], depth: int) -> tuple[list[float], list[float]]:
-    """Milliseconds of the host and of the wall for every round of a turn."""
+def turn(engine: mlx_mtp.Engine, prompt: list[int], depth: int) -> tuple[float, float]:
+    """Milliseconds to build a round, and of a pipelined one."""
     decoder = Decoder(engine.target, engine.drafter, FixedDepth(depth))
-    request = decoder.prefill(Asked(ids=prompt, budget=1), (ROUNDS + 4) * (depth + 1))
-    decoder.rounds.first(request)
-    host, wall, pending, read_at = [], [], decoder.rounds.submit(request, depth), 0.0
-    for _ in range(ROUNDS + 3):
-        began = time.perf_counter()
-        ahead = decoder.rounds.submit(request, depth)
-        host.append(1e3 * (time.perf_counter() - began))
-        mx.eval(pending.tokens)
-        now = time.perf_counter()
-        wall.append(1e3 * (now - read_at))
-        pending, read_at = ahead, now
-    mx.eval(pending.tokens)
-    return host[3:], wall[3:]
+    (alone,) = rounds_alone(decoder, prompt, [depth], ROUNDS)
+    return 1e3 * alone.build, 1e3 * decoder.seconds_by_depth([depth], ROUNDS, prompt)[depth]
 
 
 def main() -> None:
@@ -51,19 +41,20 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    engine, found = mlx_mtp.load(depth=4), {}
+    engine = mlx_mtp.load(depth=4)
     assert engine.tokenizer is not None
     prompt = held_out_code(args.context, 1, engine.tokenizer.encode)[0]
+    found: dict[int, dict[str, dict[str, float]]] = {}
     for depth in map(int, args.depths.split(",")):
-        booked: dict[str, tuple[list[float], list[float]]] = {"compiled": ([], []), "built anew": ([], [])}
+        booked: dict[str, list[tuple[float, float]]] = {name: [] for name in SWITCHES}
         for at in range(args.turns):
             for name in list(booked) if at % 2 == 0 else list(booked)[::-1]:
-                (mx.enable_compile if name == "compiled" else mx.disable_compile)()
-                for all_times, times in zip(booked[name], turn(engine, prompt, depth), strict=True):
-                    all_times += times
+                SWITCHES[name]()
+                booked[name].append(turn(engine, prompt, depth))
         mx.enable_compile()
-        found[depth] = {name: dict(zip(("host_milliseconds", "wall_milliseconds"), map(statistics.median, times),
-                                       strict=True)) for name, times in booked.items()}  # fmt: skip
+        medians = {name: map(statistics.median, zip(*rows, strict=True)) for name, rows in booked.items()}
+        found[depth] = {name: dict(zip(("build_milliseconds", "wall_milliseconds"), values, strict=True))
+                        for name, values in medians.items()}  # fmt: skip
         for name, row in found[depth].items():
             print(f"depth {depth}, {name}: " + ", ".join(f"{k.replace('_', ' ')} {v:.2f}" for k, v in row.items()))
     if args.json:
