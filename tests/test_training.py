@@ -225,7 +225,7 @@ def test_training_goes_on_from_a_target_and_from_a_drafter(corpus: Path, tmp_pat
     options = {**TINY, "target_steps": 12, "agreement_steps": 0, "learning_rate": 1e-2}
     fresh = list(pipeline.train(tmp_path / "one", Recipe(drafters=shapes, data=[str(corpus)], **options)))
     on = Recipe(drafters=[], start=str(tmp_path / "one" / "target"), data=[str(corpus)], seed=0,
-                **{**options, "target_steps": 1, "learning_rate": 1e-6})  # fmt: skip
+                **{**options, "target_steps": 1, "learning_rate": 1e-6, "vocabulary": 4096})  # fmt: skip
     (stage,) = pipeline.train(tmp_path / "two", on)
     losses = [s.progress.loss for s in fresh if s.name == "target"]
     assert stage.progress.loss < losses[0] - 0.5  # the same batch: the seed's first
@@ -233,8 +233,12 @@ def test_training_goes_on_from_a_target_and_from_a_drafter(corpus: Path, tmp_pat
     assert one.tokenizer.encode("tree stone") == two.tokenizer.encode("tree stone")
     assert apart(one.target, two.target) < 1e-3
     start = str(tmp_path / "one" / "sequential")
-    frozen = Recipe(drafters=shapes, target=str(tmp_path / "one" / "target"), start=start, data=[str(corpus)],
+    kept_sizes = [DrafterShape(family="sequential", drafts=1)]
+    frozen = Recipe(drafters=kept_sizes, target=str(tmp_path / "one" / "target"), start=start, data=[str(corpus)],
                     **{**options, "drafter_steps": 1, "learning_rate": 1e-6})  # fmt: skip
+    for sizes in ({"vocabulary": 400}, {"target": frozen.target, "drafters": shapes}, {"target": "x", "drafters": []}):
+        with pytest.raises(mlx_mtp.OptionError, match="Expected"):
+            dataclasses.replace(on, **sizes)
     list(pipeline.train(tmp_path / "three", frozen))
     files = (tmp_path / name / "sequential" / "model.safetensors" for name in ("one", "three"))
     kept = [mx.load(str(file)) for file in files]

@@ -201,14 +201,17 @@ def family_of(config: Mapping[str, Any], name: str) -> str:
     return MODEL_TYPES[model_type]
 
 
-def started(folder: str | Path, family: str, target: Target) -> tuple[dict[str, Any], nn.Module]:
+def started(folder: str | Path, shape: DrafterShape, target: Target) -> tuple[dict[str, Any], nn.Module]:
     """config.json and float32 parameters of a drafter to go on training, a quantised one restored.
 
-    OptionError where it is of another family, IncompatibleDrafter where it does not fit the target.
+    OptionError where it is of another family or has another number of heads, IncompatibleDrafter where it does not
+    fit the target.
     """
     checkpoint = Checkpoint.open(folder)
-    if (found := family_of(checkpoint.config, str(folder))) != family:
-        raise OptionError(f"Expected a drafter of the family {family} at '{folder}', found one of {found}.")
+    if (found := family_of(checkpoint.config, str(folder))) != shape.family:
+        raise OptionError(f"Expected a drafter of the family {shape.family} at '{folder}', found one of {found}.")
+    if (heads := checkpoint.config.get("heads", shape.drafts)) != shape.drafts:
+        raise OptionError(f"Expected {heads} drafts for the {heads} heads at '{folder}', found {shape.drafts}.")
     drafter: Any = load_drafter(checkpoint)
     drafter.attach(target)
     config = {key: value for key, value in checkpoint.config.items() if key not in QUANTISED}

@@ -33,7 +33,7 @@ from mlx_mtp.training.continuations import continuations, openings
 from mlx_mtp.training.corpus import Document, is_held_out, standard_library
 from mlx_mtp.training.data import Batches, fingerprint, pack, read_documents
 from mlx_mtp.training.embedded import IDS, TOKENIZER_FILES, target_config
-from mlx_mtp.training.families import FAMILIES, DrafterShape, started, trainable, write_drafter
+from mlx_mtp.training.families import FAMILIES, QUANTISED, DrafterShape, started, trainable, write_drafter
 from mlx_mtp.training.objective import Joint, next_token_loss
 from mlx_mtp.training.tokenizer import train_tokenizer
 from mlx_mtp.training.trainer import Progress, Trainer, TrainOptions
@@ -75,12 +75,24 @@ class Recipe:
                 "Expected for joint training one drafter, parallel or sequential, and no finished target; "
                 "train on a frozen target in place of that."
             )
-        if self.start and self.target and len(self.drafters) != 1:
+        if self.start:
+            self._check_start(self.start)
+        if self.target and not self.drafters:
+            raise OptionError(f"Expected a drafter to train for '{self.target}', found none; name a family.")
+        TrainOptions(steps=1, learning_rate=self.learning_rate, **self.options)  # says what is wrong before any work
+
+    def _check_start(self, start: str) -> None:
+        """OptionError for what a start cannot serve, and for sizes that it brings itself."""
+        if self.target and len(self.drafters) != 1:
             raise OptionError(
-                f"Expected one drafter to start from '{self.start}', found {len(self.drafters)} families; "
+                f"Expected one drafter to start from '{start}', found {len(self.drafters)} families; "
                 "train them one after the other."
             )
-        TrainOptions(steps=1, learning_rate=self.learning_rate, **self.options)  # says what is wrong before any work
+        fresh = [DrafterShape(family=s.family, drafts=s.drafts) for s in self.drafters]
+        sized = list(self.drafters) != fresh if self.target else self.vocabulary != type(self).vocabulary
+        if sized:
+            what = "modules, width or inner" if self.target else "vocabulary"
+            raise OptionError(f"Expected no {what} beside '{start}', whose own stand, found some; leave it out.")
 
     def saved(self) -> dict[str, Any]:
         """As JSON's types."""
@@ -242,7 +254,7 @@ def _fresh_target(recipe: Recipe) -> tuple[dict[str, Any], Gemma4Model]:
         return config, Gemma4Model(Gemma4Config.from_dict(config))
     checkpoint = Checkpoint.open(recipe.start)
     target = load_target(checkpoint)
-    if not isinstance(target, Gemma4Target) or "quantization" in checkpoint.config:
+    if not isinstance(target, Gemma4Target) or any(key in checkpoint.config for key in QUANTISED):
         raise OptionError(
             f"Expected a Gemma 4 target that is not quantised at '{recipe.start}', found another kind; "
             "start from one that is."
@@ -289,7 +301,7 @@ def _train_drafter(
     mx.random.seed(recipe.seed + 1)
     family, out = FAMILIES[shape.family], folder / shape.family
     if recipe.target and recipe.start:
-        config, drafter = started(recipe.start, shape.family, target)
+        config, drafter = started(recipe.start, shape, target)
     else:
         config = family.describe(shape, target, recipe.length)
         drafter = trainable(family.build(config))
