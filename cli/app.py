@@ -26,7 +26,7 @@ from mlx_mtp.cli.models import models
 from mlx_mtp.cli.serve import serve
 from mlx_mtp.cli.train import train
 
-OUTPUT_GONE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+OUTPUT_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     name="mlx-mtp",
@@ -75,12 +75,11 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except OSError as error:
-        if error.errno not in OUTPUT_GONE:
+        if error.errno not in OUTPUT_FULL:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what Python still writes at its end
-        if error.errno != errno.EPIPE:  # else whoever read the output has read enough
-            print(f"Expected room for the output, found '{error.strerror}'; free some disk space.", file=sys.stderr)
-            sys.exit(2)
+        print(f"Expected room for the output, found '{error.strerror}'; free some disk space.", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import mlx_mtp
 from mlx_mtp import hub, memory, pairs
 from mlx_mtp.cli import commands, loading, notices, options
 from mlx_mtp.cli.conversation import Conversation, Screen, Settings, checked_thinking
-from mlx_mtp.cli.line_input import Lines, lines
+from mlx_mtp.cli.line_input import HINT, Lines, lines
 
 Max = Annotated[int, typer.Option(help="Most tokens of a reply.")]
 
@@ -142,5 +142,5 @@ def converse(conversation: Conversation, source: Lines) -> bool:
         except KeyboardInterrupt:
             if not source.interactive:
                 raise
-            conversation.screen.note("Ctrl-D leaves, /help shows the commands.")
+            conversation.screen.note(HINT)
     return followed or source.interactive

@@ -48,7 +48,7 @@ class Settings:
         """The same with one value changed; OptionError where there is no such setting or value."""
         name = name.lower().lstrip("-").replace("-", "_")
         if name not in self.values():
-            raise OptionError(f"Expected one of {', '.join(self.values())}, found '{name}'; '/set' shows the values.")
+            raise OptionError(f"Expected one of {', '.join(self.values())}, found '{name[:60]}'; '/set' shows them.")
         if name == "thinking":
             return replace(self, thinking=checked_thinking(text))
         default = text == "default" and name not in NO_DEFAULT
@@ -61,7 +61,7 @@ class Settings:
 def checked_thinking(text: str) -> str:
     """One of the ways to treat thoughts; OptionError for any other word."""
     if text not in THINKING:
-        raise OptionError(f"Expected thinking as 'show', 'hide' or 'off', found '{text}'.")
+        raise OptionError(f"Expected thinking as 'show', 'hide' or 'off', found '{text[:60]}'.")
     return text
 
 
@@ -72,7 +72,7 @@ def _number(name: str, text: str) -> float | int:
     except ValueError:
         also = "" if name in NO_DEFAULT else " or 'default'"
         what = "a whole number" if whole else "a number"
-        raise OptionError(f"Expected {name} as {what}{also}, found '{text}'.") from None
+        raise OptionError(f"Expected {name} as {what}{also}, found '{text[:60]}'.") from None
 
 
 @dataclass

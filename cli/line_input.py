@@ -21,6 +21,7 @@ from mlx_mtp import PromptError
 # A history beyond this is put aside at the next start.
 HISTORY_BYTES = 2_000_000
 PROMPT = "> "
+HINT = "Ctrl-D leaves, /help shows the commands."
 
 
 class Lines(Protocol):
@@ -29,7 +30,7 @@ class Lines(Protocol):
     interactive: bool
 
     def read(self) -> str:
-        """The next message; EOFError when there is none, KeyboardInterrupt for Ctrl-C where nothing was typed."""
+        """The next message; EOFError when there is none, KeyboardInterrupt for a Ctrl-C that it does not answer."""
 
 
 class PipeLines:
@@ -91,7 +92,7 @@ class TerminalLines:
         from prompt_toolkit.shortcuts import CompleteStyle
 
         self._session: PromptSession[str] = PromptSession(
-            message=[("bold", PROMPT)], multiline=True, history=_history(), key_bindings=_bindings(),
+            message=[("bold", PROMPT)], multiline=True, history=_history(), key_bindings=self._bindings(),
             completer=WordCompleter(list(commands), sentence=True), complete_while_typing=False,
             complete_style=CompleteStyle.READLINE_LIKE, reserve_space_for_menu=0, enable_suspend=True,
             # None lets it find out by itself what the terminal can do.
@@ -100,9 +101,44 @@ class TerminalLines:
 
     def read(self) -> str:
         """The next message."""
-        while not (text := self._session.prompt()).strip():
-            pass
-        return text.rstrip()
+        while True:
+            self._session.placeholder = None
+            if (text := self._session.prompt()).strip():
+                return text.rstrip()
+
+    def _bindings(self) -> Any:
+        """Enter sends; Alt-Enter, or Enter behind a backslash, begins a new line; Ctrl-C clears what was typed.
+
+        Where nothing was typed Ctrl-C says how to leave, inside the prompt: between two prompts the terminal would
+        swallow a Ctrl-D that follows at once.
+        """
+        from prompt_toolkit.filters import is_searching
+        from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+        bindings = KeyBindings()
+
+        @bindings.add("enter", filter=~is_searching)
+        def _(event: KeyPressEvent) -> None:
+            buffer = event.current_buffer
+            if buffer.document.is_cursor_at_the_end and buffer.text.endswith("\\"):
+                buffer.delete_before_cursor()
+                buffer.insert_text("\n")
+            else:
+                buffer.validate_and_handle()
+
+        @bindings.add("escape", "enter")
+        def _(event: KeyPressEvent) -> None:
+            event.current_buffer.insert_text("\n")
+
+        @bindings.add("c-c", filter=~is_searching)
+        @bindings.add("<sigint>")
+        def _(event: KeyPressEvent) -> None:
+            if event.current_buffer.text:
+                event.current_buffer.reset()
+            else:
+                self._session.placeholder = [("italic", HINT)]
+
+        return bindings
 
 
 def lines(commands: Sequence[str]) -> Lines:
@@ -112,37 +148,6 @@ def lines(commands: Sequence[str]) -> Lines:
             return DumbLines(sys.stdout if sys.stdout.isatty() else sys.stderr)
         return TerminalLines(commands, to_stderr=not sys.stdout.isatty())
     return PipeLines(echo=sys.stdout.isatty())
-
-
-def _bindings() -> Any:
-    """Enter sends; Alt-Enter, or Enter behind a backslash, begins a new line; Ctrl-C clears what was typed."""
-    from prompt_toolkit.filters import is_searching
-    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-
-    bindings = KeyBindings()
-
-    @bindings.add("enter", filter=~is_searching)
-    def _(event: KeyPressEvent) -> None:
-        buffer = event.current_buffer
-        if buffer.document.is_cursor_at_the_end and buffer.text.endswith("\\"):
-            buffer.delete_before_cursor()
-            buffer.insert_text("\n")
-        else:
-            buffer.validate_and_handle()
-
-    @bindings.add("escape", "enter")
-    def _(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
-
-    @bindings.add("c-c", filter=~is_searching)
-    @bindings.add("<sigint>")
-    def _(event: KeyPressEvent) -> None:
-        if event.current_buffer.text:
-            event.current_buffer.reset()
-        else:
-            event.app.exit(exception=KeyboardInterrupt, style="class:aborting")
-
-    return bindings
 
 
 def data_folder() -> Path:
@@ -202,8 +207,10 @@ def no_echo() -> Iterator[None]:
     except (OSError, ValueError, termios.error):
         yield
         return
-    quiet = [*before]
+    quiet = [*before[:6], [*before[6]]]
     quiet[3] &= ~termios.ECHO
+    # A Ctrl-D waits for the prompt like everything else; the terminal would swallow it.
+    quiet[6][termios.VEOF] = bytes([os.fpathconf(descriptor, "PC_VDISABLE") & 0xFF])
     termios.tcsetattr(descriptor, termios.TCSANOW, quiet)
     try:
         yield

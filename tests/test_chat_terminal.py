@@ -1,48 +1,293 @@
-"""`mlx-mtp chat` in a pseudo-terminal and in pipes: typing, Ctrl-C in mid-reply, commands, resize, exit codes."""
+"""`mlx-mtp chat` in a pseudo-terminal and in pipes: typing, Ctrl-C, resize, a paste of 2,000 lines, exit codes."""
 
+from __future__ import annotations
+
+import io
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import GOLDEN
+
+from mlx_mtp.cli import app
 
 pexpect = pytest.importorskip("pexpect")
+pyte = pytest.importorskip("pyte")
 
-CHAT = ["-m", "mlx_mtp.cli.app", "chat"]
+CHAT = ["-m", "mlx_mtp.cli.app", "chat", "--depth", "3"]
+PATIENCE = 120
+READY = "Ctrl-D leaves.\n>"
+ENDLESS = ["--max-tokens", "4000"]  # of which nobody sees the end
 
 
-def environment(folder: Path) -> dict[str, str]:
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder),
-            "TERM": "xterm"}  # fmt: skip
+def environment(folder: Path, **changes: str) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")}
+    return {**inherited, "HF_HUB_OFFLINE": "1", "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder),
+            "TERM": "xterm-256color", **changes}  # fmt: skip
 
 
-@pytest.mark.parametrize("columns", [40, 100])
-def test_a_conversation_on_a_terminal(columns: int, tmp_path: Path) -> None:
-    chat = pexpect.spawn(sys.executable, [*CHAT, "--max-tokens", "400"], encoding="utf-8", timeout=120,
-                         dimensions=(24, columns), env=environment(tmp_path))  # fmt: skip
-    chat.expect("leaves")
-    chat.send("What does os.listdir do?\r")
-    chat.expect("python|Return|def")
-    chat.sendintr()  # in mid-reply: it stops, the conversation stays
-    chat.expect("tokens/s|stopped")
-    chat.setwinsize(30, columns + 7)
-    chat.send("/nonsense\r")
-    chat.expect("/help")
-    chat.send(f"/save {tmp_path / 'kept'}\r")
-    chat.expect("kept")
+class Terminal:
+    """A chat on a terminal that answers what terminals are asked, and remembers what left the screen."""
+
+    def __init__(self, folder: Path, *options: str, columns: int = 100, rows: int = 30, **variables: str) -> None:
+        self.child = pexpect.spawn(
+            sys.executable, [*CHAT, *options], dimensions=(rows, columns), env=environment(folder, **variables),
+            encoding="utf-8", timeout=PATIENCE,
+        )  # fmt: skip
+        self.screen = pyte.HistoryScreen(columns, rows, history=20_000, ratio=0.001)
+        self.screen.write_process_input = self.child.send
+        self._stream, self.raw = pyte.Stream(self.screen), ""
+
+    @property
+    def text(self) -> str:
+        columns = range(self.screen.columns)
+        gone = ["".join(line[x].data for x in columns) for line in self.screen.history.top]
+        return "\n".join(row.rstrip() for row in [*gone, *self.screen.display]).rstrip()
+
+    def read(self) -> bool:
+        """Takes what the chat has written within a moment; whether it still runs."""
+        try:
+            found = self.child.read_nonblocking(65536, timeout=0.1)
+        except pexpect.TIMEOUT:
+            return True
+        except pexpect.EOF:
+            return False
+        self.raw += found
+        self._stream.feed(found)
+        return True
+
+    def wait(self, *wanted: str, times: int = 1) -> None:
+        """Until all of these are to be seen so many times."""
+        end = time.monotonic() + PATIENCE
+        while not all(self.text.count(each) >= times for each in wanted):
+            assert time.monotonic() < end and self.read(), self.text
+
+    def send(self, text: str) -> None:
+        for at in range(0, len(text), 1000):  # a terminal takes only so much at once
+            self.child.send(text[at : at + 1000])
+            if len(text) > 1000:
+                self.read()
+
+    def resize(self, columns: int, rows: int) -> None:
+        self.screen.resize(rows, columns)
+        self.child.setwinsize(rows, columns)
+
+    def ended(self) -> int:
+        """The exit code."""
+        while self.read():
+            pass
+        self.child.close()
+        assert "Traceback" not in self.text
+        return int(self.child.exitstatus)
+
+
+@pytest.fixture
+def terminals(tmp_path: Path) -> Iterator[list[Terminal]]:
+    """Chats that end with the test."""
+    opened: list[Terminal] = []
+    yield opened
+    for terminal in opened:
+        terminal.child.close(force=True)
+
+
+def test_typing_stopping_and_leaving(tmp_path: Path, terminals: list[Terminal]) -> None:
+    chat = Terminal(tmp_path, *ENDLESS)
+    terminals.append(chat)
+    chat.wait(READY)
+    chat.send("one line\\\rtwo\x1b\rthree")  # a backslash, then Alt-Enter
+    chat.wait("> one line\n  two\n  three")
+    chat.send("\x03")  # clears it
+    chat.send("What does `shutil.copytree` do?\r")
+    chat.wait("Return the file")
+    chat.child.sendintr()
+    chat.wait("stopped\n>")
+    chat.send("/stats\r")
+    chat.wait("1 turns")  # the answer so far is part of the conversation
+    chat.send("\x1b[A\x1b[A")  # up to the last but one of the history
+    chat.wait("> What does `shutil.copytree` do?", times=2)
+    chat.send("\x03\x03")  # clears it; then there is nothing to clear
+    chat.wait("> Ctrl-D leaves, /help shows the commands.")
+    chat.send("\x03\x04")  # in one breath
+    assert chat.ended() == 0
+    assert "shutil.copytree" in (tmp_path / "mlx_mtp" / "chat_history").read_text()
+    assert (tmp_path / "mlx_mtp" / "chat_history").stat().st_mode & 0o077 == 0
+
+
+def test_what_is_typed_while_a_reply_runs_waits(tmp_path: Path, terminals: list[Terminal]) -> None:
+    chat = Terminal(tmp_path, "--max-tokens", "150")
+    terminals.append(chat)
+    chat.wait(READY)
+    chat.send("What does `shutil.copytree` do?\r")
+    chat.wait("Return the file")
+    chat.send("/stats\rtyped ahead\r\x04")
+    assert chat.ended() == 0
+    assert re.search(r"tokens per round.*\n> /stats\nconversation +1 turns", chat.text)
+    assert "typed ahead" not in chat.text.partition("> /stats")[0] and chat.text.count("cut at max_tokens") == 2
+
+
+def test_resize_in_mid_reply(tmp_path: Path, terminals: list[Terminal]) -> None:
+    chat = Terminal(tmp_path, *ENDLESS)
+    terminals.append(chat)
+    chat.wait(READY)
+    chat.send("What does `shutil.copytree` do?\r")
+    for columns, rows in ((40, 30), (120, 8), (60, 24)):
+        seen = len(chat.raw)
+        chat.resize(columns, rows)
+        while len(chat.raw) < seen + 300:  # goes on
+            assert chat.read()
+    chat.child.sendintr()
+    chat.wait("stopped\n>")
+    chat.send("/save " + str(tmp_path / "kept") + "\r")
+    chat.wait("saved in")
     chat.send("/quit\r")
-    chat.expect(pexpect.EOF)
-    chat.close()
-    assert chat.exitstatus == 0 and (tmp_path / "kept.safetensors").exists()
+    assert chat.ended() == 0 and (tmp_path / "kept.safetensors").exists()
 
 
-def test_in_a_pipe_every_line_is_a_message(tmp_path: Path) -> None:
+def test_a_paste_of_2000_lines_is_one_message(tmp_path: Path, terminals: list[Terminal]) -> None:
+    chat = Terminal(tmp_path, "--max-tokens", "4")
+    terminals.append(chat)
+    chat.wait(READY)
+    lines = [f"{i % 10}" for i in range(2000)]
+    chat.send("\x1b[200~" + "\r".join([*lines, "the last line"]) + "\x1b[201~")
+    chat.wait("the last line")
+    assert "tokens/s" not in chat.text  # nothing was sent yet
+    chat.send("\r")
+    chat.wait("cut at max_tokens\n>")
+    chat.send("/stats\r")
+    chat.wait("peak memory")
+    assert "1 turns" in chat.text
+    assert int(re.findall(r"(\d+) tokens, \d+ prefilled", chat.text)[0]) > 4000  # a digit and a line end each
+    chat.send("/quit\r")
+    assert chat.ended() == 0
+
+
+@pytest.mark.parametrize(("variables", "colours"), [({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False), ({}, True)])
+def test_colours_and_40_columns(
+    tmp_path: Path, terminals: list[Terminal], variables: dict[str, str], colours: bool
+) -> None:
+    history = tmp_path / "no folder"
+    history.write_text("")  # so that no history can be kept
+    chat = Terminal(history, "--max-tokens", "30", columns=40, **variables)
+    terminals.append(chat)
+    chat.wait(READY)
+    chat.send("What does os.walk do?\r")
+    chat.wait("tokens/s")
+    chat.send("/nonsense\r")
+    chat.wait("Expected a command")
+    chat.send("\x04")
+    assert chat.ended() == 0
+    assert "```python" in chat.text and "Return the current" in chat.text
+    if variables.get("TERM") == "dumb":
+        assert "\x1b" not in chat.raw
+    # 30 to 49 and 90 to 107 are colours, alone or in front of or behind others.
+    assert bool(re.search(r"\x1b\[(?:[\d;]*;)?(?:[34]\d|9\d|10[0-7])(?:;[\d;]*)?m", chat.raw)) == colours
+
+
+@pytest.fixture
+def piped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """The command in this process, its standard input and output being pipes: exit code, stdout, stderr."""
+    for name, value in environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+
+    def call(text: bytes, *options: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mlx-mtp", "chat", "--depth", "3", *options])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            app.main()
+        out, err = capsys.readouterr()
+        return int(end.value.code or 0), out, err
+
+    return call
+
+
+Piped = Callable[..., tuple[int, str, str]]
+
+
+def test_in_a_pipe_every_line_is_a_message(piped: Piped) -> None:
     """Replies alone on standard output, no colours, nothing on standard error."""
-    command = [sys.executable, *CHAT, "--max-tokens", "12", "--temperature", "0"]
-    text = "What is os.path?\nAnd shutil?\n"
-    done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment(tmp_path), timeout=120)
-    assert done.returncode == 0 and done.stderr == "" and "\x1b" not in done.stdout and done.stdout.strip()
-    wrong = subprocess.run(command, input="/nonsense\n", capture_output=True, text=True, env=environment(tmp_path),
-                           timeout=120)  # fmt: skip
-    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "/help" in wrong.stderr
+    code, out, err = piped(b"What does os.walk do?\n\n/undo\r\nWhat does os.walk do?\nMore", "--max-tokens", "12")
+    assert (code, err) == (0, "") and "\x1b" not in out
+    one, two, three, *_ = out.split("```python")[1:]
+    assert one == two and three
+
+
+def test_bad_lines_in_a_pipe(piped: Piped) -> None:
+    """One sentence each, the other lines are followed, exit code 2."""
+    code, out, err = piped(b"/nonsense\nbytes \xff\nWhat does os.walk do?\n/load nowhere\n", "--max-tokens", "8")
+    sentences = err.splitlines()
+    assert code == 2 and len(sentences) == 3 and all(line.endswith(".") for line in sentences)
+    assert out.startswith("```python")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--thinking", "maybe"), ("--load", "nowhere"), ("--max-tokens", "0"), ("--seed", "-1"), ("--model", "nowhere"),
+     ("--model", str(GOLDEN / "ple" / "target")), ("--depth", "99"), ("--temperature", "-1"), ("extra",)],
+)  # fmt: skip
+def test_bad_options(piped: Piped, options: tuple[str, ...]) -> None:
+    code, out, err = piped(b"Hello\n", *options)
+    assert (code, out) == (2, "") and err.count("\n") == 1 and err.endswith(".\n")
+
+
+def test_options_of_a_conversation(piped: Piped, tmp_path: Path) -> None:
+    """--system and --load, alone and together."""
+    question = b"What does os.walk do?\n"
+    save = f"/save {tmp_path / 'kept'}\n".encode()
+    assert piped(question + save, "--max-tokens", "8", "--system", "Be brief.")[0] == 0
+    code, out, err = piped(b"/system\n/undo\n/undo\n", "--load", str(tmp_path / "kept"))
+    assert (code, out) == (2, "") and err.startswith("Be brief.\n") and "empty conversation" in err
+    assert piped(b"/system\n", "--load", str(tmp_path / "kept"), "--system", "In verse.")[2].strip() == "In verse."
+
+
+def test_standard_output_that_ends(tmp_path: Path) -> None:
+    """Nothing but the exit code where its reader has read enough; one sentence where the disk is full."""
+    command = f"{sys.executable} {' '.join(CHAT)} --max-tokens 40"
+    for sink, out, complaint in (("| head -c 5", b"```py", b""), ("> /dev/full", b"", b"No space")):
+        if sink == "> /dev/full" and not Path("/dev/full").exists():
+            continue
+        shell = ["bash", "-o", "pipefail", "-c", f"{command} {sink}"]
+        done = subprocess.run(shell, input=b"What does os.walk do?\nMore\nAnd more\n", capture_output=True,
+                              env=environment(tmp_path), timeout=PATIENCE, check=False)  # fmt: skip
+        assert done.returncode in (1, 2) and done.stdout == out
+        assert complaint in done.stderr and done.stderr.count(b"\n") == bool(complaint)
+
+
+def test_only_standard_output_is_a_pipe(tmp_path: Path, terminals: list[Terminal]) -> None:
+    """The prompt and the figures are on the terminal, the replies in the file."""
+    file = tmp_path / "replies"
+    chat = Terminal.__new__(Terminal)
+    command = f"{sys.executable} {' '.join(CHAT)} --max-tokens 12 > '{file}'"
+    chat.child = pexpect.spawn("bash", ["-c", command], dimensions=(30, 100), env=environment(tmp_path),
+                               encoding="utf-8", timeout=PATIENCE)  # fmt: skip
+    chat.screen = pyte.HistoryScreen(100, 30, history=1000, ratio=0.001)
+    chat.screen.write_process_input = chat.child.send
+    chat._stream, chat.raw = pyte.Stream(chat.screen), ""
+    terminals.append(chat)
+    chat.wait(READY)
+    chat.send("What does os.walk do?\r")
+    chat.wait("tokens/s")
+    chat.send("\x04")
+    assert chat.ended() == 0
+    assert file.read_bytes().startswith(b"```python\n") and b"\x1b" not in file.read_bytes()
+    assert "```python" not in chat.text
+
+
+def test_an_interrupt_in_a_pipe_ends_with_130(tmp_path: Path) -> None:
+    command = [sys.executable, *CHAT, *ENDLESS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env=environment(tmp_path), bufsize=0) as chat:  # fmt: skip
+        assert chat.stdin and chat.stdout
+        chat.stdin.write(b"What does `shutil.copytree` do?\nMore\n")
+        first = chat.stdout.read(20)
+        chat.send_signal(signal.SIGINT)
+        rest, errors = chat.communicate(timeout=PATIENCE)
+    assert chat.returncode == 130 and first.startswith(b"```") and rest.endswith(b"\n") and errors == b""

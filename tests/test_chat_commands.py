@@ -1,0 +1,265 @@
+"""What a chat understands: every command, and that one which fails leaves everything as it was."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from thinking import ANSWER, THOUGHT, thinking_engine
+
+import mlx_mtp
+from mlx_mtp.cli.chat import converse
+from mlx_mtp.cli.commands import COMMANDS
+from mlx_mtp.cli.conversation import Conversation, Screen, Settings
+
+QUESTION, NEXT = "What does os.walk do?", "And os.listdir?"
+
+
+class Script:
+    """Messages that are there beforehand. An exception in their place is raised."""
+
+    def __init__(self, texts: tuple[str | type[BaseException], ...], interactive: bool) -> None:
+        self._texts: Iterator[str | type[BaseException]] = iter(texts)
+        self.interactive = interactive
+
+    def read(self) -> str:
+        text = next(self._texts, EOFError)
+        if isinstance(text, str):
+            return text
+        raise text
+
+
+class Talk:
+    """A conversation whose output is kept: replies, what is said beside them, refusals."""
+
+    def __init__(self, engine: mlx_mtp.Engine, capsys: pytest.CaptureFixture[str], thinking: str = "off") -> None:
+        self._capsys = capsys
+        self.notes = io.StringIO()
+        screen = Screen(plain=True, err=Console(file=self.notes, force_terminal=True, width=200, color_system=None,
+                                                highlight=False, markup=False))  # fmt: skip
+        settings = Settings(mlx_mtp.Sampling(), max_tokens=12, thinking=thinking)
+        self.loaded: list[tuple[str | None, str]] = []
+        chat = engine.chat(thinking=thinking != "off")
+        self.conversation = Conversation(chat, settings, screen, self._load, model="some/name", drafter="lookup")
+
+    def _load(self, name: str | None, drafter: str) -> mlx_mtp.Engine:
+        self.loaded.append((name, drafter))
+        if name == "bad":
+            raise mlx_mtp.ModelNotFound("Expected a folder, found none.")
+        return mlx_mtp.load(drafter=None)
+
+    def run(self, *texts: str | type[BaseException], interactive: bool = True) -> tuple[bool, str, str, str]:
+        """Whether all were followed; replies, notes, refusals."""
+        self._capsys.readouterr()
+        self.notes.seek(0)
+        self.notes.truncate()
+        self.conversation.interactive = interactive
+        followed = converse(self.conversation, Script(texts, interactive))
+        out, err = self._capsys.readouterr()
+        return followed, out, self.notes.getvalue(), err
+
+    def refused(self, text: str) -> str:
+        """One sentence, and nothing changed."""
+        chat, settings = self.conversation.chat, self.conversation.settings
+        messages, ids = list(chat.messages), list(chat.session.ids)
+        followed, out, _, err = self.run(text, interactive=False)
+        assert not followed and out == "" and err.endswith(".\n") and err.count("\n") == 1 and len(err) < 600
+        assert self.conversation.chat is chat and self.conversation.settings is settings
+        assert chat.messages == messages and chat.session.ids == ids
+        return err
+
+
+@pytest.fixture(scope="module")
+def engine() -> mlx_mtp.Engine:
+    return mlx_mtp.load(depth=2)
+
+
+@pytest.fixture
+def talk(engine: mlx_mtp.Engine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Talk:
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    return Talk(engine, capsys)
+
+
+def test_messages_and_the_quiet_line(talk: Talk) -> None:
+    followed, out, notes, err = talk.run(QUESTION, NEXT)
+    messages = talk.conversation.chat.messages
+    assert followed and err == "" and [message["content"] for message in messages[::2]] == [QUESTION, NEXT]
+    assert out == "".join(message["content"].removesuffix("\n") + "\n" for message in messages[1::2])
+    assert notes.count("tokens/s") == 2 and "tokens per round" in notes and "cut at max_tokens" in notes
+    assert "prefilled" not in notes and "plain" not in notes  # only new tokens were run; a fixed depth has no curve
+    *_, notes, _ = talk.run("/system Be brief.", "More?")
+    stats = talk.conversation.chat.last.stats
+    assert f"{stats.prefilled_tokens} tokens prefilled" in notes and stats.prefilled_tokens > stats.prompt_tokens - 5
+
+
+def test_the_estimate_against_plain(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    engine = mlx_mtp.load()
+    talk = Talk(engine, capsys)
+    engine._decoder.policy.curve.seconds = {0: 1.0, 1: 1.0, 8: 1.0}  # plain decoding is slow: drafts always pay
+    *_, notes, _ = talk.run(QUESTION)
+    rate, plain = talk.conversation.chat.last.stats.decode_tokens_per_second, engine.plain_seconds_per_token
+    assert f"est. {rate * plain:.2f}x plain" in notes
+
+
+def test_help_names_every_command(talk: Talk) -> None:
+    followed, out, notes, err = talk.run("/help")
+    assert followed and out == "" and err == ""
+    assert all(name in notes for name in COMMANDS) and "Alt-Enter" in notes and "backslash" in notes
+    promised = {"help", "reset", "undo", "retry", "system", "set", "stats", "save", "load", "model", "quit"}
+    assert promised <= {name.removeprefix("/") for name in COMMANDS}
+
+
+@pytest.mark.parametrize("text", ["/nope", "/", "/helpp", "/ help", "/usr/bin is what?", "/quit now", "/undo 2", "//x"])
+def test_unknown_commands(talk: Talk, text: str) -> None:
+    assert "Expected" in talk.refused(text)
+    assert "'/retry'" in talk.refused("/retyr")
+
+
+def test_a_space_in_front_makes_a_message(talk: Talk) -> None:
+    followed, out, *_ = talk.run(" /usr/bin is what?")
+    assert followed and out and talk.conversation.chat.messages[0]["content"] == " /usr/bin is what?"
+
+
+def test_undo_retry_reset(talk: Talk) -> None:
+    assert "empty conversation" in talk.refused("/undo") and "empty conversation" in talk.refused("/retry")
+    _, first, *_ = talk.run(QUESTION)
+    _, again, notes, _ = talk.run("/retry")
+    assert again == first and "temperature is 0" in notes and len(talk.conversation.chat.messages) == 2
+    *_, notes, _ = talk.run(NEXT, "/undo")
+    assert f"taken back: {NEXT}" in notes and len(talk.conversation.chat.messages) == 2
+    assert talk.run("/reset")[0] and talk.conversation.chat.messages == []
+    assert talk.run(QUESTION)[1] == first
+
+
+def test_system(talk: Talk) -> None:
+    assert "no instruction" in talk.run("/system")[2]
+    assert talk.run("/system  Be brief.\nAnd kind. ")[0] and talk.conversation.chat.system == "Be brief.\nAnd kind."
+    assert "Be brief." in talk.run("/system")[2]
+    assert talk.run("/system none")[0] and talk.conversation.chat.system is None
+
+
+def test_set(talk: Talk) -> None:
+    changes = ("temperature 0.7", "top-k 5", "--top_p 0.9", "min_p 0", "repetition_penalty 1.1", "max_tokens 3")
+    assert talk.run(*(f"/set {change}" for change in changes), "/set seed 4")[0]
+    settings = talk.conversation.settings
+    assert settings.sampling == mlx_mtp.Sampling(
+        temperature=0.7, top_k=5, top_p=0.9, min_p=0.0, repetition_penalty=1.1
+    )
+    assert (settings.max_tokens, settings.seed) == (3, 4)
+    shown = talk.run("/set")[2]
+    assert "temperature 0.7" in shown and "frequency_penalty default" in shown and "thinking off" in shown
+    talk.run(QUESTION)
+    assert talk.conversation.chat.last.stats.tokens <= 3
+    talk.run("/set temperature default", "/set seed default")
+    assert talk.conversation.settings.sampling.temperature is None and talk.conversation.settings.seed is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "temperature", "temperature x", "temperature -1", "temperature nan", "temperature 1e9", "top_k 1.5", "top_p 0",
+        "max_tokens 0", "max_tokens default", "seed -1", "seed 1e3", f"seed {2**64}", "thinking maybe", "nothing 3",
+        "logit_bias 3", "depth 3", "stop x", "top_k " + "9" * 5000,
+    ],
+)  # fmt: skip
+def test_bad_settings_change_nothing(talk: Talk, change: str) -> None:
+    talk.refused(f"/set {change}")
+
+
+def test_stats(talk: Talk) -> None:
+    assert "no finished reply" in talk.run("/stats")[2]
+    talk.run(QUESTION)
+    *_, notes, _ = talk.run("/stats")
+    stats = talk.conversation.chat.last.stats
+    assert f"{stats.prompt_tokens} tokens, {stats.prefilled_tokens} prefilled" in notes and "1 turns" in notes
+    assert f"{stats.tokens} tokens" in notes and "mode fast" in notes and "drafts that stood  1:" in notes
+
+
+def test_save_and_load(talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    talk.run("/system Be brief.", QUESTION)
+    *_, notes, _ = talk.run("/save ~/my chat")
+    assert "my chat.safetensors" in notes and (tmp_path / "my chat.safetensors").exists()
+    before = list(talk.conversation.chat.messages)
+    _, expected, *_ = talk.run(NEXT)
+    talk.run("/reset")
+    *_, notes, _ = talk.run("/load ~/my chat")
+    assert "1 turns" in notes and talk.conversation.chat.messages == before
+    _, found, notes, _ = talk.run(NEXT)
+    assert found == expected and talk.conversation.chat.last.stats.prefilled_tokens < 20
+    (tmp_path / "damaged.safetensors").write_bytes((tmp_path / "my chat.safetensors").read_bytes()[:-9])
+    (tmp_path / "text.safetensors").write_text("mine")
+    for text in ("/load ~/nowhere", "/load ~/damaged", "/load ~/text", "/load", "/save", "/save ~/text", "/load /"):
+        talk.refused(text)
+    assert (tmp_path / "text.safetensors").read_text() == "mine"
+
+
+def test_model(talk: Talk) -> None:
+    talk.run(QUESTION)
+    messages = list(talk.conversation.chat.messages)
+    assert "some/name" in talk.run("/model")[2]
+    assert "Expected a folder" in talk.refused("/model bad")
+    before = talk.conversation.chat.engine
+    assert talk.run("/model other/name")[0] and talk.conversation.chat.engine is not before
+    assert talk.conversation.chat.messages == messages and "other/name" in talk.run("/model")[2]
+    talk.run(NEXT, "/model embedded")
+    # The lookup belongs to no model, so it stays.
+    assert talk.loaded == [("bad", "lookup"), ("other/name", "lookup"), (None, "lookup")]
+    assert talk.conversation.model is None and len(talk.conversation.chat.messages) == 4
+
+
+def test_leaving(talk: Talk) -> None:
+    talk.run("/quit", QUESTION)
+    assert talk.conversation.chat.messages == []
+    assert talk.run(KeyboardInterrupt, QUESTION)[0] and talk.conversation.chat.messages
+    with pytest.raises(KeyboardInterrupt):
+        talk.run(KeyboardInterrupt, interactive=False)
+
+
+def test_a_reply_that_fails_is_one_sentence(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk.run(QUESTION)
+    engine = talk.conversation.chat.engine
+    with monkeypatch.context() as patch:
+
+        def fail(*_: object, **__: object) -> None:
+            raise RuntimeError("[malloc] Unable to allocate 99 bytes.")
+
+        patch.setattr(engine._decoder.rounds, "submit", fail)
+        assert "Unable to allocate" in talk.run(NEXT)[3]
+    assert not talk.conversation.chat.session.busy and talk.run(NEXT)[0]
+
+
+# Thinking
+
+
+def test_thinking(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    talk = Talk(thinking_engine(tmp_path), capsys, thinking="hide")
+    _, out, notes, _ = talk.run("Why?", "/thoughts")
+    assert out == f"{ANSWER}\n" and "thought for 2 tokens" in notes and THOUGHT in notes
+    _, out, notes, _ = talk.run("/set thinking show", "And?")
+    assert out == f"Thinking:\n{THOUGHT}\n\nAnswer:\n{ANSWER}\n" and "thought for" not in notes
+    _, out, notes, _ = talk.run("/set thinking off", "x", "/thoughts")
+    assert out == f"{ANSWER}\n" and "thought for" not in notes and "no thoughts" in notes
+    assert not talk.conversation.chat.thinking
+    talk.run("/set thinking show", "/set max_tokens 3")
+    messages = list(talk.conversation.chat.messages)
+    _, out, notes, _ = talk.run("Why?")
+    assert "no answer, so nothing is kept" in notes and talk.conversation.chat.messages == messages
+
+
+def test_a_loaded_chat_brings_its_thinking(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    talk = Talk(thinking_engine(tmp_path), capsys, thinking="hide")
+    talk.run("Why?", f"/save {tmp_path / 'a'}", "/set thinking off", f"/save {tmp_path / 'b'}")
+    talk.run(f"/load {tmp_path / 'a'}")
+    assert talk.conversation.settings.thinking == "show" and talk.conversation.chat.thinking
+    talk.run(f"/load {tmp_path / 'b'}")
+    assert talk.conversation.settings.thinking == "off" and not talk.conversation.chat.thinking
