@@ -22,7 +22,7 @@ TEMPLATE = (
     "<bos>{% if enable_thinking %}<|turn>system\n<|think|><turn|>\n{% endif %}"
     "{% for message in messages %}"
     "<|turn>{{ {'assistant': 'model'}.get(message.role, message.role) }}\n{{ message.content | trim }}<turn|>\n"
-    "{% endfor %}<|turn>model\n{% if not enable_thinking %}<|channel>thought\n<channel|>{% endif %}"
+    "{% endfor %}{{ '<|turn>model\n' }}{% if not enable_thinking %}<|channel>thought\n<channel|>{% endif %}"
 )
 PLAIN_TEMPLATE = TEMPLATE.partition("{% if not")[0]  # without a closed thought in front of the answer
 

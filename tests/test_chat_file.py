@@ -1,0 +1,318 @@
+"""Saved chats of every drafter family: they go on as if never saved; nothing damaged or foreign gets in."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from families import config_of, written
+from thinking import ANSWER, PLAIN_TEMPLATE, TOKENS, thinking_engine, write_tokenizer
+
+import mlx_mtp
+from mlx_mtp import chat_file
+from mlx_mtp.training import files
+
+FAMILIES = ("none", "lookup", "assistant", "parallel", "sequential")
+# 128 tokens, of which the target may only write those that stand for themselves.
+WORDS = [*TOKENS, *(f"w{i:03}," for i in range(len(TOKENS), 128))]
+ONLY_WORDS = mlx_mtp.Sampling(logit_bias={i: float("-inf") for i in range(len(TOKENS))})
+Edit = Callable[[dict[str, Any], dict[str, mx.array]], None]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target with windows of 8 tokens and a tokenizer, and drafters that have weights."""
+    place = tmp_path_factory.mktemp("chats")
+    copy_with_tokenizer("ple", place / "target")
+    shutil.copytree(GOLDEN / "ple" / "assistant_tied", place / "assistant")
+    for name, family in (("parallel", "parallel_heads"), ("sequential", "sequential_modules")):
+        written(place / name, config_of(family, 32, 128, 2))
+    return place
+
+
+def copy_with_tokenizer(variant: str, folder: Path, tokens: list[str] = WORDS) -> Path:
+    shutil.copytree(GOLDEN / variant / "target", folder, copy_function=shutil.copyfile)
+    return write_tokenizer(folder, tokens, PLAIN_TEMPLATE)
+
+
+def load(folder: Path, family: str, **options: Any) -> mlx_mtp.Engine:
+    drafter = folder / family if (folder / family).is_dir() else family
+    return mlx_mtp.load(folder / "target", drafter=drafter, depth=0 if family == "none" else 2, **options)
+
+
+def talk(chat: mlx_mtp.Chat, *questions: str, tokens: int = 30) -> mlx_mtp.Result:
+    for question in questions:
+        list(chat.send(question, max_tokens=tokens, sampling=ONLY_WORDS))
+    assert chat.last is not None
+    return chat.last
+
+
+@pytest.fixture(scope="module")
+def saved(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[mlx_mtp.Engine, Path]:
+    """A conversation of two turns, in which rings have wrapped, with parallel heads (which have K/V of their own)."""
+    engine = load(folder, "parallel")
+    chat = engine.chat(system="Be brief.")
+    talk(chat, "Why?", "And?")
+    return engine, chat.save(tmp_path_factory.mktemp("saved") / "chat")
+
+
+def refused(engine: mlx_mtp.Engine, file: Path | str) -> str:
+    with pytest.raises(mlx_mtp.CheckpointError) as caught:
+        engine.load_chat(file)
+    sentence = str(caught.value)
+    assert sentence.endswith(".") and 30 < len(sentence) < 700 and "Traceback" not in sentence
+    return sentence
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_chat_goes_on_as_if_it_had_not_been(folder: Path, tmp_path: Path, family: str) -> None:
+    engine = load(folder, family)
+    chat = engine.chat(system="Be brief.", thinking=True)
+    talk(chat, "Why?", "And?", tokens=40)  # rings of 40 slots have wrapped twice
+    file = chat.save(str(tmp_path / "deep" / "er" / "name"))
+    assert file == tmp_path / "deep" / "er" / "name.safetensors" and list(file.parent.iterdir()) == [file]
+    for name in (file, tmp_path / "deep" / "er" / "name"):
+        other = load(folder, family).load_chat(name)
+        assert (other.messages, other.thinking) == (chat.messages, True)
+        assert other.session.ids == chat.session.ids and len(other.session.ids) > 80
+    mine, theirs = talk(chat, "x"), talk(other, "x")
+    assert theirs.tokens == mine.tokens and theirs.stats.accepted == mine.stats.accepted
+    assert theirs.stats.prefilled_tokens == mine.stats.prefilled_tokens < 12
+    assert other.save(file) == file  # over the old one
+    assert engine.load_chat(file).messages == chat.messages
+    assert other.undo() == "x" and talk(other, "x").tokens == mine.tokens
+
+
+def test_chats_without_kv(folder: Path, tmp_path: Path) -> None:
+    engine = load(folder, "none")
+    empty = engine.load_chat(engine.chat().save(tmp_path / "empty"))
+    assert empty.messages == [] and empty.session.held is None and empty.system is None
+    chat = thinking_engine(tmp_path / "markov").chat()  # a target without K/V and without a folder
+    list(chat.send("Why?"))
+    other = chat.engine.load_chat(chat.save(tmp_path / "markov-chat"))
+    assert other.messages == chat.messages and other.session.ids
+    assert "".join(event.text for event in other.send("And?")) == ANSWER
+
+
+def test_text_of_any_kind_comes_back(folder: Path, tmp_path: Path) -> None:
+    chat = load(folder, "none").chat(system='quotes " and \\ and \n lines, ö, 日本, 🎈, \x00')
+    assert chat.engine.load_chat(chat.save(tmp_path / "ünï ćode.v2")).messages == chat.messages
+
+
+# Another model, another drafter
+
+
+def test_another_model_is_refused(folder: Path, saved: tuple[mlx_mtp.Engine, Path], tmp_path: Path) -> None:
+    copy_with_tokenizer("keqv", tmp_path / "target")
+    assert "with this model" in refused(mlx_mtp.load(tmp_path / "target", drafter=None), saved[1])
+    other_words = [*WORDS[:-2], WORDS[-1], WORDS[-2]]
+    copy_with_tokenizer("ple", tmp_path / "words" / "target", other_words)
+    assert "tokenizer" in refused(mlx_mtp.load(tmp_path / "words" / "target", drafter=None), saved[1])
+    shutil.copytree(folder / "target", tmp_path / "tuned")
+    weights = tmp_path / "tuned" / "model.safetensors"
+    weights.write_bytes(flipped(weights.read_bytes(), -3, 1))
+    assert "other weights" in refused(mlx_mtp.load(tmp_path / "tuned", drafter=None), saved[1])
+    moved = shutil.copytree(folder / "target", tmp_path / "the same elsewhere")
+    assert mlx_mtp.load(moved, drafter=None).load_chat(saved[1]).messages
+
+
+@pytest.mark.parametrize("family", ["none", "assistant", "sequential"])
+def test_with_another_drafter_the_kv_are_computed_anew(
+    folder: Path, saved: tuple[mlx_mtp.Engine, Path], family: str
+) -> None:
+    other = load(folder, family).load_chat(saved[1])
+    assert other.messages and other.session.held is None and other.session.ids == []
+    result, expected = talk(other, "x"), talk(saved[0].load_chat(saved[1]), "x")
+    assert result.tokens == expected.tokens and result.stats.prefilled_tokens == result.stats.prompt_tokens
+
+
+def test_families_without_memory_share_their_kv(folder: Path, tmp_path: Path) -> None:
+    chat = load(folder, "assistant").chat()
+    talk(chat, "Why?")
+    assert load(folder, "none").load_chat(chat.save(tmp_path / "chat")).session.ids == chat.session.ids
+
+
+def test_another_version_or_mode_computes_anew(
+    folder: Path, saved: tuple[mlx_mtp.Engine, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = load(folder, "parallel", mode="exact").load_chat(saved[1])
+    assert exact.messages and exact.session.held is None
+    monkeypatch.setattr(chat_file, "__version__", "99.0")
+    assert saved[0].load_chat(saved[1]).session.held is None
+
+
+# Damage
+
+
+def test_hundreds_of_damaged_files(saved: tuple[mlx_mtp.Engine, Path], tmp_path: Path) -> None:
+    engine, file = saved
+    whole, chance = file.read_bytes(), np.random.default_rng(1)
+    header = 8 + struct.unpack("<Q", whole[:8])[0]
+    places = [*chance.integers(0, header, 90), *chance.integers(header, len(whole), 60)]
+    damaged = [flipped(whole, int(place), int(chance.integers(1, 256))) for place in places]
+    damaged += [whole[: int(cut)] for cut in [*range(0, 10), header - 1, header, *chance.integers(10, len(whole), 30)]]
+    sizes = [0, 1, 2, header - 9, header - 7, 10**6, 2**31, 2**32 + header, 2**63, 2**64 - 1]
+    damaged += [struct.pack("<Q", size) + whole[8:] for size in sizes]
+    damaged += [whole + b"\0", b"", b"\0" * 1000, whole[8:], whole[:header] + bytes(len(whole) - header)]
+    count, copy = 0, tmp_path / "damaged.safetensors"
+    for content in damaged:
+        copy.write_bytes(content)
+        try:
+            found = engine.load_chat(copy)
+        except mlx_mtp.CheckpointError as error:
+            assert str(error).endswith(".") and str(copy) in str(error)
+            count += 1
+        else:  # one kind of white space in the header in place of another
+            assert content[8:header].split() == whole[8:header].split() and found.messages
+    assert count >= 200
+    assert talk(engine.load_chat(file), "x").stats.prefilled_tokens < 12
+
+
+def flipped(content: bytes, place: int, bits: int) -> bytes:
+    changed = bytearray(content)
+    changed[place] ^= bits
+    return bytes(changed)
+
+
+def rewritten(file: Path, copy: Path, edit: Edit) -> Path:
+    """The same file with something changed and a digest that says it is sound."""
+    tensors, metadata = mx.load(str(file), return_metadata=True)
+    about = json.loads(metadata["mlx_mtp"])
+    del about["digest"]
+    edit(about, tensors)
+    about["digest"] = chat_file._digest(about, tensors)
+    mx.save_safetensors(str(copy), tensors, {"mlx_mtp": json.dumps(about)})
+    return copy
+
+
+ABOUT = {
+    "format": [0, 2, None, "1"], "thinking": [None, 1, "yes"], "target": [None, "other", 3], "version": [None, 3],
+    "drafter": [None, []], "mode": [None], "capacity": [0, -1, 3, 1.5, True, "256", 300, 512, 2**31, 2**40, 10**30],
+    "newest": [-1, 0, 255.0, True, "9", 256, 2**40, None],
+    "messages": [None, {}, "text", [None], ["text"], [{}], [{"role": "user"}], [{"role": "tool", "content": ""}],
+                 [{"role": "user", "content": None}], [{"role": "user", "content": [{"type": "text"}]}],
+                 [{"role": ["user"], "content": "x"}]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in ABOUT.items() for value in values])
+def test_fields_that_cannot_be(saved: tuple[mlx_mtp.Engine, Path], tmp_path: Path, field: str, value: Any) -> None:
+    refused(saved[0], rewritten(saved[1], tmp_path / "a.safetensors", lambda about, _: about.update({field: value})))
+
+
+TENSORS: dict[str, Callable[[mx.array], mx.array]] = {
+    "fewer rows": lambda tensor: tensor[:, :, :-1],
+    "more heads": lambda tensor: mx.concatenate([tensor, tensor], axis=1),
+    "a batch": lambda tensor: mx.concatenate([tensor, tensor]),
+    "flat": lambda tensor: tensor.reshape(-1),
+    "half": lambda tensor: tensor.astype(mx.float16),
+    "whole numbers": lambda tensor: tensor.astype(mx.int32),
+    "nothing": lambda tensor: mx.zeros((0,)),
+    "a number": lambda tensor: mx.array(1.0),
+}
+
+
+@pytest.mark.parametrize("change", TENSORS.values(), ids=TENSORS.keys())
+def test_tensors_of_other_shapes(saved: tuple[mlx_mtp.Engine, Path], tmp_path: Path, change: Any) -> None:
+    names = [name for name, tensor in mx.load(str(saved[1])).items() if tensor.ndim == 4]
+    for name in (names[0], names[-1], next(name for name in names if name.startswith("memory."))):
+
+        def edit(about: dict[str, Any], tensors: dict[str, mx.array], name: str = name) -> None:
+            tensors[name] = change(tensors[name])
+
+        assert "shapes" in refused(saved[0], rewritten(saved[1], tmp_path / f"{name}.safetensors", edit))
+
+
+@pytest.mark.parametrize(
+    "ids", [mx.array([1.0, 2.0]), mx.array([[1, 2]]), mx.array(3), mx.zeros((0,), mx.int32), mx.array([1] * 3000)]
+)
+def test_ids_that_cannot_be(saved: tuple[mlx_mtp.Engine, Path], tmp_path: Path, ids: mx.array) -> None:
+    refused(saved[0], rewritten(saved[1], tmp_path / "a.safetensors", lambda _, tensors: tensors.update(ids=ids)))
+
+
+def test_tensors_too_few_or_too_many(saved: tuple[mlx_mtp.Engine, Path], tmp_path: Path) -> None:
+    copy = tmp_path / "a.safetensors"
+    for name in ("ids", "keys.0", "values.1"):
+        refused(saved[0], rewritten(saved[1], copy, lambda _, tensors, name=name: tensors.__delitem__(name)))
+    refused(saved[0], rewritten(saved[1], copy, lambda _, tensors: tensors.update(more=mx.zeros(3))))
+
+
+def test_what_is_no_chat(saved: tuple[mlx_mtp.Engine, Path], folder: Path, tmp_path: Path) -> None:
+    engine = saved[0]
+    assert "found none" in refused(engine, tmp_path / "nowhere")
+    for name in ("", ".", "/", "a\0b", "x" * 300, tmp_path, "/dev/null", "no/such/\n/folder"):
+        refused(engine, name)
+    (tmp_path / "text.safetensors").write_text("Hello")
+    refused(engine, tmp_path / "text")
+    refused(engine, folder / "target" / "model.safetensors")
+    for metadata in ({"mlx_mtp": "[" * 100_000}, {"mlx_mtp": "[]"}, {"mlx_mtp": "{}"}, {"other": "{}"}):
+        mx.save_safetensors(str(tmp_path / "other.safetensors"), {"ids": mx.zeros(3)}, metadata)
+        refused(engine, tmp_path / "other")
+
+
+# Saving that fails
+
+
+def unsaved(chat: mlx_mtp.Chat, file: Path | str) -> str:
+    with pytest.raises(mlx_mtp.CheckpointError) as caught:
+        chat.save(file)
+    assert str(caught.value).endswith(".")
+    return str(caught.value)
+
+
+def test_a_full_disk_leaves_the_old_file_and_the_chat(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = load(folder, "none").chat()
+    talk(chat, "Why?")
+    file = chat.save(tmp_path / "chat")
+    before = file.read_bytes()
+    talk(chat, "And?")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        assert "could not be written" in unsaved(chat, file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+        assert "MB are free" in unsaved(chat, file)
+    assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == [file.name]
+    assert len(chat.engine.load_chat(chat.save(file)).messages) == 4
+    assert talk(chat, "x").stats.prefilled_tokens < 12
+
+
+def test_other_files_are_not_replaced(folder: Path, saved: tuple[mlx_mtp.Engine, Path], tmp_path: Path) -> None:
+    chat = saved[0].load_chat(saved[1])
+    shutil.copy(folder / "target" / "model.safetensors", tmp_path / "model.safetensors")
+    files.write_state(tmp_path / "state.safetensors", {"a": mx.zeros(3)}, {"step": 1})
+    (tmp_path / "text.safetensors").write_text("mine")
+    (tmp_path / "folder.safetensors").mkdir()
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()}
+    for path in before:
+        assert "another file" in unsaved(chat, path)
+        assert "another file" in unsaved(chat, path.with_suffix(""))
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()} == before
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(saved[1].read_bytes()[:-5])
+    assert saved[0].load_chat(chat.save(damaged)).messages == chat.messages
+
+
+def test_names_that_are_none(saved: tuple[mlx_mtp.Engine, Path], tmp_path: Path) -> None:
+    chat = saved[0].load_chat(saved[1])
+    (tmp_path / "file").write_text("x")
+    for name in ("", ".", "/", "a\0b", "x" * 300, tmp_path / "file" / "chat", "/dev/null/chat"):
+        unsaved(chat, name)
