@@ -68,6 +68,11 @@ def train(
         typer.Option(help="Share of the loss on the text's own tokens, the rest on the target's law.",
                      rich_help_panel=DRAFTER),
     ] = DEFAULTS.label_share,
+    sampled_share: Annotated[
+        float,
+        typer.Option(help="Share of what the target itself writes that is drawn at temperature 1, the rest greedily.",
+                     rich_help_panel=DRAFTER),
+    ] = DEFAULTS.sampled_share,
     data: Annotated[
         list[str] | None,
         typer.Option(help="Text, JSONL, folder or pattern; may be repeated.", show_default="Python's standard library",
@@ -119,7 +124,8 @@ def train(
         recipe = Recipe(
             drafters=shapes, target=target, start=start, joint=joint, target_steps=target_steps,
             drafter_steps=drafter_steps, agreement_steps=agreement_steps, batch_size=batch_size, length=length,
-            learning_rate=learning_rate, label_share=label_share, seed=seed, vocabulary=vocabulary,
+            learning_rate=learning_rate, label_share=label_share, sampled_share=sampled_share, seed=seed,
+            vocabulary=vocabulary,
             data=tuple(data or ()),
             options={"optimizer": optimizer, "accumulate": accumulate, "checkpoint_gradients": checkpoint_gradients,
                      "memory_saving": memory_saving, "dtype": dtype},

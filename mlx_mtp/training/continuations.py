@@ -33,18 +33,25 @@ def openings(ids: np.ndarray, count: int, length: int, marker: list[int], seed: 
     return np.stack([ids[end - length : end] for end in ends])
 
 
-def continuations(target: Target, prompts: np.ndarray, tokens: int, seed: int) -> Iterator[np.ndarray]:
-    """Prompts [N, P] followed by what the target writes, [n, P + tokens] at a time; half of it at temperature 1."""
+def continuations(
+    target: Target, prompts: np.ndarray, tokens: int, seed: int, sampled_share: float = 0.5
+) -> Iterator[np.ndarray]:
+    """Prompts [N, P] followed by what the target writes, [n, P + tokens] at a time.
+
+    sampled_share 0..1 of it is drawn at temperature 1, the rest is greedy.
+    """
     for start in range(0, len(prompts), BATCH):
         batch = mx.array(prompts[start : start + BATCH].astype(np.int32))
-        yield np.array(_continue(target, batch, tokens, mx.random.key(seed + start)))
+        yield np.array(_continue(target, batch, tokens, mx.random.key(seed + start), sampled_share))
 
 
-def _continue(target: Target, prompts: mx.array, tokens: int, key: mx.array) -> mx.array:
+def _continue(target: Target, prompts: mx.array, tokens: int, key: mx.array, sampled_share: float) -> mx.array:
     """One batch, [B, P] -> [B, P + tokens]."""
     count, length = prompts.shape
     cache = target.new_cache(length + tokens, count)
-    sampled = (mx.arange(count) // 2 % 2 == 1)[:, None]
+    # Spread evenly over pairs, because openings come in two kinds by turns.
+    steps = np.floor(np.arange(count // 2 + 2) * sampled_share)
+    sampled = mx.array((np.diff(steps) > 0).repeat(2)[:count, None])
 
     def step(rows: mx.array, key: mx.array, arrays: object) -> tuple[mx.array, mx.array, object]:
         inner = cache.around(arrays)  # type: ignore[arg-type]

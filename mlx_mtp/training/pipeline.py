@@ -64,6 +64,7 @@ class Recipe:
     length: int = 512
     learning_rate: float = 2e-3
     label_share: float = 0.0
+    sampled_share: float = 0.5  # of what the target itself writes: at temperature 1, the rest greedily
     seed: int = 0
     vocabulary: int = 4096
     data: Sequence[str] = ()  # empty = Python's standard library
@@ -75,6 +76,8 @@ class Recipe:
                 "Expected for joint training one drafter, parallel or sequential, and no finished target; "
                 "train on a frozen target in place of that."
             )
+        if not 0.0 <= self.sampled_share <= 1.0:
+            raise OptionError(f"Expected sampled_share from 0 to 1, found {self.sampled_share}.")
         if self.start:
             self._check_start(self.start)
         if self.target and not self.drafters:
@@ -331,7 +334,9 @@ def own_words(
     opening = min(OPENING, recipe.length // 2)
     prompts = openings(ids, count, opening, marker, recipe.seed)
     rows = np.load(file) if file.exists() else np.zeros((0, recipe.length), ids.dtype)
-    for written in continuations(target, prompts[len(rows) :], recipe.length - opening, recipe.seed + len(rows)):
+    more = continuations(target, prompts[len(rows) :], recipe.length - opening, recipe.seed + len(rows),
+                         recipe.sampled_share)  # fmt: skip
+    for written in more:
         rows = np.concatenate([rows, written.astype(ids.dtype)])
         part = file.with_suffix(".part.npy")
         np.save(part, rows)
