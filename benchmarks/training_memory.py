@@ -21,7 +21,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_mtp.drafters.parallel import ParallelConfig, ParallelModel
-from mlx_mtp.targets.gemma4 import Gemma4Config, Gemma4Model
+from mlx_mtp.targets.gemma4 import Gemma4Model
+from mlx_mtp.targets.gemma4_config import Gemma4Config
 from mlx_mtp.training.objective import Joint, joint_parallel_loss
 
 WIDTH = 64

@@ -385,7 +385,8 @@ def test_drafter_that_does_not_fit(
     """The target's config is changed and weights are made to match it, the drafter stays as it is."""
     from mlx.utils import tree_flatten
 
-    from mlx_mtp.targets.gemma4 import Gemma4Config, Gemma4Model
+    from mlx_mtp.targets.gemma4 import Gemma4Model
+    from mlx_mtp.targets.gemma4_config import Gemma4Config
 
     folder = copy(TARGET)
     edit(folder, key if key.startswith("text.") else f"text.{key}", value)

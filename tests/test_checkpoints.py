@@ -24,7 +24,8 @@ from mlx_mtp.checkpoint import Checkpoint, named_parameters
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.targets import load_target
-from mlx_mtp.targets.gemma4 import DEFAULT_ROPE, Gemma4Config, Gemma4Model, published_weights
+from mlx_mtp.targets.gemma4 import Gemma4Model, published_weights
+from mlx_mtp.targets.gemma4_config import DEFAULT_ROPE, Gemma4Config
 from mlx_mtp.training.embedded import TOKENIZER_FILES
 
 TOLERANCE = 2e-4

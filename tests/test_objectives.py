@@ -24,7 +24,8 @@ from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.parallel import ParallelConfig, ParallelModel
 from mlx_mtp.interfaces import Target
 from mlx_mtp.targets import load_target
-from mlx_mtp.targets.gemma4 import DEFAULT_ROPE, Gemma4Config, Gemma4Model, Gemma4Target
+from mlx_mtp.targets.gemma4 import Gemma4Model, Gemma4Target
+from mlx_mtp.targets.gemma4_config import DEFAULT_ROPE, Gemma4Config
 from mlx_mtp.training import objective
 from mlx_mtp.training.objective import Joint
 

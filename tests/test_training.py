@@ -17,7 +17,8 @@ from mlx.utils import tree_flatten
 
 import mlx_mtp
 from mlx_mtp.drafters.assistant import AssistantConfig, AssistantModel
-from mlx_mtp.targets.gemma4 import Gemma4Config, Gemma4Model, Gemma4Target
+from mlx_mtp.targets.gemma4 import Gemma4Model, Gemma4Target
+from mlx_mtp.targets.gemma4_config import Gemma4Config
 from mlx_mtp.training import pipeline
 from mlx_mtp.training.continuations import continuations
 from mlx_mtp.training.embedded import target_config

@@ -23,7 +23,8 @@ from mlx_mtp.checkpoint import Checkpoint, compute_dtype, load_into, number, sec
 from mlx_mtp.drafters import registry
 from mlx_mtp.errors import CheckpointError, IncompatibleDrafter
 from mlx_mtp.interfaces import Choose, Memory, States, Target, TargetInfo
-from mlx_mtp.targets.gemma4 import MAX_SIZE, Gemma4Config, Layer, Norm
+from mlx_mtp.targets.gemma4 import Layer, Norm
+from mlx_mtp.targets.gemma4_config import MAX_SIZE, Gemma4Config
 
 MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 TABLE = "model.embed_tokens."

@@ -1,7 +1,8 @@
 """Gemma 4 text model, all five shapes: E2B, E4B, 12B unified, 26B-A4B (mixture of experts) and 31B.
 
 What it does: the forward pass over a cache with device-side lengths, and the map from the published, the
-mlx-lm and the mlx-vlm checkpoint layouts to one set of names. What it does not do: images, audio, sampling.
+mlx-lm and the mlx-vlm checkpoint layouts to one set of names. What it does not do: images, audio, sampling, or read a
+config.json (gemma4_config.py).
 
 Parameter names are those of the published checkpoints below `model.language_model.` (Hugging Face
 `Gemma4ForConditionalGeneration`), except that experts are split in three as in MLX conversions.
@@ -16,11 +17,7 @@ from __future__ import annotations
 
 import logging
 import re
-import reprlib
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,195 +25,22 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 from mlx_mtp.activations import gelu, tanh
 from mlx_mtp.attention import attend
-from mlx_mtp.cache import FULL, SLIDING, KVCache, LayerShape, NoCache
+from mlx_mtp.cache import FULL, KVCache, LayerShape, NoCache
 from mlx_mtp.checkpoint import (
     TOWERS,
     Checkpoint,
     compute_dtype,
     load_into,
     named_parameters,
-    number,
     renamed,
-    section,
 )
-from mlx_mtp.errors import CheckpointError, UnsupportedModel
 from mlx_mtp.interfaces import States, TargetInfo
 from mlx_mtp.targets import registry
+from mlx_mtp.targets.gemma4_config import Gemma4Config
 
 log = logging.getLogger(__name__)
 
 MODEL_TYPES = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
-
-# Bounds of sizes and of counts in a config.json: far above any model, low enough that no product leaves 31 bits.
-MAX_SIZE, MAX_COUNT = 2**20, 2**10
-
-DEFAULT_ROPE: dict[str, dict[str, Any]] = {
-    SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
-    FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gemma4Config:
-    """The fields of `text_config` that the text model uses, both published and newer form (`from_dict`)."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    layer_types: tuple[str, ...]
-    head_dims: tuple[int, ...]
-    kv_heads: tuple[int, ...]
-    sliding_window: int
-    max_position_embeddings: int
-    rope_parameters: Mapping[str, Mapping[str, Any]]
-    rms_norm_eps: float = 1e-6
-    final_logit_softcapping: float | None = 30.0
-    hidden_size_per_layer_input: int = 0
-    vocab_size_per_layer_input: int = 0
-    attention_k_eq_v: bool = False
-    num_kv_shared_layers: int = 0
-    use_double_wide_mlp: bool = False
-    enable_moe_block: bool = False
-    num_experts: int = 0
-    top_k_experts: int = 0
-    moe_intermediate_size: int = 0
-
-    @property
-    def first_shared(self) -> int:
-        """Index of the first layer that reads another layer's K/V; L where none does."""
-        return self.num_hidden_layers - self.num_kv_shared_layers
-
-    @property
-    def storing_layers(self) -> dict[str, int]:
-        """Per kind the layer whose K/V the reusing layers and an assistant read: the last one that stores any."""
-        return {self.layer_types[i]: i for i in range(self.first_shared)}
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> Gemma4Config:
-        """Reads a config.json, top level or `text_config`.
-
-        Raises UnsupportedModel for what this file does not implement, CheckpointError for a field that is missing,
-        of an odd type, out of range or at odds with another.
-        """
-        text = section(config, "text_config") or config
-        _refuse_unsupported(text)
-        layers = number(text, "num_hidden_layers", int, 1, MAX_COUNT)
-        shared = number(text, "num_kv_shared_layers", int, 0, layers - 1, 0)
-        kinds = _kinds(text, layers, shared)
-        head_dims, kv_heads = _heads(text, kinds)
-        vocabulary = number(text, "vocab_size", int, 1, MAX_SIZE)
-        mixture = bool(text.get("enable_moe_block"))
-        experts = number(text, "num_experts", int, int(mixture), MAX_COUNT, 0)
-        cap = text.get("final_logit_softcapping")
-        return cls(
-            vocab_size=vocabulary,
-            hidden_size=number(text, "hidden_size", int, 1, MAX_SIZE),
-            intermediate_size=number(text, "intermediate_size", int, 1, MAX_SIZE),
-            num_hidden_layers=layers,
-            num_attention_heads=number(text, "num_attention_heads", int, 1, MAX_COUNT),
-            layer_types=tuple(kinds),
-            head_dims=head_dims,
-            kv_heads=kv_heads,
-            sliding_window=number(text, "sliding_window", int, 1, MAX_SIZE, 512),
-            max_position_embeddings=number(text, "max_position_embeddings", int, 2, 2**31 - 1, 131_072),
-            rope_parameters=_rope(text),
-            rms_norm_eps=number(text, "rms_norm_eps", float, 0.0, 1.0, 1e-6),
-            final_logit_softcapping=number(text, "final_logit_softcapping", float, 1e-3, 1e6) if cap else None,
-            # Absent in re-saved unified configs, which never have per-layer embeddings: 0, not the class default.
-            hidden_size_per_layer_input=number(text, "hidden_size_per_layer_input", int, 0, MAX_SIZE, 0),
-            vocab_size_per_layer_input=number(text, "vocab_size_per_layer_input", int, 0, MAX_SIZE, 0) or vocabulary,
-            attention_k_eq_v=bool(text.get("attention_k_eq_v")),
-            num_kv_shared_layers=shared,
-            use_double_wide_mlp=bool(text.get("use_double_wide_mlp")),
-            enable_moe_block=mixture,
-            num_experts=experts,
-            top_k_experts=number(text, "top_k_experts", int, int(mixture), experts, 0),
-            moe_intermediate_size=number(text, "moe_intermediate_size", int, int(mixture), MAX_SIZE, 0),
-        )
-
-
-def _kinds(text: Mapping[str, Any], layers: int, shared: int) -> list[str]:
-    """The kind of every layer; one that reuses K/V needs a layer of its kind before it that stores them."""
-    found = text.get("layer_types") or [FULL if (i + 1) % 6 == 0 else SLIDING for i in range(layers)]
-    if not isinstance(found, list) or len(found) != layers or any(kind not in (FULL, SLIDING) for kind in found):
-        raise CheckpointError(
-            f"config.json: expected {layers} entries '{FULL}' or '{SLIDING}' in 'layer_types', found "
-            f"{reprlib.repr(found)}; use the config.json that belongs to this checkpoint."
-        )
-    kinds = [*found[:-1], FULL]  # as the reference implementation forces it
-    if missing := set(kinds) - set(kinds[: layers - shared]):
-        raise CheckpointError(
-            f"config.json: expected a {missing.pop()} layer among the first {layers - shared}, which the "
-            f"{shared} layers behind them could read, found none; use the config.json that belongs to this checkpoint."
-        )
-    return kinds
-
-
-def _heads(text: Mapping[str, Any], kinds: list[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Head size and K/V heads of every layer, from `per_layer_config` (newer) or the `global_*` fields (published)."""
-    heads = number(text, "num_attention_heads", int, 1, MAX_COUNT)
-    head_dim = number(text, "head_dim", int, 2, MAX_SIZE, 256)
-    kv_heads = number(text, "num_key_value_heads", int, 1, heads, heads)
-    overrides = _by_layer(section(text, "per_layer_config"))
-    # The newer form may say null for "no layer differs"; it never has the published form's field.
-    if text.get("per_layer_config") is None and ("global_head_dim" in text or "per_layer_config" not in text):
-        full = {"head_dim": number(text, "global_head_dim", int, 2, MAX_SIZE, 512)}
-        if text.get("attention_k_eq_v"):
-            full["num_key_value_heads"] = number(text, "num_global_key_value_heads", int, 1, heads, kv_heads)
-        overrides = {i: full for i, kind in enumerate(kinds) if kind == FULL}
-    layers = [overrides.get(i, {}) for i in range(len(kinds))]
-    head_dims = tuple(number(layer, "head_dim", int, 2, MAX_SIZE, head_dim) for layer in layers)
-    kv_counts = tuple(number(layer, "num_key_value_heads", int, 1, heads, kv_heads) for layer in layers)
-    if any(size % 2 for size in head_dims) or any(heads % count for count in kv_counts):
-        raise CheckpointError(
-            f"config.json: expected even head sizes and K/V heads that divide the {heads} attention heads, found "
-            f"sizes {sorted(set(head_dims))} and K/V heads {sorted(set(kv_counts))}; "
-            "use the config.json that belongs to this checkpoint."
-        )
-    return head_dims, kv_counts
-
-
-def _by_layer(given: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """Overrides by layer; transformers pads the numbers with zeros to one width ("05"), others do not."""
-    if odd := [key for key in given if not key.isdecimal()]:
-        raise CheckpointError(
-            f"config.json: expected layer numbers as the names in 'per_layer_config', found {reprlib.repr(odd[0])}; "
-            "use the config.json that belongs to this checkpoint."
-        )
-    return {int(key): section(given, key) for key in given}
-
-
-def _rope(text: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The rotary parameters of both kinds of layers, checked."""
-    given = section(text, "rope_parameters")
-    ropes = {kind: section(given, kind) or DEFAULT_ROPE[kind] for kind in (FULL, SLIDING)}
-    for rope in ropes.values():
-        number(rope, "rope_theta", float, 1e-3, 1e15)
-        number(rope, "partial_rotary_factor", float, 0.0, 1.0, 1.0)
-        number(rope, "factor", float, 1e-3, 1e6, 1.0)
-    return ropes
-
-
-def _refuse_unsupported(text: Mapping[str, Any]) -> None:
-    activation = text.get("hidden_activation", "gelu_pytorch_tanh")
-    checks = {
-        f"hidden_activation {reprlib.repr(activation)}": activation != "gelu_pytorch_tanh",
-        "attention_bias": bool(text.get("attention_bias")),
-        "use_bidirectional_attention 'all'": text.get("use_bidirectional_attention") == "all",
-        "an untied output head": text.get("tie_word_embeddings") is False,
-    }
-    ropes = section(text, "rope_parameters")
-    for kind in ropes:
-        rope_type = section(ropes, kind).get("rope_type", "default")
-        checks[f"rope_type {reprlib.repr(rope_type)} in {kind}"] = rope_type not in ("default", "proportional")
-    for name, present in checks.items():
-        if present:
-            raise UnsupportedModel(
-                f"config.json asks for {name}, which no released Gemma 4 text model uses and which is not "
-                "implemented; use a Gemma 4 checkpoint without it."
-            )
 
 
 class Norm(nn.Module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from mlx_mtp.cache import FULL, SLIDING
-from mlx_mtp.targets.gemma4 import DEFAULT_ROPE
+from mlx_mtp.targets.gemma4_config import DEFAULT_ROPE
 
 WINDOW = 128
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

@@ -28,7 +28,8 @@ from mlx_mtp.checkpoint import Checkpoint, read_json, write_checkpoint
 from mlx_mtp.errors import CheckpointError, OptionError
 from mlx_mtp.interfaces import Target
 from mlx_mtp.targets import load_target
-from mlx_mtp.targets.gemma4 import Gemma4Config, Gemma4Model, Gemma4Target, published_weights
+from mlx_mtp.targets.gemma4 import Gemma4Model, Gemma4Target, published_weights
+from mlx_mtp.targets.gemma4_config import Gemma4Config
 from mlx_mtp.training.continuations import continuations, openings
 from mlx_mtp.training.corpus import Document, is_held_out, standard_library
 from mlx_mtp.training.data import Batches, fingerprint, pack, read_documents
