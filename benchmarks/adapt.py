@@ -1,6 +1,6 @@
 """What `mlx-mtp adapt` wins back: a target is fine-tuned away from its drafter, then the drafter follows it.
 
-    .venv/bin/python benchmarks/adapt.py --out DIR [--steps 200] [--json FILE]
+    .venv/bin/python benchmarks/adapt.py --out DIR [--steps 200] [--label-share 0.5] [--json FILE]
 
 The embedded target (Python) goes on with C++: the headers that come with MLX, on every machine that runs this. Then the
 embedded assistant is adapted with the command's own defaults, prompts taken from the same headers. Tokens per round on
@@ -67,12 +67,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=200, help="of the target on the headers")
     parser.add_argument("--family", default="assistant")
+    parser.add_argument("--label-share", type=float, default=Adapting.label_share)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     texts = headers(args.out)
     target = drifted(args.out, texts, args.steps)
     began, stages = time.perf_counter(), adapt(target, EMBEDDED / args.family, args.out / args.family, [str(texts)],
-                                               Adapting())  # fmt: skip
+                                               Adapting(label_share=args.label_share))  # fmt: skip
     try:
         while True:
             stage = next(stages)

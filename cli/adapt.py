@@ -32,6 +32,9 @@ def adapt(
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = DEFAULTS.learning_rate,
     drafts: Annotated[int, typer.Option(help="Drafts a round it is trained for.")] = DEFAULTS.drafts,
     depth: Annotated[int, typer.Option(help="Drafts a round when measuring before and after.")] = DEFAULTS.depth,
+    label_share: Annotated[
+        float, typer.Option(help="Share of the loss on the text's own tokens, the rest on the target's law.")
+    ] = DEFAULTS.label_share,
     rehearsal: Annotated[
         float, typer.Option(help="Share of training on other text, so that nothing is forgotten.")
     ] = DEFAULTS.rehearsal,
@@ -43,8 +46,8 @@ def adapt(
     """Fine-tune a drafter to a target; the answers stay the target's own, they only come faster."""
     options = Adapting(
         prompts=prompts, tokens=max_tokens, steps=steps, batch_size=batch_size, length=length,
-        learning_rate=learning_rate, drafts=drafts, depth=depth, rehearsal=rehearsal,
-        rehearsal_data=tuple(rehearsal_data or ()), seed=seed,
+        learning_rate=learning_rate, drafts=drafts, depth=depth, label_share=label_share,
+        rehearsal=rehearsal, rehearsal_data=tuple(rehearsal_data or ()), seed=seed,
     )  # fmt: skip
     console = Console(stderr=True)
     report = show(library.adapt(model, drafter, out, data, options), console)

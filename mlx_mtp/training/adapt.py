@@ -49,7 +49,8 @@ class Adapting:
     """What a user may turn.
 
     prompts: most that are answered. tokens: most of a reply. rehearsal: share of what is learned that is other text
-    (`rehearsal_data`, the standard library where there is none). depth: drafts a round when measuring.
+    (`rehearsal_data`, the standard library where there is none). label_share: share of the loss on the tokens that
+    stand in the text, the rest on the target's law. depth: drafts a round when measuring.
     """
 
     prompts: int = 160
@@ -60,6 +61,7 @@ class Adapting:
     learning_rate: float = 1e-3
     drafts: int = 3
     depth: int = 4
+    label_share: float = 0.0
     rehearsal: float = 0.25
     rehearsal_data: Sequence[str] = ()
     seed: int = 0
@@ -70,6 +72,8 @@ class Adapting:
                 raise OptionError(f"Expected {name} of at least {least}, found {getattr(self, name)}; raise it.")
         if not 0.0 <= self.rehearsal < 1.0:
             raise OptionError(f"Expected a rehearsal share from 0 to below 1, found {self.rehearsal}.")
+        if not 0.0 <= self.label_share <= 1.0:
+            raise OptionError(f"Expected a label share from 0 to 1, found {self.label_share}.")
         TrainOptions(steps=self.steps, learning_rate=self.learning_rate)
 
 
@@ -108,7 +112,9 @@ def adapt(
     config = Checkpoint.open(source).config
     module = for_training(load_drafter(Checkpoint.open(source)))
     drafts = len(module.heads) if isinstance(module, ParallelModel) else options.drafts
-    loss = FAMILIES[family_of(config, str(source))].objective(engine.target, drafts, decay=DECAY)
+    loss = FAMILIES[family_of(config, str(source))].objective(
+        engine.target, drafts, decay=DECAY, label_share=options.label_share
+    )
     recipe = Recipe(batch_size=options.batch_size, length=options.length, learning_rate=options.learning_rate,
                     seed=options.seed)  # fmt: skip
     # Another source, other prompts or options are another run; the same goes on where it was stopped.
