@@ -29,7 +29,8 @@ QUESTIONS = ("What does `list.append` do?", "What does `re.compile` do?")
 READY = "\n>"
 PLAIN = ("NO_COLOR", "COLUMNS", "LINES")  # would change what is drawn
 COLOURS = {"default": "#222", "black": "#222", "red": "#a22", "green": "#277327", "brown": "#866000",
-           "yellow": "#866000", "blue": "#1e50aa", "magenta": "#823282", "cyan": "#007373", "white": "#666"}  # fmt: skip
+           "yellow": "#866000", "blue": "#1e50aa", "magenta": "#823282", "cyan": "#007373",
+           "white": "#666"}  # fmt: skip
 PAPER = "#fbfbf9"  # a ground of its own: readable on pages of any colour
 WIDTH, HEIGHT, SIZE = 7.83, 18, 13  # of a character's cell, and of its font
 
