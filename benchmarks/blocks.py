@@ -57,7 +57,7 @@ def compared(base: str) -> Callable[[Results], Rows]:
     def show(results: Results) -> Rows:
         found = sets(results)
         arms = [name for name in next(iter(found.values())) if name != base]
-        heads = ["prompts", OURS.get(base, base), *(OURS.get(name, name) for name in arms), "tokens a round"]
+        heads = ["prompts", OURS.get(base, base), *(OURS.get(name, name) for name in arms), "tokens a round, mlx_mtp"]
         rows = []
         for name, row in found.items():
             per_round = [arm["tokens_per_round"] for arm in row.values() if "tokens_per_round" in arm]
