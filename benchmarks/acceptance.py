@@ -4,7 +4,8 @@
 
 Prompts: the beginnings of held-out source files (cut at a line's end, every 4000 characters) and the questions about
 held-out modules. Greedy, 128 tokens each, ending tokens honoured. Acceptance at position i is the share of drafts i
-that stood among those drafts i whose predecessors all stood; "of all" divides by every round.
+that stood among those drafts i whose predecessors all stood; "of all" divides by every round. Parallel heads draft as
+many tokens as there are heads.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import mlx_mtp
+from mlx_mtp.loading import FAMILIES
 from mlx_mtp.tokens import Prompt
 from mlx_mtp.training.corpus import is_held_out, standard_library
 
@@ -38,7 +41,7 @@ def prompts(engine: mlx_mtp.Engine, most: int) -> dict[str, list[Prompt]]:
     return {kind: found[:: max(1, len(found) // most)][:most] for kind, found in (("code", code), ("chat", chat))}
 
 
-def measure(engine: mlx_mtp.Engine, asked: list[Prompt], tokens: int) -> dict[str, object]:
+def measure(engine: mlx_mtp.Engine, asked: list[Prompt], tokens: int) -> dict[str, Any]:
     """Sums of a kind's statistics and what follows from them."""
     total = mlx_mtp.Stats()
     emitted = 0
@@ -64,21 +67,24 @@ def main() -> None:
     """Prints one line a kind; --json writes the same figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None)
-    parser.add_argument("--drafter", default="auto")
+    parser.add_argument("--drafters", default=",".join(FAMILIES), help="folders, hub names or names of the embedded")
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--draft-head-bits", type=int, default=0, help="0 (as it is), 4 or 8")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    engine = mlx_mtp.load(
-        options.model, drafter=options.drafter, depth=options.depth, draft_head_bits=options.draft_head_bits
-    )
-    figures = {}
-    for kind, asked in prompts(engine, options.prompts).items():
-        figures[kind] = measure(engine, asked, options.tokens)
-        shown = ", ".join(f"{share:.1%}" for share in figures[kind]["conditional_acceptance"])  # type: ignore[attr-defined]
-        print(f"{kind}: {figures[kind]['tokens_per_round']:.2f} tokens per round, acceptance by position {shown}")
+    figures: dict[str, dict[str, Any]] = {}
+    for name in options.drafters.split(","):
+        engine = mlx_mtp.load(options.model, drafter=name, draft_head_bits=options.draft_head_bits)
+        assert engine.drafter is not None
+        depth = min(options.depth, engine.drafter.max_depth)
+        engine = mlx_mtp.load(options.model, drafter=name, depth=depth, draft_head_bits=options.draft_head_bits)
+        figures[name] = {"depth": depth}
+        for kind, asked in prompts(engine, options.prompts).items():
+            found = figures[name][kind] = measure(engine, asked, options.tokens)
+            shown = ", ".join(f"{share:.1%}" for share in found["conditional_acceptance"])
+            print(f"{name}, {kind}: {found['tokens_per_round']:.2f} tokens a round, acceptance by position {shown}")
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 

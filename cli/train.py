@@ -73,6 +73,10 @@ def train(
         typer.Option(help="Share of what the target itself writes that is drawn at temperature 1, the rest greedily.",
                      rich_help_panel=DRAFTER),
     ] = DEFAULTS.sampled_share,
+    rehearsal: Annotated[
+        float, typer.Option(help="Share of the data beside what the target itself writes.", show_default="a third",
+                            rich_help_panel=DRAFTER)
+    ] = DEFAULTS.rehearsal,
     data: Annotated[
         list[str] | None,
         typer.Option(help="Text, JSONL, folder or pattern; may be repeated.", show_default="Python's standard library",
@@ -124,9 +128,8 @@ def train(
         recipe = Recipe(
             drafters=shapes, target=target, start=start, joint=joint, target_steps=target_steps,
             drafter_steps=drafter_steps, agreement_steps=agreement_steps, batch_size=batch_size, length=length,
-            learning_rate=learning_rate, label_share=label_share, sampled_share=sampled_share, seed=seed,
-            vocabulary=vocabulary,
-            data=tuple(data or ()),
+            learning_rate=learning_rate, label_share=label_share, sampled_share=sampled_share,
+            rehearsal=rehearsal, seed=seed, vocabulary=vocabulary, data=tuple(data or ()),
             options={"optimizer": optimizer, "accumulate": accumulate, "checkpoint_gradients": checkpoint_gradients,
                      "memory_saving": memory_saving, "dtype": dtype},
         )  # fmt: skip

@@ -19,6 +19,7 @@ import mlx_mtp
 from mlx_mtp.drafters.assistant import AssistantConfig, AssistantModel
 from mlx_mtp.targets.gemma4 import Gemma4Config, Gemma4Model, Gemma4Target
 from mlx_mtp.training import pipeline
+from mlx_mtp.training.continuations import continuations
 from mlx_mtp.training.embedded import target_config
 from mlx_mtp.training.families import FAMILIES, DrafterShape, describe_assistant
 from mlx_mtp.training.objective import assistant_loss, next_token_loss
@@ -265,3 +266,32 @@ def test_impossible_recipes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text('{"drafters": [], "colour": 3}')
     with pytest.raises(mlx_mtp.CheckpointError, match="not a recipe"):
         Recipe.read(tmp_path)
+
+
+@pytest.mark.parametrize(("share", "greedy"), [(0.0, 8), (0.25, 6), (0.5, 4), (1.0, 0)])
+def test_the_asked_share_of_own_words_is_sampled(share: float, greedy: int) -> None:
+    """Greedy rows are the best tokens of a pass over them without a cache; a sampled row of 24 tokens never is."""
+    model, _ = pair()
+    target = Gemma4Target(model, mx.float32)
+    prompts = np.random.default_rng(2).integers(0, 64, (8, 5))
+    rows = np.concatenate(list(continuations(target, prompts, 24, seed=0, sampled_share=share)))
+    assert rows.shape == (8, 29) and (rows[:, :5] == prompts).all()
+    best = np.array(mx.argmax(target.logits(mx.array(rows)), axis=-1))
+    assert (best[:, 4:-1] == rows[:, 5:]).all(axis=1).sum() == greedy
+
+
+def test_rehearsal_is_the_asked_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fourth of what the second stage learns from is the corpus: the ids it is given are counted."""
+    seen = {}
+
+    def stage(name: str, folder: Path, module: nn.Module, loss: object, ids: np.ndarray, *rest: object, **more: object):
+        seen[name] = ids
+        return iter(())
+
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {i} of a text" for i in range(600)))
+    monkeypatch.setattr(pipeline, "run_stage", stage)
+    recipe = Recipe(**TINY | {"drafter_steps": 0}, rehearsal=0.25, data=[str(text)])
+    list(pipeline.train(tmp_path / "run", recipe))
+    own = np.load(tmp_path / "run" / "own_words.npy").size
+    assert len(seen["assistant-agreement"]) == own + own // 3

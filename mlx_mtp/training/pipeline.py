@@ -65,6 +65,7 @@ class Recipe:
     learning_rate: float = 2e-3
     label_share: float = 0.0
     sampled_share: float = 0.5  # of what the target itself writes: at temperature 1, the rest greedily
+    rehearsal: float = 1 / 3  # share of the corpus beside what the target itself writes
     seed: int = 0
     vocabulary: int = 4096
     data: Sequence[str] = ()  # empty = Python's standard library
@@ -76,8 +77,9 @@ class Recipe:
                 "Expected for joint training one drafter, parallel or sequential, and no finished target; "
                 "train on a frozen target in place of that."
             )
-        if not 0.0 <= self.sampled_share <= 1.0:
-            raise OptionError(f"Expected sampled_share from 0 to 1, found {self.sampled_share}.")
+        for name, most in (("sampled_share", 1.0), ("rehearsal", 0.9)):
+            if not 0.0 <= getattr(self, name) <= most:
+                raise OptionError(f"Expected {name} from 0 to {most}, found {getattr(self, name)}.")
         if self.start:
             self._check_start(self.start)
         if self.target and not self.drafters:
@@ -300,7 +302,7 @@ def _write_target(folder: Path, out: Path, config: dict[str, Any], model: Gemma4
 def _train_drafter(
     folder: Path, target: Target, shape: DrafterShape, recipe: Recipe, data: Data
 ) -> Iterator[Stage]:
-    """First on the corpus, then on the target's own continuations of it with a third of the corpus for rehearsal."""
+    """First on the corpus, then on the target's own continuations of it, with some corpus for rehearsal."""
     mx.random.seed(recipe.seed + 1)
     family, out = FAMILIES[shape.family], folder / shape.family
     if recipe.target and recipe.start:
@@ -321,7 +323,8 @@ def _train_drafter(
         fixed_rows = 8 * recipe.batch_size + 1
         fixed = yield from own_words(folder / "own_words_held_out.npy", target, data.held_out, data.reply_marker,
                                      recipe, fixed_rows)  # fmt: skip
-        mixed = np.concatenate([own, data.train[: len(own) // 2]])
+        rehearsed = round(len(own) * recipe.rehearsal / (1.0 - recipe.rehearsal))
+        mixed = np.concatenate([own, data.train[:rehearsed]])
         yield from run_stage(f"{shape.family}-agreement", folder, drafter, loss, mixed, fixed, recipe,
                              steps=recipe.agreement_steps, rate=FINE_TUNING, **sizes)  # fmt: skip
     write_drafter(out, config, drafter)
