@@ -300,6 +300,21 @@ def test_every_block_has_a_language_that_is_checked() -> None:
     assert not [text for _, language, text in blocks() if language == "text" and re.search(r"^\s*mlx-mtp ", text, re.M)]
 
 
+def test_the_map_of_files_shows_what_there_is() -> None:
+    (text,) = [text for page, language, text in blocks("text") if page == "architecture.md"]
+    folder, shown = ROOT, set()
+    for line in text.splitlines():
+        name = line.split()[0]
+        folder = folder if line.startswith(" ") else ROOT
+        assert (folder / name).exists(), line
+        shown.add(str((folder / name).relative_to(ROOT)))
+        folder = ROOT / name if line == "mlx_mtp/" else folder
+        for other in re.findall(r"\b(\w+\.(?:py|sh))\b", line):
+            assert list(ROOT.glob(f"mlx_mtp/**/{other}")) or list(ROOT.glob(f"*/{other}")), line
+    packages = {str(init.parent.relative_to(ROOT)) for init in ROOT.glob("mlx_mtp/*/__init__.py")}
+    assert packages - {"mlx_mtp/cli", "mlx_mtp/serving"} <= shown  # serving/ stands in the line of server.py
+
+
 def test_every_link_leads_somewhere() -> None:
     """Inside the repository strictly; other addresses are only listed (there is no network)."""
     for page, address in links():
