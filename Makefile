@@ -2,7 +2,7 @@
 # folder with spaces works.
 PYTHON = .venv/bin/python
 
-.PHONY: demo test lint peers setup clean
+.PHONY: demo test lint docs wheel peers setup clean
 
 demo: setup
 	@$(PYTHON) -m mlx_mtp.cli.demo
@@ -16,6 +16,17 @@ lint:
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m mypy
 	@$(PYTHON) -m mypy cli
+
+# The pages of docs/ into build/docs; links, and tables that no longer say what benchmarks/results holds, fail.
+docs:
+	@bash tools/setup.sh dev
+	@$(PYTHON) benchmarks/tables.py --check
+	@$(PYTHON) -m mkdocs build --strict --quiet
+
+# Wheel and sdist into dist/, with their contents checked and the wheel run outside the checkout.
+wheel:
+	@bash tools/setup.sh dev
+	@$(PYTHON) tools/check_wheel.py --out dist
 
 # Other engines (torch, transformers, mlx-vlm) into the same .venv, for the parity tests.
 peers:

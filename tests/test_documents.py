@@ -1,0 +1,339 @@
+"""README.md and docs/: every command parses and, where that takes seconds, runs; every snippet runs; no link is dead.
+
+Commands run with the embedded model in place of other names, with few tokens and steps, in a folder of their own. What
+is only parsed is listed in PARSED_ONLY with the reason; anything else that a page shows must run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import re
+import runpy
+import shutil
+import socket
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from documents import PROGRAMS, ROOT, Command, blocks, commands, inline_commands, links
+from layouts import DEEPSEEK, deepseek_arrays, meta_arrays, meta_folder, write_folder
+
+from mlx_mtp import drafters, exactness
+from mlx_mtp.cli import app as cli
+from mlx_mtp.cli import doctor
+from mlx_mtp.loading import EMBEDDED, FAMILIES
+
+LANGUAGES = ("bash", "python", "text")
+GROUP: Any = typer.main.get_command(cli.app)
+TARGET, ASSISTANT = str(EMBEDDED / "target"), str(EMBEDDED / "assistant")
+# Options whose value is a name of the reader's own, and what stands for it here.
+NAMES = {"--model": TARGET, "--target": TARGET, "--start": ASSISTANT, "--drafter": ASSISTANT, "--data": "texts"}
+BY_WORD = ("auto", "none", "lookup", "lookup+auto", *FAMILIES)
+TINY_TRAINING = ["--target-steps", "1", "--drafter-steps", "1", "--agreement-steps", "0", "--batch-size", "1",
+                 "--length", "16"]  # fmt: skip
+SMALL = {
+    "generate": ["--max-tokens", "8"],
+    "chat": ["--max-tokens", "8"],
+    "adapt": ["--prompts", "4", "--max-tokens", "8", "--steps", "1", "--batch-size", "1", "--length", "16",
+              "--rehearsal-data", "texts"],
+}
+PARSED_ONLY = {
+    ("mlx-mtp", "bench"): "takes minutes; its own tests run it",
+    ("mlx-mtp", "serve"): "one of them is the server that the requests of the pages go to",
+    ("make",): "this is one of its runs",
+    ("pip",): "needs an index; tools/check_wheel.py installs the package",
+    ("python",): "measures for minutes; tests/test_tables.py runs tables.py",
+    ("printf",): "its text goes into the command behind it",
+}
+
+
+def named(command: Command) -> str:
+    return f"{command.page.removesuffix('.md')}-{' '.join(command.argv)[:60]}"
+
+
+def parsed(argv: tuple[str, ...] | list[str]) -> dict[str, Any]:
+    """The parameters of a command line, by the real program's own parser; typer's error where it does not take it."""
+    context = GROUP.make_context("mlx-mtp", list(argv))
+    name, command, rest = GROUP.resolve_command(context, list(argv))
+    parameters: dict[str, Any] = command.make_context(name, rest, parent=context).params
+    return parameters
+
+
+def waits_for_another_branch(argv: tuple[str, ...]) -> None:
+    if argv[:2] == ("mlx-mtp", "bench") and "bench" not in GROUP.commands:
+        pytest.skip("this checkout has no mlx-mtp bench yet")
+
+
+class Parsed(Exception):
+    """A script has parsed its options."""
+
+
+def check_script(argv: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python FILE options`: the file is there, and its own parser takes the options."""
+    original = argparse.ArgumentParser.parse_args
+
+    def parse(parser: argparse.ArgumentParser, *args: Any) -> None:
+        parser.exit_on_error = False
+        original(parser, *args)
+        raise Parsed
+
+    script = ROOT / argv[1]
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    monkeypatch.setattr(sys, "argv", [str(script), *argv[2:]])
+    monkeypatch.syspath_prepend(str(script.parent))
+    with pytest.raises(Parsed):
+        runpy.run_path(str(script), run_name="__main__")
+
+
+def check_pip(argv: tuple[str, ...]) -> None:
+    """`pip install .[extra]`: the extra is there."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert argv[:2] == ("pip", "install") and len(argv) == 3
+    found = re.fullmatch(r"\.(?:\[([\w,]+)\])?", argv[2])
+    assert found and set((found[1] or "serve").split(",")) <= set(extras)
+
+
+@pytest.mark.parametrize("command", [*commands(), *inline_commands()], ids=named)
+def test_every_command_parses(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits_for_another_branch(command.argv)
+    program, *arguments = command.argv
+    assert program in PROGRAMS, f"no test knows what to do with '{program}'"
+    if program == "mlx-mtp" and len(arguments) == 1:
+        assert arguments[0] in GROUP.commands
+    elif program == "mlx-mtp" and arguments:
+        parsed(arguments)
+    elif program == "make":
+        assert all(re.search(rf"^{name}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for name in arguments)
+    elif program == "pip" and arguments:
+        check_pip(command.argv)
+    elif program == "python":
+        check_script(command.argv, monkeypatch)
+
+
+@pytest.mark.parametrize("wrong", ["generate --nonsense", "nonsense", "train", "generate x --max-tokens many"])
+def test_the_parser_sees_what_is_wrong(wrong: str) -> None:
+    with pytest.raises(typer.TyperException):
+        parsed(wrong.split())
+
+
+def test_a_script_with_a_wrong_option_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises((argparse.ArgumentError, SystemExit)):
+        check_script(("python", "benchmarks/tables.py", "--nonsense"), monkeypatch)
+
+
+def stand_ins(folder: Path) -> None:
+    """Files that the commands read."""
+    (folder / "texts").mkdir()
+    for i in range(12):
+        lines = [f"The tree number {j} of row {i} stands beside stone {7 * j % 13}. It grows." for j in range(40)]
+        (folder / "texts" / f"{i}.txt").write_text("\n".join(lines))
+    prompts = [{"prompt": f"What does the tree number {i} do?"} for i in range(10)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+
+
+def shortened(argv: list[str], folder: Path) -> list[str]:
+    """The same command with names that are here and sizes that take seconds."""
+    name, found = argv[0], list(argv)
+    for i, option in enumerate(argv[:-1]):
+        if option in NAMES and argv[i + 1] not in (*BY_WORD, "prompts.jsonl"):
+            found[i + 1] = NAMES[option]
+    if name == "convert":
+        found[1] = str(converted_from(argv, folder))
+    if name == "train" and "--resume" not in argv:
+        found += TINY_TRAINING
+        found += [] if "--target" in argv else ["--vocabulary", "400"]
+        found += [] if "--data" in argv else ["--data", "texts"]
+    return found + SMALL.get(name, [])
+
+
+def converted_from(argv: list[str], folder: Path) -> Path:
+    """A checkpoint of the layout that a convert command speaks of."""
+    if "--bits" in argv:
+        return Path(TARGET)
+    if "split" in argv:
+        return write_folder(folder / "in", DEEPSEEK, deepseek_arrays())
+    return meta_folder(folder / "in", meta_arrays())
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """run(arguments of mlx-mtp, standard input) -> (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("XDG_DATA_HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    stand_ins(tmp_path)
+
+    def call(arguments: list[str], text: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mlx-mtp", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(end.value.code or 0), out, err
+
+    return call
+
+
+def to_run() -> list[Command]:
+    """Commands that run here; those that differ only in the reader's own names run once."""
+    found: dict[Any, Command] = {}
+    for command in commands():
+        if {command.argv[:1], command.argv[:2]} & {*PARSED_ONLY, ("curl",)}:
+            continue
+        words = list(command.argv)
+        for i, option in enumerate(command.argv[:-1]):
+            if option in (*NAMES, "--out") and words[i + 1] not in BY_WORD:
+                words[i + 1] = "NAME"
+        found.setdefault((*words, command.stdin), command)
+    return list(found.values())
+
+
+@pytest.fixture(scope="module")
+def measured_once() -> Iterator[None]:
+    """The diagnosis and the probe for exact mode take seconds and say the same of one target every time."""
+    with pytest.MonkeyPatch.context() as patched:
+        for module, name in ((doctor, "diagnose"), (exactness, "probe")):
+            patched.setattr(module, name, once(getattr(module, name)))
+        yield
+
+
+def once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, whose first result stands for all; every command here is about the embedded target."""
+    kept: list[Any] = []
+
+    def call(*args: Any, **options: Any) -> Any:
+        kept.extend([] if kept else [function(*args, **options)])
+        return kept[0]
+
+    return call
+
+
+@pytest.mark.parametrize("command", to_run(), ids=named)
+def test_every_command_runs(command: Command, run: Any, tmp_path: Path, measured_once: None) -> None:
+    arguments = list(command.argv[1:])
+    if "--resume" in arguments:
+        first = [*arguments[: arguments.index("--resume")], "--family", "parallel"]
+        assert run(shortened(first, tmp_path))[0] == 0
+    text = b"What is os.path?\n/quit\n" if arguments[0] == "chat" else b""
+    if command.stdin is not None:
+        text = subprocess.run(command.stdin.argv, capture_output=True, check=True).stdout
+    code, out, err = run(shortened(arguments, tmp_path), text)
+    if arguments[0] == "adapt" and "nothing was replaced" in err:
+        return  # one step need not make a drafter better, and then it must say so
+    assert code == 0, err
+    outs = [i + 1 for i, option in enumerate(arguments) if option == "--out"]
+    assert all(Path(arguments[i]).is_dir() for i in outs) and (outs or out.strip())
+    if "--json" in arguments:
+        assert isinstance(json.loads(out), dict)
+
+
+def test_what_only_parses_is_on_the_pages() -> None:
+    """No reason is kept for a command that no page shows any more."""
+    shown = {command.argv[:n] for command in commands() for n in (1, 2)}
+    assert set(PARSED_ONLY) <= shown
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """A free port on which the real `mlx-mtp serve` of the pages listens."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        number = free.getsockname()[1]
+    served = next(c for c in commands() if c.argv[:2] == ("mlx-mtp", "serve") and "8080" in c.argv)
+    arguments = [str(number) if word == "8080" else word for word in served.argv[1:]]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen([sys.executable, "-m", "mlx_mtp.cli.app", *arguments], env=environment,
+                             cwd=tmp_path_factory.mktemp("server"), stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert child.stderr is not None
+    try:
+        lines = iter(child.stderr.readline, "")
+        assert any(f"127.0.0.1:{number}/v1" in line for line in lines), "the server did not start"
+        yield number
+    finally:
+        child.terminate()
+        child.communicate(timeout=60)
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.argv[0] == "curl"], ids=named)
+def test_every_request_is_answered(command: Command, port: int) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("there is no curl here")
+    argv = ["curl", "-sS", "--fail", "--noproxy", "*", *(w.replace(":8080", f":{port}") for w in command.argv[1:])]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["choices"][0]["message"]["content"]
+
+
+SNIPPETS = [(page, text) for page, _, text in blocks("python")]
+
+
+@pytest.mark.parametrize(("page", "text"), SNIPPETS, ids=[page for page, _ in SNIPPETS])
+def test_every_snippet_runs(
+    page: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(drafters.registry, "_loaders", dict(drafters.registry._loaders))
+    stand_ins(tmp_path)
+    if ":8080" in text:
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.setenv(name, "127.0.0.1")
+        text = text.replace(":8080", f":{request.getfixturevalue('port')}")
+    exec(compile(text, page, "exec"), {"__name__": page})
+    out = capsys.readouterr().out
+    assert out.strip()
+    if page == "drafters.md":
+        assert out.rstrip().endswith("True")  # the family's output is that of plain decoding
+
+
+def test_every_block_has_a_language_that_is_checked() -> None:
+    assert {language for _, language, _ in blocks()} <= set(LANGUAGES)
+    assert not [text for _, language, text in blocks() if language == "text" and re.search(r"^\s*mlx-mtp ", text, re.M)]
+
+
+def test_the_map_of_files_shows_what_there_is() -> None:
+    (text,) = [text for page, language, text in blocks("text") if page == "architecture.md"]
+    folder, shown = ROOT, set()
+    for line in text.splitlines():
+        name = line.split()[0]
+        folder = folder if line.startswith(" ") else ROOT
+        assert (folder / name).exists(), line
+        shown.add(str((folder / name).relative_to(ROOT)))
+        folder = ROOT / name if line == "mlx_mtp/" else folder
+        for other in re.findall(r"\b(\w+\.(?:py|sh))\b", line):
+            assert list(ROOT.glob(f"mlx_mtp/**/{other}")) or list(ROOT.glob(f"*/{other}")), line
+    packages = {str(init.parent.relative_to(ROOT)) for init in ROOT.glob("mlx_mtp/*/__init__.py")}
+    assert packages - {"mlx_mtp/cli", "mlx_mtp/serving"} <= shown  # serving/ stands in the line of server.py
+
+
+def test_every_link_leads_somewhere() -> None:
+    """Inside the repository strictly; other addresses are only listed (there is no network)."""
+    for page, address in links():
+        if re.match(r"[a-z]+:", address):
+            print(f"{page.name} links to {address}")
+            assert address.startswith("https://")
+            continue
+        name, _, anchor = address.partition("#")
+        place = page.parent / name if name else page
+        assert place.exists(), f"{page.name}: {address}"
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", place.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w\- ]", "", head).lower().replace(" ", "-") for head in heads], address
+
+
+def test_the_site_builds_strictly(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site" / "architecture" / "index.html").exists()
+    assert (tmp_path / "site" / "images" / "round.svg").exists()
