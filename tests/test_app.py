@@ -105,7 +105,8 @@ os.kill(os.getpid(), signal.SIGINT)
 
 @pytest.mark.parametrize("code", ODD_PLACES.values(), ids=ODD_PLACES.keys())
 def test_an_interrupt_in_odd_places(code: str, tmp_path: Path) -> None:
-    (tmp_path / "odd.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nfor _ in range(9): pass\n")
+    kill = "os.kill(os.getpid(), signal.SIGINT)"
+    (tmp_path / "odd.py").write_text(f"import os, signal\n{kill}\nfor _ in range(9): pass\n")
     begin = """
 import atexit, os, signal, sys, time
 from mlx_mtp.cli.app import Interrupts
