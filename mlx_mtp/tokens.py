@@ -35,7 +35,7 @@ class Tokenizer:
             return cls(load(folder))
         except Exception as error:  # the tokenizer libraries raise plain Exception, OSError, ValueError, ...
             raise CheckpointError(
-                f"{folder}: the tokenizer could not be read ({type(error).__name__}: {error}); download it again."
+                f"{folder}: the tokenizer could not be read ({brief(error)}); download it again."
             ) from error
 
     def encode(self, text: str, special: bool = True) -> list[int]:

@@ -192,11 +192,11 @@ def _rope(text: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The rotary parameters of both kinds of layers, checked."""
     given = section(text, "rope_parameters")
     ropes = {kind: section(given, kind) or DEFAULT_ROPE[kind] for kind in (FULL, SLIDING)}
-    for rope in ropes.values():
-        number(rope, "rope_theta", float, 1e-3, 1e15)
-        number(rope, "partial_rotary_factor", float, 0.0, 1.0, 1.0)
-        number(rope, "factor", float, 1e-3, 1e6, 1.0)
-    return ropes
+    return {kind: rope | {
+        "rope_theta": number(rope, "rope_theta", float, 1e-3, 1e15),
+        "partial_rotary_factor": number(rope, "partial_rotary_factor", float, 0.0, 1.0, 1.0),
+        "factor": number(rope, "factor", float, 1e-3, 1e6, 1.0),
+    } for kind, rope in ropes.items()}  # fmt: skip
 
 
 def _refuse_unsupported(text: Mapping[str, Any]) -> None:
@@ -239,9 +239,9 @@ def _rotation(config: Gemma4Config, layer: int) -> mx.array:
     """
     rope, size = config.rope_parameters[config.layer_types[layer]], config.head_dims[layer]
     proportional = rope.get("rope_type") == "proportional"
-    share = rope.get("partial_rotary_factor", 1.0) if proportional else 1.0
+    share = rope["partial_rotary_factor"] if proportional else 1.0
     rotated = int(share * size // 2)
-    lengths = [float(rope["rope_theta"]) ** (2 * j / size) * rope.get("factor", 1.0) for j in range(rotated)]
+    lengths = [rope["rope_theta"] ** (2 * j / size) * rope["factor"] for j in range(rotated)]
     return mx.array(lengths + [float("inf")] * (size // 2 - rotated), dtype=mx.float32)
 
 
