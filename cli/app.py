@@ -1,85 +1,85 @@
-"""The command line `mlx-mtp`: a thin typer application over the library.
+"""The entry point of `mlx-mtp`: Ctrl-C is exit code 130 and no traceback, from the first moment on.
 
-What it does: one file a command, one place where errors become one sentence and exit code 2. What it does not do:
-anything a Python program could not do through `mlx_mtp`.
+What it does: takes Ctrl-C over, and only then imports everything else. What it does not do: anything else; the commands
+and the errors are command_line.py's.
 """
 
 from __future__ import annotations
 
-import errno
-import logging
+import atexit
+import contextlib
 import os
+import signal
 import sys
-from typing import Annotated
+import termios
+from types import FrameType
+from typing import Any
 
-import typer
-from rich.console import Console
-from rich.logging import RichHandler
-
-import mlx_mtp
-from mlx_mtp.cli.adapt import adapt
-from mlx_mtp.cli.chat import chat
-from mlx_mtp.cli.convert import convert
-from mlx_mtp.cli.doctor import doctor
-from mlx_mtp.cli.generate import generate
-from mlx_mtp.cli.models import models
-from mlx_mtp.cli.serve import serve
-from mlx_mtp.cli.train import train
-
-OUTPUT_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-app = typer.Typer(
-    name="mlx-mtp",
-    help="Language models that decode faster through Multi-Token Prediction, on Apple's MLX.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-app.command()(chat)
-app.command()(generate)
-app.command()(serve)
-app.command()(train)
-app.command()(adapt)
-app.command()(convert)
-app.command()(doctor)
-app.command()(models)
-
-
-def _version(asked: bool) -> None:
-    if asked:
-        print(mlx_mtp.__version__)
-        raise typer.Exit
-
-
-@app.callback()
-def options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    """Options before the command."""
+IMPORTING = "<frozen importlib._bootstrap>"
 
 
 def main() -> None:
     """Entry point: exit code 0 done, 2 bad input (one sentence on stderr), 130 interrupted."""
-    handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False, show_level=False)
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s")
-    try:
-        sys.exit(app(args=sys.argv[1:] or ["--help"], standalone_mode=False) or 0)
-    except typer.TyperException as error:  # a command line that typer cannot read
-        message = str(getattr(error, "format_message", error.__str__)()).rstrip(".")
-        print(f"{message}; 'mlx-mtp --help' shows what there is.", file=sys.stderr)
-        sys.exit(2)
-    except mlx_mtp.MLXMTPError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)  # one line, whatever a path or a name holds
-        sys.exit(2)
-    except (KeyboardInterrupt, typer.Abort):
+    interrupts = Interrupts()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where the caller has Ctrl-C ignored
+        interrupts.take()
+    from mlx_mtp.cli.command_line import run
+
+    if not run(sys.argv[1:], on_begin=interrupts.begin):
+        interrupts.running = False
         sys.exit(130)
-    except OSError as error:
-        if error.errno not in OUTPUT_FULL:
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what Python still writes at its end
-        print(f"Expected room for the output, found '{error.strerror}'; free some disk space.", file=sys.stderr)
-        sys.exit(2)
+
+
+class Interrupts:
+    """What Ctrl-C does: KeyboardInterrupt while the command runs, else the end of the process at once.
+
+    Imports end at once, those in the middle of a command too: an exception out of a half-made import does not always
+    arrive as what it is, since libraries catch it, or are in a finaliser, where Python prints it and goes on.
+    """
+
+    def __init__(self) -> None:
+        self.running = False
+        self._terminal: list[Any] | None = None
+
+    def take(self) -> None:
+        """From now on Ctrl-C is answered here."""
+        with contextlib.suppress(OSError, ValueError, AttributeError, termios.error):
+            self._terminal = termios.tcgetattr(sys.stdin.fileno())
+        if sys.unraisablehook is sys.__unraisablehook__:
+            sys.unraisablehook = self._unraisable
+        atexit.register(self._end)
+        signal.signal(signal.SIGINT, self._handle)
+
+    def begin(self) -> None:
+        """The command runs: it answers KeyboardInterrupt."""
+        self.running = True
+
+    def _end(self) -> None:
+        self.running = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        while self.running and frame is not None and frame.f_code.co_filename != IMPORTING:
+            frame = frame.f_back
+        if not self.running or frame is not None:
+            self._leave()
+        raise KeyboardInterrupt
+
+    def _unraisable(self, unraisable: sys.UnraisableHookArgs) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            self._leave()
+        sys.__unraisablehook__(unraisable)
+
+    def _leave(self) -> None:
+        """Ends the process without Python's tidying up; the terminal is as it was found."""
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, RuntimeError):  # closed, full, or in use just now
+                stream.flush()
+        with contextlib.suppress(OSError, ValueError, AttributeError, termios.error):
+            if self._terminal is not None:
+                termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, self._terminal)
+            if sys.stderr.isatty():
+                os.write(sys.stderr.fileno(), b"\x1b[?25h")  # a progress bar hides the cursor
+        os._exit(130)
 
 
 if __name__ == "__main__":

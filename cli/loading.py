@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 import mlx_mtp
+import mlx_mtp.loading
 from mlx_mtp.cli import notices, options
 from mlx_mtp.cli.progress import LoadBar
 
@@ -20,7 +21,7 @@ def load(
 ) -> mlx_mtp.Engine:
     """An engine from options as they stand on the command line; bars on a terminal for what takes long."""
     with notices.held_back(), LoadBar(Console(stderr=True)) as bar:
-        return mlx_mtp.load(
+        return mlx_mtp.loading.load(
             model, drafter=drafter, depth=options.depth_value(depth), mode=mode, max_context=max_context,
             draft_head_bits=options.head_bits_value(draft_head_bits), on_progress=bar.update,
         )  # fmt: skip

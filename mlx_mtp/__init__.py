@@ -4,29 +4,37 @@
     engine = mlx_mtp.load()                       # the embedded pair
     for event in engine.stream("def binary_search("):
         print(event.text, end="")
+
+A public name brings its module with it when it is first used: importing the package alone imports no MLX, which keeps
+`mlx-mtp --help` quick.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from mlx_mtp.blas import load_fast_blas
 
 load_fast_blas()  # on Linux it must be there before MLX binds its own
 
-from mlx_mtp.chat import Chat  # noqa: E402
-from mlx_mtp.engine import Engine  # noqa: E402
-from mlx_mtp.errors import (  # noqa: E402
-    CheckpointError,
-    DataError,
-    DoesNotFit,
-    IncompatibleDrafter,
-    MLXMTPError,
-    ModelNotFound,
-    OptionError,
-    PromptError,
-    UnsupportedModel,
-)
-from mlx_mtp.loading import load  # noqa: E402
-from mlx_mtp.results import Event, Result, Sampling, Stats  # noqa: E402
-from mlx_mtp.session import Session  # noqa: E402
 from mlx_mtp.version import __version__  # noqa: E402
+
+if TYPE_CHECKING:
+    from mlx_mtp.chat import Chat
+    from mlx_mtp.engine import Engine
+    from mlx_mtp.errors import (
+        CheckpointError,
+        DataError,
+        DoesNotFit,
+        IncompatibleDrafter,
+        MLXMTPError,
+        ModelNotFound,
+        OptionError,
+        PromptError,
+        UnsupportedModel,
+    )
+    from mlx_mtp.loading import load
+    from mlx_mtp.results import Event, Result, Sampling, Stats
+    from mlx_mtp.session import Session
 
 __all__ = [
     "Chat",
@@ -48,3 +56,28 @@ __all__ = [
     "__version__",
     "load",
 ]
+
+# Where a public name is, but for those in errors.py.
+_MODULES = {
+    "Chat": "chat",
+    "Engine": "engine",
+    "load": "loading",
+    "Event": "results",
+    "Result": "results",
+    "Sampling": "results",
+    "Stats": "results",
+    "Session": "session",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name at its first use; afterwards it is an ordinary attribute."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_MODULES.get(name, 'errors')}")
+    globals()[name] = getattr(module, name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -25,7 +25,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_mtp.errors import CheckpointError, ModelNotFound
+from mlx_mtp.errors import CheckpointError, ModelNotFound, brief
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
@@ -285,14 +285,21 @@ def _quantize_like(module: nn.Module, weights: Mapping[str, mx.array], source: P
             return False
         try:
             found: dict[str, Any] = infer_quant_config(path, layer, dict(weights))
-        except (ValueError, KeyError, ZeroDivisionError) as error:
-            raise CheckpointError(f"{source}: cannot tell how '{path}' is quantised ({error}).") from error
+        except (ValueError, KeyError, IndexError, TypeError, ZeroDivisionError) as error:
+            raise CheckpointError(
+                f"{source}: cannot tell how '{path}' is quantised ({brief(error)}); download the weights again."
+            ) from error
         if f"{path}.global_scale" in weights:
             found["global_scale"] = True
         return found
 
     if any(name.endswith(".scales") for name in weights):
-        nn.quantize(module, class_predicate=settings)
+        try:
+            nn.quantize(module, class_predicate=settings)
+        except ValueError as error:  # scales of a shape that no bits and no group size give
+            raise CheckpointError(
+                f"{source}: cannot tell how the weights are quantised ({brief(error)}); download them again."
+            ) from error
 
 
 def renamed(weights: Mapping[str, mx.array], name_of: Callable[[str], str | None]) -> tuple[dict[str, mx.array], int]:

@@ -35,7 +35,7 @@ class Tokenizer:
             return cls(load(folder))
         except Exception as error:  # the tokenizer libraries raise plain Exception, OSError, ValueError, ...
             raise CheckpointError(
-                f"{folder}: the tokenizer could not be read ({type(error).__name__}: {error}); download it again."
+                f"{folder}: the tokenizer could not be read ({brief(error)}); download it again."
             ) from error
 
     def encode(self, text: str, special: bool = True) -> list[int]:
@@ -145,10 +145,11 @@ class StopStrings:
         if self.hit:
             return ""
         self._held += text
-        places = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if places:
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            # The one that is complete first, the longest of these: so that it does not matter how the text was cut.
             self.hit = True
-            shown, self._held = self._held[: min(places)], ""
+            shown, self._held = self._held[: min(found)[1]], ""
             return shown
         keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

@@ -56,6 +56,8 @@ CASES: dict[str, tuple[bool, list[str], int, int, dict[str, Any]]] = {
     "unified, window 33": (True, [S, S, S, S, S, F], 33, 5, K_EQUALS_V),
 }  # fmt: skip
 CENTROIDS = (20, 6)
+# Drafts a round in long runs: every case plainly and with two depths, every depth in two cases.
+DEPTHS = {case: (0, (1, 2, 3, 5, 8)[i], (3, 5, 8, 1, 2)[i]) for i, case in enumerate(CASES)}
 
 
 def randomise(model: Any, seed: int) -> Any:
@@ -243,7 +245,7 @@ def test_greedy_decoding_of_500_tokens(made: tuple[str, Any, Path], tmp_path: Pa
     model.generation_config.update(do_sample=False, eos_token_id=None, pad_token_id=0)
     with torch.no_grad():
         expected = model.generate(torch.tensor(prompt), max_new_tokens=500)[0, prompt.shape[1] :].tolist()
-    for depth in (0, 1, 2, 3, 5, 8):
+    for depth in DEPTHS[case]:
         engine = mlx_mtp.load(folder / "target", drafter=tmp_path / "assistant", depth=depth)
         found = engine.generate(prompt[0].tolist(), max_tokens=500, ignore_end=True).tokens
         if found != expected:

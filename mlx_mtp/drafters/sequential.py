@@ -58,7 +58,7 @@ class SequentialConfig:
             reads=reads,
             hidden_size=number(config, "hidden_size", int, 1, 1 << 20),
             vocab_size=number(config, "vocab_size", int, 2, 1 << 24),
-            norm_eps=number(block, "rms_norm_eps", float, 0.0, 1.0, 1e-6),
+            norm_eps=number(block, "rms_norm_eps", float, 1e-30, 1.0, 1e-6),
             block=block,
         )
 

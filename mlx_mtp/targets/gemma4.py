@@ -63,9 +63,9 @@ def _rotation(config: Gemma4Config, layer: int) -> mx.array:
     """
     rope, size = config.rope_parameters[config.layer_types[layer]], config.head_dims[layer]
     proportional = rope.get("rope_type") == "proportional"
-    share = rope.get("partial_rotary_factor", 1.0) if proportional else 1.0
+    share = rope["partial_rotary_factor"] if proportional else 1.0
     rotated = int(share * size // 2)
-    lengths = [float(rope["rope_theta"]) ** (2 * j / size) * rope.get("factor", 1.0) for j in range(rotated)]
+    lengths = [rope["rope_theta"] ** (2 * j / size) * rope["factor"] for j in range(rotated)]
     return mx.array(lengths + [float("inf")] * (size // 2 - rotated), dtype=mx.float32)
 
 

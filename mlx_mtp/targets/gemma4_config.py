@@ -160,11 +160,11 @@ def _rope(text: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The rotary parameters of both kinds of layers, checked."""
     given = section(text, "rope_parameters")
     ropes = {kind: section(given, kind) or DEFAULT_ROPE[kind] for kind in (FULL, SLIDING)}
-    for rope in ropes.values():
-        number(rope, "rope_theta", float, 1e-3, 1e15)
-        number(rope, "partial_rotary_factor", float, 0.0, 1.0, 1.0)
-        number(rope, "factor", float, 1e-3, 1e6, 1.0)
-    return ropes
+    return {kind: rope | {
+        "rope_theta": number(rope, "rope_theta", float, 1e-3, 1e15),
+        "partial_rotary_factor": number(rope, "partial_rotary_factor", float, 0.0, 1.0, 1.0),
+        "factor": number(rope, "factor", float, 1e-3, 1e6, 1.0),
+    } for kind, rope in ropes.items()}  # fmt: skip
 
 
 def _refuse_unsupported(text: Mapping[str, Any]) -> None:

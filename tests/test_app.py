@@ -1,0 +1,168 @@
+"""The entry point: Ctrl-C at any moment of the start ends quietly with 130; help and version import no MLX."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import mlx_mtp
+from mlx_mtp.cli.command_line import COMMANDS
+
+HEAVY = ("mlx.core", "mlx_lm", "numpy", "torch", "transformers", "prompt_toolkit", "starlette", "huggingface_hub")
+PATIENCE = 60
+
+
+def started(*arguments: str | Path, interrupts: signal.Handlers = signal.SIG_DFL) -> subprocess.Popen[str]:
+    """`mlx-mtp ARGUMENTS` in a process that names every module on stderr once it is imported."""
+    # A shell's background job has interrupts ignored, and its children inherit that: hence the explicit handler.
+    return subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "mlx_mtp.cli.app", *map(str, arguments)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, interrupts),
+    )  # fmt: skip
+
+
+def imported(line: str) -> str:
+    """The module that a line of -X importtime names, "" for any other line."""
+    return line.rpartition("|")[2].strip() if line.startswith("import time:") else ""
+
+
+def interrupted_behind(module: str, process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr (without modules) of a process that gets Ctrl-C when the module is imported."""
+    assert process.stdout is not None and process.stderr is not None
+    shown, seen = "", False
+    end = threading.Timer(PATIENCE, process.kill)
+    end.start()
+    with process:
+        for line in process.stderr:
+            shown += "" if imported(line) else line
+            if imported(line) == module:
+                seen = True
+                process.send_signal(signal.SIGINT)
+        out = process.stdout.read()
+    end.cancel()
+    assert seen, f"{module} was never imported: {shown}"
+    return process.returncode, out, shown
+
+
+MOMENTS = [
+    ("--help", "typer"), ("chat", "mlx.core"), ("chat", "transformers"), ("chat", "mlx_mtp.cli.line_input"),
+    ("generate", "rich.console"), ("generate", "huggingface_hub"), ("generate", "mlx_mtp.decode"),
+    ("serve", "mlx_mtp.results"), ("serve", "uvicorn"), ("doctor", "numpy"), ("doctor", "sentencepiece"),
+    ("train", "mlx.optimizers"), ("adapt", "mlx_mtp.checkpoint"), ("convert", "mlx_mtp.converting"),
+    ("models", "mlx_mtp.pairs"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "module"), MOMENTS)
+def test_an_interrupt_while_modules_are_imported(command: str, module: str, tmp_path: Path) -> None:
+    arguments: dict[str, list[str | Path]] = {
+        "generate": ["def f(x):", "--max-tokens", "4000"], "serve": ["--port", "0"], "train": ["--out", tmp_path / "o"],
+        "adapt": ["--drafter", "d", "--data", tmp_path, "--out", tmp_path / "o"],
+        "convert": [tmp_path / "nothing", "--out", tmp_path / "o"],
+    }  # fmt: skip
+    code, out, err = interrupted_behind(module, started(command, *arguments.get(command, [])))
+    assert (code, out.strip(), err) == (130, "", "")
+
+
+def test_an_ignored_interrupt_stays_ignored() -> None:
+    code, out, _ = interrupted_behind("typer", started("--version", interrupts=signal.SIG_IGN))
+    assert (code, out) == (0, f"{mlx_mtp.__version__}\n")
+
+
+ODD_PLACES = {
+    "in a finaliser": """
+class Odd:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+Odd()
+""",
+    "in an import that catches everything": """
+sys.path.insert(0, sys.argv[1])
+try:
+    import odd
+except BaseException:
+    pass
+""",
+    "at the end": "atexit.register(os.kill, os.getpid(), signal.SIGINT)",
+    "while nothing can be written": """
+sys.stdout = open("/dev/full", "w")
+print("text")
+interrupts.running = False
+os.kill(os.getpid(), signal.SIGINT)
+""",
+}
+
+
+@pytest.mark.parametrize("code", ODD_PLACES.values(), ids=ODD_PLACES.keys())
+def test_an_interrupt_in_odd_places(code: str, tmp_path: Path) -> None:
+    kill = "os.kill(os.getpid(), signal.SIGINT)"
+    (tmp_path / "odd.py").write_text(f"import os, signal\n{kill}\nfor _ in range(9): pass\n")
+    begin = """
+import atexit, os, signal, sys, time
+from mlx_mtp.cli.app import Interrupts
+signal.signal(signal.SIGINT, signal.default_int_handler)
+atexit.register(lambda: time.sleep(1))
+interrupts = Interrupts()
+interrupts.take()
+interrupts.begin()
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", begin + code, tmp_path], capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert (found.returncode, found.stdout, found.stderr) == (130, "", "")
+
+
+def test_while_a_command_runs_an_interrupt_is_an_exception() -> None:
+    code = """
+import os, signal
+from mlx_mtp.cli.app import Interrupts
+signal.signal(signal.SIGINT, signal.default_int_handler)
+interrupts = Interrupts()
+interrupts.take()
+interrupts.begin()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("answered")
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "answered\n", "")
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_import_little(option: str) -> None:
+    process = started(option)
+    out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0
+    assert out == f"{mlx_mtp.__version__}\n" if option == "--version" else all(name in out for name in COMMANDS)
+    modules = {imported(line) for line in err.splitlines()}
+    assert "typer" in modules and not modules.intersection(HEAVY)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_summaries_are_the_commands_own(name: str) -> None:
+    command = getattr(importlib.import_module(f"mlx_mtp.cli.{name}"), name)
+    assert COMMANDS[name] == " ".join((inspect.getdoc(command) or "").split("\n\n")[0].split())
+
+
+def test_public_names() -> None:
+    code = """
+import sys, mlx_mtp
+assert "mlx.core" not in sys.modules and set(mlx_mtp.__all__) <= set(dir(mlx_mtp))
+from mlx_mtp import *
+assert load is mlx_mtp.load and "mlx.core" in sys.modules
+assert all(name in globals() for name in mlx_mtp.__all__)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE, env=dict(os.environ))
+    with pytest.raises(AttributeError, match="no attribute 'loud'"):
+        _ = mlx_mtp.loud

@@ -1,0 +1,317 @@
+"""Properties, against plain models: the round and its cache, acceptance on any laws, stop strings, channels.
+
+The target here reads its tokens back out of the cache and nothing else: what it answers depends on every row that the
+masks show, so one slot, position or mask that is wrong anywhere changes the text.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from unittest import mock
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mlx_mtp
+from mlx_mtp import decode, verify
+from mlx_mtp.cache import FULL, SLIDING, KVCache, LayerShape
+from mlx_mtp.channels import THOUGHTS, Channels
+from mlx_mtp.interfaces import Choose, Memory, States, TargetInfo
+from mlx_mtp.results import Sampling
+from mlx_mtp.sampling import Law
+from mlx_mtp.testing import ScriptedDrafter
+from mlx_mtp.tokens import StopStrings
+
+VOCABULARY = 11
+GREEDY = Sampling(temperature=0.0)
+PROPERTY = {"deadline": None, "derandomize": True}
+
+# The round
+
+
+class SummingTarget:
+    """The next token is a sum over the rows that a full and a sliding layer see, and the row's position."""
+
+    def __init__(self, window: int) -> None:
+        self.path = None
+        self.info = TargetInfo(
+            vocab_size=VOCABULARY, hidden_size=3, max_context=1 << 20, window=window, readable={}, storing_layers={},
+            attention_heads=1,
+        )  # fmt: skip
+
+    def modules(self) -> list[nn.Module]:
+        return []
+
+    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
+        shapes = (LayerShape(FULL, 1, 1), LayerShape(SLIDING, 1, 1))
+        return KVCache(shapes, self.info.window, capacity, mx.float32, batch)
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        return tokens[..., None].astype(mx.float32)
+
+    def forward(self, tokens: mx.array, cache: KVCache, keep: int | None = None) -> States:
+        step, fresh = cache.begin(tokens.shape[1]), self.embed(tokens)[:, None]
+        sums = []
+        for layer, kind in enumerate((FULL, SLIDING)):
+            keys, _ = cache.update(layer, fresh, fresh, step)
+            sums.append((keys[:, :, None, :, 0] * step.masks[kind]).sum(axis=-1)[:, 0])
+        places = step.offset[:, None] + mx.arange(tokens.shape[1])
+        hidden = mx.stack([*sums, places.astype(mx.float32)], axis=-1)
+        return States(hidden if keep is None else hidden[:, hidden.shape[1] - keep :])
+
+    def head(self, hidden: mx.array) -> mx.array:
+        best = (hidden[..., 0] + 3 * hidden[..., 1] + hidden[..., 2]).astype(mx.int32) % VOCABULARY
+        return 9.0 * (best[..., None] == mx.arange(VOCABULARY))
+
+    def continued(self, ids: list[int], count: int) -> list[int]:
+        """What it writes, from a plain list."""
+        ids = list(ids)
+        for _ in range(count):
+            ids.append((sum(ids) + 3 * sum(ids[-self.info.window :]) + len(ids) - 1) % VOCABULARY)
+        return ids
+
+
+class ListeningDrafter(ScriptedDrafter):
+    """Right where `right` says so and it has heard everything; wrong for certain anywhere else."""
+
+    reads_prompt = True
+    reads_states = True
+
+    def __init__(self, right: list[bool]) -> None:
+        super().__init__([])
+        self.right = mx.array(right)
+
+    def follow(self, script: list[int]) -> None:
+        self._script = mx.array([*script, *[0] * 64], dtype=mx.int32)
+
+    def start(self, batch: int, capacity: int) -> Memory:
+        return {"heard": mx.zeros((batch, capacity + 64), dtype=mx.int32), "length": mx.zeros((batch,), dtype=mx.int32)}
+
+    def grow(self, memory: Memory, capacity: int) -> Memory:
+        more = max(0, capacity + 64 - memory["heard"].shape[1])
+        return {**memory, "heard": mx.pad(memory["heard"], [(0, 0), (0, more)])}
+
+    def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:
+        assert states.hidden.shape[1] == tokens.shape[1]
+        heard = mx.slice_update(memory["heard"], tokens, memory["length"], axes=(1,))
+        return {"heard": heard, "length": memory["length"] + accepted + 1}
+
+    def rewind(self, memory: Memory, length: int, states: States | None) -> Memory:
+        assert states is not None and states.hidden[0, -1, 2].item() == length - 1
+        return {**memory, "length": mx.array([length], dtype=mx.int32)}
+
+    def draft(
+        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, choose: Choose
+    ) -> tuple[mx.array, Memory]:
+        length, places = cache.length[:, None], mx.arange(self._script.size)
+        before = places < length
+        size = min(memory["heard"].shape[1], self._script.size)
+        agrees = (memory["heard"][:, :size] == self._script[:size]) | ~before[:, :size]
+        total = mx.where(before, self._script, 0).sum()
+        knows = agrees.all() & (memory["length"] == cache.length).all() & (self._script[length] == token).all()
+        knows = knows & (hidden[0, 0, 0] == total) & (hidden[0, 0, 2] == length[0, 0] - 1)
+        at = mx.minimum(length + 1 + mx.arange(depth), self._script.size - 1)
+        stands = knows & self.right[at % self.right.size]
+        return choose.certain(mx.where(stands, self._script[at], (self._script[at] + 1) % VOCABULARY)), memory
+
+
+@dataclass(frozen=True)
+class Story:
+    """A prompt and an edit of the conversation after the first reply, on one pair."""
+
+    window: int
+    depth: int
+    chunk: int
+    right: list[bool]
+    prompt: list[int]
+    budget: int
+    kept: float
+    added: list[int]
+
+
+TOKENS = st.integers(0, VOCABULARY - 1)
+
+
+@st.composite
+def stories(draw: st.DrawFn) -> Story:
+    # One end of a rung of the capacity ladder is near, more often than not.
+    length = draw(st.one_of(st.integers(1, 60), st.integers(200, 262), st.integers(480, 520)))
+    seed = draw(st.integers(0, 99))
+    return Story(
+        window=draw(st.integers(1, 40)), depth=draw(st.integers(0, 8)), chunk=draw(st.sampled_from([7, 33, 80, 512])),
+        right=draw(st.lists(st.booleans(), min_size=1, max_size=12)),
+        prompt=np.random.default_rng(seed).integers(0, VOCABULARY, length).tolist(), budget=draw(st.integers(1, 70)),
+        kept=draw(st.floats(0.0, 1.0)), added=draw(st.lists(TOKENS, min_size=1, max_size=20)),
+    )  # fmt: skip
+
+
+def expected_acceptance(story: Story, prompt: int) -> int:
+    """Drafts that stand, counted by hand: `right` says which places the drafter gets right."""
+    emitted, accepted = 1, 0
+    while emitted < story.budget:
+        newest, stood = prompt + emitted - 1, 0
+        while stood < story.depth and story.right[(newest + 1 + stood) % len(story.right)]:
+            stood += 1
+        accepted, emitted = accepted + stood, emitted + stood + 1
+    return accepted
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Rounds built anew each time: compiling kernels for sizes that are used once would take most of the time."""
+    mx.disable_compile()
+    try:
+        yield
+    finally:
+        mx.enable_compile()
+
+
+@settings(max_examples=60, **PROPERTY)
+@given(stories())
+def test_any_round_is_the_plain_list(story: Story) -> None:
+    target, drafter = SummingTarget(story.window), ListeningDrafter(story.right)
+    engine = mlx_mtp.Engine(target, drafter, None, depth=story.depth)
+    session, prompt = mlx_mtp.Session(), story.prompt
+    limits = mock.patch.multiple(decode, MAX_CHUNK=story.chunk, MIN_CHUNK=1)
+    with uncompiled(), limits:
+        for _ in range(2):
+            whole = target.continued(prompt, story.budget + story.depth + 2)
+            drafter.follow(whole)
+            *_, last = engine.stream(
+                prompt, max_tokens=story.budget, sampling=GREEDY, session=session, ignore_end=True
+            )
+            result = last.result
+            assert result.tokens == whole[len(prompt) : len(prompt) + story.budget]
+            assert result.stats.accepted == expected_acceptance(story, len(prompt))
+            said = [*prompt, *result.tokens]
+            prompt = [*said[: int(story.kept * len(said))], *story.added]
+
+
+# Acceptance
+
+
+@st.composite
+def weights(draw: st.DrawFn, rows: int, size: int) -> np.ndarray:
+    """Laws [rows, size] in which some tokens cannot be."""
+    table = np.array(draw(st.lists(st.integers(0, 3), min_size=rows * size, max_size=rows * size)), dtype=np.float64)
+    table = table.reshape(rows, size)
+    table[table.sum(axis=1) == 0] = 1.0
+    return table / table.sum(axis=1, keepdims=True)
+
+
+@st.composite
+def laws(draw: st.DrawFn) -> tuple[int, list[np.ndarray], list[np.ndarray]]:
+    """p and q by the number of tokens before: [V ** i, V] each. Some rows of q are those of p."""
+    size, depth = draw(st.sampled_from([(2, 1), (2, 3), (3, 1), (3, 2), (4, 2)]))
+    p = [draw(weights(size**i, size)) for i in range(depth + 1)]
+    q = [draw(weights(size**i, size)) for i in range(depth)]
+    for i in range(depth):
+        same = np.array(draw(st.lists(st.booleans(), min_size=size**i, max_size=size**i)))
+        q[i][same] = p[i][same]
+    return size, p, q
+
+
+@settings(max_examples=80, **PROPERTY)
+@given(laws(), st.sampled_from([verify.token_odds, verify.block_odds]))
+def test_the_law_stays_the_targets(found: tuple[int, list[np.ndarray], list[np.ndarray]], odds) -> None:
+    """Every block of drafts, every count of accepted ones: the tokens that come out have the law p."""
+    size, p, q = found
+    depth = len(q)
+    blocks = np.array(list(itertools.product(range(size), repeat=depth)))
+    before = [sum((blocks[:, j] * size ** (i - 1 - j) for j in range(i)), np.zeros(len(blocks), dtype=int))
+              for i in range(depth + 1)]  # fmt: skip
+
+    def law(tables: list[np.ndarray]) -> Law:
+        rows = np.stack([table[before[i]] for i, table in enumerate(tables)], axis=1)
+        return Law(None, mx.array(rows.astype(np.float32)))
+
+    judged = odds(mx.array(blocks.astype(np.int32)), law(q), law(p))
+    passes, residual = np.array(judged.pass_), np.array(judged.residual.probabilities)
+    emitted: dict[tuple[int, ...], float] = {}
+    for b, block in enumerate(blocks):
+        drawn = np.prod([q[i][before[i][b], block[i]] for i in range(depth)])
+        if drawn == 0:
+            continue
+        assert (passes[b] >= 0).all() and (passes[b] <= 1 + 1e-6).all()
+        for outcome in itertools.product([False, True], repeat=depth):
+            chance = np.prod([one if passed else 1 - one for one, passed in zip(passes[b], outcome, strict=True)])
+            if judged.prefix:
+                accepted = next((i for i, passed in enumerate(outcome) if not passed), depth)
+            else:
+                accepted = max((i + 1 for i, passed in enumerate(outcome) if passed), default=0)
+            for token in range(size):
+                start = (*block[:accepted].tolist(), token)
+                emitted[start] = emitted.get(start, 0.0) + drawn * chance * residual[b, accepted, token]
+
+    def probability(sequence: tuple[int, ...], begin: int) -> float:
+        value = 1.0
+        for i in range(begin, len(sequence)):
+            value *= p[i][int("".join(map(str, sequence[:i])) or "0", size), sequence[i]]
+        return value
+
+    for sequence in itertools.product(range(size), repeat=depth + 1):
+        got = sum(emitted.get(sequence[:i], 0.0) * probability(sequence, i) for i in range(1, depth + 2))
+        assert abs(got - probability(sequence, 0)) < 2e-6
+
+
+# Stop strings and channels
+
+
+def cut(text: str, data: st.DataObject) -> list[str]:
+    places = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=9)))
+    return [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
+
+
+def stopped(text: str, stops: list[str]) -> str | None:
+    """The text in front of the stop that is complete first, the longest of these; None without any."""
+    for end in range(len(text) + 1):
+        if begins := [end - len(stop) for stop in stops if stop and text[:end].endswith(stop)]:
+            return text[: min(begins)]
+    return None
+
+
+@settings(max_examples=300, **PROPERTY)
+@given(st.text("ab\n", max_size=30), st.lists(st.text("ab\n", max_size=4), max_size=4), st.data())
+def test_stop_strings_like_a_search(text: str, stops: list[str], data: st.DataObject) -> None:
+    stream, shown, read = StopStrings(stops), "", ""
+    for part in cut(text, data):
+        shown, read = shown + stream.feed(part), read + part
+        expected = stopped(read, stops)
+        assert stream.hit == (expected is not None)
+        if expected is None:  # held back is what may become a stop, and nothing more
+            starts = [stop[:n] for stop in stops for n in range(len(stop))]
+            expected = read[: len(read) - max((len(start) for start in starts if read.endswith(start)), default=0)]
+        assert shown == expected
+    whole = stopped(text, stops)
+    assert shown + stream.flush() == (text if whole is None else whole)
+
+
+def told_apart(text: str) -> tuple[str, str]:
+    """Answer and thoughts of a whole text, with nothing but searches."""
+    answer, thinking = "", ""
+    while text:
+        places = [(text.find(opening), opening, closing) for opening, closing in THOUGHTS if opening in text]
+        if not places:
+            return answer + (text if answer else text.lstrip("\n")), thinking
+        at, opening, closing = min(places)
+        answer += text[:at] if answer else text[:at].lstrip("\n")
+        thought, _, text = text[at + len(opening) :].partition(closing)
+        thinking += thought.partition("\n")[2] if opening == THOUGHTS[0][0] else thought
+    return answer, thinking
+
+
+PARTS = [*itertools.chain(*THOUGHTS), "thought\n", "a", "b ", "\n", "\n\n", "<", "<|", "|>", "<th", "ink>", "ö"]
+
+
+@settings(max_examples=300, **PROPERTY)
+@given(st.lists(st.sampled_from(PARTS), max_size=16), st.data())
+def test_channels_like_a_search(parts: list[str], data: st.DataObject) -> None:
+    channels, text = Channels(calls=False), "".join(parts)
+    found = [*(channels.feed(part) for part in cut(text, data)), channels.flush()]
+    assert ("".join(piece.text for piece in found), "".join(piece.thinking for piece in found)) == told_apart(text)

@@ -1,0 +1,184 @@
+"""Seeded faults: is each of them caught by the tests?
+
+What it does: puts one fault at a time into a scratch copy of the tree, runs the tests that should notice, and says
+"caught" or "NOT caught". What it does not do: touch the checkout, or invent faults; the list below is by hand.
+
+    python tools/mutations.py                 all of them, after the same tests passed on the unchanged copy
+    python tools/mutations.py ring window     only those whose name holds one of the words
+    python tools/mutations.py --list
+
+Exit code 0 when all were caught; 1 when one was not, when a source text is no longer there exactly once, or when the
+tests fail without any fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ("mlx_mtp", "cli", "tests", "pyproject.toml")
+PATIENCE = 600
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`old` in `file` becomes `new`; `tests` are pytest's arguments, of which a `-k` goes with the file before it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+ENUMERATION = ("tests/test_sampling.py", "-k", "enumeration")
+CACHE = ("tests/test_cache.py",)
+LOOP = ("tests/test_engine.py", "-k", "every_depth and ple or full_acceptance or full_rejection")
+FAULTS = (
+    Fault("acceptance, token by token: q / p in place of p / q", "mlx_mtp/verify.py",
+          "Odds(mx.minimum(before.at(drafts) / q.at(drafts), 1.0)",
+          "Odds(mx.minimum(q.at(drafts) / before.at(drafts), 1.0)", ENUMERATION),
+    Fault("acceptance, greedy: a draft behind a wrong one stands", "mlx_mtp/verify.py",
+          "accepted = mx.cumprod(agrees, axis=1).sum(axis=1)", "accepted = agrees.sum(axis=1)", LOOP),
+    Fault("acceptance: one random key for two draws", "mlx_mtp/verify.py",
+          "mx.random.uniform(shape=(batch, depth), key=keys[0])",
+          "mx.random.uniform(shape=(batch, depth), key=keys[1])",
+          ("tests/test_sampling.py", "-k", "long_runs_follow")),
+    Fault("residual: p in place of p - q", "mlx_mtp/verify.py",
+          "excess = mx.maximum(before.probabilities - q.on(before), 0.0)", "excess = before.probabilities",
+          ENUMERATION),
+    Fault("block verification: the excess without the block's weight", "mlx_mtp/verify.py",
+          "weight[:, :depth, None] * before.probabilities - q.on(before)", "before.probabilities - q.on(before)",
+          ENUMERATION),
+    Fault("block verification: every draft by itself", "mlx_mtp/verify.py",
+          "mx.minimum(weights[-1] * ratio[:, i], 1.0)", "mx.minimum(ratio[:, i], 1.0)", ENUMERATION),
+    Fault("sampled: greedy in place of the law", "mlx_mtp/sampling.py",
+          "greedy=not filtered,", "greedy=True,", ("tests/test_sampling.py", "-k", "long_runs_follow")),
+    Fault("penalties: a draft does not count for the next but one", "mlx_mtp/sampling.py",
+          "mx.concatenate([start, start + mx.cumsum(found, axis=1)], axis=1)",
+          "mx.concatenate([start, start + found], axis=1)",
+          ("tests/test_sampling.py", "-k", "penalties")),
+    Fault("ring: rows in the slots of their neighbours", "mlx_mtp/cache.py",
+          "step.slots[kind] = queries % ring", "step.slots[kind] = (queries + 1) % ring", CACHE),
+    Fault("ring: half the slack", "mlx_mtp/cache.py",
+          "min(self.capacity, self.window + self.slack)", "min(self.capacity, self.window + self.slack // 2)",
+          ("tests/test_cache.py", "-k", "plain_list")),
+    Fault("ring: a rolled-back session trusts rows that are gone", "mlx_mtp/session.py",
+          "+ cache.slots(SLIDING) > newest", "+ cache.slots(SLIDING) > newest - 8",
+          ("tests/test_session.py", "-k", "ring")),
+    Fault("positions: slots one too old", "mlx_mtp/cache.py",
+          "return newest - (newest - slots) % self.slots(kind)",
+          "return newest - 1 - (newest - 1 - slots) % self.slots(kind)", CACHE),
+    Fault("positions: the last rows rotated as if they were the first", "mlx_mtp/cache.py",
+          "Pass(self.offset + (total - rows), masks", "Pass(self.offset, masks", ("tests/test_gemma4.py",)),
+    Fault("positions: the drafter asks from one place later", "mlx_mtp/drafters/assistant.py",
+          "return length if self is Convention.A else length - 1", "return length", ("tests/test_assistant.py",)),
+    Fault("masks: a window of one more", "mlx_mtp/cache.py",
+          "(keys > rows - window)", "(keys >= rows - window)", CACHE),
+    Fault("masks: a full layer sees one row of the future", "mlx_mtp/cache.py",
+          "positions[:, None, None, :] <= queries[:, None, :, None]\n",
+          "positions[:, None, None, :] <= queries[:, None, :, None] + 1\n", CACHE),
+    Fault("roll-back: rejected rows are kept", "mlx_mtp/speculate.py",
+          "cache.advance(accepted + 1)", "cache.advance(rows.shape[1])", LOOP),
+    Fault("roll-back: the drafter continues from the last row's state", "mlx_mtp/speculate.py",
+          "hidden = mx.take_along_axis(states.hidden, accepted[:, None, None], axis=1)",
+          "hidden = states.hidden[:, -1:]", ("tests/test_properties.py", "-k", "round")),
+    Fault("roll-back: the drafter hears of no accepted draft", "mlx_mtp/speculate.py",
+          "memory = drafter.observe(memory, rows, states, accepted)",
+          "memory = drafter.observe(memory, rows, states, accepted * 0)", ("tests/test_properties.py", "-k", "round")),
+    Fault("cache length: buffers grow eight rows too late", "mlx_mtp/decode.py",
+          "if rows <= request.cache.capacity:", "if rows <= request.cache.capacity + 8:",
+          ("tests/test_properties.py", "-k", "round")),
+    Fault("cache length: a kept conversation begins one row late", "mlx_mtp/session.py",
+          "mx.array([found - back], dtype=mx.int32)", "mx.array([found], dtype=mx.int32)",
+          ("tests/test_session.py", "-k", "second_turn or edit")),
+    Fault("stop strings: what may become one is shown", "mlx_mtp/tokens.py",
+          "keep = max((overlap(self._held, stop) for stop in self._stops), default=0)", "keep = 0",
+          ("tests/test_properties.py", "-k", "stop")),
+)  # fmt: skip
+
+
+def places(fault: Fault, root: Path = ROOT) -> int:
+    """How often the text that a fault replaces is in its file; it must be once."""
+    return (root / fault.file).read_text(encoding="utf-8").count(fault.old)
+
+
+def scratch(folder: Path) -> Path:
+    """A copy of the tree; the embedded model, which no fault touches, is linked."""
+    assets = ROOT / "mlx_mtp" / "assets"
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            # mlx_mtp/cli may be a link into the checkout, which would bring the unchanged command line.
+            skipped = shutil.ignore_patterns("__pycache__", "standard-library", *(["cli"] if name == "mlx_mtp" else []))
+            shutil.copytree(source, folder / name, ignore=skipped)
+        else:
+            shutil.copy(source, folder / name)
+    (folder / "mlx_mtp" / "cli").symlink_to(Path("..", "cli"))
+    (folder / "mlx_mtp" / "assets" / "standard-library").symlink_to(assets / "standard-library")
+    return folder
+
+
+def run(folder: Path, tests: tuple[str, ...]) -> int:
+    """pytest's exit code: 0 passed, 1 some failed, below 0 a crash; a hang counts as failed."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    try:
+        return subprocess.run(
+            command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=PATIENCE
+        ).returncode
+    except subprocess.TimeoutExpired:
+        return 1
+
+
+def survivors(faults: list[Fault], folder: Path) -> list[Fault]:
+    """Those that no test noticed."""
+    missed = []
+    for fault in faults:
+        file = folder / fault.file
+        whole = file.read_text(encoding="utf-8")
+        file.write_text(whole.replace(fault.old, fault.new), encoding="utf-8")
+        code = run(folder, fault.tests)
+        file.write_text(whole, encoding="utf-8")
+        if code > 1:  # below 0 it crashed, which nobody overlooks
+            sys.exit(f"{fault.name}: pytest ended with {code}; are the tests {' '.join(fault.tests)} still there?")
+        print(f"{'caught    ' if code else 'NOT caught'}  {fault.name}", flush=True)
+        if not code:
+            missed.append(fault)
+    return missed
+
+
+def main() -> int:
+    """Runs the faults that were asked for; the exit code."""
+    parser = argparse.ArgumentParser(description="Seeded faults: is each of them caught by the tests?")
+    parser.add_argument("words", nargs="*", help="only faults whose name holds one of these words")
+    parser.add_argument("--list", action="store_true", help="only name the faults")
+    asked = parser.parse_args()
+    faults = [fault for fault in FAULTS if not asked.words or any(word in fault.name for word in asked.words)]
+    if stale := [fault for fault in faults if places(fault) != 1]:
+        for fault in stale:
+            print(f"{fault.name}: expected its text once in {fault.file}, found it {places(fault)} times")
+        return 1
+    if asked.list:
+        print(*(fault.name for fault in faults), sep="\n")
+        return 0
+    with tempfile.TemporaryDirectory(prefix="mlx-mtp-mutations-") as place:
+        folder = scratch(Path(place))
+        for tests in dict.fromkeys(fault.tests for fault in faults):
+            if run(folder, tests):
+                print(f"{' '.join(tests)} fails without any fault; mend that first")
+                return 1
+        missed = survivors(faults, folder)
+    print(f"{len(faults) - len(missed)} of {len(faults)} faults caught")
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
