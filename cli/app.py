@@ -18,6 +18,7 @@ from rich.logging import RichHandler
 
 import mlx_mtp
 from mlx_mtp.cli.adapt import adapt
+from mlx_mtp.cli.bench import bench
 from mlx_mtp.cli.chat import chat
 from mlx_mtp.cli.convert import convert
 from mlx_mtp.cli.doctor import doctor
@@ -37,6 +38,7 @@ app = typer.Typer(
 app.command()(chat)
 app.command()(generate)
 app.command()(serve)
+app.command()(bench)
 app.command()(train)
 app.command()(adapt)
 app.command()(convert)

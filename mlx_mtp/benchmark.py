@@ -207,8 +207,9 @@ def take_turns(
 ) -> Iterator[tuple[str, Timing]]:
     """Runs a job `repeats` times through every arm, in the order A B C, C B A, ...; yields what each run gave.
 
-    pause: called before every turn, for chips that must cool down. Every arm first runs it once without being booked: kernels are built, files are read. Where the sampling is not
-    greedy each repeat has a seed of its own, so that no single text decides.
+    pause: called before every turn, for chips that must cool down. Every arm first runs the job once without being
+    booked: kernels are built, files are read. Where the sampling is not greedy each repeat has a seed of its own, so
+    that no single text decides.
     """
     if warm:
         for arm in arms.values():
@@ -284,8 +285,8 @@ def differences(target: Target, jobs: Sequence[Job], expected: Record, found: Re
             first = next((i for i, (a, b) in enumerate(zip(reference, tokens, strict=False)) if a != b), None)
             if first is not None:
                 logits = target.logits(mx.array([[*job.prompt, *reference[:first]]]))[0, -1]
-                gap = logits[reference[first]] - logits[tokens[first]]
-                parted.append(Difference(at, first, float(gap.item())))
+                mine, theirs = np.array(logits)[[reference[first], tokens[first]]]
+                parted.append(Difference(at, first, float(mine - theirs)))
                 break
     return parted
 

@@ -140,6 +140,17 @@ def line_up(plan: Plan, load: Load) -> Lineup:
     return lineup
 
 
+def deepest_arm(plan: Plan, load: Load) -> Lineup:
+    """The pair alone, drafting as deep as it can: what acceptance by position is counted with."""
+    engine = load(plan.model, plan.drafter, depth="0", mode=plan.mode, max_context=plan.max_context)
+    if engine.drafter is None:
+        raise OptionError("Expected a pair with a drafter to count acceptance with, found none; give --acceptance 0.8.")
+    lineup, depth = Lineup(engine), max(engine.allowed_depths)
+    deep = _engine(lineup, engine.drafter, depth)
+    lineup.arms[MTP] = BenchArm(name=MTP, run=engine_arm(deep), engine=deep, drafter=MTP, depth=depth)
+    return lineup
+
+
 def parted(name: str) -> tuple[str, int | str | None]:
     """'lookup@auto' -> ('lookup', 'auto'); without a depth None."""
     found = re.fullmatch(r"(.+)@(auto|\d+)", name)
@@ -156,8 +167,8 @@ def _drafting(lineup: Lineup, plan: Plan, name: str, made: dict[str, Drafter | N
             made[called] = another_drafter(plan.model, called)
         except MLXMTPError as error:
             raise OptionError(
-                f"Expected arms of {', '.join((STOCK, PLAIN, MTP, LOOKUP, VLM))} or a drafter's name, found '{called}', "
-                f"which could not be loaded: {error}"
+                f"Expected arms of {', '.join((STOCK, PLAIN, MTP, LOOKUP, VLM))} or a drafter's name, found '{called}' "
+                f"that cannot be loaded: {error}"
             ) from error
     drafter = made[called]
     if drafter is None:

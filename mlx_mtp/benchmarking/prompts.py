@@ -59,8 +59,8 @@ def read_prompts(
     wanted = {name.casefold() for name in categories}
     if missing := wanted - {name.casefold() for name in found}:
         raise OptionError(
-            f"Expected --category as one of {', '.join(map(repr, found))}, found {', '.join(map(repr, sorted(missing)))}; "
-            "change it."
+            f"Expected --category as one of {', '.join(map(repr, found))}, "
+            f"found {', '.join(map(repr, sorted(missing)))}; change it."
         )
     groups = [prompts for name, prompts in found.items() if not wanted or name.casefold() in wanted]
     return [prompt for group in groups for prompt in evenly(group, per_category)]
@@ -94,7 +94,7 @@ def _content(file: Path) -> bytes:
         content = file.read_bytes()
         return gzip.decompress(content) if file.suffix == ".gz" else content
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{file}: expected a whole gzip file, found one that is not ({error}); fetch it again.") from error
+        raise DataError(f"{file}: expected a whole gzip file, found another ({error}); fetch it again.") from error
     except OSError as error:
         raise DataError(f"{file}: expected a readable file, found '{error.strerror}'; check the path.") from error
 

@@ -9,7 +9,7 @@ Every result is a prediction, and is to be shown as one, with its source.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -125,7 +125,7 @@ def canonical(chip: str) -> str:
         if name.casefold() == wanted and curves_for(name):
             return str(name)
     raise OptionError(
-        f"Expected a chip of which figures are published ({', '.join(known_chips())}), found '{chip}'; name one of them."
+        f"Expected a chip of which figures are published ({', '.join(known_chips())}), found '{chip}'; name one."
     )
 
 
@@ -145,7 +145,7 @@ def predict(chip: str, acceptance: Sequence[float], most: int = 8) -> list[Predi
     chip = canonical(chip)
     if not acceptance or not all(0.0 <= share <= 1.0 for share in acceptance):
         raise OptionError(
-            f"Expected --acceptance as shares from 0 to 1, found {', '.join(map(str, acceptance)) or 'none'}; change it."
+            f"Expected --acceptance as shares from 0 to 1, found {list(acceptance) or 'none'}; change it."
         )
     shares = list(acceptance) * most if len(acceptance) == 1 else list(acceptance)
     found = []
@@ -158,3 +158,19 @@ def predict(chip: str, acceptance: Sequence[float], most: int = 8) -> list[Predi
             tokens_per_round=expected_tokens(shares, best),
         ))  # fmt: skip
     return found
+
+
+def prediction_report(chip: str, acceptances: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """The JSON object of `bench --predict`. acceptances: by what they are from, conditional, by position."""
+    share, source = assumed_draft_share()
+    return {
+        "prediction": MARK,
+        "chip": canonical(chip),
+        "bandwidth_gigabytes_per_second": bandwidth(chip),
+        "assumed_draft_share": {"value": share, "source": source},
+        "cases": [
+            {"acceptance_from": label, "acceptance": list(shares),
+             "predictions": [one.as_dict() for one in predict(chip, shares)]}
+            for label, shares in acceptances.items()
+        ],
+    }  # fmt: skip

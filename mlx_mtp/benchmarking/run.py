@@ -75,8 +75,8 @@ class Bench:
         for prompt, ids in zip(self.prompts, self._ids, strict=True):
             if len(ids) + room > engine.max_context:
                 raise PromptError(
-                    f"{prompt.where}: expected a prompt of at most {engine.max_context - room} tokens beside {room} new "
-                    f"ones, found {len(ids)}; leave it out or raise --max-context."
+                    f"{prompt.where}: expected a prompt of at most {engine.max_context - room} tokens beside {room} "
+                    f"new ones, found {len(ids)}; leave it out or raise --max-context."
                 )
         self._samplings = self.lineup.samplings(self.plan)
 

@@ -215,7 +215,8 @@ def _json_document(line: str, where: str, prompts: bool) -> Iterator[Document]:
         yield Document(where, messages=turns_of(record["messages"], where))
     elif "prompt" in record and "completion" in record:
         pairs = (("user", "prompt"), ("assistant", "completion"))
-        yield Document(where, messages=[{"role": role, "content": string_of(record, key, where)} for role, key in pairs])
+        turns = [{"role": role, "content": string_of(record, key, where)} for role, key in pairs]
+        yield Document(where, messages=turns)
     elif "prompt" in record and prompts:
         yield Document(where, messages=[{"role": "user", "content": string_of(record, "prompt", where)}])
     elif "text" in record:
