@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -323,6 +323,22 @@ def measure(
         context=len(prompt), verify=tuple(seconds), plain=wall[0], drafted_depth=depth,
         drafted=wall[depth] if depth else None, draft_step=step, build=alone[-1].build, submit=alone[-1].submit,
         scatter=statistics.median(timing.scatter for timing in passes),
+    )  # fmt: skip
+
+
+def average(found: Sequence[Costs]) -> Costs:
+    """The mean of the same pieces measured several times."""
+
+    def mean(of: Callable[[Costs], float | None]) -> float | None:
+        values = [value for one in found if (value := of(one)) is not None]
+        return statistics.fmean(values) if values else None
+
+    rows = zip(*(one.verify for one in found), strict=True)
+    always = zip(*((one.plain, one.build, one.submit, one.scatter) for one in found), strict=True)
+    plain, build, submit, scatter = map(statistics.fmean, always)
+    return replace(
+        found[0], verify=tuple(map(statistics.fmean, rows)), plain=plain, drafted=mean(lambda c: c.drafted),
+        draft_step=mean(lambda c: c.draft_step), build=build, submit=submit, scatter=scatter,
     )  # fmt: skip
 
 

@@ -16,6 +16,10 @@ from mlx_mtp.errors import OptionError
 
 SHOWN_ROUNDS = 3
 COLOURS = {"draft": "#ee8866", "verify": "#4477aa", "gap": "#bbbbbb", "build": "#44aa99", "submit": "#aa4499"}
+PARTS = {
+    "draft": "drafts", "verify": "verify", "gap": "host gap", "build": "build the next round",
+    "submit": "hand it over, or wait",
+}  # fmt: skip
 
 
 def check_matplotlib() -> None:
@@ -60,6 +64,7 @@ def _speed_up(axis: Any, sampling: dict[str, Any]) -> None:
         places = [at + (i - (len(arms) - 1) / 2) * width for at in range(len(groups))]
         axis.bar(places, middle, width, yerr=errors, label=arm, color=f"C{i % 10}", error_kw={"linewidth": 0.7})
     axis.axhline(1.0, color="black", linewidth=0.8)
+    axis.margins(y=0.25)
     axis.set_xticks(range(len(groups)), [group["category"] for group in groups], rotation=20)
     axis.set(title=f"Speed-up over {'stock mlx-lm' if stock else 'ours plain'}, {sampling['name']}", ylabel="times")
     axis.legend(fontsize="x-small", ncols=2)
@@ -71,7 +76,7 @@ def _acceptance(axis: Any, samplings: list[dict[str, Any]]) -> None:
         rows = [row for row in sampling["groups"][0]["arms"] if row["acceptance"]]
         deepest: dict[str, dict[str, Any]] = {}
         for row in rows:
-            if row["drafter"] not in deepest or len(row["acceptance"]) > len(deepest[row["drafter"]]["acceptance"]):
+            if row["drafter"] not in deepest or _fixed_depth(row) > _fixed_depth(deepest[row["drafter"]]):
                 deepest[row["drafter"]] = row
         for i, row in enumerate(deepest.values()):
             axis.plot(range(1, len(row["acceptance"]) + 1), row["acceptance"], style, marker="o", color=f"C{i}",
@@ -82,6 +87,11 @@ def _acceptance(axis: Any, samplings: list[dict[str, Any]]) -> None:
     axis.grid(alpha=0.3)
     if axis.lines:
         axis.legend(fontsize="x-small")
+
+
+def _fixed_depth(row: dict[str, Any]) -> int:
+    """Depth "auto" comes last: its positions are from different rounds, few of them deep."""
+    return -1 if row["depth"] == "auto" else int(row["depth"])
 
 
 def _verify(axis: Any, sampling: dict[str, Any]) -> None:
@@ -107,9 +117,12 @@ def _timeline(axis: Any, sampling: dict[str, Any]) -> None:
         depth = one["drafted_depth"] if one["drafter"] else 0
         name = f"{one['drafter']}, {depth} drafts" if depth else "plain"
         whole = one["drafted_round_milliseconds"] if depth else one["plain_round_milliseconds"]
-        draft, verify = depth * (one["draft_step_milliseconds"] or 0.0), one["verify_milliseconds"][depth]
-        device = {"draft": draft, "verify": verify, "gap": max(0.0, whole - draft - verify)}
-        host = {"build": one["host_build_milliseconds"], "submit": one["host_submit_milliseconds"]}
+        draft = min(whole, depth * (one["draft_step_milliseconds"] or 0.0))
+        # Rounds overlap, so the parts measured apart may take longer than the round: what is seen of them is the rest.
+        verify = min(whole - draft, one["verify_milliseconds"][depth])
+        device = {"draft": draft, "verify": verify, "gap": whole - draft - verify}
+        build = min(whole, one["host_build_milliseconds"])
+        host = {"build": build, "submit": min(whole - build, one["host_submit_milliseconds"])}
         for lane, spans in ((f"{name}: device", device), (f"{name}: host", host)):
             for turn in range(SHOWN_ROUNDS):
                 left = turn * whole
@@ -120,7 +133,7 @@ def _timeline(axis: Any, sampling: dict[str, Any]) -> None:
     axis.set_yticks(range(len(lanes)), lanes, fontsize="small")
     axis.invert_yaxis()
     for part, colour in COLOURS.items():
-        axis.barh(0, 0, color=colour, label={"gap": "host gap"}.get(part, part))
+        axis.barh(0, 0, color=colour, label=PARTS[part])
     axis.legend(fontsize="x-small", loc="lower right")
     where = f"behind {prompt['prompt_tokens']} tokens ({prompt['category']})"
     axis.set(title=f"{SHOWN_ROUNDS} rounds in the loop, {where}", xlabel="milliseconds")

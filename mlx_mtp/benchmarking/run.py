@@ -1,8 +1,9 @@
 """The bench itself: every prompt, under every sampling, through every arm; and whatever was measured so far.
 
 What it does, for each prompt: times the pieces of a round behind it; counts acceptance on a reply that ends where it
-ends, untimed; then times the arms in turns A B B A, a fixed number of tokens each, endings ignored. What it does not
-do: print, or turn runs into figures (report.py).
+ends, untimed; times the arms in turns A B B A, a fixed number of tokens each, endings ignored; then times the pieces
+again, so that a machine that changes its speed does so on both sides. What it does not do: print, or turn runs into
+figures (report.py).
 
 Invariant: what was booked stays booked, whenever the run is interrupted.
 """
@@ -30,23 +31,24 @@ from mlx_mtp.results import Sampling, Stats
 
 log = logging.getLogger(__name__)
 
-# Times of each piece, and how often the pipelined rounds take turns; tokens of a run that times the stock step.
-PIECE_REPEATS, PIECE_TURNS, STOCK_TOKENS = 9, 2, 24
+# Times of each piece, before the turns and again behind them; tokens of a run that times the stock step.
+PIECE_REPEATS, STOCK_TOKENS = 9, 32
 PLAIN_PIECES = ""  # the name of the pieces without a drafter
 BETWEEN_SAMPLINGS = 1_000_003  # seeds
 
 
 @dataclass
 class Measured:
-    """One prompt under one sampling. costs: pieces of a round by drafter. stock_seconds: a step of stock mlx-lm.
+    """One prompt under one sampling.
 
+    pieces: of a round, by drafter, before the turns and behind them. stock: seconds of steps of stock mlx-lm.
     replies: statistics of replies that ended by themselves, by arm. timings: by arm, in the order of the turns.
     """
 
     prompt: BenchPrompt
     job: Job
-    costs: dict[str, Costs] = field(default_factory=dict)
-    stock_seconds: float | None = None
+    pieces: dict[str, list[Costs]] = field(default_factory=dict)
+    stock: list[float] = field(default_factory=list)
     replies: dict[str, Stats] = field(default_factory=dict)
     timings: dict[str, list[Timing]] = field(default_factory=dict)
 
@@ -54,6 +56,16 @@ class Measured:
     def turns(self) -> int:
         """Turns that every arm finished."""
         return min((len(runs) for runs in self.timings.values()), default=0)
+
+    @property
+    def costs(self) -> dict[str, Costs]:
+        """The pieces by drafter, averaged."""
+        return {name: diagnosis.average(found) for name, found in self.pieces.items()}
+
+    @property
+    def stock_seconds(self) -> float | None:
+        """A step of stock mlx-lm; None where it does not take part."""
+        return statistics.median(self.stock) if self.stock else None
 
 
 @dataclass
@@ -79,12 +91,17 @@ class Bench:
                     f"new ones, found {len(ids)}; leave it out or raise --max-context."
                 )
         self._samplings = self.lineup.samplings(self.plan)
+        # Made once: each holds the graphs that it has compiled.
+        self._decoders = {
+            name: Decoder(each.target, each.drafter if name else None, FixedDepth(0), each.exactness)
+            for name, each in {PLAIN_PIECES: engine, **self.lineup.drafters}.items()
+        }
 
     @property
     def steps(self) -> int:
         """Things to do in all, about equally long."""
         arms = self.lineup.arms.values()
-        pieces = 2 + len(self.lineup.drafters)
+        pieces = 2 * (2 + len(self.lineup.drafters))
         each = pieces + sum(arm.drafter is not None for arm in arms) + len(arms) * self.plan.repeats
         return each * len(self.prompts) * len(self._samplings)
 
@@ -96,6 +113,7 @@ class Bench:
             yield from self._pieces(measured, what)
             yield from self._replies(measured, what)
             yield from self._turns(measured, what)
+            yield from self._pieces(measured, what)
 
     def acceptance_only(self) -> Iterator[str]:
         """The untimed replies alone."""
@@ -118,16 +136,14 @@ class Bench:
         stock = self.lineup.arms.get(STOCK)
         if stock:
             job = replace(measured.job, tokens=STOCK_TOKENS)
-            seconds = [timing.seconds / (len(timing.tokens) - 1) for timing in (stock.run(job) for _ in range(3))]
-            measured.stock_seconds = statistics.median(seconds)
+            measured.stock += [run.seconds / (len(run.tokens) - 1) for run in (stock.run(job) for _ in range(2))]
         yield what
-        for name, each in {PLAIN_PIECES: engine, **self.lineup.drafters}.items():
-            drafter = each.drafter if name else None
-            deepest = max(each.allowed_depths) if name else 0
-            decoder = Decoder(each.target, drafter, FixedDepth(0), each.exactness)
-            measured.costs[name] = diagnosis.measure(
-                decoder, ids, deepest, PIECE_REPEATS, measured.job.sampling, passes, PIECE_TURNS, statistics.median
+        for name, decoder in self._decoders.items():
+            deepest = max(self.lineup.drafters[name].allowed_depths) if name else 0
+            found = diagnosis.measure(
+                decoder, ids, deepest, PIECE_REPEATS, measured.job.sampling, passes, turns=1, middle=statistics.median
             )
+            measured.pieces.setdefault(name, []).append(found)
             yield what
 
     def _replies(self, measured: Measured, what: str) -> Iterator[str]:
