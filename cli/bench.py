@@ -119,10 +119,9 @@ def _measure(plan: Plan, chosen: Sequence[BenchPrompt], files: dict[str, Path | 
         check_matplotlib()
     setting = Setting(["mlx-mtp", *sys.argv[1:]])
     meter, why_not = open_meter()
-    lineup = line_up(plan, load)
-    run = Bench(plan, lineup, chosen, meter)
+    run = Bench(plan, line_up(plan, load), chosen, meter)
     setting.notes += [why_not] if why_not else []
-    for sentence in lineup.left_out:
+    for sentence in run.lineup.left_out:
         print(sentence, file=sys.stderr)
     interrupted = _followed(run.run(), run.steps)
     report = build(run, setting, interrupted)

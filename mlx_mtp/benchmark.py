@@ -46,6 +46,7 @@ class Timing:
     """One decoding: the tokens, seconds from the first to the last, bytes at the peak, this engine's statistics.
 
     first_seconds: from the request to the first token. joules: of the whole run, None where nobody measured them.
+    held_bytes: in use before the run, the weights of all arms among them; 0 where nobody looked.
     """
 
     tokens: list[int]
@@ -54,6 +55,7 @@ class Timing:
     stats: Stats | None = None
     first_seconds: float = 0.0
     joules: float | None = None
+    held_bytes: int = 0
 
     @property
     def tokens_per_second(self) -> float:

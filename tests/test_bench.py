@@ -21,7 +21,7 @@ from mlx_mtp.benchmarking.markdown import table
 from mlx_mtp.depth import expected_tokens
 from mlx_mtp.diagnosis import Costs, average
 from mlx_mtp.drafters.lookup import Lookup
-from mlx_mtp.errors import DataError, OptionError
+from mlx_mtp.errors import DataError, OptionError, PromptError
 from mlx_mtp.loading import EMBEDDED, another_drafter, drafter_folder
 from mlx_mtp.results import NEUTRAL, Sampling
 
@@ -101,6 +101,16 @@ def test_a_bad_line_is_named(line: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         prompts.read_prompts([file])
     assert words in str(error.value) and f"{file}, line 2" in str(error.value)
+
+
+def test_a_checkpoint_is_asked_only_what_it_takes() -> None:
+    class Bare:
+        has_chat_template = False
+
+    (chat, text) = prompts.read_prompts(categories=["chat"])
+    assert not chat.fits(Bare()) and text.fits(Bare())  # type: ignore[arg-type]
+    with pytest.raises(PromptError, match="with a tokenizer"):
+        text.ids(None)
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ class Plan:
     max_tokens: int = 64
     tokens_for_acceptance: int = 128
     repeats: int = 4
-    cool_down: float = 1.0
+    cool_down: float = 0.5
     seed: int = 0
     max_context: int | None = None
     samplings: tuple[Sampling, ...] | None = None

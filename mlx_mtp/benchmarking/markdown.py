@@ -14,7 +14,7 @@ from mlx_mtp.benchmarking.report import ALL
 Rows = list[list[str]]
 SPEED_HEADS = ("arm", "tokens/s (range)", "over stock [95 %]", "over plain [95 %]", "tau", "acceptance by position",
                "output")  # fmt: skip
-COST_HEADS = ("arm", "verify ms", "draft ms", "host gap ms", "first token ms", "peak MB", "J/token")
+COST_HEADS = ("arm", "verify ms", "draft ms", "host gap ms", "first token ms", "memory MB", "J/token")
 MODEL_HEADS = ("arm", "over stock", "predicted", "deviation", "over plain", "predicted", "deviation")
 
 PREDICTION_HEADS = ("figures of", "what was measured", "drafts: times plain", "best", "source", "note")
@@ -142,7 +142,7 @@ def cost_rows(group: dict[str, Any]) -> Rows:
         energy = row["joules_per_token"]
         found.append([
             row["arm"], *("" if part is None else f"{part:.2f}" for part in parts),
-            f"{row['first_token_milliseconds']['median']:.0f}", f"{row['peak_bytes'] / 1e6:.0f}",
+            f"{row['first_token_milliseconds']['median']:.0f}", f"{row['run_bytes'] / 1e6:.1f}",
             "" if energy is None else f"{energy:.3f}",
         ])  # fmt: skip
     return found

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_mtp.errors import DataError, OptionError
+from mlx_mtp.errors import DataError, OptionError, PromptError
 from mlx_mtp.tokens import Prompt, Tokenizer, prompt_ids
 from mlx_mtp.training.data import decode_text, json_object, string_of, turns_of
 
@@ -41,7 +41,13 @@ class BenchPrompt:
 
     def ids(self, tokenizer: Tokenizer | None) -> list[int]:
         """Its token ids; PromptError where the model cannot be asked so."""
+        if tokenizer is None:
+            raise PromptError("Expected a checkpoint with a tokenizer, found none; these prompts are text.")
         return prompt_ids(self.text, tokenizer, self.raw)
+
+    def fits(self, tokenizer: Tokenizer | None) -> bool:
+        """Whether this checkpoint can be asked so: messages need a chat template."""
+        return isinstance(self.text, str) or tokenizer is None or tokenizer.has_chat_template
 
 
 def read_prompts(

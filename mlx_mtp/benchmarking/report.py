@@ -45,6 +45,7 @@ DEFINITIONS = {
     "verify, draft, host gap": "of the average round of the arm's depths, measured apart: the pass over all its rows, "
     "its drafts, and what a pipelined round takes beside them",
     "first token": "from the request to the first token, the prompt's pass included",
+    "memory": "peak of a run less what was loaded before it, the weights of all arms: K/V and activations",
     "energy": "joules of the whole machine over the tokens of a run, the prompt's pass included, idle power not taken "
     "off",
     "predicted": "the cost model's ratio from the pieces, the depths and the acceptance of the timed runs; deviation = "
@@ -70,7 +71,7 @@ class Setting:
         }  # fmt: skip
         if load > BUSY * (os.cpu_count() or 1):
             self.notes.append(
-                f"Something else was running when this began (load average {load:.1f} on {os.cpu_count()} cores): take "
+                f"The machine was not idle when this began (load average {load:.1f} on {os.cpu_count()} cores): take "
                 "every figure as rough."
             )
 
@@ -145,7 +146,7 @@ def _prompt(measured: Measured) -> dict[str, Any]:
             arm: [
                 {
                     "tokens": len(run.tokens), "seconds": run.seconds, "first_seconds": run.first_seconds,
-                    "peak_bytes": run.peak_bytes, "joules": run.joules,
+                    "peak_bytes": run.peak_bytes, "held_bytes": run.held_bytes, "joules": run.joules,
                     "depth_counts": run.stats.depth_counts if run.stats else None,
                 }
                 for run in runs
@@ -197,7 +198,7 @@ class _Group:
             "over_stock": over_stock, "over_plain": over_plain,
             **self._drafting(arm), **self._round(arm),
             "first_token_milliseconds": _spread([1e3 * run.first_seconds for run in runs]),
-            "peak_bytes": max(run.peak_bytes for run in runs),
+            "run_bytes": max(max(0, run.peak_bytes - run.held_bytes) for run in runs),
             "joules_per_token": statistics.median(joules) if joules else None,
             "output": self._output(arm),
             "predicted": self._prediction(arm, over_stock, over_plain),

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import mlx.core as mx
+
 from mlx_mtp import diagnosis
 from mlx_mtp.benchmark import Arm, Job, Timing, take_turns
 from mlx_mtp.benchmarking.arms import STOCK, BenchArm, Lineup, Plan, sampling_name
@@ -32,7 +34,7 @@ from mlx_mtp.results import Sampling, Stats
 log = logging.getLogger(__name__)
 
 # Times of each piece, before the turns and again behind them; tokens of a run that times the stock step.
-PIECE_REPEATS, STOCK_TOKENS = 9, 32
+PIECE_REPEATS, STOCK_TOKENS = 7, 32
 PLAIN_PIECES = ""  # the name of the pieces without a drafter
 BETWEEN_SAMPLINGS = 1_000_003  # seeds
 
@@ -82,6 +84,13 @@ class Bench:
     def __post_init__(self) -> None:
         engine = self.lineup.engine
         room = max(self.plan.max_tokens, self.plan.tokens_for_acceptance)
+        asked = [prompt for prompt in self.prompts if prompt.fits(engine.tokenizer)]
+        if not asked:
+            raise PromptError("Expected prompts that this checkpoint takes, found messages only and no chat template.")
+        if len(asked) < len(self.prompts):
+            count = len(self.prompts) - len(asked)
+            self.lineup.left_out.append(f"Without a chat template {count} of {len(self.prompts)} prompts are left out.")
+        self.prompts = asked
         # All of them before the first run, so that a prompt that cannot be asked costs no time.
         self._ids = [prompt.ids(engine.tokenizer) for prompt in self.prompts]
         for prompt, ids in zip(self.prompts, self._ids, strict=True):
@@ -153,21 +162,21 @@ class Bench:
                 yield what
 
     def _turns(self, measured: Measured, what: str) -> Iterator[str]:
-        arms = {name: self._metered(arm) for name, arm in self.lineup.arms.items()}
+        arms = {name: self._watched(arm) for name, arm in self.lineup.arms.items()}
         measured.timings = {name: [] for name in arms}
         turns = take_turns(arms, measured.job, self.plan.repeats, pause=lambda: time.sleep(self.plan.cool_down))
         for name, timing in turns:
             measured.timings[name].append(timing)
             yield what
 
-    def _metered(self, arm: BenchArm) -> Arm:
+    def _watched(self, arm: BenchArm) -> Arm:
+        """The arm with what it takes of memory and, where a meter is there, of energy."""
         meter = self.meter
-        if meter is None:
-            return arm.run
 
         def run(job: Job) -> Timing:
-            timing, joules = meter.of(lambda: arm.run(job))
-            return replace(timing, joules=joules)
+            held = mx.get_active_memory()
+            timing, joules = meter.of(lambda: arm.run(job)) if meter else (arm.run(job), None)
+            return replace(timing, joules=joules, held_bytes=held)
 
         return run
 
