@@ -184,6 +184,7 @@ def _show(report: dict[str, Any]) -> None:
     console.print(_table("", ("", ""), [[name, value] for name, value in text.facts(report).items()]))
     for sampling in report["samplings"]:
         if not sampling["groups"]:
+            console.print(f"{sampling['name']}: no turn was finished.")
             continue
         everything, (heads, rows) = sampling["groups"][0], text.category_table(sampling)
         base = "stock mlx-lm" if text.has_stock(everything) else "ours plain"
@@ -199,7 +200,7 @@ def _show(report: dict[str, Any]) -> None:
 def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(title=title or None, title_justify="left", show_header=any(heads))
     for at, head in enumerate(heads):
-        table.add_column(head, overflow="fold", justify="left" if at == 0 else "right")
+        table.add_column(head, overflow="fold", justify="right" if head and at else "left")
     for row in rows:
         table.add_row(*map(Text, row))
     return table

@@ -28,7 +28,7 @@ def markdown(report: dict[str, Any]) -> str:
     for sampling in report["samplings"]:
         lines += [f"### {sampling['name']}", ""]
         if not sampling["groups"]:
-            lines += ["Nothing was measured.", ""]
+            lines += ["No turn was finished.", ""]
             continue
         everything = sampling["groups"][0]
         lines += [f"{everything['prompts']} prompts, {report['settings']['tokens']} tokens each, "
