@@ -86,7 +86,7 @@ def _acceptance(axis: Any, samplings: list[dict[str, Any]]) -> None:
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     if axis.lines:
-        axis.legend(fontsize="x-small")
+        axis.legend(fontsize="x-small", loc="lower left")
 
 
 def _fixed_depth(row: dict[str, Any]) -> int:
@@ -134,6 +134,7 @@ def _timeline(axis: Any, sampling: dict[str, Any]) -> None:
     axis.invert_yaxis()
     for part, colour in COLOURS.items():
         axis.barh(0, 0, color=colour, label=PARTS[part])
-    axis.legend(fontsize="x-small", loc="lower right")
+    axis.set_xlim(0, 1.4 * axis.get_xlim()[1])  # room for the legend
+    axis.legend(fontsize="x-small", loc="upper right")
     where = f"behind {prompt['prompt_tokens']} tokens ({prompt['category']})"
     axis.set(title=f"{SHOWN_ROUNDS} rounds in the loop, {where}", xlabel="milliseconds")
