@@ -21,7 +21,7 @@ from rich.text import Text
 
 import mlx_mtp
 from mlx_mtp import blas
-from mlx_mtp.benchmark import Job, Record, engine_arm, interleave, mlx_lm_arm, ratio
+from mlx_mtp.benchmark import Job, Record, differences, engine_arm, interleave, mlx_lm_arm, ratio
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.results import NEUTRAL
 
@@ -102,16 +102,9 @@ def _measure(console: Console, plain: mlx_mtp.Engine, mtp: mlx_mtp.Engine) -> Ta
 
 
 def _comparison(plain: mlx_mtp.Engine, jobs: Sequence[Job], expected: Record, found: Record) -> str:
-    """'identical', or where the first difference is and how close the two best logits were there."""
-    for job, one, other in zip(jobs, expected.timings, found.timings, strict=True):
-        for tokens in (timing.tokens for timing in other):
-            reference = one[0].tokens
-            if tokens != reference:
-                at = next(i for i, (a, b) in enumerate(zip(reference, tokens, strict=False)) if a != b)
-                logits = plain.target.logits(mx.array([[*job.prompt, *reference[:at]]]))[0, -1]
-                gap = mx.sort(logits)[-2:] @ mx.array([-1.0, 1.0])
-                return f"parts at token {at + 1}, two best logits {gap.item():.1e} apart"
-    return "identical"
+    """'identical', or where the first difference is and how close the two tokens' logits were there."""
+    parted = differences(plain.target, jobs, expected, found)
+    return str(parted[0]) if parted else "identical"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Arms and fair turns: the same prompts through this engine, stock mlx-lm and mlx-vlm, interleaved in one run.
 
-What it does: runs one prompt through one engine and times its decoding; orders the runs; sums them up. What it does
-not do: choose prompts or print.
+What it does: runs one prompt through one engine and times its decoding; orders the runs; sums them up; finds where
+outputs part. What it does not do: choose prompts or print. What `mlx-mtp bench` makes of it is in benchmarking/.
 
 Every arm decodes the same weights in the same precision, with ending tokens ignored, and is timed from its first
 token to its last: (N - 1) / (t_N - t_1). Speeds are only ever compared within a run.
@@ -10,20 +10,25 @@ token to its last: (N - 1) / (t_N - t_1). Speeds are only ever compared within a
 from __future__ import annotations
 
 import json
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_mtp.checkpoint import Checkpoint, section
 from mlx_mtp.engine import Engine
+from mlx_mtp.interfaces import Target
 from mlx_mtp.results import NEUTRAL, Sampling, Stats
+
+# Between the seeds of one job's repeats, far enough apart that jobs numbered 0, 1, 2, ... share none.
+SEED_STEP = 100_003
+RESAMPLES = 400
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,19 @@ class Job:
 
 @dataclass(frozen=True)
 class Timing:
-    """One decoding: the tokens, seconds from the first to the last, bytes at the peak, this engine's statistics."""
+    """One decoding: the tokens, seconds from the first to the last, bytes at the peak, this engine's statistics.
+
+    first_seconds: from the request to the first token. joules: of the whole run, None where nobody measured them.
+    held_bytes: in use before the run, the weights of all arms among them; 0 where nobody looked.
+    """
 
     tokens: list[int]
     seconds: float
     peak_bytes: int
     stats: Stats | None = None
+    first_seconds: float = 0.0
+    joules: float | None = None
+    held_bytes: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -64,7 +76,9 @@ def engine_arm(engine: Engine) -> Arm:
             job.prompt, max_tokens=job.tokens, sampling=job.sampling, seed=seed, ignore_end=True
         )
         stats = result.stats
-        return Timing(result.tokens, stats.decode_seconds, stats.peak_memory_bytes, stats)
+        return Timing(
+            result.tokens, stats.decode_seconds, stats.peak_memory_bytes, stats, stats.prefill_seconds
+        )  # fmt: skip
 
     return run
 
@@ -72,15 +86,21 @@ def engine_arm(engine: Engine) -> Arm:
 def mlx_lm_arm(folder: Path) -> Arm:
     """mlx-lm's own plain loop; in float32 on a CPU, as this engine computes there."""
     from mlx_lm.generate import generate_step
-    from mlx_lm.sample_utils import make_sampler
+    from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
     model = _mlx_lm_model(folder)
 
     def run(job: Job) -> Timing:
         s = job.sampling
         sampler = make_sampler(s.temperature or 0.0, s.top_p or 1.0, s.min_p or 0.0, top_k=s.top_k or 0)
+        processors = None
+        if s.repetition_penalty not in (None, 1.0):  # over everything so far, as this engine takes it
+            everything = len(job.prompt) + job.tokens
+            processors = make_logits_processors(None, s.repetition_penalty, everything)
         mx.random.seed(job.seed)
-        steps = generate_step(mx.array(list(job.prompt)), model, max_tokens=job.tokens, sampler=sampler)
+        steps = generate_step(
+            mx.array(list(job.prompt)), model, max_tokens=job.tokens, sampler=sampler, logits_processors=processors
+        )
         return _timed(int(token) for token, _ in steps)
 
     return run
@@ -149,11 +169,11 @@ def mlx_vlm_arm(target: Path, assistant: Path | None, depth: int) -> Arm:
 
 def _timed(tokens: Iterable[int]) -> Timing:
     mx.reset_peak_memory()
-    found, first = [], 0.0
+    found, first, began = [], 0.0, time.perf_counter()
     for token in tokens:
         found.append(token)
         first = first or time.perf_counter()
-    return Timing(found, time.perf_counter() - first, mx.get_peak_memory())
+    return Timing(found, time.perf_counter() - first, mx.get_peak_memory(), None, first - began)
 
 
 @dataclass
@@ -184,43 +204,93 @@ class Record:
         return [a / d for a, d in zip(accepted, drafted, strict=True)]
 
 
+def take_turns(
+    arms: Mapping[str, Arm], job: Job, repeats: int, warm: bool = True, pause: Callable[[], None] = lambda: None
+) -> Iterator[tuple[str, Timing]]:
+    """Runs a job `repeats` times through every arm, in the order A B C, C B A, ...; yields what each run gave.
+
+    pause: called before every turn, for chips that must cool down. Every arm first runs the job once without being
+    booked: kernels are built, files are read. Where the sampling is not greedy each repeat has a seed of its own, so
+    that no single text decides.
+    """
+    if warm:
+        for arm in arms.values():
+            arm(job)
+    for turn in range(repeats):
+        pause()
+        for name in list(arms) if turn % 2 == 0 else list(arms)[::-1]:
+            yield name, arms[name](replace(job, seed=job.seed + turn * SEED_STEP))
+
+
 def interleave(
     arms: Mapping[str, Arm], jobs: Sequence[Job], repeats: int, warm: bool = True
 ) -> Iterator[dict[str, Record]]:
-    """Runs every job `repeats` times through every arm, in the order A B C, C B A, ...; yields after every job.
-
-    Each job is first run once by every arm without being booked: kernels are built, files are read.
-    """
+    """Takes turns with every job; yields all timings so far after each of them."""
     records = {name: Record() for name in arms}
     for job in jobs:
-        if warm:
-            for arm in arms.values():
-                arm(job)
         for record in records.values():
             record.timings.append([])
-        for turn in range(repeats):
-            for name in list(arms) if turn % 2 == 0 else list(arms)[::-1]:
-                records[name].timings[-1].append(arms[name](job))
+        for name, timing in take_turns(arms, job, repeats, warm):
+            records[name].timings[-1].append(timing)
         yield records
 
 
 def ratio(arm: Record, base: Record) -> tuple[float, float, float]:
-    """How much faster `arm` is than `base`, and a 95 % interval by bootstrap over the jobs and repeats."""
-    chance = random.Random(0)
+    """How much faster `arm` is than `base`, and a 95 % interval by bootstrap over the jobs and turns.
 
-    def once(resample: bool) -> float:
-        sums = [0.0, 0.0]
-        count = len(arm.timings)
-        for i in (chance.randrange(count) for _ in range(count)) if resample else range(count):
-            for at, record in enumerate((arm, base)):
-                repeats = record.timings[i]
-                drawn = chance.choices(repeats, k=len(repeats)) if resample else repeats
-                per_token = statistics.median(t.seconds / (len(t.tokens) - 1) for t in drawn)
-                sums[at] += per_token
-        return sums[1] / sums[0]
+    Seconds a token of a job are the median over its turns; a job counts as much as any other, however long. Drawn in
+    pairs: the runs of one turn met the same machine.
+    """
+    seconds = [
+        (_seconds_per_token(mine), _seconds_per_token(theirs))
+        for mine, theirs in zip(arm.timings, base.timings, strict=True)
+    ]
+    chance = np.random.default_rng(0)
+    drawn = []
+    for _ in range(RESAMPLES):
+        sums = np.zeros(2)
+        for job in chance.integers(len(seconds), size=len(seconds)):
+            mine, theirs = seconds[job]
+            turns = chance.integers(len(mine), size=len(mine))
+            sums += np.median(mine[turns]), np.median(theirs[turns])
+        drawn.append(sums[1] / sums[0])
+    middle = sum(np.median(theirs) for _, theirs in seconds) / sum(np.median(mine) for mine, _ in seconds)
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return float(middle), float(low), float(high)
 
-    spread = sorted(once(True) for _ in range(400))
-    return once(False), spread[10], spread[389]
+
+def _seconds_per_token(repeats: Sequence[Timing]) -> np.ndarray:
+    return np.array([timing.seconds / (len(timing.tokens) - 1) for timing in repeats])
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where an arm's greedy output first parts from the reference's.
+
+    job, token: indices. gap: the reference's logit of its own token less that of the other's; near-ties are rounding.
+    """
+
+    job: int
+    token: int
+    gap: float
+
+    def __str__(self) -> str:
+        return f"parts at token {self.token + 1}, the two tokens' logits {self.gap:.1e} apart"
+
+
+def differences(target: Target, jobs: Sequence[Job], expected: Record, found: Record) -> list[Difference]:
+    """The first difference of every job whose greedy tokens differ in any repeat; empty = identical output."""
+    parted = []
+    for at, (job, one, other) in enumerate(zip(jobs, expected.timings, found.timings, strict=True)):
+        reference = one[0].tokens
+        for tokens in (timing.tokens for timing in other):
+            first = next((i for i, (a, b) in enumerate(zip(reference, tokens, strict=False)) if a != b), None)
+            if first is not None:
+                logits = target.logits(mx.array([[*job.prompt, *reference[:first]]]))[0, -1]
+                mine, theirs = np.array(logits)[[reference[first], tokens[first]]]
+                parted.append(Difference(at, first, float(mine - theirs)))
+                break
+    return parted
 
 
 def same_tokens(one: Record, other: Record) -> int | None:

@@ -271,15 +271,20 @@ class Decoder:
         return max(MIN_CHUNK, min(MAX_CHUNK, CHUNK_BYTES // score_bytes))
 
     def seconds_by_depth(
-        self, depths: Sequence[int], repeats: int = 7, ids: Sequence[int] | None = None
+        self,
+        depths: Sequence[int],
+        repeats: int = 7,
+        ids: Sequence[int] | None = None,
+        sampling: Sampling = NEUTRAL,
+        middle: Callable[[Sequence[float]], float] = min,
     ) -> dict[int, float]:
         """Seconds of a pipelined round of each depth behind a prompt, None = a short made-up one.
 
-        The fastest of some, for whatever else runs on the machine only ever makes a round slower.
+        middle: which of the times counts; the fastest, for whatever else runs only ever makes a round slower.
         """
         made_up = [i % self.target.info.vocab_size for i in range(1, 17)]
         room = (repeats + 4) * (max(depths) + 1)  # nothing makes room between these rounds
-        asked = Asked(ids=made_up if ids is None else list(ids), budget=room)
+        asked = Asked(ids=made_up if ids is None else list(ids), budget=room, sampling=sampling)
         found = {}
         for depth in depths:
             request = self.prefill(asked, room)
@@ -294,7 +299,7 @@ class Decoder:
                 times.append(now - began)
                 pending, began = ahead, now
             mx.eval(pending.tokens)
-            found[depth] = min(times)
+            found[depth] = middle(times)
         return found
 
 

@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -30,6 +30,7 @@ from mlx_mtp.engine import DEEPEST, Engine
 from mlx_mtp.exactness import Exactness
 from mlx_mtp.interfaces import Drafter, Target
 from mlx_mtp.machine import Machine
+from mlx_mtp.results import NEUTRAL, Sampling
 from mlx_mtp.sampling import Chooser
 from mlx_mtp.tokens import prompt_ids
 
@@ -50,6 +51,7 @@ QUESTIONS = (
 )
 
 Progress = Callable[[str], None]
+Middle = Callable[[Sequence[float]], float]
 
 
 @dataclass(frozen=True)
@@ -115,12 +117,14 @@ def passes_alone(target: Target, prompt: list[int], widths: Sequence[int], repea
     return timed_in_turns([of(width) for width in widths], repeats)
 
 
-def rounds_alone(decoder: Decoder, prompt: list[int], depths: Sequence[int], repeats: int) -> list[Timing]:
+def rounds_alone(
+    decoder: Decoder, prompt: list[int], depths: Sequence[int], repeats: int, sampling: Sampling = NEUTRAL
+) -> list[Timing]:
     """Whole rounds of so many drafts behind a prompt, each evaluated before the next is built."""
 
     def of(depth: int) -> Callable[[], Any]:
         room = (repeats + WARM_UP) * (depth + 1)
-        request = decoder.prefill(Asked(ids=prompt, budget=room), room)
+        request = decoder.prefill(Asked(ids=prompt, budget=room, sampling=sampling), room)
         decoder.rounds.first(request)
 
         def build() -> Any:
@@ -137,7 +141,7 @@ class Costs:
     """Seconds of the pieces, behind `context` tokens.
 
     verify: passes of 1, 2, ... rows. plain, drafted: pipelined rounds without drafts and with `drafted_depth` of them,
-    the fastest of some.
+    the fastest of some unless `measure` was asked for another of them.
     draft_step: what one draft adds beside its row of the pass; None without a drafter, as is `drafted`.
     build, submit: the host's part of a round (the drafted one, if there is one); see Timing. scatter: of the passes.
     """
@@ -294,24 +298,47 @@ def diagnose(engine: Engine, repeats: int = REPEATS, on_step: Progress = lambda 
     )
 
 
-def measure(decoder: Decoder, prompt: list[int], deepest: int, repeats: int) -> Costs:
-    """Times the pieces of rounds; deepest: drafts a round may have at most, 0 = there is no drafter to time."""
-    passes = passes_alone(decoder.target, prompt, range(1, ROWS + 1), repeats)
-    verify = [timing.device for timing in passes]
+def measure(
+    decoder: Decoder, prompt: list[int], deepest: int, repeats: int, sampling: Sampling = NEUTRAL,
+    verify: Sequence[Timing] | None = None, turns: int = 3, middle: Middle = min,
+) -> Costs:  # fmt: skip
+    """Times the pieces of rounds; deepest: drafts a round may have at most, 0 = there is no drafter to time.
+
+    sampling: of the rounds. verify: the passes, where they are timed already. turns: of the pipelined rounds of both
+    depths. middle: which of their times counts.
+    """
+    passes = verify or passes_alone(decoder.target, prompt, range(1, ROWS + 1), repeats)
+    seconds = [timing.device for timing in passes]
     depth = min(TIMED_DEPTH, deepest)
     depths = [0, depth] if depth else [0]
-    alone = rounds_alone(decoder, prompt, depths, repeats)
-    turns = [decoder.seconds_by_depth(depths, repeats, prompt) for _ in range(3)]
-    walls = {d: min(turn[d] for turn in turns) for d in depths}
+    alone = rounds_alone(decoder, prompt, depths, repeats, sampling)
+    walls = [decoder.seconds_by_depth(depths, repeats, prompt, sampling, middle) for _ in range(turns)]
+    wall = {d: middle([turn[d] for turn in walls]) for d in depths}
     step = None
     if depth:
         width = decoder.width or 1
-        rows = verify[max(depth + 1, width) - 1] - verify[width - 1]
+        rows = seconds[max(depth + 1, width) - 1] - seconds[width - 1]
         step = max(0.0, (alone[1].device - alone[0].device - rows) / depth)
     return Costs(
-        context=len(prompt), verify=tuple(verify), plain=walls[0], drafted_depth=depth,
-        drafted=walls[depth] if depth else None, draft_step=step, build=alone[-1].build, submit=alone[-1].submit,
+        context=len(prompt), verify=tuple(seconds), plain=wall[0], drafted_depth=depth,
+        drafted=wall[depth] if depth else None, draft_step=step, build=alone[-1].build, submit=alone[-1].submit,
         scatter=statistics.median(timing.scatter for timing in passes),
+    )  # fmt: skip
+
+
+def average(found: Sequence[Costs]) -> Costs:
+    """The mean of the same pieces measured several times."""
+
+    def mean(of: Callable[[Costs], float | None]) -> float | None:
+        values = [value for one in found if (value := of(one)) is not None]
+        return statistics.fmean(values) if values else None
+
+    rows = zip(*(one.verify for one in found), strict=True)
+    always = zip(*((one.plain, one.build, one.submit, one.scatter) for one in found), strict=True)
+    plain, build, submit, scatter = map(statistics.fmean, always)
+    return replace(
+        found[0], verify=tuple(map(statistics.fmean, rows)), plain=plain, drafted=mean(lambda c: c.drafted),
+        draft_step=mean(lambda c: c.draft_step), build=build, submit=submit, scatter=scatter,
     )  # fmt: skip
 
 

@@ -104,6 +104,31 @@ def load(
     return engine
 
 
+def another_drafter(
+    model: str | Path | None,
+    drafter: str | Path,
+    draft_head_bits: int | str = "auto",
+    on_progress: OnProgress | None = None,
+) -> Drafter | None:
+    """A second drafter for a target that is loaded already, named as `load` takes it; None where none is known."""
+    bits = _head_bits(draft_head_bits)
+    plan = _drafter_plan(model, drafter)
+    loaded = _load_drafter(plan, _drafter_folders(plan, on_progress))
+    if loaded is not None and bits:
+        loaded.quantise_head(bits)
+    return loaded
+
+
+def drafter_folder(model: str | Path | None, drafter: str | Path | None) -> Path | None:
+    """Where the files of the drafter are that `load` takes under this name; None for one without files."""
+    folders = _drafter_folders(_drafter_plan(model, drafter), None)
+    return folders[0] if folders else None
+
+
+def _drafter_plan(model: str | Path | None, drafter: str | Path | None) -> DrafterPlan:
+    return _plan_drafter(model, EMBEDDED / "target" if model is None else _place(model), drafter)
+
+
 def _head_bits(asked: int | str) -> int:
     if asked == "auto":
         return 4 if mx.default_device() == mx.Device(mx.gpu) else 0

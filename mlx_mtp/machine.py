@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -112,13 +113,39 @@ def power_mode_is_low(settings: str) -> bool | None:
 
 
 def _low_power_mode() -> bool | None:
+    settings = _pmset()
+    return None if settings is None else power_mode_is_low(settings)
+
+
+def power_source() -> str | None:
+    """'AC Power' or 'Battery Power', in macOS's words; None where the system does not tell (a server seldom does)."""
+    if sys.platform == "darwin":
+        return drawn_from(_pmset("batt") or "")
+    for supply in sorted(Path("/sys/class/power_supply").glob("*")):
+        try:
+            kind, online = (supply / "type").read_text().strip(), (supply / "online").read_text().strip()
+        except OSError:  # a battery has no 'online'
+            continue
+        if kind == "Mains":
+            return "AC Power" if online == "1" else "Battery Power"
+    return None
+
+
+def drawn_from(report: str) -> str | None:
+    """Reads the output of `pmset -g batt`: "Now drawing from 'AC Power'"."""
+    found = re.search(r"Now drawing from '([^']+)'", report)
+    return found[1] if found else None
+
+
+def _pmset(*what: str) -> str | None:
+    """What macOS says of its power settings; None elsewhere."""
     if sys.platform != "darwin":
         return None
+    command = ["/usr/bin/pmset", "-g", *what]
     try:
-        asked = subprocess.run(["/usr/bin/pmset", "-g"], capture_output=True, text=True, timeout=5, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=False).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return power_mode_is_low(asked.stdout)
 
 
 def _wired_limit() -> int:

@@ -168,8 +168,8 @@ def _read_bytes(path: Path) -> bytes:
         raise DataError(f"{path}: expected a readable file, found {error.strerror}; change its permissions") from error
 
 
-def _decode(raw: bytes, path: Path, line: int = 1) -> str:
-    """The text of bytes that begin at this line of the file."""
+def decode_text(raw: bytes, path: Path, line: int = 1) -> str:
+    """The text of bytes that begin at this line of the file; DataError where they are no UTF-8."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -182,7 +182,7 @@ def _decode(raw: bytes, path: Path, line: int = 1) -> str:
 
 def _read_text(path: Path) -> Iterator[Document]:
     raw = _read_bytes(path)
-    text = _decode(raw, path)
+    text = decode_text(raw, path)
     if text.strip():
         yield Document(str(path), text=text)
 
@@ -191,29 +191,36 @@ def _read_jsonl(path: Path, prompts: bool) -> Iterator[Document]:
     try:
         with path.open("rb") as lines:
             for number, raw in enumerate(lines, start=1):
-                line = _decode(raw, path, number)
+                line = decode_text(raw, path, number)
                 if line.strip():
                     yield from _json_document(line, f"{path}, line {number}", prompts)
     except OSError as error:
         raise DataError(f"{path}: expected a readable file, found {error.strerror}; change its permissions") from error
 
 
-def _json_document(line: str, where: str, prompts: bool) -> Iterator[Document]:
+def json_object(line: str, where: str) -> dict[str, Any]:
+    """The object on a line; DataError for anything else."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: expected one JSON object, found {error}; repair the line") from error
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}; write one object per line")
+    return record
+
+
+def _json_document(line: str, where: str, prompts: bool) -> Iterator[Document]:
+    record = json_object(line, where)
     if "messages" in record:
-        yield Document(where, messages=_messages(record["messages"], where))
+        yield Document(where, messages=turns_of(record["messages"], where))
     elif "prompt" in record and "completion" in record:
         pairs = (("user", "prompt"), ("assistant", "completion"))
-        yield Document(where, messages=[{"role": role, "content": _string(record, key, where)} for role, key in pairs])
+        turns = [{"role": role, "content": string_of(record, key, where)} for role, key in pairs]
+        yield Document(where, messages=turns)
     elif "prompt" in record and prompts:
-        yield Document(where, messages=[{"role": "user", "content": _string(record, "prompt", where)}])
+        yield Document(where, messages=[{"role": "user", "content": string_of(record, "prompt", where)}])
     elif "text" in record:
-        text = _string(record, "text", where)
+        text = string_of(record, "text", where)
         if text:
             yield Document(where, text=text)
     else:
@@ -223,7 +230,8 @@ def _json_document(line: str, where: str, prompts: bool) -> Iterator[Document]:
         )
 
 
-def _messages(messages: object, where: str) -> list[dict[str, str]]:
+def turns_of(messages: object, where: str) -> list[dict[str, str]]:
+    """Chat messages with the roles this project uses; DataError for anything else."""
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{where}: expected `messages` to be a list of turns, found {messages!r:.60}; write a list")
     turns: list[dict[str, str]] = []
@@ -232,11 +240,12 @@ def _messages(messages: object, where: str) -> list[dict[str, str]]:
             raise DataError(
                 f"{where}: expected turns with the role system, user or assistant, found {turn!r:.60}; change the role"
             )
-        turns.append({"role": ROLES[turn["role"]], "content": _string(turn, "content", where)})
+        turns.append({"role": ROLES[turn["role"]], "content": string_of(turn, "content", where)})
     return turns
 
 
-def _string(record: dict[str, Any], key: str, where: str) -> str:
+def string_of(record: dict[str, Any], key: str, where: str) -> str:
+    """The text under a key; DataError where there is none."""
     value = record.get(key)
     if not isinstance(value, str):
         raise DataError(f"{where}: expected `{key}` to be a string, found {value!r:.60}; write text in quotes")

@@ -1,0 +1,84 @@
+"""What drafting costs where it cannot help: text the drafter is bad at, and a drafter that is bad at everything.
+
+    .venv/bin/python benchmarks/unfriendly.py [--tokens 128] [--repeats 5] [--json FILE]
+
+The promise is that depth "auto" is never more than 2 % slower than depth 0. Embedded pair, arms interleaved in one
+run; the random drafter agrees with the target by chance only. Speeds on ordinary text: `mlx-mtp bench`.
+"""
+
+from __future__ import annotations
+
+import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_map
+from prompts import unfriendly
+
+from mlx_mtp import machine
+from mlx_mtp.benchmark import Arm, Job, Record, differences, engine_arm, interleave, ratio
+from mlx_mtp.benchmarking.arms import GEMMA, sampling_name
+from mlx_mtp.checkpoint import Checkpoint
+from mlx_mtp.drafters import load_drafter
+from mlx_mtp.loading import EMBEDDED
+from mlx_mtp.results import NEUTRAL
+
+PLAIN = "depth 0"
+
+
+def random_drafter_arm() -> Arm:
+    """The embedded target with an assistant of random weights; depth auto."""
+    plain, drafter = mlx_mtp.load(drafter=None), load_drafter(Checkpoint.open(EMBEDDED / "assistant"))
+    mx.random.seed(0)
+    model = drafter.model  # type: ignore[attr-defined]
+    model.update(tree_map(lambda weight: 0.05 * mx.random.normal(weight.shape), model.parameters()))
+    return engine_arm(mlx_mtp.Engine(plain.target, drafter, plain.tokenizer, depth="auto"))
+
+
+def report(engine: mlx_mtp.Engine, jobs: list[Job], records: dict[str, Record]) -> dict[str, Any]:
+    """Prints a line an arm and returns them."""
+    found: dict[str, Any] = {}
+    for name, record in records.items():
+        over, low, high = ratio(record, records[PLAIN])
+        row: dict[str, Any] = {"tokens_per_second": record.rate, "ratio": over, "interval": [low, high]}
+        line = f"  {name:22} {record.rate:7.1f} tokens/s  {over:5.2f} [{low:.2f}, {high:.2f}] of plain"
+        if not jobs[0].sampling.temperature:
+            parted = differences(engine.target, jobs, records[PLAIN], record)
+            row["same_tokens"] = not parted
+            line += f"  ({parted[0]})" if parted else ""
+        print(line, flush=True)
+        found[name] = row
+    return found
+
+
+def main() -> None:
+    """Parses options, runs, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    engine = mlx_mtp.load(drafter=None)
+    assert engine.tokenizer is not None
+    arms = {PLAIN: engine_arm(engine), "auto": engine_arm(mlx_mtp.load()), "auto, random drafter": random_drafter_arm()}
+    sets = unfriendly(300, engine.tokenizer.encode, engine.target.info.vocab_size)
+    results: dict[str, Any] = {"about": asdict(machine.describe()) | {"tokens": args.tokens, "repeats": args.repeats}}
+    for sampling in (NEUTRAL, GEMMA.over(NEUTRAL)):
+        for name, ids in sets.items():
+            title = f"{name}, {sampling_name(sampling)}"
+            print(title)
+            jobs = [Job(ids, args.tokens, sampling)]
+            *_, records = interleave(arms, jobs, args.repeats)
+            results[title] = report(engine, jobs, records)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""`mlx-mtp bench`: this machine's arms against each other, and predictions from published figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+import mlx_mtp
+from mlx_mtp.benchmarking import markdown as text
+from mlx_mtp.benchmarking import published
+from mlx_mtp.benchmarking.arms import DEFAULT_ARMS, DEFAULT_DEPTHS, Plan, deepest_arm, line_up
+from mlx_mtp.benchmarking.energy import open_meter
+from mlx_mtp.benchmarking.plots import check_matplotlib, plot
+from mlx_mtp.benchmarking.prompts import BenchPrompt, read_prompts
+from mlx_mtp.benchmarking.report import Setting, build, pooled_acceptance
+from mlx_mtp.benchmarking.run import Bench
+from mlx_mtp.cli import options
+from mlx_mtp.cli.loading import load
+from mlx_mtp.errors import OptionError
+
+DEFAULTS = Plan()
+STDOUT = Path("-")
+OUTPUT, PROMPTS, ARMS, PREDICTION = "Output", "Prompts", "Arms", "Prediction"
+
+
+def bench(
+    model: options.Model = None,
+    drafter: options.Drafter = "auto",
+    depth: Annotated[
+        str | None, typer.Option(help="One depth for all drafters, 'auto' or 0 to 8.", rich_help_panel=ARMS)
+    ] = None,
+    depths: Annotated[
+        str | None,
+        typer.Option(help="Their depths, with commas.", show_default=",".join(map(str, DEFAULT_DEPTHS)),
+                     rich_help_panel=ARMS),
+    ] = None,
+    arms: Annotated[
+        str, typer.Option(help="stock, plain, mtp, lookup, mlx-vlm or any drafter's name; NAME@3 and NAME@auto set a "
+                          "depth.", rich_help_panel=ARMS)
+    ] = ",".join(DEFAULT_ARMS),
+    mode: options.Mode = "fast",
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Option(help="File of prompts: Spec-Bench, HumanEval (.gz too), chat JSONL or text; may be repeated.",
+                     show_default="a built-in set", rich_help_panel=PROMPTS),
+    ] = None,
+    category: Annotated[
+        list[str] | None, typer.Option(help="Only this one; may be repeated.", rich_help_panel=PROMPTS)
+    ] = None,
+    per_category: Annotated[int, typer.Option(help="Most prompts of a category.", rich_help_panel=PROMPTS)] = 1,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue texts as they stand, no chat template.", rich_help_panel=PROMPTS)
+    ] = False,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of every timed run.")] = DEFAULTS.max_tokens,
+    repeats: Annotated[int, typer.Option(help="Timed runs of a prompt and arm, in turns.")] = DEFAULTS.repeats,
+    cool_down: Annotated[float, typer.Option(help="Seconds of rest before every turn.")] = DEFAULTS.cool_down,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    seed: Annotated[int, typer.Option(help="Of the first prompt where tokens are drawn.")] = DEFAULTS.seed,
+    max_context: options.MaxContext = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", help="File for everything that was measured; '-' = stdout.",
+                                  rich_help_panel=OUTPUT)
+    ] = None,
+    as_markdown: Annotated[
+        Path | None, typer.Option("--markdown", help="File for tables ready to paste; '-' = stdout.",
+                                  rich_help_panel=OUTPUT)
+    ] = None,
+    as_plot: Annotated[
+        Path | None, typer.Option("--plot", help="PNG file for four panels.", rich_help_panel=OUTPUT)
+    ] = None,
+    predict: Annotated[
+        str | None, typer.Option(help="An Apple chip, like 'M4 Pro': what published figures promise there; nothing is "
+                                 "timed here.", rich_help_panel=PREDICTION)
+    ] = None,
+    acceptance: Annotated[
+        str | None, typer.Option(help="Chance of drafts to stand, 0.8 or by position 0.9,0.8,0.7.",
+                                 show_default="counted with this pair", rich_help_panel=PREDICTION)
+    ] = None,
+) -> None:  # fmt: skip
+    """Measure this machine: stock mlx-lm, plain, and every drafter, on the same prompts in turns."""
+    files = {"--json": as_json, "--markdown": as_markdown, "--plot": as_plot}
+    _check_files(files)
+    asked = mlx_mtp.Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+    )
+    plan = Plan(
+        model=model, drafter=drafter, arms=tuple(name.strip() for name in arms.split(",") if name.strip()),
+        depths=_depths(depth, depths), mode=mode, max_tokens=max_tokens, repeats=repeats, cool_down=cool_down,
+        seed=seed, max_context=max_context, samplings=None if asked == mlx_mtp.Sampling() else (asked,),
+    )  # fmt: skip
+    if per_category < 1:
+        raise OptionError(f"Expected --per-category of at least 1, found {per_category}; raise it.")
+    if acceptance is not None and predict is None:
+        raise OptionError("Expected --predict CHIP beside --acceptance, found none; name a chip, like 'M4 Pro'.")
+    chosen = read_prompts(prompts or (), category or (), per_category, raw)
+    if predict is not None:
+        _predict(predict, acceptance, plan, chosen, files)
+    else:
+        _measure(plan, chosen, files)
+
+
+def _measure(plan: Plan, chosen: Sequence[BenchPrompt], files: dict[str, Path | None]) -> None:
+    """Runs everything; Ctrl-C leaves what was measured so far in all outputs."""
+    if files["--plot"]:
+        check_matplotlib()
+    setting = Setting(["mlx-mtp", *sys.argv[1:]])
+    meter, why_not = open_meter()
+    run = Bench(plan, line_up(plan, load), chosen, meter)
+    setting.notes += [why_not] if why_not else []
+    for sentence in run.lineup.left_out:
+        print(sentence, file=sys.stderr)
+    interrupted = _followed(run.run(), run.steps)
+    report = build(run, setting, interrupted)
+    _write(files, report, text.markdown(report))
+    if file := files["--plot"]:
+        _saved(file, lambda fresh: plot(report, fresh))
+    if STDOUT not in (files["--json"], files["--markdown"]):
+        _show(report)
+    if interrupted:
+        raise typer.Exit(130)
+
+
+def _predict(
+    chip: str, acceptance: str | None, plan: Plan, chosen: Sequence[BenchPrompt], files: dict[str, Path | None]
+) -> None:
+    """What published figures promise on a chip: by a given acceptance, or by this pair's own, which is counted."""
+    if files["--plot"]:
+        raise OptionError("Expected --plot without --predict, found both; a prediction has no picture.")
+    chip = published.canonical(chip)
+    interrupted, found = False, {}
+    if acceptance is not None:
+        found["given"] = _shares(acceptance)
+    else:
+        run = Bench(plan, deepest_arm(plan, load), chosen)
+        interrupted = _followed(run.acceptance_only(), len(chosen) * len(run.lineup.samplings(plan)))
+        if not interrupted:
+            found = pooled_acceptance(run)
+    report = published.prediction_report(chip, found)
+    _write(files, report, text.prediction_markdown(report))
+    if STDOUT not in (files["--json"], files["--markdown"]):
+        print(text.prediction_markdown(report), end="")
+    if interrupted:
+        raise typer.Exit(130)
+
+
+def _followed(steps: Iterator[str], total: int) -> bool:
+    """Takes all steps under a bar with the time left, on a terminal; whether Ctrl-C ended it."""
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    # Steps differ in length, so the time left goes by all of them and not by the last few.
+    bar = Progress(*columns, console=console, transient=True, speed_estimate_period=24 * 3600.0,
+                   disable=not console.is_interactive)  # fmt: skip
+    try:
+        with bar:
+            task = bar.add_task("measuring", total=total)
+            for what in steps:
+                bar.update(task, advance=1, description=what)
+    except KeyboardInterrupt:
+        print("Interrupted; what was measured so far follows.", file=sys.stderr)
+        return True
+    return False
+
+
+def _show(report: dict[str, Any]) -> None:
+    """Tables on a terminal, Markdown in a pipe."""
+    if not sys.stdout.isatty():
+        print(text.markdown(report), end="")
+        return
+    console = Console()
+    console.print(_table("", ("", ""), [[name, value] for name, value in text.facts(report).items()]))
+    for sampling in report["samplings"]:
+        if not sampling["groups"]:
+            console.print(f"{sampling['name']}: no turn was finished.")
+            continue
+        everything, (heads, rows) = sampling["groups"][0], text.category_table(sampling)
+        base = "stock mlx-lm" if text.has_stock(everything) else "ours plain"
+        console.print(_table(f"{sampling['name']}: speed", text.SPEED_HEADS, text.speed_rows(everything)))
+        console.print(_table("cost of a round", text.COST_HEADS, text.cost_rows(everything)))
+        console.print(_table(f"by category, over {base}", heads, rows))
+        if model := text.model_rows(everything):
+            console.print(_table("cost model beside measurement", text.MODEL_HEADS, model))
+    for note in report["notes"]:
+        console.print(Text(note))
+
+
+def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title or None, title_justify="left", show_header=any(heads))
+    for at, head in enumerate(heads):
+        table.add_column(head, overflow="fold", justify="right" if head and at else "left")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _write(files: dict[str, Path | None], report: dict[str, Any], as_text: str) -> None:
+    contents = {"--json": json.dumps(report, indent=2) + "\n", "--markdown": as_text}
+    for option, content in contents.items():
+        file = files[option]
+        if file == STDOUT:
+            print(content, end="")
+        elif file is not None:
+            _saved(file, lambda fresh, content=content: fresh.write_text(content, encoding="utf-8"))
+
+
+def _saved(file: Path, write: Any) -> None:
+    """Writes beside and moves, so that an older file stays whole where the disk is full."""
+    fresh = file.with_name(f"{file.name}.part")
+    try:
+        write(fresh)
+        os.replace(fresh, file)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _check_files(files: dict[str, Path | None]) -> None:
+    """Before anything is measured."""
+    given = {option: file for option, file in files.items() if file is not None}
+    if list(given.values()).count(STDOUT) > 1 or given.get("--plot") == STDOUT:
+        raise OptionError("Expected '-' for --json or for --markdown, found it elsewhere or twice; name a file.")
+    for option, file in given.items():
+        if file != STDOUT and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
+            raise OptionError(f"Expected {option} as a file in a writable folder, found '{file}'; change it.")
+
+
+def _depths(depth: str | None, depths: str | None) -> tuple[int | str, ...] | None:
+    if depth is not None and depths is not None:
+        raise OptionError("Expected --depth or --depths, found both; leave one out.")
+    given = depth if depths is None else depths
+    return None if given is None else tuple(options.depth_value(one.strip()) for one in given.split(","))
+
+
+def _shares(given: str) -> list[float]:
+    try:
+        return [float(share) for share in given.split(",")]
+    except ValueError:
+        raise OptionError(f"Expected --acceptance as numbers with commas, like 0.9,0.8, found '{given}'.") from None

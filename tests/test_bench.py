@@ -1,0 +1,371 @@
+"""bench: prompts, turns, statistics, outputs that part, the cost model, published curves, and the command itself."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mlx_mtp
+from mlx_mtp import machine
+from mlx_mtp.benchmark import Difference, Job, Record, Timing, differences, ratio, take_turns
+from mlx_mtp.benchmarking import cost_model, energy, prompts, published
+from mlx_mtp.benchmarking.arms import DEFAULT_DEPTHS, GEMMA, Plan, _depths, parted, sampling_name
+from mlx_mtp.benchmarking.markdown import table
+from mlx_mtp.depth import expected_tokens
+from mlx_mtp.diagnosis import Costs, average
+from mlx_mtp.drafters.lookup import Lookup
+from mlx_mtp.errors import DataError, OptionError, PromptError
+from mlx_mtp.loading import EMBEDDED, another_drafter, drafter_folder
+from mlx_mtp.results import NEUTRAL, Sampling
+
+CATEGORIES = ["code", "edit", "prose", "chat", "JSON", "translation", "long context"]
+
+
+def written(file: Path, *records: object) -> Path:
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+# Prompts
+
+
+def test_the_built_in_set_has_every_category_and_can_be_asked() -> None:
+    found = prompts.read_prompts()
+    assert prompts.categories_of(found) == CATEGORIES
+    assert all(len([one for one in found if one.category == name]) >= 2 for name in CATEGORIES)
+    tokenizer = mlx_mtp.load(drafter=None).tokenizer
+    lengths = {name: max(len(p.ids(tokenizer)) for p in found if p.category == name) for name in CATEGORIES}
+    assert lengths["long context"] > 1000 > max(size for name, size in lengths.items() if name != "long context")
+    assert [p.raw for p in found if p.category == "code"] == [True, True]
+
+
+def test_published_files_are_read_as_they_are(tmp_path: Path) -> None:
+    spec = written(tmp_path / "question.jsonl",
+                   {"question_id": 81, "category": "writing", "turns": ["First?", "Second?"]},
+                   {"question_id": 161, "category": "math", "turns": ["2 + 2?"]})  # fmt: skip
+    human = tmp_path / "HumanEval.jsonl.gz"
+    human.write_bytes(gzip.compress(b'{"task_id": "HumanEval/0", "prompt": "def f():\\n", "test": "x"}\n\n'))
+    chat = written(tmp_path / "chats.jsonl", {"messages": [
+        {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"},
+        {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "See you"},
+    ]})  # fmt: skip
+    plain = tmp_path / "essay.txt"
+    plain.write_text("\nTwo lines\nof text.\n\n")
+    found = prompts.read_prompts([spec, human, chat, plain])
+    assert [(p.category, p.text) for p in found] == [
+        ("writing", "First?"), ("math", "2 + 2?"), ("HumanEval", "def f():\n"),
+        ("chats", [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"},
+                   {"role": "user", "content": "Bye"}]),
+        ("essay", "Two lines\nof text."),
+    ]  # fmt: skip
+    assert not any(p.raw for p in found) and all(p.raw for p in prompts.read_prompts([human, plain], raw=True))
+    assert found[1].where == f"{spec}, line 2"
+
+
+def test_prompts_are_chosen_evenly_and_by_category(tmp_path: Path) -> None:
+    file = written(tmp_path / "a.jsonl", *({"prompt": f"p{i}", "category": "Even" if i % 2 == 0 else "odd"}
+                                           for i in range(12)))  # fmt: skip
+    assert [p.text for p in prompts.read_prompts([file], per_category=2)] == ["p0", "p6", "p1", "p7"]
+    assert [p.text for p in prompts.read_prompts([file], ["even"], 3)] == ["p0", "p4", "p8"]
+    with pytest.raises(OptionError, match=r"'Even', 'odd'.*'none'"):
+        prompts.read_prompts([file], ["none", "odd"])
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"prompt": "a"', "expected one JSON object"),
+        ("[1]", "expected a JSON object, found list"),
+        ('{"question": "a"}', "expected `turns`, `prompt` or `messages`, found 'question'"),
+        ('{"turns": "a"}', "expected `turns` as a list"),
+        ('{"turns": []}', "expected `turns` as a list"),
+        ('{"turns": [3]}', "expected `turns` to be a string"),
+        ('{"prompt": 3}', "expected `prompt` to be a string"),
+        ('{"prompt": " "}', "found an empty text"),
+        ('{"prompt": "a", "category": 1}', "expected `category` to be a string"),
+        ('{"messages": []}', "expected `messages` to be a list of turns"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "with a turn of the user's"),
+        ('{"messages": [{"role": "robot", "content": "a"}]}', "expected turns with the role"),
+    ],
+)  # fmt: skip
+def test_a_bad_line_is_named(line: str, words: str, tmp_path: Path) -> None:
+    file = written(tmp_path / "bad.jsonl", {"prompt": "good"}, line)
+    with pytest.raises(DataError) as error:
+        prompts.read_prompts([file])
+    assert words in str(error.value) and f"{file}, line 2" in str(error.value)
+
+
+def test_a_checkpoint_is_asked_only_what_it_takes() -> None:
+    class Bare:
+        has_chat_template = False
+
+    (chat, text) = prompts.read_prompts(categories=["chat"])
+    assert not chat.fits(Bare()) and text.fits(Bare())  # type: ignore[arg-type]
+    with pytest.raises(PromptError, match="with a tokenizer"):
+        text.ids(None)
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="No such file"):
+        prompts.read_prompts([tmp_path / "none.txt"])
+    for name, content in (("empty.jsonl", b"\n\n"), ("empty.txt", b"\n")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match="at least one prompt"):
+            prompts.read_prompts([tmp_path / name])
+    cut = tmp_path / "cut.jsonl.gz"
+    for content in (b"no gzip", gzip.compress(b'{"prompt": "a"}' * 99)[:30]):
+        cut.write_bytes(content)
+        with pytest.raises(DataError, match="whole gzip file"):
+            prompts.read_prompts([cut])
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes(b"one\n\xe9")
+    with pytest.raises(DataError, match="line 2: expected UTF-8"):
+        prompts.read_prompts([latin])
+
+
+# Turns and statistics
+
+
+def test_arms_take_turns_a_b_b_a_after_a_warm_up() -> None:
+    ran: list[tuple[str, int]] = []
+    rests: list[int] = []
+
+    def arm(name: str) -> Any:
+        def run(job: Job) -> Timing:
+            ran.append((name, job.seed))
+            return Timing([1, 2], 1.0, 0)
+
+        return run
+
+    arms = {"A": arm("A"), "B": arm("B")}
+    booked = list(take_turns(arms, Job([1], 2, seed=7), 3, pause=lambda: rests.append(len(ran))))
+    assert [name for name, _ in ran] == ["A", "B", *"ABBAAB"]
+    assert [name for name, _ in booked] == list("ABBAAB")
+    assert rests == [2, 4, 6]
+    # Both arms of a turn draw with one seed, every turn with another.
+    seeds = [seed for _, seed in ran[2:]]
+    assert seeds[0] == seeds[1] == 7 and len(set(seeds)) == 3 and seeds[2] == seeds[3]
+
+
+def record(seconds: np.ndarray, tokens: int = 11) -> Record:
+    return Record([[Timing(list(range(tokens)), float(time), 0) for time in row] for row in seconds])
+
+
+def test_the_ratio_and_its_interval_are_numpys() -> None:
+    chance = np.random.default_rng(1)
+    base = chance.gamma(50.0, 0.02, (6, 5)) * np.array([[1, 2, 3, 4, 5, 6]]).T
+    mine = base * chance.normal(0.5, 0.05, base.shape)
+    middle, low, high = ratio(record(mine), record(base))
+    assert middle == pytest.approx(np.median(base, 1).sum() / np.median(mine, 1).sum())
+    # The same bootstrap, written another way and drawn otherwise.
+    drawn = []
+    for _ in range(4000):
+        jobs = chance.integers(6, size=6)
+        turns = chance.integers(5, size=(6, 5))
+        pick = [np.take_along_axis(data[jobs], turns, 1) for data in (base, mine)]
+        drawn.append(np.median(pick[0], 1).sum() / np.median(pick[1], 1).sum())
+    assert low == pytest.approx(np.quantile(drawn, 0.025), rel=0.02)
+    assert high == pytest.approx(np.quantile(drawn, 0.975), rel=0.02)
+    assert low < middle < high
+
+
+def test_an_arm_is_as_fast_as_itself() -> None:
+    seconds = np.random.default_rng(2).gamma(5.0, 1.0, (3, 4))
+    assert ratio(record(seconds), record(seconds)) == (1.0, 1.0, 1.0)
+
+
+def test_the_first_difference_is_found_with_its_logit_gap() -> None:
+    target = mlx_mtp.load(drafter=None).target
+    job = Job([2, 10, 20], 3)
+    logits = target.logits(mx.array([[2, 10, 20]]))[0, -1]
+    best, second = (int(i) for i in np.argsort(-np.array(logits))[:2])
+    expected = Record([[Timing([best, 5, 6], 1.0, 0)]])
+    assert differences(target, [job], expected, Record([[Timing([best, 5, 6], 1.0, 0)]])) == []
+    other = Record([[Timing([best, 5, 6], 1.0, 0), Timing([second, 5, 6], 1.0, 0)]])
+    (found,) = differences(target, [job], expected, other)
+    assert (found.job, found.token) == (0, 0)
+    assert found.gap == pytest.approx(float(logits[best] - logits[second]), rel=1e-4) and found.gap > 0
+    assert str(Difference(0, 4, 0.00123)) == "parts at token 5, the two tokens' logits 1.2e-03 apart"
+
+
+# The cost model
+
+COSTS = Costs(
+    context=200, verify=(0.010, 0.011, 0.012, 0.013, 0.015, 0.018, 0.020, 0.022), plain=0.0105, drafted_depth=4,
+    drafted=0.015 + 4 * 0.001 + 0.0008, draft_step=0.001, build=0.001, submit=0.002, scatter=0.02,
+)  # fmt: skip
+
+
+def test_acceptance_is_conditional_and_ends_where_nothing_tells() -> None:
+    assert cost_model.conditional_acceptance([100, 100, 100], [80, 60, 45]) == pytest.approx([0.8, 0.75, 0.75])
+    assert cost_model.conditional_acceptance([100, 50, 0], [80, 20, 0]) == pytest.approx([0.8, 0.5])
+    assert cost_model.conditional_acceptance([10, 10, 10], [5, 0, 0]) == [0.5, 0.0]
+    assert cost_model.conditional_acceptance([], []) == []
+
+
+def test_rounds_needed_by_hand() -> None:
+    law = cost_model.tokens_law([0.8, 0.5], 2)
+    assert law == pytest.approx([0.2, 0.4, 0.4]) and sum(law) == pytest.approx(1.0)
+    assert cost_model.tokens_law([0.8], 2) == pytest.approx([0.2, 0.8, 0.0])  # nothing is known of position 2
+    # One token: one round. Two: one more round where the first gave one. Three: 1 + 0.2 N(2) + 0.4 N(1).
+    assert [cost_model.rounds_needed(law, n) for n in range(4)] == pytest.approx([0.0, 1.0, 1.2, 1.64])
+    assert cost_model.rounds_needed([1.0], 63) == 63.0
+    long = cost_model.rounds_needed(law, 5000)
+    assert 5000 / long == pytest.approx(expected_tokens([0.8, 0.5], 2), rel=1e-3)
+
+
+def test_the_prediction_by_hand() -> None:
+    plain = cost_model.seconds_per_token(COSTS, {0: 9}, [], 64)
+    assert plain == pytest.approx(0.0105)
+    # Depth 2: a pass of three rows, two drafts, and the gap that depth 4 showed.
+    parts = cost_model.round_parts(COSTS, {2: 5})
+    assert (parts.verify, parts.draft, parts.gap) == pytest.approx((0.012, 0.002, 0.0008))
+    law = [0.2, 0.4, 0.4]
+    needed = cost_model.rounds_needed(law, 63)
+    assert cost_model.seconds_per_token(COSTS, {2: 5}, [0.8, 0.5], 64) == pytest.approx(needed * 0.0148 / 63)
+    # The formula itself, E / (verify(M) / verify(1) + depth x draft / verify(1) + gap / verify(1)), for long replies.
+    formula = 2.2 / (1.2 + 0.2 + 0.08)
+    model = COSTS.verify[0] / cost_model.seconds_per_token(COSTS, {2: 5}, [0.8, 0.5], 4000)
+    assert model == pytest.approx(formula, rel=1e-3)
+
+
+def test_a_mix_of_depths_is_predicted_by_its_shares() -> None:
+    mix = {0: 30, 2: 10}
+    parts = cost_model.round_parts(COSTS, mix)
+    assert parts.seconds == pytest.approx(0.75 * 0.0105 + 0.25 * 0.0148)
+    law = [0.75 + 0.25 * 0.2, 0.25 * 0.4, 0.25 * 0.4]
+    wanted = cost_model.rounds_needed(law, 63) * parts.seconds / 63
+    assert cost_model.seconds_per_token(COSTS, mix, [0.8, 0.5], 64) == pytest.approx(wanted)
+
+
+def test_exact_mode_pays_for_filled_passes() -> None:
+    parts = cost_model.round_parts(COSTS, {2: 1}, filled=5)
+    assert (parts.verify, parts.draft) == pytest.approx((0.015, 0.002))
+    assert cost_model.pass_seconds(COSTS, 9) == pytest.approx(0.024)
+
+
+def test_pieces_are_averaged() -> None:
+    other = Costs(
+        context=200, verify=tuple(2 * t for t in COSTS.verify), plain=0.02, drafted_depth=4, drafted=0.03,
+        draft_step=0.003, build=0.003, submit=0.004, scatter=0.04,
+    )  # fmt: skip
+    found = average([COSTS, other])
+    assert found.verify == pytest.approx(tuple(1.5 * t for t in COSTS.verify))
+    assert (found.draft_step, found.scatter, found.build) == pytest.approx((0.002, 0.03, 0.002))
+    without = Costs(
+        context=9, verify=(0.01,), plain=0.01, drafted_depth=0, drafted=None, draft_step=None, build=0.0, submit=0.0,
+        scatter=0.0,
+    )  # fmt: skip
+    assert average([without, without]) == without
+
+
+# Published curves
+
+
+def test_published_curves_name_their_sources_and_start_at_one() -> None:
+    found = published.curves()
+    assert len(found) >= 8
+    for curve in found:
+        assert curve.source and curve.rows[1] == 1.0 and all(ratio >= 0.9 for ratio in curve.rows.values())
+        assert all(curve.cost(depth) > 0.9 for depth in range(curve.deepest + 1))
+
+
+def test_predictions_by_hand() -> None:
+    first = published.predict("M4 Pro", [0.8])[0]
+    assert first.curve.source == "mlx#3839"
+    assert first.by_depth[:2] == pytest.approx((1.8 / (1.03 + 0.043), 2.44 / (1.22 + 0.086)))
+    # Row 5 is not published there: half-way between rows 4 and 6.
+    assert first.by_depth[3] == pytest.approx(3.3616 / ((1.47 + 2.07) / 2 + 4 * 0.043))
+    assert (first.depth, len(first.by_depth)) == (2, 7) and first.speed_up == first.by_depth[1]
+    # The published optimum of that chip, a block of five.
+    assert published.predict("Apple M5 Max", [0.8])[0].depth == 4
+    whole = next(one for one in published.predict("m3 ultra", [0.8, 0.8, 0.8]) if one.curve.whole_round)
+    assert whole.by_depth == pytest.approx((1.8 / 1.17, 2.44 / 1.34, 2.952 / 1.51))
+    bad = published.predict("M1 Ultra", [0.1])
+    assert [one.depth for one in bad] == [0, 0] and [one.speed_up for one in bad] == [1.0, 1.0]
+
+
+def test_a_chip_without_curves_takes_those_of_its_generation_and_says_so() -> None:
+    report = published.prediction_report("M4 Max", {"given": [0.8]})
+    shown = report["cases"][0]["predictions"]
+    assert {one["figures_of"] for one in shown} == {"M4 Pro"} and report["chip"] == "M4 Max"
+    assert all(one["prediction"] == published.MARK and "not measured" in published.MARK for one in shown)
+
+
+@pytest.mark.parametrize("chip", ["M2 Pro", "M9", "", "H100"])
+def test_an_unknown_chip_is_told_the_known_ones(chip: str) -> None:
+    with pytest.raises(OptionError, match="M4 Pro.*M5 Max"):
+        published.predict(chip, [0.8])
+
+
+# Plans, energy, machine
+
+
+def test_plans() -> None:
+    for wrong in ({"max_tokens": 1}, {"repeats": 0}, {"cool_down": -1.0}, {"arms": ()}):
+        with pytest.raises(OptionError, match="Expected"):
+            Plan(**wrong)  # type: ignore[arg-type]
+    assert parted("lookup@auto") == ("lookup", "auto") and parted("/a@b/c@3") == ("/a@b/c", 3)
+    assert parted("org/name") == ("org/name", None)
+    assert sampling_name(GEMMA.over(NEUTRAL)) == "T = 1, top-k 64, top-p 0.95"
+    assert sampling_name(Sampling(temperature=0.0, top_k=5, repetition_penalty=1.2).over(NEUTRAL)) == (
+        "T = 0, repetition penalty 1.2"
+    )
+
+
+def test_the_usual_depths_stop_where_the_drafter_does() -> None:
+    class Short(Lookup):
+        max_depth = 3
+
+    assert list(_depths(Plan(), None, Lookup())) == list(DEFAULT_DEPTHS)
+    assert list(_depths(Plan(), None, Short())) == [2, 3, "auto"]
+    assert list(_depths(Plan(depths=(1, 8)), None, Short())) == [1, 8]
+    assert list(_depths(Plan(), "auto", Short())) == ["auto"]
+
+
+def test_second_drafters_are_loaded_by_name() -> None:
+    assert isinstance(another_drafter(None, "lookup"), Lookup) and another_drafter(None, "none") is None
+    assert drafter_folder(None, "auto") == EMBEDDED / "assistant" and drafter_folder(None, "lookup") is None
+    assert not isinstance(another_drafter(None, "assistant"), Lookup)
+
+
+class Monitor:
+    """Stands in for AppleEnergyMonitor: every window takes 2 J on the CPU and 3 J on the GPU, DRAM tells nothing."""
+
+    def begin_window(self, key: str) -> None:
+        self.open = key
+
+    def end_window(self, key: str) -> Any:
+        assert key == self.open
+
+        class Used:
+            cpu_total_mj, gpu_mj, dram_mj = 2000, 3000, None
+
+        return Used()
+
+
+def test_energy(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert energy.EnergyMeter(Monitor()).of(lambda: "done") == ("done", 5.0)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert energy.open_meter() == (None, "Energy is not measured: zeus-apple-silicon reads it on Apple silicon only.")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setitem(sys.modules, "zeus_apple_silicon", None)
+    meter, why = energy.open_meter()
+    assert meter is None and "pip install zeus-apple-silicon" in str(why)
+
+
+def test_power_source() -> None:
+    assert machine.drawn_from("Now drawing from 'Battery Power'\n -InternalBattery-0 93%") == "Battery Power"
+    assert machine.drawn_from("") is None
+
+
+def test_markdown_tables_keep_their_columns() -> None:
+    assert table(("a", "b"), [["x|y", "two\nlines"]]) == ["| a | b |", "| --- | --- |", "| x\\|y | two lines |"]

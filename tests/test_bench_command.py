@@ -1,0 +1,237 @@
+"""`mlx-mtp bench` as a user runs it, on the embedded pair with one short prompt and few tokens; no times asserted."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_mtp.benchmarking import published, run
+from mlx_mtp.benchmarking.markdown import markdown
+from mlx_mtp.benchmarking.report import DEFINITIONS
+from mlx_mtp.cli import app
+
+SPREAD = {"median", "low", "high"}
+ROW = {
+    "arm", "drafter", "depth", "tokens_per_second", "over_stock", "over_plain", "tau", "timed_tokens_per_round",
+    "acceptance", "drafted_by_position", "accepted_by_position", "depth_counts", "verify_milliseconds",
+    "draft_milliseconds", "gap_milliseconds", "round_milliseconds", "first_token_milliseconds", "run_bytes",
+    "joules_per_token", "output", "predicted",
+}  # fmt: skip
+ARMS = ["stock", "plain", "mtp@2", "mtp@auto", "lookup@2"]
+
+
+def command(*args: str) -> int:
+    """`mlx-mtp bench ARGS` in this process; the exit code."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr(sys, "argv", ["mlx-mtp", "bench", *args])
+        patch.setattr(run, "PIECE_REPEATS", 3)
+        patch.setattr(run, "STOCK_TOKENS", 8)
+        app.main()
+    return int(end.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("prompts") / "short.jsonl"
+    file.write_text(json.dumps({"prompt": "import os\n\ndef main():\n", "category": "code", "raw": True}) + "\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def outputs(prompt_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A folder with report.json, report.md and report.png of one small run, and the JSON."""
+    folder = tmp_path_factory.mktemp("bench")
+    files = [f"--{name}={folder / 'report'}.{end}" for name, end in
+             (("json", "json"), ("markdown", "md"), ("plot", "png"))]  # fmt: skip
+    code = command("--prompts", str(prompt_file), "--arms", "stock,plain,mtp,lookup@2", "--depths", "2,auto",
+                   "--max-tokens", "12", "--repeats", "2", "--cool-down", "0", *files)  # fmt: skip
+    assert code == 0
+    assert sorted(file.name for file in folder.iterdir()) == ["report.json", "report.md", "report.png"]
+    return folder, json.loads((folder / "report.json").read_text())
+
+
+def test_the_json_holds_everything(outputs: tuple[Path, dict[str, Any]]) -> None:
+    report = outputs[1]
+    assert set(report) == {
+        "format", "command", "started", "seconds", "interrupted", "machine", "idle_watts", "pair", "settings",
+        "definitions", "notes", "samplings",
+    }  # fmt: skip
+    assert (report["format"], report["interrupted"], report["pair"]["family"]) == (1, False, "assistant")
+    assert report["command"].startswith("mlx-mtp bench --prompts ") and report["settings"]["tokens"] == 12
+    assert {"power_source", "low_power_mode", "blas", "load_average", "python"} <= set(report["machine"])
+    greedy, own = report["samplings"]
+    assert (greedy["name"], own["name"]) == ("T = 0", "T = 1, top-k 64, top-p 0.95")
+    for sampling in (greedy, own):
+        assert [group["category"] for group in sampling["groups"]] == ["all", "code"]
+        for group in sampling["groups"]:
+            assert [row["arm"] for row in group["arms"]] == ARMS and group["prompts"] == 1
+            for row in group["arms"]:
+                assert set(row) == ROW
+                assert set(row["tokens_per_second"]) == set(row["first_token_milliseconds"]) == SPREAD
+                assert 0 < row["tokens_per_second"]["low"] <= row["tokens_per_second"]["high"]
+                assert row["run_bytes"] > 1e5 and row["over_stock"]["low"] <= row["over_stock"]["high"]
+                assert (row["predicted"] is None) == (row["arm"] == "stock")
+
+
+def test_the_figures_agree_with_the_raw_runs(outputs: tuple[Path, dict[str, Any]]) -> None:
+    for sampling in outputs[1]["samplings"]:
+        (prompt,) = sampling["prompts"]
+        rows = {row["arm"]: row for row in sampling["groups"][0]["arms"]}
+        assert rows["stock"]["over_stock"] == {"ratio": 1.0, "low": 1.0, "high": 1.0}
+        assert rows["plain"]["over_plain"]["ratio"] == 1.0 and rows["plain"]["predicted"]["over_plain"] == 1.0
+        for name, runs in prompt["runs"].items():
+            assert [one["tokens"] for one in runs] == [12, 12]  # the ending is ignored, the budget is met
+            speeds = sorted(11 / one["seconds"] for one in runs)
+            assert rows[name]["tokens_per_second"]["median"] == pytest.approx(sum(speeds) / 2)
+        drafted = rows["mtp@2"]
+        assert drafted["depth_counts"] == {"2": sum(one["depth_counts"]["2"] for one in prompt["runs"]["mtp@2"])}
+        assert len(drafted["acceptance"]) == 2 and 1.0 <= drafted["tau"] <= 3.0
+        reply = prompt["replies"]["mtp@2"]
+        assert drafted["tau"] == pytest.approx((reply["tokens"] - 1) / reply["rounds"])
+        assert drafted["acceptance"][0] == reply["accepted_by_position"][0] / reply["drafted_by_position"][0]
+        parts = [drafted[f"{name}_milliseconds"] for name in ("verify", "draft", "gap")]
+        assert sum(parts) == pytest.approx(drafted["round_milliseconds"])
+        assert [one["drafter"] for one in prompt["pieces"]] == [None, "mtp", "lookup"]
+        expected, real = drafted["predicted"]["over_plain"], drafted["over_plain"]["ratio"]
+        assert drafted["predicted"]["over_plain_deviation"] == pytest.approx(expected / real - 1)
+
+
+def test_greedy_outputs_are_compared(outputs: tuple[Path, dict[str, Any]]) -> None:
+    greedy, own = outputs[1]["samplings"]
+    for row in greedy["groups"][0]["arms"]:
+        if row["arm"] == "plain":
+            assert row["output"] is None
+        else:
+            assert row["output"]["identical"] == (not row["output"]["differences"])
+            # Kernels of other widths round otherwise: only near-ties may go another way.
+            assert all(abs(place["logit_gap"]) < 1e-3 for place in row["output"]["differences"])
+    assert all(row["output"] is None for row in own["groups"][0]["arms"])
+
+
+def test_the_markdown_is_of_that_report_alone(outputs: tuple[Path, dict[str, Any]]) -> None:
+    folder, report = outputs
+    text = (folder / "report.md").read_text()
+    assert markdown(report) == text
+    for words in (*ARMS, *DEFINITIONS, report["machine"]["mlx"], report["command"], "Cost model beside measurement"):
+        assert words in text
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({line.count(" | ") for line in block.splitlines() if "---" not in line}) == 1, block
+    report["interrupted"] = True
+    assert "**Interrupted" in markdown(report)
+
+
+def test_the_plot_is_a_picture(outputs: tuple[Path, dict[str, Any]]) -> None:
+    picture = (outputs[0] / "report.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
+
+
+def test_ctrl_c_leaves_what_was_measured(
+    prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = run.Bench.run
+
+    def cut(self: run.Bench) -> Iterator[str]:
+        for what in whole(self):
+            yield what
+            if any(measured.turns for done in self.results.values() for measured in done):
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.Bench, "run", cut)
+    file = tmp_path / "report.json"
+    options = ("--prompts", str(prompt_file), "--arms", "plain", "--max-tokens", "8", "--cool-down", "0")
+    assert command(*options, "--json", str(file)) == 130
+    out, err = capsys.readouterr()
+    report = json.loads(file.read_text())
+    assert report["interrupted"] and "Interrupted" in err and "Interrupted" in out
+    (sampling,) = report["samplings"]
+    assert len(sampling["prompts"][0]["runs"]["plain"]) == 1 and sampling["groups"][0]["arms"][0]["over_stock"] is None
+
+
+def test_ctrl_c_before_anything_was_measured(
+    prompt_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cut(self: run.Bench) -> Iterator[str]:
+        raise KeyboardInterrupt
+        yield ""
+
+    monkeypatch.setattr(run.Bench, "run", cut)
+    assert command("--prompts", str(prompt_file), "--arms", "plain", "--json", "-") == 130
+    assert json.loads(capsys.readouterr().out)["samplings"] == []
+
+
+def test_predictions_need_no_model_with_an_acceptance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mlx_mtp.cli.bench.load", None)
+    file = tmp_path / "prediction.json"
+    assert command("--predict", "m4 pro", "--acceptance", "0.9,0.8", "--json", str(file)) == 0
+    out, report = capsys.readouterr().out, json.loads(file.read_text())
+    assert published.MARK in out and "mlx#3839" in out and "90% 80%" in out
+    (case,) = report["cases"]
+    assert case["acceptance"] == [0.9, 0.8] and report["chip"] == "M4 Pro"
+    assert all(len(one["speed_up_by_depth"]) == 2 for one in case["predictions"])
+
+
+def test_predictions_count_acceptance_with_the_pair(prompt_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--predict", "M5 Max", "--prompts", str(prompt_file), "--temperature", "0", "--json", "-") == 0
+    report = json.loads(capsys.readouterr().out)
+    (case,) = report["cases"]
+    assert case["acceptance_from"] == "counted with this pair, T = 0, 1 prompts" and 0.0 < case["acceptance"][0] <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--category", "poetry"), "'code', 'edit'"),
+        (("--prompts", "/no/such/file.jsonl"), "/no/such/file.jsonl"),
+        (("--depth", "2", "--depths", "2,4"), "found both"),
+        (("--depths", "two"), "found 'two'"),
+        (("--depths", "9"), "0 to 8, found 9"),
+        (("--arms", "stock,oracle"), "'oracle'"),
+        (("--arms", ","), "at least one arm"),
+        (("--acceptance", "0.8"), "--predict CHIP"),
+        (("--predict", "M2 Pro", "--acceptance", "0.8"), "M4 Pro"),
+        (("--predict", "M4 Pro", "--acceptance", "1.8"), "from 0 to 1"),
+        (("--predict", "M4 Pro", "--acceptance", "nan"), "from 0 to 1"),
+        (("--predict", "M4 Pro", "--acceptance", "high"), "found 'high'"),
+        (("--predict", "M4 Pro", "--acceptance", "0.8", "--plot", "a.png"), "no picture"),
+        (("--predict", "M4 Pro", "--drafter", "none", "--category", "chat"), "give --acceptance"),
+        (("--json", "-", "--markdown", "-"), "found it elsewhere or twice"),
+        (("--json", "/no/such/folder/a.json"), "/no/such/folder/a.json"),
+        (("--max-tokens", "1"), "max_tokens of at least 8"),
+        (("--per-category", "0"), "--per-category"),
+        (("--max-context", "300", "--category", "long context"), "at most 172 tokens"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(
+    args: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = command(*args)
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    last = err.splitlines()[-1]
+    assert words in last and last.endswith(".") and "Traceback" not in err
+
+
+def test_a_bad_line_of_a_prompt_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"prompt": "good"}\n{"prompt": \n')
+    assert command("--prompts", str(file)) == 2
+    assert f"{file}, line 2" in capsys.readouterr().err
+
+
+def test_without_matplotlib_nothing_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else there(name))
+    assert command("--plot", str(tmp_path / "a.png")) == 2
+    assert "pip install 'mlx-mtp[plot]'" in capsys.readouterr().err
