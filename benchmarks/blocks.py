@@ -15,14 +15,16 @@ from typing import Any
 Results = Mapping[str, Any]
 Rows = tuple[Sequence[str], Sequence[Sequence[str]]]
 
-STOCK, PLAIN = "stock mlx-lm", "depth 0"
-OURS = {"depth 0": "mlx_mtp, plain", "depth 4": "mlx_mtp, 4 drafts", "mlx-vlm, depth 4": "mlx-vlm, 4 drafts",
-        "depth auto": "mlx_mtp, auto"}  # fmt: skip
+ALL = "all"  # of a bench report: every category
+CHARTED = {"plain": "#7aa6d6", "mtp@4": "#1f5fa8", "mlx-vlm@4": "#d08a3c"}
+ARMS = {"stock": "stock mlx-lm", "plain": "mlx_mtp, plain", "mtp@2": "mlx_mtp, 2 drafts", "mtp@4": "mlx_mtp, 4 drafts",
+        "mtp@auto": "mlx_mtp, auto", "lookup@auto": "mlx_mtp, lookup", "mlx-vlm@4": "mlx-vlm, 4 drafts"}  # fmt: skip
+PARTS = ("verify_milliseconds", "draft_milliseconds", "gap_milliseconds")
 
 
 @dataclass(frozen=True)
 class Block:
-    """file: in benchmarks/results. command: what made it, where the file itself has none under about.command."""
+    """file: in benchmarks/results. command: what made it, where the file itself does not say."""
 
     file: str
     command: str
@@ -30,9 +32,7 @@ class Block:
 
     def made_by(self, results: Results) -> str:
         """The command that gave these results."""
-        about = results.get("about")
-        found = about.get("command") if isinstance(about, Mapping) else None
-        return str(found or self.command)
+        return str(results.get("command", self.command))
 
 
 def ratio(row: Results) -> str:
@@ -46,26 +46,75 @@ def shares(values: Sequence[float]) -> str:
     return " ".join(f"{100 * value:.0f}" for value in values) + " %"
 
 
-def sets(results: Results) -> dict[str, Results]:
-    """Prompt sets of a speed file by name."""
-    return {name: arms for name, arms in results.items() if name != "about"}
+def interval(row: Results) -> str:
+    """The same of a bench report's ratio."""
+    return f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
 
 
-def compared(base: str) -> Callable[[Results], Rows]:
-    """A row for every prompt set: each arm's speed over that of `base`."""
+def arms_of(sampling: Results, category: str = ALL) -> dict[str, Results]:
+    """A bench report's arms by name, of one category or of all."""
+    (group,) = (group for group in sampling["groups"] if group["category"] == category)
+    return {arm["arm"]: arm for arm in group["arms"]}
 
-    def show(results: Results) -> Rows:
-        found = sets(results)
-        arms = [name for name in next(iter(found.values())) if name != base]
-        heads = ["prompts", OURS.get(base, base), *(OURS.get(name, name) for name in arms), "tokens a round, mlx_mtp"]
-        rows = []
-        for name, row in found.items():
-            per_round = [arm["tokens_per_round"] for arm in row.values() if "tokens_per_round" in arm]
-            one = f"1.00 ({row[base]['tokens_per_second']:.0f} tokens/s)"
-            rows.append([name, one, *(ratio(row[arm]) for arm in arms), f"{per_round[-1]:.2f}"])
-        return heads, rows
 
-    return show
+def temperature(sampling: Results) -> str:
+    """'T = 0', without the filters."""
+    return f"T = {sampling['sampling']['temperature']:g}"
+
+
+def speed(results: Results) -> Rows:
+    """A row for every arm: over stock and tokens a pass, by temperature."""
+    samplings = results["samplings"]
+    heads = ["arm", *(f"speed, {temperature(s)}" for s in samplings),
+             *(f"tokens a pass, {temperature(s)}" for s in samplings)]  # fmt: skip
+    found = [arms_of(s) for s in samplings]
+    rows = []
+    for name in found[0]:
+        taus = [arms[name]["tau"] for arms in found]
+        rows.append([ARMS.get(name, name), *(interval(arms[name]["over_stock"]) for arms in found),
+                     *("" if tau is None else f"{tau:.2f}" for tau in taus)])  # fmt: skip
+    return heads, rows
+
+
+def speed_by_category(results: Results) -> Rows:
+    """A row for every category at the first temperature."""
+    sampling = results["samplings"][0]
+    categories = [group["category"] for group in sampling["groups"] if group["category"] != ALL]
+    rows = []
+    for category in categories:
+        arms = arms_of(sampling, category)
+        rows.append([category, *(interval(arm["over_stock"]) for arm in arms.values() if arm["arm"] != "stock")])
+    arms = [name for name in arms_of(sampling) if name != "stock"]
+    return (temperature(sampling), *(ARMS.get(name, name) for name in arms)), rows
+
+
+def bench_rounds(results: Results) -> Rows:
+    """What a round is made of, and the cost model beside the measurement."""
+    heads = ("arm", "tokens/s (range)", "pass, ms", "drafts, ms", "gap, ms", "acceptance by position", "over stock",
+             "predicted", "off by")  # fmt: skip
+    rows = []
+    for sampling in results["samplings"]:
+        for name, arm in arms_of(sampling).items():
+            rate, told = arm["tokens_per_second"], arm["predicted"] or {}
+            rows.append([
+                f"{ARMS.get(name, name)}, {temperature(sampling)}",
+                f"{rate['median']:.0f} ({rate['low']:.0f} to {rate['high']:.0f})",
+                *("" if arm[part] is None else f"{arm[part]:.2f}" for part in PARTS),
+                shares(arm["acceptance"]) if arm["acceptance"] else "",
+                f"{arm['over_stock']['ratio']:.2f}",
+                f"{told['over_stock']:.2f}" if told else "",
+                f"{told['over_stock_deviation']:+.0%}" if told else "",
+            ])  # fmt: skip
+    return heads, rows
+
+
+def unfriendly(results: Results) -> Rows:
+    """A row for every text: each arm's speed over plain decoding."""
+    found = {name: arms for name, arms in results.items() if name not in ("about", "command")}
+    arms = list(next(iter(found.values())))
+    rows = [[name, f"1.00 ({row[arms[0]]['tokens_per_second']:.0f} tokens/s)", *(ratio(row[arm]) for arm in arms[1:])]
+            for name, row in found.items()]  # fmt: skip
+    return ("text", "plain", *arms[1:]), rows
 
 
 def verify_cost(results: Results) -> Rows:
@@ -155,13 +204,15 @@ def adapted(results: Results) -> Rows:
 
 
 def speed_chart(results: Results) -> str:
-    """Bars with intervals, one group a prompt set; its own light background, for pages of any colour."""
-    groups = sets(results)
-    names = [*next(iter(groups.values()))]
-    colours = dict(zip(names, ("#8a8f98", "#7aa6d6", "#1f5fa8", "#d08a3c"), strict=False))
-    left, width, bar, gap, top = 210, 560, 15, 16, 74
+    """Bars with intervals, one group a category; its own light background, for pages of any colour."""
+    groups = {f"all, {temperature(s)}": arms_of(s) for s in results["samplings"]}
+    first = results["samplings"][0]
+    groups |= {f"{group['category']}, {temperature(first)}": arms_of(first, group["category"])
+               for group in first["groups"] if group["category"] != ALL}  # fmt: skip
+    names = [name for name in CHARTED if name in next(iter(groups.values()))]
+    left, width, bar, gap, top = 170, 560, 15, 14, 74
     step = len(names) * bar + gap
-    scale = width / (1.05 * max(arm["interval"][1] for arms in groups.values() for arm in arms.values()))
+    scale = width / (1.08 * max(arms[name]["over_stock"]["high"] for arms in groups.values() for name in names))
     height = top + len(groups) * step + 50
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 40} {height}" '
@@ -172,29 +223,20 @@ def speed_chart(results: Results) -> str:
     ]
     at = 16.0
     for name in names:
-        label = OURS.get(name, name)
-        out.append(f'<rect x="{at:.0f}" y="38" width="11" height="11" fill="{colours[name]}"/>'
-                   f'<text x="{at + 16:.0f}" y="48">{label}</text>')  # fmt: skip
-        at += 36 + 6.4 * len(label)
+        out.append(f'<rect x="{at:.0f}" y="38" width="11" height="11" fill="{CHARTED[name]}"/>'
+                   f'<text x="{at + 16:.0f}" y="48">{ARMS[name]}</text>')  # fmt: skip
+        at += 36 + 6.4 * len(ARMS[name])
     one = left + scale
     out.append(f'<path d="M{one:.1f} {top - 6}V{height - 48}" stroke="#222" stroke-dasharray="3 3"/>')
     for g, (group, arms) in enumerate(groups.items()):
         y = top + g * step
         out.append(f'<text x="{left - 10}" y="{y + len(names) * bar / 2 + 4:.0f}" text-anchor="end">{group}</text>')
         for i, name in enumerate(names):
-            row, x = arms[name], y + i * bar
-            low, high = (left + scale * end for end in row["interval"])
-            middle = x + bar / 2 - 1
-            out.append(f'<rect x="{left}" y="{x}" width="{scale * row["ratio"]:.1f}" height="{bar - 2}" '
-                       f'fill="{colours[name]}"/>'
-                       f'<path d="M{low:.1f} {middle}H{high:.1f}M{low:.1f} {middle - 3}v6M{high:.1f} {middle - 3}v6" '
-                       f'stroke="#222" fill="none"/>'
-                       f'<text x="{high + 6:.1f}" y="{x + 11}" font-size="11" paint-order="stroke" stroke="#fbfbf9" '
-                       f'stroke-width="4">{row["ratio"]:.2f}</text>')  # fmt: skip
-    about = results["about"]
+            out.append(_bar(arms[name]["over_stock"], left, y + i * bar, bar, scale, CHARTED[name]))
+    settings, machine = results["settings"], results["machine"]
     notes = (  # of the machine that the committed results are from
-        f"Embedded model, {about['tokens']} tokens, median of {about['repeats']} interleaved runs, 95 % intervals.",
-        f"Two CPU cores of a Linux machine ({about['machine']}, {about['blas'].split(' (')[0]}). "
+        f"Embedded model, {settings['tokens']} tokens a run, {settings['repeats']} turns a prompt, 95 % intervals.",
+        f"{machine['cores']} CPU cores of a Linux machine ({machine['name']}, {machine['blas'].split(' (')[0]}). "
         "No Mac was measured here.",
     )
     for i, note in enumerate(notes):
@@ -203,15 +245,27 @@ def speed_chart(results: Results) -> str:
     return "\n".join(out)
 
 
-SPEED = "python benchmarks/speed.py --depths 4 --json benchmarks/results/speed.json"
+def _bar(over: Results, left: int, y: int, thick: int, scale: float, colour: str) -> str:
+    """One bar with its interval and its figure."""
+    low, high = (left + scale * over[end] for end in ("low", "high"))
+    middle = y + thick / 2 - 1
+    return (f'<rect x="{left}" y="{y}" width="{scale * over["ratio"]:.1f}" height="{thick - 2}" fill="{colour}"/>'
+            f'<path d="M{low:.1f} {middle}H{high:.1f}M{low:.1f} {middle - 3}v6M{high:.1f} {middle - 3}v6" '
+            f'stroke="#222" fill="none"/>'
+            f'<text x="{high + 6:.1f}" y="{y + 11}" font-size="11" paint-order="stroke" stroke="#fbfbf9" '
+            f'stroke-width="4">{over["ratio"]:.2f}</text>')  # fmt: skip
+
+
+BENCH = "mlx-mtp bench --json benchmarks/results/bench.json --plot docs/images/bench.png"
 COST = "python benchmarks/verify_cost.py --json benchmarks/results/verify-cost.json"
 SOAK = "python benchmarks/soak.py --json benchmarks/results/soak.json"
 
 TABLES = {
-    "speed": Block("speed.json", SPEED, compared(STOCK)),
-    "speed-unfriendly": Block(
-        "speed-unfriendly.json", "python benchmarks/speed.py --unfriendly --no-vlm --depths auto --repeats 9 "
-        "--json benchmarks/results/speed-unfriendly.json", compared(PLAIN),
+    "speed": Block("bench.json", BENCH, speed),
+    "speed-by-category": Block("bench.json", BENCH, speed_by_category),
+    "bench-rounds": Block("bench.json", BENCH, bench_rounds),
+    "unfriendly": Block(
+        "unfriendly.json", "python benchmarks/unfriendly.py --json benchmarks/results/unfriendly.json", unfriendly
     ),
     "verify-cost": Block("verify-cost.json", COST, verify_cost),
     "rounds": Block("verify-cost.json", COST, rounds),
@@ -233,4 +287,4 @@ TABLES = {
     "adapt": Block("adapt.json", "python benchmarks/adapt.py --out runs/adapt --json benchmarks/results/adapt.json",
                    adapted),
 }  # fmt: skip
-CHARTS = {"docs/images/speed.svg": Block("speed.json", SPEED, speed_chart)}
+CHARTS = {"docs/images/speed.svg": Block("bench.json", BENCH, speed_chart)}
