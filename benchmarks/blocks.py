@@ -184,16 +184,28 @@ def training_memory(results: Results) -> Rows:
 def families(results: Results) -> Rows:
     """The drafter families on one target."""
     heads = ("drafter", "speed over stock mlx-lm", "drafts", "tokens a round", "drafts that stood, by position",
-             "parameters")  # fmt: skip
+             "drafts, ms a round", "parameters", "trained")  # fmt: skip
     rows = []
     for name, row in results["arms"].items():
         drafted = "tokens_per_round" in row
         rows.append([
             name, ratio(row), str(row["depth"]) if drafted else "",
             f"{row['tokens_per_round']:.2f}" if drafted else "", shares(row["acceptance"]) if drafted else "",
+            f"{row['draft_milliseconds']:.2f}" if drafted else "",
             f"{row['parameters'] / 1e6:.2f} M" if "parameters" in row else "",
+            f"{row['training_minutes']:.0f} min" if "training_minutes" in row else "",
         ])  # fmt: skip
     return heads, rows
+
+
+def main_head(results: Results) -> Rows:
+    """What an auxiliary objective does to the next token's loss."""
+    losses = results["main_head_held_out_loss"]
+    names = {"alone": "the next token alone", "parallel": "with parallel heads",
+             "sequential": "with a sequential module"}  # fmt: skip
+    rows = [[text, f"{losses[name]:.3f}", f"{losses[name] - losses['alone']:+.3f}" if name != "alone" else ""]
+            for name, text in names.items()]  # fmt: skip
+    return (f"trained {losses['steps']} steps on", "held-out loss of the next token, nats", "difference"), rows
 
 
 def adapted(results: Results) -> Rows:
@@ -257,6 +269,8 @@ def _bar(over: Results, left: int, y: int, thick: int, scale: float, colour: str
 
 
 BENCH = "mlx-mtp bench --json benchmarks/results/bench.json --plot docs/images/bench.png"
+FAMILIES = ("python benchmarks/families.py --runs runs/embedded --joint-runs runs/joint "
+            "--json benchmarks/results/families.json --plot docs/images/families.png")  # fmt: skip
 COST = "python benchmarks/verify_cost.py --json benchmarks/results/verify-cost.json"
 SOAK = "python benchmarks/soak.py --json benchmarks/results/soak.json"
 
@@ -281,9 +295,8 @@ TABLES = {
         "training-memory.json",
         "python benchmarks/training_memory.py --json benchmarks/results/training-memory.json", training_memory,
     ),
-    "families": Block(
-        "families.json", "python benchmarks/families.py --json benchmarks/results/families.json", families
-    ),
+    "families": Block("families.json", FAMILIES, families),
+    "main-head": Block("families.json", FAMILIES, main_head),
     "adapt": Block("adapt.json", "python benchmarks/adapt.py --out runs/adapt --json benchmarks/results/adapt.json",
                    adapted),
 }  # fmt: skip

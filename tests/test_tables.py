@@ -75,12 +75,16 @@ def test_blocks_that_cannot_be_made(text: str, words: str, copy: Path) -> None:
 
 def test_blocks_whose_results_are_still_to_come() -> None:
     """The forms that benchmarks/families.py and benchmarks/adapt.py write."""
-    drafted = {"ratio": 2.0, "interval": [1.5, 2.5], "depth": 4, "tokens_per_round": 3.25, "acceptance": [0.8, 0.625]}
+    drafted = {"ratio": 2.0, "interval": [1.5, 2.5], "depth": 4, "tokens_per_round": 3.25, "acceptance": [0.8, 0.625],
+               "draft_milliseconds": 1.25, "parameters": 2e6, "training_minutes": 60.2}  # fmt: skip
     plain = {"ratio": 1.0, "interval": [0.9, 1.1]}
-    heads, rows = blocks.TABLES["families"].show({"arms": {"plain": plain, "parallel": {**drafted, "parameters": 2e6}}})
-    assert rows == [["plain", "1.00 [0.90, 1.10]", "", "", "", ""],
-                    ["parallel", "2.00 [1.50, 2.50]", "4", "3.25", "80 62 %", "2.00 M"]]  # fmt: skip
-    assert len(heads) == 6
+    heads, rows = blocks.TABLES["families"].show({"arms": {"plain": plain, "parallel": drafted}})
+    assert rows == [["plain", "1.00 [0.90, 1.10]", "", "", "", "", "", ""],
+                    ["parallel", "2.00 [1.50, 2.50]", "4", "3.25", "80 62 %", "1.25", "2.00 M", "60 min"]]  # fmt: skip
+    assert len(heads) == len(rows[0])
+    losses = {"steps": 150, "alone": 5.0, "parallel": 5.125, "sequential": 4.75}
+    _, rows = blocks.TABLES["main-head"].show({"main_head_held_out_loss": losses})
+    assert [row[1:] for row in rows] == [["5.000", ""], ["5.125", "+0.125"], ["4.750", "-0.250"]]
     _, rows = blocks.TABLES["adapt"].show({"before": 2.0, "after": 2.5, "minutes": 11.4})
     assert rows == [["2.00", "2.50", "+25%", "11 min"]]
 
