@@ -59,7 +59,7 @@ class Plan:
     mode: str = "fast"
     max_tokens: int = 64
     tokens_for_acceptance: int = 128
-    repeats: int = 4
+    repeats: int = 5
     cool_down: float = 0.5
     seed: int = 0
     max_context: int | None = None
