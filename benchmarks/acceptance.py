@@ -1,6 +1,6 @@
 """Acceptance by position on held-out modules: how often the drafter agrees with its target in real decoding.
 
-    .venv/bin/python benchmarks/acceptance.py [--model DIR --drafter DIR] [--depth 4] [--json FILE]
+    .venv/bin/python benchmarks/acceptance.py [--model DIR] [--drafters NAME,DIR] [--depth 4] [--json FILE]
 
 Prompts: the beginnings of held-out source files (cut at a line's end, every 4000 characters) and the questions about
 held-out modules. Greedy, 128 tokens each, ending tokens honoured. Acceptance at position i is the share of drafts i
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx_mtp
+from mlx_mtp.benchmark import acceptance, total
 from mlx_mtp.loading import FAMILIES
 from mlx_mtp.tokens import Prompt
 from mlx_mtp.training.corpus import is_held_out, standard_library
@@ -43,22 +44,14 @@ def prompts(engine: mlx_mtp.Engine, most: int) -> dict[str, list[Prompt]]:
 
 def measure(engine: mlx_mtp.Engine, asked: list[Prompt], tokens: int) -> dict[str, Any]:
     """Sums of a kind's statistics and what follows from them."""
-    total = mlx_mtp.Stats()
-    emitted = 0
-    drafted, accepted = [0] * engine.depth, [0] * engine.depth
-    for prompt in asked:
-        stats = engine.generate(prompt, max_tokens=tokens).stats
-        total.rounds += stats.rounds
-        emitted += max(0, stats.tokens - 1)
-        for i, (a, d) in enumerate(zip(stats.accepted_by_position, stats.drafted_by_position, strict=True)):
-            accepted[i] += a
-            drafted[i] += d
-    reached = [drafted[0], *accepted[:-1]]
+    replies = [engine.generate(prompt, max_tokens=tokens).stats for prompt in asked]
+    emitted = sum(max(0, stats.tokens - 1) for stats in replies)
+    drafted, accepted = total(replies, "drafted_by_position", "accepted_by_position")
     return {
         "prompts": len(asked),
         "tokens": emitted,
-        "tokens_per_round": emitted / total.rounds,
-        "conditional_acceptance": [a / max(1, r) for a, r in zip(accepted, reached, strict=True)],
+        "tokens_per_round": emitted / sum(stats.rounds for stats in replies),
+        "conditional_acceptance": acceptance(replies),
         "acceptance_of_all": [a / max(1, d) for a, d in zip(accepted, drafted, strict=True)],
     }
 
@@ -67,7 +60,8 @@ def main() -> None:
     """Prints one line a kind; --json writes the same figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None)
-    parser.add_argument("--drafters", default=",".join(FAMILIES), help="folders, hub names or names of the embedded")
+    parser.add_argument("--drafters", help="folders, hub names or names of the embedded; default: all of these, or "
+                        "what goes with --model")
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prompts", type=int, default=40)
@@ -75,7 +69,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     figures: dict[str, dict[str, Any]] = {}
-    for name in options.drafters.split(","):
+    names = options.drafters or ("auto" if options.model else ",".join(FAMILIES))
+    for name in names.split(","):
         engine = mlx_mtp.load(options.model, drafter=name, draft_head_bits=options.draft_head_bits)
         assert engine.drafter is not None
         depth = min(options.depth, engine.drafter.max_depth)

@@ -15,6 +15,7 @@ from typing import Any
 Results = Mapping[str, Any]
 Rows = tuple[Sequence[str], Sequence[Sequence[str]]]
 
+PLAIN = "depth 0"  # the arm of unfriendly.py that the others are compared with
 ALL = "all"  # of a bench report: every category
 CHARTED = {"plain": "#7aa6d6", "mtp@4": "#1f5fa8", "mlx-vlm@4": "#d08a3c"}
 ARMS = {"stock": "stock mlx-lm", "plain": "mlx_mtp, plain", "mtp@2": "mlx_mtp, 2 drafts", "mtp@4": "mlx_mtp, 4 drafts",
@@ -48,7 +49,7 @@ def shares(values: Sequence[float]) -> str:
 
 def interval(row: Results) -> str:
     """The same of a bench report's ratio."""
-    return f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+    return f"{row['ratio']:.2f}" + ("" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]")
 
 
 def arms_of(sampling: Results, category: str = ALL) -> dict[str, Results]:
@@ -111,10 +112,10 @@ def bench_rounds(results: Results) -> Rows:
 def unfriendly(results: Results) -> Rows:
     """A row for every text: each arm's speed over plain decoding."""
     found = {name: arms for name, arms in results.items() if name not in ("about", "command")}
-    arms = list(next(iter(found.values())))
-    rows = [[name, f"1.00 ({row[arms[0]]['tokens_per_second']:.0f} tokens/s)", *(ratio(row[arm]) for arm in arms[1:])]
+    arms = [name for name in next(iter(found.values())) if name != PLAIN]
+    rows = [[name, f"1.00 ({row[PLAIN]['tokens_per_second']:.0f} tokens/s)", *(ratio(row[arm]) for arm in arms)]
             for name, row in found.items()]  # fmt: skip
-    return ("text", "plain", *arms[1:]), rows
+    return ("text", "plain", *arms), rows
 
 
 def verify_cost(results: Results) -> Rows:
@@ -246,10 +247,10 @@ def speed_chart(results: Results) -> str:
         for i, name in enumerate(names):
             out.append(_bar(arms[name]["over_stock"], left, y + i * bar, bar, scale, CHARTED[name]))
     settings, machine = results["settings"], results["machine"]
-    notes = (  # of the machine that the committed results are from
+    notes = (
         f"Embedded model, {settings['tokens']} tokens a run, {settings['repeats']} turns a prompt, 95 % intervals.",
-        f"{machine['cores']} CPU cores of a Linux machine ({machine['name']}, {machine['blas'].split(' (')[0]}). "
-        "No Mac was measured here.",
+        f"{machine['name']}, {machine['cores']} cores, {machine['system']}"
+        + (", Metal." if machine["metal"] else f", on the CPU with {machine['blas'].split(' (')[0]}. Not a Mac."),
     )
     for i, note in enumerate(notes):
         out.append(f'<text x="16" y="{height - 28 + 16 * i}" font-size="11" fill="#555">{note}</text>')

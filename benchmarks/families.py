@@ -23,7 +23,7 @@ import numpy as np
 from prompts import held_out_code
 from verify_cost import round_seconds
 
-from mlx_mtp.benchmark import Job, engine_arm, interleave, mlx_lm_arm, ratio, same_tokens
+from mlx_mtp.benchmark import Job, differences, engine_arm, interleave, mlx_lm_arm, ratio
 from mlx_mtp.checkpoint import Checkpoint
 from mlx_mtp.diagnosis import passes_alone
 from mlx_mtp.exactness import WIDEST
@@ -54,13 +54,14 @@ def compare(depth: int, context: int, prompts: int, repeats: int, runs: Path | N
     arms |= {name: engine_arm(engine) for name, engine in engines.items()}
     ids = held_out_code(context, prompts, plain.tokenizer.encode)
     greedy = mlx_mtp.Sampling(temperature=0.0).over(NEUTRAL)
-    *_, records = interleave(arms, [Job(prompt, 128, greedy) for prompt in ids], repeats)
+    jobs = [Job(prompt, 128, greedy) for prompt in ids]
+    *_, records = interleave(arms, jobs, repeats)
     passes = [timing.device for timing in passes_alone(plain.target, ids[0], range(1, WIDEST + 1), 15)]
     found: dict[str, dict[str, Any]] = {}
     for name, record in records.items():
         faster, low, high = ratio(record, records["stock mlx-lm"])
         row = found[name] = {"tokens_per_second": record.rate, "ratio": faster, "interval": [low, high]}
-        row["same_tokens_as_plain"] = same_tokens(record, records["plain"]) is None
+        row["same_tokens_as_plain"] = not differences(plain.target, jobs, records["plain"], record)
         if name in engines:
             used = min(depth, engines[name].drafter.max_depth)  # type: ignore[union-attr]
             alone = round_seconds(engines[name], ids[0], used, 15)["device_milliseconds"]

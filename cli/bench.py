@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,10 +27,11 @@ from mlx_mtp.benchmarking.report import Setting, build, pooled_acceptance
 from mlx_mtp.benchmarking.run import Bench
 from mlx_mtp.cli import options
 from mlx_mtp.cli.loading import load
-from mlx_mtp.errors import OptionError
+from mlx_mtp.errors import MLXMTPError, OptionError, brief
 
 DEFAULTS = Plan()
 STDOUT = Path("-")
+WIDEST_DRAFT = 8
 OUTPUT, PROMPTS, ARMS, PREDICTION = "Output", "Prompts", "Arms", "Prediction"
 
 
@@ -123,15 +125,15 @@ def _measure(plan: Plan, chosen: Sequence[BenchPrompt], files: dict[str, Path | 
     setting.notes += [why_not] if why_not else []
     for sentence in run.lineup.left_out:
         print(sentence, file=sys.stderr)
-    interrupted = _followed(run.run(), run.steps)
-    report = build(run, setting, interrupted)
+    ended = _followed(run.run(), run.steps)
+    setting.notes += [ended.sentence] if ended.error else []
+    report = build(run, setting, ended.early)
+    if STDOUT not in (files["--json"], files["--markdown"]):
+        _show(report)
     _write(files, report, text.markdown(report))
     if file := files["--plot"]:
         _saved(file, lambda fresh: plot(report, fresh))
-    if STDOUT not in (files["--json"], files["--markdown"]):
-        _show(report)
-    if interrupted:
-        raise typer.Exit(130)
+    ended.leave()
 
 
 def _predict(
@@ -141,24 +143,55 @@ def _predict(
     if files["--plot"]:
         raise OptionError("Expected --plot without --predict, found both; a prediction has no picture.")
     chip = published.canonical(chip)
-    interrupted, found = False, {}
+    ended, found = Ended(), {}
     if acceptance is not None:
         found["given"] = _shares(acceptance)
     else:
         run = Bench(plan, deepest_arm(plan, load), chosen)
-        interrupted = _followed(run.acceptance_only(), len(chosen) * len(run.lineup.samplings(plan)))
-        if not interrupted:
-            found = pooled_acceptance(run)
+        for sentence in run.lineup.left_out:
+            print(sentence, file=sys.stderr)
+        ended = _followed(run.acceptance_only(), len(run.prompts) * len(run.lineup.samplings(plan)))
+        found = pooled_acceptance(run)
+        if not found:
+            ended.leave()
+            raise OptionError("Expected replies with drafts to count, found none; raise --max-tokens or add prompts.")
     report = published.prediction_report(chip, found)
     _write(files, report, text.prediction_markdown(report))
     if STDOUT not in (files["--json"], files["--markdown"]):
         print(text.prediction_markdown(report), end="")
-    if interrupted:
-        raise typer.Exit(130)
+    ended.leave()
 
 
-def _followed(steps: Iterator[str], total: int) -> bool:
-    """Takes all steps under a bar with the time left, on a terminal; whether Ctrl-C ended it."""
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended: by itself, by Ctrl-C, or by an error, which costs no figure that was booked before it."""
+
+    interrupted: bool = False
+    error: Exception | None = None
+
+    @property
+    def early(self) -> bool:
+        """Whether something is missing."""
+        return self.interrupted or self.error is not None
+
+    @property
+    def sentence(self) -> str:
+        """For the report's notes and for the user."""
+        return f"Stopped by an error: {brief(self.error)}." if self.error else "Interrupted."
+
+    def leave(self) -> None:
+        """Exit code 130 after Ctrl-C, one sentence and exit code 2 after an error; otherwise nothing."""
+        if self.error is not None:
+            raise MLXMTPError(
+                f"Expected the bench to run to its end, found an error ({brief(self.error)}); what was measured before "
+                "it is in the report."
+            ) from self.error
+        if self.interrupted:
+            raise typer.Exit(130)
+
+
+def _followed(steps: Iterator[str], total: int) -> Ended:
+    """Takes all steps under a bar with the time left, on a terminal."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     # Steps differ in length, so the time left goes by all of them and not by the last few.
@@ -171,8 +204,11 @@ def _followed(steps: Iterator[str], total: int) -> bool:
                 bar.update(task, advance=1, description=what)
     except KeyboardInterrupt:
         print("Interrupted; what was measured so far follows.", file=sys.stderr)
-        return True
-    return False
+        return Ended(interrupted=True)
+    except Exception as error:  # of MLX or of another engine: what was measured must not be lost with it
+        print(f"Stopped by an error ({brief(error)}); what was measured so far follows.", file=sys.stderr)
+        return Ended(error=error)
+    return Ended()
 
 
 def _show(report: dict[str, Any]) -> None:
@@ -218,6 +254,9 @@ def _write(files: dict[str, Path | None], report: dict[str, Any], as_text: str) 
 
 def _saved(file: Path, write: Any) -> None:
     """Writes beside and moves, so that an older file stays whole where the disk is full."""
+    if file.exists() and not file.is_file():  # a device or a pipe
+        write(file)
+        return
     fresh = file.with_name(f"{file.name}.part")
     try:
         write(fresh)
@@ -231,6 +270,9 @@ def _check_files(files: dict[str, Path | None]) -> None:
     given = {option: file for option, file in files.items() if file is not None}
     if list(given.values()).count(STDOUT) > 1 or given.get("--plot") == STDOUT:
         raise OptionError("Expected '-' for --json or for --markdown, found it elsewhere or twice; name a file.")
+    places = [file.resolve() for file in given.values() if file != STDOUT]
+    if len(set(places)) < len(places):
+        raise OptionError("Expected a file of its own for each of --json, --markdown and --plot, found one twice.")
     for option, file in given.items():
         if file != STDOUT and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
             raise OptionError(f"Expected {option} as a file in a writable folder, found '{file}'; change it.")
@@ -245,6 +287,7 @@ def _depths(depth: str | None, depths: str | None) -> tuple[int | str, ...] | No
 
 def _shares(given: str) -> list[float]:
     try:
-        return [float(share) for share in given.split(",")]
+        shares = [float(share) for share in given.split(",")]
     except ValueError:
         raise OptionError(f"Expected --acceptance as numbers with commas, like 0.9,0.8, found '{given}'.") from None
+    return shares * WIDEST_DRAFT if len(shares) == 1 else shares  # one number holds for every position

@@ -85,7 +85,7 @@ def engine_arm(engine: Engine) -> Arm:
 
 def mlx_lm_arm(folder: Path) -> Arm:
     """mlx-lm's own plain loop; in float32 on a CPU, as this engine computes there."""
-    from mlx_lm.generate import generate_step
+    from mlx_lm.generate import generate_step, generation_stream
     from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
     model = _mlx_lm_model(folder)
@@ -101,7 +101,7 @@ def mlx_lm_arm(folder: Path) -> Arm:
         steps = generate_step(
             mx.array(list(job.prompt)), model, max_tokens=job.tokens, sampler=sampler, logits_processors=processors
         )
-        return _timed(int(token) for token, _ in steps)
+        return _timed((int(token) for token, _ in steps), lambda: mx.synchronize(generation_stream))
 
     return run
 
@@ -131,7 +131,7 @@ def mlx_vlm_arm(target: Path, assistant: Path | None, depth: int) -> Arm:
 
     mlx-vlm always builds a vision tower: a checkpoint without one gets a tiny one that is never run.
     """
-    from mlx_vlm.generate.ar import generate_step
+    from mlx_vlm.generate.ar import generate_step, generation_stream
     from mlx_vlm.models import gemma4
     from mlx_vlm.speculative.drafters import load_drafter
 
@@ -146,7 +146,10 @@ def mlx_vlm_arm(target: Path, assistant: Path | None, depth: int) -> Arm:
     weights: dict[str, mx.array] = {}
     for file in sorted(target.glob("*.safetensors")):
         weights |= mx.load(str(file))  # type: ignore[arg-type]
-    model.load_weights(list(model.sanitize(weights).items()), strict=False)
+    weights = model.sanitize(weights)
+    if stored := config.get("quantization"):
+        _quantised_like(model, weights, stored)
+    model.load_weights(list(weights.items()), strict=False)
     drafter, kind = load_drafter(str(assistant)) if assistant else (None, "mtp")
     if mx.default_device() == mx.Device(mx.cpu):
         for module in filter(None, (model, drafter)):
@@ -162,18 +165,46 @@ def mlx_vlm_arm(target: Path, assistant: Path | None, depth: int) -> Arm:
             mx.array([job.prompt]), model, None, None, max_tokens=job.tokens, temperature=s.temperature,
             top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, **extra,
         )  # fmt: skip
-        return _timed(int(token) for token, _ in steps)
+        return _timed((int(token) for token, _ in steps), lambda: mx.synchronize(generation_stream))
 
     return run
 
 
-def _timed(tokens: Iterable[int]) -> Timing:
+def _quantised_like(model: Any, weights: Mapping[str, mx.array], stored: Mapping[str, Any]) -> None:
+    """Gives the model quantised layers where the weights have scales; stored: "quantization" of a config.json."""
+    from mlx import nn
+
+    def kind(path: str, module: Any) -> bool | dict[str, Any]:
+        own = stored.get(path)
+        return own if isinstance(own, dict) else hasattr(module, "to_quantized") and f"{path}.scales" in weights
+
+    whole = {name: stored[name] for name in ("group_size", "bits", "mode") if name in stored}
+    nn.quantize(model, class_predicate=kind, **whole)
+
+
+def _timed(tokens: Iterable[int], settle: Callable[[], None]) -> Timing:
+    """settle: waits for what the engine has submitted beyond its last token, untimed, so that no other arm pays."""
     mx.reset_peak_memory()
     found, first, began = [], 0.0, time.perf_counter()
     for token in tokens:
         found.append(token)
         first = first or time.perf_counter()
-    return Timing(found, time.perf_counter() - first, mx.get_peak_memory(), None, first - began)
+    seconds = time.perf_counter() - first
+    settle()
+    return Timing(found, seconds, mx.get_peak_memory(), None, first - began)
+
+
+def acceptance(stats: Iterable[Stats]) -> list[float]:
+    """Share of the drafts at each position that stood once those before them did, of all of these."""
+    judged, accepted = total(stats, "judged_by_position", "accepted_by_position")
+    return [stood / offered for stood, offered in zip(accepted, judged, strict=True) if offered]
+
+
+def total(stats: Iterable[Stats], *names: str) -> list[list[int]]:
+    """Counts by position, added up."""
+    found = list(stats)
+    return [[sum(column) for column in zip_longest(*(getattr(one, name) for one in found), fillvalue=0)]
+            for name in names]  # fmt: skip
 
 
 @dataclass
@@ -195,13 +226,8 @@ class Record:
         return sum(s.tokens - 1 for s in stats) / max(1, sum(s.rounds for s in stats))
 
     def acceptance(self) -> list[float]:
-        """Share of the drafts at each position that stood."""
-        stats = [t.stats for repeats in self.timings for t in repeats if t.stats]
-        drafted, accepted = (
-            [sum(column) for column in zip_longest(*counts, fillvalue=0)]
-            for counts in ([s.drafted_by_position for s in stats], [s.accepted_by_position for s in stats])
-        )
-        return [a / d for a, d in zip(accepted, drafted, strict=True)]
+        """Share of the drafts at each position that stood once those before them did."""
+        return acceptance(t.stats for repeats in self.timings for t in repeats if t.stats)
 
 
 def take_turns(
@@ -268,6 +294,7 @@ class Difference:
     """Where an arm's greedy output first parts from the reference's.
 
     job, token: indices. gap: the reference's logit of its own token less that of the other's; near-ties are rounding.
+    NaN where the logits are no measure: penalties or a bias stand between them and the choice.
     """
 
     job: int
@@ -275,7 +302,8 @@ class Difference:
     gap: float
 
     def __str__(self) -> str:
-        return f"parts at token {self.token + 1}, the two tokens' logits {self.gap:.1e} apart"
+        gap = "" if np.isnan(self.gap) else f", the two tokens' logits {self.gap:.1e} apart"
+        return f"parts at token {self.token + 1}{gap}"
 
 
 def differences(target: Target, jobs: Sequence[Job], expected: Record, found: Record) -> list[Difference]:
@@ -286,16 +314,24 @@ def differences(target: Target, jobs: Sequence[Job], expected: Record, found: Re
         for tokens in (timing.tokens for timing in other):
             first = next((i for i, (a, b) in enumerate(zip(reference, tokens, strict=False)) if a != b), None)
             if first is not None:
-                logits = target.logits(mx.array([[*job.prompt, *reference[:first]]]))[0, -1]
-                mine, theirs = np.array(logits)[[reference[first], tokens[first]]]
-                parted.append(Difference(at, first, float(mine - theirs)))
+                before = [*job.prompt, *reference[:first]]
+                gap = _logit_gap(target, before, reference[first], tokens[first]) if _is_neutral(job) else float("nan")
+                parted.append(Difference(at, first, gap))
                 break
     return parted
 
 
-def same_tokens(one: Record, other: Record) -> int | None:
-    """Index of the first job whose tokens differ between two arms, None where all are equal."""
-    for i, (a, b) in enumerate(zip(one.timings, other.timings, strict=True)):
-        if a[0].tokens != b[0].tokens:
-            return i
-    return None
+def _is_neutral(job: Job) -> bool:
+    s = job.sampling
+    penalties = (s.repetition_penalty or 1.0) - 1.0, s.presence_penalty, s.frequency_penalty, s.logit_bias
+    return not any(penalties)
+
+
+def _logit_gap(target: Target, before: list[int], mine: int, theirs: int) -> float:
+    """Of two tokens behind these; the head is run on the last row only, since a vocabulary can be large."""
+    try:
+        cache = target.new_cache(len(before))
+        logits = target.head(target.forward(mx.array([before]), cache, 1).hidden)[0, -1]
+        return float(np.array(logits[mine] - logits[theirs]))
+    except RuntimeError:  # as MLX says that memory is short: no reason to lose what was measured
+        return float("nan")

@@ -106,7 +106,7 @@ def passes_alone(target: Target, prompt: list[int], widths: Sequence[int], repea
         return mx.argmax(target.head(states.hidden), axis=-1), cache.arrays
 
     def of(width: int) -> Callable[[], Any]:
-        tokens = mx.array([prompt[-width:]])
+        tokens = mx.array([(prompt * width)[-width:]])
 
         def build() -> Any:
             best, request.cache.arrays = verify(tokens, request.cache.arrays)

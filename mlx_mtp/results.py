@@ -69,6 +69,7 @@ class Stats:
     prefilled_tokens: of the prompt, those that were run; in a conversation the rest is there already.
     rounds: target forwards after prefill, a surplus one that a stop made useless included.
     accepted: drafts that stood, before the token that the target adds to each round.
+    judged_by_position: drafts whose predecessors in the round stood; accepted over judged is conditional acceptance.
     host_syncs: blocking reads of device values after prefill, counted where they happen.
     prefill_seconds ends when the first token is there; decode_seconds runs from there to the last.
     """
@@ -80,6 +81,7 @@ class Stats:
     drafted: int = 0
     accepted: int = 0
     drafted_by_position: list[int] = field(default_factory=list)
+    judged_by_position: list[int] = field(default_factory=list)
     accepted_by_position: list[int] = field(default_factory=list)
     depth_counts: dict[int, int] = field(default_factory=dict)
     prefill_seconds: float = 0.0
@@ -101,7 +103,10 @@ class Stats:
 
     def count(self, depth: int, accepted: int) -> None:
         """Books one round whose outcome was read."""
-        for counts, upto in ((self.drafted_by_position, depth), (self.accepted_by_position, accepted)):
+        judged = min(depth, accepted + 1)
+        for counts, upto in (
+            (self.drafted_by_position, depth), (self.judged_by_position, judged), (self.accepted_by_position, accepted)
+        ):  # fmt: skip
             counts.extend([0] * (depth - len(counts)))
             for position in range(upto):
                 counts[position] += 1

@@ -14,7 +14,7 @@ import pytest
 
 import mlx_mtp
 from mlx_mtp import machine
-from mlx_mtp.benchmark import Difference, Job, Record, Timing, differences, ratio, take_turns
+from mlx_mtp.benchmark import Difference, Job, Record, Timing, acceptance, differences, ratio, take_turns
 from mlx_mtp.benchmarking import cost_model, energy, prompts, published
 from mlx_mtp.benchmarking.arms import DEFAULT_DEPTHS, GEMMA, Plan, _depths, parted, sampling_name
 from mlx_mtp.benchmarking.markdown import table
@@ -23,7 +23,7 @@ from mlx_mtp.diagnosis import Costs, average
 from mlx_mtp.drafters.lookup import Lookup
 from mlx_mtp.errors import DataError, OptionError, PromptError
 from mlx_mtp.loading import EMBEDDED, another_drafter, drafter_folder
-from mlx_mtp.results import NEUTRAL, Sampling
+from mlx_mtp.results import NEUTRAL, Sampling, Stats
 
 CATEGORIES = ["code", "edit", "prose", "chat", "JSON", "translation", "long context"]
 
@@ -205,10 +205,13 @@ COSTS = Costs(
 
 
 def test_acceptance_is_conditional_and_ends_where_nothing_tells() -> None:
-    assert cost_model.conditional_acceptance([100, 100, 100], [80, 60, 45]) == pytest.approx([0.8, 0.75, 0.75])
-    assert cost_model.conditional_acceptance([100, 50, 0], [80, 20, 0]) == pytest.approx([0.8, 0.5])
-    assert cost_model.conditional_acceptance([10, 10, 10], [5, 0, 0]) == [0.5, 0.0]
-    assert cost_model.conditional_acceptance([], []) == []
+    stats = [Stats(), Stats()]
+    # Depths change, so that a position's drafts come from other rounds than the position before.
+    for depth, accepted in ((1, 1), (1, 1), (3, 3), (3, 1), (3, 0)):
+        stats[depth == 1].count(depth, accepted)
+    assert stats[0].judged_by_position == [3, 2, 1] and stats[0].drafted_by_position == [3, 3, 3]
+    assert acceptance(stats) == pytest.approx([4 / 5, 1 / 2, 1.0])
+    assert acceptance([]) == []
 
 
 def test_rounds_needed_by_hand() -> None:
@@ -279,17 +282,17 @@ def test_published_curves_name_their_sources_and_start_at_one() -> None:
 
 
 def test_predictions_by_hand() -> None:
-    first = published.predict("M4 Pro", [0.8])[0]
+    first = published.predict("M4 Pro", [0.8] * 8)[0]
     assert first.curve.source == "mlx#3839"
     assert first.by_depth[:2] == pytest.approx((1.8 / (1.03 + 0.043), 2.44 / (1.22 + 0.086)))
     # Row 5 is not published there: half-way between rows 4 and 6.
     assert first.by_depth[3] == pytest.approx(3.3616 / ((1.47 + 2.07) / 2 + 4 * 0.043))
     assert (first.depth, len(first.by_depth)) == (2, 7) and first.speed_up == first.by_depth[1]
     # The published optimum of that chip, a block of five.
-    assert published.predict("Apple M5 Max", [0.8])[0].depth == 4
+    assert published.predict("Apple M5 Max", [0.8] * 8)[0].depth == 4
     whole = next(one for one in published.predict("m3 ultra", [0.8, 0.8, 0.8]) if one.curve.whole_round)
     assert whole.by_depth == pytest.approx((1.8 / 1.17, 2.44 / 1.34, 2.952 / 1.51))
-    bad = published.predict("M1 Ultra", [0.1])
+    bad = published.predict("M1 Ultra", [0.1] * 8)
     assert [one.depth for one in bad] == [0, 0] and [one.speed_up for one in bad] == [1.0, 1.0]
 
 
@@ -310,7 +313,8 @@ def test_an_unknown_chip_is_told_the_known_ones(chip: str) -> None:
 
 
 def test_plans() -> None:
-    for wrong in ({"max_tokens": 1}, {"repeats": 0}, {"cool_down": -1.0}, {"arms": ()}):
+    for wrong in ({"max_tokens": 1}, {"repeats": 0}, {"cool_down": -1.0}, {"cool_down": float("nan")}, {"seed": 2**64},
+                  {"arms": ()}):
         with pytest.raises(OptionError, match="Expected"):
             Plan(**wrong)  # type: ignore[arg-type]
     assert parted("lookup@auto") == ("lookup", "auto") and parted("/a@b/c@3") == ("/a@b/c", 3)

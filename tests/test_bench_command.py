@@ -15,13 +15,17 @@ import pytest
 from mlx_mtp.benchmarking import published, run
 from mlx_mtp.benchmarking.markdown import markdown
 from mlx_mtp.benchmarking.report import DEFINITIONS
+from mlx_mtp.checkpoint import Checkpoint
 from mlx_mtp.cli import app
+from mlx_mtp.converting.quantise import quantise
+from mlx_mtp.loading import EMBEDDED
 
 SPREAD = {"median", "low", "high"}
 ROW = {
     "arm", "drafter", "depth", "tokens_per_second", "over_stock", "over_plain", "tau", "timed_tokens_per_round",
-    "acceptance", "drafted_by_position", "accepted_by_position", "depth_counts", "verify_milliseconds",
-    "draft_milliseconds", "gap_milliseconds", "round_milliseconds", "first_token_milliseconds", "run_bytes",
+    "acceptance", "drafted_by_position", "judged_by_position", "accepted_by_position", "depth_counts",
+    "verify_milliseconds", "draft_milliseconds", "gap_milliseconds", "round_milliseconds",
+    "first_token_milliseconds", "run_bytes",
     "joules_per_token", "output", "predicted",
 }  # fmt: skip
 ARMS = ["stock", "plain", "mtp@2", "mtp@auto", "lookup@2"]
@@ -86,7 +90,7 @@ def test_the_figures_agree_with_the_raw_runs(outputs: tuple[Path, dict[str, Any]
         (prompt,) = sampling["prompts"]
         rows = {row["arm"]: row for row in sampling["groups"][0]["arms"]}
         assert rows["stock"]["over_stock"] == {"ratio": 1.0, "low": 1.0, "high": 1.0}
-        assert rows["plain"]["over_plain"]["ratio"] == 1.0 and rows["plain"]["predicted"]["over_plain"] == 1.0
+        assert rows["plain"]["over_plain"]["ratio"] == 1.0 and rows["plain"]["predicted"]["over_plain"] is None
         for name, runs in prompt["runs"].items():
             assert [one["tokens"] for one in runs] == [12, 12]  # the ending is ignored, the budget is met
             speeds = sorted(11 / one["seconds"] for one in runs)
@@ -96,7 +100,7 @@ def test_the_figures_agree_with_the_raw_runs(outputs: tuple[Path, dict[str, Any]
         assert len(drafted["acceptance"]) == 2 and 1.0 <= drafted["tau"] <= 3.0
         reply = prompt["replies"]["mtp@2"]
         assert drafted["tau"] == pytest.approx((reply["tokens"] - 1) / reply["rounds"])
-        assert drafted["acceptance"][0] == reply["accepted_by_position"][0] / reply["drafted_by_position"][0]
+        assert drafted["acceptance"][0] == reply["accepted_by_position"][0] / reply["judged_by_position"][0]
         parts = [drafted[f"{name}_milliseconds"] for name in ("verify", "draft", "gap")]
         assert sum(parts) == pytest.approx(drafted["round_milliseconds"])
         assert [one["drafter"] for one in prompt["pieces"]] == [None, "mtp", "lookup"]
@@ -120,6 +124,7 @@ def test_the_markdown_is_of_that_report_alone(outputs: tuple[Path, dict[str, Any
     folder, report = outputs
     text = (folder / "report.md").read_text()
     assert markdown(report) == text
+    assert "12 tokens each, 2 turns" in text and "128 tokens at most" in text and "{" not in text
     for words in (*ARMS, *DEFINITIONS, report["machine"]["mlx"], report["command"], "Cost model beside measurement"):
         assert words in text
     for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
@@ -153,6 +158,53 @@ def test_ctrl_c_leaves_what_was_measured(
     assert report["interrupted"] and "Interrupted" in err and "Interrupted" in out
     (sampling,) = report["samplings"]
     assert len(sampling["prompts"][0]["runs"]["plain"]) == 1 and sampling["groups"][0]["arms"][0]["over_stock"] is None
+
+
+def test_an_error_on_the_way_costs_nothing_that_was_measured(
+    prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = run.Bench.run
+
+    def fail(self: run.Bench) -> Iterator[str]:
+        for what in whole(self):
+            yield what
+            if any(measured.turns for done in self.results.values() for measured in done):
+                raise RuntimeError("[metal] out of memory")
+
+    monkeypatch.setattr(run.Bench, "run", fail)
+    file = tmp_path / "report.json"
+    options = ("--prompts", str(prompt_file), "--arms", "plain", "--max-tokens", "8", "--cool-down", "0")
+    assert command(*options, "--json", str(file)) == 2
+    out, err = capsys.readouterr()
+    report = json.loads(file.read_text())
+    assert "Stopped by an error: [metal] out of memory." in report["notes"] and "**Interrupted" in out
+    assert len(report["samplings"][0]["prompts"][0]["runs"]["plain"]) == 1
+    assert "[metal] out of memory" in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_one_run_of_one_prompt_has_no_interval(prompt_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--prompts", str(prompt_file), "--arms", "plain,lookup@2", "--max-tokens", "8", "--repeats", "1")
+    assert command(*options, "--temperature", "0", "--repetition-penalty", "1.3", "--json", "-") == 0
+    (sampling,) = json.loads(capsys.readouterr().out)["samplings"]
+    rows = {row["arm"]: row for row in sampling["groups"][0]["arms"]}
+    assert rows["lookup@2"]["over_plain"]["ratio"] > 0 and rows["lookup@2"]["over_plain"]["low"] is None
+
+
+@pytest.mark.peers
+def test_mlx_vlm_takes_part_with_a_quantised_pair(
+    prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("mlx_vlm")
+    quantise(Checkpoint.open(EMBEDDED / "target"), tmp_path / "target", bits=4, group=32)
+    options = ("--prompts", str(prompt_file), "--arms", "plain,mlx-vlm@1", "--max-tokens", "8", "--repeats", "1")
+    pair = ("--model", str(tmp_path / "target"), "--drafter", str(EMBEDDED / "assistant"))
+    assert command(*options, *pair, "--temperature", "0", "--cool-down", "0", "--json", "-") == 0
+    out, err = capsys.readouterr()
+    (sampling,) = json.loads(out)["samplings"]
+    vlm = {row["arm"]: row for row in sampling["groups"][0]["arms"]}["mlx-vlm@1"]
+    assert "left out" not in err
+    # Its weights are the same: tokens part, if at all, where two logits nearly tie.
+    assert all(abs(place["logit_gap"]) < 0.05 for place in vlm["output"]["differences"])
 
 
 def test_ctrl_c_before_anything_was_measured(
@@ -204,6 +256,9 @@ def test_predictions_count_acceptance_with_the_pair(prompt_file: Path, capsys: p
         (("--predict", "M4 Pro", "--acceptance", "high"), "found 'high'"),
         (("--predict", "M4 Pro", "--acceptance", "0.8", "--plot", "a.png"), "no picture"),
         (("--predict", "M4 Pro", "--drafter", "none", "--category", "chat"), "give --acceptance"),
+        (("--arms", "plain,mlx-vlm@auto"), "mlx-vlm@auto"),
+        (("--json", "same.txt", "--markdown", "./same.txt"), "found one twice"),
+        (("--cool-down", "nan"), "cool_down of at least 0"),
         (("--json", "-", "--markdown", "-"), "found it elsewhere or twice"),
         (("--json", "/no/such/folder/a.json"), "/no/such/folder/a.json"),
         (("--max-tokens", "1"), "max_tokens of at least 8"),

@@ -71,7 +71,7 @@ def check_contents(wheel: Path) -> None:
         fail(f"expected a wheel under {MOST_BYTES / 1e6:.0f} MB, found {size / 1e6:.1f} MB.")
     assets = ROOT / "mlx_mtp" / "assets"
     expected = {str(file.relative_to(ROOT)): file.stat().st_size for file in assets.rglob("*")
-                if file.is_file() and "__pycache__" not in file.parts}  # fmt: skip
+                if file.is_file() and file.name != ".DS_Store" and "__pycache__" not in file.parts}  # fmt: skip
     models = sorted({Path(name).parent.name for name in expected if name.endswith(".safetensors")})
     if not {"target", "assistant"} <= set(models):
         fail(f"expected the embedded target and its assistant in {assets}, found {models}.")

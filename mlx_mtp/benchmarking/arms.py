@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mlx_mtp import memory
-from mlx_mtp.benchmark import Arm, engine_arm, mlx_lm_arm, mlx_vlm_arm
+from mlx_mtp.benchmark import Arm, Job, engine_arm, mlx_lm_arm, mlx_vlm_arm
 from mlx_mtp.diagnosis import family_of
 from mlx_mtp.drafters.lookup import Lookup
 from mlx_mtp.engine import Engine
@@ -33,6 +33,10 @@ DEFAULT_ARMS = (STOCK, PLAIN, MTP, "lookup@auto", VLM)
 DEFAULT_DEPTHS: tuple[int | str, ...] = (2, 4, "auto")
 # What Google recommends for Gemma, for a checkpoint whose own configuration is greedy.
 GEMMA = Sampling(temperature=1.0, top_k=64, top_p=0.95)
+
+
+LONGEST_REST, HIGHEST_SEED = 3600.0, 2**62
+TRIED_TOKENS = 4  # of another engine, before it may take part
 
 
 class Load(Protocol):
@@ -59,7 +63,7 @@ class Plan:
     mode: str = "fast"
     max_tokens: int = 64
     tokens_for_acceptance: int = 128
-    repeats: int = 5
+    repeats: int = 6  # an even number: as many turns begin with the first arm as with the last
     cool_down: float = 0.5
     seed: int = 0
     max_context: int | None = None
@@ -68,8 +72,11 @@ class Plan:
     def __post_init__(self) -> None:
         least = {"max_tokens": 8, "tokens_for_acceptance": 8, "repeats": 1, "cool_down": 0, "seed": 0}
         for name, low in least.items():
-            if getattr(self, name) < low:
+            if not getattr(self, name) >= low:
                 raise OptionError(f"Expected {name} of at least {low}, found {getattr(self, name)}; raise it.")
+        for name, high in (("cool_down", LONGEST_REST), ("seed", HIGHEST_SEED)):
+            if not getattr(self, name) <= high:  # NaN is neither
+                raise OptionError(f"Expected {name} of at most {high}, found {getattr(self, name)}; lower it.")
         if not self.arms:
             raise OptionError(f"Expected at least one arm, found none; name some of {', '.join(DEFAULT_ARMS)}.")
 
@@ -131,8 +138,8 @@ def line_up(plan: Plan, load: Load) -> Lineup:
         elif name == PLAIN:
             plain = _engine(lineup, None, 0)
             lineup.arms[PLAIN] = BenchArm(name=PLAIN, run=engine_arm(plain), engine=plain, depth=0)
-        elif name == VLM:
-            _mlx_vlm(lineup, plan)
+        elif parted(name)[0] == VLM:
+            _mlx_vlm(lineup, plan, parted(name)[1])
         else:
             _drafting(lineup, plan, name, made)
     if not lineup.arms:
@@ -177,6 +184,9 @@ def _drafting(lineup: Lineup, plan: Plan, name: str, made: dict[str, Drafter | N
     for each in _depths(plan, depth, drafter):
         full = f"{called}@{each}"
         engine = _engine(lineup, drafter, each)
+        if isinstance(each, int) and each not in engine.allowed_depths:
+            most = max(depth for depth in engine.allowed_depths if depth <= each)
+            lineup.left_out.append(f"{full} drafts {most} a round: more cannot be verified bit for bit here.")
         lineup.arms[full] = BenchArm(name=full, run=engine_arm(engine), engine=engine, drafter=called, depth=each)
 
 
@@ -205,7 +215,7 @@ def _folder(lineup: Lineup) -> Path:
     return Path(path)
 
 
-def _mlx_vlm(lineup: Lineup, plan: Plan) -> None:
+def _mlx_vlm(lineup: Lineup, plan: Plan, asked: int | str | None) -> None:
     engine = lineup.engine
     if engine.drafter is None or family_of(engine.drafter) != "assistant":
         lineup.left_out.append(f"{VLM} is left out: it drafts with a Gemma 4 assistant, and none is loaded.")
@@ -213,7 +223,9 @@ def _mlx_vlm(lineup: Lineup, plan: Plan) -> None:
     if any((sampling.repetition_penalty or 1.0) != 1.0 for sampling in lineup.samplings(plan)):
         lineup.left_out.append(f"{VLM} is left out: it drops penalties while it drafts.")
         return
-    fixed = [depth for depth in _depths(plan, None, engine.drafter) if isinstance(depth, int) and depth]
+    if asked == "auto" or asked == 0:
+        raise OptionError(f"Expected {VLM} at a depth of 1 or more, found {VLM}@{asked}; name one, like {VLM}@4.")
+    fixed = [depth for depth in _depths(plan, asked, engine.drafter) if isinstance(depth, int) and depth]
     depth = max(fixed, default=min(4, engine.drafter.max_depth))
     assistant = drafter_folder(plan.model, plan.drafter)
     _other_engine(lineup, f"{VLM}@{depth}", lambda: mlx_vlm_arm(_folder(lineup), assistant, depth))
@@ -226,9 +238,13 @@ def _other_engine(lineup: Lineup, name: str, make: Callable[[], Arm]) -> None:
         if not memory.fits(memory.folder_bytes(_folder(lineup)) * (2 + others)):
             lineup.left_out.append(f"{name} is left out: another copy of the weights does not fit in memory.")
             return
-        lineup.arms[name] = BenchArm(name=name, run=make())
+        run = make()
+        # A pair that it cannot run is noticed now, and not when others have been timed for minutes.
+        run(Job(list(range(2, 10)), TRIED_TOKENS, NEUTRAL))
+        lineup.arms[name] = BenchArm(name=name, run=run)
+        memory.wired.add(run, memory.folder_bytes(_folder(lineup)))  # as resident as this engine's own copy
     except ImportError as error:
         package = VLM if name.startswith(VLM) else "mlx-lm"
         lineup.left_out.append(f"{name} is left out: {package} is not installed ({error}).")
     except Exception as error:  # another project's loader may raise anything
-        lineup.left_out.append(f"{name} is left out: it could not load this pair ({brief(error)}).")
+        lineup.left_out.append(f"{name} is left out: it could not run this pair ({brief(error)}).")

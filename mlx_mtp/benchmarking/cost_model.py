@@ -18,21 +18,6 @@ from mlx_mtp.depth import Curve
 from mlx_mtp.diagnosis import Costs
 
 
-def conditional_acceptance(drafted: Sequence[int], accepted: Sequence[int]) -> list[float]:
-    """Share of the drafts at each position that stand once those before it do; ends where nothing tells any more.
-
-    drafted, accepted: counts by position. With changing depths the positions come from different rounds.
-    """
-    found, before = [], 1.0
-    for offered, stood in zip(drafted, accepted, strict=True):
-        if not offered or not before:
-            break
-        share = stood / offered
-        found.append(min(1.0, share / before))
-        before = share
-    return found
-
-
 def tokens_law(shares: Sequence[float], depth: int) -> list[float]:
     """Chances of a round of `depth` drafts to give 1, 2, ... depth + 1 tokens; positions nothing is known of fail."""
     law, stands = [], 1.0

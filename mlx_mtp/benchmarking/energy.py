@@ -3,7 +3,8 @@
 What it does: sums what CPU, GPU, memory and Neural Engine took between two moments. What it does not do: need root,
 or guess where nothing can be read.
 
-The whole machine is measured and the chip's own model counts, so compare on one Mac only, with nothing else running.
+All that runs on the chip is measured, by the chip's own model of itself, and neither display nor disk: compare on one
+Mac only, with nothing else running.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def markdown(report: dict[str, Any]) -> str:
             continue
         everything = sampling["groups"][0]
         lines += [f"{everything['prompts']} prompts, {report['settings']['tokens']} tokens each, "
-                  f"{report['settings']['repeats']} turns.", ""]  # fmt: skip
+                  f"{turns(sampling)} turns.", ""]  # fmt: skip
         lines += [*table(SPEED_HEADS, speed_rows(everything)), "", *table(COST_HEADS, cost_rows(everything)), ""]
         lines += ["By category, over stock mlx-lm:" if has_stock(everything) else "By category, over ours plain:", ""]
         lines += [*table(*category_table(sampling)), ""]
@@ -42,6 +42,13 @@ def markdown(report: dict[str, Any]) -> str:
     if report["notes"]:
         lines += ["", "Notes:", "", *(f"- {note}" for note in report["notes"])]
     return "\n".join(lines) + "\n"
+
+
+def turns(sampling: dict[str, Any]) -> str:
+    """'6', or '4 to 6' where a run was interrupted."""
+    counts = [min(map(len, prompt["runs"].values())) for prompt in sampling["prompts"] if prompt["runs"]]
+    done = [count for count in counts if count]
+    return f"{min(done)}" if min(done) == max(done) else f"{min(done)} to {max(done)}"
 
 
 def prediction_markdown(report: dict[str, Any]) -> str:
@@ -188,8 +195,11 @@ def table(heads: Sequence[str], rows: Rows) -> list[str]:
     return [lines[0], "|" + " --- |" * len(heads), *lines[1:]]
 
 
-def _ratio(found: dict[str, float] | None) -> str:
-    return "" if found is None else f"{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+def _ratio(found: dict[str, float | None] | None) -> str:
+    if found is None:
+        return ""
+    interval = "" if found["low"] is None else f" [{found['low']:.2f}, {found['high']:.2f}]"
+    return f"{found['ratio']:.2f}{interval}"
 
 
 def _output(found: dict[str, Any] | None) -> str:
@@ -198,8 +208,6 @@ def _output(found: dict[str, Any] | None) -> str:
     if found["identical"]:
         return "as plain"
     places = found["differences"]
-    widest = max(places, key=lambda place: abs(place["logit_gap"]))
-    return (
-        f"differs in {len(places)} of {found['prompts']}, first at token {min(place['token'] for place in places)}, "
-        f"logit gap up to {abs(widest['logit_gap']):.1e}"
-    )
+    gaps = [abs(place["logit_gap"]) for place in places if place["logit_gap"] is not None]
+    widest = f", logit gap up to {max(gaps):.1e}" if gaps else ""
+    return f"differs in {len(places)} of {found['prompts']}, first at token {min(p['token'] for p in places)}{widest}"

@@ -59,8 +59,8 @@ def _speed_up(axis: Any, sampling: dict[str, Any]) -> None:
     for i, arm in enumerate(arms):
         ratios = [next(row[base] for row in group["arms"] if row["arm"] == arm) for group in groups]
         middle = [one["ratio"] for one in ratios]
-        errors = [[max(0.0, one["ratio"] - one["low"]) for one in ratios],
-                  [max(0.0, one["high"] - one["ratio"]) for one in ratios]]  # fmt: skip
+        errors = [[max(0.0, one["ratio"] - (one["low"] or one["ratio"])) for one in ratios],
+                  [max(0.0, (one["high"] or one["ratio"]) - one["ratio"]) for one in ratios]]  # fmt: skip
         places = [at + (i - (len(arms) - 1) / 2) * width for at in range(len(groups))]
         axis.bar(places, middle, width, yerr=errors, label=arm, color=f"C{i % 10}", error_kw={"linewidth": 0.7})
     axis.axhline(1.0, color="black", linewidth=0.8)

@@ -140,14 +140,14 @@ def curves_for(chip: str) -> list[PublishedCurve]:
 def predict(chip: str, acceptance: Sequence[float], most: int = 8) -> list[Prediction]:
     """What these chances of each position to stand, once those before it do, would give on a chip.
 
-    One number holds for every position. Raises OptionError for an unknown chip or a share outside 0..1.
+    Depths beyond the last position are not predicted. Raises OptionError for an unknown chip or a share outside 0..1.
     """
     chip = canonical(chip)
     if not acceptance or not all(0.0 <= share <= 1.0 for share in acceptance):
         raise OptionError(
             f"Expected --acceptance as shares from 0 to 1, found {list(acceptance) or 'none'}; change it."
         )
-    shares = list(acceptance) * most if len(acceptance) == 1 else list(acceptance)
+    shares = list(acceptance)
     found = []
     for curve in curves_for(chip):
         depths = range(1, min(curve.deepest, len(shares), most) + 1)

@@ -8,19 +8,19 @@ Times in this object are milliseconds where the name says so, else seconds; memo
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import zip_longest
 from typing import Any
 
 from mlx_mtp import diagnosis, machine
 from mlx_mtp.advice import SCATTERED
-from mlx_mtp.benchmark import Record, differences, ratio
+from mlx_mtp.benchmark import Difference, Record, acceptance, differences, ratio, total
 from mlx_mtp.benchmarking import cost_model
 from mlx_mtp.benchmarking.arms import PLAIN, STOCK, BenchArm
 from mlx_mtp.benchmarking.prompts import categories_of
@@ -29,6 +29,7 @@ from mlx_mtp.diagnosis import Costs
 from mlx_mtp.results import Stats
 
 FORMAT = 1
+BY_POSITION = ("drafted_by_position", "judged_by_position", "accepted_by_position")
 ALL = "all"
 # Where more of the cores than this were busy before the run began, figures are rough.
 BUSY = 0.25
@@ -37,19 +38,20 @@ DEFINITIONS = {
     "tokens/s": "(N - 1) / (t_N - t_1) of one run of a fixed number of tokens, endings ignored; median, lowest and "
     "highest of all runs",
     "ratio": "seconds a token of the other arm over this one's, median of the turns, summed over prompts; 95 % "
-    "interval by bootstrap over prompts and turns",
-    "tau": "tokens emitted behind the first / forward passes of the target behind the prompt, in replies that end by "
-    "themselves, passes that an ending made useless included",
-    "acceptance": "share of the drafts at a position that stand once those before it do, in replies that end by "
-    "themselves",
-    "verify, draft, host gap": "of the average round of the arm's depths, measured apart: the pass over all its rows, "
-    "its drafts, and what a pipelined round takes beside them",
+    "interval by bootstrap over prompts and turns; of one prompt, as a category has by default, over its turns only",
+    "tau": "tokens emitted behind the first / forward passes of the target behind the prompt, in replies apart from "
+    "the timed ones, {tokens_for_acceptance} tokens at most, whose endings are honoured; passes that an ending made "
+    "useless included",
+    "acceptance": "share of the drafts at a position that stood, of those whose predecessors in the round stood, in "
+    "the same replies",
+    "verify, draft, host gap": "of the average round of the arm's depths, timed apart from the runs: the pass over all "
+    "its rows, its drafts, and the rest of a whole round, which is timed without drafts and at one depth",
     "first token": "from the request to the first token, the prompt's pass included",
     "memory": "peak of a run less what was loaded before it, the weights of all arms: K/V and activations",
-    "energy": "joules of the whole machine over the tokens of a run, the prompt's pass included, idle power not taken "
-    "off",
-    "predicted": "the cost model's ratio from the pieces, the depths and the acceptance of the timed runs; deviation = "
-    "predicted / measured - 1",
+    "energy": "joules of the chip and its memory, whatever runs on them, over the tokens of a run, the prompt's pass "
+    "included, idle power not taken off",
+    "predicted": "the cost model's ratio, from those pieces and the depths and acceptance of the timed runs; "
+    "deviation = predicted / measured - 1",
     "logit gap": "the plain target's logit of its own token less that of the other arm's, where greedy outputs first "
     "part",
 }  # fmt: skip
@@ -98,7 +100,9 @@ def build(bench: Bench, setting: Setting, interrupted: bool = False) -> dict[str
             "tokens_for_acceptance": plan.tokens_for_acceptance, "repeats": plan.repeats, "cool_down": plan.cool_down,
             "seed": plan.seed, "max_context": engine.max_context,
         },
-        "definitions": DEFINITIONS,
+        "definitions": {
+            name: text.format(tokens_for_acceptance=plan.tokens_for_acceptance) for name, text in DEFINITIONS.items()
+        },
         "notes": notes,
         "samplings": [_sampling(bench, name, done) for name, done in bench.results.items()],
     }  # fmt: skip
@@ -109,26 +113,39 @@ def pooled_acceptance(bench: Bench) -> dict[str, list[float]]:
     found = {}
     for name, done in bench.results.items():
         arm = next(arm.name for arm in bench.lineup.arms.values() if arm.drafter)
-        counts = _counts([measured.replies[arm] for measured in done if arm in measured.replies])
-        if acceptance := cost_model.conditional_acceptance(*counts):
-            found[f"counted with this pair, {name}, {len(done)} prompts"] = acceptance
+        replies = [measured.replies[arm] for measured in done if arm in measured.replies]
+        if shares := acceptance(replies):
+            found[f"counted with this pair, {name}, {len(replies)} prompts"] = shares
     return found
 
 
 def _sampling(bench: Bench, name: str, done: list[Measured]) -> dict[str, Any]:
     finished = [measured for measured in done if measured.turns]
-    groups = {ALL: finished}
+    groups, parted = {ALL: finished}, _parted(bench, finished)
     for category in categories_of(measured.prompt for measured in finished):
         groups[category] = [measured for measured in finished if measured.prompt.category == category]
     return {
         "name": name,
         "sampling": asdict(done[0].job.sampling) if done else None,
         "groups": [
-            {"category": category, "prompts": len(group), "arms": _Group(bench, group).rows()}
+            {"category": category, "prompts": len(group), "arms": _Group(bench, group, parted).rows()}
             for category, group in groups.items()
             if group
         ],
         "prompts": [_prompt(measured) for measured in done],
+    }
+
+
+def _parted(bench: Bench, group: list[Measured]) -> dict[str, dict[int, Difference]]:
+    """Where the arms' greedy tokens part from ours plain: by arm and the prompt's id(); empty without `plain`."""
+    if not group or group[0].job.sampling.temperature or PLAIN not in bench.lineup.arms:
+        return {}
+    jobs = [measured.job for measured in group]
+    records = {name: Record([m.timings[name][: m.turns] for m in group]) for name in bench.lineup.arms}
+    return {
+        name: {id(group[one.job]): one for one in differences(bench.lineup.engine.target, jobs, records[PLAIN], record)}
+        for name, record in records.items()
+        if name != PLAIN
     }
 
 
@@ -173,8 +190,8 @@ def _pieces(name: str, costs: Costs) -> dict[str, Any]:
 class _Group:
     """The rows of one category, or of everything."""
 
-    def __init__(self, bench: Bench, group: list[Measured]) -> None:
-        self.lineup, self.group = bench.lineup, group
+    def __init__(self, bench: Bench, group: list[Measured], parted: dict[str, dict[int, Difference]]) -> None:
+        self.lineup, self.group, self.parted = bench.lineup, group, parted
         self.tokens = bench.plan.max_tokens
         exact = bench.lineup.engine.exactness
         self.filled = exact.width if exact else None
@@ -204,22 +221,23 @@ class _Group:
             "predicted": self._prediction(arm, over_stock, over_plain),
         }  # fmt: skip
 
-    def _ratio(self, record: Record, base: str) -> dict[str, float] | None:
+    def _ratio(self, record: Record, base: str) -> dict[str, float | None] | None:
         if base not in self.records:
             return None
         middle, low, high = ratio(record, self.records[base])
+        if len(record.timings) == 1 and len(record.timings[0]) == 1:  # nothing to draw from
+            return {"ratio": middle, "low": None, "high": None}
         return {"ratio": middle, "low": low, "high": high}
 
     def _drafting(self, arm: BenchArm) -> dict[str, Any]:
         replies = [m.replies[arm.name] for m in self.group if arm.name in m.replies]
-        drafted, accepted = _counts(replies)
         timed = [run.stats for runs in self.records[arm.name].timings for run in runs if run.stats]
         emitted, rounds = sum(max(0, s.tokens - 1) for s in replies), sum(s.rounds for s in replies)
         return {
             "tau": emitted / rounds if rounds and emitted else None,
             "timed_tokens_per_round": self.records[arm.name].tokens_per_round if timed else None,
-            "acceptance": cost_model.conditional_acceptance(drafted, accepted),
-            "drafted_by_position": drafted, "accepted_by_position": accepted,
+            "acceptance": acceptance(replies),
+            **dict(zip(BY_POSITION, total(replies, *BY_POSITION), strict=True)),
             "depth_counts": _depths(timed),
         }  # fmt: skip
 
@@ -245,47 +263,40 @@ class _Group:
         found = []
         for costs, runs in zip(self._costs(arm), self.records[arm.name].timings, strict=True):
             stats = [run.stats for run in runs if run.stats]
-            acceptance = cost_model.conditional_acceptance(*_counts(stats))
-            found.append(cost_model.seconds_per_token(costs, _depths(stats), acceptance, self.tokens, self.filled))
+            found.append(
+                cost_model.seconds_per_token(costs, _depths(stats), acceptance(stats), self.tokens, self.filled)
+            )
         return found
 
-    def _prediction(self, arm: BenchArm, *measured: dict[str, float] | None) -> dict[str, float | None] | None:
+    def _prediction(self, arm: BenchArm, *measured: dict[str, float | None] | None) -> dict[str, float | None] | None:
         if arm.engine is None:
             return None
         mine = sum(self._predicted(arm))
         found: dict[str, float | None] = {"tokens_per_second": len(self.group) / mine}
-        bases = (("over_stock", self.stock), ("over_plain", self.plain))
-        for (name, base), real in zip(bases, measured, strict=True):
+        plain = None if arm.name == PLAIN else self.plain  # over itself it is 1, which predicts nothing
+        for (name, base), real in zip((("over_stock", self.stock), ("over_plain", plain)), measured, strict=True):
             expected = sum(base) / mine if base else None  # type: ignore[arg-type]
             found[name] = expected
-            found[f"{name}_deviation"] = expected / real["ratio"] - 1.0 if expected and real else None
+            measured_ratio = real["ratio"] if real else None
+            found[f"{name}_deviation"] = expected / measured_ratio - 1.0 if expected and measured_ratio else None
         return found
 
     def _output(self, arm: BenchArm) -> dict[str, Any] | None:
         """Greedy tokens against ours plain; None where there is nothing to compare."""
-        greedy = not self.group[0].job.sampling.temperature
-        if not greedy or PLAIN not in self.records or arm.name == PLAIN:
+        if arm.name not in self.parted:
             return None
-        jobs = [measured.job for measured in self.group]
-        target = self.lineup.engine.target
-        parted = differences(target, jobs, self.records[PLAIN], self.records[arm.name])
+        mine = self.parted[arm.name]
+        found = [(measured, mine[id(measured)]) for measured in self.group if id(measured) in mine]
         places = [
-            {"where": self.group[one.job].prompt.where, "token": one.token + 1, "logit_gap": one.gap} for one in parted
-        ]
-        return {"identical": not parted, "prompts": len(jobs), "differences": places}
+            {"where": measured.prompt.where, "token": one.token + 1,
+             "logit_gap": None if math.isnan(one.gap) else one.gap}
+            for measured, one in found
+        ]  # fmt: skip
+        return {"identical": not found, "prompts": len(self.group), "differences": places}
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
-
-
-def _counts(stats: Sequence[Stats]) -> tuple[list[int], list[int]]:
-    """Drafts offered and drafts that stood, by position, of all of these."""
-
-    def added(of: Callable[[Stats], list[int]]) -> list[int]:
-        return [sum(column) for column in zip_longest(*map(of, stats), fillvalue=0)]
-
-    return added(lambda s: s.drafted_by_position), added(lambda s: s.accepted_by_position)
 
 
 def _depths(stats: Iterable[Stats]) -> dict[int, int]:

@@ -42,16 +42,21 @@ def continuations(
     """
     for start in range(0, len(prompts), BATCH):
         batch = mx.array(prompts[start : start + BATCH].astype(np.int32))
-        yield np.array(_continue(target, batch, tokens, mx.random.key(seed + start), sampled_share))
+        rows = np.arange(start, start + len(batch))
+        drawn = mx.array(_drawn(rows, sampled_share)[:, None])
+        yield np.array(_continue(target, batch, tokens, mx.random.key(seed + start), drawn))
 
 
-def _continue(target: Target, prompts: mx.array, tokens: int, key: mx.array, sampled_share: float) -> mx.array:
-    """One batch, [B, P] -> [B, P + tokens]."""
+def _drawn(rows: np.ndarray, share: float) -> np.ndarray:
+    """Which rows are drawn and not greedy; spread evenly over pairs, because openings come in two kinds by turns."""
+    pairs = rows // 2
+    return np.asarray(np.floor((pairs + 1) * share) > np.floor(pairs * share))
+
+
+def _continue(target: Target, prompts: mx.array, tokens: int, key: mx.array, sampled: mx.array) -> mx.array:
+    """One batch, [B, P] -> [B, P + tokens]. sampled: [B, 1], which rows are drawn."""
     count, length = prompts.shape
     cache = target.new_cache(length + tokens, count)
-    # Spread evenly over pairs, because openings come in two kinds by turns.
-    steps = np.floor(np.arange(count // 2 + 2) * sampled_share)
-    sampled = mx.array((np.diff(steps) > 0).repeat(2)[:count, None])
 
     def step(rows: mx.array, key: mx.array, arrays: object) -> tuple[mx.array, mx.array, object]:
         inner = cache.around(arrays)  # type: ignore[arg-type]

@@ -78,7 +78,7 @@ class Recipe:
                 "Expected for joint training one drafter, parallel or sequential, and no finished target; "
                 "train on a frozen target in place of that."
             )
-        for name, most in (("sampled_share", 1.0), ("rehearsal", 0.9)):
+        for name, most in (("label_share", 1.0), ("sampled_share", 1.0), ("rehearsal", 0.9)):
             if not 0.0 <= getattr(self, name) <= most:
                 raise OptionError(f"Expected {name} from 0 to {most}, found {getattr(self, name)}.")
         if self.start:
@@ -325,7 +325,7 @@ def _train_drafter(
         fixed = yield from own_words(folder / "own_words_held_out.npy", target, data.held_out, data.reply_marker,
                                      recipe, fixed_rows)  # fmt: skip
         rehearsed = round(len(own) * recipe.rehearsal / (1.0 - recipe.rehearsal))
-        mixed = np.concatenate([own, data.train[:rehearsed]])
+        mixed = np.concatenate([own, np.resize(data.train, rehearsed)])  # from its beginning again where it is short
         yield from run_stage(f"{shape.family}-agreement", folder, drafter, loss, mixed, fixed, recipe,
                              steps=recipe.agreement_steps, rate=FINE_TUNING, **sizes)  # fmt: skip
     write_drafter(out, config, drafter)
