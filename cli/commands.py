@@ -138,8 +138,8 @@ def _figures(conversation: Conversation) -> list[tuple[str, str]]:
     if chat.last is None:
         return found
     stats = chat.last.stats
-    drafted = zip(stats.accepted_by_position, stats.drafted_by_position, strict=True)
-    stood = [f"{i}: {stood / seen:.0%}" for i, (stood, seen) in enumerate(drafted, 1) if seen]
+    judged = zip(stats.accepted_by_position, stats.judged_by_position, strict=True)
+    stood = [f"{i}: {stood / seen:.0%}" for i, (stood, seen) in enumerate(judged, 1) if seen]
     depths = [f"{depth}: {count}" for depth, count in sorted(stats.depth_counts.items())]
     return [
         *found,

@@ -269,9 +269,12 @@ def test_impossible_recipes_are_refused(tmp_path: Path) -> None:
         Recipe.read(tmp_path)
 
 
-@pytest.mark.parametrize(("share", "greedy"), [(0.0, 8), (0.25, 6), (0.5, 4), (1.0, 0)])
-def test_the_asked_share_of_own_words_is_sampled(share: float, greedy: int) -> None:
+@pytest.mark.parametrize(("share", "greedy", "batch"), [(0.0, 8, 32), (0.25, 6, 2), (0.5, 4, 32), (1.0, 0, 4)])
+def test_the_asked_share_of_own_words_is_sampled(
+    share: float, greedy: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Greedy rows are the best tokens of a pass over them without a cache; a sampled row of 24 tokens never is."""
+    monkeypatch.setattr("mlx_mtp.training.continuations.BATCH", batch)  # the share is of all rows, not of a batch's
     model, _ = pair()
     target = Gemma4Target(model, mx.float32)
     prompts = np.random.default_rng(2).integers(0, 64, (8, 5))
@@ -296,3 +299,9 @@ def test_rehearsal_is_the_asked_share(tmp_path: Path, monkeypatch: pytest.Monkey
     list(pipeline.train(tmp_path / "run", recipe))
     own = np.load(tmp_path / "run" / "own_words.npy").size
     assert len(seen["assistant-agreement"]) == own + own // 3
+
+
+@pytest.mark.parametrize("name", ["label_share", "sampled_share", "rehearsal"])
+def test_shares_are_checked_before_anything_is_trained(name: str) -> None:
+    with pytest.raises(mlx_mtp.OptionError, match=name):
+        Recipe(**{name: 1.5})
