@@ -21,7 +21,9 @@ def outputs(variant: str, **options: object) -> list[list[int]]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("way", ["probed", "canonical"])
-def test_equal_with_and_without_a_drafter(variant: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_with_and_without_a_drafter(
+    variant: str, way: str, probed_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Tokens and the logprobs' very bits; the canonical width also where the probe would not need it."""
     if way == "canonical":
         monkeypatch.setattr(exactness, "probe", lambda target: Exactness(tuple(range(CANONICAL)), CANONICAL))
