@@ -45,7 +45,7 @@ def test_every_depth_equals_plain(variant: str) -> None:
     folder, ids = GOLDEN / variant, prompt(variant)
     plain = mlx_mtp.load(folder / "target", drafter=None)
     expected = plain.generate(ids, max_tokens=300, ignore_end=True).tokens
-    for depth, head in zip((1, 2, 3, 4, 5, 8), itertools.cycle(HEADS), strict=False):
+    for depth, head in zip((1, 2, 5, 8), itertools.cycle(HEADS), strict=False):
         engine = mlx_mtp.load(folder / "target", drafter=folder / f"assistant_{head}", depth=depth)
         same_or_tie(plain, ids, expected, engine.generate(ids, max_tokens=300, ignore_end=True).tokens)
 
