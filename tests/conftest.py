@@ -1,17 +1,24 @@
-"""Shared fixtures. mlx_mtp comes first: it loads the fast BLAS before anything imports MLX."""
+"""Shared fixtures. The environment comes first, then mlx_mtp, which loads the fast BLAS before anything imports MLX."""
 
+import workers  # isort: skip  # noqa: F401
 import mlx_mtp  # isort: skip  # noqa: F401
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mlx_mtp import exactness
+from mlx_mtp.interfaces import Target
+
 GOLDEN = Path(__file__).parent / "golden"
 VARIANTS = ("ple", "keqv", "moe", "unified")
 HEADS = ("tied", "centroid")
+PROBED: dict[Path, exactness.Exactness] = {}
 
 
 @pytest.fixture(params=VARIANTS)
@@ -20,5 +27,28 @@ def golden(request: pytest.FixtureRequest) -> tuple[Path, dict[str, np.ndarray]]
     folder = GOLDEN / request.param
     return folder, dict(np.load(folder / "reference.npz"))
 
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_without_torch() -> None:
+    """The commands that tests start find no torch (children/sitecustomize.py); a worker itself may need it."""
+    paths = str(Path(__file__).parent / "children"), os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+
+
+@pytest.fixture
+def probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe for exact mode takes seconds and says the same of one checkpoint every time: it is run once."""
+    real = exactness.probe
+
+    def probe(target: Target) -> exactness.Exactness:
+        path = target.path
+        if path not in PROBED:
+            PROBED[path] = real(target)
+        return PROBED[path]
+
+    monkeypatch.setattr(exactness, "probe", probe)
+
+
 # What the depth control learns in tests is nobody's business.
 os.environ["MLX_MTP_CACHE"] = tempfile.mkdtemp(prefix="mlx-mtp-tests-")
+atexit.register(shutil.rmtree, os.environ["MLX_MTP_CACHE"], ignore_errors=True)

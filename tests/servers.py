@@ -117,8 +117,8 @@ class FakeTokenizer:
 class ScriptedEngine:
     """Writes `script`, one string an event. Waits for the gate before each but the first where there is one.
 
-    asked: the options of every request; closed: how many replies ended before their time; fails_at: the event in
-    whose place it raises.
+    asked: the options of every request; written: how many events there were; closed: how many replies ended before
+    their time; fails_at: the event in whose place it raises.
     """
 
     script: Sequence[str] = ("Hel", "lo", "!")
@@ -127,6 +127,7 @@ class ScriptedEngine:
     max_context: int = 1000
     tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
     asked: list[dict[str, Any]] = field(default_factory=list)
+    written: int = 0
     closed: int = 0
     target: Any = field(default_factory=lambda: SimpleNamespace(path=None))
 
@@ -142,6 +143,7 @@ class ScriptedEngine:
                     self.gate.acquire()
                 if i == self.fails_at:
                     raise RuntimeError("a secret of the inside")
+                self.written += 1
                 yield Event(text, [1])
         except GeneratorExit:
             self.closed += 1

@@ -6,6 +6,7 @@ import gzip
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -364,6 +365,16 @@ def test_energy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "zeus_apple_silicon", None)
     meter, why = energy.open_meter()
     assert meter is None and "pip install zeus-apple-silicon" in str(why)
+    monkeypatch.setitem(sys.modules, "zeus_apple_silicon", SimpleNamespace(AppleEnergyMonitor=Monitor))
+    meter, why = energy.open_meter()
+    assert why is None and meter is not None and meter.of(lambda: 1) == (1, 5.0)
+
+    def broken() -> Monitor:
+        raise RuntimeError("IOReport denied")
+
+    monkeypatch.setitem(sys.modules, "zeus_apple_silicon", SimpleNamespace(AppleEnergyMonitor=broken))
+    meter, why = energy.open_meter()
+    assert meter is None and "does not run here (IOReport denied)" in str(why)
 
 
 def test_power_source() -> None:

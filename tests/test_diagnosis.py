@@ -7,6 +7,7 @@ import itertools
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -18,7 +19,7 @@ from rich.console import Console
 import mlx_mtp
 from mlx_mtp import advice, blas, diagnosis, exactness, machine, memory
 from mlx_mtp.checkpoint import Checkpoint
-from mlx_mtp.cli import app
+from mlx_mtp.cli import app, doctor
 from mlx_mtp.cli.doctor import report
 from mlx_mtp.decode import Asked, Decoder
 from mlx_mtp.depth import GAIN, Curve, FixedDepth
@@ -346,8 +347,9 @@ def test_facts_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
-    """`mlx-mtp doctor ARGS` in this process: exit code, stdout, stderr."""
+    """`mlx-mtp doctor ARGS` in this process, every measurement taken twice: exit code, stdout, stderr."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(doctor, "diagnose", partial(diagnosis.diagnose, repeats=2))
     monkeypatch.setattr(sys, "argv", ["mlx-mtp", "doctor", *args])
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:

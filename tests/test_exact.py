@@ -16,12 +16,14 @@ def outputs(variant: str, **options: object) -> list[list[int]]:
     folder = GOLDEN / variant
     engine = mlx_mtp.load(folder / "target", mode="exact", **options)
     prompts = np.random.default_rng(1).integers(3, 128, (2, 20)).tolist()
-    return [engine.generate(prompt, max_tokens=100, ignore_end=True, logprobs=1) for prompt in prompts]
+    return [engine.generate(prompt, max_tokens=60, ignore_end=True, logprobs=1) for prompt in prompts]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("way", ["probed", "canonical"])
-def test_equal_with_and_without_a_drafter(variant: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_with_and_without_a_drafter(
+    variant: str, way: str, probed_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Tokens and the logprobs' very bits; the canonical width also where the probe would not need it."""
     if way == "canonical":
         monkeypatch.setattr(exactness, "probe", lambda target: Exactness(tuple(range(CANONICAL)), CANONICAL))

@@ -82,22 +82,22 @@ def test_every_depth_equals_plain(
     monkeypatch.setattr(decode_module, "MAX_CHUNK", 16)
     plain = mlx_mtp.load(folders[target], drafter=None)
     repeated = np.random.default_rng(2).integers(3, 96, 20).tolist() * 2
-    accepted = 0
-    for ids in (repeated, repeated[:1]):
-        expected = plain.generate(ids, max_tokens=160, ignore_end=True).tokens
-        folder = folders[f"{target} {drafter}"]
-        for named, depth in ((folder, 1), (f"lookup+{folder}", 2), (f"lookup+{folder}", 3), (folder, 8)):
-            depth = min(depth, load_drafter(Checkpoint.open(folder)).max_depth)
-            engine = mlx_mtp.load(folders[target], drafter=named, depth=depth)
+    prompts = repeated, repeated[:1]
+    expected = [plain.generate(ids, max_tokens=160, ignore_end=True).tokens for ids in prompts]
+    folder = folders[f"{target} {drafter}"]
+    most, accepted = load_drafter(Checkpoint.open(folder)).max_depth, 0
+    for named, depth in ((folder, 1), (f"lookup+{folder}", 2), (f"lookup+{folder}", most), (folder, most)):
+        engine = mlx_mtp.load(folders[target], drafter=named, depth=depth)
+        for ids, tokens in zip(prompts, expected, strict=True):
             result = engine.generate(ids, max_tokens=160, ignore_end=True)
-            same_or_tie(plain, ids, expected, result.tokens)
+            same_or_tie(plain, ids, tokens, result.tokens)
             assert result.stats.host_syncs <= result.stats.rounds + 2 and result.stats.drafted > 50
             accepted += result.stats.accepted
     assert accepted > 20
 
 
 @pytest.mark.parametrize("drafter", ["trunk", "modules"])
-def test_exact_mode(drafter: str, folders: dict[str, Path]) -> None:
+def test_exact_mode(drafter: str, folders: dict[str, Path], probed_once: None) -> None:
     ids = np.random.default_rng(2).integers(3, 96, 20).tolist()
     plain = mlx_mtp.load(folders["gemma"], drafter=None, mode="exact")
     engine = mlx_mtp.load(folders["gemma"], drafter=folders[f"gemma {drafter}"], depth=3, mode="exact")

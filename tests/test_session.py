@@ -124,7 +124,7 @@ def test_a_prompt_that_fails_leaves_an_empty_session(engines: dict[str, mlx_mtp.
     assert reply(engine, ids(40), session).tokens == reply(engine, ids(40)).tokens
 
 
-def test_exact_mode_keeps_its_promise_in_a_session() -> None:
+def test_exact_mode_keeps_its_promise_in_a_session(probed_once: None) -> None:
     folder = GOLDEN / "ple"
     plain, exact = (mlx_mtp.load(folder / "target", drafter=drafter, mode="exact", depth=depth)
                     for drafter, depth in (("none", "auto"), (folder / "assistant_tied", 2)))  # fmt: skip

@@ -15,11 +15,18 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlx_mtp
-from mlx_mtp.training import files
+from mlx_mtp.training import curves, files
 from mlx_mtp.training.curves import groups, plot_log, smoothed
 from mlx_mtp.training.memory import checkpointed_layers, one_operation_at_a_time
 from mlx_mtp.training.optimizers import make_optimizer
 from mlx_mtp.training.trainer import Trainer, TrainOptions
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curves are drawn only where a test is about them: a picture takes longer than the runs here."""
+    if "curves" not in request.node.name:
+        monkeypatch.setattr(curves, "plot_log", lambda log: log)
 
 
 class Stack(nn.Module):

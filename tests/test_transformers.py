@@ -237,20 +237,19 @@ def test_assistant_steps(
         assert drafts[0, step].item() == token.item()
 
 
-def test_greedy_decoding_of_500_tokens(made: tuple[str, Any, Path], tmp_path: Path) -> None:
-    """Token for token; a difference is forgiven only where the two best logits tie."""
+def test_greedy_decoding_of_300_tokens(made: tuple[str, Any, Path], tmp_path: Path) -> None:
+    """Every token is transformers' best behind all those before it; another one is forgiven only in a tie."""
     case, model, folder = made
     make_assistant(case, False, tmp_path / "assistant")
-    prompt = prompt_of(case, 1)
-    model.generation_config.update(do_sample=False, eos_token_id=None, pad_token_id=0)
-    with torch.no_grad():
-        expected = model.generate(torch.tensor(prompt), max_new_tokens=500)[0, prompt.shape[1] :].tolist()
+    prompt, checked = prompt_of(case, 1)[0].tolist(), []
     for depth in DEPTHS[case]:
         engine = mlx_mtp.load(folder / "target", drafter=tmp_path / "assistant", depth=depth)
-        found = engine.generate(prompt[0].tolist(), max_tokens=500, ignore_end=True).tokens
-        if found != expected:
-            at = next(i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b)
-            row = torch.tensor([prompt[0].tolist() + expected[:at]])
-            with torch.no_grad():
-                best = model(input_ids=row, use_cache=False).logits[0, -1].topk(2).values
-            assert best[0] - best[1] < TIE, f"parts from transformers at token {at}, depth {depth}"
+        found = engine.generate(prompt, max_tokens=300, ignore_end=True).tokens
+        assert len(found) == 300
+        if found in checked:
+            continue
+        checked.append(found)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + found]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        behind = logits.max(-1).values - logits.gather(-1, torch.tensor(found)[:, None])[:, 0]
+        assert behind.max() < TIE, f"token {int(behind.argmax())}, depth {depth}"

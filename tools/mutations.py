@@ -1,7 +1,8 @@
 """Seeded faults: is each of them caught by the tests?
 
 What it does: puts one fault at a time into a scratch copy of the tree, runs the tests that should notice, and says
-"caught" or "NOT caught". What it does not do: touch the checkout, or invent faults; the list below is by hand.
+"caught", and by which test, or "NOT caught". What it does not do: touch the checkout, or invent faults; the list below
+is by hand.
 
     python tools/mutations.py                 all of them, after the same tests passed on the unchanged copy
     python tools/mutations.py ring window     only those whose name holds one of the words
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -126,16 +128,19 @@ def scratch(folder: Path) -> Path:
     return folder
 
 
-def run(folder: Path, tests: tuple[str, ...]) -> int:
-    """pytest's exit code: 0 passed, 1 some failed, below 0 a crash; a hang counts as failed."""
+def run(folder: Path, tests: tuple[str, ...]) -> tuple[int, str]:
+    """pytest's exit code (0 passed, 1 some failed or hung, below 0 a crash) and the test that failed."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     try:
-        return subprocess.run(
-            command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=PATIENCE
-        ).returncode
+        done = subprocess.run(
+            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            timeout=PATIENCE,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return 1
+        return 1, f"nothing within {PATIENCE} s"
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+?::.*?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    return done.returncode, failed[0] if failed else f"exit code {done.returncode}"
 
 
 def survivors(faults: list[Fault], folder: Path) -> list[Fault]:
@@ -145,11 +150,11 @@ def survivors(faults: list[Fault], folder: Path) -> list[Fault]:
         file = folder / fault.file
         whole = file.read_text(encoding="utf-8")
         file.write_text(whole.replace(fault.old, fault.new), encoding="utf-8")
-        code = run(folder, fault.tests)
+        code, test = run(folder, fault.tests)
         file.write_text(whole, encoding="utf-8")
         if code > 1:  # below 0 it crashed, which nobody overlooks
             sys.exit(f"{fault.name}: pytest ended with {code}; are the tests {' '.join(fault.tests)} still there?")
-        print(f"{'caught    ' if code else 'NOT caught'}  {fault.name}", flush=True)
+        print(f"{'caught    ' if code else 'NOT caught'}  {fault.name}{f'  ({test})' if code else ''}", flush=True)
         if not code:
             missed.append(fault)
     return missed
@@ -172,7 +177,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mlx-mtp-mutations-") as place:
         folder = scratch(Path(place))
         for tests in dict.fromkeys(fault.tests for fault in faults):
-            if run(folder, tests):
+            if run(folder, tests)[0]:
                 print(f"{' '.join(tests)} fails without any fault; mend that first")
                 return 1
         missed = survivors(faults, folder)
