@@ -47,7 +47,8 @@ def training_minutes(runs: Path, family: str) -> float | None:
 
 def compare(depth: int, context: int, prompts: int, repeats: int, runs: Path | None) -> dict[str, dict[str, Any]]:
     """Speed, acceptance and cost of every arm."""
-    engines = {name: mlx_mtp.load(drafter=name, depth=depth) for name in DRAFTERS}
+    deepest = {name: mlx_mtp.load(drafter=name).drafter.max_depth for name in DRAFTERS}  # type: ignore[union-attr]
+    engines = {name: mlx_mtp.load(drafter=name, depth=min(depth, deepest[name])) for name in DRAFTERS}
     plain = mlx_mtp.load(drafter=None)
     assert plain.tokenizer is not None
     arms = {"stock mlx-lm": mlx_lm_arm(EMBEDDED / "target"), "plain": engine_arm(plain)}

@@ -37,6 +37,7 @@ def random_drafter_arm() -> Arm:
     mx.random.seed(0)
     model = drafter.model  # type: ignore[attr-defined]
     model.update(tree_map(lambda weight: 0.05 * mx.random.normal(weight.shape), model.parameters()))
+    mx.eval(model.parameters())  # or every round would draw them anew
     return engine_arm(mlx_mtp.Engine(plain.target, drafter, plain.tokenizer, depth="auto"))
 
 

@@ -157,18 +157,21 @@ class Decoder:
             ahead = None
             if len(decoding.emitted) + 1 < asked.budget and not serial:
                 ahead = self._submit(decoding, policy)
-            run = self._collect(decoding, reader, *pending, policy)
+            # What a round takes shows only where the next, which is built meanwhile, is one like it.
+            alike = ahead is None or ahead[0] == pending[0]
+            run = self._collect(decoding, reader, *pending, policy, alike)
             given = time.perf_counter()
             yield run
             decoding.paused = time.perf_counter() - given
             pending = ahead
 
     def _collect(
-        self, decoding: _Decoding, reader: _Reader, depth: int, outcome: Outcome, policy: DepthPolicy
+        self, decoding: _Decoding, reader: _Reader, depth: int, outcome: Outcome, policy: DepthPolicy, alike: bool
     ) -> Run:
         """Reads a round, books it, and cuts it to what stands and to the budget."""
         run, accepted = reader.read(outcome)
-        policy.learn(depth, accepted, decoding.round_seconds())
+        seconds = decoding.round_seconds()
+        policy.learn(depth, accepted, seconds if alike else None)
         decoding.stats.count(depth, accepted)
         decoding.bound -= depth - accepted
         upto = min(accepted + 1, decoding.asked.budget - len(decoding.emitted))

@@ -24,8 +24,9 @@ log = logging.getLogger(__name__)
 # How much one round moves the times of all depths (a warmer chip, a longer context), or that of its own alone; and
 # one that came earlier than expected: rounds are late for many reasons and early for none.
 COMMON, OWN, EARLY = 0.1, 0.35, 0.7
-# However late a round comes (something else interrupted it), it counts as this much later than expected at most.
-MOST = 0.5
+# However late a round comes (something else interrupted it), or early (that before it was late), it counts as this
+# share of the expected time later or earlier at most.
+LATEST, EARLIEST = 0.5, 0.4
 # Acceptance is a share of rounds that fade by these factors: within a request, and over all of them.
 FADE, LONG_FADE = 0.97, 0.995
 # How many rounds of its own the earlier requests count for in a new one, and the position before for a position.
@@ -35,9 +36,11 @@ PRIOR = 0.6
 GAIN = 1.02
 # The first rounds of a depth that has just been chosen tell how far its own time was wrong: the machine hardly changed
 # its speed in that very moment.
-NEW = 4
-# Share of the time that may be lost on seeing whether another depth would pay, and the fewest rounds in between.
-PROBING, PAUSE = 0.005, 6
+# So many, because a time that was far off must be mended before the whole curve is scaled by it.
+NEW = 6
+# Share of the time that may be lost on seeing whether another depth would pay, the fewest rounds in between, and the
+# rounds of a try: while one round runs the next is built, so only a round followed by one like it shows what it takes.
+PROBING, PAUSE, TRY = 0.005, 6, 2
 # What a depth is thought to cost may have been measured in a bad minute: a try is due when this share of the loss it
 # would bring has been saved up; what it really lost is then taken off, down to a debt of 80 rounds.
 HOPE, DEBT = 0.25, 0.4
@@ -55,7 +58,7 @@ class DepthPolicy(Protocol):
         """Depth of the next round."""
 
     def learn(self, depth: int, accepted: int, seconds: float | None) -> None:
-        """A round of `depth` drafts was read; seconds None = its time says nothing."""
+        """A round of `depth` drafts was read; seconds None = its time says nothing about this depth."""
 
 
 @dataclass
@@ -108,7 +111,7 @@ class Curve:
         in use would look better than the rest whenever the machine got faster, and stay in use for ever.
         """
         expected = self.at(depth)
-        drift = min(seconds / expected - 1.0, MOST)
+        drift = max(-EARLIEST, min(seconds / expected - 1.0, LATEST))
         if usual:
             known = {**self.seconds, depth: expected}
             self.seconds = {d: t * (1.0 + COMMON * drift) for d, t in known.items()}
@@ -194,6 +197,7 @@ class DepthController:
         self._here = Acceptance.unknown(self.deepest)
         self._shares = self._everything.shares()
         self._depth, self._new = self._best(), 0
+        self._tried, self._tries = 0, 0  # a depth under trial, and how many rounds of it are still to come
 
     def tokens(self, depth: int) -> float:
         """Expected tokens of a round."""
@@ -209,7 +213,10 @@ class DepthController:
         return self.curve.at(0)
 
     def next(self) -> int:
-        """The chosen depth, or now and then another one, to see whether that would pay."""
+        """The chosen depth, or now and then some rounds of another one, to see whether that would pay."""
+        if self._tries:
+            self._tries -= 1
+            return self._tried
         best = self._best()
         if best != self._depth and self.rate(best) > GAIN * self.rate(self._depth):
             log.info("depth %d -> %d: %.0f tokens/s expected in place of %.0f",
@@ -221,9 +228,10 @@ class DepthController:
             return self._depth
         other = others[self._probes % len(others)]
         self._saved += PROBING
-        if self._since_probe < PAUSE or self._saved < HOPE * self._lost(other, self.curve.at(other)):
+        if self._since_probe < PAUSE or self._saved < HOPE * TRY * self._lost(other, self.curve.at(other)):
             return self._depth
         self._since_probe, self._probes = 0, self._probes + 1
+        self._tried, self._tries = other, TRY - 1
         return other
 
     def _others(self) -> list[int]:
@@ -249,8 +257,8 @@ class DepthController:
             self._saved = max(-DEBT, self._saved - lost)
         if seconds is not None:
             self.curve.learn(depth, seconds, usual=depth == self._depth and self._new == 0)
-        if depth == self._depth:
-            self._new = max(0, self._new - 1)
+            if depth == self._depth:
+                self._new = max(0, self._new - 1)
 
     def _best(self) -> int:
         """The depth with the best rate."""

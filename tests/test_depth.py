@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import mlx_mtp
-from mlx_mtp.depth import Curve, DepthController, remembered
+from mlx_mtp.depth import TRY, Curve, DepthController, remembered
 
 # Seconds of a round by depth: rows nearly free, and rows that are not (performance.md, A2).
 FLAT = {0: 10.0, 1: 10.5, 2: 11.0, 4: 12.5, 8: 18.0}
@@ -90,6 +90,48 @@ def test_it_follows_a_text_that_changes() -> None:
     assert control.tokens(1) < 1.15
     tokens, time = simulate(control, FLAT, 0.9, 3000)
     assert tokens / time > 0.8 * best_rate(FLAT, 0.9)
+
+
+def test_a_try_is_some_rounds_in_a_row() -> None:
+    """Of which only those that are followed by one like them are timed: the next is built while one runs."""
+    control = controller(FLAT)
+    depths, chosen = [], []
+    for _ in range(400):
+        depths.append(control.next())
+        chosen.append(control._depth)
+        control.learn(depths[-1], 0, None)
+    assert set(chosen[-100:]) == {0}
+    tried = "".join("t" if depth else "." for depth in depths[-300:]).strip("t")
+    assert {len(run) for run in tried.split(".") if run} == {TRY}
+
+
+def test_a_round_before_one_of_another_depth_is_not_timed() -> None:
+    class Recorded:
+        deepest = 2
+
+        def __init__(self) -> None:
+            self.asked: list[int] = []
+            self.learned: list[tuple[int, float | None]] = []
+
+        def begin(self) -> None:
+            """Nothing."""
+
+        def next(self) -> int:
+            self.asked.append((0, 0, 0, 1, 1, 2, 1)[len(self.asked) % 7])
+            return self.asked[-1]
+
+        def learn(self, depth: int, accepted: int, seconds: float | None) -> None:
+            self.learned.append((depth, seconds))
+
+    engine, policy = mlx_mtp.load(), Recorded()
+    engine._decoder.policy = policy
+    for _ in range(2):  # graphs are made in the first, and the rounds in which that happens are not timed either
+        policy.asked, policy.learned = [], []
+        engine.generate("import os\n", raw=True, max_tokens=120, ignore_end=True)
+    assert [depth for depth, _ in policy.learned] == policy.asked[: len(policy.learned)]
+    timed = [seconds is not None for _, seconds in policy.learned[3:-2]]
+    alike = [one == other for one, other in zip(policy.asked[3:], policy.asked[4:], strict=False)][: len(timed)]
+    assert any(timed) and not any(time and not same for time, same in zip(timed, alike, strict=True))
 
 
 def test_only_allowed_depths() -> None:
