@@ -37,19 +37,14 @@ class Block:
 
 
 def ratio(row: Results) -> str:
-    """'2.01 [1.55, 2.62]': median and 95 % interval."""
-    low, high = row["interval"]
-    return f"{row['ratio']:.2f} [{low:.2f}, {high:.2f}]"
+    """'2.01 [1.55, 2.62]': median and 95 % interval, in either form that results have; without one the median."""
+    low, high = row["interval"] if "interval" in row else (row["low"], row["high"])
+    return f"{row['ratio']:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
 
 
 def shares(values: Sequence[float]) -> str:
     """'66 58 49 %'."""
     return " ".join(f"{100 * value:.0f}" for value in values) + " %"
-
-
-def interval(row: Results) -> str:
-    """The same of a bench report's ratio."""
-    return f"{row['ratio']:.2f}" + ("" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]")
 
 
 def arms_of(sampling: Results, category: str = ALL) -> dict[str, Results]:
@@ -72,7 +67,7 @@ def speed(results: Results) -> Rows:
     rows = []
     for name in found[0]:
         taus = [arms[name]["tau"] for arms in found]
-        rows.append([ARMS.get(name, name), *(interval(arms[name]["over_stock"]) for arms in found),
+        rows.append([ARMS.get(name, name), *(ratio(arms[name]["over_stock"]) for arms in found),
                      *("" if tau is None else f"{tau:.2f}" for tau in taus)])  # fmt: skip
     return heads, rows
 
@@ -84,7 +79,7 @@ def speed_by_category(results: Results) -> Rows:
     rows = []
     for category in categories:
         arms = arms_of(sampling, category)
-        rows.append([category, *(interval(arm["over_stock"]) for arm in arms.values() if arm["arm"] != "stock")])
+        rows.append([category, *(ratio(arm["over_stock"]) for arm in arms.values() if arm["arm"] != "stock")])
     arms = [name for name in arms_of(sampling) if name != "stock"]
     return (temperature(sampling), *(ARMS.get(name, name) for name in arms)), rows
 

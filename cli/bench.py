@@ -27,11 +27,11 @@ from mlx_mtp.benchmarking.report import Setting, build, pooled_acceptance
 from mlx_mtp.benchmarking.run import Bench
 from mlx_mtp.cli import options
 from mlx_mtp.cli.loading import load
+from mlx_mtp.engine import DEEPEST
 from mlx_mtp.errors import MLXMTPError, OptionError, brief
 
 DEFAULTS = Plan()
 STDOUT = Path("-")
-WIDEST_DRAFT = 8
 OUTPUT, PROMPTS, ARMS, PREDICTION = "Output", "Prompts", "Arms", "Prediction"
 
 
@@ -290,4 +290,4 @@ def _shares(given: str) -> list[float]:
         shares = [float(share) for share in given.split(",")]
     except ValueError:
         raise OptionError(f"Expected --acceptance as numbers with commas, like 0.9,0.8, found '{given}'.") from None
-    return shares * WIDEST_DRAFT if len(shares) == 1 else shares  # one number holds for every position
+    return shares * DEEPEST if len(shares) == 1 else shares  # one number holds for every position

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from mlx_mtp import OptionError, PromptError
 from mlx_mtp.cli.conversation import Conversation
+from mlx_mtp.results import acceptance
 
 EMBEDDED = "embedded"  # the name by which /model knows the model that comes with the program
 ANY_MODEL = ("none", "lookup")  # drafters that stay when the model changes
@@ -138,8 +139,7 @@ def _figures(conversation: Conversation) -> list[tuple[str, str]]:
     if chat.last is None:
         return found
     stats = chat.last.stats
-    judged = zip(stats.accepted_by_position, stats.judged_by_position, strict=True)
-    stood = [f"{i}: {stood / seen:.0%}" for i, (stood, seen) in enumerate(judged, 1) if seen]
+    stood = [f"{i}: {share:.0%}" for i, share in enumerate(acceptance([stats]), 1)]
     depths = [f"{depth}: {count}" for depth, count in sorted(stats.depth_counts.items())]
     return [
         *found,

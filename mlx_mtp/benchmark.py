@@ -14,7 +14,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import numpy as np
 from mlx_mtp.checkpoint import Checkpoint, section
 from mlx_mtp.engine import Engine
 from mlx_mtp.interfaces import Target
-from mlx_mtp.results import NEUTRAL, Sampling, Stats
+from mlx_mtp.results import NEUTRAL, Sampling, Stats, acceptance
 
 # Between the seeds of one job's repeats, far enough apart that jobs numbered 0, 1, 2, ... share none.
 SEED_STEP = 100_003
@@ -194,19 +193,6 @@ def _timed(tokens: Iterable[int], settle: Callable[[], None]) -> Timing:
     return Timing(found, seconds, mx.get_peak_memory(), None, first - began)
 
 
-def acceptance(stats: Iterable[Stats]) -> list[float]:
-    """Share of the drafts at each position that stood once those before them did, of all of these."""
-    judged, accepted = total(stats, "judged_by_position", "accepted_by_position")
-    return [stood / offered for stood, offered in zip(accepted, judged, strict=True) if offered]
-
-
-def total(stats: Iterable[Stats], *names: str) -> list[list[int]]:
-    """Counts by position, added up."""
-    found = list(stats)
-    return [[sum(column) for column in zip_longest(*(getattr(one, name) for one in found), fillvalue=0)]
-            for name in names]  # fmt: skip
-
-
 @dataclass
 class Record:
     """All timings of one arm, in the order of the jobs: timings[job][repeat]."""
@@ -322,9 +308,8 @@ def differences(target: Target, jobs: Sequence[Job], expected: Record, found: Re
 
 
 def _is_neutral(job: Job) -> bool:
-    s = job.sampling
-    penalties = (s.repetition_penalty or 1.0) - 1.0, s.presence_penalty, s.frequency_penalty, s.logit_bias
-    return not any(penalties)
+    names = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
+    return all(getattr(job.sampling, name) in (None, getattr(NEUTRAL, name)) for name in names)
 
 
 def _logit_gap(target: Target, before: list[int], mine: int, theirs: int) -> float:

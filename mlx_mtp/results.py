@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import zip_longest
 from typing import Any
 
 from mlx_mtp.errors import OptionError
@@ -120,6 +121,19 @@ class Stats:
             "decode_tokens_per_second": self.decode_tokens_per_second,
         }
         return asdict(self) | derived
+
+
+def acceptance(stats: Iterable[Stats]) -> list[float]:
+    """Share of the drafts at each position that stood once those before them did, of all of these."""
+    judged, accepted = total(stats, "judged_by_position", "accepted_by_position")
+    return [stood / offered for stood, offered in zip(accepted, judged, strict=True) if offered]
+
+
+def total(stats: Iterable[Stats], *names: str) -> list[list[int]]:
+    """Counts by position, added up."""
+    found = list(stats)
+    return [[sum(column) for column in zip_longest(*(getattr(one, name) for one in found), fillvalue=0)]
+            for name in names]  # fmt: skip
 
 
 @dataclass(frozen=True)

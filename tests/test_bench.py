@@ -15,7 +15,7 @@ import pytest
 
 import mlx_mtp
 from mlx_mtp import machine
-from mlx_mtp.benchmark import Difference, Job, Record, Timing, acceptance, differences, ratio, take_turns
+from mlx_mtp.benchmark import Difference, Job, Record, Timing, differences, ratio, take_turns
 from mlx_mtp.benchmarking import cost_model, energy, prompts, published
 from mlx_mtp.benchmarking.arms import DEFAULT_DEPTHS, GEMMA, Plan, _depths, parted, sampling_name
 from mlx_mtp.benchmarking.markdown import table
@@ -24,7 +24,7 @@ from mlx_mtp.diagnosis import Costs, average
 from mlx_mtp.drafters.lookup import Lookup
 from mlx_mtp.errors import DataError, OptionError, PromptError
 from mlx_mtp.loading import EMBEDDED, another_drafter, drafter_folder
-from mlx_mtp.results import NEUTRAL, Sampling, Stats
+from mlx_mtp.results import NEUTRAL, Sampling, Stats, acceptance
 
 CATEGORIES = ["code", "edit", "prose", "chat", "JSON", "translation", "long context"]
 

@@ -138,18 +138,23 @@ def test_the_plot_is_a_picture(outputs: tuple[Path, dict[str, Any]]) -> None:
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
 
 
-def test_ctrl_c_leaves_what_was_measured(
-    prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def ends_after_a_turn(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Every bench is ended by the error once one prompt has been through all arms."""
     whole = run.Bench.run
 
     def cut(self: run.Bench) -> Iterator[str]:
         for what in whole(self):
             yield what
             if any(measured.turns for done in self.results.values() for measured in done):
-                raise KeyboardInterrupt
+                raise error
 
     monkeypatch.setattr(run.Bench, "run", cut)
+
+
+def test_ctrl_c_leaves_what_was_measured(
+    prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends_after_a_turn(monkeypatch, KeyboardInterrupt())
     file = tmp_path / "report.json"
     options = ("--prompts", str(prompt_file), "--arms", "plain", "--max-tokens", "8", "--cool-down", "0")
     assert command(*options, "--json", str(file)) == 130
@@ -163,15 +168,7 @@ def test_ctrl_c_leaves_what_was_measured(
 def test_an_error_on_the_way_costs_nothing_that_was_measured(
     prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = run.Bench.run
-
-    def fail(self: run.Bench) -> Iterator[str]:
-        for what in whole(self):
-            yield what
-            if any(measured.turns for done in self.results.values() for measured in done):
-                raise RuntimeError("[metal] out of memory")
-
-    monkeypatch.setattr(run.Bench, "run", fail)
+    ends_after_a_turn(monkeypatch, RuntimeError("[metal] out of memory"))
     file = tmp_path / "report.json"
     options = ("--prompts", str(prompt_file), "--arms", "plain", "--max-tokens", "8", "--cool-down", "0")
     assert command(*options, "--json", str(file)) == 2

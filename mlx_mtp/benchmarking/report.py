@@ -20,13 +20,13 @@ from typing import Any
 
 from mlx_mtp import diagnosis, machine
 from mlx_mtp.advice import SCATTERED
-from mlx_mtp.benchmark import Difference, Record, acceptance, differences, ratio, total
+from mlx_mtp.benchmark import Difference, Record, differences, ratio
 from mlx_mtp.benchmarking import cost_model
 from mlx_mtp.benchmarking.arms import PLAIN, STOCK, BenchArm
 from mlx_mtp.benchmarking.prompts import categories_of
 from mlx_mtp.benchmarking.run import PLAIN_PIECES, Bench, Measured
 from mlx_mtp.diagnosis import Costs
-from mlx_mtp.results import Stats
+from mlx_mtp.results import Stats, acceptance, total
 
 FORMAT = 1
 BY_POSITION = ("drafted_by_position", "judged_by_position", "accepted_by_position")
@@ -136,12 +136,17 @@ def _sampling(bench: Bench, name: str, done: list[Measured]) -> dict[str, Any]:
     }
 
 
+def _records(bench: Bench, group: list[Measured]) -> dict[str, Record]:
+    """The turns that every arm finished, by arm."""
+    return {name: Record([m.timings[name][: m.turns] for m in group]) for name in bench.lineup.arms}
+
+
 def _parted(bench: Bench, group: list[Measured]) -> dict[str, dict[int, Difference]]:
     """Where the arms' greedy tokens part from ours plain: by arm and the prompt's id(); empty without `plain`."""
     if not group or group[0].job.sampling.temperature or PLAIN not in bench.lineup.arms:
         return {}
     jobs = [measured.job for measured in group]
-    records = {name: Record([m.timings[name][: m.turns] for m in group]) for name in bench.lineup.arms}
+    records = _records(bench, group)
     return {
         name: {id(group[one.job]): one for one in differences(bench.lineup.engine.target, jobs, records[PLAIN], record)}
         for name, record in records.items()
@@ -195,7 +200,7 @@ class _Group:
         self.tokens = bench.plan.max_tokens
         exact = bench.lineup.engine.exactness
         self.filled = exact.width if exact else None
-        self.records = {name: Record([m.timings[name][: m.turns] for m in group]) for name in bench.lineup.arms}
+        self.records = _records(bench, group)
         self.plain = self._predicted(bench.lineup.arms[PLAIN]) if PLAIN in self.records else None
         stock = [measured.stock_seconds for measured in group]
         self.stock = None if None in stock else stock
