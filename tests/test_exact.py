@@ -16,7 +16,7 @@ def outputs(variant: str, **options: object) -> list[list[int]]:
     folder = GOLDEN / variant
     engine = mlx_mtp.load(folder / "target", mode="exact", **options)
     prompts = np.random.default_rng(1).integers(3, 128, (2, 20)).tolist()
-    return [engine.generate(prompt, max_tokens=60, ignore_end=True, logprobs=1) for prompt in prompts]
+    return [engine.generate(prompt, max_tokens=100, ignore_end=True, logprobs=1) for prompt in prompts]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
