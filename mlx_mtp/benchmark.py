@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -63,6 +63,7 @@ class Timing:
 
 
 Arm = Callable[[Job], Timing]
+Found = TypeVar("Found")
 
 
 def engine_arm(engine: Engine) -> Arm:
@@ -217,8 +218,9 @@ class Record:
 
 
 def take_turns(
-    arms: Mapping[str, Arm], job: Job, repeats: int, warm: bool = True, pause: Callable[[], None] = lambda: None
-) -> Iterator[tuple[str, Timing]]:
+    arms: Mapping[str, Callable[[Job], Found]], job: Job, repeats: int, warm: bool = True,
+    pause: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[str, Found]]:  # fmt: skip
     """Runs a job `repeats` times through every arm, in the order A B C, C B A, ...; yields what each run gave.
 
     pause: called before every turn, for chips that must cool down. Every arm first runs the job once without being

@@ -35,7 +35,7 @@ from mlx_mtp.sampling import Chooser
 from mlx_mtp.tokens import prompt_ids
 
 ROWS = 8  # of the widest pass in the curve
-CONTEXT, REPEATS, WARM_UP = 200, 11, 3
+CONTEXT = 200
 # The depth whose rounds are timed for the cost of a draft step: deep enough to divide by, within every chip's reach.
 TIMED_DEPTH = 4
 ACCEPTANCES = (0.5, 0.7, 0.9)
@@ -52,6 +52,23 @@ QUESTIONS = (
 
 Progress = Callable[[str], None]
 Middle = Callable[[Sequence[float]], float]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How often pieces are timed: `repeats` times, two at least, behind `warm` that do not count.
+
+    turns: of the pipelined rounds of both depths. middle: which of their times counts; the fastest, for whatever else
+    runs only ever makes a round slower.
+    """
+
+    repeats: int = 11
+    warm: int = 3
+    turns: int = 3
+    middle: Middle = min
+
+
+USUAL = Effort()
 
 
 @dataclass(frozen=True)
@@ -75,7 +92,7 @@ class Timing:
         return cls(statistics.median(builds), statistics.median(submits), middle, (high - low) / middle)
 
 
-def timed_in_turns(builds: Sequence[Callable[[], Any]], repeats: int, warm: int = WARM_UP) -> list[Timing]:
+def timed_in_turns(builds: Sequence[Callable[[], Any]], repeats: int, warm: int = USUAL.warm) -> list[Timing]:
     """Times computations that take turns, so that a machine that slows down slows all of them.
 
     A build returns the arrays that are to be computed.
@@ -93,7 +110,9 @@ def timed_in_turns(builds: Sequence[Callable[[], Any]], repeats: int, warm: int 
     return [Timing.of(booked[warm:]) for booked in times]
 
 
-def passes_alone(target: Target, prompt: list[int], widths: Sequence[int], repeats: int) -> list[Timing]:
+def passes_alone(
+    target: Target, prompt: list[int], widths: Sequence[int], repeats: int, warm: int = USUAL.warm
+) -> list[Timing]:
     """Passes of so many rows behind a prompt, head and best tokens included."""
     decoder = Decoder(target, None, FixedDepth(0))
     request = decoder.prefill(Asked(ids=prompt, budget=1), max(widths))
@@ -114,16 +133,17 @@ def passes_alone(target: Target, prompt: list[int], widths: Sequence[int], repea
 
         return build
 
-    return timed_in_turns([of(width) for width in widths], repeats)
+    return timed_in_turns([of(width) for width in widths], repeats, warm)
 
 
 def rounds_alone(
-    decoder: Decoder, prompt: list[int], depths: Sequence[int], repeats: int, sampling: Sampling = NEUTRAL
-) -> list[Timing]:
+    decoder: Decoder, prompt: list[int], depths: Sequence[int], repeats: int, sampling: Sampling = NEUTRAL,
+    warm: int = USUAL.warm,
+) -> list[Timing]:  # fmt: skip
     """Whole rounds of so many drafts behind a prompt, each evaluated before the next is built."""
 
     def of(depth: int) -> Callable[[], Any]:
-        room = (repeats + WARM_UP) * (depth + 1)
+        room = (repeats + warm) * (depth + 1)
         request = decoder.prefill(Asked(ids=prompt, budget=room, sampling=sampling), room)
         decoder.rounds.first(request)
 
@@ -133,15 +153,14 @@ def rounds_alone(
 
         return build
 
-    return timed_in_turns([of(depth) for depth in depths], repeats)
+    return timed_in_turns([of(depth) for depth in depths], repeats, warm)
 
 
 @dataclass(frozen=True)
 class Costs:
     """Seconds of the pieces, behind `context` tokens.
 
-    verify: passes of 1, 2, ... rows. plain, drafted: pipelined rounds without drafts and with `drafted_depth` of them,
-    the fastest of some unless `measure` was asked for another of them.
+    verify: passes of 1, 2, ... rows. plain, drafted: pipelined rounds without drafts and with `drafted_depth` of them.
     draft_step: what one draft adds beside its row of the pass; None without a drafter, as is `drafted`.
     build, submit: the host's part of a round (the drafted one, if there is one); see Timing. scatter: of the passes.
     """
@@ -276,14 +295,14 @@ class Diagnosis:
         }
 
 
-def diagnose(engine: Engine, repeats: int = REPEATS, on_step: Progress = lambda step: None) -> Diagnosis:
+def diagnose(engine: Engine, effort: Effort = USUAL, on_step: Progress = lambda step: None) -> Diagnosis:
     """Measures the loaded pair on this machine; on_step hears in a few words what comes next."""
     on_step("asking the machine")
     here, prompt = machine.describe(), sample_prompt(engine)
     allowed = engine.allowed_depths
     decoder = Decoder(engine.target, engine.drafter, FixedDepth(0), engine.exactness)
     on_step("timing passes and rounds")
-    costs = measure(decoder, prompt, max(allowed), repeats)
+    costs = measure(decoder, prompt, max(allowed), effort)
     on_step("comparing widths bit for bit")
     exact = engine.exactness or exactness.probe(engine.target)
     curve = costs.curve(engine.exactness.width if engine.exactness else None)
@@ -299,20 +318,20 @@ def diagnose(engine: Engine, repeats: int = REPEATS, on_step: Progress = lambda 
 
 
 def measure(
-    decoder: Decoder, prompt: list[int], deepest: int, repeats: int, sampling: Sampling = NEUTRAL,
-    verify: Sequence[Timing] | None = None, turns: int = 3, middle: Middle = min,
+    decoder: Decoder, prompt: list[int], deepest: int, effort: Effort = USUAL, sampling: Sampling = NEUTRAL,
+    verify: Sequence[Timing] | None = None,
 ) -> Costs:  # fmt: skip
     """Times the pieces of rounds; deepest: drafts a round may have at most, 0 = there is no drafter to time.
 
-    sampling: of the rounds. verify: the passes, where they are timed already. turns: of the pipelined rounds of both
-    depths. middle: which of their times counts.
+    sampling: of the rounds. verify: the passes, where they are timed already.
     """
-    passes = verify or passes_alone(decoder.target, prompt, range(1, ROWS + 1), repeats)
+    repeats, warm, middle = effort.repeats, effort.warm, effort.middle
+    passes = verify or passes_alone(decoder.target, prompt, range(1, ROWS + 1), repeats, warm)
     seconds = [timing.device for timing in passes]
     depth = min(TIMED_DEPTH, deepest)
     depths = [0, depth] if depth else [0]
-    alone = rounds_alone(decoder, prompt, depths, repeats, sampling)
-    walls = [decoder.seconds_by_depth(depths, repeats, prompt, sampling, middle) for _ in range(turns)]
+    alone = rounds_alone(decoder, prompt, depths, repeats, sampling, warm)
+    walls = [decoder.seconds_by_depth(depths, repeats, prompt, sampling, middle) for _ in range(effort.turns)]
     wall = {d: middle([turn[d] for turn in walls]) for d in depths}
     step = None
     if depth:
@@ -326,19 +345,19 @@ def measure(
     )  # fmt: skip
 
 
-def average(found: Sequence[Costs]) -> Costs:
-    """The mean of the same pieces measured several times."""
+def middle_of(found: Sequence[Costs]) -> Costs:
+    """The medians of the same pieces measured several times."""
 
-    def mean(of: Callable[[Costs], float | None]) -> float | None:
+    def median(of: Callable[[Costs], float | None]) -> float | None:
         values = [value for one in found if (value := of(one)) is not None]
-        return statistics.fmean(values) if values else None
+        return statistics.median(values) if values else None
 
     rows = zip(*(one.verify for one in found), strict=True)
     always = zip(*((one.plain, one.build, one.submit, one.scatter) for one in found), strict=True)
-    plain, build, submit, scatter = map(statistics.fmean, always)
+    plain, build, submit, scatter = map(statistics.median, always)
     return replace(
-        found[0], verify=tuple(map(statistics.fmean, rows)), plain=plain, drafted=mean(lambda c: c.drafted),
-        draft_step=mean(lambda c: c.draft_step), build=build, submit=submit, scatter=scatter,
+        found[0], verify=tuple(map(statistics.median, rows)), plain=plain, drafted=median(lambda c: c.drafted),
+        draft_step=median(lambda c: c.draft_step), build=build, submit=submit, scatter=scatter,
     )  # fmt: skip
 
 

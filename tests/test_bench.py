@@ -20,7 +20,7 @@ from mlx_mtp.benchmarking import cost_model, energy, prompts, published
 from mlx_mtp.benchmarking.arms import DEFAULT_DEPTHS, GEMMA, Plan, _depths, parted, sampling_name
 from mlx_mtp.benchmarking.markdown import table
 from mlx_mtp.depth import expected_tokens
-from mlx_mtp.diagnosis import Costs, average
+from mlx_mtp.diagnosis import Costs, middle_of
 from mlx_mtp.drafters.lookup import Lookup
 from mlx_mtp.errors import DataError, OptionError, PromptError
 from mlx_mtp.loading import EMBEDDED, another_drafter, drafter_folder
@@ -256,19 +256,21 @@ def test_exact_mode_pays_for_filled_passes() -> None:
     assert cost_model.pass_seconds(COSTS, 9) == pytest.approx(0.024)
 
 
-def test_pieces_are_averaged() -> None:
-    other = Costs(
-        context=200, verify=tuple(2 * t for t in COSTS.verify), plain=0.02, drafted_depth=4, drafted=0.03,
-        draft_step=0.003, build=0.003, submit=0.004, scatter=0.04,
-    )  # fmt: skip
-    found = average([COSTS, other])
-    assert found.verify == pytest.approx(tuple(1.5 * t for t in COSTS.verify))
-    assert (found.draft_step, found.scatter, found.build) == pytest.approx((0.002, 0.03, 0.002))
+def test_of_pieces_that_were_timed_several_times_the_medians_count() -> None:
+    def times(factor: float) -> Costs:
+        return Costs(
+            context=200, verify=tuple(factor * t for t in COSTS.verify), plain=0.01 * factor, drafted_depth=4,
+            drafted=0.02 * factor, draft_step=0.001 * factor, build=0.002 * factor, submit=0.004, scatter=0.04,
+        )  # fmt: skip
+
+    # One that the machine slowed down eightfold does not count for more than any other slow one.
+    found = middle_of([times(8.0), times(1.0), times(2.0)])
+    assert found == times(2.0)
     without = Costs(
         context=9, verify=(0.01,), plain=0.01, drafted_depth=0, drafted=None, draft_step=None, build=0.0, submit=0.0,
         scatter=0.0,
     )  # fmt: skip
-    assert average([without, without]) == without
+    assert middle_of([without, without]) == without
 
 
 # Published curves

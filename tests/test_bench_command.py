@@ -7,12 +7,15 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mlx_mtp.benchmark import Job
 from mlx_mtp.benchmarking import published, run
+from mlx_mtp.benchmarking.arms import BenchArm
 from mlx_mtp.benchmarking.markdown import markdown
 from mlx_mtp.benchmarking.report import DEFINITIONS
 from mlx_mtp.checkpoint import Checkpoint
@@ -36,7 +39,7 @@ def command(*args: str) -> int:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr(sys, "argv", ["mlx-mtp", "bench", *args])
-        patch.setattr(run, "PIECE_REPEATS", 3)
+        patch.setattr(run, "PIECES", replace(run.PIECES, repeats=2))
         patch.setattr(run, "STOCK_TOKENS", 8)
         app.main()
     return int(end.value.code or 0)
@@ -162,7 +165,32 @@ def test_ctrl_c_leaves_what_was_measured(
     report = json.loads(file.read_text())
     assert report["interrupted"] and "Interrupted" in err and "Interrupted" in out
     (sampling,) = report["samplings"]
-    assert len(sampling["prompts"][0]["runs"]["plain"]) == 1 and sampling["groups"][0]["arms"][0]["over_stock"] is None
+    (prompt,) = sampling["prompts"]
+    assert len(prompt["runs"]["plain"]) == 1 and sampling["groups"][0]["arms"][0]["over_stock"] is None
+    # The pieces come before the arms, so what was measured can be predicted.
+    assert prompt["pieces"] and sampling["groups"][0]["arms"][0]["predicted"]["tokens_per_second"] > 0
+
+
+def test_the_pieces_are_timed_once_a_turn_at_both_ends_of_it(
+    prompt_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran: list[str] = []
+
+    def seen(self: run.Bench, job: Job) -> run.Pieces:
+        ran.append("pieces")
+        return pieces(self, job)
+
+    def timed(self: run.Bench, arm: BenchArm) -> Any:
+        watched = watch(self, arm)
+        return lambda job: (ran.append(arm.name), watched(job))[1]
+
+    pieces, watch = run.Bench._pieces, run.Bench._watched
+    monkeypatch.setattr(run.Bench, "_pieces", seen)
+    monkeypatch.setattr(run.Bench, "_watched", timed)
+    options = ("--prompts", str(prompt_file), "--arms", "stock,plain", "--max-tokens", "8", "--cool-down", "0")
+    assert command(*options, "--temperature", "0", "--repeats", "3", "--json", str(tmp_path / "report.json")) == 0
+    forth, back = ["pieces", "stock", "plain"], ["plain", "stock", "pieces"]
+    assert ran == forth + forth + back + forth  # a warm-up first
 
 
 def test_an_error_on_the_way_costs_nothing_that_was_measured(

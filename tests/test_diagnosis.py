@@ -23,7 +23,7 @@ from mlx_mtp.cli import app, doctor
 from mlx_mtp.cli.doctor import report
 from mlx_mtp.decode import Asked, Decoder
 from mlx_mtp.depth import GAIN, Curve, FixedDepth
-from mlx_mtp.diagnosis import Choice, ConventionCheck, Costs, Diagnosis, Pair, Quantisation, Timing
+from mlx_mtp.diagnosis import Choice, ConventionCheck, Costs, Diagnosis, Effort, Pair, Quantisation, Timing
 from mlx_mtp.drafters.assistant import Convention
 from mlx_mtp.drafters.lookup import Lookup, LookupFirst
 from mlx_mtp.exactness import Exactness
@@ -212,7 +212,7 @@ def test_exactness_per_width(monkeypatch: pytest.MonkeyPatch) -> None:
         return logits * (1.0 + 2.0**-22 * mx.arange(1, rows + 1)[:, None]) if rows in odd else logits
 
     monkeypatch.setattr(target, "head", uneven)
-    found = diagnosis.diagnose(engine, repeats=2)
+    found = diagnosis.diagnose(engine, Effort(repeats=2))
     left = tuple(rows for rows in alone if rows not in odd)
     assert len(alone) >= len(left) + 2  # on this BLAS the widths the test makes uneven are even
     assert found.exactness.equal_widths == left
@@ -225,7 +225,7 @@ def test_exactness_per_width(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_probe_that_the_engine_has_made_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = mlx_mtp.load(GOLDEN / "keqv" / "target", drafter=GOLDEN / "keqv" / "assistant_tied", mode="exact", depth=0)
     monkeypatch.setattr(exactness, "probe", lambda target: pytest.fail("probed twice"))
-    found = diagnosis.diagnose(engine, repeats=2)
+    found = diagnosis.diagnose(engine, Effort(repeats=2))
     assert found.exactness is engine.exactness and found.mode == "exact"
     assert found.convention is None  # no tokenizer, no text to compare on
 
@@ -349,7 +349,7 @@ def test_facts_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
     """`mlx-mtp doctor ARGS` in this process, every measurement taken twice: exit code, stdout, stderr."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(doctor, "diagnose", partial(diagnosis.diagnose, repeats=2))
+    monkeypatch.setattr(doctor, "diagnose", partial(diagnosis.diagnose, effort=Effort(repeats=2)))
     monkeypatch.setattr(sys, "argv", ["mlx-mtp", "doctor", *args])
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:

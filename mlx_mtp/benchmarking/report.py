@@ -44,8 +44,8 @@ DEFINITIONS = {
     "useless included",
     "acceptance": "share of the drafts at a position that stood, of those whose predecessors in the round stood, in "
     "the same replies",
-    "verify, draft, host gap": "of the average round of the arm's depths, timed apart from the runs: the pass over all "
-    "its rows, its drafts, and the rest of a whole round, which is timed without drafts and at one depth",
+    "verify, draft, host gap": "of the average round of the arm's depths, timed between the runs, once a turn: the "
+    "pass over all its rows, its drafts, and the rest of a whole round, which is timed without drafts and at one depth",
     "first token": "from the request to the first token, the prompt's pass included",
     "memory": "peak of a run less what was loaded before it, the weights of all arms: K/V and activations",
     "energy": "joules of the chip and its memory, whatever runs on them, over the tokens of a run, the prompt's pass "

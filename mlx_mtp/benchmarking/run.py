@@ -1,9 +1,9 @@
 """The bench itself: every prompt, under every sampling, through every arm; and whatever was measured so far.
 
-What it does, for each prompt: times the pieces of a round behind it; counts acceptance on a reply that ends where it
-ends, untimed; times the arms in turns A B B A, a fixed number of tokens each, endings ignored; then times the pieces
-again, so that a machine that changes its speed does so on both sides. What it does not do: print, or turn runs into
-figures (report.py).
+What it does, for each prompt: counts acceptance on a reply that ends where it ends, untimed; then times the arms in
+turns A B B A, a fixed number of tokens each, endings ignored. The pieces of a round are timed in the same turns, so
+that a machine that changes its speed does so for predictions and measurements alike. What it does not do: print, or
+turn runs into figures (report.py).
 
 Invariant: what was booked stays booked, whenever the run is interrupted.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,31 +26,42 @@ from mlx_mtp.benchmarking.energy import EnergyMeter
 from mlx_mtp.benchmarking.prompts import BenchPrompt
 from mlx_mtp.decode import Decoder
 from mlx_mtp.depth import FixedDepth
-from mlx_mtp.diagnosis import Costs
+from mlx_mtp.diagnosis import Costs, Effort
 from mlx_mtp.engine import Engine
 from mlx_mtp.errors import PromptError
 from mlx_mtp.results import Sampling, Stats
 
 log = logging.getLogger(__name__)
 
-# Times of each piece, before the turns and again behind them; tokens of a run that times the stock step.
-PIECE_REPEATS, STOCK_TOKENS = 7, 32
+# How the pieces of one turn are timed: the mean, since a run's time is the sum of its rounds. Tokens of the run that
+# times the stock step.
+PIECES, STOCK_TOKENS = Effort(repeats=5, warm=1, turns=1, middle=statistics.fmean), 32
 PLAIN_PIECES = ""  # the name of the pieces without a drafter
 BETWEEN_SAMPLINGS = 1_000_003  # seeds
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What one turn found.
+
+    costs: pieces of a round, by drafter. stock: seconds of a step of stock mlx-lm, None where it takes no part.
+    """
+
+    costs: dict[str, Costs]
+    stock: float | None
 
 
 @dataclass
 class Measured:
     """One prompt under one sampling.
 
-    pieces: of a round, by drafter, before the turns and behind them. stock: seconds of steps of stock mlx-lm.
-    replies: statistics of replies that ended by themselves, by arm. timings: by arm, in the order of the turns.
+    replies: statistics of replies that ended by themselves, by arm. pieces: by turn; never fewer than an arm has runs.
+    timings: by arm, in the order of the turns.
     """
 
     prompt: BenchPrompt
     job: Job
-    pieces: dict[str, list[Costs]] = field(default_factory=dict)
-    stock: list[float] = field(default_factory=list)
+    pieces: list[Pieces] = field(default_factory=list)
     replies: dict[str, Stats] = field(default_factory=dict)
     timings: dict[str, list[Timing]] = field(default_factory=dict)
 
@@ -61,13 +72,15 @@ class Measured:
 
     @property
     def costs(self) -> dict[str, Costs]:
-        """The pieces by drafter, averaged."""
-        return {name: diagnosis.average(found) for name, found in self.pieces.items()}
+        """The pieces by drafter, each the median of the turns."""
+        names = self.pieces[0].costs if self.pieces else {}
+        return {name: diagnosis.middle_of([found.costs[name] for found in self.pieces]) for name in names}
 
     @property
     def stock_seconds(self) -> float | None:
         """A step of stock mlx-lm; None where it does not take part."""
-        return statistics.median(self.stock) if self.stock else None
+        found = [pieces.stock for pieces in self.pieces if pieces.stock is not None]
+        return statistics.median(found) if found else None
 
 
 @dataclass
@@ -110,8 +123,7 @@ class Bench:
     def steps(self) -> int:
         """Things to do in all, about equally long."""
         arms = self.lineup.arms.values()
-        pieces = 2 * (2 + len(self.lineup.drafters))
-        each = pieces + sum(arm.drafter is not None for arm in arms) + len(arms) * self.plan.repeats
+        each = sum(arm.drafter is not None for arm in arms) + (1 + len(arms)) * self.plan.repeats
         return each * len(self.prompts) * len(self._samplings)
 
     def run(self) -> Iterator[str]:
@@ -119,10 +131,8 @@ class Bench:
         if self.meter:
             self.idle_watts = _idle_watts(self.meter)
         for measured, what in self._each():
-            yield from self._pieces(measured, what)
             yield from self._replies(measured, what)
             yield from self._turns(measured, what)
-            yield from self._pieces(measured, what)
 
     def acceptance_only(self) -> Iterator[str]:
         """The untimed replies alone."""
@@ -138,23 +148,6 @@ class Bench:
                 done.append(Measured(prompt, Job(ids, self.plan.max_tokens, sampling, seed)))
                 yield done[-1], f"{prompt.category}, {name}"
 
-    def _pieces(self, measured: Measured, what: str) -> Iterator[str]:
-        """The verify curve once, then rounds for every drafter, all behind this prompt and under this sampling."""
-        engine, ids = self.lineup.engine, list(measured.job.prompt)
-        passes = diagnosis.passes_alone(engine.target, ids, range(1, diagnosis.ROWS + 1), PIECE_REPEATS)
-        stock = self.lineup.arms.get(STOCK)
-        if stock:
-            job = replace(measured.job, tokens=STOCK_TOKENS)
-            measured.stock += [run.seconds / (len(run.tokens) - 1) for run in (stock.run(job) for _ in range(2))]
-        yield what
-        for name, decoder in self._decoders.items():
-            deepest = max(self.lineup.drafters[name].allowed_depths) if name else 0
-            found = diagnosis.measure(
-                decoder, ids, deepest, PIECE_REPEATS, measured.job.sampling, passes, turns=1, middle=statistics.median
-            )
-            measured.pieces.setdefault(name, []).append(found)
-            yield what
-
     def _replies(self, measured: Measured, what: str) -> Iterator[str]:
         for arm in self.lineup.arms.values():
             if arm.engine is not None and arm.drafter is not None:
@@ -164,10 +157,26 @@ class Bench:
     def _turns(self, measured: Measured, what: str) -> Iterator[str]:
         arms = {name: self._watched(arm) for name, arm in self.lineup.arms.items()}
         measured.timings = {name: [] for name in arms}
-        turns = take_turns(arms, measured.job, self.plan.repeats, pause=lambda: time.sleep(self.plan.cool_down))
-        for name, timing in turns:
-            measured.timings[name].append(timing)
+        # The pieces come first in the first turn: where a run was interrupted, no arm has one more than they.
+        contenders: dict[str, Callable[[Job], Timing | Pieces]] = {"": self._pieces, **arms}
+        pause = lambda: time.sleep(self.plan.cool_down)  # noqa: E731
+        for name, found in take_turns(contenders, measured.job, self.plan.repeats, pause=pause):
+            if isinstance(found, Pieces):
+                measured.pieces.append(found)
+            else:
+                measured.timings[name].append(found)
             yield what
+
+    def _pieces(self, job: Job) -> Pieces:
+        """The verify curve, then rounds for every drafter, all behind this prompt and under this sampling."""
+        ids, costs, stock = list(job.prompt), {}, self.lineup.arms.get(STOCK)
+        widths = range(1, diagnosis.ROWS + 1)
+        passes = diagnosis.passes_alone(self.lineup.engine.target, ids, widths, PIECES.repeats, PIECES.warm)
+        for name, decoder in self._decoders.items():
+            deepest = max(self.lineup.drafters[name].allowed_depths) if name else 0
+            costs[name] = diagnosis.measure(decoder, ids, deepest, PIECES, job.sampling, passes)
+        run = stock.run(replace(job, tokens=STOCK_TOKENS)) if stock else None
+        return Pieces(costs, run.seconds / (len(run.tokens) - 1) if run else None)
 
     def _watched(self, arm: BenchArm) -> Arm:
         """The arm with what it takes of memory and, where a meter is there, of energy."""
