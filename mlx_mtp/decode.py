@@ -157,8 +157,9 @@ class Decoder:
             ahead = None
             if len(decoding.emitted) + 1 < asked.budget and not serial:
                 ahead = self._submit(decoding, policy)
-            # What a round takes shows only where the next, which is built meanwhile, is one like it.
-            alike = ahead is None or ahead[0] == pending[0]
+            # What a round takes shows only where the next, which is built meanwhile, is one like it; the last of a
+            # request, behind which nothing is built, looks far too short.
+            alike = serial or (ahead is not None and ahead[0] == pending[0])
             run = self._collect(decoding, reader, *pending, policy, alike)
             given = time.perf_counter()
             yield run
@@ -281,17 +282,16 @@ class Decoder:
         sampling: Sampling = NEUTRAL,
         middle: Callable[[Sequence[float]], float] = min,
     ) -> dict[int, float]:
-        """Seconds of a pipelined round of each depth behind a prompt, None = a short made-up one.
+        """Seconds of a pipelined round of each depth, one after the other behind a prompt, None = a short made-up one.
 
         middle: which of the times counts; the fastest, for whatever else runs only ever makes a round slower.
         """
         made_up = [i % self.target.info.vocab_size for i in range(1, 17)]
-        room = (repeats + 4) * (max(depths) + 1)  # nothing makes room between these rounds
-        asked = Asked(ids=made_up if ids is None else list(ids), budget=room, sampling=sampling)
+        room = (repeats + 4) * sum(depth + 1 for depth in depths)  # nothing makes room between these rounds
+        request = self.prefill(Asked(ids=made_up if ids is None else list(ids), budget=room, sampling=sampling), room)
+        self.rounds.first(request)
         found = {}
         for depth in depths:
-            request = self.prefill(asked, room)
-            self.rounds.first(request)
             outcomes = [self.rounds.submit(request, depth) for _ in range(2)]
             mx.eval([outcome.tokens for outcome in outcomes])
             times, pending, began = [], self.rounds.submit(request, depth), time.perf_counter()

@@ -13,7 +13,9 @@ import json
 import logging
 import math
 import os
+import statistics
 import tempfile
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +23,17 @@ from typing import Protocol
 
 log = logging.getLogger(__name__)
 
-# How much one round moves the times of all depths (a warmer chip, a longer context), or that of its own alone; and
-# one that came earlier than expected: rounds are late for many reasons and early for none.
-COMMON, OWN, EARLY = 0.1, 0.35, 0.7
+# How much one round of the depth in use moves the times of all depths (a warmer chip, a longer context).
+COMMON = 0.1
 # However late a round comes (something else interrupted it), or early (that before it was late), it counts as this
 # share of the expected time later or earlier at most.
-LATEST, EARLIEST = 0.5, 0.4
-# Acceptance is a share of rounds that fade by these factors: within a request, and over all of them.
-FADE, LONG_FADE = 0.97, 0.995
+LATEST, EARLIEST = 0.5, 0.6
+# A depth's own time is the median of so many rounds, of two middle ones the shorter: rounds are late for many reasons
+# and early for few. What was known before any of them counts as one.
+WINDOW = 9
+# Acceptance is a share of rounds that fade by this factor: within a request with every round, over all requests with
+# every round that drafted.
+FADE = 0.97
 # How many rounds of its own the earlier requests count for in a new one, and the position before for a position.
 MEMORY, NEIGHBOUR = 4.0, 1.0
 PRIOR = 0.6
@@ -42,8 +47,9 @@ NEW = 6
 # rounds of a try: while one round runs the next is built, so only a round followed by one like it shows what it takes.
 PROBING, PAUSE, TRY = 0.005, 6, 2
 # What a depth is thought to cost may have been measured in a bad minute: a try is due when this share of the loss it
-# would bring has been saved up; what it really lost is then taken off, down to a debt of 80 rounds.
-HOPE, DEBT = 0.25, 0.4
+# would bring has been saved up; what it really lost is then taken off, down to a debt of 80 rounds. A round is never
+# thought to lose more than WORST, or one depth that looks absurdly dear would keep all others waiting.
+HOPE, DEBT, WORST = 0.25, 0.4, 2.0
 
 
 class DepthPolicy(Protocol):
@@ -82,14 +88,17 @@ class FixedDepth:
 class Curve:
     """Seconds of a round by depth: measured at some depths, straight lines between and beyond them.
 
-    Never falling: more drafts take no less time, so of two measurements that say otherwise the older one gives way.
+    Every depth keeps the times of its latest rounds, as they would be at today's pace, and their median counts: of
+    noisy times no single one does. Never falling, since more drafts take no less time: of two depths that say
+    otherwise the one that rests on fewer rounds gives way.
     """
 
     seconds: dict[int, float]
 
     def __post_init__(self) -> None:
-        times = sorted(self.seconds.items())
-        self.seconds = {depth: max(t for d, t in times if d <= depth) for depth, _ in times}
+        self._pace = 1.0
+        self._rounds = {depth: deque([time], WINDOW) for depth, time in self.seconds.items()}
+        self._fit()
 
     def at(self, depth: int) -> float:
         """Expected seconds of a round of this depth."""
@@ -107,18 +116,26 @@ class Curve:
         """Moves the estimates towards a round that took so long.
 
         usual: whether this depth is the one in use. Its rounds tell how fast the machine is now, and scale the whole
-        curve; the few rounds of other depths tell the curve's shape. If each round moved its own depth only, the one
-        in use would look better than the rest whenever the machine got faster, and stay in use for ever.
+        curve; the few rounds of other depths, and its own first one, tell the curve's shape. If each round moved its
+        own depth only, the one in use would look better than the rest whenever the machine got faster, and stay in use
+        for ever.
         """
         expected = self.at(depth)
         drift = max(-EARLIEST, min(seconds / expected - 1.0, LATEST))
-        if usual:
-            known = {**self.seconds, depth: expected}
-            self.seconds = {d: t * (1.0 + COMMON * drift) for d, t in known.items()}
-            return
-        found = expected * (1.0 + (OWN if drift > 0 else EARLY) * drift)
-        self.seconds = {d: min(t, found) if d < depth else max(t, found) for d, t in self.seconds.items()}
-        self.seconds[depth] = found
+        if usual and len(self._rounds.get(depth, ())) > 1:
+            self._pace *= 1.0 + COMMON * drift
+        else:
+            rounds = self._rounds.setdefault(depth, deque([expected / self._pace], WINDOW))
+            rounds.append(expected * (1.0 + drift) / self._pace)
+        self._fit()
+
+    def _fit(self) -> None:
+        fitted: dict[int, float] = {}
+        for depth in sorted(self._rounds, key=lambda depth: -len(self._rounds[depth])):
+            low = max((time for d, time in fitted.items() if d < depth), default=0.0)
+            high = min((time for d, time in fitted.items() if d > depth), default=math.inf)
+            fitted[depth] = min(max(low, statistics.median_low(self._rounds[depth])), high)
+        self.seconds = {depth: self._pace * time for depth, time in sorted(fitted.items())}
 
 
 @dataclass
@@ -228,7 +245,8 @@ class DepthController:
             return self._depth
         other = others[self._probes % len(others)]
         self._saved += PROBING
-        if self._since_probe < PAUSE or self._saved < HOPE * TRY * self._lost(other, self.curve.at(other)):
+        lost = min(self._lost(other, self.curve.at(other)), WORST)
+        if self._since_probe < PAUSE or self._saved < HOPE * TRY * lost:
             return self._depth
         self._since_probe, self._probes = 0, self._probes + 1
         self._tried, self._tries = other, TRY - 1
@@ -247,9 +265,10 @@ class DepthController:
 
     def learn(self, depth: int, accepted: int, seconds: float | None) -> None:
         """Books a round: which drafts stood, and how long it took."""
-        # What a depth that is out of use was found to give fades, so that an unlucky one gets another chance.
-        for acceptance, factor in ((self._here, FADE), (self._everything, LONG_FADE)):
-            acceptance.fade(factor)
+        # What a depth that is out of use was found to give fades within a request, so that an unlucky one gets another
+        # chance; over all of them only new drafts make old ones count less, or plain decoding would forget why.
+        for acceptance, fades in ((self._here, True), (self._everything, depth > 0)):
+            acceptance.fade(FADE if fades else 1.0)
             acceptance.book(depth, accepted)
         self._shares = self._here.shares_given(self._everything.shares())
         if depth != self._depth:

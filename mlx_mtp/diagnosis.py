@@ -142,11 +142,11 @@ def rounds_alone(
 ) -> list[Timing]:  # fmt: skip
     """Whole rounds of so many drafts behind a prompt, each evaluated before the next is built."""
 
-    def of(depth: int) -> Callable[[], Any]:
-        room = (repeats + warm) * (depth + 1)
-        request = decoder.prefill(Asked(ids=prompt, budget=room, sampling=sampling), room)
-        decoder.rounds.first(request)
+    room = (repeats + warm) * sum(depth + 1 for depth in depths)
+    request = decoder.prefill(Asked(ids=prompt, budget=room, sampling=sampling), room)
+    decoder.rounds.first(request)
 
+    def of(depth: int) -> Callable[[], Any]:
         def build() -> Any:
             outcome = decoder.rounds.build(request, depth)
             return outcome.tokens, request.state

@@ -147,20 +147,59 @@ def test_only_allowed_depths() -> None:
 def test_an_interrupted_round_is_hardly_believed() -> None:
     curve = Curve(dict(FLAT))
     curve.learn(1, 10.5 * 20, usual=False)
-    assert curve.at(1) <= 1.2 * 10.5 and curve.at(0) == 10.0
+    assert curve.at(1) == 10.5 and curve.at(0) == 10.0
+    # Nothing was known of depth 3 but the line between its neighbours, and that counts as much.
+    between = curve.at(3)
+    curve.learn(3, 20 * between, usual=False)
+    assert curve.at(3) == between == 11.75
     scaled = Curve(dict(FLAT))
-    scaled.learn(1, 10.5 * 20, usual=True)
+    for _ in range(2):  # of the first one its own depth learns, by half at most
+        scaled.learn(1, 10.5 * 20, usual=True)
     assert scaled.at(4) / scaled.at(0) == pytest.approx(1.25)
     assert scaled.at(0) <= 1.1 * 10.0
 
 
+def test_the_median_of_the_latest_rounds_counts_at_the_machines_pace() -> None:
+    curve = Curve(dict(FLAT))
+    for time in (15.0, 12.0, 13.0, 14.0, 12.0, 13.0, 13.0, 13.0, 13.0):
+        curve.learn(4, time, usual=False)
+    assert curve.at(4) == pytest.approx(13.0) and curve.at(2) == 11.0
+    curve.learn(0, 10.0, usual=True)
+    for _ in range(200):  # the machine slows down by a quarter: known from the depth in use alone
+        curve.learn(0, 12.5, usual=True)
+    assert [curve.at(depth) for depth in (0, 2, 4)] == pytest.approx([12.5, 13.75, 16.25], rel=1e-3)
+    curve.learn(4, 14.0, usual=False)
+    assert curve.at(4) == pytest.approx(16.25, rel=1e-3)
+
+
 def test_more_drafts_never_look_cheaper() -> None:
-    """A time measured too short does not make everything beyond it cheap."""
+    """Of two times that say so the one that rests on fewer rounds gives way."""
     curve = Curve({0: 10.0, 2: 12.0, 4: 8.0})
     assert [curve.at(d) for d in (0, 1, 2, 3, 4, 8)] == [10.0, 11.0, 12.0, 12.0, 12.0, 12.0]
-    for _ in range(50):
-        curve.learn(3, 9.0, usual=False)
-    assert [curve.at(d) for d in (0, 2, 3, 4)] == pytest.approx([9.0, 9.0, 9.0, 12.0], rel=0.01)
+    for _ in range(9):
+        curve.learn(3, 11.0, usual=False)
+    assert [curve.at(d) for d in (0, 2, 3, 4)] == pytest.approx([10.0, 11.0, 11.0, 11.0])
+
+
+def test_a_depth_that_looks_absurdly_dear_keeps_no_other_waiting() -> None:
+    """Found on a real machine: plain decoding was never tried again, for it was a deeper depth's turn to be tried."""
+    control = DepthController(Curve({0: 10.0, 3: 10.0, 4: 4000.0}), 4, [0, 3, 4])
+    tried = []
+    for _ in range(600):
+        tried.append(control.next())
+        control.learn(tried[-1], min(tried[-1], 1), control.curve.at(tried[-1]))
+    assert control._depth == 3 and 0 in tried[-300:]
+
+
+def test_plain_decoding_remembers_why() -> None:
+    """Long replies without drafts do not make the next request start from hopes."""
+    control = controller(FLAT)
+    for _ in range(60):
+        control.learn(control.next(), 0, None)
+    for _ in range(3000):
+        control.learn(0, 0, None)
+    control.begin()
+    assert control.tokens(8) < 1.2
 
 
 def test_curves_are_straight_between_and_beyond_measurements() -> None:

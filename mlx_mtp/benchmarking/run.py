@@ -157,10 +157,12 @@ class Bench:
     def _turns(self, measured: Measured, what: str) -> Iterator[str]:
         arms = {name: self._watched(arm) for name, arm in self.lineup.arms.items()}
         measured.timings = {name: [] for name in arms}
+        for arm in arms.values():
+            arm(measured.job)  # a warm-up; pieces warm themselves up
         # The pieces come first in the first turn: where a run was interrupted, no arm has one more than they.
         contenders: dict[str, Callable[[Job], Timing | Pieces]] = {"": self._pieces, **arms}
         pause = lambda: time.sleep(self.plan.cool_down)  # noqa: E731
-        for name, found in take_turns(contenders, measured.job, self.plan.repeats, pause=pause):
+        for name, found in take_turns(contenders, measured.job, self.plan.repeats, warm=False, pause=pause):
             if isinstance(found, Pieces):
                 measured.pieces.append(found)
             else:
