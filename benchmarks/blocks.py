@@ -108,9 +108,9 @@ def unfriendly(results: Results) -> Rows:
     """A row for every text: each arm's speed over plain decoding."""
     found = {name: arms for name, arms in results.items() if name not in ("about", "command")}
     arms = [name for name in next(iter(found.values())) if name != PLAIN]
-    rows = [[name, f"1.00 ({row[PLAIN]['tokens_per_second']:.0f} tokens/s)", *(ratio(row[arm]) for arm in arms)]
-            for name, row in found.items()]  # fmt: skip
-    return ("text", "plain", *arms), rows
+    rows = [[name, f"1.00 ({row[PLAIN]['tokens_per_second']:.0f} tokens/s)", *(ratio(row[arm]) for arm in arms),
+             f"{row[arms[-1]]['drafted_rounds']:.1%}"] for name, row in found.items()]  # fmt: skip
+    return ("text", "plain", *arms, "of its rounds drafted"), rows
 
 
 def verify_cost(results: Results) -> Rows:

@@ -252,25 +252,27 @@ def interleave(
 def ratio(arm: Record, base: Record) -> tuple[float, float, float]:
     """How much faster `arm` is than `base`, and a 95 % interval by bootstrap over the jobs and turns.
 
-    Seconds a token of a job are the median over its turns; a job counts as much as any other, however long. Drawn in
-    pairs: the runs of one turn met the same machine.
+    Of a job the median over its turns of base over arm counts, since the runs of one turn met the same machine. All
+    jobs together: seconds a token of the base, each the median of the turns, over what the arm would take for them.
     """
     seconds = [
-        (_seconds_per_token(mine), _seconds_per_token(theirs))
+        (_seconds_per_token(theirs), _seconds_per_token(mine))
         for mine, theirs in zip(arm.timings, base.timings, strict=True)
     ]
-    chance = np.random.default_rng(0)
-    drawn = []
-    for _ in range(RESAMPLES):
-        sums = np.zeros(2)
+
+    def over(picked: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
+        medians = np.array([(np.median(theirs), np.median(theirs / mine)) for theirs, mine in picked])
+        return float(medians[:, 0].sum() / (medians[:, 0] / medians[:, 1]).sum())
+
+    def drawn() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for job in chance.integers(len(seconds), size=len(seconds)):
-            mine, theirs = seconds[job]
+            theirs, mine = seconds[job]
             turns = chance.integers(len(mine), size=len(mine))
-            sums += np.median(mine[turns]), np.median(theirs[turns])
-        drawn.append(sums[1] / sums[0])
-    middle = sum(np.median(theirs) for _, theirs in seconds) / sum(np.median(mine) for mine, _ in seconds)
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return float(middle), float(low), float(high)
+            yield theirs[turns], mine[turns]
+
+    chance = np.random.default_rng(0)
+    low, high = np.quantile([over(drawn()) for _ in range(RESAMPLES)], (0.025, 0.975))
+    return over(seconds), float(low), float(high)
 
 
 def _seconds_per_token(repeats: Sequence[Timing]) -> np.ndarray:

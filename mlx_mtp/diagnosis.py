@@ -58,12 +58,13 @@ Middle = Callable[[Sequence[float]], float]
 class Effort:
     """How often pieces are timed: `repeats` times, two at least, behind `warm` that do not count.
 
-    turns: of the pipelined rounds of both depths. middle: which of their times counts; the fastest, for whatever else
-    runs only ever makes a round slower.
+    pipelined: how often rounds in the loop are, in each of `turns` turns of both depths. middle: which of their times
+    counts; the fastest, for whatever else runs only ever makes a round slower.
     """
 
     repeats: int = 11
     warm: int = 3
+    pipelined: int = 11
     turns: int = 3
     middle: Middle = min
 
@@ -331,7 +332,9 @@ def measure(
     depth = min(TIMED_DEPTH, deepest)
     depths = [0, depth] if depth else [0]
     alone = rounds_alone(decoder, prompt, depths, repeats, sampling, warm)
-    walls = [decoder.seconds_by_depth(depths, repeats, prompt, sampling, middle) for _ in range(effort.turns)]
+    walls = [
+        decoder.seconds_by_depth(depths, effort.pipelined, prompt, sampling, middle) for _ in range(effort.turns)
+    ]
     wall = {d: middle([turn[d] for turn in walls]) for d in depths}
     step = None
     if depth:

@@ -20,7 +20,7 @@ from typing import Any
 
 from mlx_mtp import diagnosis, machine
 from mlx_mtp.advice import SCATTERED
-from mlx_mtp.benchmark import Difference, Record, differences, ratio
+from mlx_mtp.benchmark import Difference, Record, Timing, differences, ratio
 from mlx_mtp.benchmarking import cost_model
 from mlx_mtp.benchmarking.arms import PLAIN, STOCK, BenchArm
 from mlx_mtp.benchmarking.prompts import categories_of
@@ -37,8 +37,9 @@ BUSY = 0.25
 DEFINITIONS = {
     "tokens/s": "(N - 1) / (t_N - t_1) of one run of a fixed number of tokens, endings ignored; median, lowest and "
     "highest of all runs",
-    "ratio": "seconds a token of the other arm over this one's, median of the turns, summed over prompts; 95 % "
-    "interval by bootstrap over prompts and turns; of one prompt, as a category has by default, over its turns only",
+    "ratio": "seconds a token of the other arm over this one's in the same turn, median of the turns; of several "
+    "prompts the other arm's seconds over what this one would take for them; 95 % interval by bootstrap over prompts "
+    "and turns; of one prompt, as a category has by default, over its turns only",
     "tau": "tokens emitted behind the first / forward passes of the target behind the prompt, in replies apart from "
     "the timed ones, {tokens_for_acceptance} tokens at most, whose endings are honoured; passes that an ending made "
     "useless included",
@@ -50,8 +51,9 @@ DEFINITIONS = {
     "memory": "peak of a run less what was loaded before it, the weights of all arms: K/V and activations",
     "energy": "joules of the chip and its memory, whatever runs on them, over the tokens of a run, the prompt's pass "
     "included, idle power not taken off",
-    "predicted": "the cost model's ratio, from those pieces and the depths and acceptance of the timed runs; "
-    "deviation = predicted / measured - 1",
+    "predicted": "the ratio as above, with what the cost model makes of each turn's pieces and of its run's depths and "
+    "acceptance in place of the times of this arm and of plain; stock's are measured; deviation = predicted / measured "
+    "- 1",
     "logit gap": "the plain target's logit of its own token less that of the other arm's, where greedy outputs first "
     "part",
 }  # fmt: skip
@@ -201,9 +203,8 @@ class _Group:
         exact = bench.lineup.engine.exactness
         self.filled = exact.width if exact else None
         self.records = _records(bench, group)
-        self.plain = self._predicted(bench.lineup.arms[PLAIN]) if PLAIN in self.records else None
-        stock = [measured.stock_seconds for measured in group]
-        self.stock = None if None in stock else stock
+        # What the model makes of every turn goes through the same statistics as what was measured.
+        self.predicted = {arm.name: self._predicted(arm) for arm in bench.lineup.arms.values() if arm.engine}
 
     def rows(self) -> list[dict[str, Any]]:
         """One an arm."""
@@ -263,24 +264,28 @@ class _Group:
     def _costs(self, arm: BenchArm) -> list[Costs]:
         return [measured.costs[arm.drafter or PLAIN_PIECES] for measured in self.group]
 
-    def _predicted(self, arm: BenchArm) -> list[float]:
-        """Seconds a token of each prompt, from its pieces and the depths and acceptance of the timed runs."""
-        found = []
-        for costs, runs in zip(self._costs(arm), self.records[arm.name].timings, strict=True):
-            stats = [run.stats for run in runs if run.stats]
-            found.append(
-                cost_model.seconds_per_token(costs, _depths(stats), acceptance(stats), self.tokens, self.filled)
-            )
-        return found
+    def _predicted(self, arm: BenchArm) -> Record:
+        """A record of every turn's seconds as the cost model gives them."""
+        record, tokens = Record(), [0] * self.tokens
+        for measured, runs in zip(self.group, self.records[arm.name].timings, strict=True):
+            record.timings.append([])
+            for pieces, run in zip(measured.pieces, runs, strict=False):
+                stats, costs = [run.stats] if run.stats else [], pieces[arm.drafter or PLAIN_PIECES]
+                each = cost_model.seconds_per_token(
+                    costs, _depths(stats), acceptance(stats), self.tokens, self.filled
+                )
+                record.timings[-1].append(Timing(tokens, each * (self.tokens - 1), 0))
+        return record
 
     def _prediction(self, arm: BenchArm, *measured: dict[str, float | None] | None) -> dict[str, float | None] | None:
         if arm.engine is None:
             return None
-        mine = sum(self._predicted(arm))
-        found: dict[str, float | None] = {"tokens_per_second": len(self.group) / mine}
-        plain = None if arm.name == PLAIN else self.plain  # over itself it is 1, which predicts nothing
-        for (name, base), real in zip((("over_stock", self.stock), ("over_plain", plain)), measured, strict=True):
-            expected = sum(base) / mine if base else None  # type: ignore[arg-type]
+        mine = self.predicted[arm.name]
+        found: dict[str, float | None] = {"tokens_per_second": mine.rate}
+        plain = None if arm.name == PLAIN else self.predicted.get(PLAIN)  # over itself it is 1, which predicts nothing
+        bases = (("over_stock", self.records.get(STOCK)), ("over_plain", plain))
+        for (name, base), real in zip(bases, measured, strict=True):
+            expected = ratio(mine, base)[0] if base else None
             found[name] = expected
             measured_ratio = real["ratio"] if real else None
             found[f"{name}_deviation"] = expected / measured_ratio - 1.0 if expected and measured_ratio else None

@@ -33,35 +33,24 @@ from mlx_mtp.results import Sampling, Stats
 
 log = logging.getLogger(__name__)
 
-# How the pieces of one turn are timed: the mean, since a run's time is the sum of its rounds. Tokens of the run that
-# times the stock step.
-PIECES, STOCK_TOKENS = Effort(repeats=5, warm=1, turns=1, middle=statistics.fmean), 32
+# How the pieces of one turn are timed: pipelined rounds above all, for those decide; by their mean, since a run's time
+# is the sum of its rounds.
+PIECES = Effort(repeats=3, warm=1, pipelined=20, turns=1, middle=statistics.fmean)
 PLAIN_PIECES = ""  # the name of the pieces without a drafter
 BETWEEN_SAMPLINGS = 1_000_003  # seeds
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """What one turn found.
-
-    costs: pieces of a round, by drafter. stock: seconds of a step of stock mlx-lm, None where it takes no part.
-    """
-
-    costs: dict[str, Costs]
-    stock: float | None
 
 
 @dataclass
 class Measured:
     """One prompt under one sampling.
 
-    replies: statistics of replies that ended by themselves, by arm. pieces: by turn; never fewer than an arm has runs.
-    timings: by arm, in the order of the turns.
+    replies: statistics of replies that ended by themselves, by arm. pieces: of each turn, by drafter; never of fewer
+    turns than an arm has runs. timings: by arm, in the order of the turns.
     """
 
     prompt: BenchPrompt
     job: Job
-    pieces: list[Pieces] = field(default_factory=list)
+    pieces: list[dict[str, Costs]] = field(default_factory=list)
     replies: dict[str, Stats] = field(default_factory=dict)
     timings: dict[str, list[Timing]] = field(default_factory=dict)
 
@@ -73,14 +62,14 @@ class Measured:
     @property
     def costs(self) -> dict[str, Costs]:
         """The pieces by drafter, each the median of the turns."""
-        names = self.pieces[0].costs if self.pieces else {}
-        return {name: diagnosis.middle_of([found.costs[name] for found in self.pieces]) for name in names}
+        names = self.pieces[0] if self.pieces else {}
+        return {name: diagnosis.middle_of([found[name] for found in self.pieces]) for name in names}
 
     @property
     def stock_seconds(self) -> float | None:
-        """A step of stock mlx-lm; None where it does not take part."""
-        found = [pieces.stock for pieces in self.pieces if pieces.stock is not None]
-        return statistics.median(found) if found else None
+        """A step of stock mlx-lm in its own runs; None where it does not take part."""
+        runs = self.timings.get(STOCK)
+        return statistics.median(run.seconds / (len(run.tokens) - 1) for run in runs) if runs else None
 
 
 @dataclass
@@ -160,25 +149,24 @@ class Bench:
         for arm in arms.values():
             arm(measured.job)  # a warm-up; pieces warm themselves up
         # The pieces come first in the first turn: where a run was interrupted, no arm has one more than they.
-        contenders: dict[str, Callable[[Job], Timing | Pieces]] = {"": self._pieces, **arms}
+        contenders: dict[str, Callable[[Job], Timing | dict[str, Costs]]] = {"": self._pieces, **arms}
         pause = lambda: time.sleep(self.plan.cool_down)  # noqa: E731
         for name, found in take_turns(contenders, measured.job, self.plan.repeats, warm=False, pause=pause):
-            if isinstance(found, Pieces):
-                measured.pieces.append(found)
-            else:
+            if isinstance(found, Timing):
                 measured.timings[name].append(found)
+            else:
+                measured.pieces.append(found)
             yield what
 
-    def _pieces(self, job: Job) -> Pieces:
+    def _pieces(self, job: Job) -> dict[str, Costs]:
         """The verify curve, then rounds for every drafter, all behind this prompt and under this sampling."""
-        ids, costs, stock = list(job.prompt), {}, self.lineup.arms.get(STOCK)
-        widths = range(1, diagnosis.ROWS + 1)
+        ids, widths = list(job.prompt), range(1, diagnosis.ROWS + 1)
         passes = diagnosis.passes_alone(self.lineup.engine.target, ids, widths, PIECES.repeats, PIECES.warm)
-        for name, decoder in self._decoders.items():
-            deepest = max(self.lineup.drafters[name].allowed_depths) if name else 0
-            costs[name] = diagnosis.measure(decoder, ids, deepest, PIECES, job.sampling, passes)
-        run = stock.run(replace(job, tokens=STOCK_TOKENS)) if stock else None
-        return Pieces(costs, run.seconds / (len(run.tokens) - 1) if run else None)
+        deepest = {name: max(engine.allowed_depths) for name, engine in self.lineup.drafters.items()}
+        return {
+            name: diagnosis.measure(decoder, ids, deepest.get(name, 0), PIECES, job.sampling, passes)
+            for name, decoder in self._decoders.items()
+        }
 
     def _watched(self, arm: BenchArm) -> Arm:
         """The arm with what it takes of memory and, where a meter is there, of energy."""
