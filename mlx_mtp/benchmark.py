@@ -249,20 +249,18 @@ def interleave(
         yield records
 
 
-def ratio(arm: Record, base: Record) -> tuple[float, float, float]:
-    """How much faster `arm` is than `base`, and a 95 % interval by bootstrap over the jobs and turns.
+def speed_up(arm: Record, base: Record) -> float:
+    """How much faster `arm` is than `base`.
 
     Of a job the median over its turns of base over arm counts, since the runs of one turn met the same machine. All
     jobs together: seconds a token of the base, each the median of the turns, over what the arm would take for them.
     """
-    seconds = [
-        (_seconds_per_token(theirs), _seconds_per_token(mine))
-        for mine, theirs in zip(arm.timings, base.timings, strict=True)
-    ]
+    return _speed_up(_paired(arm, base))
 
-    def over(picked: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
-        medians = np.array([(np.median(theirs), np.median(theirs / mine)) for theirs, mine in picked])
-        return float(medians[:, 0].sum() / (medians[:, 0] / medians[:, 1]).sum())
+
+def ratio(arm: Record, base: Record) -> tuple[float, float, float]:
+    """The speed-up and a 95 % interval by bootstrap over the jobs and turns."""
+    seconds, chance = _paired(arm, base), np.random.default_rng(0)
 
     def drawn() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for job in chance.integers(len(seconds), size=len(seconds)):
@@ -270,9 +268,19 @@ def ratio(arm: Record, base: Record) -> tuple[float, float, float]:
             turns = chance.integers(len(mine), size=len(mine))
             yield theirs[turns], mine[turns]
 
-    chance = np.random.default_rng(0)
-    low, high = np.quantile([over(drawn()) for _ in range(RESAMPLES)], (0.025, 0.975))
-    return over(seconds), float(low), float(high)
+    low, high = np.quantile([_speed_up(drawn()) for _ in range(RESAMPLES)], (0.025, 0.975))
+    return _speed_up(seconds), float(low), float(high)
+
+
+def _paired(arm: Record, base: Record) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Seconds a token of the base and of the arm, by job; each an array over the turns."""
+    jobs = zip(base.timings, arm.timings, strict=True)
+    return [(_seconds_per_token(theirs), _seconds_per_token(mine)) for theirs, mine in jobs]
+
+
+def _speed_up(seconds: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
+    medians = np.array([(np.median(theirs), np.median(theirs / mine)) for theirs, mine in seconds])
+    return float(medians[:, 0].sum() / (medians[:, 0] / medians[:, 1]).sum())
 
 
 def _seconds_per_token(repeats: Sequence[Timing]) -> np.ndarray:

@@ -122,11 +122,13 @@ class Curve:
         """
         expected = self.at(depth)
         drift = max(-EARLIEST, min(seconds / expected - 1.0, LATEST))
-        if usual and len(self._rounds.get(depth, ())) > 1:
-            self._pace *= 1.0 + COMMON * drift
-        else:
-            rounds = self._rounds.setdefault(depth, deque([expected / self._pace], WINDOW))
-            rounds.append(expected * (1.0 + drift) / self._pace)
+        if usual and len(self._rounds.get(depth, ())) > 1:  # as nearly every round: the medians are left alone
+            faster_or_slower = 1.0 + COMMON * drift
+            self._pace *= faster_or_slower
+            self.seconds = {d: time * faster_or_slower for d, time in self.seconds.items()}
+            return
+        rounds = self._rounds.setdefault(depth, deque([expected / self._pace], WINDOW))
+        rounds.append(expected * (1.0 + drift) / self._pace)
         self._fit()
 
     def _fit(self) -> None:

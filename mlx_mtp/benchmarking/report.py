@@ -20,7 +20,7 @@ from typing import Any
 
 from mlx_mtp import diagnosis, machine
 from mlx_mtp.advice import SCATTERED
-from mlx_mtp.benchmark import Difference, Record, Timing, differences, ratio
+from mlx_mtp.benchmark import Difference, Record, Timing, differences, ratio, speed_up
 from mlx_mtp.benchmarking import cost_model
 from mlx_mtp.benchmarking.arms import PLAIN, STOCK, BenchArm
 from mlx_mtp.benchmarking.prompts import categories_of
@@ -285,7 +285,7 @@ class _Group:
         plain = None if arm.name == PLAIN else self.predicted.get(PLAIN)  # over itself it is 1, which predicts nothing
         bases = (("over_stock", self.records.get(STOCK)), ("over_plain", plain))
         for (name, base), real in zip(bases, measured, strict=True):
-            expected = ratio(mine, base)[0] if base else None
+            expected = speed_up(mine, base) if base else None
             found[name] = expected
             measured_ratio = real["ratio"] if real else None
             found[f"{name}_deviation"] = expected / measured_ratio - 1.0 if expected and measured_ratio else None

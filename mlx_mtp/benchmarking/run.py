@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -150,7 +151,7 @@ class Bench:
             arm(measured.job)  # a warm-up; pieces warm themselves up
         # The pieces come first in the first turn: where a run was interrupted, no arm has one more than they.
         contenders: dict[str, Callable[[Job], Timing | dict[str, Costs]]] = {"": self._pieces, **arms}
-        pause = lambda: time.sleep(self.plan.cool_down)  # noqa: E731
+        pause = partial(time.sleep, self.plan.cool_down)
         for name, found in take_turns(contenders, measured.job, self.plan.repeats, warm=False, pause=pause):
             if isinstance(found, Timing):
                 measured.timings[name].append(found)
