@@ -25,7 +25,7 @@ from verify_cost import round_seconds
 
 from mlx_mtp.benchmark import Job, differences, engine_arm, interleave, mlx_lm_arm, ratio
 from mlx_mtp.checkpoint import Checkpoint
-from mlx_mtp.diagnosis import passes_alone
+from mlx_mtp.diagnosis import Passes
 from mlx_mtp.exactness import WIDEST
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.results import NEUTRAL
@@ -57,7 +57,7 @@ def compare(depth: int, context: int, prompts: int, repeats: int, runs: Path | N
     greedy = mlx_mtp.Sampling(temperature=0.0).over(NEUTRAL)
     jobs = [Job(prompt, 128, greedy) for prompt in ids]
     *_, records = interleave(arms, jobs, repeats)
-    passes = [timing.device for timing in passes_alone(plain.target, ids[0], range(1, WIDEST + 1), 15)]
+    passes = [timing.device for timing in Passes(plain.target).alone(ids[0], range(1, WIDEST + 1), 15)]
     found: dict[str, dict[str, Any]] = {}
     for name, record in records.items():
         faster, low, high = ratio(record, records["stock mlx-lm"])

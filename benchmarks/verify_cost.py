@@ -22,7 +22,7 @@ from prompts import held_out_code
 from mlx_mtp.benchmark import mlx_lm_step
 from mlx_mtp.decode import Decoder
 from mlx_mtp.depth import FixedDepth
-from mlx_mtp.diagnosis import passes_alone, rounds_alone, timed_in_turns
+from mlx_mtp.diagnosis import Passes, rounds_alone, timed_in_turns
 from mlx_mtp.exactness import WIDEST
 from mlx_mtp.loading import EMBEDDED
 
@@ -58,7 +58,7 @@ def main() -> None:
     engine = mlx_mtp.load(args.model, drafter=args.drafter, depth=1)
     assert engine.tokenizer is not None
     (prompt,) = held_out_code(args.context, 1, engine.tokenizer.encode)
-    passes = passes_alone(engine.target, prompt, range(1, WIDEST + 1), args.repeats)
+    passes = Passes(engine.target).alone(prompt, range(1, WIDEST + 1), args.repeats)
     verify = [timing.device for timing in passes]
     print(f"context {args.context}: pass of M rows in ms, and over one row")
     print("  " + "  ".join(f"{m}: {1e3 * t:.2f} ({t / verify[0]:.2f})" for m, t in enumerate(verify, 1)))

@@ -21,6 +21,7 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlx_mtp import exactness, machine
+from mlx_mtp.cache import KVCache
 from mlx_mtp.checkpoint import named_parameters
 from mlx_mtp.decode import Asked, Decoder
 from mlx_mtp.depth import Curve, FixedDepth, best_depth, expected_tokens
@@ -111,30 +112,39 @@ def timed_in_turns(builds: Sequence[Callable[[], Any]], repeats: int, warm: int 
     return [Timing.of(booked[warm:]) for booked in times]
 
 
-def passes_alone(
-    target: Target, prompt: list[int], widths: Sequence[int], repeats: int, warm: int = USUAL.warm
-) -> list[Timing]:
-    """Passes of so many rows behind a prompt, head and best tokens included."""
-    decoder = Decoder(target, None, FixedDepth(0))
-    request = decoder.prefill(Asked(ids=prompt, budget=1), max(widths))
-    layout = request.cache.layout()
+class Passes:
+    """Passes of the target, head and best tokens included; each is compiled once per width and size of the cache."""
 
-    @mx.compile
-    def verify(tokens: mx.array, arrays: Any) -> tuple[mx.array, Any]:
-        cache = layout.around(arrays)
-        states = target.forward(tokens, cache)
-        return mx.argmax(target.head(states.hidden), axis=-1), cache.arrays
+    def __init__(self, target: Target) -> None:
+        self._decoder = Decoder(target, None, FixedDepth(0))
+        self._compiled: dict[int, Callable[..., tuple[mx.array, Any]]] = {}
 
-    def of(width: int) -> Callable[[], Any]:
-        tokens = mx.array([(prompt * width)[-width:]])
+    def alone(self, prompt: list[int], widths: Sequence[int], repeats: int, warm: int = USUAL.warm) -> list[Timing]:
+        """Passes of so many rows behind a prompt, each evaluated alone."""
+        request = self._decoder.prefill(Asked(ids=prompt, budget=1), max(widths))
+        cache = request.cache
+        verify = self._compiled.setdefault(cache.capacity, mx.compile(self._pass(cache.layout())))
 
-        def build() -> Any:
-            best, request.cache.arrays = verify(tokens, request.cache.arrays)
-            return best, request.cache.arrays
+        def of(width: int) -> Callable[[], Any]:
+            tokens = mx.array([(prompt * width)[-width:]])
 
-        return build
+            def build() -> Any:
+                best, cache.arrays = verify(tokens, cache.arrays)
+                return best, cache.arrays
 
-    return timed_in_turns([of(width) for width in widths], repeats, warm)
+            return build
+
+        return timed_in_turns([of(width) for width in widths], repeats, warm)
+
+    def _pass(self, layout: KVCache) -> Callable[..., tuple[mx.array, Any]]:
+        target = self._decoder.target
+
+        def verify(tokens: mx.array, arrays: Any) -> tuple[mx.array, Any]:
+            cache = layout.around(arrays)
+            states = target.forward(tokens, cache)
+            return mx.argmax(target.head(states.hidden), axis=-1), cache.arrays
+
+        return verify
 
 
 def rounds_alone(
@@ -327,7 +337,7 @@ def measure(
     sampling: of the rounds. verify: the passes, where they are timed already.
     """
     repeats, warm, middle = effort.repeats, effort.warm, effort.middle
-    passes = verify or passes_alone(decoder.target, prompt, range(1, ROWS + 1), repeats, warm)
+    passes = verify or Passes(decoder.target).alone(prompt, range(1, ROWS + 1), repeats, warm)
     seconds = [timing.device for timing in passes]
     depth = min(TIMED_DEPTH, deepest)
     depths = [0, depth] if depth else [0]

@@ -27,7 +27,7 @@ from mlx_mtp.benchmarking.energy import EnergyMeter
 from mlx_mtp.benchmarking.prompts import BenchPrompt
 from mlx_mtp.decode import Decoder
 from mlx_mtp.depth import FixedDepth
-from mlx_mtp.diagnosis import Costs, Effort
+from mlx_mtp.diagnosis import Costs, Effort, Passes
 from mlx_mtp.engine import Engine
 from mlx_mtp.errors import PromptError
 from mlx_mtp.results import Sampling, Stats
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 # How the pieces of one turn are timed: pipelined rounds above all, for those decide; by their mean, since a run's time
 # is the sum of its rounds.
-PIECES = Effort(repeats=3, warm=1, pipelined=20, turns=1, middle=statistics.fmean)
+PIECES = Effort(repeats=3, warm=1, pipelined=16, turns=1, middle=statistics.fmean)
 PLAIN_PIECES = ""  # the name of the pieces without a drafter
 BETWEEN_SAMPLINGS = 1_000_003  # seeds
 
@@ -104,6 +104,7 @@ class Bench:
                 )
         self._samplings = self.lineup.samplings(self.plan)
         # Made once: each holds the graphs that it has compiled.
+        self._passes = Passes(engine.target)
         self._decoders = {
             name: Decoder(each.target, each.drafter if name else None, FixedDepth(0), each.exactness)
             for name, each in {PLAIN_PIECES: engine, **self.lineup.drafters}.items()
@@ -147,8 +148,9 @@ class Bench:
     def _turns(self, measured: Measured, what: str) -> Iterator[str]:
         arms = {name: self._watched(arm) for name, arm in self.lineup.arms.items()}
         measured.timings = {name: [] for name in arms}
-        for arm in arms.values():
-            arm(measured.job)  # a warm-up; pieces warm themselves up
+        for name, arm in arms.items():
+            if name not in measured.replies:  # a warm-up; arms that have just replied are warm, pieces see to it
+                arm(measured.job)
         # The pieces come first in the first turn: where a run was interrupted, no arm has one more than they.
         contenders: dict[str, Callable[[Job], Timing | dict[str, Costs]]] = {"": self._pieces, **arms}
         pause = partial(time.sleep, self.plan.cool_down)
@@ -162,7 +164,7 @@ class Bench:
     def _pieces(self, job: Job) -> dict[str, Costs]:
         """The verify curve, then rounds for every drafter, all behind this prompt and under this sampling."""
         ids, widths = list(job.prompt), range(1, diagnosis.ROWS + 1)
-        passes = diagnosis.passes_alone(self.lineup.engine.target, ids, widths, PIECES.repeats, PIECES.warm)
+        passes = self._passes.alone(ids, widths, PIECES.repeats, PIECES.warm)
         deepest = {name: max(engine.allowed_depths) for name, engine in self.lineup.drafters.items()}
         return {
             name: diagnosis.measure(decoder, ids, deepest.get(name, 0), PIECES, job.sampling, passes)
