@@ -144,22 +144,24 @@ class Decoder:
         first = self.rounds.first(decoding.request, asked.ids, asked.processors)
         stats.head_passes += 1
         serial = bool(asked.processors)  # Python functions want every token before the next round is built
-        pending = self._submit(decoding, policy) if asked.budget > 1 and not serial else None
+        # Read before a round is submitted: where that waits for the device (MLX on a CPU), the token would be late.
         run, _ = reader.read(first)
         stats.prefill_seconds = time.perf_counter() - began
         decoding.round_seconds()
         decoding.emitted += run.tokens
         yield run
+        pending: tuple[int, Outcome] | None = None
         while len(decoding.emitted) < asked.budget:
+            alone = pending is None
             if pending is None:
                 pending = self._submit(decoding, policy)
-            # The round in flight gives at least one token; only if that cannot be the last is another one wanted.
+            # Behind a round that may be the last none is submitted: it would be for nothing, and on a CPU waited for.
             ahead = None
-            if len(decoding.emitted) + 1 < asked.budget and not serial:
+            if len(decoding.emitted) + pending[0] + 1 < asked.budget and not serial:
                 ahead = self._submit(decoding, policy)
-            # What a round takes shows only where the next, which is built meanwhile, is one like it; the last of a
-            # request, behind which nothing is built, looks far too short.
-            alike = serial or (ahead is not None and ahead[0] == pending[0])
+            # What a round takes shows only where it was built while the one before ran, and the next, which is built
+            # meanwhile, is one like it: with nothing to build it looks far too short, with two of them too long.
+            alike = serial or (not alone and ahead is not None and ahead[0] == pending[0])
             run = self._collect(decoding, reader, *pending, policy, alike)
             given = time.perf_counter()
             yield run

@@ -149,7 +149,7 @@ class Bench:
         arms = {name: self._watched(arm) for name, arm in self.lineup.arms.items()}
         measured.timings = {name: [] for name in arms}
         for name, arm in arms.items():
-            if name not in measured.replies:  # a warm-up; arms that have just replied are warm, pieces see to it
+            if name not in measured.replies:  # those are warm; the pieces warm themselves up
                 arm(measured.job)
         # The pieces come first in the first turn: where a run was interrupted, no arm has one more than they.
         contenders: dict[str, Callable[[Job], Timing | dict[str, Costs]]] = {"": self._pieces, **arms}
