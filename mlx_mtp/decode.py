@@ -286,7 +286,8 @@ class Decoder:
     ) -> dict[int, float]:
         """Seconds of a pipelined round of each depth, one after the other behind a prompt, None = a short made-up one.
 
-        middle: which of the times counts; the fastest, for whatever else runs only ever makes a round slower.
+        Of a depth that is named twice the last time counts. middle: which of the times counts; the fastest, for
+        whatever else runs only ever makes a round slower.
         """
         made_up = [i % self.target.info.vocab_size for i in range(1, 17)]
         room = (repeats + 4) * sum(depth + 1 for depth in depths)  # nothing makes room between these rounds

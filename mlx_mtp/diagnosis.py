@@ -342,9 +342,10 @@ def measure(
     depth = min(TIMED_DEPTH, deepest)
     depths = [0, depth] if depth else [0]
     alone = rounds_alone(decoder, prompt, depths, repeats, sampling, warm)
-    walls = [
-        decoder.seconds_by_depth(depths, effort.pipelined, prompt, sampling, middle) for _ in range(effort.turns)
-    ]
+    # The first rounds behind a prompt are the slowest: drafted ones begin, as in a reply, plain ones come behind them,
+    # or behind others of their own, for of those a reply has many.
+    order = [depth, 0]
+    walls = [decoder.seconds_by_depth(order, effort.pipelined, prompt, sampling, middle) for _ in range(effort.turns)]
     wall = {d: middle([turn[d] for turn in walls]) for d in depths}
     step = None
     if depth:

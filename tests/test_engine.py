@@ -10,7 +10,10 @@ from conftest import GOLDEN, HEADS, VARIANTS
 
 import mlx_mtp
 from mlx_mtp import decode as decode_module
+from mlx_mtp.decode import Asked, Decoder
+from mlx_mtp.depth import FixedDepth
 from mlx_mtp.loading import EMBEDDED
+from mlx_mtp.results import Stats
 from mlx_mtp.testing import ScriptedDrafter
 
 NEAR_TIE = 1e-3
@@ -93,6 +96,17 @@ def test_budget_is_exact(embedded) -> None:
     for budget in (1, 2, 3, 5, 6, 7):
         result = engine.generate(ids, max_tokens=budget)
         assert (result.tokens, result.finish_reason) == (expected[:budget], "length")
+
+
+def test_no_round_for_nothing(embedded) -> None:
+    """The first token waits for no round, and behind a round that may be the last there is none in flight."""
+    plain, ids, expected = embedded
+    engine, stats = scripted(plain, ids + expected, 4), Stats()
+    runs = Decoder(engine.target, engine.drafter, FixedDepth(4)).decode(Asked(ids=ids, budget=20), stats)
+    assert next(runs).tokens == expected[:1]
+    assert stats.rounds == 0
+    assert [token for run in runs for token in run.tokens] == expected[1:20]
+    assert stats.rounds == 4  # of 5 tokens each, all of whose drafts stand
 
 
 def test_end_token_inside_a_draft(embedded) -> None:
