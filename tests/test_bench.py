@@ -218,9 +218,9 @@ def test_acceptance_is_conditional_and_ends_where_nothing_tells() -> None:
 
 
 def test_rounds_needed_by_hand() -> None:
-    law = cost_model.tokens_law([0.8, 0.5], 2)
+    law = cost_model.tokens_law(10, [8, 4])
     assert law == pytest.approx([0.2, 0.4, 0.4]) and sum(law) == pytest.approx(1.0)
-    assert cost_model.tokens_law([0.8], 2) == pytest.approx([0.2, 0.8, 0.0])  # nothing is known of position 2
+    assert cost_model.tokens_law(7, []) == [1.0]  # plain decoding
     # One token: one round. Two: one more round where the first gave one. Three: 1 + 0.2 N(2) + 0.4 N(1).
     assert [cost_model.rounds_needed(law, n) for n in range(4)] == pytest.approx([0.0, 1.0, 1.2, 1.64])
     assert cost_model.rounds_needed([1.0], 63) == 63.0
@@ -229,17 +229,17 @@ def test_rounds_needed_by_hand() -> None:
 
 
 def test_the_prediction_by_hand() -> None:
-    plain = cost_model.seconds_per_token(COSTS, {0: 9}, [], 64)
+    plain = cost_model.seconds_per_token(COSTS, {0: 9}, [1.0], 64)
     assert plain == pytest.approx(0.0105)
     # Depth 2: a pass of three rows, two drafts, and the gap that depth 4 showed.
     parts = cost_model.round_parts(COSTS, {2: 5})
     assert (parts.verify, parts.draft, parts.gap) == pytest.approx((0.012, 0.002, 0.0008))
     law = [0.2, 0.4, 0.4]
     needed = cost_model.rounds_needed(law, 63)
-    assert cost_model.seconds_per_token(COSTS, {2: 5}, [0.8, 0.5], 64) == pytest.approx(needed * 0.0148 / 63)
+    assert cost_model.seconds_per_token(COSTS, {2: 5}, law, 64) == pytest.approx(needed * 0.0148 / 63)
     # The formula itself, E / (verify(M) / verify(1) + depth x draft / verify(1) + gap / verify(1)), for long replies.
     formula = 2.2 / (1.2 + 0.2 + 0.08)
-    model = COSTS.verify[0] / cost_model.seconds_per_token(COSTS, {2: 5}, [0.8, 0.5], 4000)
+    model = COSTS.verify[0] / cost_model.seconds_per_token(COSTS, {2: 5}, law, 4000)
     assert model == pytest.approx(formula, rel=1e-3)
 
 
@@ -247,9 +247,11 @@ def test_a_mix_of_depths_is_predicted_by_its_shares() -> None:
     mix = {0: 30, 2: 10}
     parts = cost_model.round_parts(COSTS, mix)
     assert parts.seconds == pytest.approx(0.75 * 0.0105 + 0.25 * 0.0148)
-    law = [0.75 + 0.25 * 0.2, 0.25 * 0.4, 0.25 * 0.4]
+    # The ten of depth 2 stood in 8 and 4 rounds; the thirty others had no drafts.
+    law = cost_model.tokens_law(40, [8, 4])
+    assert law == pytest.approx([0.75 + 0.25 * 0.2, 0.25 * 0.4, 0.25 * 0.4])
     wanted = cost_model.rounds_needed(law, 63) * parts.seconds / 63
-    assert cost_model.seconds_per_token(COSTS, mix, [0.8, 0.5], 64) == pytest.approx(wanted)
+    assert cost_model.seconds_per_token(COSTS, mix, law, 64) == pytest.approx(wanted)
 
 
 def test_exact_mode_pays_for_filled_passes() -> None:

@@ -13,19 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from mlx_mtp.depth import Curve
 from mlx_mtp.diagnosis import Costs
 
 
-def tokens_law(shares: Sequence[float], depth: int) -> list[float]:
-    """Chances of a round of `depth` drafts to give 1, 2, ... depth + 1 tokens; positions nothing is known of fail."""
-    law, stands = [], 1.0
-    for position in range(depth):
-        share = shares[position] if position < len(shares) else 0.0
-        law.append(stands * (1.0 - share))
-        stands *= share
-    return [*law, stands]
+def tokens_law(rounds: int, stood: Sequence[int]) -> list[float]:
+    """Chances of a round to give 1, 2, ... tokens; stood: in how many of the rounds the draft at each position stood.
+
+    Of all rounds together, whatever their depths: where the deep ones are those in which much stands, as with depth
+    auto, the chance at a position once those before it stand, the same for all depths, would promise too little.
+    """
+    return [(before - now) / rounds for before, now in pairwise([rounds, *stood, 0])]
 
 
 def rounds_needed(law: Sequence[float], tokens: int) -> float:
@@ -74,14 +74,10 @@ def pass_seconds(costs: Costs, rows: int) -> float:
 
 
 def seconds_per_token(
-    costs: Costs, counts: Mapping[int, int], acceptance: Sequence[float], tokens: int, filled: int | None = None
+    costs: Costs, counts: Mapping[int, int], law: Sequence[float], tokens: int, filled: int | None = None
 ) -> float:
     """Predicted for a reply of `tokens` tokens, from the first to the last.
 
-    counts: rounds by depth, or {depth: 1} for a fixed one. acceptance: conditional, by position.
+    counts: rounds by depth, or {depth: 1} for a fixed one. law: chances of a round to give 1, 2, ... tokens.
     """
-    law = [0.0] * (1 + max(counts))
-    for depth, share in shares_of(counts).items():
-        for at, chance in enumerate(tokens_law(acceptance, depth)):
-            law[at] += share * chance
     return rounds_needed(law, tokens - 1) * round_parts(costs, counts, filled).seconds / (tokens - 1)

@@ -270,10 +270,9 @@ class _Group:
         for measured, runs in zip(self.group, self.records[arm.name].timings, strict=True):
             record.timings.append([])
             for pieces, run in zip(measured.pieces, runs, strict=False):
-                stats, costs = [run.stats] if run.stats else [], pieces[arm.drafter or PLAIN_PIECES]
-                each = cost_model.seconds_per_token(
-                    costs, _depths(stats), acceptance(stats), self.tokens, self.filled
-                )
+                stats, costs = run.stats or Stats(rounds=1, depth_counts={0: 1}), pieces[arm.drafter or PLAIN_PIECES]
+                law = cost_model.tokens_law(stats.rounds, stats.accepted_by_position)
+                each = cost_model.seconds_per_token(costs, stats.depth_counts, law, self.tokens, self.filled)
                 record.timings[-1].append(Timing(tokens, each * (self.tokens - 1), 0))
         return record
 
