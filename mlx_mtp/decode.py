@@ -1,4 +1,4 @@
-"""The decode loop: chunked prefill, then rounds, one of them always in flight while the one before is read.
+"""The decode loop: chunked prefill, then rounds, the next one in flight while one is read that cannot be the last.
 
 What it does: keeps the device busy and turns outcomes into runs of tokens. What it does not do: text, stop
 conditions (engine.py), acceptance (verify.py), the graph of a round (speculate.py).
