@@ -139,6 +139,7 @@ class Engine:
         seed: int | None = None,
         logprobs: int = 0,
         raw: bool = False,
+        thinking: bool = False,
         ignore_end: bool = False,
         logits_processors: Sequence[LogitsProcessor] = (),
         on_prefill: PrefillProgress | None = None,
@@ -148,7 +149,8 @@ class Engine:
 
         seed: the same seed gives the same reply; without one every reply is another (temperature 0 needs none).
         logprobs: 0 = none, n = that of every token and of the n likeliest of its place. raw: continue a string as it
-        stands, without the chat template. ignore_end: go on past ending tokens (for timing). logits_processors:
+        stands, without the chat template. thinking: asks a checkpoint that can to think first (part of the text then);
+        off as in a chat. ignore_end: go on past ending tokens (for timing). logits_processors:
         Python functions in mlx-lm's convention, (tokens so far [T], logits [1, V]) -> logits [1, V]; they run on
         every row, and rounds are then read one by one. on_prefill(done, total) is called after every chunk.
         session: keeps the K/V of this prompt and reply; what the next prompt has in common with them is not run again.
@@ -164,7 +166,7 @@ class Engine:
         stop = [stop] if isinstance(stop, str) else list(stop)
         if any(stop) and self.tokenizer is None:
             raise OptionError("Expected no stop strings, found some; this checkpoint has no tokenizer to compare with.")
-        ids = self._checked(prompt_ids(prompt, self.tokenizer, raw))
+        ids = self._checked(prompt_ids(prompt, self.tokenizer, raw, thinking))
         asked = Asked(
             ids=ids,
             budget=min(max_tokens, self.max_context - len(ids)),

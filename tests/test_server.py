@@ -262,7 +262,7 @@ CHAT_FAULTS: list[tuple[dict[str, Any], str | None]] = [
     ({"tools": [TOOL]}, "tools"),  # this checkpoint's template has no place for them
     ({"tools": [{"type": "function", "function": {"name": "with space"}}]}, "tools[0].function.name"),
     ({"tool_choice": "required"}, "tool_choice"),
-    ({"reasoning_effort": "high"}, "reasoning_effort"),
+    ({"reasoning_effort": "vast"}, "reasoning_effort"),
     ({"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}}, "reasoning_effort"),
     ({"chat_template_kwargs": {"colour": "red"}}, "chat_template_kwargs.colour"),
     ({"top_logprobs": 2}, "top_logprobs"),
