@@ -20,6 +20,7 @@ from typing import Any
 BROKEN = "\ufffd"
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece's name of a token that is one byte
 CACHED = 1 << 16
+ORDINARY = ("a", "the", "I", "1", ".", "it")
 
 
 def _byte_characters() -> dict[str, int]:
@@ -37,9 +38,12 @@ class TokenBytes:
 
     def __init__(self, wrapped: Any) -> None:
         self._wrapped = wrapped
-        # Many tokenizers drop the space in front of a text's first token, so there is always one before.
-        self._front = tuple(wrapped.encode("a", add_special_tokens=False)[-1:])
         self._added = {int(token) for token in getattr(wrapped, "added_tokens_decoder", None) or {}}
+        # Many tokenizers drop the space in front of a text's first token, so there is always one before: an ordinary
+        # one, as after a special or unknown token some write no space.
+        ends = [tuple(wrapped.encode(word, add_special_tokens=False)[-1:]) for word in ORDINARY]
+        known = [end for end in ends if not self._added.issuperset(end)]
+        self._front: tuple[int, ...] = next(iter(known), ends[0])
         self._part = lru_cache(CACHED)(self._find_part)
         self._after = lru_cache(CACHED)(self._find_after)
 
