@@ -79,10 +79,10 @@ class TokenBytes:
         if BROKEN not in self._find_after(token, None).decode():
             return None
         name = self._name(token)
-        if isinstance(name, bytes):
+        if name is None or isinstance(name, bytes):
             return name
-        if name is None or token in self._added:
-            return None if name is None else name.encode()
+        if token in self._added:
+            return name.encode()
         if matched := BYTE.fullmatch(name):
             return bytes.fromhex(matched[1])
         values = [BYTES_BY_CHARACTER.get(character) for character in name]

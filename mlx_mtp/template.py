@@ -113,9 +113,9 @@ class ChatTemplate:
 
     def _options(self, thinking: bool, tools: Tools | None, effort: str | None) -> dict[str, Any]:
         """Variables of the template. The switch is always given: mlx-lm sets it to on where it is not."""
-        options: dict[str, Any] = {"enable_thinking": thinking}
+        options: dict[str, Any] = {"enable_thinking": bool(thinking)}
         if self._is_jinja:
-            options["thinking"] = thinking
+            options["thinking"] = bool(thinking)
             if effort is not None:
                 options["reasoning_effort"] = effort
         return options | ({"tools": list(tools)} if tools else {})
