@@ -136,6 +136,7 @@ class Engine:
         seed: int | None = None,
         logprobs: int = 0,
         raw: bool = False,
+        thinking: bool = False,
         ignore_end: bool = False,
         logits_processors: Sequence[LogitsProcessor] = (),
         on_prefill: PrefillProgress | None = None,
@@ -145,7 +146,8 @@ class Engine:
 
         seed: the same seed gives the same reply; without one every reply is another (temperature 0 needs none).
         logprobs: 0 = none, n = that of every token and of the n likeliest of its place. raw: continue a string as it
-        stands, without the chat template. ignore_end: go on past ending tokens (for timing). logits_processors:
+        stands, without the chat template. thinking: asks a checkpoint that can to think first (part of the text then);
+        off as in a chat. ignore_end: go on past ending tokens (for timing). logits_processors:
         Python functions in mlx-lm's convention, (tokens so far [T], logits [1, V]) -> logits [1, V]; they run on
         every row, and rounds are then read one by one. on_prefill(done, total) is called after every chunk.
         session: keeps the K/V of this prompt and reply; what the next prompt has in common with them is not run again.
@@ -158,8 +160,9 @@ class Engine:
         if stops and self.tokenizer is None:
             raise OptionError("stop strings need a tokenizer to compare with, and this checkpoint has none.")
         checks.instance("session", session, Session)
-        raw, ignore_end = checks.flag("raw", raw), checks.flag("ignore_end", ignore_end)
-        ids = self._checked(prompt_ids(checks.prompt(prompt), self.tokenizer, raw))
+        flags = {"raw": raw, "ignore_end": ignore_end, "thinking": thinking}
+        raw, ignore_end, thinking = (checks.flag(name, value) for name, value in flags.items())
+        ids = self._checked(prompt_ids(checks.prompt(prompt), self.tokenizer, raw, thinking))
         asked = Asked(
             ids=ids,
             budget=min(max_tokens, self.max_context - len(ids)),

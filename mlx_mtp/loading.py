@@ -94,12 +94,12 @@ def load(
     _quantise_head(loaded, head_bits, chosen=draft_head_bits != "auto")
     if loaded is None and plan.wanted:
         depth = "auto"  # that no drafter was found has been said; a depth for one is then without object
-    generation = _generation_config(checkpoint)
+    generation, tokenizer = _generation_config(checkpoint), Tokenizer.load(checkpoint.path)
     engine = Engine(
         target,
         loaded,
-        Tokenizer.load(checkpoint.path),
-        end_tokens=_end_tokens(checkpoint, generation),
+        tokenizer,
+        end_tokens=_end_tokens(checkpoint, generation, tokenizer, target.info.vocab_size),
         depth=depth,
         mode=mode,
         max_context=max_context,
@@ -327,16 +327,21 @@ def _default_sampling(generation: dict[str, Any], path: Path) -> Sampling:
         raise CheckpointError(f"{path}/generation_config.json: {error}") from error
 
 
-def _end_tokens(checkpoint: Checkpoint, generation: dict[str, Any]) -> set[int]:
-    """Ids that end a reply, from generation_config.json, else from config.json."""
+def _end_tokens(
+    checkpoint: Checkpoint, generation: dict[str, Any], tokenizer: Tokenizer | None, vocabulary: int
+) -> set[int]:
+    """Ids that end a reply: of generation_config.json, config.json and the tokenizer with its template, together.
+
+    Each of them is often incomplete. Ids outside the vocabulary can never come and are left out (-1 stands for none).
+    """
+    found = set(tokenizer.end_tokens) if tokenizer else set()
     for source in (generation, checkpoint.config, section(checkpoint.config, "text_config")):
-        found = source.get("eos_token_id")
-        if found is not None:
-            ids = found if isinstance(found, list) else [found]
-            if not all(isinstance(token, int) for token in ids):
-                raise CheckpointError(
-                    f"{checkpoint.path}: expected whole numbers as 'eos_token_id', found {reprlib.repr(found)}; "
-                    "use the files that belong to this checkpoint."
-                )
-            return set(ids)
-    return set()
+        given = source.get("eos_token_id")
+        ids = given if isinstance(given, list) else [] if given is None else [given]
+        if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+            raise CheckpointError(
+                f"{checkpoint.path}: expected whole numbers as 'eos_token_id', found {reprlib.repr(given)}; "
+                "use the files that belong to this checkpoint."
+            )
+        found |= set(ids)
+    return {token for token in found if 0 <= token < vocabulary}

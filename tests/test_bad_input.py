@@ -509,6 +509,12 @@ def test_tokens_print_as_ids_without_a_tokenizer(run: Run) -> None:
 
 
 @pytest.mark.skipif(not (EMBEDDED / "target").is_dir(), reason="the embedded model is not here")
+@pytest.mark.parametrize("prompt", [("hi", "--raw"), ("--tokens", "5"), ("hi",)])
+def test_thinking_where_nothing_can_ask_for_it(refused: Refused, prompt: tuple[str, ...]) -> None:
+    assert "thinking only with" in refused(*prompt, "--thinking", "--max-tokens", 1)
+
+
+@pytest.mark.skipif(not (EMBEDDED / "target").is_dir(), reason="the embedded model is not here")
 def test_raw_takes_the_prompt_as_it_stands(run: Run) -> None:
     lengths = []
     for extra in (("--raw",), ()):
