@@ -124,7 +124,7 @@ def test_replies_are_those_that_an_empty_folder_would_have_got(
     elif change == "drafter":
         drafter = moved(drafter, tmp_path / "other")
     else:
-        options[change] -= 1 if change == "depth" else -1
+        options |= {"seed": {"seed": 1}, "tokens": {"tokens": 9}, "depth": {"depth": 1}}[change]
     for out in ("used", "empty"):
         list(library.adapt(target, drafter, tmp_path / out, data, Adapting(**options)))
     used, empty = ((tmp_path / f"{out}.work" / "replies.jsonl").read_text() for out in ("used", "empty"))
@@ -275,7 +275,8 @@ GOOD = ['{"prompt": "w030,"}'] * 8
 @pytest.mark.parametrize(
     ("line", "words"),
     [('{"prompt": "w031,"}', "chat template .*not this one"), ('{"prompt": "w032,"}', "chat template"),
-     ('{"prompt": "' + "w030," * 600 + '"}', "a prompt of at most [0-9]+ tokens"), ('{"prompt": " "}', "prompt of the user"),
+     ('{"prompt": "' + "w030," * 600 + '"}', "a prompt of at most [0-9]+ tokens"),
+     ('{"prompt": " "}', "prompt of the user"),
      ('{"messages": [{"role": "assistant", "content": "x"}]}', "prompt of the user"), ("{", "one JSON object"),
      ('{"messages": [{"role": "tool", "content": "x"}]}', "role")],
 )  # fmt: skip

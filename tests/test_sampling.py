@@ -299,7 +299,7 @@ def test_one_distribution_on_the_support_of_another(mine: int, others: int, voca
 
 @pytest.mark.parametrize("odds", ODDS)
 def test_memory_of_acceptance_grows_with_top_k_and_not_with_its_square(odds: str) -> None:
-    """At most what 40 rows of the support take, however far the device works ahead; a table of all pairs takes 4,000."""
+    """At most what 40 rows of the support take, however far the device works ahead; all pairs take 4,000."""
     random, size, rows = np.random.default_rng(0), 4000, 4
     q, p = sparse(random, rows, size, 4096), sparse(random, rows + 1, size, 4096)
     drafts = q.tokens[..., 0]
