@@ -82,7 +82,7 @@ def train(
     ] = DEFAULTS.rehearsal,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Text, JSONL, folder or pattern; may be repeated.", show_default="Python's standard library",
+        typer.Option(help="Text, JSONL, JSON, folder or pattern; may be repeated.", show_default="Python's standard library",
                      rich_help_panel=LENGTH),
     ] = None,
     target_steps: Annotated[

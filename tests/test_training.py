@@ -17,6 +17,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlx_mtp
+from mlx_mtp.cli import app
 from mlx_mtp.drafters.assistant import AssistantConfig, AssistantModel
 from mlx_mtp.targets.gemma4 import Gemma4Model, Gemma4Target
 from mlx_mtp.targets.gemma4_config import Gemma4Config
@@ -412,3 +413,24 @@ def test_a_run_begins_in_a_folder_of_its_own(corpus: Path, tmp_path: Path) -> No
 def test_numbers_are_checked_before_data_are_read(wrong: dict, words: str) -> None:
     with pytest.raises(mlx_mtp.OptionError, match=words):
         Recipe(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(("--length", "64"), "another value of length"), (("--drafts", "2"), "another value of drafters"),
+     (("--optimizer", "muon", "--seed", "0"), "another value of options"), (("--length", "32"), "/nowhere: expected")],
+)  # fmt: skip
+def test_resume_takes_no_other_values(
+    options: tuple[str, ...], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """What the run began with may be said again; anything else is refused and not ignored."""
+    began = {"optimizer": "adamw", "accumulate": 1, "checkpoint_gradients": False, "memory_saving": False,
+             "dtype": "float32"}  # fmt: skip
+    recipe = Recipe(data=["/nowhere"], options=began, **FRESH)
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.saved()))
+    monkeypatch.setattr(sys, "argv", ["mlx-mtp", "train", "--out", str(tmp_path), "--resume", *options])
+    with pytest.raises(SystemExit) as end:
+        app.main()
+    shown = capsys.readouterr().err
+    assert end.value.code == 2 and words in " ".join(shown.split()) and "Traceback" not in shown

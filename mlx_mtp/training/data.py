@@ -216,7 +216,12 @@ def _read_jsonl(path: Path, prompts: bool) -> Iterator[Document]:
 
 
 def _read_json(path: Path, prompts: bool) -> Iterator[Document]:
-    text = decode_text(_read_bytes(path), path)
+    for record, where in json_rows(decode_text(_read_bytes(path), path), path):
+        yield from _document(record, where, prompts)
+
+
+def json_rows(text: str, path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The objects in a .json file, one or a list of them, and where each is; DataError for anything else."""
     try:
         found = json.loads(text) if text.strip() else []
     except (ValueError, RecursionError) as error:
@@ -225,7 +230,7 @@ def _read_json(path: Path, prompts: bool) -> Iterator[Document]:
         ) from error
     for number, record in enumerate(found if isinstance(found, list) else [found], start=1):
         where = f"{path}, item {number}" if isinstance(found, list) else str(path)
-        yield from _document(_checked_object(record, where, "write a list of objects"), where, prompts)
+        yield _checked_object(record, where, "write a list of objects"), where
 
 
 def json_object(line: str, where: str) -> dict[str, Any]:
