@@ -82,8 +82,8 @@ def train(
     ] = DEFAULTS.rehearsal,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Text, JSONL, JSON, folder or pattern; may be repeated.", show_default="Python's standard library",
-                     rich_help_panel=LENGTH),
+        typer.Option(help="Text, JSONL, JSON, folder or pattern; may be repeated.",
+                     show_default="Python's standard library", rich_help_panel=LENGTH),
     ] = None,
     target_steps: Annotated[
         int, typer.Option(help="Steps of the small target.", rich_help_panel=LENGTH)
