@@ -211,7 +211,7 @@ class Engine:
         tokens: list[int] = []
         logprobs: list[float] = []
         top: list[dict[int, float]] = []
-        finish, began = "length", time.perf_counter()
+        finish, ending, began = "length", None, time.perf_counter()
         with contextlib.closing(self._decoder.decode(asked, stats, policy)) as runs:
             for run in runs:
                 stats.decode_seconds = time.perf_counter() - began - stats.prefill_seconds
@@ -228,7 +228,7 @@ class Engine:
                 if fresh or shown:
                     yield Event(shown, fresh, None, fresh_logprobs or None, fresh_top or None)
                 if end is not None or stops.hit:
-                    finish = "stop"
+                    finish, ending = "stop", None if end is None or stops.hit else run.tokens[end]
                     break
         last = ""
         if detokenizer:
@@ -239,7 +239,8 @@ class Engine:
         if isinstance(policy, DepthController):
             policy.save()
         wanted = asked.logprobs > 0
-        result = Result("".join(text), tokens, logprobs if wanted else None, finish, stats, top if wanted else None)
+        result = Result("".join(text), tokens, logprobs if wanted else None, finish, stats, top if wanted else None,
+                        ending)  # fmt: skip
         yield Event(last, [], result)
 
 

@@ -135,7 +135,8 @@ class Result:
     """A finished generation. tokens: generated ids, without prompt and without the ending token.
 
     logprobs: one a token, natural logarithm under the target's law after penalties and bias, before temperature and
-    filters; None unless asked for. top_logprobs: the likeliest tokens of each place, {token id: logprob}.
+    filters; None unless asked for. top_logprobs: the likeliest tokens of each place, {token id: logprob}. stop_token:
+    the ending token that was generated; None where a stop string or the length ended the reply.
     """
 
     text: str
@@ -144,6 +145,7 @@ class Result:
     finish_reason: str
     stats: Stats
     top_logprobs: list[dict[int, float]] | None = None
+    stop_token: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON object of `mlx-mtp generate --json`; top_logprobs only where logprobs were asked for."""
