@@ -52,11 +52,16 @@ class Asked:
 
 @dataclass
 class Run:
-    """New tokens, and per token its logprob and the likeliest alternatives where asked for."""
+    """New tokens, and per token its logprob and the likeliest alternatives where asked for.
+
+    drafted, accepted: of its round, before any cut; None and 0 for the prefill's token.
+    """
 
     tokens: list[int]
     logprobs: list[float] | None = None
     top: list[dict[int, float]] | None = None
+    drafted: int | None = None
+    accepted: int = 0
 
 
 @dataclass
@@ -171,14 +176,14 @@ class Decoder:
     def _collect(
         self, decoding: _Decoding, reader: _Reader, depth: int, outcome: Outcome, policy: DepthPolicy, alike: bool
     ) -> Run:
-        """Reads a round, books it, and cuts it to what stands and to the budget."""
+        """Reads a round and cuts it to what was accepted and to the budget."""
         run, accepted = reader.read(outcome)
         seconds = decoding.round_seconds()
         policy.learn(depth, accepted, seconds if alike else None)
-        decoding.stats.count(depth, accepted)
         decoding.bound -= depth - accepted
         upto = min(accepted + 1, decoding.asked.budget - len(decoding.emitted))
-        run = Run(run.tokens[:upto], run.logprobs and run.logprobs[:upto], run.top and run.top[:upto])
+        logprobs, top = run.logprobs and run.logprobs[:upto], run.top and run.top[:upto]
+        run = Run(run.tokens[:upto], logprobs, top, depth, accepted)
         decoding.emitted += run.tokens
         return run
 

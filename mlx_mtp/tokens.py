@@ -15,6 +15,8 @@ from mlx_mtp.errors import CheckpointError, PromptError, brief
 
 # Tokens at a prompt's end in which a template may open a thought.
 THOUGHT_TAIL = 16
+# A token that stands for one byte.
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
 
@@ -56,7 +58,7 @@ class Tokenizer:
         # Behind another token, as many tokenizers drop the space in front of a text's first one.
         front = self.encode("a", special=False)[-1:]
         text = self.decode([*front, token])[len(self.decode(front)) :]
-        if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", str(self._wrapped.convert_ids_to_tokens(token))):
+        if byte := BYTE.fullmatch(str(self._wrapped.convert_ids_to_tokens(token))):
             return text, bytes.fromhex(byte[1])
         return text, None if "\ufffd" in text else text.encode()
 
@@ -107,6 +109,15 @@ class Tokenizer:
         """Ids that end a reply, as the tokenizer sees it."""
         return set(self._wrapped.eos_token_ids)
 
+    @property
+    def cleans_spaces(self) -> bool:
+        """Whether decoding may drop a space once the text after it is known."""
+        return bool(getattr(self._wrapped, "clean_up_tokenization_spaces", False))
+
+    def is_byte(self, token: int) -> bool:
+        """Whether a token is one byte, which is read together with the bytes around it."""
+        return BYTE.fullmatch(str(self._wrapped.convert_ids_to_tokens(token))) is not None
+
     def stream(self) -> Any:
         """A fresh detokeniser: add_token(id), last_segment, finalize()."""
         detokenizer = self._wrapped.detokenizer
@@ -133,23 +144,32 @@ def prompt_ids(prompt: Prompt, tokenizer: Tokenizer | None, raw: bool = False) -
 
 
 class StopStrings:
-    """Cuts a stream of text before the first stop string; holds back what might become one."""
+    """Cuts a stream of text before the first stop string; holds back what might become one.
+
+    past: characters of the text fed last, up to and with the end of the stop string, once there is a `hit`.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
         self._held = ""
-        self.hit = False
+        self.hit, self.past = False, 0
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to look for."""
+        return bool(self._stops)
 
     def feed(self, text: str) -> str:
         """Text that is safe to show now; after `hit` nothing follows."""
         if self.hit:
             return ""
+        before = len(self._held)
         self._held += text
         found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             # The one that is complete first, the longest of these: so that it does not matter how the text was cut.
-            self.hit = True
-            shown, self._held = self._held[: min(found)[1]], ""
+            end, begin = min(found)
+            self.hit, self.past = True, end - before
+            shown, self._held = self._held[:begin], ""
             return shown
         keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
