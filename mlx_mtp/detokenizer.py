@@ -72,11 +72,8 @@ class Detokenizer:
         found.append(whole[start:])
         # Decoded again in front of the next ones, as a text's first space may be dropped, and bytes be read together.
         self._context = self._held if whole else [*self._context, *self._held][-CONTEXT:]
-        self._before = (
-            self._single(self._context[0])[0]
-            if len(self._context) == 1
-            else len(self._tokenizer.decode(self._context))
-        )
+        first, *more = self._context
+        self._before = len(self._tokenizer.decode(self._context)) if more else self._single(first)[0]
         self._held, self._looks = [], []
         return found
 

@@ -177,7 +177,8 @@ class Event:
     """A piece of a running generation: the new text and tokens; `result` only on the last one.
 
     text: as the model wrote it (in a chat, the answer alone). content, thinking, calls: the same told apart: what is
-    answer, what is thought, and finished calls of tools. With `raw` and without a chat template all text is answer.
+    answer, what is thought, and finished calls of tools. With `raw` and without a chat template all text is answer;
+    an event that is made without `content` says so of its text.
     """
 
     text: str
@@ -186,5 +187,9 @@ class Event:
     logprobs: list[float] | None = None
     top_logprobs: list[dict[int, float]] | None = None
     thinking: str = ""
-    content: str = ""
+    content: str = field(default=None)  # type: ignore[assignment]
     calls: list[ToolCall] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.content is None:
+            object.__setattr__(self, "content", self.text)
