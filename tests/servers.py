@@ -116,7 +116,9 @@ class FakeTokenizer:
 
 @dataclass
 class ScriptedEngine:
-    """Writes `script`, one string an event, with thoughts and calls told apart unless it is raw. Waits for the gate before each but the first where there is one.
+    """Writes `script`, one string an event, with thoughts and calls told apart unless it is asked for raw.
+
+    Waits for the gate before each but the first where there is one.
 
     asked: the options of every request; written: how many events there were; closed: how many replies ended before
     their time; fails_at: the event in whose place it raises.
