@@ -65,9 +65,10 @@ class Reply:
         """Nothing follows: what was held back belongs to the reply, unless a stop string turns up in it."""
         for text in self._detokenizer.flush() if self._detokenizer else ():
             self._take(text)
-        self._split("", final=True)
         if not self.stopped:
-            self._show(Pieces())
+            self._split("", final=True)
+        if not self.stopped:
+            self._show(Pieces())  # whatever comes now is not the answer
             self._release(len(self._waiting))
 
     @property
