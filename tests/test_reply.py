@@ -165,8 +165,8 @@ def test_any_reply_like_a_search(
     assert reply.stopped == wanted.stopped
     assert reply.text == "".join(event.text for event in events) == wanted.text
     assert reply.tokens == [token for event in events for token in event.tokens] == list(range(wanted.count))
-    assert reply.logprobs == [one for event in events for one in event.logprobs or []] == [-0.5 * i for i in reply.tokens]
-    assert reply.top == [one for event in events for one in event.top_logprobs or []] == [{i: 0.0} for i in reply.tokens]
+    scores = [one for event in events for one in zip(event.logprobs or [], event.top_logprobs or [], strict=True)]
+    assert scores == list(zip(reply.logprobs, reply.top, strict=True)) == [(-0.5 * i, {i: 0.0}) for i in reply.tokens]
     assert "".join(event.content for event in events) == wanted.content
     assert "".join(event.thinking for event in events) == wanted.thinking
     # "both end at the same token": the tokens are the text, and the stop string in their last one.
