@@ -25,7 +25,6 @@ from mlx_mtp.chat import Chat
 from mlx_mtp.chat_file import load_chat
 from mlx_mtp.decode import Asked, Decoder, PrefillProgress
 from mlx_mtp.depth import Curve, DepthController, DepthPolicy, FixedDepth, remembered
-from mlx_mtp.detokenizer import Detokenizer
 from mlx_mtp.errors import OptionError, PromptError
 from mlx_mtp.interfaces import Drafter, Target
 from mlx_mtp.reply import Reply
@@ -194,7 +193,7 @@ class Engine:
         if tokenizer is None:
             return Reply(None, (), None)
         channels = None if raw or not tokenizer.has_chat_template else Channels(tokenizer.opened_thought(ids), tools)
-        return Reply(Detokenizer(tokenizer), stop, channels)
+        return Reply(tokenizer.stream(), stop, channels)
 
     def _checked_sampling(self, sampling: Sampling | None) -> Sampling:
         resolved = (sampling or Sampling()).over(self.defaults)

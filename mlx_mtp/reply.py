@@ -10,12 +10,26 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Sequence
 from itertools import repeat
+from typing import Protocol
 
 from mlx_mtp.channels import Channels, Pieces, joined
 from mlx_mtp.decode import Run
-from mlx_mtp.detokenizer import Detokenizer
 from mlx_mtp.results import Event, Result
 from mlx_mtp.tokens import StopStrings
+
+
+class Detokenizer(Protocol):
+    """Tokens to text, one after the other."""
+
+    @property
+    def last_segment(self) -> str:
+        """Text since this was last read."""
+
+    def add_token(self, token: int) -> None:
+        """One more token."""
+
+    def finalize(self) -> None:
+        """Nothing follows: what was held back is text."""
 
 
 class Reply:
@@ -56,17 +70,19 @@ class Reply:
             if self.over:
                 return
             self._waiting.append((token, logprob, top))
-            for text in self._detokenizer.feed(token) if self._detokenizer else ():
-                self._take(text)
+            if self._detokenizer:
+                self._detokenizer.add_token(token)
+                self._take(self._detokenizer.last_segment)
             if not self._stops:
                 self._release(len(self._waiting))
 
     def finish(self) -> None:
         """Nothing follows: what was held back belongs to the reply, unless a stop string turns up in it."""
-        for text in self._detokenizer.flush() if self._detokenizer else ():
-            self._take(text)
-        if not self.stopped:
-            self._split("", final=True)
+        if self.stopped:
+            return
+        if self._detokenizer:
+            self._detokenizer.finalize()
+        self._split(self._detokenizer.last_segment if self._detokenizer else "", final=True)
         if not self.stopped:
             self._show(Pieces())  # whatever comes now is not the answer
             self._release(len(self._waiting))
@@ -86,9 +102,7 @@ class Reply:
         )  # fmt: skip
 
     def _take(self, text: str) -> None:
-        """The text of the oldest waiting token whose text was not known."""
-        if self.stopped:
-            return
+        """The text of the newest token."""
         self._written += len(text)
         if self._stops:
             self._ends.append(self._written)
@@ -122,8 +136,8 @@ class Reply:
 
     def _end(self, place: int) -> None:
         """The reply ends with the token that wrote the character in front of `place`."""
-        last = next(i for i, end in enumerate(self._ends) if end >= place)
-        self._release(last + 1)
+        count = next((i for i, end in enumerate(self._ends, 1) if end >= place), len(self._waiting))
+        self._release(count)
         self._waiting.clear()
         self._ends.clear()
         self.stopped = True

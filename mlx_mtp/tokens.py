@@ -15,8 +15,6 @@ from mlx_mtp.errors import CheckpointError, PromptError, brief
 
 # Tokens at a prompt's end in which a template may open a thought.
 THOUGHT_TAIL = 16
-# A token that stands for one byte.
-BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
 
@@ -58,7 +56,7 @@ class Tokenizer:
         # Behind another token, as many tokenizers drop the space in front of a text's first one.
         front = self.encode("a", special=False)[-1:]
         text = self.decode([*front, token])[len(self.decode(front)) :]
-        if byte := BYTE.fullmatch(str(self._wrapped.convert_ids_to_tokens(token))):
+        if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", str(self._wrapped.convert_ids_to_tokens(token))):
             return text, bytes.fromhex(byte[1])
         return text, None if "\ufffd" in text else text.encode()
 
@@ -108,15 +106,6 @@ class Tokenizer:
     def end_tokens(self) -> set[int]:
         """Ids that end a reply, as the tokenizer sees it."""
         return set(self._wrapped.eos_token_ids)
-
-    @property
-    def cleans_spaces(self) -> bool:
-        """Whether decoding may drop a space once the text after it is known."""
-        return bool(getattr(self._wrapped, "clean_up_tokenization_spaces", False))
-
-    def is_byte(self, token: int) -> bool:
-        """Whether a token is one byte, which is read together with the bytes around it."""
-        return BYTE.fullmatch(str(self._wrapped.convert_ids_to_tokens(token))) is not None
 
     def stream(self) -> Any:
         """A fresh detokeniser: add_token(id), last_segment, finalize()."""

@@ -5,6 +5,7 @@ References are searches in the whole text and counts by hand. Drafts are accepte
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import os
 import tracemalloc
@@ -18,21 +19,30 @@ import mlx.core as mx
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from thinking import TOKENS, thinking_engine, write_tokenizer
-from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import models
-from transformers import PreTrainedTokenizerFast
+from thinking import TOKENS, thinking_engine
 
 import mlx_mtp
 from mlx_mtp.channels import CALL, CLOSING, Channels, ToolCall
 from mlx_mtp.decode import Run
-from mlx_mtp.detokenizer import Detokenizer
 from mlx_mtp.reply import Reply
 from mlx_mtp.testing import MarkovDrafter, MarkovTarget
-from mlx_mtp.tokens import Tokenizer
 
 PROPERTY = {"deadline": None, "derandomize": True}
 GREEDY = mlx_mtp.Sampling(temperature=0.0)
+
+
+class Stream:
+    """Bytes to characters as they come."""
+
+    def __init__(self, bytes_of: Sequence[bytes]) -> None:
+        self.bytes_of, self.reader = bytes_of, codecs.getincrementaldecoder("utf-8")("replace")
+        self.last_segment = ""
+
+    def add_token(self, token: int) -> None:
+        self.last_segment = self.reader.decode(self.bytes_of[token])
+
+    def finalize(self) -> None:
+        self.last_segment = self.reader.decode(b"", final=True)
 
 
 @dataclass
@@ -42,13 +52,12 @@ class Spelling:
     bytes_of: Sequence[bytes]
     opened: str | None = None
     has_chat_template: bool = True
-    cleans_spaces: bool = False
 
     def decode(self, ids: Sequence[int]) -> str:
         return b"".join(self.bytes_of[i] for i in ids).decode("utf-8", "replace")
 
-    def is_byte(self, token: int) -> bool:
-        return False
+    def stream(self) -> Stream:
+        return Stream(self.bytes_of)
 
     def opened_thought(self, ids: Sequence[int]) -> str | None:
         return self.opened
@@ -153,7 +162,7 @@ def test_any_reply_like_a_search(
 ) -> None:
     size = len(parts)
     cuts = sorted(data.draw(st.sets(st.integers(0, size), max_size=6))) if data else list(range(size))
-    reply = Reply(Detokenizer(Spelling(parts)), stops, None if raw else Channels(opened, calls=False))
+    reply = Reply(Stream(parts), stops, None if raw else Channels(opened, calls=False))
     events = []
     for begin, end in itertools.pairwise([0, *cuts, size]):
         ids = list(range(begin, end))
@@ -178,7 +187,7 @@ def test_no_stop_in_a_call() -> None:
     for body, calls in (("call:f{a:1}", [ToolCall("f", {"a": 1})]), ("call:f{a:1", [])):
         text = f"Well. {CALL[0]}{body}{CALL[1]} Then f{{a:1 again."
         parts = [character.encode() for character in text]
-        reply = Reply(Detokenizer(Spelling(parts)), ["f{a", ". <"], Channels())
+        reply = Reply(Stream(parts), ["f{a", ". <"], Channels())
         reply.extend(Run(list(range(len(parts)))), ())
         event = reply.event()
         assert reply.stopped and reply.text == text[: text.rindex("f{a")] and event.calls == calls
@@ -191,7 +200,7 @@ def test_text_is_shown_at_once() -> None:
     parts = [b"ab", b"<", b"thx", b"\xe2", b"\x82\xac", b"<|tool_call>", b"call:f{", b"}<tool", b"_call|>"]
 
     def shown(stops: list[str]) -> list[tuple[str, int]]:
-        reply, found = Reply(Detokenizer(Spelling(parts)), stops, Channels()), []
+        reply, found = Reply(Stream(parts), stops, Channels()), []
         for i in range(len(parts)):
             reply.extend(Run([i]), ())
             event = reply.event()
@@ -201,7 +210,7 @@ def test_text_is_shown_at_once() -> None:
     texts = ["ab", "", "<thx", "", "€", "<|tool_call>", "call:f{", "}", "<tool_call|>"]
     assert shown([]) == [(text, 1) for text in texts]
     texts[0], texts[2] = "a", "b<thx"  # "b<" may begin "b<!"
-    assert shown(["b<!"]) == list(zip(texts, [1, 0, 2, 0, 2, 1, 1, 0, 2], strict=True))
+    assert shown(["b<!"]) == list(zip(texts, [1, 0, 2, 1, 1, 1, 1, 0, 2], strict=True))
 
 
 # The engine
@@ -362,49 +371,6 @@ def test_a_turn_after_a_stop_is_that_of_a_fresh_run(depth: int) -> None:
         assert again.result.tokens == engine.generate(following, max_tokens=12, raw=True).tokens
 
 
-# Tokens to text
-
-
-@pytest.fixture(scope="module")
-def embedded() -> Tokenizer:
-    return mlx_mtp.load(drafter=None).tokenizer
-
-
-def streamed(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """The text of each token."""
-    detokenizer = Detokenizer(tokenizer)
-    found = [text for token in ids for text in detokenizer.feed(token)] + detokenizer.flush()
-    assert len(found) == len(ids)
-    return found
-
-
-@settings(max_examples=100, **PROPERTY)
-@given(st.lists(st.integers(0, 4095) | st.integers(0, 300), max_size=40), st.text(max_size=20))
-def test_text_is_what_decode_gives(embedded: Tokenizer, ids: list[int], text: str) -> None:
-    for tokens in (ids, embedded.encode(text, special=False)):
-        assert "".join(streamed(embedded, tokens)) == embedded.decode(tokens)
-
-
-def test_a_long_run_of_bytes_is_text_before_its_end(embedded: Tokenizer) -> None:
-    text = "漢字" * 40
-    ids = embedded.encode(text, special=False)
-    detokenizer = Detokenizer(embedded)
-    shown = "".join(part for token in ids[:-10] for part in detokenizer.feed(token))
-    assert len(ids) > 200 and text.startswith(shown) and len(shown) > 60
-    assert "".join(streamed(embedded, ids)) == text
-
-
-def test_spaces_that_go_are_not_shown() -> None:
-    """A tokenizer of words whose decoding cleans spaces up: the stop " " is completed by a word, not by a comma."""
-    words = ["Well", ",", "do", "n't", "you", "?", "'", "x"]
-    inner = FastTokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="x"))
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=True)
-    tokenizer = Tokenizer(wrapped)
-    ids = list(range(6))
-    assert tokenizer.cleans_spaces and tokenizer.decode(ids) == "Well, don't you?"
-    assert streamed(tokenizer, ids) == ["Well", ",", " do", "n't", " you", "?"]
-
-
 # A long reply
 
 
@@ -433,9 +399,3 @@ def test_a_token_costs_the_same_at_any_length(kind: str) -> None:
     early, late = median(costs[200 : 200 + window]), median(costs[-window - 10 : -10])
     assert late < early + 4 * (length - window) / 2, (early, late)
 
-
-def test_written_tokenizer_is_read_token_by_token(tmp_path: Path) -> None:
-    """A real tokenizer file beside the fake: every token's text, markers among them."""
-    tokenizer = Tokenizer.load(write_tokenizer(tmp_path))
-    ids = list(range(len(TOKENS)))
-    assert streamed(tokenizer, ids) == TOKENS

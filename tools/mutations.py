@@ -106,7 +106,7 @@ FAULTS = (
           "keep = max((overlap(self._held, stop) for stop in self._stops), default=0)", "keep = 0",
           ("tests/test_properties.py", "-k", "stop")),
     Fault("stop strings: the reply is cut one token late", "mlx_mtp/reply.py",
-          "self._release(last + 1)", "self._release(min(last + 2, len(self._waiting)))", REPLY),
+          "if end >= place), len", "if end > place), len", REPLY),
     Fault("stop strings: thoughts are searched too", "mlx_mtp/reply.py",
           "if not piece.answer:", "if not piece.answer and not piece.thinking:", REPLY),
     Fault("statistics: drafts that a stop cut off count as accepted", "mlx_mtp/results.py",
