@@ -65,8 +65,7 @@ class Reply:
     def extend(self, run: Run, ends: Collection[int]) -> None:
         """New tokens, up to one of `ends` (which belongs to no reply) or to the one that completes a stop string."""
         for token, logprob, top in zip(run.tokens, run.logprobs or repeat(None), run.top or repeat(None), strict=False):
-            if token in ends:
-                self.ended = True
+            self.ended = not self.stopped and token in ends
             if self.over:
                 return
             self._waiting.append((token, logprob, top))

@@ -271,6 +271,7 @@ def rounds_by_hand(story: Story, depth: int, emitted: int) -> list[tuple[int, in
 @settings(max_examples=30, **PROPERTY)
 @given(stories())
 @example(Story([b"a", b"b", b"ab", b"a", b"b ", b"c", b"d", b"e"], ["ab "], [], 7, True))
+@example(Story([b"a", b"b", b"c", b"d"], ["d"], [], 6, True))  # completed right before the ending token
 @example(Story([b"a", b"b", b"c", b"d", b"e", b"f", b"g"], ["de"], [3], 7, False))
 def test_every_depth_ends_at_the_same_token(story: Story) -> None:
     wanted = None
