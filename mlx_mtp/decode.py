@@ -23,7 +23,7 @@ from mlx_mtp.interfaces import Drafter, Memory, States, Target
 from mlx_mtp.results import NEUTRAL, Sampling, Stats
 from mlx_mtp.sampling import Rules
 from mlx_mtp.session import Held, Session
-from mlx_mtp.speculate import LogitsProcessor, Outcome, Request, Rounds
+from mlx_mtp.speculate import LogitsProcessor, Outcome, Request, Rounds, SoFar
 
 # Most bytes of attention scores one prefill chunk may need, and its largest and smallest number of rows.
 CHUNK_BYTES, MAX_CHUNK, MIN_CHUNK = 256_000_000, 512, 16
@@ -52,11 +52,16 @@ class Asked:
 
 @dataclass
 class Run:
-    """New tokens, and per token its logprob and the likeliest alternatives where asked for."""
+    """New tokens, and per token its logprob and the likeliest alternatives where asked for.
+
+    drafted, accepted: of its round, before any cut; None and 0 for the prefill's token.
+    """
 
     tokens: list[int]
     logprobs: list[float] | None = None
     top: list[dict[int, float]] | None = None
+    drafted: int | None = None
+    accepted: int = 0
 
 
 @dataclass
@@ -88,6 +93,7 @@ class _Decoding:
     """Host side of one request: an upper bound of the device's length, and a clock.
 
     newest: the furthest row that was or will be written. paused: seconds the consumer took since the last read.
+    so_far: prompt and emitted tokens where Python functions ask for them.
     disturbed: whether the time since the last read, or that before it, says nothing about a round: a graph or buffer
     was made, or the consumer was slow and the device ahead.
     """
@@ -97,11 +103,18 @@ class _Decoding:
     bound: int
     newest: int
     asked: Asked
+    so_far: SoFar | None = None
     emitted: list[int] = field(default_factory=list)
     read_at: float = 0.0
     paused: float = 0.0
     disturbed: bool = True
     disturbed_before: bool = True
+
+    def take(self, tokens: list[int]) -> None:
+        """Tokens that were read."""
+        self.emitted += tokens
+        if self.so_far is not None:
+            self.so_far.add(mx.array(tokens))
 
     def round_seconds(self) -> float | None:
         """Wall time since the last read, None where that says nothing; starts the next interval."""
@@ -132,7 +145,8 @@ class Decoder:
         try:
             began = time.perf_counter()
             request, newest = self._prefill(asked, policy.deepest, taken, stats)
-            decoding = _Decoding(request, stats, len(asked.ids), newest, asked)
+            so_far = SoFar(asked.ids) if asked.processors else None
+            decoding = _Decoding(request, stats, len(asked.ids), newest, asked, so_far)
             yield from self._run(decoding, policy, began)
         finally:
             if session is not None:
@@ -141,14 +155,14 @@ class Decoder:
     def _run(self, decoding: _Decoding, policy: DepthPolicy, began: float) -> Iterator[Run]:
         """The tokens behind the prompt; one round in flight while the one before is read."""
         asked, stats, reader = decoding.asked, decoding.stats, _Reader(decoding.stats)
-        first = self.rounds.first(decoding.request, asked.ids, asked.processors)
+        first = self.rounds.first(decoding.request, decoding.so_far, asked.processors)
         stats.head_passes += 1
         serial = bool(asked.processors)  # Python functions want every token before the next round is built
         # Read before a round is submitted: where that waits for the device (MLX on a CPU), the token would be late.
         run, _ = reader.read(first)
         stats.prefill_seconds = time.perf_counter() - began
         decoding.round_seconds()
-        decoding.emitted += run.tokens
+        decoding.take(run.tokens)
         yield run
         pending: tuple[int, Outcome] | None = None
         while len(decoding.emitted) < asked.budget:
@@ -171,15 +185,15 @@ class Decoder:
     def _collect(
         self, decoding: _Decoding, reader: _Reader, depth: int, outcome: Outcome, policy: DepthPolicy, alike: bool
     ) -> Run:
-        """Reads a round, books it, and cuts it to what stands and to the budget."""
+        """Reads a round and cuts it to what was accepted and to the budget."""
         run, accepted = reader.read(outcome)
         seconds = decoding.round_seconds()
         policy.learn(depth, accepted, seconds if alike else None)
-        decoding.stats.count(depth, accepted)
         decoding.bound -= depth - accepted
         upto = min(accepted + 1, decoding.asked.budget - len(decoding.emitted))
-        run = Run(run.tokens[:upto], run.logprobs and run.logprobs[:upto], run.top and run.top[:upto])
-        decoding.emitted += run.tokens
+        logprobs, top = run.logprobs and run.logprobs[:upto], run.top and run.top[:upto]
+        run = Run(run.tokens[:upto], logprobs, top, depth, accepted)
+        decoding.take(run.tokens)
         return run
 
     def _submit(self, decoding: _Decoding, policy: DepthPolicy) -> tuple[int, Outcome]:
@@ -190,9 +204,8 @@ class Decoder:
         grown = self._reserve(request, rows)
         decoding.disturbed |= grown or self.rounds.is_new(request, depth)
         decoding.bound += depth + 1
-        if asked.processors:
-            so_far = asked.ids + decoding.emitted
-            outcome = self.rounds.submit_processed(request, depth, so_far, asked.processors)
+        if decoding.so_far is not None:
+            outcome = self.rounds.submit_processed(request, depth, decoding.so_far, asked.processors)
         else:
             outcome = self.rounds.submit(request, depth)
         stats = decoding.stats

@@ -121,6 +121,10 @@ class Session:
         while len(self.marks) > 1 and sum(mark.nbytes for mark in self.marks) > MARK_BYTES:
             self.marks.pop(0)
 
+    def cut(self, length: int) -> None:
+        """Forgets the tokens after the first `length`: what was computed for nothing is not part of what was said."""
+        del self.ids[length:]
+
     def give_back(self, held: Held | None, ids: Sequence[int]) -> None:
         """Ends a request: `ids` are the tokens whose rows stand in its cache. None = it came to nothing."""
         self.busy, self.held, self.ids = False, held, list(ids) if held is not None else []

@@ -40,6 +40,32 @@ class Outcome:
     top: tuple[mx.array, mx.array] | None = None
 
 
+class SoFar:
+    """All tokens of a request on the device, for processors: a buffer that is written in place and doubles."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self._buffer, self._length = mx.zeros((2 * len(ids) + 64,), dtype=mx.int32), 0
+        self.add(mx.array(list(ids), dtype=mx.int32))
+
+    def add(self, tokens: mx.array) -> None:
+        """More tokens [T]."""
+        self._write(tokens)
+        self._length += tokens.size
+
+    def rows(self, drafts: mx.array | None) -> list[mx.array]:
+        """The tokens in front of each row of a round: all so far, then one more of drafts [1, depth] each time."""
+        if drafts is not None:
+            self._write(drafts[0])
+        depth = 0 if drafts is None else drafts.shape[1]
+        return [self._buffer[: self._length + i] for i in range(depth + 1)]
+
+    def _write(self, tokens: mx.array) -> None:
+        if (missing := self._length + tokens.size - self._buffer.size) > 0:
+            self._buffer = mx.pad(self._buffer, (0, max(missing, self._buffer.size)))
+        at = mx.array([self._length], dtype=mx.int32)
+        self._buffer = mx.slice_update(self._buffer, tokens.astype(mx.int32), at, axes=(0,))
+
+
 @dataclass
 class Request:
     """The device state of one request.
@@ -106,7 +132,7 @@ class Rounds:
         return Outcome(*outcome)
 
     def submit_processed(
-        self, request: Request, depth: int, so_far: Sequence[int], processors: Sequence[LogitsProcessor]
+        self, request: Request, depth: int, so_far: SoFar, processors: Sequence[LogitsProcessor]
     ) -> Outcome:
         """A round whose logits pass through Python functions that need all tokens `so_far`; never compiled."""
         one_round = self._round(request.cache.layout(), request.rules, depth, so_far, processors)
@@ -114,7 +140,7 @@ class Rounds:
         return _started(request, Outcome(*outcome))
 
     def first(
-        self, request: Request, so_far: Sequence[int] = (), processors: Sequence[LogitsProcessor] = ()
+        self, request: Request, so_far: SoFar | None = None, processors: Sequence[LogitsProcessor] = ()
     ) -> Outcome:
         """The token behind the prompt, from `request.hidden`: a round without a pass of its own."""
         logits = self._target.head(request.hidden)
@@ -127,7 +153,7 @@ class Rounds:
         layout: KVCache,
         rules: Rules,
         depth: int,
-        so_far: Sequence[int] = (),
+        so_far: SoFar | None = None,
         processors: Sequence[LogitsProcessor] = (),
     ) -> Callable[..., Any]:
         """The round as a pure function of arrays, for one cache layout, one set of rules and one depth."""
@@ -163,12 +189,12 @@ class Rounds:
     @staticmethod
     def _accept(
         rules: Rules, state: dict[str, Any], knobs: Knobs, drafts: mx.array | None, law: sampling.Law | None,
-        logits: mx.array, so_far: Sequence[int], processors: Sequence[LogitsProcessor],
+        logits: mx.array, so_far: SoFar | None, processors: Sequence[LogitsProcessor],
     ) -> tuple[dict[str, Any], tuple[Any, ...]]:  # fmt: skip
         """Judges drafts by logits [B, M, V]; returns the state with the newest token and the fields of an Outcome."""
         history = state["history"]
-        if processors:
-            logits = _processed(logits, so_far, state["token"], drafts, processors)
+        if so_far is not None:
+            logits = _processed(logits, so_far.rows(drafts), processors)
         if rules.penalties:
             rows = {**history, "generated": sampling.running_counts(history["generated"], drafts)}
             logits = rules.processed(logits, None, knobs, rows)
@@ -208,16 +234,10 @@ def _logprobs(logits: mx.array, tokens: mx.array, most: int) -> tuple[Any, ...]:
     return mx.take_along_axis(laws, tokens[..., None], axis=-1)[..., 0], top
 
 
-def _processed(
-    logits: mx.array, so_far: Sequence[int], token: mx.array, drafts: mx.array | None,
-    processors: Sequence[LogitsProcessor],
-) -> mx.array:  # fmt: skip
-    """Every row through the processors, each with the tokens before it; `so_far` ends with `token`."""
+def _processed(logits: mx.array, before: Sequence[mx.array], processors: Sequence[LogitsProcessor]) -> mx.array:
+    """Every row of logits [1, M, V] through the processors, with the tokens before it."""
     rows = []
-    for i in range(logits.shape[1]):
-        tokens = mx.array(list(so_far), dtype=mx.int32)
-        if drafts is not None and i:
-            tokens = mx.concatenate([tokens, drafts[0, :i]])
+    for i, tokens in enumerate(before):
         row = logits[:, i]
         for processor in processors:
             row = processor(tokens, row)

@@ -43,6 +43,7 @@ class Fault:
 ENUMERATION = ("tests/test_sampling.py", "-k", "enumeration")
 CACHE = ("tests/test_cache.py",)
 LOOP = ("tests/test_engine.py", "-k", "every_depth and ple or full_acceptance or full_rejection")
+REPLY = ("tests/test_reply.py", "-k", "like_a_search or every_depth")
 FAULTS = (
     Fault("acceptance, token by token: q / p in place of p / q", "mlx_mtp/verify.py",
           "Odds(mx.minimum(before.at(drafts) / q.at(drafts), 1.0)",
@@ -104,6 +105,15 @@ FAULTS = (
     Fault("stop strings: what may become one is shown", "mlx_mtp/tokens.py",
           "keep = max((overlap(self._held, stop) for stop in self._stops), default=0)", "keep = 0",
           ("tests/test_properties.py", "-k", "stop")),
+    Fault("stop strings: the reply is cut one token late", "mlx_mtp/reply.py",
+          "if end >= place), len", "if end > place), len", REPLY),
+    Fault("stop strings: thoughts are searched too", "mlx_mtp/reply.py",
+          "if not piece.answer:", "if not piece.answer and not piece.thinking:", REPLY),
+    Fault("statistics: drafts that a stop cut off count as accepted", "mlx_mtp/results.py",
+          "min(drafted, kept), min(accepted, kept)", "min(drafted, kept), accepted",
+          ("tests/test_reply.py", "-k", "accepted")),
+    Fault("sessions: what came after a stop is part of the conversation", "mlx_mtp/session.py",
+          "del self.ids[length:]", "del self.ids[length + 8 :]", ("tests/test_reply.py", "-k", "fresh_run")),
 )  # fmt: skip
 
 
