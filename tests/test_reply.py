@@ -279,7 +279,8 @@ def test_every_depth_ends_at_the_same_token(story: Story) -> None:
         engine, session = told_to_write(story.parts, depth, story.wrong, story.end), mlx_mtp.Session()
         with uncompiled():
             events = list(engine.stream(
-                [0], max_tokens=story.budget, stop=story.stops, logprobs=2, session=session, sampling=GREEDY
+                [0], max_tokens=story.budget, stop=[stop for stop in story.stops if stop], logprobs=2,
+                session=session, sampling=GREEDY,
             ))  # fmt: skip
         result = events[-1].result
         if wanted is None:
