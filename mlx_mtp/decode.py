@@ -229,9 +229,7 @@ class Decoder:
         """Runs the prompt in chunks that bound memory; leaves the state of its last token."""
         return self._prefill(asked, deepest, None, Stats())[0]
 
-    def _prefill(
-        self, asked: Asked, deepest: int, kept: _Kept | None, stats: Stats
-    ) -> tuple[Request, int]:
+    def _prefill(self, asked: Asked, deepest: int, kept: _Kept | None, stats: Stats) -> tuple[Request, int]:
         """The request behind its prompt, and the furthest row written; `kept` = what is there of it already."""
         target, drafter, ids = self.target, self.drafter, asked.ids
         # In exact mode room for the whole reply: the kernels may depend on the size of the buffers, and when those

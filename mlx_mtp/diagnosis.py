@@ -40,8 +40,7 @@ CONTEXT = 200
 # The depth whose rounds are timed for the cost of a draft step: deep enough to divide by, within every chip's reach.
 TIMED_DEPTH = 4
 ACCEPTANCES = (0.5, 0.7, 0.9)
-# Sizes of the cache, in tokens, for which `doctor --mode exact` says how passes are exact.
-PROBED_CAPACITIES = (CAPACITY_STEP, 1024, 4096)
+PROBED_CAPACITIES = (CAPACITY_STEP, 1024, 3840)  # for which `doctor --mode exact` says how passes are exact
 COMPARED_TOKENS = 48  # of each reply on which the two conventions are compared
 # Two conventions differ by more than noise where so lopsided a split would come by chance less often than this.
 SIGNIFICANT = 0.05

@@ -96,7 +96,7 @@ class Session:
         return held, found
 
     def take_marked(self, ids: Sequence[int]) -> tuple[Held, Mark] | None:
-        """The cache as it was at the last end of a prompt that `ids` begin with, and that end; None where there is none.
+        """The cache as it was at the end of the longest prompt so far that `ids` begin with, and that end; or None.
 
         For exact mode: what is found depends on the prompts so far and on nothing else. OptionError as for `take`.
         """
@@ -146,8 +146,9 @@ class Session:
     def mark(self, cache: KVCache, length: int, newest: int, states: States | None = None) -> None:
         """Remembers the rings where a prompt of `length` tokens ended, if they can wrap at all.
 
-        states [B, 1, D]: of its last token, for exact mode, which comes back in any case. Costs one copy of the rings: MLX writes a buffer in place only where nobody else holds it. `mx.array` because
-        an assignment to a part of an array changes that very Python object, outside of compiled functions.
+        states [B, 1, D]: of its last token, for exact mode, which comes back in any case. Costs one copy of the rings:
+        MLX writes a buffer in place only where nobody else holds it. `mx.array` because an assignment to a part of an
+        array changes that very Python object, outside of compiled functions.
         """
         layers = [i for i, shape in enumerate(cache.shapes) if shape.kind == SLIDING]
         if states is None and (not layers or cache.slots(SLIDING) >= cache.capacity):

@@ -253,7 +253,9 @@ def plain() -> tuple[mlx_mtp.Engine, list[list[int]], list[Result]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_of_the_embedded_pair(family: str, plain: tuple[mlx_mtp.Engine, list[list[int]], list[Result]]) -> None:
+def test_families_of_the_embedded_pair(
+    family: str, plain: tuple[mlx_mtp.Engine, list[list[int]], list[Result]]
+) -> None:
     """On this device, whatever it can: at 280 tokens in room for 512, where a bias makes a near tie."""
     reference, prompts, found = plain
     engine = mlx_mtp.load(drafter=family, depth=2, mode="exact")
