@@ -143,7 +143,13 @@ def test_a_device_and_tokens_behind_the_end_of_a_reply() -> None:
     plain = turns(engine_of(Device(FILLED), ends=ends), prompt, 40, [*said, *ends])
     assert len(plain[0].tokens) == len(said) and plain[0].finish_reason == "stop"
     script = [*prompt, *engine_of(Device(FILLED)).generate(prompt, max_tokens=40).tokens]
-    check_equal(plain, turns(engine_of(Device(FILLED), ScriptedDrafter(script), 4, ends), prompt, 40, [*said, *ends]))
+    drafting = engine_of(Device(FILLED), ScriptedDrafter(script), 4, ends)
+    check_equal(plain, turns(drafting, prompt, 40, [*said, *ends]))
+    # By what a session knows a server picks the one to go on with.
+    sessions = [Session(), Session()]
+    for engine, session in zip((engine_of(Device(FILLED), ends=ends), drafting), sessions, strict=True):
+        engine.generate(prompt, max_tokens=40, session=session)
+    assert sessions[0].ids == sessions[1].ids == prompt
 
 
 def test_a_device_and_an_edit_far_back() -> None:

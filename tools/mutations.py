@@ -113,6 +113,8 @@ FAULTS = (
     Fault("exact mode: the pass is fused with the rest of the round", "mlx_mtp/speculate.py",
           "apart = self._exact and request.rules.greedy", "apart = False", EXACT),
     Fault("exact mode: a conversation goes on from as far as the reply came", "mlx_mtp/decode.py",
+          "if self.exact is not None:\n            marked", "if False:\n            marked", EXACT),
+    Fault("exact mode: a session knows of tokens behind the end of a reply", "mlx_mtp/decode.py",
           "[] if exact else decoding.emitted", "decoding.emitted", EXACT),
     Fault("exact mode: the end of a prompt is run again for its state", "mlx_mtp/decode.py",
           "marked[1].states) if marked", "None) if marked", EXACT),
