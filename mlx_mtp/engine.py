@@ -21,6 +21,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_mtp import checks, exactness
+from mlx_mtp.cache import CAPACITY_STEP
 from mlx_mtp.channels import Channels
 from mlx_mtp.chat import Chat
 from mlx_mtp.chat_file import load_chat
@@ -76,18 +77,19 @@ class Engine:
         self.max_context = limit if max_context is None else checks.whole("max_context", max_context, 2, limit)
         if drafter is not None:
             drafter.attach(target)
-        self.exactness = exactness.probe(target) if mode == "exact" else None
+        self.exactness = exactness.Probes(target) if mode == "exact" else None
         self._decoder = self._make_decoder(profile)
 
     @property
     def allowed_depths(self) -> list[int]:
         """Drafts a round that drafter and mode allow, 0 always among them; what depth "auto" chooses from."""
         deepest = min(DEEPEST, self.drafter.max_depth) if self.drafter else 0
-        return [d for d in range(deepest + 1) if self.exactness is None or d in self.exactness.depths]
+        exact = self.exactness.at(CAPACITY_STEP) if self.exactness and deepest else None
+        return [d for d in range(deepest + 1) if exact is None or d in exact.depths]
 
     def _make_decoder(self, profile: tuple[Path, str] | None) -> Decoder:
         drafter, exact, allowed = self.drafter, self.exactness, self.allowed_depths
-        if exact is not None and drafter and not exact.possible:
+        if exact is not None and drafter and len(allowed) == 1:
             log.warning("Exact mode: no way was found to verify drafts bit for bit here; decoding plainly.")
         if self.depth != "auto":
             deepest = max(depth for depth in allowed if depth <= int(self.depth))
