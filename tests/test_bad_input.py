@@ -18,7 +18,6 @@ import mlx.core as mx
 import pytest
 
 from mlx_mtp.cli import app
-from mlx_mtp.loading import EMBEDDED
 
 GOLDEN = Path(__file__).parent / "golden"
 TARGET, TIED, CENTROID = (GOLDEN / "ple" / part for part in ("target", "assistant_tied", "assistant_centroid"))
@@ -451,7 +450,6 @@ def test_usage_errors(run: Run, options: list[str]) -> None:
     assert code == 2 and out == "" and "Traceback" not in err and err
 
 
-@pytest.mark.skipif(not (EMBEDDED / "target").is_dir(), reason="the embedded model is not here")
 def test_broken_tokenizer(refused: Refused, copy: Callable[[Path], Path]) -> None:
     folder = copy(TARGET)
     for text in ("", "{", "[]", '{"model": 7}'):
@@ -508,7 +506,6 @@ def test_tokens_print_as_ids_without_a_tokenizer(run: Run) -> None:
         assert code == 0 and err == "" and [int(word) for word in out.split()] == json.loads(as_json)["tokens"]
 
 
-@pytest.mark.skipif(not (EMBEDDED / "target").is_dir(), reason="the embedded model is not here")
 def test_raw_takes_the_prompt_as_it_stands(run: Run) -> None:
     lengths = []
     for extra in (("--raw",), ()):

@@ -12,13 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pexpect
+import pyte
 import pytest
 from conftest import GOLDEN
 
 from mlx_mtp.cli import app
-
-pexpect = pytest.importorskip("pexpect")
-pyte = pytest.importorskip("pyte")
 
 CHAT = ["-m", "mlx_mtp.cli.app", "chat", "--depth", "3"]
 PATIENCE = 120

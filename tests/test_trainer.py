@@ -340,7 +340,6 @@ def test_two_runs_into_one_folder(tmp_path: Path) -> None:
 
 
 def test_curves_are_drawn_from_the_log(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     run = trainer(tmp_path, evaluate_every=2)
     list(run.run())
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
