@@ -51,7 +51,11 @@ def lively(variant: str, drafter: Any = None, **options: Any) -> mlx_mtp.Engine:
     With their own head, the embedding, these random models repeat one token for good, whatever came before; so no test
     of what they write would notice an error. With this one every token depends on all that it can see.
     """
-    engine = mlx_mtp.load(GOLDEN / variant / "target", drafter=drafter, **options)
+    return enlivened(mlx_mtp.load(GOLDEN / variant / "target", drafter=drafter, **options))
+
+
+def enlivened(engine: mlx_mtp.Engine) -> mlx_mtp.Engine:
+    """The engine of a golden target, with the head of `lively`."""
     target, size = engine.target, engine.target.info.hidden_size
     assert isinstance(target, Gemma4Target)
     weight = np.random.default_rng(0).normal(scale=4 * size**-0.5, size=(size, target.info.vocab_size))

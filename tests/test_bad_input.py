@@ -462,7 +462,7 @@ def test_broken_tokenizer(refused: Refused, copy: Callable[[Path], Path]) -> Non
 def process(*args: object) -> tuple[int, str, str]:
     done = subprocess.run(
         [sys.executable, "-m", "mlx_mtp.cli.app", "generate", *map(str, args)],
-        capture_output=True, text=True, timeout=60, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, timeout=300, env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 

@@ -20,7 +20,7 @@ from conftest import GOLDEN
 from mlx_mtp.cli import app
 
 CHAT = ["-m", "mlx_mtp.cli.app", "chat", "--depth", "3"]
-PATIENCE = 120
+PATIENCE = 300
 READY = "Ctrl-D leaves.\n>"
 ENDLESS = ["--max-tokens", "4000"]  # of which nobody sees the end
 
