@@ -54,12 +54,16 @@ def lively(variant: str, drafter: Any = None, **options: Any) -> mlx_mtp.Engine:
     return enlivened(mlx_mtp.load(GOLDEN / variant / "target", drafter=drafter, **options))
 
 
+def random_head(size: int, vocabulary: int) -> np.ndarray:
+    """A matrix [D, V] that takes the place of a head."""
+    return np.random.default_rng(0).normal(scale=4 * size**-0.5, size=(size, vocabulary)).astype(np.float32)
+
+
 def enlivened(engine: mlx_mtp.Engine) -> mlx_mtp.Engine:
     """The engine of a golden target, with the head of `lively`."""
-    target, size = engine.target, engine.target.info.hidden_size
+    target = engine.target
     assert isinstance(target, Gemma4Target)
-    weight = np.random.default_rng(0).normal(scale=4 * size**-0.5, size=(size, target.info.vocab_size))
-    table = mx.array(weight.astype(np.float32))
+    table = mx.array(random_head(target.info.hidden_size, target.info.vocab_size))
     target.model.head = lambda hidden: hidden.astype(mx.float32) @ table
     target.info = replace(target.info, max_context=4096)
     engine.max_context = 4096
