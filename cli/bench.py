@@ -36,6 +36,7 @@ OUTPUT, PROMPTS, ARMS, PREDICTION = "Output", "Prompts", "Arms", "Prediction"
 
 
 def bench(
+    context: typer.Context,
     model: options.Model = None,
     drafter: options.Drafter = "auto",
     depth: Annotated[
@@ -96,6 +97,11 @@ def bench(
     """Measure this machine: stock mlx-lm, plain, and every drafter, on the same prompts in turns."""
     files = {"--json": as_json, "--markdown": as_markdown, "--plot": as_plot}
     _check_files(files)
+    given = {name for name in context.params if _on_the_command_line(context, name)}
+    if acceptance is not None and (idle := given - {"predict", "acceptance", "as_json", "as_markdown", "as_plot"}):
+        raise OptionError(f"--acceptance leaves nothing to run, so {_options(idle)} would be ignored; leave it out.")
+    if predict is not None and (idle := given & {"arms", "repeats", "cool_down", "depth", "depths"}):
+        raise OptionError(f"--predict times nothing, so {_options(idle)} would be ignored; leave it out.")
     asked = mlx_mtp.Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
@@ -113,6 +119,15 @@ def bench(
         _predict(predict, acceptance, plan, chosen, files)
     else:
         _measure(plan, chosen, files)
+
+
+def _on_the_command_line(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _options(names: set[str]) -> str:
+    return " and ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
 
 
 def _measure(plan: Plan, chosen: Sequence[BenchPrompt], files: dict[str, Path | None]) -> None:

@@ -36,11 +36,14 @@ def generate(
     max_context: options.MaxContext = None,
     tokens: Annotated[str | None, typer.Option(help="Token ids in place of a prompt: 1,2,3.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it stands, no chat template.")] = False,
+    thinking: Annotated[bool, typer.Option("--thinking", help="Let a model that can think first.")] = False,
     logprobs: Annotated[int, typer.Option(help="Logprobs of every token and of the n likeliest (--json).")] = 0,
     verbose: options.Verbose = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Generate one completion."""
+    if logprobs and not as_json:
+        raise mlx_mtp.OptionError(f"--logprobs {logprobs} would be lost: they are printed with --json only; add it.")
     asked = _prompt(prompt, tokens)
     sampling = mlx_mtp.Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
@@ -55,7 +58,7 @@ def generate(
         )
         stream = engine.stream(
             asked, max_tokens=max_tokens, sampling=sampling, stop=stop or [], seed=seed, logprobs=logprobs, raw=raw,
-            on_prefill=bar.update,
+            thinking=thinking, on_prefill=bar.update,
         )  # fmt: skip
     console = Console(stderr=True)
     result, so_far, interrupted = None, "", False

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_mtp import checks
 from mlx_mtp.channels import Channels, joined
 from mlx_mtp.errors import PromptError
 from mlx_mtp.results import Event, Result
@@ -35,7 +36,7 @@ class Chat:
     """
 
     def __init__(self, engine: Engine, system: str | None = None, thinking: bool = False) -> None:
-        self.engine, self.thinking = engine, thinking
+        self.engine, self.thinking = engine, checks.flag("thinking", thinking)
         self.messages: list[Message] = []
         self.session = Session()
         self.last: Result | None = None
@@ -49,16 +50,13 @@ class Chat:
 
     def set_system(self, text: str | None) -> None:
         """Another instruction in front of the conversation, None for none; the messages stay."""
+        text = None if text is None else checks.text("The system message", text)
         said = [message for message in self.messages if message["role"] != "system"]
         self.messages = [{"role": "system", "content": text}, *said] if text else said
 
     def send(self, text: str, **options: Any) -> Generator[Event, None, None]:
         """Says `text` and streams the reply; options as for Engine.stream. Raises PromptError before anything runs."""
-        try:
-            text.encode()
-        except UnicodeError:
-            raise PromptError("Expected text, found bytes that are no UTF-8 in it; convert it first.") from None
-        if not text.strip():
+        if not checks.text("The message", text, PromptError).strip():
             raise PromptError("Expected something to say, found an empty message; write at least one character.")
         return self._reply([*self.messages, {"role": "user", "content": text}], options)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import secrets
 import time
 from collections.abc import Collection, Generator, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp import exactness
+from mlx_mtp import checks, exactness
 from mlx_mtp.chat import Chat
 from mlx_mtp.chat_file import load_chat
 from mlx_mtp.decode import Asked, Decoder, PrefillProgress
@@ -64,17 +65,13 @@ class Engine:
         defaults: Sampling = NEUTRAL,
         profile: tuple[Path, str] | None = None,
     ) -> None:
-        if mode not in MODES:
-            raise OptionError(f"Expected mode 'fast' or 'exact', found {mode!r}.")
+        self.mode = checks.one_of("mode", mode, MODES)
         self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
         self.end_tokens = frozenset(end_tokens)
-        self.mode = mode
         self.defaults = defaults.over(NEUTRAL)
         self.depth: int | str = _checked_depth(depth, drafter)
-        limit = target.info.max_context
-        if max_context is not None and not 2 <= max_context <= limit:
-            raise OptionError(f"Expected max_context from 2 to {limit} (this model's limit), found {max_context}.")
-        self.max_context = max_context or limit
+        limit = target.info.max_context  # of the model
+        self.max_context = limit if max_context is None else checks.whole("max_context", max_context, 2, limit)
         if drafter is not None:
             drafter.attach(target)
         self.exactness = exactness.probe(target) if mode == "exact" else None
@@ -135,10 +132,11 @@ class Engine:
         *,
         max_tokens: int = 256,
         sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         seed: int | None = None,
         logprobs: int = 0,
         raw: bool = False,
+        thinking: bool = False,
         ignore_end: bool = False,
         logits_processors: Sequence[LogitsProcessor] = (),
         on_prefill: PrefillProgress | None = None,
@@ -148,43 +146,46 @@ class Engine:
 
         seed: the same seed gives the same reply; without one every reply is another (temperature 0 needs none).
         logprobs: 0 = none, n = that of every token and of the n likeliest of its place. raw: continue a string as it
-        stands, without the chat template. ignore_end: go on past ending tokens (for timing). logits_processors:
+        stands, without the chat template. thinking: asks a checkpoint that can to think first (part of the text then);
+        off as in a chat. ignore_end: go on past ending tokens (for timing). logits_processors:
         Python functions in mlx-lm's convention, (tokens so far [T], logits [1, V]) -> logits [1, V]; they run on
         every row, and rounds are then read one by one. on_prefill(done, total) is called after every chunk.
         session: keeps the K/V of this prompt and reply; what the next prompt has in common with them is not run again.
         Raises PromptError and OptionError before anything runs.
         """
-        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-            raise OptionError(f"Expected max_tokens of at least 1, found {max_tokens}.")
-        most = min(MOST_LOGPROBS, self.target.info.vocab_size)
-        if not 0 <= logprobs <= most:
-            raise OptionError(f"Expected logprobs from 0 to {most}, found {logprobs}.")
-        if seed is not None and not 0 <= seed < 2**64:
-            raise OptionError(f"Expected a seed from 0 to 2^64 - 1, found {seed}.")
-        stop = [stop] if isinstance(stop, str) else list(stop)
-        if any(stop) and self.tokenizer is None:
-            raise OptionError("Expected no stop strings, found some; this checkpoint has no tokenizer to compare with.")
-        ids = self._checked(prompt_ids(prompt, self.tokenizer, raw))
+        max_tokens = checks.whole("max_tokens", max_tokens, 1)
+        logprobs = checks.whole("logprobs", logprobs, 0, min(MOST_LOGPROBS, self.target.info.vocab_size))
+        seed = None if seed is None else checks.whole("seed", seed, 0, 2**64 - 1)
+        stops = checks.stop_strings(stop)
+        if stops and self.tokenizer is None:
+            raise OptionError("stop strings need a tokenizer to compare with, and this checkpoint has none.")
+        checks.instance("session", session, Session)
+        flags = {"raw": raw, "ignore_end": ignore_end, "thinking": thinking}
+        raw, ignore_end, thinking = (checks.flag(name, value) for name, value in flags.items())
+        ids = self._checked(prompt_ids(checks.prompt(prompt), self.tokenizer, raw, thinking))
         asked = Asked(
             ids=ids,
             budget=min(max_tokens, self.max_context - len(ids)),
             sampling=self._checked_sampling(sampling),
             seed=secrets.randbits(63) if seed is None else seed,
             logprobs=logprobs,
-            processors=tuple(logits_processors),
-            on_prefill=on_prefill,
+            processors=checks.functions("logits_processors", logits_processors),
+            on_prefill=checks.function("on_prefill", on_prefill),
             session=session,
         )
         policy = self._decoder.policy
         if seed is not None and asked.sampling.temperature and isinstance(policy, DepthController):
             policy = FixedDepth(max(depth for depth in policy.allowed if depth <= SEEDED_DEPTH))
-        return self._events(asked, policy, stop, frozenset() if ignore_end else self.end_tokens)
+        return self._events(asked, policy, stops, frozenset() if ignore_end else self.end_tokens)
 
     def _checked_sampling(self, sampling: Sampling | None) -> Sampling:
+        checks.instance("sampling", sampling, Sampling)
         resolved = (sampling or Sampling()).over(self.defaults)
-        vocabulary = self.target.info.vocab_size
-        if wrong := [token for token in resolved.logit_bias or {} if not 0 <= token < vocabulary]:
-            raise OptionError(f"Expected logit_bias for token ids from 0 to {vocabulary - 1}, found {wrong[0]}.")
+        vocabulary, bias = self.target.info.vocab_size, resolved.logit_bias or {}
+        if bias and max(bias) >= vocabulary:
+            raise OptionError(f"logit_bias must be for token ids from 0 to {vocabulary - 1}, not {max(bias)}.")
+        if len(bias) == vocabulary and set(bias.values()) == {-math.inf}:
+            raise OptionError("logit_bias bans every token of the vocabulary, so none is left to choose; allow some.")
         return resolved
 
     def _checked(self, ids: list[int]) -> list[int]:
@@ -243,8 +244,13 @@ class Engine:
 
 
 def _checked_depth(depth: int | str, drafter: Drafter | None) -> int | str:
-    """Drafts per round or "auto"; without a drafter 0."""
-    deepest = DEEPEST if drafter is None else drafter.max_depth
-    if depth != "auto" and (isinstance(depth, bool) or not isinstance(depth, int) or not 0 <= depth <= deepest):
-        raise OptionError(f"Expected depth 'auto' or 0 to {deepest}, found {depth!r}.")
-    return 0 if drafter is None else depth
+    """Drafts per round or "auto"; without a drafter there is nothing but 0."""
+    if isinstance(depth, str) and depth == "auto":
+        return depth if drafter is not None else 0
+    deepest = DEEPEST if drafter is None else min(DEEPEST, drafter.max_depth)
+    if isinstance(depth, str):
+        raise OptionError(f"depth must be 'auto' or a whole number from 0 to {deepest}, not {checks.shown(depth)}.")
+    found = checks.whole("depth", depth, 0, deepest)
+    if found and drafter is None:
+        raise OptionError(f"depth {found} needs a drafter, and there is none; name one, or leave the depth out.")
+    return found

@@ -108,8 +108,9 @@ class Drafter(Protocol):
     def modules(self) -> Sequence[nn.Module]:
         """The modules that hold weights of its own, the target's not among them; for reports."""
 
-    def quantise_head(self, bits: int) -> None:
-        """Stores the family's own output head, if it has a dense one, in `bits` bits: proposals cost less."""
+    def quantise_head(self, bits: int) -> bool:
+        """Stores the family's own output head in `bits` bits, so that proposals cost less; False where it has no
+        dense one."""
 
     def start(self, batch: int, capacity: int) -> Memory:
         """Memory of a new request."""

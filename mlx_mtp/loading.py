@@ -20,12 +20,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp import assets, blas, hub, memory, pairs
+from mlx_mtp import assets, blas, checks, hub, memory, pairs
 from mlx_mtp.checkpoint import Checkpoint, on_read, read_json, section
 from mlx_mtp.depth import cache_folder
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.lookup import Lookup, LookupFirst
-from mlx_mtp.engine import Engine
+from mlx_mtp.engine import MODES, Engine
 from mlx_mtp.errors import CheckpointError, ModelNotFound, OptionError
 from mlx_mtp.hub import Listing, OnProgress, Progress
 from mlx_mtp.interfaces import Drafter
@@ -68,6 +68,11 @@ def load(
     variable MLX_MTP_IGNORE_MEMORY=1 loads it all the same. On Metal the weights stay resident (memory.Wired).
     Raises a subclass of MLXMTPError whose message says what to do.
     """
+    if model is not None:
+        model = checks.place("model", model)
+    drafter = None if drafter is None else checks.place("drafter", drafter)
+    checks.one_of("mode", mode, MODES)
+    checks.function("on_progress", on_progress)
     _ensure_compile_works()
     if blas.name() == blas.TOO_LATE:
         log.warning("MLX was imported before mlx_mtp and is bound to its slow BLAS: import mlx_mtp first.")
@@ -86,14 +91,15 @@ def load(
         target = load_target(checkpoint)
     with _telling("its drafter", on_progress):
         loaded = _load_drafter(plan, others)
-    if loaded is not None and head_bits:
-        loaded.quantise_head(head_bits)
-    generation = _generation_config(checkpoint)
+    _quantise_head(loaded, head_bits, chosen=draft_head_bits != "auto")
+    if loaded is None and plan.wanted:
+        depth = "auto"  # that no drafter was found has been said; a depth for one is then without object
+    generation, tokenizer = _generation_config(checkpoint), Tokenizer.load(checkpoint.path)
     engine = Engine(
         target,
         loaded,
-        Tokenizer.load(checkpoint.path),
-        end_tokens=_end_tokens(checkpoint, generation),
+        tokenizer,
+        end_tokens=_end_tokens(checkpoint, generation, tokenizer, target.info.vocab_size),
         depth=depth,
         mode=mode,
         max_context=max_context,
@@ -114,8 +120,7 @@ def another_drafter(
     bits = _head_bits(draft_head_bits)
     plan = _drafter_plan(model, drafter)
     loaded = _load_drafter(plan, _drafter_folders(plan, on_progress))
-    if loaded is not None and bits:
-        loaded.quantise_head(bits)
+    _quantise_head(loaded, bits, chosen=draft_head_bits != "auto")
     return loaded
 
 
@@ -132,9 +137,19 @@ def _drafter_plan(model: str | Path | None, drafter: str | Path | None) -> Draft
 def _head_bits(asked: int | str) -> int:
     if asked == "auto":
         return 4 if mx.default_device() == mx.Device(mx.gpu) else 0
-    if asked not in (0, 4, 8):
-        raise OptionError(f"Expected draft_head_bits 'auto', 0, 4 or 8, found {asked!r}.")
+    if isinstance(asked, bool) or asked not in (0, 4, 8):
+        raise OptionError(f"draft_head_bits must be 'auto', 0, 4 or 8, not {checks.shown(asked)}.")
     return int(asked)
+
+
+def _quantise_head(drafter: Drafter | None, bits: int, chosen: bool) -> None:
+    """Stores the drafter's own output head in fewer bits; OptionError where somebody chose so and it has none."""
+    if not bits:
+        return
+    done = drafter is not None and drafter.quantise_head(bits)
+    if chosen and not done:
+        what = "there is no drafter" if drafter is None else "this drafter has no dense head of its own"
+        raise OptionError(f"draft_head_bits {bits} would change nothing: {what}; leave the option out.")
 
 
 def _profile_key(path: Path, named: object, drafter: Drafter | None, mode: str, head_bits: int) -> str:
@@ -197,12 +212,13 @@ def _telling(name: str, on_progress: OnProgress | None) -> Iterator[None]:
 class DrafterPlan:
     """Which drafter, before any is loaded. lookup: alone or in front of the one at `place`.
 
-    chosen: the user named it, so that failing is better than going without.
+    chosen: the user named it, so that failing is better than going without. wanted: plain decoding was not asked for.
     """
 
     lookup: bool = False
     place: Place | None = None
     chosen: bool = True
+    wanted: bool = True
 
     def places(self) -> list[Place]:
         """The place as a list, empty without one."""
@@ -211,11 +227,14 @@ class DrafterPlan:
 
 def _plan_drafter(model: str | Path | None, target: Place, drafter: str | Path | None) -> DrafterPlan:
     if drafter is None or drafter == "none":
-        return DrafterPlan()
+        return DrafterPlan(wanted=False)
     if drafter == "lookup":
         return DrafterPlan(lookup=True)
     if isinstance(drafter, str) and drafter.startswith(LOOKUP_FIRST):
-        inner = _plan_drafter(model, target, drafter.removeprefix(LOOKUP_FIRST))
+        name = drafter.removeprefix(LOOKUP_FIRST)
+        if name in ("", "none") or name.startswith("lookup"):
+            raise OptionError(f"drafter '{drafter}' names none after 'lookup+'; 'lookup' alone needs no other.")
+        inner = _plan_drafter(model, target, name)
         return DrafterPlan(True, inner.place, inner.chosen)
     if model is None and drafter in ("auto", *FAMILIES):
         return DrafterPlan(place=_embedded_drafter(FAMILIES[0] if drafter == "auto" else str(drafter)))
@@ -301,22 +320,28 @@ def _default_sampling(generation: dict[str, Any], path: Path) -> Sampling:
         return Sampling(temperature=0.0, repetition_penalty=generation.get("repetition_penalty"))
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     try:
-        found: dict[str, Any] = {"temperature": 1.0} | {name: generation[name] for name in names if name in generation}
+        given = {name: generation[name] for name in names if generation.get(name) is not None}  # null = not given
+        found: dict[str, Any] = {"temperature": 1.0} | given
         return Sampling(**found)
     except OptionError as error:
         raise CheckpointError(f"{path}/generation_config.json: {error}") from error
 
 
-def _end_tokens(checkpoint: Checkpoint, generation: dict[str, Any]) -> set[int]:
-    """Ids that end a reply, from generation_config.json, else from config.json."""
+def _end_tokens(
+    checkpoint: Checkpoint, generation: dict[str, Any], tokenizer: Tokenizer | None, vocabulary: int
+) -> set[int]:
+    """Ids that end a reply: of generation_config.json, config.json and the tokenizer with its template, together.
+
+    Each of them is often incomplete. Ids outside the vocabulary can never come and are left out (-1 stands for none).
+    """
+    found = set(tokenizer.end_tokens) if tokenizer else set()
     for source in (generation, checkpoint.config, section(checkpoint.config, "text_config")):
-        found = source.get("eos_token_id")
-        if found is not None:
-            ids = found if isinstance(found, list) else [found]
-            if not all(isinstance(token, int) for token in ids):
-                raise CheckpointError(
-                    f"{checkpoint.path}: expected whole numbers as 'eos_token_id', found {reprlib.repr(found)}; "
-                    "use the files that belong to this checkpoint."
-                )
-            return set(ids)
-    return set()
+        given = source.get("eos_token_id")
+        ids = given if isinstance(given, list) else [] if given is None else [given]
+        if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+            raise CheckpointError(
+                f"{checkpoint.path}: expected whole numbers as 'eos_token_id', found {reprlib.repr(given)}; "
+                "use the files that belong to this checkpoint."
+            )
+        found |= set(ids)
+    return {token for token in found if 0 <= token < vocabulary}

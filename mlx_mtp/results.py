@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import zip_longest
 from typing import Any
 
+from mlx_mtp import checks
 from mlx_mtp.errors import OptionError
 
 
@@ -32,20 +32,13 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
-            if value is None:
-                continue
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or (name == "top_k" and value != int(value)) or not low <= value <= high:
-                what = "a whole number" if name == "top_k" else "a number"
-                raise OptionError(f"Expected {name} as {what} from {low:g} to {high:g}, found {value!r}; change it.")
-        if self.top_p == 0 or self.repetition_penalty == 0:
-            name = "top_p" if self.top_p == 0 else "repetition_penalty"
-            raise OptionError(f"Expected {name} above 0, found 0; 1 switches it off.")
-        for token, bias in (self.logit_bias or {}).items():
-            if not isinstance(token, int) or not isinstance(bias, (int, float)) or math.isnan(bias) or bias == math.inf:
-                raise OptionError(
-                    f"Expected logit_bias to map token ids to numbers, found {token!r}: {bias!r}; change it."
-                )
+            if value is not None:
+                value = checks.whole(name, value, 0) if name == "top_k" else checks.number(name, value, low, high)
+                object.__setattr__(self, name, value)
+        if self.top_p == 0:
+            raise OptionError("top_p must be above 0; 1 switches it off, and temperature 0 takes the best token.")
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", checks.bias(self.logit_bias))
 
     def over(self, defaults: Sampling) -> Sampling:
         """This, with `defaults` where it has None."""
@@ -53,9 +46,10 @@ class Sampling:
         return replace(defaults, **{name: value for name, value in mine.items() if value is not None})
 
 
+# A repetition penalty far from 1 takes logits out of float32's range.
 RANGES = {
-    "temperature": (0.0, 100.0), "top_k": (0, 2**31 - 1), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0),
-    "repetition_penalty": (0.0, 100.0), "presence_penalty": (-100.0, 100.0), "frequency_penalty": (-100.0, 100.0),
+    "temperature": (0.0, 100.0), "top_k": (0, checks.LARGEST), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0), "presence_penalty": (-100.0, 100.0), "frequency_penalty": (-100.0, 100.0),
 }  # fmt: skip
 NEUTRAL = Sampling(
     temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0,

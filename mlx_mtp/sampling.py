@@ -158,11 +158,12 @@ class Rules:
 
     def law(self, logits: mx.array, tokens: mx.array | None, knobs: Knobs) -> Law:
         """The filtered law of processed float32 logits [..., N]."""
-        logits = logits / knobs["temperature"]
-        if 0 < self.top_k < logits.shape[-1]:
+        if 0 < self.top_k < logits.shape[-1]:  # before the temperature, which does not change the order
             chosen = mx.argpartition(-logits, kth=self.top_k - 1, axis=-1)[..., : self.top_k].astype(mx.int32)
             logits = mx.take_along_axis(logits, chosen, axis=-1)
             tokens = chosen if tokens is None else mx.take_along_axis(tokens, chosen, axis=-1)
+        # Below the best one: divided by however small a temperature, none overflows to infinity.
+        logits = (logits - logits.max(axis=-1, keepdims=True)) / knobs["temperature"]
         if self.top_p:
             # Kept: the likeliest tokens until their weight reaches top_p, the one that reaches it included.
             ordered = mx.sort(logits, axis=-1)[..., ::-1]
@@ -171,8 +172,7 @@ class Rules:
             kept = mx.where(before < knobs["top_p"], ordered, mx.inf)
             logits = mx.where(logits >= kept.min(axis=-1, keepdims=True), logits, -mx.inf)
         if self.min_p:
-            least = logits.max(axis=-1, keepdims=True) + mx.log(knobs["min_p"])
-            logits = mx.where(logits >= least, logits, -mx.inf)
+            logits = mx.where(logits >= mx.log(knobs["min_p"]), logits, -mx.inf)  # the best is 0
         return Law(tokens, mx.softmax(logits, axis=-1))
 
 

@@ -55,8 +55,9 @@ class ScriptedDrafter:
         """None."""
         return []
 
-    def quantise_head(self, bits: int) -> None:
+    def quantise_head(self, bits: int) -> bool:
         """There is none."""
+        return False
 
     def start(self, batch: int, capacity: int) -> Memory:
         """Nothing to remember."""

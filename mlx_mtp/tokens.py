@@ -1,17 +1,20 @@
 """Between text and tokens: prompts to ids, ids to text as they come, stop strings.
 
-What it does: wraps mlx-lm's tokenizer and streaming detokeniser. What it does not do: run a model.
+What it does: wraps mlx-lm's tokenizer. What it does not do: run a model, read templates (template.py), or spell tokens
+(detokenizer.py).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mlx_mtp.channels import THOUGHTS, overlap
-from mlx_mtp.errors import CheckpointError, PromptError, brief
+from mlx_mtp.detokenizer import Detokenizer, TokenBytes
+from mlx_mtp.errors import CheckpointError, OptionError, PromptError, brief
+from mlx_mtp.template import ChatTemplate
 
 # Tokens at a prompt's end in which a template may open a thought.
 THOUGHT_TAIL = 16
@@ -19,10 +22,14 @@ Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer: `encode`, `decode`, the chat template and a streaming detokeniser."""
+    """A checkpoint's tokenizer: `encode`, `decode`, the chat template and a streaming detokeniser.
+
+    wrapped: what mlx-lm or transformers loads.
+    """
 
     def __init__(self, wrapped: Any) -> None:
         self._wrapped = wrapped
+        self.template = ChatTemplate(wrapped)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer | None:
@@ -39,52 +46,57 @@ class Tokenizer:
             ) from error
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Text to ids; `special` puts the beginning-of-sequence token in front where the checkpoint does."""
-        ids: list[int] = self._wrapped.encode(text, add_special_tokens=special)
-        return ids
+        """Text to ids. `special` puts in front what the checkpoint's prompts begin with, once, be it in the text
+        already; the end-of-sequence token that some tokenizers append is left out, as a prompt goes on."""
+        ids: list[int] = self._wrapped.encode(text, add_special_tokens=False)
+        return [*self.opening(ids), *ids] if special else ids
+
+    def opening(self, ids: Sequence[int]) -> list[int]:
+        """What the tokenizer puts in front of a text, most often the beginning-of-sequence token, as far as these
+        ids do not begin with it."""
+        whole = self._opening
+        there = next((n for n in range(len(whole), 0, -1) if list(ids[:n]) == whole[-n:]), 0)
+        return whole[: len(whole) - there]
+
+    @cached_property
+    def _opening(self) -> list[int]:
+        with_it, alone = (self._wrapped.encode("a", add_special_tokens=special) for special in (True, False))
+        places = range(len(with_it) - len(alone) + 1)
+        at = next((at for at in places if with_it[at : at + len(alone)] == alone), 0)
+        return list(with_it[:at])
+
+    @cached_property
+    def _bytes(self) -> TokenBytes:
+        return TokenBytes(self._wrapped)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Ids to text, special tokens spelled out."""
-        text: str = self._wrapped.decode(list(ids))
-        return text
+        """Ids to text, special tokens spelled out: what `stream` shows of them, so a reply's first space stays and
+        an id that no token has adds nothing."""
+        stream = self.stream()
+        for token in ids:
+            stream.add_token(token)
+        stream.finalize()
+        return stream.last_segment
 
     def spell(self, token: int) -> tuple[str, bytes | None]:
-        """A token as it reads inside a text, and its bytes; None where it is a part of a character.
-
-        A token that stands for one byte has its bytes even so.
-        """
-        # Behind another token, as many tokenizers drop the space in front of a text's first one.
-        front = self.encode("a", special=False)[-1:]
-        text = self.decode([*front, token])[len(self.decode(front)) :]
-        if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", str(self._wrapped.convert_ids_to_tokens(token))):
-            return text, bytes.fromhex(byte[1])
-        return text, None if "\ufffd" in text else text.encode()
+        """A token as it reads inside a text, and its bytes."""
+        data = self._bytes.of(token) or b""
+        return data.decode("utf-8", "replace"), data
 
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
-        thinking: bool | None = None,
+        thinking: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        effort: str | None = None,
     ) -> list[int]:
         """Messages to ids through the checkpoint's chat template, ready for the reply.
 
-        thinking: whether a checkpoint that can shall think first, None = what its template does. tools: declarations
-        in OpenAI's form. PromptError where the template refuses the messages.
+        thinking: whether a checkpoint that can shall think first: the one default, for every command and for training.
+        Templates without a switch are as they are. tools: declarations in OpenAI's form. effort: a level for templates
+        that know `reasoning_effort`. PromptError where the template refuses the messages or would drop some of them.
         """
-        if not self.has_chat_template:
-            raise PromptError("Expected a checkpoint with a chat template, found none; pass a plain prompt or --raw.")
-        # Always given: where it is not, mlx-lm asks every checkpoint that can think to do so.
-        options: dict[str, Any] = {"enable_thinking": thinking}
-        if tools:
-            options["tools"] = list(tools)
-        try:
-            ids: list[int] = self._wrapped.apply_chat_template(list(messages), add_generation_prompt=True, **options)
-        except Exception as error:  # a template may raise anything, most often jinja's TemplateError
-            raise PromptError(
-                f"Expected messages that this checkpoint's chat template takes, found others ({brief(error)}); "
-                "use the roles system, user and assistant in turns."
-            ) from error
-        return ids
+        return self.template.prompt(messages, thinking, tools, effort)
 
     def opened_thought(self, ids: Sequence[int]) -> str | None:
         """The marker of a thought that a prompt has opened and not closed, None where it has not."""
@@ -94,42 +106,45 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Whether `chat` works."""
-        return bool(self._wrapped.has_chat_template)
+        return self.template.exists
 
     @property
     def can_think(self) -> bool:
         """Whether the chat template can ask for thoughts, or opens them by itself."""
-        template = str(getattr(self._wrapped, "chat_template", None) or "")
-        return "enable_thinking" in template or any(opening in template for opening, _ in THOUGHTS)
+        return self.template.exists and self.template.can_think
 
-    @property
+    @cached_property
     def end_tokens(self) -> set[int]:
-        """Ids that end a reply, as the tokenizer sees it."""
-        return set(self._wrapped.eos_token_ids)
+        """Ids that end a reply, as the tokenizer sees it: its own, and what its template ends a reply with."""
+        own = getattr(self._wrapped, "eos_token_ids", None) or {getattr(self._wrapped, "eos_token_id", None)}
+        return {token for token in (*own, self.template.turn_end()) if isinstance(token, int)}
 
-    def stream(self) -> Any:
-        """A fresh detokeniser: add_token(id), last_segment, finalize()."""
-        detokenizer = self._wrapped.detokenizer
-        detokenizer.reset()
-        return detokenizer
+    def stream(self) -> Detokenizer:
+        """A fresh detokeniser."""
+        return Detokenizer(self._bytes)
 
 
-def prompt_ids(prompt: Prompt, tokenizer: Tokenizer | None, raw: bool = False) -> list[int]:
+def prompt_ids(prompt: Prompt, tokenizer: Tokenizer | None, raw: bool = False, thinking: bool = False) -> list[int]:
     """Any prompt to token ids: a list of ids as it is, messages by template, a string as one user message.
 
-    raw: a string is continued as it stands, without the chat template. Raises PromptError for an empty prompt.
+    raw: a string is continued as it stands, without the chat template. thinking: as for Tokenizer.chat. Raises
+    PromptError for an empty prompt, OptionError for thinking where nothing can ask for it.
     """
     if not prompt:
         raise PromptError("Expected a prompt, found an empty one; write at least one character or token id.")
-    if not isinstance(prompt, str) and isinstance(prompt[0], int):
-        return [int(token) for token in prompt]  # type: ignore[arg-type]
-    if tokenizer is None:
+    ids = not isinstance(prompt, str) and isinstance(prompt[0], int)
+    if tokenizer is None and not ids:
         raise PromptError("Expected token ids, found text; this checkpoint has no tokenizer: use --tokens 1,2,3.")
+    plain = ids or (isinstance(prompt, str) and (raw or tokenizer is None or not tokenizer.has_chat_template))
+    if thinking and (plain or tokenizer is None or not tokenizer.can_think):
+        raise OptionError(
+            "Expected thinking only with messages and a chat template that knows it, found it without; leave it out."
+        )
+    if ids or tokenizer is None:
+        return [int(token) for token in prompt]  # type: ignore[arg-type]
     if isinstance(prompt, str):
-        if raw or not tokenizer.has_chat_template:
-            return tokenizer.encode(prompt)
-        return tokenizer.chat([{"role": "user", "content": prompt}])
-    return tokenizer.chat(prompt)  # type: ignore[arg-type]
+        return tokenizer.encode(prompt) if plain else tokenizer.chat([{"role": "user", "content": prompt}], thinking)
+    return tokenizer.chat(prompt, thinking)  # type: ignore[arg-type]
 
 
 class StopStrings:

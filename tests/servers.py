@@ -107,8 +107,10 @@ class FakeTokenizer:
     def opened_thought(self, ids: Sequence[int]) -> str | None:
         return None
 
-    def chat(self, messages: Any, thinking: bool | None = None, tools: Any = None) -> list[int]:
-        self.seen.append({"messages": messages, "thinking": thinking, "tools": tools})
+    def chat(
+        self, messages: Any, thinking: bool = False, tools: Any = None, effort: str | None = None
+    ) -> list[int]:
+        self.seen.append({"messages": messages, "thinking": thinking, "tools": tools, "effort": effort})
         text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
         return self.encode(f"{bool(thinking)}{len(tools or [])}{text}")
 

@@ -127,8 +127,7 @@ class Words:
     def encode(self, text: str) -> list[int]:
         return [len(word) for word in text.split()]
 
-    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> list[int]:
-        assert add_generation_prompt
+    def chat(self, messages: list[dict[str, str]]) -> list[int]:
         return [len(message["role"]) for message in messages]
 
 

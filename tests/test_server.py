@@ -244,6 +244,33 @@ def test_thoughts_are_told_apart() -> None:
         assert fake.tokenizer.seen[-1]["messages"][1]["reasoning_content"] == "t"
 
 
+def test_levels_of_thinking() -> None:
+    """`none` and `minimal` are off for a switch; the level itself goes to the template."""
+    fake = ScriptedEngine()
+    with running(lambda: fake) as server:
+        for effort, on in (("none", False), ("minimal", False), ("low", True), ("max", True), (None, False)):
+            assert server.post(CHAT, {"messages": QUESTION, "reasoning_effort": effort}).status_code == 200
+            seen = fake.tokenizer.seen[-1]
+            assert (seen["thinking"], seen["effort"]) == (on, effort)
+
+
+def test_what_the_template_drops() -> None:
+    """The embedded model's knows no tools and no thinking: calls and answers are refused, levels without effect."""
+    call = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    said = [*QUESTION, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    with running() as server:
+        refused = server.post(CHAT, {"messages": [*said, *QUESTION]})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "messages" and "no tool_calls" in refused.json()["error"]["message"]
+        counts = [
+            server.post(CHAT, {"messages": messages, "max_tokens": 1, **more}).json()["usage"]["prompt_tokens"]
+            for messages, more in (
+                (QUESTION, {}), (QUESTION, {"reasoning_effort": "high"}), ([{**QUESTION[0], "name": "Ada"}], {}),
+            )
+        ]  # fmt: skip
+        assert counts == counts[:1] * 3
+
+
 CHAT_FAULTS: list[tuple[dict[str, Any], str | None]] = [
     ({"messages": []}, "messages"),
     ({"messages": "hi"}, "messages"),
@@ -262,7 +289,7 @@ CHAT_FAULTS: list[tuple[dict[str, Any], str | None]] = [
     ({"tools": [TOOL]}, "tools"),  # this checkpoint's template has no place for them
     ({"tools": [{"type": "function", "function": {"name": "with space"}}]}, "tools[0].function.name"),
     ({"tool_choice": "required"}, "tool_choice"),
-    ({"reasoning_effort": "high"}, "reasoning_effort"),
+    ({"reasoning_effort": "vast"}, "reasoning_effort"),
     ({"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}}, "reasoning_effort"),
     ({"chat_template_kwargs": {"colour": "red"}}, "chat_template_kwargs.colour"),
     ({"top_logprobs": 2}, "top_logprobs"),

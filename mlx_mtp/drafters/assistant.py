@@ -187,15 +187,17 @@ class Assistant:
         """The assistant."""
         return [self.model]
 
-    def quantise_head(self, bits: int) -> None:
+    def quantise_head(self, bits: int) -> bool:
         """The dense head, if its rows can be cut into groups and it is not quantised yet; a centroid head is cheap.
 
         With 262,144 tokens the dense head is most of what a draft step reads (gemma4.md, section 2).
         """
         table, width = self.model.model.embed_tokens, self.model.config.text.hidden_size
         group = next((size for size in (64, 32) if width % size == 0), None)
-        if type(table) is nn.Embedding and not self.model.config.centroids and group:
-            self.model.model.embed_tokens = table.to_quantized(group, bits)
+        if type(table) is not nn.Embedding or self.model.config.centroids or not group:
+            return False
+        self.model.model.embed_tokens = table.to_quantized(group, bits)
+        return True
 
     def start(self, batch: int, capacity: int) -> Memory:
         """Nothing: everything an assistant knows is in the target's cache."""

@@ -40,8 +40,9 @@ class Lookup:
         """None."""
         return []
 
-    def quantise_head(self, bits: int) -> None:
+    def quantise_head(self, bits: int) -> bool:
         """There is none."""
+        return False
 
     def start(self, batch: int, capacity: int) -> Memory:
         """No tokens yet."""
@@ -105,9 +106,9 @@ class LookupFirst:
         """The drafter's."""
         return self.drafter.modules()
 
-    def quantise_head(self, bits: int) -> None:
+    def quantise_head(self, bits: int) -> bool:
         """The drafter's."""
-        self.drafter.quantise_head(bits)
+        return self.drafter.quantise_head(bits)
 
     def start(self, batch: int, capacity: int) -> Memory:
         """The memories of both."""

@@ -120,8 +120,9 @@ class Parallel:
         """The heads."""
         return [self.model]
 
-    def quantise_head(self, bits: int) -> None:
+    def quantise_head(self, bits: int) -> bool:
         """There is none: the unembedding is the target's."""
+        return False
 
     def start(self, batch: int, capacity: int) -> Memory:
         """Empty K/V, and no state before the first row."""

@@ -136,8 +136,9 @@ class Sequential:
         """The modules of the checkpoint."""
         return [self.model]
 
-    def quantise_head(self, bits: int) -> None:
+    def quantise_head(self, bits: int) -> bool:
         """There is none: the unembedding is the target's."""
+        return False
 
     def start(self, batch: int, capacity: int) -> Memory:
         """Empty K/V, and no states before the first row."""

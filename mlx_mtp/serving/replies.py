@@ -22,13 +22,10 @@ from mlx_mtp.serving.metrics import Metrics
 from mlx_mtp.serving.requests import Generation
 from mlx_mtp.serving.sessions import SessionPool
 from mlx_mtp.serving.worker import Cancelled, Ticket
+from mlx_mtp.template import Dropped
 from mlx_mtp.tokens import Tokenizer
 
 log = logging.getLogger(__name__)
-
-PROBE = [{"role": "user", "content": "?"}]
-PROBE_TOOL = {"type": "function", "function": {"name": "f", "description": "?", "parameters": {
-    "type": "object", "properties": {"x": {"type": "string", "description": "?"}}, "required": ["x"]}}}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,6 @@ class Replier:
 
     def __init__(self, pool: SessionPool, metrics: Metrics) -> None:
         self.pool, self.metrics = pool, metrics
-        self._takes: dict[str, bool] = {}  # what this checkpoint's template was found to know
 
     def reply(self, asked: Generation, engine: Engine, ticket: Ticket) -> Generator[object, None, None]:
         """Started, then pieces, then Finished. Raises MLXMTPError before anything runs; Cancelled if nobody waits."""
@@ -147,9 +143,15 @@ class Replier:
         elif asked.messages is None:
             ids = tokenizer.encode(asked.prompt or "")
         else:
-            self._check_template(asked, tokenizer)
+            if not tokenizer.has_chat_template:
+                raise RequestError(
+                    "Expected a checkpoint with a chat template, found none here: use /v1/completions.",
+                    param="messages",
+                )
             try:
-                ids = tokenizer.chat(asked.messages, thinking=asked.thinking, tools=asked.tools)
+                ids = tokenizer.chat(asked.messages, thinking=asked.thinking, tools=asked.tools, effort=asked.effort)
+            except Dropped as error:
+                raise RequestError(str(error), param=error.part, code="unsupported_value") from None
             except MLXMTPError as error:
                 raise RequestError(str(error)[:1000], param="messages") from None
         if len(ids) >= engine.max_context:
@@ -158,25 +160,6 @@ class Replier:
                 "shorten it.", param=field_name, code="context_length_exceeded",
             )  # fmt: skip
         return ids
-
-    def _check_template(self, asked: Generation, tokenizer: Tokenizer) -> None:
-        """Refuses tools and thinking where the template would drop them in silence."""
-        if not tokenizer.has_chat_template:
-            raise RequestError(
-                "Expected a checkpoint with a chat template, found none here: use /v1/completions.", param="messages"
-            )
-        for name, wanted in (("tools", bool(asked.tools)), ("reasoning_effort", asked.thinking)):
-            if not wanted:
-                continue
-            if name not in self._takes:
-                tools = [PROBE_TOOL] if name == "tools" else None
-                other = tokenizer.chat(PROBE, thinking=name != "tools", tools=tools)
-                self._takes[name] = other != tokenizer.chat(PROBE, thinking=False)
-            if not self._takes[name]:
-                raise RequestError(
-                    f"Expected no {name}: this checkpoint's chat template has no place for it; leave it out.",
-                    param=name, code="unsupported_value",
-                )  # fmt: skip
 
 
 def _scored(tokenizer: Tokenizer | None, most: int | None, event: Event) -> list[Scored]:

@@ -23,7 +23,8 @@ IGNORED = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
     "prediction",
 )  # fmt: skip
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+UNTHINKING = ("none", "minimal")
+EFFORTS = (*UNTHINKING, "low", "medium", "high", "xhigh", "max")
 MOST_STOPS = 16
 MOST_LOGPROBS = 20
 MOST_BIASES = 4096
@@ -47,13 +48,14 @@ class Generation:
     """One request. Either messages (with tools, thinking) or a prompt, a string or token ids.
 
     logprobs: None = none, n = that of every token and of the n likeliest. parallel: whether a reply may hold several
-    tool calls. thinking: the model shall think first.
+    tool calls. thinking: the model shall think first. effort: the level that was named, for templates with levels.
     """
 
     messages: list[Message] | None = None
     prompt: str | list[int] | None = None
     tools: list[dict[str, Any]] | None = None
     thinking: bool = False
+    effort: str | None = None
     parallel: bool = True
     max_tokens: int
     sampling: Sampling
@@ -76,8 +78,9 @@ def chat_request(body: object, limits: Limits) -> tuple[Generation, str | None]:
     given.only("verbosity", because="this server has no such dial")
     for name in ("functions", "function_call"):
         given.only(name, [], "none", "auto", because="it was replaced by tools and tool_choice")
+    thinking, effort = _thinking(given)
     found = Generation(
-        messages=messages, tools=tools, thinking=_thinking(given), parallel=parallel is not False,
+        messages=messages, tools=tools, thinking=thinking, effort=effort, parallel=parallel is not False,
         logprobs=(most or 0) if wanted else None, **_common(given, limits),
     )  # fmt: skip
     given.finish()
@@ -174,10 +177,13 @@ def _stops(given: Fields) -> list[str]:
     return list(stops)
 
 
-def _thinking(given: Fields) -> bool:
-    """Whether reasoning_effort or chat_template_kwargs.enable_thinking asks the model to think first."""
+def _thinking(given: Fields) -> tuple[bool, str | None]:
+    """Whether the model is asked to think first, and the level of reasoning_effort, which is a finer word for it.
+
+    A template that knows levels is given the level; one with a switch is off at "none" and "minimal", else on.
+    """
     effort, options = given.choice("reasoning_effort", EFFORTS), given.fields("chat_template_kwargs")
-    by_effort = None if effort is None else effort != "none"
+    by_effort = None if effort is None else effort not in UNTHINKING
     by_option = None
     if options is not None:
         by_option = options.flag("enable_thinking")
@@ -187,7 +193,7 @@ def _thinking(given: Fields) -> bool:
             f"Expected reasoning_effort and enable_thinking to agree, found '{effort}' and {shown(by_option)}.",
             param="reasoning_effort",
         )
-    return by_effort or by_option or False
+    return by_effort or by_option or False, effort
 
 
 def _prompt(given: Fields) -> str | list[int]:

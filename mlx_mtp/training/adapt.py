@@ -28,7 +28,8 @@ from mlx_mtp.checkpoint import Checkpoint
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.parallel import ParallelModel
 from mlx_mtp.engine import Engine
-from mlx_mtp.errors import DataError, MLXMTPError, OptionError
+from mlx_mtp.errors import DataError, MLXMTPError, OptionError, PromptError
+from mlx_mtp.tokens import Tokenizer
 from mlx_mtp.training.corpus import Document
 from mlx_mtp.training.data import fingerprint, pack, read_documents
 from mlx_mtp.training.families import FAMILIES, QUANTISED, family_of, for_training, write_drafter
@@ -99,7 +100,7 @@ def adapt(
     work.mkdir(parents=True, exist_ok=True)
     engine = mlx_mtp.load(model, drafter=drafter, depth=options.depth, draft_head_bits=0)
     source, tokenizer = _source(engine, drafter), _tokenizer(engine)
-    prompts = prompts_of(read_documents(data, prompts=True), tokenizer, options)
+    prompts = prompts_of(read_documents(data, prompts=True), Tokenizer(tokenizer), options)
     held = prompts[::HELD_OUT_SHARE][:MOST_HELD_OUT]
     learned = [prompt for i, prompt in enumerate(prompts) if i % HELD_OUT_SHARE]
     before = yield from _measure("before", engine, held, options)
@@ -140,7 +141,7 @@ def _key(source: Path, ids: np.ndarray, options: Adapting) -> str:
     return hashlib.sha256(repr((source, weights, fingerprint(ids), options)).encode()).hexdigest()[:12]
 
 
-def prompts_of(documents: Iterator[Document], tokenizer: Any, options: Adapting) -> list[list[int]]:
+def prompts_of(documents: Iterator[Document], tokenizer: Tokenizer, options: Adapting) -> list[list[int]]:
     """Token ids of at most options.prompts prompts: conversations up to the last reply, and the openings of texts.
 
     Spread evenly over the documents; DataError where there are too few.
@@ -151,7 +152,10 @@ def prompts_of(documents: Iterator[Document], tokenizer: Any, options: Adapting)
             messages = list(document.messages)
             while len(messages) > 1 and messages[-1]["role"] == "assistant":
                 messages.pop()
-            found.append(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+            try:
+                found.append(tokenizer.chat(messages))  # as it is asked in use, thinking off
+            except PromptError as error:
+                raise DataError(f"{document.module}: {error}") from error
             continue
         ids = tokenizer.encode(document.text or "")
         for start in range(0, max(1, len(ids) - options.length // 2), options.length):

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 
-from mlx_mtp.errors import DataError, OptionError
+from mlx_mtp.errors import DataError, OptionError, PromptError
+from mlx_mtp.tokens import Tokenizer
 from mlx_mtp.training.corpus import Document
 
 SUFFIXES = frozenset({".txt", ".md", ".py", ".jsonl"})
@@ -42,21 +42,21 @@ def read_documents(sources: Sequence[str], prompts: bool = False) -> Iterator[Do
 
 
 def pack(documents: Iterable[Document], tokenizer: Any) -> np.ndarray:
-    """All documents' ids in one row, [N]: `<bos>` text `<eos>`, or a chat in the tokenizer's template and `<eos>`.
+    """All documents' ids in one row, [N]: `<bos>` text `<eos>`, or a chat in the tokenizer's template and `<eos>`;
+    in front what the engine puts there, rendered as the engine renders, thinking off.
 
     `tokenizer` is what transformers' AutoTokenizer or mlx_lm loads; uint16 if its vocabulary fits, else int32.
     """
     if tokenizer.eos_token_id is None:
         raise DataError("expected a tokenizer with an eos token to end documents, found none; set eos_token")
     dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.int32
-    rows = [np.zeros(0, dtype)]
+    rows, reader = [np.zeros(0, dtype)], Tokenizer(tokenizer)
     for chunk in _chunks(documents):
-        texts = [_render(document, tokenizer) for document in chunk]
+        texts = [_render(document, reader) for document in chunk]
         for document, ids in zip(chunk, _encode(texts, tokenizer), strict=True):
             # A chat template writes its own <bos>.
-            start = [] if document.messages is not None else [tokenizer.bos_token_id]
-            row = [*(i for i in start if i is not None), *ids, tokenizer.eos_token_id]
-            rows.append(np.asarray(row, dtype))
+            start = [] if document.messages is not None else reader.opening(ids)
+            rows.append(np.asarray([*start, *ids, tokenizer.eos_token_id], dtype))
     return np.concatenate(rows)
 
 
@@ -267,16 +267,13 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield chunk
 
 
-def _render(document: Document, tokenizer: Any) -> str:
+def _render(document: Document, tokenizer: Tokenizer) -> str:
     if document.messages is None:
         return document.text or ""
     try:
-        text: str = tokenizer.apply_chat_template(document.messages, tokenize=False)
-        return text
-    except (TemplateError, ValueError) as error:
-        raise DataError(
-            f"{document.module}: expected a chat that the tokenizer's template takes, found: {error}; change the turns"
-        ) from error
+        return tokenizer.template.conversation(document.messages)
+    except PromptError as error:
+        raise DataError(f"{document.module}: {error}") from error
 
 
 def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:

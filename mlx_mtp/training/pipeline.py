@@ -30,6 +30,7 @@ from mlx_mtp.interfaces import Target
 from mlx_mtp.targets import load_target
 from mlx_mtp.targets.gemma4 import Gemma4Model, Gemma4Target, published_weights
 from mlx_mtp.targets.gemma4_config import Gemma4Config
+from mlx_mtp.tokens import Tokenizer
 from mlx_mtp.training.continuations import continuations, openings
 from mlx_mtp.training.corpus import Document, is_held_out, standard_library
 from mlx_mtp.training.data import Batches, fingerprint, pack, read_documents
@@ -215,15 +216,7 @@ def _plain(document: Document) -> str:
 
 def reply_marker(tokenizer: Any) -> list[int]:
     """What a chat template writes in front of a reply; empty where there is no template."""
-    if not getattr(tokenizer, "has_chat_template", False):
-        return []
-    question = [{"role": "user", "content": "?"}]
-    try:
-        closed = tokenizer.apply_chat_template(question, add_generation_prompt=False)
-        opened = tokenizer.apply_chat_template(question, add_generation_prompt=True)
-    except Exception:  # a template may raise anything, and without a marker replies are only less often continued
-        return []
-    return list(opened[len(closed) :]) if opened[: len(closed)] == closed else []
+    return Tokenizer(tokenizer).template.reply_opening()
 
 
 def run_stage(
