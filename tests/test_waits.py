@@ -37,7 +37,7 @@ def counted(engine: mlx_mtp.Engine, waits: Waits, **options: Any) -> Stats:
 @pytest.mark.parametrize("depth", [3, "auto"])
 @pytest.mark.parametrize("drafter", [None, "assistant", "parallel", "sequential", "lookup", "lookup+assistant"])
 def test_one_wait_a_round_for_every_family(drafter: str | None, depth: int | str, waits: Waits) -> None:
-    engine = mlx_mtp.load(drafter=drafter, depth=depth)
+    engine = mlx_mtp.load(drafter=drafter, depth=depth if drafter else "auto")
     stats = counted(engine, waits)
     if drafter and depth != "auto":  # the automatic depth may find that drafts do not pay here
         assert 0 < stats.accepted < stats.drafted
