@@ -1,9 +1,12 @@
-"""Exact mode: greedy output with drafts against without, bit for bit, on tiny models of every precision.
+"""Exact mode: greedy logprobs with drafts against without, bit for bit, over families, room and turns.
 
-    .venv/bin/python benchmarks/exact.py [--prompts 50] [--tokens 300] [--json FILE]
+    .venv/bin/python benchmarks/exact.py [--prompts 50] [--tokens 8] [--capacities 256 512 1024] [--form float32]
+                                         [--json FILE]
 
-For each precision the embedded target is stored anew (float32, float16, bfloat16, 4-bit affine), loaded in mode
-exact with and without its assistant, and both continue the same random prompts.
+The embedded target, stored in the precision that is asked for, continues random prompts in mode exact, plainly and with
+a drafter of every family; then a second turn of the same conversation, and that once more. Prompts are as long as
+caches of the given sizes are made for. Printed for each family, size and turn: logprobs that differ in any bit, of how
+many, and how many drafts were accepted of how many (none where the engine decodes plainly).
 """
 
 from __future__ import annotations
@@ -14,14 +17,23 @@ import argparse
 import json
 import shutil
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_mtp import blas
+from mlx_mtp.cache import CAPACITY_STEP, capacity_for
+from mlx_mtp.exactness import WIDEST
 from mlx_mtp.loading import EMBEDDED
+from mlx_mtp.results import Result
+from mlx_mtp.session import Session
 
+FAMILIES = ("assistant", "parallel", "sequential", "lookup", "lookup+assistant")
+TURNS = ("fresh", "second", "retry")
 FORMS = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16, "4 bits": None}
 
 
@@ -47,32 +59,92 @@ def stored(form: str, folder: Path) -> Path:
     return folder
 
 
+def prompts_for(capacity: int, count: int, tokens: int) -> Iterator[list[int]]:
+    """Random prompts with which every turn is given a cache of just this capacity."""
+    smaller = max((size for size in range(0, capacity, CAPACITY_STEP) if capacity_for(size) < capacity), default=0)
+    room = 4 * WIDEST + tokens
+    low, high = max(8, smaller - room + 1), capacity - room - tokens - 9
+    chance = np.random.default_rng(capacity)
+    for _ in range(count):
+        yield chance.integers(6, 4096, int(chance.integers(low, high + 1))).tolist()
+
+
+def turns(engine: mlx_mtp.Engine, prompt: list[int], said: list[int], tokens: int) -> list[Result]:
+    """A reply, another one after `said` and a few words more, and that again."""
+    session, second = Session(), [*prompt, *said, *prompt[:9]]
+    return [engine.generate(ids, max_tokens=tokens, ignore_end=True, logprobs=1, session=session)
+            for ids in (prompt, second, second)]  # fmt: skip
+
+
+def differing(one: Result, other: Result) -> int:
+    """Logprobs that are not the same float32, tokens that differ included."""
+    assert one.logprobs is not None and other.logprobs is not None
+    mine, its = (np.array(found, dtype=np.float32).view(np.uint32) for found in (one.logprobs, other.logprobs))
+    return int(((mine != its) | (np.array(one.tokens) != np.array(other.tokens))).sum())
+
+
+def loaded(form: str, depth: int) -> dict[str, mlx_mtp.Engine]:
+    """An engine for plain decoding, "none", and one a family."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = EMBEDDED / "target" if form == "float32" else stored(form, Path(folder) / "target")
+        drafters = {name: name.replace("assistant", str(EMBEDDED / "assistant")) for name in FAMILIES}
+        drafters |= {name: str(EMBEDDED / name) for name in ("parallel", "sequential")}
+        return {name: mlx_mtp.load(target, drafter=drafter, mode="exact", depth=depth if name != "none" else 0)
+                for name, drafter in ({"none": None} | drafters).items()}  # fmt: skip
+
+
+def compare(engines: dict[str, mlx_mtp.Engine], capacity: int, count: int, tokens: int) -> list[dict[str, Any]]:
+    """One row a family and turn."""
+    plain = engines["none"]
+    assert plain.exactness is not None
+    way, rows = plain.exactness.at(capacity), {}
+    for family in FAMILIES:
+        probes = engines[family].exactness
+        assert probes is not None
+        probes.found.setdefault(capacity, way)
+        for turn in TURNS:
+            rows[family, turn] = {
+                "family": family, "capacity": capacity, "turn": turn, "width": way.width, "depths": way.depths,
+                "logprobs": 0, "differing": 0, "accepted": 0, "drafted": 0,
+            }  # fmt: skip
+    for prompt in prompts_for(capacity, count, tokens):
+        said = plain.generate(prompt, max_tokens=tokens, ignore_end=True).tokens
+        expected = turns(plain, prompt, said, tokens)
+        for family in FAMILIES:
+            for turn, one, other in zip(TURNS, expected, turns(engines[family], prompt, said, tokens), strict=True):
+                row = rows[family, turn]
+                row["logprobs"] += len(one.tokens)
+                row["differing"] += differing(one, other)
+                row["accepted"] += other.stats.accepted
+                row["drafted"] += other.stats.drafted
+    return list(rows.values())
+
+
 def main() -> None:
     """Parses options, runs, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=50)
-    parser.add_argument("--tokens", type=int, default=300)
-    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=8)
+    parser.add_argument("--depth", type=int, default=3)
+    parser.add_argument("--capacities", type=int, nargs="+", default=[256, 512, 1024, 2048, 4608])
+    parser.add_argument("--form", choices=list(FORMS), default="float32")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    figures: dict[str, Any] = {}
-    for form in FORMS:
-        with tempfile.TemporaryDirectory() as folder:
-            target = stored(form, Path(folder) / "target")
-            plain = mlx_mtp.load(target, drafter=None, mode="exact")
-            drafted = mlx_mtp.load(target, drafter=EMBEDDED / "assistant", depth=args.depth, mode="exact")
-        prompts = np.random.default_rng(0).integers(6, 4096, (args.prompts, 24)).tolist()
-        equal, rounds, tokens = 0, 0, 0
-        for prompt in prompts:
-            one, other = (e.generate(prompt, max_tokens=args.tokens, ignore_end=True) for e in (plain, drafted))
-            equal += one.tokens == other.tokens
-            rounds, tokens = rounds + other.stats.rounds, tokens + other.stats.tokens
-        way = drafted.exactness
-        figures[form] = {"equal": equal, "prompts": args.prompts, "tokens_per_round": tokens / rounds,
-                         "depths": way and way.depths, "width": way and way.width}  # fmt: skip
-        print(form, figures[form], flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    if wrong := [size for size in args.capacities if capacity_for(size) != size]:
+        parser.error(f"Expected sizes that caches have, found {wrong[0]}; take {capacity_for(wrong[0])}.")
+    engines, figures = loaded(args.form, args.depth), []
+    for capacity in args.capacities:
+        began = time.perf_counter()
+        found = compare(engines, capacity, args.prompts, args.tokens)
+        figures += found
+        for row in found:
+            print(f"{row['family']:17} {capacity:5} {row['turn']:6}  {row['differing']} of {row['logprobs']} differ, "
+                  f"{row['accepted']} of {row['drafted']} drafts accepted")  # fmt: skip
+        print(f"{capacity}: depths {found[0]['depths']}, width {found[0]['width']}; "
+              f"{time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
+        if args.json:
+            args.json.write_text(json.dumps({"form": args.form, "blas": blas.name(), "rows": figures}, indent=2) + "\n")
+    print(f"{sum(row['differing'] for row in figures)} of {sum(row['logprobs'] for row in figures)} logprobs differ")
 
 
 if __name__ == "__main__":

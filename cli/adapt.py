@@ -18,7 +18,7 @@ DEFAULTS = Adapting()
 def adapt(
     drafter: Annotated[str, typer.Option(help="Drafter to start from: a folder or a hub name.")],
     data: Annotated[
-        list[str], typer.Option(help="Prompts: JSONL (prompt, messages), text, folder or pattern; may be repeated.")
+        list[str], typer.Option(help="Prompts: JSONL, JSON (prompt, messages), text, folder or pattern; repeatable.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the adapted drafter; OUT.work keeps replies and log.")],
     model: Annotated[

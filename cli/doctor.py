@@ -15,6 +15,7 @@ from mlx_mtp.advice import Advice, advise
 from mlx_mtp.cli import options
 from mlx_mtp.cli.loading import load
 from mlx_mtp.diagnosis import Diagnosis, Quantisation, diagnose
+from mlx_mtp.exactness import Exactness
 from mlx_mtp.machine import Machine
 
 
@@ -110,18 +111,23 @@ def _pieces(found: Diagnosis) -> Table:
     build = f"{1e3 * costs.build:.2f} ms to build a round in Python"
     if found.machine.device == "gpu":  # on a CPU the device's own work is in it
         build += f", up to {1e3 * costs.submit:.2f} ms to hand it over"
-    if exact.width:
-        way = f"by filling every pass to {exact.width} rows"
-    else:
-        way = "by passes that give the same bits" if exact.possible else "not possible here"
     drafted = costs.drafted
     return _facts("Round", {
         "plain": f"{1e3 * costs.plain:.2f} ms",
         f"{costs.drafted_depth} drafts": None if drafted is None else f"{1e3 * drafted:.2f} ms",
         "draft step": None if costs.draft_step is None else f"{1e3 * costs.draft_step:.2f} ms",
         "host": build,
-        "exact mode": way,
-    })  # fmt: skip
+        "exact mode": _way(exact),
+    } | {f"room for {size:,} tokens": _way(way) for size, way in found.by_capacity.items()})  # fmt: skip
+
+
+def _way(exact: Exactness) -> str:
+    """How exact mode drafts, or that it does not."""
+    if exact.width:
+        return f"by filling every pass to {exact.width} rows"
+    if not exact.possible:
+        return "decodes plainly: no pass of several rows gives the same bits"
+    return f"by passes of 1, {', '.join(map(str, exact.equal_widths))} rows, which give the same bits"
 
 
 def _choices(found: Diagnosis) -> Table:

@@ -61,13 +61,16 @@ def generate(
             thinking=thinking, on_prefill=bar.update,
         )  # fmt: skip
     console = Console(stderr=True)
-    result, so_far, interrupted = None, "", False
+    result, interrupted = None, False
+    texts: list[str] = []
     ids: list[int] = []
     try:
         with bar:
             for event in stream:
                 bar.close()
-                so_far, ids, result = so_far + event.text, ids + event.tokens, event.result
+                result = event.result
+                texts.append(event.text)
+                ids += event.tokens
                 if not as_json:
                     # Without a tokenizer the ids are all there is to show.
                     shown = event.text if engine.tokenizer else "".join(f"{token} " for token in event.tokens)
@@ -75,7 +78,7 @@ def generate(
     except KeyboardInterrupt:
         interrupted = True
     if as_json:
-        partial = {"text": so_far, "tokens": ids, "logprobs": None, "finish_reason": "interrupted", "stats": None}
+        partial = mlx_mtp.Result("".join(texts), ids, None, "interrupted", mlx_mtp.Stats()).as_dict() | {"stats": None}
         print(json.dumps(result.as_dict() if result else partial))
     else:
         print()

@@ -51,11 +51,37 @@ class Block:
         return self.kind == before.kind and self.kind in (LIST_ITEM, THOUGHT)
 
 
+class Lines:
+    """Whole lines out of text as it comes; the work for a piece does not depend on how long the open line is."""
+
+    def __init__(self) -> None:
+        self._open: list[str] = []
+
+    def feed(self, text: str) -> list[str]:
+        """Lines that the new text finished, without their ends."""
+        first, *more = text.split("\n")
+        self._open.append(first)
+        if not more:
+            return []
+        found, self._open = ["".join(self._open), *more[:-1]], more[-1:]
+        return found
+
+    @property
+    def last(self) -> str:
+        """The line that has no end yet."""
+        return "".join(self._open)
+
+    def take(self) -> str:
+        """The same, which is over then."""
+        last, self._open = self.last, []
+        return last
+
+
 class Blocks:
     """Splits one reply."""
 
     def __init__(self) -> None:
-        self._line = ""  # the last one, without its end
+        self._line = Lines()
         self._lines: list[str] = []
         self._fence: str | None = None  # that of the open code
         self._language, self._parts = "", 0
@@ -64,20 +90,19 @@ class Blocks:
 
     def feed(self, text: str) -> list[Block]:
         """Blocks that the new text finished."""
-        *lines, self._line = (self._line + text).split("\n")
-        return [block for line in lines for block in self._take(line)]
+        return [block for line in self._line.feed(text) for block in self._take(line)]
 
     def open(self, final: bool = False) -> Block | None:
         """What is not finished yet, for showing it; `final` shows a last line that says nothing yet, too."""
-        hidden = self._line == "" or (not final and UNDECIDED.fullmatch(self._line))
-        lines = self._lines if hidden else [*self._lines, self._line]
+        last = self._line.last
+        hidden = last == "" or (not final and UNDECIDED.fullmatch(last))
+        lines = self._lines if hidden else [*self._lines, last]
         return self._block(lines, closes=False) if lines or self._fence else None
 
     def finish(self) -> list[Block]:
         """The rest, once nothing can follow."""
-        done = self._take(self._line) if self._line else []
-        self._line = ""
-        return done + self._close()
+        last = self._line.take()
+        return (self._take(last) if last else []) + self._close()
 
     def _block(self, lines: list[str], closes: bool) -> Block:
         if self._fence is not None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mlx_mtp import Event
-from mlx_mtp.cli.markdown import THOUGHT, Block, Blocks, rows
+from mlx_mtp.cli.markdown import THOUGHT, Block, Blocks, Lines, rows
 
 THINKING = ("show", "hide", "off")
 # Least seconds between two drawings, and the multiple of its own time that a drawing must wait for the next.
@@ -26,9 +26,11 @@ CONTROLS |= {13: None, 127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
 
 
 class View(Protocol):
-    """What shows one reply. `thoughts` is what the model thought, shown or not."""
+    """What shows one reply."""
 
-    thoughts: str
+    @property
+    def thoughts(self) -> str:
+        """What the model thought, shown or not."""
 
     def show(self, event: Event) -> None:
         """More of the reply."""
@@ -80,17 +82,44 @@ class Tail:
         self._console.file.flush()
 
 
+class _Thoughts:
+    """What the model thought; its tokens are counted piece by piece, as they are shown again and again."""
+
+    def __init__(self, count: Callable[[str], int]) -> None:
+        self._count, self._text, self._counted, self._tokens = count, list[str](), 0, 0
+
+    def add(self, text: str) -> None:
+        self._text.append(text)
+
+    def __str__(self) -> str:
+        return "".join(self._text)
+
+    def so_far(self) -> int:
+        """About how many tokens there are."""
+        self._tokens += self._count("".join(self._text[self._counted :]))
+        self._counted = len(self._text)
+        return self._tokens
+
+    def summary(self) -> str:
+        return f"thought for {self._count(str(self))} tokens"
+
+
 class MarkdownView:
     """On a terminal. thinking: "show" or anything else; count: how many tokens a text has."""
 
     def __init__(self, console: Console, thinking: str, count: Callable[[str], int]) -> None:
-        self.thoughts = ""
-        self._console, self._shown, self._count = console, thinking == "show", count
+        self._thoughts = _Thoughts(count)
+        self._console, self._shown = console, thinking == "show"
         self._tail, self._blocks = Tail(console), Blocks()
-        self._thought_line, self._thinking = "", False
+        self._thought_line, self._thinking = Lines(), False
         self._done: list[Block | str] = []  # finished and not drawn yet; a string is a row of its own
         self._before: Block | None = None
         self._next_drawing = 0.0
+
+    @property
+    def thoughts(self) -> str:
+        """What the model thought."""
+        return str(self._thoughts)
 
     def show(self, event: Event) -> None:
         """More of the reply."""
@@ -113,21 +142,19 @@ class MarkdownView:
         self._tail.end()
 
     def _think(self, text: str) -> None:
-        self.thoughts += text
+        self._thoughts.add(text)
         self._thinking = True
         if self._shown:
-            *lines, self._thought_line = (self._thought_line + text).split("\n")
-            self._done += [Block(THOUGHT, line) for line in lines]
+            self._done += [Block(THOUGHT, line) for line in self._thought_line.feed(text)]
 
     def _end_thought(self) -> None:
         if not self._thinking:
             return
         self._thinking = False
         if not self._shown:
-            self._done.append(self._quiet(f"thought for {self._count(self.thoughts)} tokens"))
-        elif self._thought_line:
-            self._done.append(Block(THOUGHT, self._thought_line))
-        self._thought_line = ""
+            self._done.append(self._quiet(self._thoughts.summary()))
+        elif line := self._thought_line.take():
+            self._done.append(Block(THOUGHT, line))
 
     def _quiet(self, text: str) -> str:
         with self._console.capture() as capture:
@@ -142,9 +169,9 @@ class MarkdownView:
                 self._before = done
         self._done, settled = [], len(fresh)
         if self._thinking and not self._shown:
-            fresh.append(self._quiet(f"thinking: {self._count(self.thoughts)} tokens"))
-        elif self._thinking and self._thought_line:
-            fresh += self._spaced(Block(THOUGHT, self._thought_line))
+            fresh.append(self._quiet(f"thinking: {self._thoughts.so_far()} tokens"))
+        elif self._thinking and (line := self._thought_line.last):
+            fresh += self._spaced(Block(THOUGHT, line))
         elif unfinished is not None:
             fresh += self._spaced(unfinished)
         self._tail.draw(fresh)
@@ -161,17 +188,23 @@ class PlainView:
     """
 
     def __init__(self, stream: TextIO, thinking: str, count: Callable[[str], int], note: Callable[[str], None]) -> None:
-        self.thoughts = ""
-        self._stream, self._shown, self._count, self._note = stream, thinking == "show", count, note
+        self._thoughts = _Thoughts(count)
+        self._stream, self._shown, self._note = stream, thinking == "show", note
         self._table: dict[int, int | None] = CONTROLS if stream.isatty() else {}
         self._thinking, self._last = False, "\n"
+
+    @property
+    def thoughts(self) -> str:
+        """What the model thought."""
+        return str(self._thoughts)
 
     def show(self, event: Event) -> None:
         """More of the reply."""
         if event.thinking:
             if self._shown and not self._thinking:
                 self._write("Thinking:\n")
-            self._thinking, self.thoughts = True, self.thoughts + event.thinking
+            self._thinking = True
+            self._thoughts.add(event.thinking)
             if self._shown:
                 self._write(event.thinking)
         if event.text:
@@ -188,7 +221,7 @@ class PlainView:
         if self._thinking and self._shown:
             self._write(("" if self._last == "\n" else "\n") + "\nAnswer:\n")
         elif self._thinking:
-            self._note(f"thought for {self._count(self.thoughts)} tokens")
+            self._note(self._thoughts.summary())
         self._thinking = False
 
     def _write(self, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -21,10 +22,12 @@ DEFAULTS, SHAPE, OPTIONS = Recipe(), DrafterShape(), TrainOptions(steps=1)
 MODEL = "The model"
 DRAFTER = "The drafter"
 LENGTH = "How long, and how"
+GIVEN = ("COMMANDLINE", "ENVIRONMENT")  # where an option comes from that is not a default
 Returned = TypeVar("Returned")
 
 
 def train(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and what comes out.")],
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out, with its own options.")
@@ -79,8 +82,8 @@ def train(
     ] = DEFAULTS.rehearsal,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Text, JSONL, folder or pattern; may be repeated.", show_default="Python's standard library",
-                     rich_help_panel=LENGTH),
+        typer.Option(help="Text, JSONL, JSON, folder or pattern; may be repeated.",
+                     show_default="Python's standard library", rich_help_panel=LENGTH),
     ] = None,
     target_steps: Annotated[
         int, typer.Option(help="Steps of the small target.", rich_help_panel=LENGTH)
@@ -116,29 +119,41 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed of weights and batches.", rich_help_panel=LENGTH)] = DEFAULTS.seed,
 ) -> None:
     """Train drafters for a finished target, or a small Gemma-4-shaped target and drafters for it."""
-    if resume:
-        recipe = Recipe.read(out)
-    elif (out / "recipe.json").exists():
+    if not resume and (out / "recipe.json").exists():
         raise OptionError(f"{out} holds a run already; add --resume to go on with it, or choose another folder.")
-    else:
-        shapes = tuple(
-            DrafterShape(family=name, drafts=drafts, modules=modules, width=width, inner=inner)
-            for name in ([] if family == ["none"] else family or [SHAPE.family])
-        )
-        recipe = Recipe(
-            drafters=shapes, target=target, start=start, joint=joint, target_steps=target_steps,
-            drafter_steps=drafter_steps, agreement_steps=agreement_steps, batch_size=batch_size, length=length,
-            learning_rate=learning_rate, label_share=label_share, sampled_share=sampled_share,
-            rehearsal=rehearsal, seed=seed, vocabulary=vocabulary, data=tuple(data or ()),
-            options={"optimizer": optimizer, "accumulate": accumulate, "checkpoint_gradients": checkpoint_gradients,
-                     "memory_saving": memory_saving, "dtype": dtype},
-        )  # fmt: skip
+    shapes = tuple(
+        DrafterShape(family=name, drafts=drafts, modules=modules, width=width, inner=inner)
+        for name in ([] if family == ["none"] else family or [SHAPE.family])
+    )
+    asked = Recipe(
+        drafters=shapes, target=target, start=start, joint=joint, target_steps=target_steps,
+        drafter_steps=drafter_steps, agreement_steps=agreement_steps, batch_size=batch_size, length=length,
+        learning_rate=learning_rate, label_share=label_share, sampled_share=sampled_share,
+        rehearsal=rehearsal, seed=seed, vocabulary=vocabulary, data=tuple(data or ()),
+        options={"optimizer": optimizer, "accumulate": accumulate, "checkpoint_gradients": checkpoint_gradients,
+                 "memory_saving": memory_saving, "dtype": dtype},
+    )  # fmt: skip
+    recipe = _resumed(context, out, asked) if resume else asked
     console = Console(stderr=True)
     console.print(f"Training into {out} (Ctrl-C saves; mlx-mtp train --out {out} --resume goes on).", soft_wrap=True)
     show(run(out, recipe), console)
     made = [out / "target"] if recipe.target is None else []
     console.print(f"Done: {', '.join(str(path) for path in [*made, *(out / s.family for s in recipe.drafters)])}.",
                   soft_wrap=True)  # fmt: skip
+
+
+def _resumed(context: typer.Context, out: Path, asked: Recipe) -> Recipe:
+    """The recipe of the run in `out`; OptionError where an option on the command line asks for something else."""
+    recipe = Recipe.read(out)
+    given = {name for name in context.params if (source := context.get_parameter_source(name)) and source.name in GIVEN}
+    given |= {"drafters"} if given & {field.name for field in fields(DrafterShape)} else set()
+    given |= {"options"} if given & asked.options.keys() else set()
+    if changed := sorted(given & set(recipe.differs(asked))):
+        raise OptionError(
+            f"Expected beside --resume nothing else than the run in {out} began with, found another value of "
+            f"{', '.join(changed)}; leave it out, or train into another folder."
+        )
+    return recipe
 
 
 def show(stages: Generator[Stage, None, Returned], console: Console) -> Returned:

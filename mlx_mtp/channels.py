@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 QUOTE = '<|"|>'
@@ -31,11 +31,17 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Pieces:
-    """What a stretch of text was: answer, thought, finished calls."""
+    """What a stretch of text was: answer, thought, finished calls.
+
+    raw: the stretch as the model wrote it. answer: whether it is the answer's own text; a call that cannot be read is
+    shown as text, too, but stays markup.
+    """
 
     text: str = ""
     thinking: str = ""
     calls: list[ToolCall] = field(default_factory=list)
+    raw: str = ""
+    answer: bool = False
 
 
 class Channels:
@@ -47,58 +53,61 @@ class Channels:
     def __init__(self, thinking: str | None = None, calls: bool = True) -> None:
         self._markers = [marker for marker in CLOSING if calls or marker != CALL[0]]
         self._open = thinking  # the marker that opened what is being read, None in the answer
-        self._held = ""
+        self._held = ""  # never longer than a marker
         self._naming = False  # a channel's name, up to the end of its line, is no thought
         self._answered = False
+        self._body: list[str] = []  # of the open call
 
     def feed(self, text: str) -> Pieces:
         """New text of the reply; what might become a marker is held back."""
-        self._held += text
-        return joined(list(self._split(final=False)))
+        return joined(list(self.split(text)))
 
     def flush(self) -> Pieces:
         """What was held back, once nothing can follow; a call without its end is shown as it was written."""
-        return joined(list(self._split(final=True)))
+        return joined(list(self.split("", final=True)))
 
-    def _split(self, final: bool) -> Iterator[Pieces]:
+    def split(self, text: str, final: bool = False) -> Iterator[Pieces]:
+        """The same stretch by stretch: all `raw` in order is the text but for what is held back; final: nothing is."""
+        self._held += text
         while self._held:
-            if self._open is None:
-                at, marker = _first(self._held, self._markers)
-                yield self._answer(self._held[:at] if marker else self._cut(self._markers, final))
-                if marker is None:
-                    return
-                self._held, self._open = self._held[at + len(marker) :], marker
-                self._naming = marker == THOUGHTS[0][0]
-                continue
-            closing = CLOSING[self._open]
-            at = self._held.find(closing)
-            if self._open == CALL[0]:
-                if at < 0 and not final:
-                    return
-                yield _called(self._held[:at]) if at >= 0 else Pieces(text=CALL[0] + self._held)
-            else:
-                taken = self._held[:at] if at >= 0 else self._cut([closing], final)
-                yield Pieces(thinking=self._thought(taken, closed=at >= 0))
-                if at < 0:
-                    return
-            self._held, self._open = self._held[at + len(closing) :] if at >= 0 else "", None
+            markers = self._markers if self._open is None else [CLOSING[self._open]]
+            at, marker = _first(self._held, markers)
+            if taken := self._held[:at] if marker else self._cut(markers, final):
+                yield self._answer(taken) if self._open is None else self._inside(taken)
+            if marker is None:
+                break
+            self._held = self._held[at + len(marker) :]
+            yield self._marked(marker)
+        if final and self._open == CALL[0]:
+            self._open = None
+            yield Pieces(text=CALL[0] + "".join(self._body))
 
     def _answer(self, text: str) -> Pieces:
         """Answer text; the empty lines between a thought and the answer belong to neither."""
+        raw = text
         if not self._answered:
             text = text.lstrip("\n")
         self._answered |= bool(text)
-        return Pieces(text=text)
+        return Pieces(text=text, raw=raw, answer=True)
 
-    def _thought(self, text: str, closed: bool) -> str:
-        """A thought without its channel's name."""
-        if self._naming and text:
-            name, end, rest = text.partition("\n")
-            if not end and not closed:
-                self._held = text + self._held
-                return ""
-            self._naming, text = False, rest
-        return text
+    def _inside(self, text: str) -> Pieces:
+        """A part of a thought, without its channel's name, or of a call."""
+        raw = text
+        if self._open == CALL[0]:
+            self._body.append(text)
+            text = ""
+        elif self._naming:
+            _, end, text = text.partition("\n")
+            self._naming = not end
+        return Pieces(thinking=text, raw=raw)
+
+    def _marked(self, marker: str) -> Pieces:
+        """A marker, which opens a thought or a call, or closes it."""
+        if self._open is None:
+            self._open, self._naming, self._body = marker, marker == THOUGHTS[0][0], []
+            return Pieces(raw=marker)
+        closed, self._open = self._open, None
+        return replace(_called("".join(self._body)) if closed == CALL[0] else Pieces(), raw=marker)
 
     def _cut(self, markers: list[str], final: bool) -> str:
         """Takes the held text but for an end that may begin a marker."""
@@ -111,8 +120,9 @@ class Channels:
 def joined(found: Sequence[Pieces]) -> Pieces:
     """Stretches of text that follow each other as one."""
     return Pieces(
-        "".join(p.text for p in found), "".join(p.thinking for p in found), [call for p in found for call in p.calls]
-    )
+        "".join(p.text for p in found), "".join(p.thinking for p in found), [call for p in found for call in p.calls],
+        "".join(p.raw for p in found),
+    )  # fmt: skip
 
 
 def _first(text: str, markers: Iterable[str]) -> tuple[int, str | None]:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_mtp import checks
-from mlx_mtp.channels import Channels, joined
 from mlx_mtp.errors import PromptError
 from mlx_mtp.results import Event, Result
 from mlx_mtp.session import Session
@@ -102,27 +101,23 @@ class Chat:
         if tokenizer is None:
             raise PromptError("Expected a checkpoint with a tokenizer for a chat, found none; use another model.")
         ids = tokenizer.chat(messages, thinking=self.thinking)
-        events = self.engine.stream(ids, session=self.session, **options)
-        return self._kept(messages, events, Channels(tokenizer.opened_thought(ids), calls=False))
+        events = self.engine.stream(ids, session=self.session, tools=False, **options)
+        return self._kept(messages, events)
 
-    def _kept(
-        self, messages: list[Message], events: Generator[Event, None, None], channels: Channels
-    ) -> Generator[Event, None, None]:
+    def _kept(self, messages: list[Message], events: Generator[Event, None, None]) -> Generator[Event, None, None]:
         """The reply's events; whatever ends them, what was answered so far joins the messages."""
-        answer, before, self.last = "", self.messages, None
+        said: list[str] = []
+        before, self.last = self.messages, None
         try:
             for event in events:
-                pieces = channels.feed(event.text)
-                if event.result is None:
-                    answer += pieces.text
-                    yield replace(event, text=pieces.text, thinking=pieces.thinking)
-                    continue
-                pieces = joined([pieces, channels.flush()])
-                answer += pieces.text
-                self.last = replace(event.result, text=answer)
-                yield Event(pieces.text, [], self.last, thinking=pieces.thinking)
+                said.append(event.content)
+                result = event.result
+                if result is not None:
+                    self.last = result = replace(result, text="".join(said))
+                yield replace(event, text=event.content, result=result)
         finally:
             events.close()
+            answer = "".join(said)
             # A question without any answer is as good as not asked.
             answered = [*messages, {"role": "assistant", "content": answer}]
             self.messages = answered if answer.strip() else before

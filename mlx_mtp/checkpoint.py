@@ -308,10 +308,21 @@ def renamed(weights: Mapping[str, mx.array], name_of: Callable[[str], str | None
     return kept, len(weights) - len(kept)
 
 
+def check_finite(tensors: Iterable[tuple[str, mx.array]], where: Path, advice: str) -> None:
+    """CheckpointError with the `advice` for a tensor that holds NaN or an infinity. Looks at one after the other."""
+    for name, tensor in tensors:
+        if mx.issubdtype(tensor.dtype, mx.floating) and not mx.isfinite(tensor).all().item():
+            raise CheckpointError(f"{where}: expected finite numbers as weights, found others in '{name}'; {advice}.")
+
+
 def write_checkpoint(folder: Path, config: Mapping[str, Any], weights: Mapping[str, mx.array]) -> None:
-    """Writes config.json and model.safetensors in the published layout (float16 on disk)."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes config.json and model.safetensors in the published layout (float16 on disk).
+
+    Raises CheckpointError, and writes nothing, where a weight is not finite as float16.
+    """
     floating = (mx.float32, mx.bfloat16)
     halves = {k: w.astype(mx.float16) if w.dtype in floating else w for k, w in weights.items()}
+    check_finite(halves.items(), folder, "nothing was written: train with a lower learning rate")
+    folder.mkdir(parents=True, exist_ok=True)
     mx.save_safetensors(str(folder / "model.safetensors"), halves, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ request, so stopping early, cancelling or an exception in the consumer leave not
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +19,14 @@ import mlx.core as mx
 
 from mlx_mtp.cache import KVCache, capacity_for
 from mlx_mtp.depth import DepthPolicy
-from mlx_mtp.exactness import WIDEST, Exactness
+from mlx_mtp.exactness import WIDEST, Exactness, Probes
 from mlx_mtp.interfaces import Drafter, Memory, States, Target
 from mlx_mtp.results import NEUTRAL, Sampling, Stats
 from mlx_mtp.sampling import Rules
 from mlx_mtp.session import Held, Session
-from mlx_mtp.speculate import LogitsProcessor, Outcome, Request, Rounds
+from mlx_mtp.speculate import LogitsProcessor, Outcome, Request, Rounds, SoFar
+
+log = logging.getLogger(__name__)
 
 # Most bytes of attention scores one prefill chunk may need, and its largest and smallest number of rows.
 CHUNK_BYTES, MAX_CHUNK, MIN_CHUNK = 256_000_000, 512, 16
@@ -52,11 +55,16 @@ class Asked:
 
 @dataclass
 class Run:
-    """New tokens, and per token its logprob and the likeliest alternatives where asked for."""
+    """New tokens, and per token its logprob and the likeliest alternatives where asked for.
+
+    drafted, accepted: of its round, before any cut; None and 0 for the prefill's token.
+    """
 
     tokens: list[int]
     logprobs: list[float] | None = None
     top: list[dict[int, float]] | None = None
+    drafted: int | None = None
+    accepted: int = 0
 
 
 @dataclass
@@ -88,6 +96,7 @@ class _Decoding:
     """Host side of one request: an upper bound of the device's length, and a clock.
 
     newest: the furthest row that was or will be written. paused: seconds the consumer took since the last read.
+    so_far: prompt and emitted tokens where Python functions ask for them.
     disturbed: whether the time since the last read, or that before it, says nothing about a round: a graph or buffer
     was made, or the consumer was slow and the device ahead.
     """
@@ -97,11 +106,18 @@ class _Decoding:
     bound: int
     newest: int
     asked: Asked
+    so_far: SoFar | None = None
     emitted: list[int] = field(default_factory=list)
     read_at: float = 0.0
     paused: float = 0.0
     disturbed: bool = True
     disturbed_before: bool = True
+
+    def take(self, tokens: list[int]) -> None:
+        """Tokens that were read."""
+        self.emitted += tokens
+        if self.so_far is not None:
+            self.so_far.add(mx.array(tokens))
 
     def round_seconds(self) -> float | None:
         """Wall time since the last read, None where that says nothing; starts the next interval."""
@@ -113,42 +129,54 @@ class _Decoding:
         return found
 
 
+@dataclass
+class _Kept:
+    """What a session has of a prompt: `length` tokens whose rows are there, and the states of the last of them.
+
+    states: None where the caller has to run that token again if it wants them.
+    """
+
+    held: Held
+    length: int
+    states: States | None = None
+
+
 class Decoder:
     """Decodes requests with one pair. exact: how this device can be exact, None for the fast mode."""
 
     def __init__(
-        self, target: Target, drafter: Drafter | None, policy: DepthPolicy, exact: Exactness | None = None
+        self, target: Target, drafter: Drafter | None, policy: DepthPolicy, exact: Probes | None = None
     ) -> None:
         self.target, self.drafter, self.policy, self.exact = target, drafter, policy, exact
-        self.width = exact.width if exact else None
-        self.rounds = Rounds(target, drafter, self.width)
+        self.rounds = Rounds(target, drafter, exact is not None)
 
     def decode(self, asked: Asked, stats: Stats, policy: DepthPolicy | None = None) -> Generator[Run, None, None]:
         """Runs of new tokens, at most the budget in all: the first from the prefill, then one run a round."""
         policy = policy or self.policy
         policy.begin()
         session, decoding = asked.session, None
-        taken = session.take(asked.ids, self._runs_again) if session is not None else None
+        kept = self._kept(session, asked.ids) if session is not None else None
         try:
             began = time.perf_counter()
-            request, newest = self._prefill(asked, policy.deepest, taken, stats)
-            decoding = _Decoding(request, stats, len(asked.ids), newest, asked)
+            request, newest = self._prefill(asked, policy.deepest, kept, stats)
+            so_far = SoFar(asked.ids) if asked.processors else None
+            decoding = _Decoding(request, stats, len(asked.ids), newest, asked, so_far)
             yield from self._run(decoding, policy, began)
         finally:
             if session is not None:
-                _leave(session, decoding)
+                _leave(session, decoding, self.exact is not None)
 
     def _run(self, decoding: _Decoding, policy: DepthPolicy, began: float) -> Iterator[Run]:
         """The tokens behind the prompt; one round in flight while the one before is read."""
         asked, stats, reader = decoding.asked, decoding.stats, _Reader(decoding.stats)
-        first = self.rounds.first(decoding.request, asked.ids, asked.processors)
+        first = self.rounds.first(decoding.request, decoding.so_far, asked.processors)
         stats.head_passes += 1
         serial = bool(asked.processors)  # Python functions want every token before the next round is built
         # Read before a round is submitted: where that waits for the device (MLX on a CPU), the token would be late.
         run, _ = reader.read(first)
         stats.prefill_seconds = time.perf_counter() - began
         decoding.round_seconds()
-        decoding.emitted += run.tokens
+        decoding.take(run.tokens)
         yield run
         pending: tuple[int, Outcome] | None = None
         while len(decoding.emitted) < asked.budget:
@@ -171,28 +199,28 @@ class Decoder:
     def _collect(
         self, decoding: _Decoding, reader: _Reader, depth: int, outcome: Outcome, policy: DepthPolicy, alike: bool
     ) -> Run:
-        """Reads a round, books it, and cuts it to what stands and to the budget."""
+        """Reads a round and cuts it to what was accepted and to the budget."""
         run, accepted = reader.read(outcome)
         seconds = decoding.round_seconds()
         policy.learn(depth, accepted, seconds if alike else None)
-        decoding.stats.count(depth, accepted)
         decoding.bound -= depth - accepted
         upto = min(accepted + 1, decoding.asked.budget - len(decoding.emitted))
-        run = Run(run.tokens[:upto], run.logprobs and run.logprobs[:upto], run.top and run.top[:upto])
-        decoding.emitted += run.tokens
+        logprobs, top = run.logprobs and run.logprobs[:upto], run.top and run.top[:upto]
+        run = Run(run.tokens[:upto], logprobs, top, depth, accepted)
+        decoding.take(run.tokens)
         return run
 
     def _submit(self, decoding: _Decoding, policy: DepthPolicy) -> tuple[int, Outcome]:
         """Starts a round of the depth the policy chose; that depth and what the round will give."""
         depth, request, asked = policy.next(), decoding.request, decoding.asked
-        rows = decoding.bound + max(depth + 1, self.width or 0)
+        depth = request.exact.deepest(depth) if request.exact else depth
+        rows = decoding.bound + max(depth + 1, (request.exact and request.exact.width) or 0)
         decoding.newest = max(decoding.newest, rows - 1)
         grown = self._reserve(request, rows)
         decoding.disturbed |= grown or self.rounds.is_new(request, depth)
         decoding.bound += depth + 1
-        if asked.processors:
-            so_far = asked.ids + decoding.emitted
-            outcome = self.rounds.submit_processed(request, depth, so_far, asked.processors)
+        if decoding.so_far is not None:
+            outcome = self.rounds.submit_processed(request, depth, decoding.so_far, asked.processors)
         else:
             outcome = self.rounds.submit(request, depth)
         stats = decoding.stats
@@ -214,21 +242,21 @@ class Decoder:
         """Runs the prompt in chunks that bound memory; leaves the state of its last token."""
         return self._prefill(asked, deepest, None, Stats())[0]
 
-    def _prefill(
-        self, asked: Asked, deepest: int, taken: tuple[Held, int] | None, stats: Stats
-    ) -> tuple[Request, int]:
-        """The request behind its prompt, and the furthest row written; `taken` = what stands of it already."""
+    def _prefill(self, asked: Asked, deepest: int, kept: _Kept | None, stats: Stats) -> tuple[Request, int]:
+        """The request behind its prompt, and the furthest row written; `kept` = what is there of it already."""
         target, drafter, ids = self.target, self.drafter, asked.ids
         # In exact mode room for the whole reply: the kernels may depend on the size of the buffers, and when those
         # grow must not depend on how many drafts are in flight.
         rows = len(ids) + (asked.budget + 4 * WIDEST if self.exact else deepest + 1)
-        cache, memory, begin, newest = self._begin(ids, capacity_for(rows), taken)
+        capacity = max(capacity_for(rows), kept.held.cache.capacity if kept else 0)
+        exact = self._exactness(capacity)  # before there are buffers: the probe has some of its own
+        cache, memory, states, begin, newest = self._begin(ids, capacity, kept)
+        # In exact mode every family goes the same way, plain decoding too: the same rows through every layer.
+        wants_all = self.exact is not None or (drafter is not None and drafter.reads_states)
         chunk = self._chunk(cache)
-        states = States(mx.zeros((1, 0, 0)))
         for start in range(begin, len(ids), chunk):
             tokens = mx.array([ids[start : start + chunk]], dtype=mx.int32)
             final = start + chunk >= len(ids)
-            wants_all = drafter is not None and drafter.reads_states
             states = target.forward(tokens, cache, None if wants_all else int(final))
             if drafter is not None and drafter.reads_prompt:
                 memory = drafter.observe(memory, tokens, states, mx.array([tokens.shape[1] - 1]))
@@ -236,16 +264,36 @@ class Decoder:
             mx.eval(cache.arrays, memory)
             if asked.on_prefill:
                 asked.on_prefill(min(start + chunk, len(ids)) - begin, len(ids) - begin)
+        assert states is not None, "a prompt has a last token"
         stats.prefilled_tokens, newest = len(ids) - begin, max(newest, len(ids) - 1)
-        if asked.session is not None:
-            asked.session.mark(cache, len(ids), newest)
+        if asked.session is not None and begin < len(ids):
+            asked.session.mark(cache, len(ids), newest, _last(states) if self.exact else None)
         vocabulary = target.info.vocab_size
         rules = Rules.of(asked.sampling, vocabulary, asked.logprobs)
         request = Request(
             mx.zeros((1, 1), dtype=mx.int32), states.hidden[:, -1:], cache, memory, rules,
-            rules.knobs(asked.sampling, vocabulary), rules.history(ids, vocabulary), mx.random.key(asked.seed),
+            rules.knobs(asked.sampling, vocabulary), rules.history(ids, vocabulary), mx.random.key(asked.seed), exact,
         )  # fmt: skip
         return request, newest
+
+    def _exactness(self, capacity: int) -> Exactness | None:
+        """How passes over caches of this capacity are exact; None in the fast mode."""
+        if self.exact is None:
+            return None
+        known = capacity in self.exact.found
+        found = self.exact.at(capacity)
+        if self.drafter is not None and not known and not found.possible:
+            log.warning("Exact mode: no way was found to verify drafts bit for bit with room for %d tokens; "
+                        "decoding plainly where that much is needed.", capacity)  # fmt: skip
+        return found
+
+    def _kept(self, session: Session, ids: list[int]) -> _Kept | None:
+        """What a session has of a prompt."""
+        if self.exact is not None:
+            marked = session.take_marked(ids)
+            return _Kept(marked[0], marked[1].length, marked[1].states) if marked else None
+        taken = session.take(ids, self._runs_again)
+        return _Kept(*taken) if taken else None
 
     @property
     def _runs_again(self) -> int:
@@ -253,23 +301,22 @@ class Decoder:
         return int(self.drafter is not None and self.drafter.reads_states)
 
     def _begin(
-        self, ids: list[int], capacity: int, taken: tuple[Held, int] | None
-    ) -> tuple[KVCache, Memory, int, int]:
-        """Cache and drafter's memory to start from, how many tokens they hold, and the furthest row written."""
+        self, ids: list[int], capacity: int, kept: _Kept | None
+    ) -> tuple[KVCache, Memory, States | None, int, int]:
+        """Cache and drafter's memory to start from, the last token's states, how many tokens these hold, and the
+        furthest row written."""
         target, drafter = self.target, self.drafter
-        if taken is None:
+        if kept is None:
             cache = target.new_cache(capacity)
-            return cache, drafter.start(1, cache.capacity) if drafter else {}, 0, -1
-        held, begin = taken
-        cache, memory = held.cache, held.memory
+            return cache, drafter.start(1, cache.capacity) if drafter else {}, None, 0, -1
+        cache, memory, states = kept.held.cache, kept.held.memory, kept.states
         cache.grow(capacity)
         if drafter is not None:
-            states = None
-            if self._runs_again:
-                states = target.forward(mx.array([[ids[begin - 1]]], dtype=mx.int32), cache)
+            if self._runs_again and states is None:
+                states = target.forward(mx.array([[ids[kept.length - 1]]], dtype=mx.int32), cache)
                 cache.advance(1)
-            memory = drafter.rewind(drafter.grow(memory, cache.capacity), begin, states)
-        return cache, memory, begin, held.newest
+            memory = drafter.rewind(drafter.grow(memory, cache.capacity), kept.length, states)
+        return cache, memory, states, kept.length, kept.held.newest
 
     def _chunk(self, cache: KVCache) -> int:
         """Rows of the prompt that one pass may take."""
@@ -309,11 +356,19 @@ class Decoder:
         return found
 
 
-def _leave(session: Session, decoding: _Decoding | None) -> None:
-    """Gives a session what a request computed; the last token's row is not written yet, or not for sure."""
+def _last(states: States) -> States:
+    """Those of the last row."""
+    return States(states.hidden[:, -1:], None if states.trunk is None else states.trunk[:, -1:])
+
+
+def _leave(session: Session, decoding: _Decoding | None, exact: bool) -> None:
+    """Gives a session what a request computed; the last token's row is not written yet, or not for sure.
+
+    exact: the prompt only. What a reply leaves beyond what was wanted of it depends on the drafter.
+    """
     if decoding is None:
         session.give_back(None, ())
         return
-    request, ids = decoding.request, [*decoding.asked.ids, *decoding.emitted]
+    request, ids = decoding.request, [*decoding.asked.ids, *([] if exact else decoding.emitted)]
     held = Held(request.cache, request.memory, decoding.newest)
     session.give_back(held, ids[: max(len(decoding.asked.ids), len(ids) - 1)])

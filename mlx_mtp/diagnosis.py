@@ -12,23 +12,23 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from mlx_mtp import exactness, machine
-from mlx_mtp.cache import KVCache
+from mlx_mtp import machine
+from mlx_mtp.cache import CAPACITY_STEP, KVCache, capacity_for
 from mlx_mtp.checkpoint import named_parameters
 from mlx_mtp.decode import Asked, Decoder
 from mlx_mtp.depth import Curve, FixedDepth, best_depth, expected_tokens
 from mlx_mtp.drafters.assistant import Assistant, Convention
 from mlx_mtp.drafters.lookup import LookupFirst
 from mlx_mtp.engine import DEEPEST, Engine
-from mlx_mtp.exactness import Exactness
+from mlx_mtp.exactness import Exactness, Probes
 from mlx_mtp.interfaces import Drafter, Target
 from mlx_mtp.machine import Machine
 from mlx_mtp.results import NEUTRAL, Sampling
@@ -40,6 +40,7 @@ CONTEXT = 200
 # The depth whose rounds are timed for the cost of a draft step: deep enough to divide by, within every chip's reach.
 TIMED_DEPTH = 4
 ACCEPTANCES = (0.5, 0.7, 0.9)
+PROBED_CAPACITIES = (CAPACITY_STEP, 1024, 3840)  # for which `doctor --mode exact` says how passes are exact
 COMPARED_TOKENS = 48  # of each reply on which the two conventions are compared
 # Two conventions differ by more than noise where so lopsided a split would come by chance less often than this.
 SIGNIFICANT = 0.05
@@ -269,7 +270,10 @@ class ConventionCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """Everything that was found. convention: None unless the drafter is an assistant and text can be tokenised."""
+    """Everything that was found. convention: None unless the drafter is an assistant and text can be tokenised.
+
+    exactness: with the room that short texts need. by_capacity: with room for so many tokens; empty in fast mode.
+    """
 
     machine: Machine
     mode: str
@@ -278,6 +282,7 @@ class Diagnosis:
     exactness: Exactness
     choices: tuple[Choice, ...]
     convention: ConventionCheck | None
+    by_capacity: Mapping[int, Exactness] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON object of `mlx-mtp doctor --json`, without the advice; times in milliseconds."""
@@ -315,8 +320,10 @@ def diagnose(engine: Engine, effort: Effort = USUAL, on_step: Progress = lambda 
     on_step("timing passes and rounds")
     costs = measure(decoder, prompt, max(allowed), effort)
     on_step("comparing widths bit for bit")
-    exact = engine.exactness or exactness.probe(engine.target)
-    curve = costs.curve(engine.exactness.width if engine.exactness else None)
+    probes = engine.exactness or Probes(engine.target)
+    exact = probes.at(CAPACITY_STEP)
+    capacities = PROBED_CAPACITIES if engine.exactness else ()
+    curve = costs.curve(exact.width if engine.exactness else None)
     return Diagnosis(
         machine=here,
         mode=engine.mode,
@@ -325,6 +332,7 @@ def diagnose(engine: Engine, effort: Effort = USUAL, on_step: Progress = lambda 
         exactness=exact,
         choices=choices(curve, allowed),
         convention=_convention_check(engine, decoder, on_step),
+        by_capacity={size: probes.at(size) for size in capacities if size <= capacity_for(engine.max_context)},
     )
 
 
@@ -349,7 +357,7 @@ def measure(
     wall = {d: middle([turn[d] for turn in walls]) for d in depths}
     step = None
     if depth:
-        width = decoder.width or 1
+        width = (decoder.exact and decoder.exact.at(CAPACITY_STEP).width) or 1
         rows = seconds[max(depth + 1, width) - 1] - seconds[width - 1]
         step = max(0.0, (alone[1].device - alone[0].device - rows) / depth)
     return Costs(

@@ -1,7 +1,7 @@
 """The engine: what a request may ask, how it ends, and the events, text and statistics it returns.
 
-What it does: checks requests, turns runs of tokens into events, finds ends and stop strings. What it does not do:
-the loop (decode.py), rounds (speculate.py), loading (loading.py).
+What it does: checks requests, turns runs of tokens into events, finds ends. What it does not do: text and stop strings
+(reply.py), the loop (decode.py), rounds (speculate.py), loading (loading.py).
 
 Invariant: everything a request changes belongs to that request, so stopping early, cancelling or an exception in the
 consumer leave the engine as it was.
@@ -21,16 +21,19 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_mtp import checks, exactness
+from mlx_mtp.cache import CAPACITY_STEP
+from mlx_mtp.channels import Channels
 from mlx_mtp.chat import Chat
 from mlx_mtp.chat_file import load_chat
 from mlx_mtp.decode import Asked, Decoder, PrefillProgress
 from mlx_mtp.depth import Curve, DepthController, DepthPolicy, FixedDepth, remembered
 from mlx_mtp.errors import OptionError, PromptError
 from mlx_mtp.interfaces import Drafter, Target
+from mlx_mtp.reply import Reply
 from mlx_mtp.results import NEUTRAL, Event, Result, Sampling, Stats
 from mlx_mtp.session import Session
 from mlx_mtp.speculate import LogitsProcessor
-from mlx_mtp.tokens import Prompt, StopStrings, Tokenizer, prompt_ids
+from mlx_mtp.tokens import Prompt, Tokenizer, prompt_ids
 
 log = logging.getLogger(__name__)
 
@@ -74,18 +77,19 @@ class Engine:
         self.max_context = limit if max_context is None else checks.whole("max_context", max_context, 2, limit)
         if drafter is not None:
             drafter.attach(target)
-        self.exactness = exactness.probe(target) if mode == "exact" else None
+        self.exactness = exactness.Probes(target) if mode == "exact" else None
         self._decoder = self._make_decoder(profile)
 
     @property
     def allowed_depths(self) -> list[int]:
         """Drafts a round that drafter and mode allow, 0 always among them; what depth "auto" chooses from."""
         deepest = min(DEEPEST, self.drafter.max_depth) if self.drafter else 0
-        return [d for d in range(deepest + 1) if self.exactness is None or d in self.exactness.depths]
+        exact = self.exactness.at(CAPACITY_STEP) if self.exactness and deepest else None
+        return [d for d in range(deepest + 1) if exact is None or d in exact.depths]
 
     def _make_decoder(self, profile: tuple[Path, str] | None) -> Decoder:
         drafter, exact, allowed = self.drafter, self.exactness, self.allowed_depths
-        if exact is not None and drafter and not exact.possible:
+        if exact is not None and drafter and len(allowed) == 1:
             log.warning("Exact mode: no way was found to verify drafts bit for bit here; decoding plainly.")
         if self.depth != "auto":
             deepest = max(depth for depth in allowed if depth <= int(self.depth))
@@ -141,16 +145,21 @@ class Engine:
         logits_processors: Sequence[LogitsProcessor] = (),
         on_prefill: PrefillProgress | None = None,
         session: Session | None = None,
+        tools: bool = True,
     ) -> Generator[Event, None, None]:
         """Events of a reply as they come; the last one carries the Result.
 
-        seed: the same seed gives the same reply; without one every reply is another (temperature 0 needs none).
-        logprobs: 0 = none, n = that of every token and of the n likeliest of its place. raw: continue a string as it
-        stands, without the chat template. thinking: asks a checkpoint that can to think first (part of the text then);
-        off as in a chat. ignore_end: go on past ending tokens (for timing). logits_processors:
-        Python functions in mlx-lm's convention, (tokens so far [T], logits [1, V]) -> logits [1, V]; they run on
-        every row, and rounds are then read one by one. on_prefill(done, total) is called after every chunk.
+        stop: strings that end the reply where they turn up in its answer, never in a thought or a call of a tool; the
+        text ends in front of the first, the tokens with the one that completes it. Of two that the same character
+        completes the longer counts. seed: the same seed gives the same reply; without one every reply is another
+        (temperature 0 needs none). logprobs: 0 = none, n = that of every token and of the n likeliest of its place.
+        raw: continue the prompt as it stands, without the chat template, and take all that comes for answer. thinking:
+        asks a checkpoint that can to think first (part of the text then); off as in a chat.
+        ignore_end: go on past ending tokens (for timing). logits_processors: Python functions in mlx-lm's convention,
+        (tokens so far [T], logits [1, V]) -> logits [1, V]; they run on every row, and rounds are then read one by one.
+        on_prefill(done, total) is called after every chunk.
         session: keeps the K/V of this prompt and reply; what the next prompt has in common with them is not run again.
+        tools: whether calls of tools are told apart from the answer.
         Raises PromptError and OptionError before anything runs.
         """
         max_tokens = checks.whole("max_tokens", max_tokens, 1)
@@ -160,8 +169,8 @@ class Engine:
         if stops and self.tokenizer is None:
             raise OptionError("stop strings need a tokenizer to compare with, and this checkpoint has none.")
         checks.instance("session", session, Session)
-        flags = {"raw": raw, "ignore_end": ignore_end, "thinking": thinking}
-        raw, ignore_end, thinking = (checks.flag(name, value) for name, value in flags.items())
+        flags = {"raw": raw, "ignore_end": ignore_end, "thinking": thinking, "tools": tools}
+        raw, ignore_end, thinking, tools = (checks.flag(name, value) for name, value in flags.items())
         ids = self._checked(prompt_ids(checks.prompt(prompt), self.tokenizer, raw, thinking))
         asked = Asked(
             ids=ids,
@@ -176,7 +185,15 @@ class Engine:
         policy = self._decoder.policy
         if seed is not None and asked.sampling.temperature and isinstance(policy, DepthController):
             policy = FixedDepth(max(depth for depth in policy.allowed if depth <= SEEDED_DEPTH))
-        return self._events(asked, policy, stops, frozenset() if ignore_end else self.end_tokens)
+        reply = self._reply_to(ids, stops, raw, tools)
+        return self._events(asked, policy, reply, frozenset() if ignore_end else self.end_tokens)
+
+    def _reply_to(self, ids: list[int], stop: list[str], raw: bool, tools: bool) -> Reply:
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            return Reply(None, (), None)
+        channels = None if raw or not tokenizer.has_chat_template else Channels(tokenizer.opened_thought(ids), tools)
+        return Reply(tokenizer.stream(), stop, channels)
 
     def _checked_sampling(self, sampling: Sampling | None) -> Sampling:
         checks.instance("sampling", sampling, Sampling)
@@ -202,45 +219,34 @@ class Engine:
         return ids
 
     def _events(
-        self, asked: Asked, policy: DepthPolicy, stop: list[str], ends: Collection[int]
+        self, asked: Asked, policy: DepthPolicy, reply: Reply, ends: Collection[int]
     ) -> Generator[Event, None, None]:
         stats = Stats(prompt_tokens=len(asked.ids), mode=self.mode)
         mx.reset_peak_memory()
-        text, stops = [], StopStrings(stop)
-        detokenizer = self.tokenizer.stream() if self.tokenizer else None
-        tokens: list[int] = []
-        logprobs: list[float] = []
-        top: list[dict[int, float]] = []
-        finish, began = "length", time.perf_counter()
-        with contextlib.closing(self._decoder.decode(asked, stats, policy)) as runs:
-            for run in runs:
-                stats.decode_seconds = time.perf_counter() - began - stats.prefill_seconds
-                end = next((i for i, token in enumerate(run.tokens) if token in ends), None)
-                fresh, fresh_logprobs, fresh_top = run.tokens[:end], (run.logprobs or [])[:end], (run.top or [])[:end]
-                tokens, logprobs, top = tokens + fresh, logprobs + fresh_logprobs, top + fresh_top
-                stats.tokens = len(tokens)
-                shown = ""
-                if detokenizer:
-                    for token in fresh:
-                        detokenizer.add_token(token)
-                    shown = stops.feed(detokenizer.last_segment)
-                text.append(shown)
-                if fresh or shown:
-                    yield Event(shown, fresh, None, fresh_logprobs or None, fresh_top or None)
-                if end is not None or stops.hit:
-                    finish = "stop"
-                    break
-        last = ""
-        if detokenizer:
-            detokenizer.finalize()
-            last = stops.feed(detokenizer.last_segment) + stops.flush()
-            text.append(last)
+        rounds: list[tuple[int, int]] = []  # drafts of each round that was read, and how many of them were accepted
+        began = time.perf_counter()
+        try:
+            with contextlib.closing(self._decoder.decode(asked, stats, policy)) as runs:
+                for run in runs:
+                    stats.decode_seconds = time.perf_counter() - began - stats.prefill_seconds
+                    if run.drafted is not None:
+                        rounds.append((run.drafted, run.accepted))
+                    reply.extend(run, ends)
+                    if reply.has_news:
+                        yield reply.event()
+                    if reply.over:
+                        break
+            reply.finish()
+        finally:
+            if asked.session is not None:  # the last token has no row for sure, but for one in front of an ending token
+                asked.session.cut(len(asked.ids) + max(0, len(reply.tokens) - (reply.stop_token is None)))
         stats.peak_memory_bytes = mx.get_peak_memory()
+        stats.count(rounds, len(reply.tokens))
         if isinstance(policy, DepthController):
             policy.save()
-        wanted = asked.logprobs > 0
-        result = Result("".join(text), tokens, logprobs if wanted else None, finish, stats, top if wanted else None)
-        yield Event(last, [], result)
+        reason = "stop" if reply.over else "length"
+        logprobs, top = (reply.logprobs, reply.top) if asked.logprobs else (None, None)
+        yield reply.event(Result(reply.text, reply.tokens, logprobs, reason, stats, top, reply.stop_token))
 
 
 def _checked_depth(depth: int | str, drafter: Drafter | None) -> int | str:

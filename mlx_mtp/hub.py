@@ -162,7 +162,7 @@ def cached(name: str) -> Path | None:
     snapshots = _storage(name) / "snapshots"
     try:
         newest = (_storage(name) / "refs" / "main").read_text().strip()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: bytes that are no UTF-8
         newest = ""
     there = sorted(snapshots.glob("*"), key=lambda folder: folder.stat().st_mtime, reverse=True)
     commits = [folder.name for folder in there if folder.name != newest]

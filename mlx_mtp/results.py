@@ -8,6 +8,7 @@ from itertools import zip_longest
 from typing import Any
 
 from mlx_mtp import checks
+from mlx_mtp.channels import ToolCall
 from mlx_mtp.errors import OptionError
 
 
@@ -63,8 +64,11 @@ class Stats:
 
     prefilled_tokens: of the prompt, those that were run; in a conversation the rest is there already.
     rounds: target forwards after prefill, a surplus one that a stop made useless included.
-    accepted: drafts that stood, before the token that the target adds to each round.
-    judged_by_position: drafts whose predecessors in the round stood; accepted over judged is conditional acceptance.
+    drafted: drafts of the rounds that were read. accepted: those of them that are in the reply: what a stop or the
+    budget cut off was not accepted. judged_by_position: drafts in whose place the reply has a token, the draft itself
+    or the target's; accepted over judged is conditional acceptance. So accepted <= judged <= drafted, and every round
+    gives its accepted drafts and, unless it was cut, one token of the target:
+    tokens <= 1 + accepted + rounds.
     host_syncs: blocking reads of device values after prefill, counted where they happen.
     prefill_seconds ends when the first token is there; decode_seconds runs from there to the last.
     """
@@ -96,17 +100,22 @@ class Stats:
         """(N - 1) / (t_N - t_1)."""
         return (self.tokens - 1) / self.decode_seconds if self.decode_seconds and self.tokens > 1 else 0.0
 
-    def count(self, depth: int, accepted: int) -> None:
-        """Books one round whose outcome was read."""
-        judged = min(depth, accepted + 1)
-        for counts, upto in (
-            (self.drafted_by_position, depth), (self.judged_by_position, judged), (self.accepted_by_position, accepted)
-        ):  # fmt: skip
-            counts.extend([0] * (depth - len(counts)))
-            for position in range(upto):
-                counts[position] += 1
-        self.drafted += depth
-        self.accepted += accepted
+    def count(self, rounds: Iterable[tuple[int, int]], tokens: int) -> None:
+        """Records a reply of so many tokens; rounds: drafted and accepted of each, in order, before any cut."""
+        self.tokens, left = tokens, max(0, tokens - 1)  # the first token is the prefill's
+        for drafted, accepted in rounds:
+            kept = min(accepted + 1, left)
+            left -= kept
+            judged, accepted = min(drafted, kept), min(accepted, kept)
+            for counts, upto in (
+                (self.drafted_by_position, drafted), (self.judged_by_position, judged),
+                (self.accepted_by_position, accepted),
+            ):  # fmt: skip
+                counts.extend([0] * (drafted - len(counts)))
+                for position in range(upto):
+                    counts[position] += 1
+            self.drafted += drafted
+            self.accepted += accepted
 
     def as_dict(self) -> dict[str, Any]:
         """Every figure under its public name, ready for JSON."""
@@ -135,7 +144,8 @@ class Result:
     """A finished generation. tokens: generated ids, without prompt and without the ending token.
 
     logprobs: one a token, natural logarithm under the target's law after penalties and bias, before temperature and
-    filters; None unless asked for. top_logprobs: the likeliest tokens of each place, {token id: logprob}.
+    filters; None unless asked for. top_logprobs: the likeliest tokens of each place, {token id: logprob}. stop_token:
+    the ending token that was generated; None where a stop string or the length ended the reply.
     """
 
     text: str
@@ -144,6 +154,7 @@ class Result:
     finish_reason: str
     stats: Stats
     top_logprobs: list[dict[int, float]] | None = None
+    stop_token: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON object of `mlx-mtp generate --json`; top_logprobs only where logprobs were asked for."""
@@ -161,7 +172,9 @@ class Result:
 class Event:
     """A piece of a running generation: the new text and tokens; `result` only on the last one.
 
-    thinking: what of the new text is thought and not answer; told apart in chats only.
+    text: as the model wrote it (in a chat, the answer alone). content, thinking, calls: the same told apart: what is
+    answer, what is thought, and finished calls of tools. With `raw` and without a chat template all text is answer;
+    an event that is made without `content` says so of its text.
     """
 
     text: str
@@ -170,3 +183,9 @@ class Event:
     logprobs: list[float] | None = None
     top_logprobs: list[dict[int, float]] | None = None
     thinking: str = ""
+    content: str = field(default=None)  # type: ignore[assignment]
+    calls: list[ToolCall] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.content is None:
+            object.__setattr__(self, "content", self.text)

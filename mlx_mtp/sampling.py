@@ -42,11 +42,13 @@ class Law:
                 return self.probabilities
             return mx.take_along_axis(self.probabilities, other.tokens, axis=-1)
         if other.tokens is None:
-            batch, rows = self.tokens.shape[:2]
-            places = mx.arange(batch)[:, None, None], mx.arange(rows)[:, None], self.tokens
-            return mx.zeros(other.probabilities.shape).at[places].add(self.probabilities)
-        same = self.tokens[..., None, :] == other.tokens[..., :, None]
-        return mx.where(same, self.probabilities[..., None, :], 0.0).sum(axis=-1)
+            return mx.zeros(other.probabilities.shape).at[_cells(self.tokens)].add(self.probabilities)
+        # Both supports' tokens are numbered together, 0 for the smallest, and met in a table of these numbers: memory
+        # grows with the two sizes added, where comparing every token with every other would multiply them.
+        count = self.tokens.shape[-1]
+        numbers = _ranks(mx.concatenate([self.tokens, other.tokens], axis=-1))
+        table = mx.zeros(numbers.shape).at[_cells(numbers[..., :count])].add(self.probabilities)
+        return mx.take_along_axis(table, numbers[..., count:], axis=-1)
 
     def draw(self, key: mx.array) -> mx.array:
         """One token a row, [...]."""
@@ -70,6 +72,21 @@ class Law:
         """Rows start..stop-1 of a law [B, M, N]."""
         tokens = None if self.tokens is None else self.tokens[:, start:stop]
         return Law(tokens, self.probabilities[:, start:stop])
+
+
+def _cells(places: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Places [B, M, N] along the last axis of an array [B, M, any] as an index of it."""
+    batch, rows = places.shape[:2]
+    return mx.arange(batch)[:, None, None], mx.arange(rows)[:, None], places
+
+
+def _ranks(tokens: mx.array) -> mx.array:
+    """How many different smaller tokens each token's row has, [..., N] -> int32 [..., N] below N; equal ones share."""
+    order = mx.argsort(tokens, axis=-1)
+    ordered = mx.take_along_axis(tokens, order, axis=-1)
+    rises = (ordered[..., 1:] != ordered[..., :-1]).astype(mx.int32)
+    ranks = mx.concatenate([mx.zeros_like(rises[..., :1]), mx.cumsum(rises, axis=-1)], axis=-1)
+    return mx.put_along_axis(mx.zeros_like(ranks), order, ranks, axis=-1)
 
 
 def stacked(laws: list[Law]) -> Law:

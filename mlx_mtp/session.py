@@ -9,6 +9,9 @@ until that request gives it back; so whatever happens to a request, a session ne
 
 Rolling a full layer back is a smaller length. A ring has forgotten what its newest rows overwrote: it can only go
 back by its slack. Beyond that the session goes back to the last mark, a copy of the rings made where a prompt ended.
+
+In exact mode a session only ever goes on from such an end of a prompt: which rows a reply leaves, and with how many
+others they were computed, depends on the drafter, and so would everything after them.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import mlx.core as mx
 
 from mlx_mtp.cache import SLIDING, KVCache
 from mlx_mtp.errors import OptionError
-from mlx_mtp.interfaces import Memory
+from mlx_mtp.interfaces import Memory, States
 
 # Most bytes of ring copies a session keeps; the newest is always kept.
 MARK_BYTES = 256_000_000
@@ -28,11 +31,15 @@ MARK_BYTES = 256_000_000
 
 @dataclass(frozen=True)
 class Mark:
-    """The rings as they were when the first `length` tokens, and rows up to `newest`, had been written."""
+    """The rings as they were when the first `length` tokens, and rows up to `newest`, had been written.
+
+    states: of the last of these tokens; None where nobody will ask.
+    """
 
     length: int
     newest: int
     rings: dict[int, tuple[mx.array, mx.array]]
+    states: States | None = None
 
     @property
     def nbytes(self) -> int:
@@ -79,17 +86,50 @@ class Session:
         back: rows before that number which the caller runs again (and whose windows must stand too). At least the
         last token of `ids` is left to run. OptionError where another request has the session.
         """
-        if self.busy:
-            raise OptionError("Expected a session that is free, found it in use by another reply; finish that first.")
-        self.busy, held = True, self.held
+        held = self._claim()
         found = None if held is None else self._reach(held, min(self.common(ids), len(ids) - 1), back)
-        self.held, self.ids = None, []
         if found is None or held is None:
-            self.marks = []
+            self._leave(0)
             return None
-        self.marks = [mark for mark in self.marks if mark.length <= found]
+        self._leave(found)
         held.cache.length = mx.array([found - back], dtype=mx.int32)
         return held, found
+
+    def take_marked(self, ids: Sequence[int]) -> tuple[Held, Mark] | None:
+        """The cache as it was at the end of the longest prompt so far that `ids` begin with, and that end; or None.
+
+        For exact mode: what is found depends on the prompts so far and on nothing else. OptionError as for `take`.
+        """
+        held, common = self._claim(), self.common(ids)
+        mark = next((mark for mark in reversed(self.marks) if mark.length <= common), None)
+        if mark is None or held is None:
+            self._leave(0)
+            return None
+        self._leave(mark.length)
+        self._restore(held, mark)
+        held.cache.length = mx.array([mark.length], dtype=mx.int32)
+        return held, mark
+
+    def _claim(self) -> Held | None:
+        """What the session holds, for a request that has it to itself from now on."""
+        if self.busy:
+            raise OptionError("Expected a session that is free, found it in use by another reply; finish that first.")
+        self.busy = True
+        return self.held
+
+    def _leave(self, length: int) -> None:
+        """Forgets all but the marks of up to `length` tokens: the rest is the request's."""
+        self.held, self.ids = None, []
+        self.marks = [mark for mark in self.marks if mark.length <= length]
+
+    @staticmethod
+    def _restore(held: Held, mark: Mark) -> None:
+        """Puts the rings back, into buffers that may have grown since; what was stored keeps its slot."""
+        for layer, rings in mark.rings.items():
+            for buffers, ring in zip((held.cache.keys, held.cache.values), rings, strict=True):
+                missing = buffers[layer].shape[2] - ring.shape[2]
+                buffers[layer] = mx.pad(ring, [(0, 0), (0, 0), (0, missing), (0, 0)]) if missing else mx.array(ring)
+        held.newest = mark.newest
 
     def _reach(self, held: Held, wanted: int, back: int) -> int | None:
         """The furthest of up to `wanted` tokens whose rows all stand, after bringing old rings back if it must."""
@@ -99,27 +139,28 @@ class Session:
             return wanted
         for mark in reversed(self.marks):
             if back < mark.length <= wanted and _stands(held.cache, mark.length - back, mark.newest):
-                for layer, (keys, values) in mark.rings.items():
-                    held.cache.keys[layer], held.cache.values[layer] = mx.array(keys), mx.array(values)
-                held.newest = mark.newest
+                self._restore(held, mark)
                 return mark.length
         return None
 
-    def mark(self, cache: KVCache, length: int, newest: int) -> None:
+    def mark(self, cache: KVCache, length: int, newest: int, states: States | None = None) -> None:
         """Remembers the rings where a prompt of `length` tokens ended, if they can wrap at all.
 
-        Costs one copy of the rings: MLX writes a buffer in place only where nobody else holds it. `mx.array` because
-        an assignment to a part of an array changes that very Python object, outside of compiled functions.
+        states [B, 1, D]: of its last token, for exact mode, which comes back in any case. Costs one copy of the rings:
+        MLX writes a buffer in place only where nobody else holds it. `mx.array` because an assignment to a part of an
+        array changes that very Python object, outside of compiled functions.
         """
-        if cache.slots(SLIDING) >= cache.capacity:
-            return
         layers = [i for i, shape in enumerate(cache.shapes) if shape.kind == SLIDING]
-        if not layers:
+        if states is None and (not layers or cache.slots(SLIDING) >= cache.capacity):
             return
         rings = {i: (mx.array(cache.keys[i]), mx.array(cache.values[i])) for i in layers}
-        self.marks = [*(mark for mark in self.marks if mark.length < length), Mark(length, newest, rings)]
+        self.marks = [*(mark for mark in self.marks if mark.length < length), Mark(length, newest, rings, states)]
         while len(self.marks) > 1 and sum(mark.nbytes for mark in self.marks) > MARK_BYTES:
             self.marks.pop(0)
+
+    def cut(self, length: int) -> None:
+        """Forgets the tokens after the first `length`: what was computed for nothing is not part of what was said."""
+        del self.ids[length:]
 
     def give_back(self, held: Held | None, ids: Sequence[int]) -> None:
         """Ends a request: `ids` are the tokens whose rows stand in its cache. None = it came to nothing."""

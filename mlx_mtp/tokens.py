@@ -148,23 +148,32 @@ def prompt_ids(prompt: Prompt, tokenizer: Tokenizer | None, raw: bool = False, t
 
 
 class StopStrings:
-    """Cuts a stream of text before the first stop string; holds back what might become one."""
+    """Cuts a stream of text before the first stop string; holds back what might become one.
+
+    past: characters of the text fed last, up to and with the end of the stop string, once there is a `hit`.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
         self._held = ""
-        self.hit = False
+        self.hit, self.past = False, 0
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to look for."""
+        return bool(self._stops)
 
     def feed(self, text: str) -> str:
         """Text that is safe to show now; after `hit` nothing follows."""
         if self.hit:
             return ""
+        before = len(self._held)
         self._held += text
         found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             # The one that is complete first, the longest of these: so that it does not matter how the text was cut.
-            self.hit = True
-            shown, self._held = self._held[: min(found)[1]], ""
+            end, begin = min(found)
+            self.hit, self.past = True, end - before
+            shown, self._held = self._held[:begin], ""
             return shown
         keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

@@ -19,7 +19,7 @@ from mlx_mtp.interfaces import Target
 GOLDEN = Path(__file__).parent / "golden"
 VARIANTS = ("ple", "keqv", "moe", "unified")
 HEADS = ("tied", "centroid")
-PROBED: dict[Path, exactness.Exactness] = {}
+PROBED: dict[tuple[Path | None, int], exactness.Exactness] = {}
 
 
 @pytest.fixture(params=VARIANTS)
@@ -41,11 +41,11 @@ def probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The probe for exact mode takes seconds and says the same of one checkpoint every time: it is run once."""
     real = exactness.probe
 
-    def probe(target: Target) -> exactness.Exactness:
-        path = target.path
-        if path not in PROBED:
-            PROBED[path] = real(target)
-        return PROBED[path]
+    def probe(target: Target, capacity: int) -> exactness.Exactness:
+        key = target.path, capacity
+        if key not in PROBED:
+            PROBED[key] = real(target, capacity)
+        return PROBED[key]
 
     monkeypatch.setattr(exactness, "probe", probe)
 

@@ -16,6 +16,7 @@ import openai
 import uvicorn
 
 import mlx_mtp
+from mlx_mtp.channels import Channels, Pieces
 from mlx_mtp.results import Event, Result, Stats
 from mlx_mtp.server import EngineThread, ServerOptions, create_app, listen, make_server
 
@@ -117,7 +118,9 @@ class FakeTokenizer:
 
 @dataclass
 class ScriptedEngine:
-    """Writes `script`, one string an event. Waits for the gate before each but the first where there is one.
+    """Writes `script`, one string an event, with thoughts and calls told apart unless it is asked for raw.
+
+    Waits for the gate before each but the first where there is one.
 
     asked: the options of every request; written: how many events there were; closed: how many replies ended before
     their time; fails_at: the event in whose place it raises.
@@ -135,9 +138,9 @@ class ScriptedEngine:
 
     def stream(self, ids: list[int], **options: Any) -> Iterator[Event]:
         self.asked.append({"ids": ids, **options})
-        return self._events(ids)
+        return self._events(ids, None if options["raw"] else Channels())
 
-    def _events(self, ids: list[int]) -> Iterator[Event]:
+    def _events(self, ids: list[int], channels: Channels | None) -> Iterator[Event]:
         stats = Stats(prompt_tokens=len(ids), prefilled_tokens=len(ids), tokens=len(self.script))
         try:
             for i, text in enumerate(self.script):
@@ -146,11 +149,14 @@ class ScriptedEngine:
                 if i == self.fails_at:
                     raise RuntimeError("a secret of the inside")
                 self.written += 1
-                yield Event(text, [1])
+                found = channels.feed(text) if channels else Pieces(text)
+                yield Event(text, [1], thinking=found.thinking, content=found.text, calls=found.calls)
         except GeneratorExit:
             self.closed += 1
             raise
-        yield Event("", [], Result("".join(self.script), [1] * len(self.script), None, "stop", stats))
+        found = channels.flush() if channels else Pieces()
+        result = Result("".join(self.script), [1] * len(self.script), None, "stop", stats)
+        yield Event("", [], result, thinking=found.thinking, content=found.text, calls=found.calls)
 
 
 def contents(response: httpx.Response) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from mlx_mtp.cli import app
 from mlx_mtp.training import adapt as library
 from mlx_mtp.training.adapt import Adapting, NotBetter, Report
 from mlx_mtp.training.corpus import Document
+from mlx_mtp.training.data import read_documents
 from mlx_mtp.training.pipeline import Stage
+from mlx_mtp.training.replies import Question, Replies
 
 OPTIONS: dict[str, Any] = {"prompts": 9, "tokens": 8, "steps": 2, "batch_size": 1, "length": 16, "drafts": 2,
                            "depth": 2, "rehearsal": 0.0, "learning_rate": 1e-2}  # fmt: skip
@@ -88,10 +91,81 @@ def test_one_that_is_no_better_replaces_nothing_and_asks_nothing_twice(
     kept = (tmp_path / "new" / "model.safetensors").read_bytes()
     replies = (tmp_path / "new.work" / "replies.jsonl").read_bytes()
     with pytest.raises(NotBetter, match="more than the 2.00 .* found 1.80 on 2 held-out prompts"):
-        run(folder, tmp_path / "new", seed=4)  # better than its source, but not than what stands there
+        run(folder, tmp_path / "new", learning_rate=1e-3)  # better than its source, but not than what stands there
     assert (tmp_path / "new" / "model.safetensors").read_bytes() == kept
     assert (tmp_path / "new.work" / "replies.jsonl").read_bytes() == replies
     assert (tmp_path / "new.work" / "candidate" / "model.safetensors").read_bytes() != kept
+
+
+def moved(source: Path, place: Path) -> Path:
+    """The same checkpoint with one weight moved."""
+    shutil.copytree(source, place, copy_function=shutil.copyfile)
+    weights = mx.load(str(place / "model.safetensors"))
+    name = next(name for name in sorted(weights) if name.endswith("norm.weight"))
+    mx.save_safetensors(str(place / "model.safetensors"), {**weights, name: weights[name] * 1.5})
+    return place
+
+
+@pytest.mark.parametrize("change", ["target", "path", "drafter", "seed", "tokens", "depth"])
+def test_replies_are_those_that_an_empty_folder_would_have_got(
+    change: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a first run with another target, drafter, seed or option; the same files in another place are the same."""
+    measured(monkeypatch, *[1.0, 1.5] * 3)
+    target, drafter, options = folder / "target", folder / "parallel", dict(OPTIONS)
+    data = [str(folder / "questions.jsonl")]
+    list(library.adapt(target, drafter, tmp_path / "used", data, Adapting(**options)))
+    first = (tmp_path / "used.work" / "replies.jsonl").read_text()
+    shutil.rmtree(tmp_path / "used")
+    if change == "path":
+        target = shutil.copytree(target, tmp_path / "other")
+    elif change == "target":
+        target = moved(target, tmp_path / "other")
+    elif change == "drafter":
+        drafter = moved(drafter, tmp_path / "other")
+    else:
+        options |= {"seed": {"seed": 1}, "tokens": {"tokens": 9}, "depth": {"depth": 1}}[change]
+    for out in ("used", "empty"):
+        list(library.adapt(target, drafter, tmp_path / out, data, Adapting(**options)))
+    used, empty = ((tmp_path / f"{out}.work" / "replies.jsonl").read_text() for out in ("used", "empty"))
+    assert used == (first if change == "path" else first + empty)
+    new = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("used", "empty")]
+    assert new[0] == new[1]
+
+
+def test_a_reply_is_followed_by_the_token_that_ended_it(folder: Path) -> None:
+    """Of several stop tokens the one the target wrote: where it stops among its own 40 tokens, whichever that is."""
+    engine = mlx_mtp.load(folder / "target", drafter=folder / "parallel", depth=2)
+    options = Adapting(**OPTIONS | {"tokens": 40})
+    written_on = engine.generate([30, 31], max_tokens=40, sampling=GREEDY, ignore_end=True).tokens
+    for stop in dict.fromkeys(written_on):
+        engine.end_tokens = frozenset({stop, *(token for token in range(128) if token not in written_on)})
+        result = engine.generate([30, 31], max_tokens=40, sampling=GREEDY)
+        assert (result.stop_token, result.finish_reason) == (stop, "stop") and stop not in result.tokens
+        replies = library._replies(Memory(), "a", engine, [[30, 31]], options)
+        (row,) = finished(replies)
+        assert row == [30, 31, *written_on[: written_on.index(stop) + 1]]
+    engine.end_tokens = frozenset()
+    assert engine.generate([30, 31], max_tokens=40, sampling=GREEDY).stop_token is None
+
+
+class Memory(Replies):
+    """Replies without a file."""
+
+    def __init__(self) -> None:
+        self._known = {}
+
+    def add(self, question: Question, reply: Sequence[int]) -> None:
+        """Forgotten at once."""
+
+
+def finished(stages: Generator[Stage, None, Any]) -> Any:
+    """What a generator of stages returns."""
+    while True:
+        try:
+            next(stages)
+        except StopIteration as end:
+            return end.value
 
 
 def test_tokens_per_round_are_counted_over_all_prompts(folder: Path) -> None:
@@ -109,16 +183,50 @@ def test_tokens_per_round_are_counted_over_all_prompts(folder: Path) -> None:
     assert seen == [Stage("before", 1, 2), Stage("before", 2, 2)]
 
 
-def test_a_reply_cut_off_by_a_kill_is_dropped_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+QUESTION = Question(source="a", prompt=(1, 2), temperature=0, tokens=8, seed=3)
+OTHERS = [replace(QUESTION, **change) for change in (
+    {"source": "b"}, {"prompt": (1,)}, {"temperature": 1}, {"tokens": 9}, {"seed": 4})]  # fmt: skip
+
+
+def test_a_reply_answers_exactly_the_question_that_it_was_given_to(tmp_path: Path) -> None:
     file = tmp_path / "replies.jsonl"
-    assert library._known(file) == {}
-    whole = json.dumps({"prompt": [1, 2], "temperature": 0, "tokens": 8, "reply": [3]})
-    file.write_text(f'{whole}\n{{"prompt": [1, 2], "tem')
-    assert library._known(file) == {json.dumps([[1, 2], 0, 8]): [3]}
-    assert file.read_text() == whole + "\n"
-    file.write_text(f"nonsense\n{whole}\n")
-    with pytest.raises(mlx_mtp.DataError, match="line 1: expected a reply, found 'nonsense'"):
-        library._known(file)
+    Replies(file).add(QUESTION, [3, 4])
+    kept = Replies(file)
+    assert kept.get(QUESTION) == [3, 4] and not any(kept.get(other) for other in OTHERS)
+    for other in OTHERS:
+        kept.add(other, [5])
+    assert Replies(file).get(QUESTION) == [3, 4] and all(Replies(file).get(other) == [5] for other in OTHERS)
+    row = {name: value for name, value in json.loads(file.read_text().splitlines()[0]).items() if name != "source"}
+    file.write_text(json.dumps(row) + "\n")  # from before replies said whose they are
+    assert Replies(file).get(QUESTION) is None and file.read_text() == json.dumps(row) + "\n"
+
+
+def test_replies_survive_a_kill_at_any_byte(tmp_path: Path) -> None:
+    """Whatever of the second line is on the disk: the first reply is kept, and what is added afterwards too."""
+    file = tmp_path / "replies.jsonl"
+    Replies(file).add(QUESTION, [3])
+    first = file.read_bytes()
+    Replies(file).add(OTHERS[0], [4])
+    whole = file.read_bytes()
+    for size in range(len(first), len(whole) + 1):
+        file.write_bytes(whole[:size])
+        found = Replies(file)
+        assert found.get(QUESTION) == [3] and found.get(OTHERS[0]) == ([4] if size >= len(whole) - 1 else None)
+        found.add(OTHERS[1], [5])
+        again = Replies(file)
+        assert again.get(QUESTION) == [3] and again.get(OTHERS[1]) == [5]
+
+
+@pytest.mark.parametrize("damage", [b"nonsense", b'{"prompt": [1]', b"\xff", b"[]", b'{"reply": [1]}', b"\0\0"])
+def test_a_damaged_reply_is_named(damage: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "replies.jsonl"
+    Replies(file).add(QUESTION, [3])
+    whole = file.read_bytes()
+    for content in (whole + damage + b"\n", whole + damage + b"\n" + whole):
+        file.write_bytes(content)
+        with pytest.raises(mlx_mtp.DataError, match="replies.jsonl, line 2: expected a reply"):
+            Replies(file)
+        assert file.read_bytes() == content
 
 
 class Words:
@@ -146,15 +254,61 @@ def test_prompts_are_conversations_up_to_the_reply_and_openings_of_texts() -> No
 
 
 def test_rehearsal_is_the_asked_share_of_what_is_learned(folder: Path, tmp_path: Path) -> None:
-    from mlx_lm.tokenizer_utils import load as load_tokenizer
-
     (tmp_path / "other.txt").write_text("w050,w051," * 400)
-    options = Adapting(**OPTIONS | {"rehearsal": 0.25, "rehearsal_data": (str(tmp_path),)})
+    options = Adapting(**OPTIONS | {"rehearsal": 0.25})
     own = [[60] * 30 for _ in range(10)]
-    learned, watched = library._rows(own, load_tokenizer(folder / "target"), options)
+    engine = mlx_mtp.load(folder / "target", drafter=None)
+    rehearsed = library._rehearsal(list(read_documents([str(tmp_path)])), engine, own, options)
+    learned, watched = library._rows(own, rehearsed, options)
     assert learned.dtype == watched.dtype == np.int32
     assert (learned[:270] == 60).all() and len(learned) == 360 and not (learned[270:] == 60).any()
     assert watched.tolist() == learned[:270].tolist()  # the last reply alone is shorter than two rows
+
+
+STRICT = PLAIN_TEMPLATE.replace(
+    "{% for", "{% if messages[0].content == 'w031,' %}{{ raise_exception('not this one') }}{% endif %}"
+              "{% if messages[0].content == 'w032,' %}{{ messages[0].content + 3 }}{% endif %}{% for", 1
+)  # fmt: skip
+GOOD = ['{"prompt": "w030,"}'] * 8
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [('{"prompt": "w031,"}', "chat template .*not this one"), ('{"prompt": "w032,"}', "chat template"),
+     ('{"prompt": "' + "w030," * 600 + '"}', "a prompt of at most [0-9]+ tokens"),
+     ('{"prompt": " "}', "prompt of the user"),
+     ('{"messages": [{"role": "assistant", "content": "x"}]}', "prompt of the user"), ("{", "one JSON object"),
+     ('{"messages": [{"role": "tool", "content": "x"}]}', "role")],
+)  # fmt: skip
+def test_all_prompts_are_checked_before_any_is_answered(
+    line: str, words: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder / "target", tmp_path / "target", copy_function=shutil.copyfile)
+    write_tokenizer(tmp_path / "target", [*TOKENS, *(f"w{i:03}," for i in range(len(TOKENS), 128))], STRICT)
+    (tmp_path / "questions.jsonl").write_text("\n".join([*GOOD, line]) + "\n")
+    monkeypatch.setattr(mlx_mtp.Engine, "stream", None)
+    with pytest.raises(mlx_mtp.DataError, match=rf"questions\.jsonl, line 9: .*{words}"):
+        list(library.adapt(tmp_path / "target", folder / "parallel", tmp_path / "new",
+                           [str(tmp_path / "questions.jsonl")], Adapting(**OPTIONS)))  # fmt: skip
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_would_fail_afterwards_is_refused_before(folder: Path, tmp_path: Path) -> None:
+    """Too little for one batch, a bad text to rehearse, a folder that holds something else: no model is asked."""
+    with pytest.raises(mlx_mtp.DataError, match="at least 1281 tokens"):
+        run(folder, tmp_path / "new", batch_size=80)
+    (tmp_path / "bad.jsonl").write_text("{")
+    with pytest.raises(mlx_mtp.DataError, match=r"bad\.jsonl, line 1"):
+        run(folder, tmp_path / "new", rehearsal=0.5, rehearsal_data=(str(tmp_path / "bad.jsonl"),))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "diary.txt").write_text("dear diary")
+    for out in (tmp_path / "mine", tmp_path / "bad.jsonl", folder / "target"):
+        with pytest.raises(mlx_mtp.OptionError, match="something else, which stays"):
+            run(folder, out)
+    assert (tmp_path / "mine" / "diary.txt").read_text() == "dear diary"
+    (tmp_path / "blocked.work").write_text("")
+    with pytest.raises(mlx_mtp.CheckpointError, match="Expected a folder to write into"):
+        run(folder, tmp_path / "blocked")
 
 
 @pytest.mark.parametrize(

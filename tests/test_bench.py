@@ -48,6 +48,35 @@ def test_the_built_in_set_has_every_category_and_can_be_asked() -> None:
     assert [p.raw for p in found if p.category == "code"] == [True, True]
 
 
+def test_json_in_any_case_is_never_a_prompt_itself(tmp_path: Path) -> None:
+    said = [{"role": "assistant", "content": "x"}, {"role": "user", "content": "two"}]
+    rows = [{"prompt": "one"}, {"messages": said}]
+    lines = written(tmp_path / "a.JSONL", *rows)
+    listed, single = tmp_path / "b.Json", tmp_path / "c.json"
+    listed.write_text(json.dumps(rows))
+    single.write_text(json.dumps(rows[0]))
+    packed = tmp_path / "d.jsonl.GZ"
+    packed.write_bytes(gzip.compress(lines.read_bytes()))
+    found = prompts.read_prompts([lines, listed, single, packed])
+    texts = ["one", said]
+    assert [(p.category, p.text) for p in found] == [*zip("aabbcdd", [*texts * 2, "one", *texts], strict=True)]
+    assert found[3].where == f"{listed}, item 2"
+    with pytest.raises(mlx_mtp.PromptError, match="b.Json, item 2: .*chat template"):
+        found[3].ids(Strict())  # type: ignore[arg-type]
+    single.write_text("{")
+    with pytest.raises(mlx_mtp.DataError, match="c.json: expected JSON"):
+        prompts.read_prompts([single])
+
+
+class Strict:
+    """A tokenizer whose template refuses everything."""
+
+    has_chat_template = True
+
+    def chat(self, messages: object) -> list[int]:
+        raise mlx_mtp.PromptError("no chat template takes this")
+
+
 def test_published_files_are_read_as_they_are(tmp_path: Path) -> None:
     spec = written(tmp_path / "question.jsonl",
                    {"question_id": 81, "category": "writing", "turns": ["First?", "Second?"]},

@@ -474,3 +474,24 @@ def test_misuse_is_one_sentence(
     shown = capsys.readouterr()
     assert says in shown.err and shown.err.count("\n") == 1 and not shown.out
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [mx.nan, mx.inf])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_weights_that_are_not_finite_are_never_written(value: float, bits: int | None, tmp_path: Path) -> None:
+    """A module's, which is split off, and a drafter's, which is quantised: one spoiled number in either."""
+    arrays = deepseek_arrays()
+    spoiled = next(name for name in sorted(arrays) if name.endswith("eh_proj.weight"))
+    arrays[spoiled] = arrays[spoiled].copy()
+    arrays[spoiled].flat[5] = value
+    source = write_folder(tmp_path / "in", DEEPSEEK, arrays)
+    config = config_of("parallel_heads", 64, 96, 1)
+    drafter = written(tmp_path / "drafter", config)
+    weights = mx.load(str(drafter / "model.safetensors"))
+    name = next(name for name in sorted(weights) if name.endswith("norm.weight"))
+    weights[name] = mx.where(mx.arange(weights[name].size) == 3, value, weights[name])
+    written(drafter, config, weights)
+    for folder, how in ((source, {"what": "split", "bits": bits}), (drafter, {"bits": 4, "group_size": 32})):
+        with pytest.raises(mlx_mtp.CheckpointError, match="expected finite numbers as weights"):
+            converted(folder, tmp_path / "out", **how)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["drafter", "in"]

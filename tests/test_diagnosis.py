@@ -222,9 +222,12 @@ def test_exactness_per_width(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_probe_that_the_engine_has_made_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = mlx_mtp.load(GOLDEN / "keqv" / "target", drafter=GOLDEN / "keqv" / "assistant_tied", mode="exact", depth=0)
-    monkeypatch.setattr(exactness, "probe", lambda target: pytest.fail("probed twice"))
+    assert engine.exactness is not None and list(engine.exactness.found) == [256]
+    real = exactness.probe
+    monkeypatch.setattr(exactness, "probe", lambda t, size: real(t, size) if size > 256 else pytest.fail("twice"))
     found = diagnosis.diagnose(engine, Effort(repeats=2))
-    assert found.exactness is engine.exactness and found.mode == "exact"
+    assert found.exactness is engine.exactness.at(256) and found.mode == "exact"
+    assert found.by_capacity == {size: engine.exactness.at(size) for size in found.by_capacity}
     assert found.convention is None  # no tokenizer, no text to compare on
 
 

@@ -152,13 +152,14 @@ def stories(draw: st.DrawFn) -> Story:
 
 
 def expected_acceptance(story: Story, prompt: int) -> int:
-    """Drafts that stand, counted by hand: `right` says which places the drafter gets right."""
+    """Accepted drafts that are in the reply, by hand: `right` says which places the drafter gets right."""
     emitted, accepted = 1, 0
     while emitted < story.budget:
         newest, stood = prompt + emitted - 1, 0
         while stood < story.depth and story.right[(newest + 1 + stood) % len(story.right)]:
             stood += 1
-        accepted, emitted = accepted + stood, emitted + stood + 1
+        accepted += min(stood, story.budget - emitted)
+        emitted += stood + 1
     return accepted
 
 

@@ -282,3 +282,38 @@ def test_python_logits_processors_see_every_token() -> None:
 def test_values_out_of_range_are_refused(wrong: dict) -> None:
     with pytest.raises(mlx_mtp.OptionError):
         Sampling(**wrong)
+
+
+def sparse(random: np.random.Generator, rows: int, size: int, vocabulary: int) -> Law:
+    """A distribution on `size` different tokens a row, in no order."""
+    tokens = np.stack([random.permutation(vocabulary)[:size] for _ in range(rows)])[None].astype(np.int32)
+    weights = random.random((1, rows, size)).astype(np.float32)
+    return Law(mx.array(tokens), mx.array(weights / weights.sum(axis=-1, keepdims=True)))
+
+
+@pytest.mark.parametrize(("mine", "others", "vocabulary"), [(1, 7, 9), (5, 2, 6), (40, 60, 64), (300, 200, 900)])
+def test_one_distribution_on_the_support_of_another(mine: int, others: int, vocabulary: int) -> None:
+    """Token by token against dense rows in NumPy; a draft put in by force may stand in the support twice."""
+    random = np.random.default_rng(mine)
+    q, p = sparse(random, 4, mine, vocabulary), sparse(random, 4, others, vocabulary)
+    forced = mx.array([[int(np.array(q.tokens)[0, 0, -1]), 0, int(np.array(p.tokens)[0, 2, 0]), 1]])
+    for law in (q, q.overruled(mx.array([[True, False, True, False]]), forced)):
+        rows = np.zeros((1, 4, vocabulary), np.float32)
+        for row, token, weight in zip(np.repeat(np.arange(4), mine), np.array(law.tokens).ravel(),
+                                      np.array(law.probabilities).ravel(), strict=True):  # fmt: skip
+            rows[0, row, token] += weight
+        assert np.array_equal(np.array(law.on(p)), np.take_along_axis(rows, np.array(p.tokens), axis=-1))
+
+
+@pytest.mark.parametrize("odds", ODDS)
+def test_memory_of_acceptance_grows_with_top_k_and_not_with_its_square(odds: str) -> None:
+    """At most what 40 rows of the support take, however far the device works ahead; all pairs take 4,000."""
+    random, size, rows = np.random.default_rng(0), 4000, 4
+    q, p = sparse(random, rows, size, 4096), sparse(random, rows + 1, size, 4096)
+    drafts = q.tokens[..., 0]
+    mx.eval(q.tokens, q.probabilities, p.tokens, p.probabilities, drafts)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    found = ODDS[odds](drafts, q, p)
+    mx.eval(found.pass_, found.residual.probabilities)
+    assert mx.get_peak_memory() - before < 40 * rows * size * 4

@@ -18,6 +18,7 @@ import httpx
 import openai
 import pytest
 from servers import CHAT, COMPLETION, Running, ScriptedEngine, contents, eventually, running
+from thinking import TOKENS, thinking_engine
 
 import mlx_mtp
 from mlx_mtp.cli import app as cli
@@ -269,6 +270,32 @@ def test_what_the_template_drops() -> None:
             )
         ]  # fmt: skip
         assert counts == counts[:1] * 3
+
+
+def test_a_stop_ends_text_usage_and_metrics_at_one_token(tmp_path: Path) -> None:
+    """A thought of 5 tokens and its markers, "Yes" and ", sure"; both drafted rounds were read as a whole."""
+    with running(lambda: thinking_engine(tmp_path, depth=8)) as server, server.http() as http:
+        for stop, content, tokens, accepted in (("\n", "Yes, sure.", 8, 7), (", s", "Yes", 7, 6), ("so", None, 8, 7)):
+            before = http.get("/metrics").text
+            body = {"messages": QUESTION, "stop": [stop], "reasoning_effort": "high", "logprobs": True}
+            reply = server.post(CHAT, body).json()
+            message, usage = reply["choices"][0]["message"], reply["usage"]
+            assert message["content"] == (content or "Yes, sure.") and message["reasoning_content"] == "Hm, so"
+            assert len(reply["choices"][0]["logprobs"]["content"]) == usage["completion_tokens"] == tokens
+            details = usage["completion_tokens_details"]
+            assert details == {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": 8 - accepted}
+            assert reply["stats"]["accepted"] == accepted and reply["choices"][0]["finish_reason"] == "stop"
+            assert server.idle()
+            after = http.get("/metrics").text
+            for name, grown in (("generated", tokens), ("accepted", accepted), ("drafted", 8)):
+                one, other = (float(text.split(f"\nmlx_mtp_{name}_tokens_total ")[1].split()[0])
+                              for text in (before, after))  # fmt: skip
+                assert other - one == grown, name
+            chunks = contents(http.post(CHAT, json={**body, "stream": True}))
+            deltas = [json.loads(chunk)["choices"][0]["delta"] for chunk in chunks[:-1]]
+            assert "".join(delta.get("content") or "" for delta in deltas) == (content or "Yes, sure.")
+        raw = server.post(COMPLETION, {"prompt": [TOKENS.index("model\n")], "stop": ["\n"]}).json()
+        assert raw["choices"][0]["text"] == "<|channel>thought" and raw["usage"]["completion_tokens"] == 2
 
 
 CHAT_FAULTS: list[tuple[dict[str, Any], str | None]] = [

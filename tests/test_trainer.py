@@ -330,6 +330,53 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path: Path) -> 
     assert all(np.isfinite(value).all() for value in weights(again.module).values())
 
 
+class Weight(nn.Module):
+    """One number, and one that no loss depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.idle = mx.array([1.0]), mx.array([1.0])
+
+
+def square(model: Weight, batch: mx.array, progress: mx.array) -> tuple[mx.array, mx.array]:
+    loss = (model.weight**2).sum() + 0.0 * model.idle.sum()
+    return loss, loss[None]
+
+
+def one_weight(folder: Path, held_out: bool = False) -> Trainer:
+    batch = np.zeros((1, 1), np.int32)
+    options = TrainOptions(steps=3, weight_decay=0.0, save_seconds=1e-9)
+    return Trainer(Weight(), square, lambda _: batch, options, folder, data="same", held_out=[batch] * held_out)
+
+
+@pytest.mark.parametrize(("rate", "found"), [(mx.inf, "finite weights, found others"), (1e30, "data, found inf")])
+def test_a_last_update_that_is_not_finite_is_never_written(rate: float, found: str, tmp_path: Path) -> None:
+    """Loss and gradient of the last step are finite: its weights are not, or what the loss makes of them is not."""
+    broken = one_weight(tmp_path, held_out=rate < mx.inf)
+    broken.optimizer._schedulers["learning_rate"] = lambda step: mx.where(step >= 2, rate, 0.01)
+    with pytest.raises(mlx_mtp.OptionError, match=f"{found}.* at step 3; the last checkpoint is kept"):
+        list(broken.run())
+    assert [record["step"] for record in records(broken.log_file)] == [1, 2]
+    again = one_weight(tmp_path)
+    assert again.resume() and again.step == 2 and abs(again.module.weight.item()) < 2
+    again.module.weight = mx.array([mx.nan])
+    with pytest.raises(mlx_mtp.CheckpointError, match="finite numbers as weights, found others in 'model.weight'"):
+        again.save()
+    assert one_weight(tmp_path).resume()
+
+
+@pytest.mark.parametrize("name", ["model.idle", "optimizer.weight.v"])
+@pytest.mark.parametrize("value", [mx.nan, -mx.inf])
+def test_a_checkpoint_that_is_not_finite_is_not_resumed(name: str, value: float, tmp_path: Path) -> None:
+    first = one_weight(tmp_path)
+    list(first.run())
+    tensors, about = files.read_state(first.state_file)
+    assert name in tensors
+    files.write_state(first.state_file, {**tensors, name: mx.array([value])}, about)
+    with pytest.raises(mlx_mtp.CheckpointError, match=f"{name}.*no run can go on from it"):
+        one_weight(tmp_path).resume()
+
+
 def test_two_runs_into_one_folder(tmp_path: Path) -> None:
     first = trainer(tmp_path).run()
     next(first)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +17,14 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlx_mtp
+from mlx_mtp.cli import app
 from mlx_mtp.drafters.assistant import AssistantConfig, AssistantModel
 from mlx_mtp.targets.gemma4 import Gemma4Model, Gemma4Target
 from mlx_mtp.targets.gemma4_config import Gemma4Config
 from mlx_mtp.training import pipeline
 from mlx_mtp.training.continuations import continuations
 from mlx_mtp.training.embedded import target_config
-from mlx_mtp.training.families import FAMILIES, DrafterShape, describe_assistant
+from mlx_mtp.training.families import FAMILIES, DrafterShape, describe_assistant, write_drafter
 from mlx_mtp.training.objective import assistant_loss, next_token_loss
 from mlx_mtp.training.pipeline import Recipe
 from mlx_mtp.training.trainer import Trainer, TrainOptions
@@ -305,3 +307,130 @@ def test_rehearsal_is_the_asked_share(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_shares_are_checked_before_anything_is_trained(name: str) -> None:
     with pytest.raises(mlx_mtp.OptionError, match=name):
         Recipe(**{name: 1.5})
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e5])
+def test_a_drafter_that_is_not_finite_replaces_nothing(value: float, tmp_path: Path) -> None:
+    """As float16, in which it is written: 1e5 is beyond it."""
+    _, drafter = pair()
+    config = {"model_type": "gemma4_assistant"}
+    write_drafter(tmp_path / "new", config, drafter)
+    kept = (tmp_path / "new" / "model.safetensors").read_bytes()
+    drafter.model.norm.weight = mx.full(drafter.model.norm.weight.shape, value)
+    with pytest.raises(mlx_mtp.CheckpointError, match="finite numbers as weights, found others in 'model.norm.weight'"):
+        write_drafter(tmp_path / "new", config, drafter)
+    assert (tmp_path / "new" / "model.safetensors").read_bytes() == kept
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_drafter_is_replaced_even_after_a_kill_between_two_renames(tmp_path: Path) -> None:
+    """And a folder of the user's whose name ends in .old is nobody's business."""
+    _, drafter = pair()
+    (tmp_path / "new.old").mkdir()
+    write_drafter(tmp_path / ".new.old", {"model_type": "gemma4_assistant"}, drafter)
+    with pytest.raises(TypeError):
+        write_drafter(tmp_path / "new", {"model_type": object()}, drafter)
+    assert (tmp_path / "new" / "config.json").exists() and (tmp_path / "new.old").exists()
+
+
+FRESH = {"target_steps": 1, "drafter_steps": 1, "agreement_steps": 0, "batch_size": 2, "length": 32, "vocabulary": 400}
+
+
+def test_data_are_checked_before_anything_is_trained_and_leave_nothing(corpus: Path, tmp_path: Path) -> None:
+    """A chat that the template refuses, too little held out for a later stage: then the same call with better data."""
+    out, late = tmp_path / "run", tmp_path / "late.jsonl"
+    turns = [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]
+    late.write_text(json.dumps({"text": "fine"}) + "\n" + json.dumps({"messages": turns}))
+    short = tmp_path / "short"
+    short.mkdir()
+    for i in range(10):
+        (short / f"{i}.txt").write_text("tree stone river " * (200 if i < 9 else 8))
+    deep = [DrafterShape(drafts=8)]
+    for recipe, words in (
+        (Recipe(data=[str(late), str(corpus)], **FRESH), r"late\.jsonl, line 2: .*system message first"),
+        (Recipe(data=[str(short)], drafters=deep, **FRESH), "at least [0-9]+ tokens"),
+    ):
+        with pytest.raises(mlx_mtp.DataError, match=words):
+            next(pipeline.train(out, recipe))
+        assert [path.name for path in out.iterdir()] == ["lock"]
+    late.write_text(json.dumps({"messages": turns[:1]}))
+    assert next(pipeline.train(out, Recipe(data=[str(late), str(corpus)], **FRESH))).name == "target"
+
+
+def test_a_run_goes_on_only_with_what_it_began_with(corpus: Path, tmp_path: Path) -> None:
+    """Changed data or another target under the same name are refused; data that are gone are kept packed."""
+    out = tmp_path / "run"
+    recipe = Recipe(data=[str(corpus)], **FRESH)
+    list(pipeline.train(out, recipe))
+    target = tmp_path / "target"
+    shutil.copytree(out / "target", target)
+    frozen = Recipe(data=[str(corpus)], target=str(target), drafters=[DrafterShape(inner=32)], **FRESH)
+    stages = pipeline.train(tmp_path / "frozen", frozen)
+    assert next(stages).name == "assistant"
+    stages.close()
+    shutil.rmtree(tmp_path / "frozen" / "assistant", ignore_errors=True)
+    config = json.loads((target / "generation_config.json").read_text())
+    (target / "generation_config.json").write_text(json.dumps(config | {"do_sample": True}))
+    with pytest.raises(mlx_mtp.OptionError, match="whose target has changed"):
+        list(pipeline.train(tmp_path / "frozen", frozen))
+    text = corpus / "00.txt"
+    kept = text.read_text()
+    text.write_text(kept + "more")
+    with pytest.raises(mlx_mtp.OptionError, match="whose data has changed"):
+        list(pipeline.train(out, recipe))
+    text.write_text(kept)
+    list(pipeline.train(out, recipe))
+    shutil.rmtree(corpus)
+    shutil.rmtree(out / "assistant")
+    packed = (out / "train.npy").read_bytes()
+    (out / "train.npy").write_bytes(packed[:50])
+    with pytest.raises(mlx_mtp.CheckpointError, match=r"train\.npy: not an array"):
+        next(pipeline.train(out, recipe))
+    (out / "train.npy").write_bytes(packed)
+    list(pipeline.train(out, recipe))
+    assert (out / "assistant" / "config.json").exists()
+
+
+def test_a_run_begins_in_a_folder_of_its_own(corpus: Path, tmp_path: Path) -> None:
+    recipe = Recipe(data=[str(corpus)], **FRESH)
+    for name in ("target", "assistant", "tokenizer", "train.npy"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(mlx_mtp.OptionError, match=f"nothing named {name}"):
+            next(pipeline.train(tmp_path, recipe))
+        (tmp_path / name).rmdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(mlx_mtp.CheckpointError, match="Expected a folder to write into"):
+        next(pipeline.train(tmp_path / "file", recipe))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [({"batch_size": 0}, "batch_size"), ({"length": 1}, "length"), ({"length": 3}, "above the 3 drafts"),
+     ({"seed": -1}, "seed"), ({"target_steps": 0}, "target_steps"), ({"drafter_steps": -1}, "drafter_steps"),
+     ({"agreement_steps": -1}, "agreement_steps"), ({"vocabulary": 0}, "vocabulary"),
+     ({"options": {"accumulate": 3}}, "accumulate to divide")],
+)  # fmt: skip
+def test_numbers_are_checked_before_data_are_read(wrong: dict, words: str) -> None:
+    with pytest.raises(mlx_mtp.OptionError, match=words):
+        Recipe(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(("--length", "64"), "another value of length"), (("--drafts", "2"), "another value of drafters"),
+     (("--optimizer", "muon", "--seed", "0"), "another value of options"), (("--length", "32"), "/nowhere: expected")],
+)  # fmt: skip
+def test_resume_takes_no_other_values(
+    options: tuple[str, ...], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """What the run began with may be said again; anything else is refused and not ignored."""
+    began = {"optimizer": "adamw", "accumulate": 1, "checkpoint_gradients": False, "memory_saving": False,
+             "dtype": "float32"}  # fmt: skip
+    recipe = Recipe(data=["/nowhere"], options=began, **FRESH)
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.saved()))
+    monkeypatch.setattr(sys, "argv", ["mlx-mtp", "train", "--out", str(tmp_path), "--resume", *options])
+    with pytest.raises(SystemExit) as end:
+        app.main()
+    shown = capsys.readouterr().err
+    assert end.value.code == 2 and words in " ".join(shown.split()) and "Traceback" not in shown

@@ -3,6 +3,7 @@
 The tokenizer is a small one, trained here; no network, no model.
 """
 
+import gzip
 import itertools
 import json
 import logging
@@ -128,6 +129,63 @@ def test_bad_line_is_named(tmp_path: Path, line: str) -> None:
     file.write_bytes(b'{"text": "fine"}\n' + line.encode(errors="surrogateescape") + b"\n")
     with pytest.raises(DataError, match=r"bad\.jsonl, line 2: expected .* found .*; "):
         list(read_documents([str(file)]))
+
+
+def test_suffixes_in_any_case_and_lists_of_rows(tmp_path: Path) -> None:
+    """JSON is never learned as raw text; what is given twice is read once; whatever is no text is refused."""
+    row = {"messages": CHAT}
+    (tmp_path / "a.JSONL").write_text(json.dumps(row) + "\n")
+    (tmp_path / "b.Json").write_text(json.dumps([row, {"text": "b"}], indent=1))
+    (tmp_path / "c.json").write_text("\ufeff" + json.dumps({"prompt": "c"}))
+    (tmp_path / "d.TXT").write_text("d")
+    (tmp_path / "e.ndjson").write_text(json.dumps({"text": "e"}))
+    (tmp_path / "f.json").write_text(" ")
+    assert [d.text for d in read_documents([str(tmp_path)])] == [None, "d", "e"]  # settings are .json files too
+    named = [str(tmp_path / name) for name in ("a.JSONL", "b.Json", "c.json", "f.json")]
+    found = list(read_documents([*named, str(tmp_path), named[0]], prompts=True))
+    asked = [{"role": "user", "content": "c"}]
+    assert [d.messages or d.text for d in found] == [CHAT, CHAT, "b", asked, "d", "e"]
+    assert found[2].module == f"{tmp_path / 'b.Json'}, item 2"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [("a.json", b"{}\n{}\n", "expected JSON, found .*name the file .jsonl"), ("a.ZIP", b"PK", "packed file"),
+     ("a.json", b'[{"text": "a"}, 3]', "item 2: expected a JSON object"), ("a.json", b'{"name": "x"}', "found 'name'"),
+     ("a.JSON", b"\xff", "line 1: expected UTF-8"), ("a.bin", b"a\0b", "binary"),
+     ("a.json", b'[{"text": "a"}, {"messages": [{"role": "x", "content": ""}]}]', "item 2: expected turns with"),
+     ("a.jsonl.gz", gzip.compress(b'{"text": "a"}', mtime=0), "packed file; unpack it"),
+     ("a.txt", "a".encode("utf-16"), "binary|UTF-8")],
+)  # fmt: skip
+def test_what_is_not_training_data_is_named(name: str, content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name}.*(?:{words})"):
+        list(read_documents([str(tmp_path / name)], prompts=True))
+
+
+def test_a_chat_that_the_template_refuses_is_named(tokenizer: Any) -> None:
+    """Whatever the template raises: an exception of its own, or one of Python's."""
+    late = [*CHAT, {"role": "system", "content": "Be brief."}]
+    with pytest.raises(DataError, match="FILE, line 7: .*system message first"):
+        pack([Document("m", messages=CHAT), Document("FILE, line 7", messages=late)], tokenizer)
+    broken = Broken(tokenizer)
+    for error in (TypeError("can only join"), KeyError("role"), RecursionError("deep")):
+        broken.error = error
+        with pytest.raises(DataError, match="FILE, line 7: expected a chat"):
+            pack([Document("FILE, line 7", messages=CHAT)], broken)
+
+
+class Broken:
+    """A tokenizer whose template raises an error of Python's."""
+
+    def __init__(self, whole: Any) -> None:
+        self._whole, self.error = whole, Exception()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole, name)
+
+    def apply_chat_template(self, *_: object, **__: object) -> str:
+        raise self.error
 
 
 def test_missing_path(tmp_path: Path) -> None:

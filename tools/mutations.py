@@ -44,7 +44,9 @@ class Fault:
 
 ENUMERATION = ("tests/test_sampling.py", "-k", "enumeration")
 CACHE = ("tests/test_cache.py",)
+EXACT = ("tests/test_exact.py", "-k", "device or probe or traced")
 LOOP = ("tests/test_engine.py", "-k", "every_depth and ple or full_acceptance or full_rejection")
+REPLY = ("tests/test_reply.py", "-k", "like_a_search or every_depth")
 FAULTS = (
     Fault("acceptance, token by token: q / p in place of p / q", "mlx_mtp/verify.py",
           "Odds(mx.minimum(before.at(drafts) / q.at(drafts), 1.0)",
@@ -90,22 +92,47 @@ FAULTS = (
           "positions[:, None, None, :] <= queries[:, None, :, None]\n",
           "positions[:, None, None, :] <= queries[:, None, :, None] + 1\n", CACHE),
     Fault("roll-back: rejected rows are kept", "mlx_mtp/speculate.py",
-          "cache.advance(accepted + 1)", "cache.advance(rows.shape[1])", LOOP),
+          "cache.advance(outcome[0][:, -1] + 1)", "cache.advance(rows.shape[1])", LOOP),
     Fault("roll-back: the drafter continues from the last row's state", "mlx_mtp/speculate.py",
-          "hidden = mx.take_along_axis(states.hidden, accepted[:, None, None], axis=1)",
-          "hidden = states.hidden[:, -1:]", ("tests/test_properties.py", "-k", "round")),
+          "mx.take_along_axis(hidden, accepted[:, None, None], axis=1)", "hidden[:, -1:]",
+          ("tests/test_properties.py", "-k", "round")),
     Fault("roll-back: the drafter hears of no accepted draft", "mlx_mtp/speculate.py",
-          "memory = drafter.observe(memory, rows, states, accepted)",
-          "memory = drafter.observe(memory, rows, states, accepted * 0)", ("tests/test_properties.py", "-k", "round")),
+          "States(hidden, trunk), accepted)", "States(hidden, trunk), accepted * 0)",
+          ("tests/test_properties.py", "-k", "round")),
     Fault("cache length: buffers grow eight rows too late", "mlx_mtp/decode.py",
           "if rows <= request.cache.capacity:", "if rows <= request.cache.capacity + 8:",
           ("tests/test_properties.py", "-k", "round")),
     Fault("cache length: a kept conversation begins one row late", "mlx_mtp/session.py",
           "mx.array([found - back], dtype=mx.int32)", "mx.array([found], dtype=mx.int32)",
           ("tests/test_session.py", "-k", "second_turn or edit")),
+    Fault("exact mode: the canonical width forced where the probe says no", "mlx_mtp/exactness.py",
+          "    return Exactness((0,), None)\n", "    return Exactness(tuple(range(CANONICAL)), CANONICAL)\n", EXACT),
+    Fault("exact mode: a prefill that differs by family", "mlx_mtp/decode.py",
+          "wants_all = self.exact is not None or (", "wants_all = (", EXACT),
+    Fault("exact mode: one capacity is asked about for all", "mlx_mtp/exactness.py",
+          "probe(self.target, capacity)", "probe(self.target)", EXACT),
+    Fault("exact mode: the K/V that several rows leave are not compared", "mlx_mtp/exactness.py",
+          "[:PROBE_TOKENS], *self._written(start)]", "[:PROBE_TOKENS]]", EXACT),
+    Fault("exact mode: the pass is fused with the rest of the round", "mlx_mtp/speculate.py",
+          "apart = self._exact and request.rules.greedy", "apart = False", EXACT),
+    Fault("exact mode: a conversation goes on from as far as the reply came", "mlx_mtp/decode.py",
+          "if self.exact is not None:\n            marked", "if False:\n            marked", EXACT),
+    Fault("exact mode: a session knows of tokens behind the end of a reply", "mlx_mtp/decode.py",
+          "[] if exact else decoding.emitted", "decoding.emitted", EXACT),
+    Fault("exact mode: the end of a prompt is run again for its state", "mlx_mtp/decode.py",
+          "marked[1].states) if marked", "None) if marked", EXACT),
     Fault("stop strings: what may become one is shown", "mlx_mtp/tokens.py",
           "keep = max((overlap(self._held, stop) for stop in self._stops), default=0)", "keep = 0",
           ("tests/test_properties.py", "-k", "stop")),
+    Fault("stop strings: the reply is cut one token late", "mlx_mtp/reply.py",
+          "if end >= place), len", "if end > place), len", REPLY),
+    Fault("stop strings: thoughts are searched too", "mlx_mtp/reply.py",
+          "if not piece.answer:", "if not piece.answer and not piece.thinking:", REPLY),
+    Fault("statistics: drafts that a stop cut off count as accepted", "mlx_mtp/results.py",
+          "min(drafted, kept), min(accepted, kept)", "min(drafted, kept), accepted",
+          ("tests/test_reply.py", "-k", "accepted")),
+    Fault("sessions: what came after a stop is part of the conversation", "mlx_mtp/session.py",
+          "del self.ids[length:]", "del self.ids[length + 8 :]", ("tests/test_reply.py", "-k", "fresh_run")),
 )  # fmt: skip
 
 

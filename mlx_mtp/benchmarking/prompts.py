@@ -24,10 +24,9 @@ from typing import Any
 
 from mlx_mtp.errors import DataError, OptionError, PromptError
 from mlx_mtp.tokens import Prompt, Tokenizer, prompt_ids
-from mlx_mtp.training.data import decode_text, json_object, string_of, turns_of
+from mlx_mtp.training.data import JSON, JSON_LINES, decode_text, json_object, json_rows, string_of, turns_of
 
 BUILT_IN = Path(__file__).with_name("prompts.jsonl")
-JSON_LINES = (".jsonl", ".jsonl.gz")
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,10 @@ class BenchPrompt:
         """Its token ids; PromptError where the model cannot be asked so."""
         if tokenizer is None:
             raise PromptError("Expected a checkpoint with a tokenizer, found none; these prompts are text.")
-        return prompt_ids(self.text, tokenizer, self.raw)
+        try:
+            return prompt_ids(self.text, tokenizer, self.raw)
+        except PromptError as error:
+            raise PromptError(f"{self.where}: {error}") from error
 
     def fits(self, tokenizer: Tokenizer | None) -> bool:
         """Whether this checkpoint can be asked so: messages need a chat template."""
@@ -81,13 +83,18 @@ def evenly(prompts: Sequence[BenchPrompt], most: int | None) -> list[BenchPrompt
 
 def _read(file: Path, raw: bool) -> Iterator[BenchPrompt]:
     count = 0
-    if file.name.endswith(JSON_LINES):
-        name = file.name.removesuffix(".gz").removesuffix(".jsonl")
+    unpacked = Path(file.name[:-3] if file.suffix.lower() == ".gz" else file.name)
+    suffix, name = unpacked.suffix.lower(), unpacked.stem
+    if suffix in JSON_LINES:
         for number, line in enumerate(_content(file).split(b"\n"), start=1):
             text = decode_text(line, file, number)
             if text.strip():
                 count += 1
                 yield _record(json_object(text, f"{file}, line {number}"), name, raw, f"{file}, line {number}")
+    elif suffix == JSON:
+        for record, where in json_rows(decode_text(_content(file), file), file):
+            count += 1
+            yield _record(record, name, raw, where)
     elif text := decode_text(_content(file), file).strip("\n"):
         count += 1
         yield BenchPrompt(file.stem, text, raw, str(file))
@@ -98,7 +105,7 @@ def _read(file: Path, raw: bool) -> Iterator[BenchPrompt]:
 def _content(file: Path) -> bytes:
     try:
         content = file.read_bytes()
-        return gzip.decompress(content) if file.suffix == ".gz" else content
+        return gzip.decompress(content) if file.suffix.lower() == ".gz" else content
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{file}: expected a whole gzip file, found another ({error}); fetch it again.") from error
     except OSError as error:

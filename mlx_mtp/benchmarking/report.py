@@ -25,6 +25,7 @@ from mlx_mtp.benchmarking import cost_model
 from mlx_mtp.benchmarking.arms import PLAIN, STOCK, BenchArm
 from mlx_mtp.benchmarking.prompts import categories_of
 from mlx_mtp.benchmarking.run import PLAIN_PIECES, Bench, Measured
+from mlx_mtp.cache import CAPACITY_STEP
 from mlx_mtp.diagnosis import Costs
 from mlx_mtp.results import Stats, acceptance, total
 
@@ -201,7 +202,7 @@ class _Group:
         self.lineup, self.group, self.parted = bench.lineup, group, parted
         self.tokens = bench.plan.max_tokens
         exact = bench.lineup.engine.exactness
-        self.filled = exact.width if exact else None
+        self.filled = exact.at(CAPACITY_STEP).width if exact else None
         self.records = _records(bench, group)
         # What the model makes of every turn goes through the same statistics as what was measured.
         self.predicted = {arm.name: self._predicted(arm) for arm in bench.lineup.arms.values() if arm.engine}

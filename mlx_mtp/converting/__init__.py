@@ -15,7 +15,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_mtp.checkpoint import Checkpoint
+from mlx_mtp.checkpoint import Checkpoint, check_finite
 from mlx_mtp.converting import meta, modules
 from mlx_mtp.converting.files import whole_folder
 from mlx_mtp.converting.quantise import check_options, quantise
@@ -88,13 +88,27 @@ def convert(conversion: Conversion, out: Path | str, *, force: bool = False) -> 
     with whole_folder(out, conversion.source, force) as folder:
         if conversion.layout == QUANTISE:
             assert conversion.bits is not None, "plan() saw to it"
+            _check_weights(conversion.source, conversion.source)
             quantise(Checkpoint.open(conversion.source), folder, conversion.bits, conversion.group_size)
+            _check_weights(folder, conversion.source)
             return [out]
         names = meta.bring_in(conversion.source, folder) if conversion.layout == META else _split(conversion, folder)
-        if conversion.bits is not None:
-            for name in names:
+        for name in names:
+            _check_weights(folder / name, conversion.source)
+            if conversion.bits is not None:
                 _quantise_in_place(folder / name, conversion.bits, conversion.group_size)
+                _check_weights(folder / name, conversion.source)
     return [out / name for name in names]
+
+
+def _check_weights(folder: Path, source: Path) -> None:
+    """CheckpointError where a weight is not finite: the source's own, or one too large for the type written.
+
+    Looked for before weights are quantised, which hides a NaN, and after it.
+    """
+    weights = Checkpoint.open(folder).weights()
+    one_by_one = (weights.popitem() for _ in range(len(weights)))  # so that no more than one is in memory
+    check_finite(one_by_one, source, "nothing was written: use a checkpoint that is whole")
 
 
 def _split(conversion: Conversion, folder: Path) -> list[str]:

@@ -15,7 +15,7 @@ COUNTERS = {
     "cached_tokens_total": "Tokens of prompts that a kept session had and that were not run again.",
     "generated_tokens_total": "Tokens generated, those of dropped replies included.",
     "drafted_tokens_total": "Tokens drafted in finished replies.",
-    "accepted_tokens_total": "Drafted tokens the target agreed with, in finished replies.",
+    "accepted_tokens_total": "Drafted tokens that are in finished replies.",
     "prefill_seconds_total": "Seconds from taking up a request to its first token, in finished replies.",
     "decode_seconds_total": "Seconds from the first to the last token, in finished replies.",
     "dropped_total": "Requests whose client left before the end.",

@@ -13,7 +13,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from mlx_mtp.channels import Channels, Pieces, ToolCall, joined
+from mlx_mtp.channels import ToolCall
 from mlx_mtp.engine import Engine
 from mlx_mtp.errors import MLXMTPError
 from mlx_mtp.results import Event, Result
@@ -78,21 +78,19 @@ class Replier:
 
     def reply(self, asked: Generation, engine: Engine, ticket: Ticket) -> Generator[object, None, None]:
         """Started, then pieces, then Finished. Raises MLXMTPError before anything runs; Cancelled if nobody waits."""
-        tokenizer, channels = engine.tokenizer, None
         ids = self._ids(asked, engine)
-        if asked.messages is not None and tokenizer is not None:
-            channels = Channels(tokenizer.opened_thought(ids))
         session = self.pool.take(ids)
         whole = False
         try:
             events = engine.stream(
                 ids, max_tokens=asked.max_tokens, sampling=asked.sampling, stop=asked.stop, seed=asked.seed,
                 logprobs=0 if asked.logprobs is None else max(1, asked.logprobs), session=session,
+                raw=asked.messages is None,
                 on_prefill=lambda done, total: ticket.check(),
             )  # fmt: skip
             self.metrics.add("prompt_tokens_total", len(ids))
             yield Started(len(ids))
-            yield from self._pieces(asked, events, channels, tokenizer)
+            yield from self._pieces(asked, events, engine.tokenizer)
             whole = True
         except (GeneratorExit, Cancelled, MLXMTPError):
             whole = True  # the session knows what it holds
@@ -102,23 +100,19 @@ class Replier:
                 mx.clear_cache()  # what was let go of goes back to the system, not into MLX's store of buffers
 
     def _pieces(
-        self, asked: Generation, events: Generator[Event, None, None], channels: Channels | None,
-        tokenizer: Tokenizer | None,
-    ) -> Generator[object, None, None]:  # fmt: skip
-        """Events to pieces; calls behind the first are left out where only one is wanted."""
+        self, asked: Generation, events: Generator[Event, None, None], tokenizer: Tokenizer | None
+    ) -> Generator[object, None, None]:
+        """Events to pieces; calls after the first are left out where only one is wanted."""
         called = False
         spell = partial(_scored, tokenizer, asked.logprobs)
         try:
             for event in events:
-                found = Pieces(event.text) if channels is None else channels.feed(event.text)
-                if event.result is not None and channels is not None:
-                    found = joined([found, channels.flush()])
-                calls = found.calls if asked.parallel else found.calls[: 0 if called else 1]
+                calls = event.calls if asked.parallel else event.calls[: 0 if called else 1]
                 called = called or bool(calls)
                 self.metrics.add("generated_tokens_total", len(event.tokens))
                 scored = spell(event) if asked.logprobs is not None else []
-                if found.text or found.thinking or calls or scored:
-                    yield Piece(found.text, found.thinking, calls, scored)
+                if event.content or event.thinking or calls or scored:
+                    yield Piece(event.content, event.thinking, calls, scored)
                 if event.result is not None:
                     self._book(event.result)
                     yield Finished(event.result, "tool_calls" if called else event.result.finish_reason)

@@ -2,7 +2,7 @@
 
 What it does: response objects of both endpoints. What it does not do: HTTP (server.py).
 
-`usage` counts drafts the target agreed with as accepted_prediction_tokens and tokens a kept session had as
+`usage` counts drafts that are in the reply as accepted_prediction_tokens and tokens a kept session had as
 cached_tokens; `stats` is an extension with the figures of `mlx-mtp generate --json`.
 """
 

@@ -8,18 +8,16 @@ A drafter loses acceptance where its target was quantised or fine-tuned; words o
 (FastMTP, arXiv 2509.18362, section 3.2).
 
     out/                       the new drafter
-    out.work/replies.jsonl     prompt and reply ids, a line each; kept and used again
-    out.work/<run>/            log, curves, checkpoint of one set of replies and options
+    out.work/replies.jsonl     prompt and reply ids, a line each, with what the reply depends on (replies.py)
+    out.work/<run>/            log, curves, checkpoint of one set of models, replies and options
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Generator, Iterator, Sequence
+import os
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -29,11 +27,22 @@ from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.parallel import ParallelModel
 from mlx_mtp.engine import Engine
 from mlx_mtp.errors import DataError, MLXMTPError, OptionError, PromptError
+from mlx_mtp.interfaces import TargetInfo
 from mlx_mtp.tokens import Tokenizer
 from mlx_mtp.training.corpus import Document
 from mlx_mtp.training.data import fingerprint, pack, read_documents
-from mlx_mtp.training.families import FAMILIES, QUANTISED, family_of, for_training, write_drafter
+from mlx_mtp.training.families import (
+    FAMILIES,
+    MOST_DRAFTS,
+    QUANTISED,
+    check_place,
+    family_of,
+    for_training,
+    write_drafter,
+)
+from mlx_mtp.training.files import hashed, locked
 from mlx_mtp.training.pipeline import DECAY, Recipe, Stage, run_stage, split
+from mlx_mtp.training.replies import Question, Replies, source_of
 from mlx_mtp.training.trainer import TrainOptions
 
 FEWEST_PROMPTS = 4
@@ -68,9 +77,12 @@ class Adapting:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("prompts", FEWEST_PROMPTS), ("tokens", 8), ("drafts", 1), ("depth", 1), ("length", 16)):
+        for name, least in (("prompts", FEWEST_PROMPTS), ("tokens", 8), ("drafts", 1), ("depth", 1), ("length", 16),
+                            ("batch_size", 1), ("seed", 0)):  # fmt: skip
             if getattr(self, name) < least:
                 raise OptionError(f"Expected {name} of at least {least}, found {getattr(self, name)}; raise it.")
+        if self.drafts > MOST_DRAFTS:
+            raise OptionError(f"Expected drafts of at most {MOST_DRAFTS}, found {self.drafts}; lower it.")
         if not 0.0 <= self.rehearsal < 1.0:
             raise OptionError(f"Expected a rehearsal share from 0 to below 1, found {self.rehearsal}.")
         if not 0.0 <= self.label_share <= 1.0:
@@ -94,22 +106,36 @@ def adapt(
     """Writes to `out` a drafter that started as `drafter` and was fine-tuned to `model` on prompts from `data`.
 
     NotBetter where it accepts no more than `drafter`, or than the drafter that `out` holds. Resumes what an earlier
-    call left in `out`.work.
+    call left in `out`.work. All data are checked before the target is asked anything.
     """
+    out = Path(os.path.abspath(out))  # so that it has a name, whatever was given
+    check_place(out)
+    documents = list(read_documents(data, prompts=True))
+    other = split(options.rehearsal_data)[0] if options.rehearsal else []
+    with locked(out.with_name(f"{out.name}.work")):
+        return (yield from _adapt(model, drafter, out, documents, other, options))
+
+
+def _adapt(
+    model: str | Path | None, drafter: str | Path, out: Path, documents: list[Document], others: list[Document],
+    options: Adapting,
+) -> Generator[Stage, None, Report]:  # fmt: skip
+    """`adapt` with the documents to ask about and those to rehearse."""
     work = out.with_name(f"{out.name}.work")
-    work.mkdir(parents=True, exist_ok=True)
     engine = mlx_mtp.load(model, drafter=drafter, depth=options.depth, draft_head_bits=0)
     source, tokenizer = _source(engine, drafter), _tokenizer(engine)
-    prompts = prompts_of(read_documents(data, prompts=True), Tokenizer(tokenizer), options)
+    prompts = prompts_of(documents, tokenizer, options, engine.target.info)
     held = prompts[::HELD_OUT_SHARE][:MOST_HELD_OUT]
     learned = [prompt for i, prompt in enumerate(prompts) if i % HELD_OUT_SHARE]
+    rehearsed = _rehearsal(others, engine, learned, options)
+    replies, asked_of = Replies(work / "replies.jsonl"), source_of(engine, source)
     before = yield from _measure("before", engine, held, options)
     standing = before
     if (out / "config.json").exists():
         other = mlx_mtp.load(model, drafter=out, depth=options.depth, draft_head_bits=0)
         standing = max(before, (yield from _measure("the one there is", other, held, options)))
-    own = yield from _replies(work / "replies.jsonl", engine, learned, options)
-    ids, fixed = _rows(own, tokenizer, options)
+    own = yield from _replies(replies, asked_of, engine, learned, options)
+    ids, fixed = _rows(own, rehearsed, options)
     config = Checkpoint.open(source).config
     module = for_training(load_drafter(Checkpoint.open(source)))
     drafts = len(module.heads) if isinstance(module, ParallelModel) else options.drafts
@@ -118,8 +144,8 @@ def adapt(
     )
     recipe = Recipe(batch_size=options.batch_size, length=options.length, learning_rate=options.learning_rate,
                     seed=options.seed)  # fmt: skip
-    # Another source, other prompts or options are another run; the same goes on where it was stopped.
-    run = work / _key(source, ids, options)
+    # Other models, prompts or options are another run; the same goes on where it was stopped.
+    run = work / hashed((asked_of, fingerprint(ids), fingerprint(fixed), options))
     yield from run_stage("adapt", run, module, loss, ids, fixed, recipe, steps=options.steps, lookahead=drafts,
                          figures=tuple(f"agreement_{j + 1}" for j in range(drafts)))  # fmt: skip
     written = {key: value for key, value in config.items() if key not in QUANTISED}
@@ -136,35 +162,59 @@ def adapt(
     return Report(before, after, fresh.depth if isinstance(fresh.depth, int) else options.depth, len(held))
 
 
-def _key(source: Path, ids: np.ndarray, options: Adapting) -> str:
-    weights = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source.glob("*.safetensors"))
-    return hashlib.sha256(repr((source, weights, fingerprint(ids), options)).encode()).hexdigest()[:12]
-
-
-def prompts_of(documents: Iterator[Document], tokenizer: Tokenizer, options: Adapting) -> list[list[int]]:
+def prompts_of(
+    documents: Iterable[Document], tokenizer: Tokenizer, options: Adapting, info: TargetInfo | None = None
+) -> list[list[int]]:
     """Token ids of at most options.prompts prompts: conversations up to the last reply, and the openings of texts.
 
-    Spread evenly over the documents; DataError where there are too few.
+    Spread evenly over the documents. DataError where there are too few, or where the chat template or the target
+    (`info`) does not take one of them.
     """
     found: list[list[int]] = []
     for document in documents:
-        if document.messages is not None:
-            messages = list(document.messages)
-            while len(messages) > 1 and messages[-1]["role"] == "assistant":
-                messages.pop()
-            try:
-                found.append(tokenizer.chat(messages))  # as it is asked in use, thinking off
-            except PromptError as error:
-                raise DataError(f"{document.module}: {error}") from error
-            continue
-        ids = tokenizer.encode(document.text or "")
-        for start in range(0, max(1, len(ids) - options.length // 2), options.length):
-            found.append(ids[start : start + max(1, min(options.length, len(ids) - start) // CUT)])
-    found = [prompt for prompt in found if prompt]
+        asked = [_question(document, tokenizer)] if document.messages is not None else _openings(
+            tokenizer.encode(document.text or ""), options.length
+        )  # fmt: skip
+        for ids in filter(None, asked):
+            if info is not None:
+                _check_prompt(ids, document.module, info, options)
+            found.append(ids)
     if len(found) < FEWEST_PROMPTS:
         raise DataError(f"Expected at least {FEWEST_PROMPTS} prompts in the data, found {len(found)}; give more.")
     count = min(options.prompts, len(found))
     return [found[i * len(found) // count] for i in range(count)]
+
+
+def _question(document: Document, tokenizer: Tokenizer) -> list[int]:
+    """A conversation up to the last thing asked."""
+    messages = list(document.messages or [])
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+        raise DataError(f"{document.module}: expected a prompt of the user's, found none; write one.")
+    try:
+        return tokenizer.chat(messages)
+    except PromptError as error:
+        raise DataError(f"{document.module}: {error}") from error
+
+
+def _openings(ids: list[int], length: int) -> list[list[int]]:
+    """The first third of every piece of a text; no piece is begun whose half is not there."""
+    starts = range(0, max(1, len(ids) - length // 2), length)
+    return [ids[start : start + max(1, min(length, len(ids) - start) // CUT)] for start in starts]
+
+
+def _check_prompt(ids: list[int], where: str, info: TargetInfo, options: Adapting) -> None:
+    if len(ids) + options.tokens > info.max_context:
+        raise DataError(
+            f"{where}: expected a prompt of at most {info.max_context - options.tokens} tokens, which leaves room for "
+            f"a reply of {options.tokens} in the target's context, found {len(ids)}; shorten it, or lower --max-tokens."
+        )
+    if max(ids) >= info.vocab_size:
+        raise DataError(
+            f"{where}: expected token ids below {info.vocab_size}, the target's vocabulary, found {max(ids)}; "
+            "use the tokenizer that belongs to the target."
+        )
 
 
 def _source(engine: Engine, drafter: str | Path) -> Path:
@@ -175,12 +225,10 @@ def _source(engine: Engine, drafter: str | Path) -> Path:
     return Path(folder)
 
 
-def _tokenizer(engine: Engine) -> Any:
-    from mlx_lm.tokenizer_utils import load as load_tokenizer
-
+def _tokenizer(engine: Engine) -> Tokenizer:
     if engine.tokenizer is None or engine.target.path is None:
         raise OptionError("Expected a target with a tokenizer, found none; it must read the prompts.")
-    return load_tokenizer(engine.target.path)
+    return engine.tokenizer
 
 
 def _measure(
@@ -196,57 +244,60 @@ def _measure(
 
 
 def _replies(
-    file: Path, engine: Engine, prompts: list[list[int]], options: Adapting
+    replies: Replies, source: str, engine: Engine, prompts: list[list[int]], options: Adapting
 ) -> Generator[Stage, None, list[list[int]]]:
     """Prompt and reply of every prompt, half of the replies greedy and half drawn at temperature 1.
 
-    Kept in `file` as they come; those already there for the same prompt are used again.
+    A reply that ended by itself is followed by the token that ended it. Each is kept as it comes, and asked for only
+    where the same question has no reply yet.
     """
-    known = _known(file)
     rows = []
-    with file.open("a", encoding="utf-8") as lines:
-        for i, prompt in enumerate(prompts):
-            key = json.dumps([prompt, i % 2, options.tokens])
-            if key not in known:
-                sampling = mlx_mtp.Sampling(temperature=float(i % 2), top_k=0, top_p=1.0, min_p=0.0)
-                result = engine.generate(prompt, max_tokens=options.tokens, sampling=sampling, seed=options.seed + i)
-                ended = [min(engine.end_tokens)] if result.finish_reason == "stop" and engine.end_tokens else []
-                known[key] = [*result.tokens, *ended]
-                line = {"prompt": prompt, "temperature": i % 2, "tokens": options.tokens, "reply": known[key]}
-                lines.write(json.dumps(line) + "\n")
-                lines.flush()
-            rows.append([*prompt, *known[key]])
-            yield Stage("replies", i + 1, len(prompts))
+    for i, prompt in enumerate(prompts):
+        question = Question(source=source, prompt=tuple(prompt), temperature=i % 2, tokens=options.tokens,
+                            seed=options.seed + i)  # fmt: skip
+        reply = replies.get(question)
+        if reply is None:
+            result = engine.generate(prompt, max_tokens=options.tokens, sampling=question.sampling, seed=question.seed)
+            reply = result.tokens + ([] if result.stop_token is None else [result.stop_token])
+            replies.add(question, reply)
+        rows.append([*prompt, *reply])
+        yield Stage("replies", i + 1, len(prompts))
     return rows
 
 
-def _known(file: Path) -> dict[str, list[int]]:
-    """Replies of an earlier run; a last line that was cut off by a kill is dropped from the file."""
-    known: dict[str, list[int]] = {}
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            known[json.dumps([row["prompt"], row["temperature"], row["tokens"]])] = list(row["reply"])
-        except (ValueError, KeyError, TypeError) as error:
-            if number < len(lines):
-                raise DataError(f"{file}, line {number}: expected a reply, found {line[:40]!r}; delete it.") from error
-            file.write_text("".join(f"{whole}\n" for whole in lines[:-1]), encoding="utf-8")
-    return known
-
-
-def _rows(own: list[list[int]], tokenizer: Any, options: Adapting) -> tuple[np.ndarray, np.ndarray]:
+def _rows(own: list[list[int]], rehearsed: np.ndarray, options: Adapting) -> tuple[np.ndarray, np.ndarray]:
     """Ids to learn from, replies and rehearsal one behind the other, and the last tenth of the replies to watch."""
     cut = max(1, len(own) // 10)
     learned, watched = np.concatenate(own[:-cut] or own), np.concatenate(own[-cut:])
     if len(watched) < 2 * options.length:
         watched = learned
-    wanted = int(len(learned) * options.rehearsal / (1.0 - options.rehearsal))
-    if wanted:
-        documents, _ = split(options.rehearsal_data)
-        packed = pack(_enough(documents, 8 * wanted), tokenizer)[:wanted]
-        learned = np.concatenate([learned, packed])
+    learned = np.concatenate([learned, rehearsed[: _wanted(len(learned), options)]])
     return learned.astype(np.int32), watched.astype(np.int32)
+
+
+def _wanted(own: int, options: Adapting) -> int:
+    """Tokens of other text beside so many of the target's own."""
+    return int(own * options.rehearsal / (1.0 - options.rehearsal))
+
+
+def _rehearsal(
+    documents: list[Document], engine: Engine, prompts: list[list[int]], options: Adapting
+) -> np.ndarray:
+    """Ids of other text, enough for the longest replies there can be; DataError where even those are too little."""
+    most = sum(len(prompt) + options.tokens + 1 for prompt in prompts)
+    ids = np.zeros(0, np.int32)
+    if wanted := _wanted(most, options):
+        from mlx_lm.tokenizer_utils import load as load_tokenizer
+
+        ids = pack(_enough(documents, 8 * wanted), load_tokenizer(engine.target.path))[:wanted]
+    needed = options.batch_size * options.length + 1
+    if most + len(ids) < needed:
+        raise DataError(
+            f"Expected at least {needed} tokens for one batch of {options.batch_size} x {options.length}, found at "
+            f"most {most + len(ids)} in {len(prompts)} prompts and their replies; give more prompts, or a smaller "
+            "batch or length."
+        )
+    return ids
 
 
 def _enough(documents: list[Document], characters: int) -> list[Document]:

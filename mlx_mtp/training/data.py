@@ -26,7 +26,9 @@ from mlx_mtp.errors import DataError, OptionError, PromptError
 from mlx_mtp.tokens import Tokenizer
 from mlx_mtp.training.corpus import Document
 
-SUFFIXES = frozenset({".txt", ".md", ".py", ".jsonl"})
+# Whatever the case. In folders only the first are looked for: .json files there are mostly somebody's settings.
+TEXT, JSON_LINES, JSON = frozenset({".txt", ".md", ".py"}), frozenset({".jsonl", ".ndjson"}), ".json"
+PACKED = frozenset({".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"})
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "model": "assistant"}
 CHUNK_CHARACTERS = 4_000_000  # tokenized at a time: enough for every core, small enough not to be noticed
 
@@ -34,11 +36,22 @@ CHUNK_CHARACTERS = 4_000_000  # tokenized at a time: enough for every core, smal
 def read_documents(sources: Sequence[str], prompts: bool = False) -> Iterator[Document]:
     """Documents of text files, folders (recursively .txt .md .py .jsonl, not hidden) and glob patterns, in order.
 
-    prompts: a `prompt` without its `completion` is a document too, for whoever only asks.
+    A .json file holds one row of JSONL, or a list of them. A file that is named twice is read once. prompts: a `prompt`
+    without its `completion` is a document too, for whoever only asks. DataError, with file and line, for what is wrong.
     """
-    for source in sources:
-        for path in _files(source):
-            yield from _read_jsonl(path, prompts) if path.suffix == ".jsonl" else _read_text(path)
+    for path in files_of(sources):
+        suffix = path.suffix.lower()
+        if suffix in JSON_LINES:
+            yield from _read_jsonl(path, prompts)
+        elif suffix == JSON:
+            yield from _read_json(path, prompts)
+        else:
+            yield from _read_text(path)
+
+
+def files_of(sources: Sequence[str]) -> list[Path]:
+    """The files that `sources` name, each once; DataError for a source without any."""
+    return list({path.resolve(): path for source in sources for path in _files(source)}.values())
 
 
 def pack(documents: Iterable[Document], tokenizer: Any) -> np.ndarray:
@@ -157,7 +170,7 @@ def _matched(match: Path) -> list[Path]:
 
 def _inside(folder: Path) -> list[Path]:
     """A folder's training files; hidden ones (.git, .venv) are nobody's documents."""
-    files = (file for file in folder.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+    files = (file for file in folder.rglob("*") if file.suffix.lower() in TEXT | JSON_LINES and file.is_file())
     return sorted(file for file in files if not any(part[0] == "." for part in file.relative_to(folder).parts))
 
 
@@ -182,6 +195,10 @@ def decode_text(raw: bytes, path: Path, line: int = 1) -> str:
 
 def _read_text(path: Path) -> Iterator[Document]:
     raw = _read_bytes(path)
+    packed = path.suffix.lower() in PACKED
+    if packed or b"\0" in raw:
+        what, advice = ("a packed file", "unpack it") if packed else ("a binary one", "name text or JSONL files")
+        raise DataError(f"{path}: expected a text file, found {what}; {advice}")
     text = decode_text(raw, path)
     if text.strip():
         yield Document(str(path), text=text)
@@ -193,9 +210,28 @@ def _read_jsonl(path: Path, prompts: bool) -> Iterator[Document]:
             for number, raw in enumerate(lines, start=1):
                 line = decode_text(raw, path, number)
                 if line.strip():
-                    yield from _json_document(line, f"{path}, line {number}", prompts)
+                    where = f"{path}, line {number}"
+                    yield from _document(json_object(line, where), where, prompts)
     except OSError as error:
         raise DataError(f"{path}: expected a readable file, found {error.strerror}; change its permissions") from error
+
+
+def _read_json(path: Path, prompts: bool) -> Iterator[Document]:
+    for record, where in json_rows(decode_text(_read_bytes(path), path), path):
+        yield from _document(record, where, prompts)
+
+
+def json_rows(text: str, path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The objects in a .json file, one or a list of them, and where each is; DataError for anything else."""
+    try:
+        found = json.loads(text) if text.strip() else []
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path}: expected JSON, found {error}; repair it, or name the file .jsonl where every line is an object"
+        ) from error
+    for number, record in enumerate(found if isinstance(found, list) else [found], start=1):
+        where = f"{path}, item {number}" if isinstance(found, list) else str(path)
+        yield _checked_object(record, where, "write a list of objects"), where
 
 
 def json_object(line: str, where: str) -> dict[str, Any]:
@@ -204,13 +240,16 @@ def json_object(line: str, where: str) -> dict[str, Any]:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: expected one JSON object, found {error}; repair the line") from error
+    return _checked_object(record, where, "write one object per line")
+
+
+def _checked_object(record: object, where: str, advice: str) -> dict[str, Any]:
     if not isinstance(record, dict):
-        raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}; write one object per line")
+        raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}; {advice}")
     return record
 
 
-def _json_document(line: str, where: str, prompts: bool) -> Iterator[Document]:
-    record = json_object(line, where)
+def _document(record: dict[str, Any], where: str, prompts: bool) -> Iterator[Document]:
     if "messages" in record:
         yield Document(where, messages=turns_of(record["messages"], where))
     elif "prompt" in record and "completion" in record:

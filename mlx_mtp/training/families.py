@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_mtp.cache import FULL, SLIDING
-from mlx_mtp.checkpoint import Checkpoint, named_parameters, write_checkpoint
+from mlx_mtp.checkpoint import Checkpoint, named_parameters, read_json, write_checkpoint
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.assistant import AssistantConfig, AssistantModel, in_token_order
 from mlx_mtp.drafters.parallel import MOST_HEADS, ParallelConfig, ParallelModel
@@ -234,16 +234,31 @@ def trainable(module: nn.Module) -> nn.Module:
     return module
 
 
+def check_place(folder: Path) -> None:
+    """OptionError where a drafter written to `folder` would replace anything but a drafter."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    model_type = read_json(folder / "config.json").get("model_type") if (folder / "config.json").is_file() else None
+    if model_type not in MODEL_TYPES:
+        raise OptionError(
+            f"Expected a drafter, an empty folder or nothing at '{folder}', found something else, which stays; "
+            "choose another folder."
+        )
+
+
 def write_drafter(folder: Path, config: Mapping[str, Any], module: nn.Module) -> None:
     """A drafter's checkpoint in the layout that the engine and, for assistants, other programs read.
 
-    What is in `folder` is replaced at once or not at all. CheckpointError where the disk does not take it.
+    What is in `folder` is replaced at once or not at all. CheckpointError where the disk does not take it, or a weight
+    is not finite.
     """
     weights = named_parameters(module)
     if isinstance(module, AssistantModel) and module.config.centroids:
         weights = in_token_order(weights)
-    part, old = (folder.with_name(f"{folder.name}.{end}") for end in ("part", "old"))
+    part, old = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old"))
     try:
+        if old.exists() and not folder.exists():  # left by a kill between the two renames below
+            old.replace(folder)
         for left in (part, old):
             shutil.rmtree(left, ignore_errors=True)
         write_checkpoint(part, config, weights)

@@ -8,27 +8,39 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_mtp.errors import CheckpointError
 
 HEADER_BYTES = 1 << 20  # more than any safetensors header of ours
+MODEL_SUFFIXES = frozenset({".json", ".safetensors", ".model", ".jinja", ".txt"})
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds `folder` for one run; raises CheckpointError while another process or run holds it.
+    """Holds `folder`, which is made where it is not there, for one run.
 
-    The system frees the lock when the process ends, however it ends.
+    CheckpointError while another process or run holds it, or where it cannot be written into. The system frees the
+    lock when the process ends, however it ends.
     """
-    with (folder / "lock").open("w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = (folder / "lock").open("w")
+    except OSError as error:
+        raise CheckpointError(
+            f"Expected a folder to write into at '{folder}', found that it cannot be done ({error.strerror}); "
+            "choose another."
+        ) from error
+    with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -47,21 +59,77 @@ def write_state(file: Path, tensors: dict[str, mx.array], about: dict[str, Any],
 
     Raises CheckpointError with the `advice` where that fails; the old file is then untouched.
     """
-    fresh = file.with_name(f"{file.stem}.part{file.suffix}")
     needed = sum(tensor.nbytes for tensor in tensors.values()) + HEADER_BYTES
-    try:
-        fresh.unlink(missing_ok=True)  # left by a run that was killed
+    with replacing(file, advice) as fresh:
         free = shutil.disk_usage(file.parent).free
         if free < needed:
             raise OSError(f"{needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free")
         mx.save_safetensors(str(fresh), tensors, {"mlx_mtp": json.dumps(about)})
+
+
+@contextlib.contextmanager
+def replacing(file: Path, advice: str = RESUME) -> Iterator[Path]:
+    """A name beside `file` to write under; where the block ends well, that file replaces `file` and is on the disk.
+
+    Raises CheckpointError with the `advice` for an OSError or RuntimeError within; the old file is then untouched.
+    """
+    fresh = file.with_name(f"{file.stem}.part{file.suffix}")
+    try:
+        fresh.unlink(missing_ok=True)  # left by a run that was killed
+        yield fresh
         _sync(fresh)
         os.replace(fresh, file)
         _sync(file.parent)
     except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{file}: could not be written ({error}); {advice}.") from error
+    finally:
         with contextlib.suppress(OSError):
             fresh.unlink(missing_ok=True)
-        raise CheckpointError(f"{file}: could not be written ({error}); {advice}.") from error
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Replaces `file` by a JSON file as people like to read it."""
+    with replacing(file) as fresh:
+        fresh.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_array(file: Path, array: np.ndarray) -> None:
+    """Replaces a .npy file."""
+    with replacing(file) as fresh:
+        np.save(fresh, array)
+
+
+def read_array(file: Path) -> np.ndarray:
+    """What write_array wrote. Raises CheckpointError for any other file."""
+    try:
+        found: np.ndarray = np.load(file)
+    except (OSError, ValueError, EOFError) as error:
+        raise CheckpointError(f"{file}: not an array of this trainer ({error}); delete it.") from error
+    return found
+
+
+def hashed(parts: object) -> str:
+    """A short hash of plain values: numbers, strings, tuples, lists and dictionaries of them."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def digest(files: Iterable[Path]) -> str:
+    """A hash of files' names and contents, in this order; CheckpointError for one that cannot be read."""
+    found = []
+    for file in files:
+        try:
+            with file.open("rb") as content:
+                found.append((file.name, hashlib.file_digest(content, "sha256").hexdigest()))
+        except OSError as error:
+            raise CheckpointError(
+                f"{file}: expected a readable file, found {error.strerror}; check its rights."
+            ) from error
+    return hashed(found)
+
+
+def model_digest(folder: Path) -> str:
+    """A hash of all that says how a checkpoint answers: weights, settings, tokenizer, chat template."""
+    return digest(sorted(file for file in folder.iterdir() if file.suffix in MODEL_SUFFIXES and file.is_file()))
 
 
 def _sync(path: Path) -> None:

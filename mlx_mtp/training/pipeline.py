@@ -7,7 +7,8 @@ drafters on it or together with it, writes all in the layouts that are loaded. W
 Everything follows from the recipe, which is kept beside the checkpoints; a stage that was interrupted goes on from
 its checkpoint, a stage that is finished is not run again.
 
-    folder/recipe.json  tokenizer/  train.npy  held_out.npy  train-<stage>/  own_words.npy  target/  <family>/
+    folder/recipe.json  inputs.json  tokenizer/  train.npy  held_out.npy  train-<stage>/  own_words.npy  target/
+    folder/<family>/
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 
 import mlx_mtp
 from mlx_mtp.checkpoint import Checkpoint, read_json, write_checkpoint
-from mlx_mtp.errors import CheckpointError, OptionError
+from mlx_mtp.errors import CheckpointError, DataError, MLXMTPError, OptionError
 from mlx_mtp.interfaces import Target
 from mlx_mtp.targets import load_target
 from mlx_mtp.targets.gemma4 import Gemma4Model, Gemma4Target, published_weights
@@ -33,9 +34,17 @@ from mlx_mtp.targets.gemma4_config import Gemma4Config
 from mlx_mtp.tokens import Tokenizer
 from mlx_mtp.training.continuations import continuations, openings
 from mlx_mtp.training.corpus import Document, is_held_out, standard_library
-from mlx_mtp.training.data import Batches, fingerprint, pack, read_documents
+from mlx_mtp.training.data import Batches, files_of, fingerprint, pack, read_documents
 from mlx_mtp.training.embedded import IDS, TOKENIZER_FILES, target_config
-from mlx_mtp.training.families import FAMILIES, QUANTISED, DrafterShape, started, trainable, write_drafter
+from mlx_mtp.training.families import (
+    FAMILIES,
+    QUANTISED,
+    DrafterShape,
+    started,
+    trainable,
+    write_drafter,
+)
+from mlx_mtp.training.files import digest, locked, model_digest, read_array, write_array, write_json
 from mlx_mtp.training.objective import Joint, next_token_loss
 from mlx_mtp.training.tokenizer import train_tokenizer
 from mlx_mtp.training.trainer import Progress, Trainer, TrainOptions
@@ -44,6 +53,11 @@ OPENING = 96  # tokens of the corpus that the target continues with its own
 FINE_TUNING = 0.4  # share of the learning rate for the second stage
 DECAY = 0.8  # weight of a draft against the one before it
 HELD_OUT_BATCHES = 8
+PACKED = ("train.npy", "held_out.npy")
+KEPT = (*PACKED, "own_words.npy", "own_words_held_out.npy", "inputs.json", "tokenizer", "recipe.json")
+LEAST = {"target_steps": 1, "drafter_steps": 0, "agreement_steps": 0, "batch_size": 1, "length": 2, "seed": 0,
+         "vocabulary": 1}  # fmt: skip
+Documents = tuple[list[Document], list[Document]]  # training and held out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +100,17 @@ class Recipe:
             self._check_start(self.start)
         if self.target and not self.drafters:
             raise OptionError(f"Expected a drafter to train for '{self.target}', found none; name a family.")
-        TrainOptions(steps=1, learning_rate=self.learning_rate, **self.options)  # says what is wrong before any work
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise OptionError(f"Expected {name} of at least {least}, found {getattr(self, name)}; raise it.")
+        if self.length <= (ahead := max((shape.drafts for shape in self.drafters), default=0)):
+            raise OptionError(f"Expected a length above the {ahead} drafts, found {self.length}; raise it.")
+        options = TrainOptions(steps=1, learning_rate=self.learning_rate, **self.options)
+        if self.batch_size % options.accumulate:
+            raise OptionError(
+                f"Expected accumulate to divide a batch's {self.batch_size} rows, found {options.accumulate}; "
+                "choose one that does."
+            )
 
     def _check_start(self, start: str) -> None:
         """OptionError for what a start cannot serve, and for sizes that it brings itself."""
@@ -148,36 +172,122 @@ class Data:
 def train(folder: Path, recipe: Recipe) -> Generator[Stage, None, None]:
     """Makes folder/target (unless the recipe names one) and folder/<family> of every drafter; resumes what is there.
 
-    OptionError where the folder holds a run of another recipe.
+    All data and options are checked before anything is trained; a run that cannot begin leaves nothing in the folder.
+    OptionError where the folder holds a run of another recipe, or one on data or models that have changed since.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "recipe.json").exists():
-        if changed := Recipe.read(folder).differs(recipe):
-            raise OptionError(
-                f"{folder} holds a run with other values of {', '.join(changed)}; use the same, or another folder."
-            )
-    else:
-        (folder / "recipe.json").write_text(json.dumps(recipe.saved(), indent=2) + "\n")
-    target_folder = Path(recipe.target) if recipe.target else folder / "target"
-    if recipe.target is None and not (target_folder / "config.json").exists():
-        yield from (_train_joint if recipe.joint else _train_target)(folder, target_folder, recipe)
-    waiting = [shape for shape in recipe.drafters if not (folder / shape.family / "config.json").exists()]
-    if waiting:
-        # As shipped: rounded to float16 and back.
-        target = mlx_mtp.load(recipe.target or target_folder, drafter=None).target
-        data = prepare(folder, recipe, target.path)
-        for shape in waiting:
+    with locked(folder):
+        fresh = not (folder / "recipe.json").exists()
+        _check_run(folder, recipe, fresh)
+        missing = [shape for shape in recipe.drafters if not (folder / shape.family / "config.json").exists()]
+        to_train = recipe.target is None and not (folder / "target" / "config.json").exists()
+        try:
+            documents = _read_inputs(folder, recipe, fresh)
+            if not missing and not to_train:
+                return
+            target = _finished_target(folder, recipe) if recipe.target else None
+            data = prepare(folder, recipe, documents, target.path if target else None)
+            _check_stages(recipe, data, target)
+        except MLXMTPError:
+            if fresh:
+                _forget(folder)
+            raise
+        if to_train:
+            yield from (_train_joint if recipe.joint else _train_target)(folder, folder / "target", recipe, data)
+            missing = [shape for shape in missing if not (folder / shape.family / "config.json").exists()]
+        if missing and target is None:
+            # As shipped: rounded to float16 and back.
+            target = mlx_mtp.load(folder / "target", drafter=None).target
+        for shape in missing:
+            assert target is not None
             yield from _train_drafter(folder, target, shape, recipe, data)
 
 
-def prepare(folder: Path, recipe: Recipe, tokenizer_folder: Path | None = None) -> Data:
-    """Tokenizer (of a finished target, or one trained on the data) and packed ids, made once and kept in `folder`."""
+def _check_run(folder: Path, recipe: Recipe, fresh: bool) -> None:
+    """OptionError where the folder holds a run of another recipe, or something that this one would take for its own."""
+    if fresh:
+        names = *KEPT, "target", *(shape.family for shape in recipe.drafters)
+        if there := [name for name in names if (folder / name).exists()]:
+            raise OptionError(
+                f"Expected nothing named {there[0]} in '{folder}' before a run begins there, found some; "
+                "choose another folder."
+            )
+    elif changed := Recipe.read(folder).differs(recipe):
+        raise OptionError(
+            f"{folder} holds a run with other values of {', '.join(changed)}; use the same, or another folder."
+        )
+
+
+def _read_inputs(folder: Path, recipe: Recipe, fresh: bool) -> Documents:
+    """The documents, none where they are packed already; begins the run's record, or compares with it."""
+    if fresh:
+        write_json(folder / "recipe.json", recipe.saved())
+    packed = all((folder / name).exists() for name in PACKED)
+    if recipe.data:
+        try:
+            _compare(folder, "data", digest(files_of(recipe.data)))
+        except DataError:
+            if not packed:
+                raise  # else the run goes on with what it has kept of data that are gone
+    if recipe.start and Path(recipe.start).is_dir():
+        _compare(folder, "start", model_digest(Path(recipe.start)))
+    return ([], []) if packed else split(recipe.data)
+
+
+def _compare(folder: Path, name: str, found: str) -> None:
+    """OptionError where this input is not what it was when the run began; noted where nothing is known of it."""
+    file = folder / "inputs.json"
+    known = read_json(file) if file.exists() else {}
+    if name not in known:
+        write_json(file, known | {name: found})
+    elif known[name] != found:
+        raise OptionError(
+            f"{folder} holds a run whose {name} has changed since it began; put back what it was, or choose another "
+            "folder."
+        )
+
+
+def _finished_target(folder: Path, recipe: Recipe) -> Target:
+    target = mlx_mtp.load(recipe.target, drafter=None).target
+    assert target.path is not None
+    _compare(folder, "target", model_digest(target.path))
+    return target
+
+
+def _check_stages(recipe: Recipe, data: Data, target: Target | None) -> None:
+    """MLXMTPError for what would stop a later stage: too little data, too short a context, families that do not fit."""
+    ahead = max((shape.drafts for shape in recipe.drafters), default=0)
+    if target and recipe.length + ahead > target.info.max_context:
+        raise OptionError(
+            f"Expected a length of at most {target.info.max_context - ahead}, the target's context, found "
+            f"{recipe.length}; lower it."
+        )
+    for ids, rows in ((data.train, recipe.batch_size), (data.held_out, 1)):
+        Batches(ids, rows, recipe.length, recipe.seed, ahead)
+    if recipe.start and target is None:
+        _fresh_target(recipe)
+    for shape in recipe.drafters if target else ():
+        assert target is not None
+        if recipe.start:
+            started(recipe.start, shape, target)
+        else:
+            FAMILIES[shape.family].describe(shape, target, recipe.length)
+
+
+def _forget(folder: Path) -> None:
+    """Takes back what a run wrote that could not begin."""
+    for name in KEPT:
+        (folder / name).unlink(missing_ok=True) if name != "tokenizer" else shutil.rmtree(folder / name, True)
+
+
+def prepare(folder: Path, recipe: Recipe, documents: Documents, tokenizer_folder: Path | None = None) -> Data:
+    """Tokenizer (of a finished target, or one trained on the data) and packed ids, made once and kept in `folder`.
+
+    documents: training and held out, needed where they are not packed yet.
+    """
     from mlx_lm.tokenizer_utils import load as load_tokenizer
 
-    files = folder / "train.npy", folder / "held_out.npy"
+    files = [folder / name for name in PACKED]
     own = folder / "tokenizer"
-    whole = all(file.exists() for file in files)
-    documents: tuple[list[Document], list[Document]] = ([], []) if whole else split(recipe.data)
     if recipe.target is None:
         if not (own / TOKENIZER_FILES[-1]).exists():
             if recipe.start:
@@ -193,21 +303,22 @@ def prepare(folder: Path, recipe: Recipe, tokenizer_folder: Path | None = None) 
             f"{tokenizer_folder}: expected a tokenizer to read the data with, found none that loads ({error}); "
             "use a target that has one."
         ) from error
-    if not whole:
-        np.save(files[1], pack(documents[1], tokenizer))
-        np.save(files[0], pack(documents[0], tokenizer))
-    return Data(np.load(files[0]), np.load(files[1]), reply_marker(tokenizer))
+    if not all(file.exists() for file in files):
+        for file, part in zip(files, [pack(part, tokenizer) for part in documents], strict=True):
+            write_array(file, part)
+    return Data(read_array(files[0]), read_array(files[1]), reply_marker(tokenizer))
 
 
-def split(sources: Sequence[str]) -> tuple[list[Document], list[Document]]:
+def split(sources: Sequence[str]) -> Documents:
     """Training and held-out documents: whole modules of the standard library, or every 25th of the user's."""
     if not sources:
         documents = list(standard_library())
         held = [document for document in documents if is_held_out(document.module)]
         return [document for document in documents if not is_held_out(document.module)], held
     documents = list(read_documents(sources))
-    held = documents[::25] if len(documents) >= 25 else documents[-1:]
-    return [document for document in documents if document not in held] or documents, held
+    if len(documents) < 25:
+        return documents[:-1] or documents, documents[-1:]
+    return [document for i, document in enumerate(documents) if i % 25], documents[::25]
 
 
 def _plain(document: Document) -> str:
@@ -261,17 +372,16 @@ def _fresh_target(recipe: Recipe) -> tuple[dict[str, Any], Gemma4Model]:
     return checkpoint.config, target.model
 
 
-def _train_target(folder: Path, out: Path, recipe: Recipe) -> Iterator[Stage]:
-    data = prepare(folder, recipe)
+def _train_target(folder: Path, out: Path, recipe: Recipe, data: Data) -> Iterator[Stage]:
     config, model = _fresh_target(recipe)
     yield from run_stage("target", folder, model, next_token_loss, data.train, data.held_out, recipe,
                          steps=recipe.target_steps, lookahead=0, figures=("accuracy",))  # fmt: skip
     _write_target(folder, out, config, model)
 
 
-def _train_joint(folder: Path, out: Path, recipe: Recipe) -> Iterator[Stage]:
+def _train_joint(folder: Path, out: Path, recipe: Recipe, data: Data) -> Iterator[Stage]:
     """The target and its first drafter with one loss."""
-    data, (shape,) = prepare(folder, recipe), recipe.drafters
+    (shape,) = recipe.drafters
     config, model = _fresh_target(recipe)
     family = FAMILIES[shape.family]
     described = family.describe(shape, Gemma4Target(model, mx.float32), recipe.length)
@@ -289,7 +399,7 @@ def _train_joint(folder: Path, out: Path, recipe: Recipe) -> Iterator[Stage]:
 def _write_target(folder: Path, out: Path, config: dict[str, Any], model: Gemma4Model) -> None:
     _copy_tokenizer(folder / "tokenizer", out)
     generation = {"do_sample": False} | {name: config[name] for name in IDS if name in config}
-    (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    write_json(out / "generation_config.json", generation)
     write_checkpoint(out, config, published_weights(model))
 
 
@@ -330,13 +440,11 @@ def own_words(
     """What the target writes behind `count` windows of a corpus, in one row of ids; kept as it grows."""
     opening = min(OPENING, recipe.length // 2)
     prompts = openings(ids, count, opening, marker, recipe.seed)
-    rows = np.load(file) if file.exists() else np.zeros((0, recipe.length), ids.dtype)
+    rows = read_array(file) if file.exists() else np.zeros((0, recipe.length), ids.dtype)
     more = continuations(target, prompts[len(rows) :], recipe.length - opening, recipe.seed + len(rows),
                          recipe.sampled_share)  # fmt: skip
     for written in more:
         rows = np.concatenate([rows, written.astype(ids.dtype)])
-        part = file.with_suffix(".part.npy")
-        np.save(part, rows)
-        part.replace(file)
+        write_array(file, rows)
         yield Stage("own words", len(rows), count)
     return rows.reshape(-1)

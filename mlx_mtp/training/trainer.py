@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,7 +26,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_mtp.checkpoint import named_parameters
+from mlx_mtp.checkpoint import check_finite, named_parameters
 from mlx_mtp.errors import CheckpointError, DataError, OptionError
 from mlx_mtp.training import curves, optimizers
 from mlx_mtp.training.files import cut_log, locked, read_state, write_state
@@ -137,16 +137,23 @@ class Trainer:
         return self.folder / "log.jsonl"
 
     def save(self) -> None:
-        """Writes the checkpoint beside the old one and renames; a full disk leaves the old one untouched."""
+        """Writes the checkpoint beside the old one and renames; a full disk leaves the old one untouched.
+
+        CheckpointError, and nothing is written, where weights or the optimiser's state are not finite.
+        """
         weights = named_parameters(self.module) | dict(tree_flatten(self._masters.get("weights", {})))
         tensors = {f"model.{k}": v for k, v in weights.items()}
         tensors |= {f"optimizer.{k}": v for k, v in dict(tree_flatten(self.optimizer.state)).items()}
+        check_finite(tensors.items(), self.state_file, "the last checkpoint is untouched")
         write_state(
             self.state_file, tensors, {"step": self.step, "data": self.data, "options": asdict(self.options)}
         )
 
     def resume(self) -> bool:
-        """Continues from the checkpoint if there is one; refuses one of other data, options or module."""
+        """Continues from the checkpoint if there is one.
+
+        Refuses one of other data, options or module, and one whose numbers are not all finite.
+        """
         if not self.state_file.exists():
             return False
         tensors, about = read_state(self.state_file)
@@ -160,6 +167,7 @@ class Trainer:
                 f"{self.state_file}: was trained with other values of {', '.join(changed)} "
                 f"({', '.join(str(then[k]) for k in changed)}); use the same, or another folder."
             )
+        check_finite(tensors.items(), self.state_file, "no run can go on from it: train into another folder")
         parts: dict[str, list[tuple[str, mx.array]]] = {"model": [], "optimizer": []}
         for key, value in tensors.items():
             part, name = key.split(".", 1)
@@ -193,8 +201,9 @@ class Trainer:
     def run(self) -> Iterator[Progress]:
         """Trains to the last step, saving as it goes, and yields every step's progress.
 
-        Closing the iterator early saves first, and so does an interrupt (Ctrl-C), so nothing is lost. A loss or
-        gradient that is not finite ends the run with OptionError; the last checkpoint is then kept as it is.
+        Closing the iterator early saves first, and so does an interrupt (Ctrl-C), so nothing is lost. A loss, gradient,
+        weight or held-out figure that is not finite ends the run with OptionError, after the last step too; the last
+        checkpoint is then kept as it is.
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(self.folder))
@@ -236,7 +245,8 @@ class Trainer:
 
     def _compiled_step(self) -> Callable[..., Any]:
         """step(part of a batch, progress, sums of the parts before or None, whether it is the last) ->
-        (loss, figures, gradient norm) of the whole batch behind the last part, else the sums."""
+        (loss, figures, gradient norm, whether all weights are finite after it) of the whole batch behind the last
+        part, else the sums."""
         gradient, options = nn.value_and_grad(self.module, self.loss), self.options
         state = [self.module.state, self.optimizer.state, self._masters]
 
@@ -260,7 +270,8 @@ class Trainer:
             if self._masters:
                 self._masters["weights"] = weights
             self.module.update(_cast(weights, DTYPES[options.dtype]))
-            return loss, figures, norm
+            sound = mx.stack([mx.isfinite(value).all() for value in dict(tree_flatten(weights)).values()]).all()
+            return loss, figures, norm, sound
 
         compiled: Callable[..., Any] = mx.compile(one_step, inputs=state, outputs=state)
         return compiled
@@ -315,19 +326,19 @@ class _Run:
     def _finish(self) -> Progress:
         """Waits for the step, checks, evaluates, logs and counts it; may be run again where it was interrupted."""
         trainer, options = self.trainer, self.trainer.options
-        loss, figures, norm = self.moved[0]
-        mx.eval(loss, figures, norm, trainer.module.state, trainer.optimizer.state, trainer._masters)
+        loss, figures, norm, sound = self.moved[0]
+        mx.eval(loss, figures, norm, sound, trainer.module.state, trainer.optimizer.state, trainer._masters)
         step = trainer.step + 1
         if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-            self.broken = True
-            raise OptionError(
-                f"{trainer.folder}: expected a finite loss and gradient, found {loss.item()} and {norm.item()} at step "
-                f"{step}; the last checkpoint is kept, train with a lower learning_rate into another folder."
-            )
+            self._break_off("a finite loss and gradient", f"{loss.item()} and {norm.item()}", step)
+        if not sound.item():
+            self._break_off("finite weights", "others", step)
         seconds, done = time.perf_counter() - self.began, step - self.first
         held_out = None
         if trainer.held_out and (step % options.evaluate_every == 0 or step == options.steps):
             held_out = trainer.evaluate()
+            if not all(map(math.isfinite, held_out)):
+                self._break_off("finite figures on held-out data", ", ".join(map(str, held_out)), step)
         progress = Progress(
             step, options.steps, loss.item(), figures.tolist(),
             done * self.tokens / seconds, (options.steps - step) * seconds / done, held_out,
@@ -338,6 +349,14 @@ class _Run:
         if held_out is not None:
             trainer.draw()
         return progress
+
+    def _break_off(self, expected: str, found: str, step: int) -> NoReturn:
+        """Ends the run without saving: the weights are no good any more."""
+        self.broken = True
+        raise OptionError(
+            f"{self.trainer.folder}: expected {expected}, found {found} at step {step}; the last checkpoint is kept, "
+            "train with a lower learning_rate into another folder."
+        )
 
     def _save(self) -> None:
         # A save that failed is not tried again on the way out.

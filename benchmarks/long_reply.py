@@ -1,0 +1,75 @@
+"""Tokens per second of the host's part of a long reply: it must not fall as the reply grows.
+
+    .venv/bin/python benchmarks/long_reply.py [--tokens 100000] [--depth 3] [--json FILE]
+
+The target answers from a table, so nearly all the time is spent around it: rounds, text, thoughts told apart, stop
+strings and logits processors. The rate is that of the tokens since the last mark.
+"""
+
+from __future__ import annotations
+
+import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_mtp.testing import MarkovDrafter, MarkovTarget
+
+MARKS = (5_000, 20_000, 40_000, 100_000)
+WORDS = 97  # tokens that follow each other in a circle
+
+
+FIRST = 600  # of them, an id of the embedded tokenizer
+
+
+def circle(depth: int) -> mlx_mtp.Engine:
+    """Writes the same words of the embedded tokenizer again and again; drafts are right but at one word."""
+    tokenizer, first = mlx_mtp.load(drafter=None).tokenizer, FIRST
+    after = mx.array([first + (i - first + 1) % WORDS for i in range(first + WORDS)])
+    table = 20.0 * (after[:, None] == mx.arange(first + WORDS)).astype(mx.float32)
+    wrong = mx.array(table)
+    wrong[first] = mx.roll(table[first], 1)
+    return mlx_mtp.Engine(MarkovTarget(table), MarkovDrafter(wrong) if depth else None, tokenizer, depth=depth)
+
+
+def rates(events: Iterator[mlx_mtp.Event], tokens: int) -> dict[str, float]:
+    """Tokens per second between the marks."""
+    found, made, before, began = {}, 0, 0, time.perf_counter()
+    marks = [mark for mark in MARKS if mark < tokens] + [tokens]
+    for event in events:
+        made += len(event.tokens)
+        if marks and made >= marks[0]:
+            now = time.perf_counter()
+            found[f"to {marks.pop(0):,}"] = (made - before) / (now - began)
+            before, began = made, now
+    return found
+
+
+def main() -> None:
+    """Parses options, runs, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=MARKS[-1])
+    parser.add_argument("--depth", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    engine = circle(args.depth)
+    kinds: dict[str, dict[str, Any]] = {
+        "text": {}, "stop strings": {"stop": ["\n\n\n\n", "never said"]}, "raw": {"raw": True},
+        "logits processors": {"logits_processors": [lambda tokens, logits: logits]},
+    }  # fmt: skip
+    found = {}
+    for name, options in kinds.items():
+        found[name] = rates(engine.stream([FIRST], max_tokens=args.tokens, **options), args.tokens)
+        print(name + ": " + ", ".join(f"{mark} {rate:,.0f}/s" for mark, rate in found[name].items()), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
