@@ -12,17 +12,41 @@ from mlx_mtp.interfaces import Choose, Memory, States, Target, TargetInfo
 
 
 class ScriptedDrafter:
-    """Proposes what a script says follows: script[i] is the proposal for absolute position i (0 beyond its end).
+    """Proposes what a script says follows, and is right and wrong at known places.
 
-    With prompt + the target's own continuation as script every draft stands; with any other tokens none does.
+    script: script[i] is the token for absolute position i; where it is the prompt and the target's own continuation,
+    the draft for position i is accepted if and only if right[i % len(right)] and all before it in the round are.
+    Where not right, and beyond the script's end, another token is proposed. So for a new target, or a loop of your own:
+
+        expected = plain.generate(prompt, max_tokens=60 + depth, ignore_end=True).tokens
+        drafter = ScriptedDrafter([*prompt, *expected], right=[True, True, False])
+        result = Engine(target, drafter, tokenizer, depth=depth).generate(prompt, max_tokens=60, ignore_end=True)
+        assert result.tokens == expected[:60]
+        assert result.stats.accepted == sum(drafter.accepted(len(prompt), 60, depth))
     """
 
     max_depth = 8
     reads_prompt = False
     reads_states = False
 
-    def __init__(self, script: Sequence[int]) -> None:
-        self._script = mx.array([*script, *[0] * 64], dtype=mx.int32)
+    def __init__(self, script: Sequence[int], right: Sequence[bool] = (True,)) -> None:
+        self._right = [right[i % len(right)] for i in range(len(script))]
+        proposals = [token if holds else int(token == 0) for token, holds in zip(script, self._right, strict=True)]
+        self._script = mx.array([*proposals, *[0] * 64], dtype=mx.int32)
+
+    def accepted(self, prompt: int, tokens: int, depth: int) -> list[int]:
+        """Drafts accepted in each round of a greedy reply of `tokens` tokens after a prompt of `prompt` tokens.
+
+        ValueError where the script is too short to say, which is depth tokens beyond the reply.
+        """
+        if len(self._right) < prompt + tokens + depth:
+            raise ValueError(f"expected a script of {prompt + tokens + depth} tokens, found {len(self._right)}")
+        rounds, at = [], prompt + 1  # the prompt's own pass gives the first token
+        while at < prompt + tokens:
+            drafts = self._right[at : at + depth]
+            rounds.append(drafts.index(False) if False in drafts else depth)
+            at += rounds[-1] + 1
+        return rounds
 
     def attach(self, target: Target) -> None:
         """Fits every target."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401
 
 from mlx_mtp import exactness
 from mlx_mtp.interfaces import Target

@@ -235,17 +235,16 @@ def _handler(hub: Hub, first: bool) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-def wait_for(condition: threading.Event, seconds: float = 30.0) -> None:
+def wait_for(condition: threading.Event, seconds: float = 120.0) -> None:
     assert condition.wait(seconds), "the server was not asked"
 
 
-def settled(folder: Path, seconds: float = 5.0) -> int:
-    """Bytes of the part file in the folder, once it stops growing."""
-    size, until = -1, time.monotonic() + seconds
+def arrived(folder: Path, size: int, seconds: float = 120.0) -> bool:
+    """Whether the folder's part file has come to `size` bytes, and no more; waits for it."""
+    until = time.monotonic() + seconds
     while time.monotonic() < until:
         found = sum(part.stat().st_size for part in folder.rglob("*.incomplete"))
-        if found == size and found:
-            return found
-        size = found
+        if found >= size:
+            return found == size
         time.sleep(0.05)
-    raise AssertionError("no part file")
+    return False

@@ -40,10 +40,10 @@ class Running:
 
     def openai(self) -> openai.OpenAI:
         """OpenAI's own client, without its second tries."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=300)
 
     def http(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, trust_env=False, **options)
+        return httpx.Client(base_url=self.url, timeout=300, trust_env=False, **options)
 
     def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
         with self.http() as client:
@@ -51,14 +51,14 @@ class Running:
 
     def connect(self) -> socket.socket:
         """A bare connection."""
-        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=300)
 
     def idle(self) -> bool:
         """Whether nothing runs or waits, after a while for what is ending."""
         return eventually(lambda: not self.worker.running and not self.worker.waiting)
 
 
-def eventually(true: Callable[[], object], seconds: float = 30.0) -> bool:
+def eventually(true: Callable[[], object], seconds: float = 120.0) -> bool:
     """Whether something comes true; looks again and again."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -17,7 +17,7 @@ import mlx_mtp
 from mlx_mtp.cli.command_line import COMMANDS
 
 HEAVY = ("mlx.core", "mlx_lm", "numpy", "torch", "transformers", "prompt_toolkit", "starlette", "huggingface_hub")
-PATIENCE = 60
+PATIENCE = 300
 
 
 def started(*arguments: str | Path, interrupts: signal.Handlers = signal.SIG_DFL) -> subprocess.Popen[str]:

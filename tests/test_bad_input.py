@@ -18,7 +18,6 @@ import mlx.core as mx
 import pytest
 
 from mlx_mtp.cli import app
-from mlx_mtp.loading import EMBEDDED
 
 GOLDEN = Path(__file__).parent / "golden"
 TARGET, TIED, CENTROID = (GOLDEN / "ple" / part for part in ("target", "assistant_tied", "assistant_centroid"))
@@ -108,11 +107,10 @@ def test_paths_that_are_no_checkpoint(refused: Refused, tmp_path: Path, monkeypa
     assert "config.json" in refused("--model", "empty", "--tokens", "1")
 
 
-def test_hub_names_without_network_fail_at_once(refused: Refused) -> None:
-    began = time.perf_counter()
+def test_hub_names_without_network_fail_at_once(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waited for the network"))
     assert "no/such" in refused("--model", "no/such", "--tokens", "1")
     assert "no/such" in refused("--model", TARGET, "--drafter", "no/such", "--tokens", "1")
-    assert time.perf_counter() - began < 10
 
 
 def test_drafter_paths(refused: Refused, tmp_path: Path) -> None:
@@ -451,7 +449,6 @@ def test_usage_errors(run: Run, options: list[str]) -> None:
     assert code == 2 and out == "" and "Traceback" not in err and err
 
 
-@pytest.mark.skipif(not (EMBEDDED / "target").is_dir(), reason="the embedded model is not here")
 def test_broken_tokenizer(refused: Refused, copy: Callable[[Path], Path]) -> None:
     folder = copy(TARGET)
     for text in ("", "{", "[]", '{"model": 7}'):
@@ -465,7 +462,7 @@ def test_broken_tokenizer(refused: Refused, copy: Callable[[Path], Path]) -> Non
 def process(*args: object) -> tuple[int, str, str]:
     done = subprocess.run(
         [sys.executable, "-m", "mlx_mtp.cli.app", "generate", *map(str, args)],
-        capture_output=True, text=True, timeout=60, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, timeout=300, env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 
@@ -508,13 +505,11 @@ def test_tokens_print_as_ids_without_a_tokenizer(run: Run) -> None:
         assert code == 0 and err == "" and [int(word) for word in out.split()] == json.loads(as_json)["tokens"]
 
 
-@pytest.mark.skipif(not (EMBEDDED / "target").is_dir(), reason="the embedded model is not here")
 @pytest.mark.parametrize("prompt", [("hi", "--raw"), ("--tokens", "5"), ("hi",)])
 def test_thinking_where_nothing_can_ask_for_it(refused: Refused, prompt: tuple[str, ...]) -> None:
     assert "thinking only with" in refused(*prompt, "--thinking", "--max-tokens", 1)
 
 
-@pytest.mark.skipif(not (EMBEDDED / "target").is_dir(), reason="the embedded model is not here")
 def test_raw_takes_the_prompt_as_it_stands(run: Run) -> None:
     lengths = []
     for extra in (("--raw",), ()):

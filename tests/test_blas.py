@@ -24,7 +24,7 @@ spec.loader.exec_module(blas)
 
 
 def run(code: str) -> list[str]:
-    done = subprocess.run([sys.executable, "-c", IMPORT + code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", IMPORT + code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -127,6 +127,6 @@ def test_names_of_libraries() -> None:
 @pytest.mark.skipif(not LINUX, reason="Linux only")
 def test_run_by_its_path_it_prints_what_it_found() -> None:
     """tools/setup.sh asks this way."""
-    done = subprocess.run([sys.executable, "-P", str(FILE)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-P", str(FILE)], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0 if has_fast_blas() else 1, "")
     assert done.stdout.startswith(("OpenBLAS ", "MKL ")) if has_fast_blas() else done.stdout.strip() == blas.REFERENCE

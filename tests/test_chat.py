@@ -7,12 +7,12 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from conftest import GOLDEN
+from greedy import assert_greedy
 from thinking import ANSWER, THOUGHT, thinking_engine
 
 import mlx_mtp
 from mlx_mtp.loading import EMBEDDED, FAMILIES
 
-NEAR_TIE = 1e-3
 ONE, TWO, THREE = "What does `shutil.copytree` do?", "And what does os.walk do?", "Write a class for a queue."
 THERE = [family for family in FAMILIES if (EMBEDDED / family).is_dir()]
 
@@ -45,9 +45,7 @@ def same_as_fresh(engine: mlx_mtp.Engine, ids: list[int], tokens: list[int], mos
     """The tokens of a run without a session, or parting where the two best logits are nearer than rounding."""
     fresh = engine.generate(ids, max_tokens=most).tokens
     if fresh != tokens:
-        at = next(i for i, (a, b) in enumerate(zip(fresh, tokens, strict=False)) if a != b)
-        second, best = mx.sort(engine.target.logits(mx.array([ids + fresh[:at]]))[0, -1])[-2:].tolist()
-        assert best - second <= NEAR_TIE, f"parted at token {at}"
+        assert_greedy(engine, ids, tokens)
 
 
 def common(one: list[int], other: list[int]) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 from families import config_of, written
+from greedy import enlivened
 from thinking import ANSWER, PLAIN_TEMPLATE, TOKENS, thinking_engine, write_tokenizer
 
 import mlx_mtp
@@ -47,7 +48,7 @@ def copy_with_tokenizer(variant: str, folder: Path, tokens: list[str] = WORDS) -
 
 def load(folder: Path, family: str, **options: Any) -> mlx_mtp.Engine:
     drafter = folder / family if (folder / family).is_dir() else family
-    return mlx_mtp.load(folder / "target", drafter=drafter, depth=0 if family == "none" else 2, **options)
+    return enlivened(mlx_mtp.load(folder / "target", drafter=drafter, depth=0 if family == "none" else 2, **options))
 
 
 def talk(chat: mlx_mtp.Chat, *questions: str, tokens: int = 30) -> mlx_mtp.Result:

@@ -12,16 +12,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pexpect
+import pyte
 import pytest
 from conftest import GOLDEN
 
 from mlx_mtp.cli import app
 
-pexpect = pytest.importorskip("pexpect")
-pyte = pytest.importorskip("pyte")
-
 CHAT = ["-m", "mlx_mtp.cli.app", "chat", "--depth", "3"]
-PATIENCE = 120
+PATIENCE = 300
 READY = "Ctrl-D leaves.\n>"
 ENDLESS = ["--max-tokens", "4000"]  # of which nobody sees the end
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 from families import config_of, drafted, written
+from greedy import same_or_tie
 from layouts import (
     DEEPSEEK,
     GLM,
@@ -36,7 +37,6 @@ from layouts import (
     write_pth,
 )
 from references import below, float64
-from test_engine import same_or_tie
 
 import mlx_mtp
 from mlx_mtp import converting

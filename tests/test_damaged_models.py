@@ -34,7 +34,7 @@ GENERIC = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 256,
 }  # fmt: skip
 ROOM_BYTES = 2**30
-PATIENCE = 60
+PATIENCE = 300
 
 
 @pytest.fixture(scope="module")

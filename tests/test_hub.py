@@ -15,7 +15,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from hub_server import Hub, settled, wait_for
+from hub_server import Hub, arrived, wait_for
 from huggingface_hub import constants
 
 import mlx_mtp
@@ -38,6 +38,7 @@ TARGET, TIED = GOLDEN / "ple" / "target", GOLDEN / "ple" / "assistant_tied"
 NAME, DRAFTER = "google/gemma-4-tiny-it", "google/gemma-4-tiny-it-assistant"
 WEIGHTS = (TARGET / "model.safetensors").read_bytes()
 CUT = 40_000
+PATIENCE = 300  # seconds; a backstop
 IDS = [1, 2, 3]
 
 
@@ -128,7 +129,7 @@ def test_an_interrupt_keeps_what_has_come(online: Hub, cache: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         fetched(on_progress=interrupt)
-    assert settled(cache) == CUT and hub.cached(NAME) is None
+    assert arrived(cache, CUT) and hub.cached(NAME) is None
 
 
 @pytest.mark.parametrize("left", [b"x" * CUT, WEIGHTS[: CUT - 1] + b"\0", b"x" * len(WEIGHTS), WEIGHTS[:-1] + b"\0",
@@ -682,20 +683,20 @@ def test_killed_in_mid_file_resumed_and_then_offline(tmp_path: Path) -> None:
         server.faults.stall["model.safetensors"] = CUT
         first = start(home, server.endpoint, HF_TOKEN="hf_mine")
         wait_for(server.stalled)
-        assert settled(home) == CUT
+        assert arrived(home, CUT)
         first.send_signal(signal.SIGKILL)
-        first.communicate(timeout=30)
+        first.communicate(timeout=PATIENCE)
         assert {request.token for request in server.asked("/api/models/")} == {"hf_mine"}
         server.requests.clear()
         second = start(home, server.endpoint)
-        out, err = second.communicate(timeout=60)
+        out, err = second.communicate(timeout=PATIENCE)
         assert second.returncode == 0 and err == "", err
         assert [r.start for r in server.gets(f"{NAME}/")] == [CUT]
         assert (home / "hub" / "models--google--gemma-4-tiny-it" / "snapshots" / server.commit(NAME)).is_dir()
         endpoint = server.endpoint
     expected = mlx_mtp.load(TARGET, drafter=None).generate(IDS, max_tokens=6).tokens
     third = start(home, endpoint, HF_HUB_OFFLINE="1")
-    again, err = third.communicate(timeout=60)
+    again, err = third.communicate(timeout=PATIENCE)
     assert third.returncode == 0 and err == "", err
     for printed in (out, again):
         assert json.loads(printed)["tokens"] == expected and json.loads(printed)["stats"]["drafted"] > 0

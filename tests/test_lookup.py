@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from greedy import assert_greedy, lively
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,15 +44,13 @@ def test_like_a_search_by_hand(text: list[int], depth: int, chunk: int) -> None:
 
 
 @pytest.mark.parametrize("drafter", ["lookup", "lookup+assistant"])
-def test_same_output_and_long_runs_on_text_that_repeats(drafter: str) -> None:
-    """Numbered lines: what comes next was mostly written before."""
-    folder = GOLDEN / "ple"
-    name = drafter.replace("assistant", str(folder / "assistant_tied"))
+def test_right_and_wrong_guesses_leave_the_answer(drafter: str) -> None:
+    """A target that repeats itself now and then; alone, and in front of a drafter that is always wrong."""
+    engine = lively("ple", drafter.replace("assistant", str(GOLDEN / "ple" / "assistant_tied")), depth=4)
     prompt = np.random.default_rng(0).integers(3, 128, 30).tolist() * 4
-    plain = mlx_mtp.load(folder / "target", drafter=None).generate(prompt, max_tokens=300, ignore_end=True)
-    found = mlx_mtp.load(folder / "target", drafter=name, depth=4).generate(prompt, max_tokens=300, ignore_end=True)
-    assert found.tokens == plain.tokens
-    assert found.stats.host_syncs <= found.stats.rounds + 2
+    found = engine.generate(prompt, max_tokens=300, ignore_end=True)
+    assert_greedy(engine, prompt, found.tokens)
+    assert len(set(found.tokens)) > 30 and 0 < found.stats.accepted < found.stats.drafted
 
 
 def test_it_drafts_what_was_written_before() -> None:

@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import shutil
+import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+from _pytest.mark.expression import Expression
 
 TOOL = Path(__file__).parent.parent / "tools" / "mutations.py"
 spec = importlib.util.spec_from_file_location("mutations", TOOL)
@@ -25,3 +30,75 @@ def test_every_fault_fits_the_source() -> None:
         ast.parse(changed)  # a fault that no Python can read would be caught by anything
         assert fault.old != fault.new and (mutations.ROOT / fault.tests[0]).exists()
     assert len({fault.name for fault in mutations.FAULTS}) == len(mutations.FAULTS)
+
+
+def test_every_selection_finds_what_it_names() -> None:
+    """pytest collects the files once; then each `-k` is tried on the names, and every word of it must find a test."""
+    selections = {fault.tests for fault in mutations.FAULTS}
+    files = sorted({tests[0] for tests in selections})
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, cwd=mutations.ROOT, capture_output=True, text=True, check=True)
+    names = [line for line in done.stdout.splitlines() if "::" in line]
+    for file, *rest in selections:
+        there = [name.removeprefix(file) for name in names if name.startswith(f"{file}::")]
+        assert there, file
+        if rest:
+            option, words = rest
+            assert option == "-k"
+            expression = Expression.compile(words)
+            found = [name for name in there if expression.evaluate(lambda word, name=name, **_: word in name.lower())]
+            for word in set(words.split()) - {"and", "or", "not"}:
+                assert any(word.strip("()") in name.lower() for name in found), (file, words, word)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def test_other(): pass", "ended with 5"),
+        ("import pytest\ndef test_it(): pytest.skip('not now')", "1 of 1 tests"),
+        ("import pytest\n@pytest.mark.parametrize('x', [])\ndef test_it(x): pass", "1 of 1 tests"),
+        ("import pytest\n@pytest.mark.parametrize('x', [0, 1])\ndef test_it(x):\n    if x: pytest.skip('half')",
+         "1 of 2 tests"),
+        ("import pytest\npytest.importorskip('no_such_module')\ndef test_it(): pass", "ended with 5"),
+        ("import no_such_module", "ended with 2"),
+        (None, "ended with 4"),
+    ],
+)  # fmt: skip
+def test_a_selection_that_runs_nothing_or_skips_is_an_error(text: str | None, words: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "test_it.py").write_text(text)
+    with pytest.raises(mutations.NotRun, match=words):
+        mutations.run(tmp_path, ("test_it.py", "-k", "test_it and not other"))
+
+
+def test_a_skip_that_the_guard_makes_a_failure_is_no_catch(tmp_path: Path) -> None:
+    shutil.copy(TOOL.parent.parent / "tests" / "skips.py", tmp_path / "conftest.py")
+    (tmp_path / "test_it.py").write_text("import pytest\ndef test_it(): pytest.skip('not now')")
+    with pytest.raises(mutations.NotRun, match="1 of 1 tests"):
+        mutations.run(tmp_path, ("test_it.py",))
+
+
+def test_a_selection_that_runs_says_what_failed(tmp_path: Path) -> None:
+    file = tmp_path / "test_it.py"
+    file.write_text("def test_it(): pass\ndef test_other(): assert False")
+    assert mutations.run(tmp_path, ("test_it.py", "-k", "test_it and not other")) == (0, "exit code 0")
+    assert mutations.run(tmp_path, ("test_it.py",)) == (1, "test_it.py::test_other")
+
+
+def test_a_crash_is_no_selection_that_skips(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text("import os\ndef test_it(): os.abort()")
+    code, _ = mutations.run(tmp_path, ("test_it.py",))
+    assert code < 0
+
+
+def test_a_fault_is_taken_back_when_its_tests_are_not_run(tmp_path: Path) -> None:
+    """And the whole command says so and fails; the tests that pass without the fault are skipped with it."""
+    (tmp_path / "code.py").write_text("value = 1\n")
+    (tmp_path / "test_it.py").write_text(
+        "import pytest, code as it\nfrom pathlib import Path\n"
+        "def test_it():\n    if '2' in Path('code.py').read_text(): pytest.skip('it')\n"
+    )
+    fault = mutations.Fault("made up", "code.py", "value = 1", "value = 2", ("test_it.py",))
+    with pytest.raises(mutations.NotRun, match="1 of 1 tests"):
+        mutations.survivors([fault], tmp_path)
+    assert (tmp_path / "code.py").read_text() == "value = 1\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 
+import pyte
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,8 +15,6 @@ from mlx_mtp import Event
 from mlx_mtp.cli import reply_view
 from mlx_mtp.cli.markdown import CODE, PART_LINES, Blocks
 from mlx_mtp.cli.reply_view import MarkdownView, PlainView, Tail
-
-pyte = pytest.importorskip("pyte")
 
 SAMPLE = """# Title with `code`
 

@@ -6,12 +6,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from greedy import NEAR_TIE, lively
 
 import mlx_mtp
 from mlx_mtp import Sampling, verify
 from mlx_mtp.results import NEUTRAL
 from mlx_mtp.sampling import Law, Rules
-from mlx_mtp.testing import MarkovDrafter, MarkovTarget
+from mlx_mtp.testing import MarkovDrafter, MarkovTarget, ScriptedDrafter
 
 FILTERS = [
     Sampling(temperature=1.0),
@@ -162,10 +163,10 @@ def worst_deviation(tokens: list[int], law: np.ndarray) -> float:
 @pytest.mark.parametrize("sampling", [FILTERS[0], FILTERS[1], FILTERS[4]])
 @pytest.mark.parametrize("depth", [0, 1, 4])
 def test_long_runs_follow_the_law(sampling: Sampling, depth: int) -> None:
-    """40,000 tokens of the real loop, compiled and pipelined, against the exact law of a Markov target."""
+    """20,000 tokens of the real loop, compiled and pipelined, against the exact law of a Markov target."""
     table, target, drafter = markov_pair()
     engine = mlx_mtp.Engine(target, drafter, None, depth=depth)
-    tokens = engine.generate([0], max_tokens=40_000, sampling=sampling, seed=3).tokens
+    tokens = engine.generate([0], max_tokens=20_000, sampling=sampling, seed=3).tokens
     assert worst_deviation(tokens, filtered(table, sampling)) < 5
 
 
@@ -214,18 +215,22 @@ def test_penalties_and_logprobs_by_hand() -> None:
     assert 9 not in result.tokens
 
 
+# Where the scripted drafts are right.
+RIGHT = [True, True, False, True, True, True, True, False, False]
+
+
 @pytest.mark.parametrize("variant", ["ple", "moe"])
 def test_penalties_bias_and_logprobs_do_not_depend_on_depth(variant: str) -> None:
-    folder = GOLDEN / variant
-    prompt = np.load(folder / "reference.npz")["input_ids"][0].tolist()
-    results = [
-        mlx_mtp.load(folder / "target", drafter=folder / "assistant_centroid", depth=depth).generate(
-            prompt, max_tokens=200, sampling=PENALISED, logprobs=2, ignore_end=True
-        )
-        for depth in (0, 4)
-    ]
-    assert results[0].tokens == results[1].tokens
-    assert np.abs(np.array(results[0].logprobs) - np.array(results[1].logprobs)).max() < 1e-4
+    """With drafts that are right and wrong at known places; no token is a near tie."""
+    plain, prompt = lively(variant), np.random.default_rng(2).integers(3, 128, 20).tolist()
+    options = {"sampling": PENALISED, "logprobs": 2, "ignore_end": True}
+    expected = plain.generate(prompt, max_tokens=84, **options)
+    assert min(max(top.values()) - min(top.values()) for top in expected.top_logprobs) > NEAR_TIE
+    drafter = ScriptedDrafter(prompt + expected.tokens, RIGHT)
+    found = mlx_mtp.Engine(plain.target, drafter, None, depth=4).generate(prompt, max_tokens=80, **options)
+    assert found.tokens == expected.tokens[:80] and len(set(found.tokens)) > 20
+    assert np.abs(np.array(found.logprobs) - np.array(expected.logprobs[:80])).max() < 1e-3
+    assert 0 < found.stats.accepted == sum(drafter.accepted(20, 80, 4)) < found.stats.drafted
 
 
 def test_penalties_count_every_draft_before() -> None:
@@ -244,8 +249,7 @@ def test_penalties_count_every_draft_before() -> None:
 
 def test_python_logits_processors_see_every_token() -> None:
     """A processor that forbids what the last token was, in mlx-lm's convention; read one round at a time."""
-    folder = GOLDEN / "ple"
-    prompt = np.load(folder / "reference.npz")["input_ids"][0].tolist()
+    engine, prompt = mlx_mtp.load(GOLDEN / "ple" / "target", drafter=None), [5, 6, 7, 8, 9]
     lengths = []
 
     def no_repeats(tokens: mx.array, logits: mx.array) -> mx.array:
@@ -253,14 +257,18 @@ def test_python_logits_processors_see_every_token() -> None:
         logits[:, tokens[-1:]] = -1e9
         return logits
 
-    found = [
-        mlx_mtp.load(folder / "target", drafter=folder / "assistant_tied", depth=depth).generate(
-            prompt, max_tokens=80, logits_processors=[no_repeats], ignore_end=True
+    def run(drafter: ScriptedDrafter | None, depth: int, count: int) -> mlx_mtp.Result:
+        return mlx_mtp.Engine(engine.target, drafter, None, depth=depth).generate(
+            prompt, max_tokens=count, logits_processors=[no_repeats], ignore_end=True, logprobs=2
         )
-        for depth in (0, 3)
-    ]
-    assert found[0].tokens == found[1].tokens
-    assert all(a != b for a, b in itertools.pairwise(found[0].tokens))
+
+    expected = run(None, 0, 64)
+    assert min(max(top.values()) - min(top.values()) for top in expected.top_logprobs) > NEAR_TIE
+    drafter = ScriptedDrafter(prompt + expected.tokens, RIGHT)
+    found = run(drafter, 3, 60)
+    assert found.tokens == expected.tokens[:60]
+    assert 0 < found.stats.accepted == sum(drafter.accepted(len(prompt), 60, 3)) < found.stats.drafted
+    assert all(a != b for a, b in itertools.pairwise(found.tokens))
     assert min(lengths) == len(prompt)
 
 

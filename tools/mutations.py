@@ -2,14 +2,14 @@
 
 What it does: puts one fault at a time into a scratch copy of the tree, runs the tests that should notice, and says
 "caught", and by which test, or "NOT caught". What it does not do: touch the checkout, or invent faults; the list below
-is by hand.
+is by hand. A selection of tests that finds none, or of which one is skipped, is an error: it notices nothing.
 
     python tools/mutations.py                 all of them, after the same tests passed on the unchanged copy
     python tools/mutations.py ring window     only those whose name holds one of the words
     python tools/mutations.py --list
 
-Exit code 0 when all were caught; 1 when one was not, when a source text is no longer there exactly once, or when the
-tests fail without any fault.
+Exit code 0 when all were caught; 1 when one was not, when a source text is no longer there exactly once, when the
+tests fail without any fault, or when they are not all run.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("mlx_mtp", "cli", "tests", "pyproject.toml")
 PATIENCE = 600
+SKIPPED = "skipped without an excuse"
 
 
 @dataclass(frozen=True)
@@ -155,10 +157,19 @@ def scratch(folder: Path) -> Path:
     return folder
 
 
+class NotRun(Exception):
+    """A selection of tests that finds none, or does not run all that it finds."""
+
+
 def run(folder: Path, tests: tuple[str, ...]) -> tuple[int, str]:
-    """pytest's exit code (0 passed, 1 some failed or hung, below 0 a crash) and the test that failed."""
+    """pytest's exit code (0 passed, 1 some failed or hung, below 0 a crash) and the test that failed.
+
+    NotRun where pytest could not run the selection, or skipped some of it.
+    """
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    report = folder / "report.xml"
+    report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
     try:
         done = subprocess.run(
             command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -166,8 +177,22 @@ def run(folder: Path, tests: tuple[str, ...]) -> tuple[int, str]:
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return 1, f"nothing within {PATIENCE} s"
+    check_that_all_ran(done.returncode, report, tests)
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+?::.*?)(?: - .*)?$", done.stdout, re.MULTILINE)
     return done.returncode, failed[0] if failed else f"exit code {done.returncode}"
+
+
+def check_that_all_ran(code: int, report: Path, tests: tuple[str, ...]) -> None:
+    """NotRun unless pytest ran at least one test of the selection and skipped none; a crash is none of its business."""
+    if code > 1:  # 2 a file that cannot be read, 4 a wrong option or path, 5 no test at all
+        raise NotRun(f"pytest ended with {code} for {' '.join(tests)}; are these tests still there?")
+    if code < 0:
+        return
+    cases = list(ElementTree.parse(report).iter("testcase"))
+    # tests/skips.py makes a skip a failure, which must not count as a catch.
+    skipped = [case for case in cases if any(one.tag == "skipped" or SKIPPED in (one.text or "") for one in case)]
+    if skipped or not cases:
+        raise NotRun(f"{len(skipped)} of {len(cases)} tests of {' '.join(tests)} were skipped; they notice nothing")
 
 
 def survivors(faults: list[Fault], folder: Path) -> list[Fault]:
@@ -177,10 +202,10 @@ def survivors(faults: list[Fault], folder: Path) -> list[Fault]:
         file = folder / fault.file
         whole = file.read_text(encoding="utf-8")
         file.write_text(whole.replace(fault.old, fault.new), encoding="utf-8")
-        code, test = run(folder, fault.tests)
-        file.write_text(whole, encoding="utf-8")
-        if code > 1:  # below 0 it crashed, which nobody overlooks
-            sys.exit(f"{fault.name}: pytest ended with {code}; are the tests {' '.join(fault.tests)} still there?")
+        try:
+            code, test = run(folder, fault.tests)
+        finally:
+            file.write_text(whole, encoding="utf-8")
         print(f"{'caught    ' if code else 'NOT caught'}  {fault.name}{f'  ({test})' if code else ''}", flush=True)
         if not code:
             missed.append(fault)
@@ -203,11 +228,15 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory(prefix="mlx-mtp-mutations-") as place:
         folder = scratch(Path(place))
-        for tests in dict.fromkeys(fault.tests for fault in faults):
-            if run(folder, tests)[0]:
-                print(f"{' '.join(tests)} fails without any fault; mend that first")
-                return 1
-        missed = survivors(faults, folder)
+        try:
+            for tests in dict.fromkeys(fault.tests for fault in faults):
+                if run(folder, tests)[0]:
+                    print(f"{' '.join(tests)} fails without any fault; mend that first")
+                    return 1
+            missed = survivors(faults, folder)
+        except NotRun as error:
+            print(error)
+            return 1
     print(f"{len(faults) - len(missed)} of {len(faults)} faults caught")
     return int(bool(missed))
 

@@ -1,0 +1,82 @@
+"""What greedy decoding must give: one check that holds on every kernel, and references whose every token is clear.
+
+Kernels round differently for one row and for several, and from one processor to the next. So no test here compares
+the tokens of two runs without either allowing for a near tie or making sure that there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from conftest import GOLDEN
+
+import mlx_mtp
+from mlx_mtp.targets.gemma4 import Gemma4Target
+
+# More than rounding explains on any device, and far less than what one wrong row of K/V changes.
+NEAR_TIE = 1e-3
+
+
+def gaps(engine: mlx_mtp.Engine, ids: Sequence[int], tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Of each token behind the prompt, by one pass over all of them without a cache.
+
+    How far its logit is below the best one, and how far that is above the second [T].
+    """
+    logits = np.array(engine.target.logits(mx.array([[*ids, *tokens]])))[0, len(ids) - 1 : -1]
+    second, best = np.sort(logits, axis=1)[:, -2:].T
+    return best - logits[np.arange(len(tokens)), list(tokens)], best - second
+
+
+def assert_greedy(engine: mlx_mtp.Engine, ids: Sequence[int], tokens: Sequence[int]) -> None:
+    """Every token is the likeliest one after those before it, or as likely but for rounding."""
+    below, _ = gaps(engine, ids, tokens)
+    at = int(below.argmax())
+    assert below[at] <= NEAR_TIE, f"token {at} is {below[at]} below the best one"
+
+
+def same_or_tie(engine: mlx_mtp.Engine, ids: list[int], one: list[int], other: list[int]) -> None:
+    """Equal, or parting where the two best logits are closer than rounding could explain, and greedy after that."""
+    assert len(one) == len(other)
+    if one != other:
+        assert_greedy(engine, ids, other)
+
+
+def lively(variant: str, drafter: Any = None, **options: Any) -> mlx_mtp.Engine:
+    """A golden pair whose target has a random matrix as its head and room for a long context.
+
+    With their own head, the embedding, these random models repeat one token for good, whatever came before; so no test
+    of what they write would notice an error. With this one every token depends on all that it can see.
+    """
+    return enlivened(mlx_mtp.load(GOLDEN / variant / "target", drafter=drafter, **options))
+
+
+def random_head(size: int, vocabulary: int) -> np.ndarray:
+    """A matrix [D, V] that takes the place of a head."""
+    return np.random.default_rng(0).normal(scale=4 * size**-0.5, size=(size, vocabulary)).astype(np.float32)
+
+
+def enlivened(engine: mlx_mtp.Engine) -> mlx_mtp.Engine:
+    """The engine of a golden target, with the head of `lively`."""
+    target = engine.target
+    assert isinstance(target, Gemma4Target)
+    table = mx.array(random_head(target.info.hidden_size, target.info.vocab_size))
+    target.model.head = lambda hidden: hidden.astype(mx.float32) @ table
+    target.info = replace(target.info, max_context=4096)
+    engine.max_context = 4096
+    return engine
+
+
+def reference(plain: mlx_mtp.Engine, ids: list[int], count: int) -> list[int]:
+    """`count` tokens after the prompt, none of them a near tie, and varied: a run that differs in one of them is wrong.
+
+    The caller picks a prompt for which this holds; rounding cannot change whether it does.
+    """
+    tokens = plain.generate(ids, max_tokens=count, ignore_end=True).tokens
+    below, clear = gaps(plain, ids, tokens)
+    assert len(tokens) == count and below.max() == 0 and clear.min() > 2 * NEAR_TIE, "a near tie; choose another prompt"
+    assert len(set(tokens)) > count // 4, "too little variety to notice an error; choose another prompt"
+    return tokens

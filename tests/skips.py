@@ -1,0 +1,55 @@
+"""A plugin of pytest: no test is skipped without an excuse that is on this list, and holds.
+
+A skip for any other reason is a failure, in a module as in a test; and pytest's summary names every skip (`-rs`, in
+pyproject.toml).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Generator
+
+import pytest
+
+from mlx_mtp import blas
+
+PEERS = ("torch", "transformers", "mlx_vlm")
+
+
+def missing(module: str) -> bool:
+    return importlib.util.find_spec(module) is None
+
+
+# What a skip's reason begins with, and whether it is true here.
+EXCUSES: dict[str, Callable[[], bool]] = {
+    **{f"could not import '{peer}'": lambda peer=peer: missing(peer) for peer in PEERS},
+    "Linux only": lambda: not sys.platform.startswith("linux"),
+    # What tools/setup.sh could not install: without root, or without a network.
+    "no OpenBLAS or MKL on this machine": lambda: not any(map(blas._open, blas._candidates())),
+}
+
+
+def judged(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Makes a skip without an excuse a failure."""
+    if not report.skipped or hasattr(report, "wasxfail"):
+        return
+    reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+    reason = reason.removeprefix("Skipped: ")
+    if not any(reason.startswith(words) and holds() for words, holds in EXCUSES.items()):
+        report.outcome = "failed"
+        report.longrepr = f"skipped without an excuse of tests/skips.py: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    judged(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    judged(report)
+    return report
