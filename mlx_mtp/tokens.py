@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,11 @@ class Tokenizer:
         """Whether the chat template can ask for thoughts, or opens them by itself."""
         template = str(getattr(self._wrapped, "chat_template", None) or "")
         return "enable_thinking" in template or any(opening in template for opening, _ in THOUGHTS)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Most characters that one token stands for."""
+        return max(map(len, self._wrapped.get_vocab()))
 
     @property
     def end_tokens(self) -> set[int]:

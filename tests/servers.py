@@ -94,6 +94,7 @@ class FakeTokenizer:
     """One token a character; the template writes roles and contents down, and remembers what it was given."""
 
     has_chat_template = True
+    longest_token = 1
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Any]] = []
@@ -132,10 +133,11 @@ class ScriptedEngine:
     target: Any = field(default_factory=lambda: SimpleNamespace(path=None))
 
     def stream(self, ids: list[int], **options: Any) -> Iterator[Event]:
-        self.asked.append({"ids": ids, **options})
-        return self._events(ids)
+        """Checks nothing; `asked` gets what is run."""
+        return self._events(ids, options)
 
-    def _events(self, ids: list[int]) -> Iterator[Event]:
+    def _events(self, ids: list[int], options: dict[str, Any]) -> Iterator[Event]:
+        self.asked.append({"ids": ids, **options})
         stats = Stats(prompt_tokens=len(ids), prefilled_tokens=len(ids), tokens=len(self.script))
         try:
             for i, text in enumerate(self.script):
