@@ -31,6 +31,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -39,7 +40,7 @@ from starlette.types import Receive, Scope, Send
 from mlx_mtp.errors import OptionError
 from mlx_mtp.results import Sampling
 from mlx_mtp.serving.connections import Connection
-from mlx_mtp.serving.errors import RequestError, stopping, told
+from mlx_mtp.serving.errors import RequestError, failed, stopping
 from mlx_mtp.serving.fields import parsed
 from mlx_mtp.serving.guards import (
     LOOPBACK_NAMES,
@@ -144,6 +145,8 @@ def create_app(worker: EngineThread, options: ServerOptions) -> Starlette:
         guards.append(Middleware(HostGuard, hosts=options.hosts))
     if options.api_key is not None:
         guards.append(Middleware(KeyGuard, key=options.api_key, free=("/health",)))
+    # Starlette's own is around all guards, where no header for pages is added.
+    guards.append(Middleware(ServerErrorMiddleware, handler=_failed))
     routes = [
         Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
         Route("/v1/completions", endpoints.completion, methods=["POST"]),
@@ -153,8 +156,7 @@ def create_app(worker: EngineThread, options: ServerOptions) -> Starlette:
         Route("/metrics", endpoints.prometheus, methods=["GET"]),
     ]
     handlers: dict[Any, Any] = {
-        RequestError: _refused, HTTPException: _not_found, ClientDisconnect: _gone,
-        BaseException: _failed,  # Starlette would answer Exception outside of all guards
+        RequestError: _refused, HTTPException: _not_found, ClientDisconnect: _gone, Exception: _failed,
     }  # fmt: skip
     app = Starlette(routes=routes, middleware=guards, lifespan=lifespan, exception_handlers=handlers)
     app.router.redirect_slashes = False  # an address is right or it is not
@@ -181,8 +183,8 @@ async def _gone(request: Request, error: ClientDisconnect) -> Response:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    """A bug; the log has it."""
-    return refusal(told(error))
+    """Starlette raises the error again, so that the log has it."""
+    return refusal(failed())
 
 
 class _Endpoints:
