@@ -58,7 +58,8 @@ def serve(
     max_context: options.MaxContext = None,
     most_tokens: Annotated[
         int | None,
-        typer.Option(help="Most tokens a request may ask for.", show_default="the context", rich_help_panel=LIMITS),
+        typer.Option(help="Most tokens a request may ask for.", show_default="what the context leaves",
+                     rich_help_panel=LIMITS),
     ] = None,
     queue: Annotated[int, typer.Option(help="Requests that may wait; more get 429.", rich_help_panel=LIMITS)] = 32,
     session_memory: Annotated[

@@ -220,14 +220,15 @@ class _Endpoints:
         form: Callable[[Generation, str], Form],
     ) -> Response:
         body = await read_body(request, self._options.body_bytes, self._options.body_seconds)
-        pool = self._large if len(body) >= LARGE_BODY else self._small
-        in_pool = partial(asyncio.get_running_loop().run_in_executor, pool)
-        asked, model = await in_pool(lambda: read(parsed(body), self._limits))
+        run_in = asyncio.get_running_loop().run_in_executor
+        asked, model = await run_in(self._small, lambda: read(parsed(body), self._limits))
         self._check_model(model)
         ticket = self._worker.reserve()
 
+        pool = self._large if len(body) >= LARGE_BODY else self._small
+
         async def begin() -> None:
-            ids = await in_pool(self._replier.prepare, asked, self._worker.engine)
+            ids = await run_in(pool, self._replier.prepare, asked, self._worker.engine)
             self._worker.submit(ticket, partial(self._replier.reply, asked, ids))
 
         def waits_for() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -138,6 +139,7 @@ class ScriptedEngine:
 
     def _events(self, ids: list[int], options: dict[str, Any]) -> Iterator[Event]:
         self.asked.append({"ids": ids, **options})
+        options["on_prefill"](len(ids), len(ids))
         stats = Stats(prompt_tokens=len(ids), prefilled_tokens=len(ids), tokens=len(self.script))
         try:
             for i, text in enumerate(self.script):
@@ -157,3 +159,18 @@ def contents(response: httpx.Response) -> list[str]:
     """The data of a streamed response, event by event."""
     response.read()
     return [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+
+
+def raw_request(path: str, body: Any, *more: str, length: int | None = None) -> bytes:
+    """A request as bytes."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", *more]
+    return "\r\n".join([*lines, f"Content-Length: {len(data) if length is None else length}", "", ""]).encode() + data
+
+
+def until(connection: socket.socket, end: bytes) -> bytes:
+    """What comes up to some bytes, or to the end of the connection."""
+    found = b""
+    while end not in found and (part := connection.recv(65536)):
+        found += part
+    return found

@@ -54,13 +54,13 @@ def _message(fields: Fields, calls: dict[str, str]) -> Message:
         # What OpenAI's clients send back with a message they were given; none of it was ever more than empty.
         for empty in ("annotations", "audio", "function_call"):
             fields.only(empty, "", [], because="replies of this server hold none")
+        # A refusal is what was said in place of content; neither is a message that says nothing.
+        content = "\n".join(filter(None, (content, fields.text("refusal"))))
     if role == "tool":
         identity = fields.text("tool_call_id")
         if identity is None or (identity not in calls and not name):
             raise fields.wrong("tool_call_id", "the id of a tool call in an earlier message", identity)
         message |= {"tool_call_id": identity, "name": name or calls[identity]}
-        # Neither content nor a call is a message that says nothing; a refusal is what was said in place of content.
-        content = "\n".join(filter(None, (content, fields.text("refusal"))))
     if content is None:
         raise fields.wrong("content", "a string or a list of text parts", None)
     fields.finish()
