@@ -183,8 +183,10 @@ async def _gone(request: Request, error: ClientDisconnect) -> Response:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    """Starlette raises the error again, so that the log has it."""
-    return refusal(failed())
+    """Starlette raises the error again, so that the log has it and uvicorn ends the connection."""
+    response = refusal(failed())
+    response.headers["Connection"] = "close"
+    return response
 
 
 class _Endpoints:
