@@ -22,6 +22,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_mtp import threads
 from mlx_mtp.cache import FULL, SLACK, capacity_for
 from mlx_mtp.checkpoint import check_safetensors
 from mlx_mtp.errors import CheckpointError
@@ -64,6 +65,7 @@ def drafter_fingerprint(engine: Engine) -> str:
     return f"{type(drafter).__name__} {getattr(drafter, 'name', '')}"
 
 
+@threads.device_work
 def save_chat(chat: Chat, file: Path) -> Path:
     """Writes the conversation and returns its file's name, which ends in .safetensors.
 
@@ -133,6 +135,7 @@ def _tensors(held: Held, length: int) -> dict[str, mx.array]:
     return found
 
 
+@threads.device_work
 def load_chat(engine: Engine, file: Path) -> Chat:
     """The conversation of a file; CheckpointError where it is another model's, damaged, or no conversation.
 

@@ -25,6 +25,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_mtp import threads
 from mlx_mtp.errors import CheckpointError, ModelNotFound, brief
 
 INDEX = "model.safetensors.index.json"
@@ -268,6 +269,7 @@ def read_parameters(module: nn.Module) -> None:
         waiting += array.nbytes
         if waiting >= PIECE_BYTES or i + 1 == len(arrays):
             mx.eval(piece)
+            threads.pause()
             done, piece, waiting = done + waiting, [], 0
             if tell is not None:
                 tell(done, total)

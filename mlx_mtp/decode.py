@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_mtp import threads
 from mlx_mtp.cache import KVCache, capacity_for
 from mlx_mtp.depth import DepthPolicy
 from mlx_mtp.exactness import WIDEST, Exactness
@@ -234,6 +235,7 @@ class Decoder:
                 memory = drafter.observe(memory, tokens, states, mx.array([tokens.shape[1] - 1]))
             cache.advance(tokens.shape[1])
             mx.eval(cache.arrays, memory)
+            threads.pause()
             if asked.on_prefill:
                 asked.on_prefill(min(start + chunk, len(ids)) - begin, len(ids) - begin)
         stats.prefilled_tokens, newest = len(ids) - begin, max(newest, len(ids) - 1)

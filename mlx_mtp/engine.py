@@ -19,7 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp import exactness
+from mlx_mtp import exactness, threads
 from mlx_mtp.chat import Chat
 from mlx_mtp.chat_file import load_chat
 from mlx_mtp.decode import Asked, Decoder, PrefillProgress
@@ -178,7 +178,7 @@ class Engine:
         policy = self._decoder.policy
         if seed is not None and asked.sampling.temperature and isinstance(policy, DepthController):
             policy = FixedDepth(max(depth for depth in policy.allowed if depth <= SEEDED_DEPTH))
-        return self._events(asked, policy, stop, frozenset() if ignore_end else self.end_tokens)
+        return threads.each(self._events(asked, policy, stop, frozenset() if ignore_end else self.end_tokens))
 
     def _checked_sampling(self, sampling: Sampling | None) -> Sampling:
         resolved = (sampling or Sampling()).over(self.defaults)

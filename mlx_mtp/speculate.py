@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import mlx.core as mx
 
-from mlx_mtp import sampling, verify
+from mlx_mtp import sampling, threads, verify
 from mlx_mtp.cache import KVCache
 from mlx_mtp.interfaces import Drafter, Memory, Target
 from mlx_mtp.sampling import Chooser, History, Knobs, Rules
@@ -81,6 +82,11 @@ class Rounds:
         self._drafter = drafter
         self._width = width
         self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        _alive.add(self)
+
+    def forget(self) -> None:
+        """Lets go of the compiled functions."""
+        self._compiled.clear()
 
     def is_new(self, request: Request, depth: int) -> bool:
         """Whether the next `submit` with these sizes has to build its graph first (and its time says little)."""
@@ -99,7 +105,7 @@ class Rounds:
         compiled = self._compiled.pop(key, None)
         if compiled is None:
             if len(self._compiled) >= MOST_COMPILED:
-                del self._compiled[next(iter(self._compiled))]  # the one that was used least recently
+                self._compiled.pop(list(self._compiled)[0], None)  # the least recently used; two threads may be here
             compiled = mx.compile(self._round(request.cache.layout(), request.rules, depth))
         self._compiled[key] = compiled
         request.state, outcome = compiled(request.state, request.knobs)
@@ -188,6 +194,16 @@ class Rounds:
         outcome = mx.concatenate([found.tokens, found.accepted[:, None]], axis=1)
         state = {**state, "token": found.last, "history": history, "key": key}
         return state, (outcome, *_logprobs(logits, found.tokens, rules.logprobs))
+
+
+_alive: WeakSet[Rounds] = WeakSet()
+
+
+@threads.at_end.append
+def _forget_all() -> None:
+    """Graphs go before the functions that they are made of: the other way round MLX locks itself out (0.32.4)."""
+    for rounds in list(_alive):
+        rounds.forget()
 
 
 def _started(request: Request, outcome: Outcome) -> Outcome:
