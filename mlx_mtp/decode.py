@@ -23,7 +23,7 @@ from mlx_mtp.exactness import WIDEST, Exactness
 from mlx_mtp.interfaces import Drafter, Memory, States, Target
 from mlx_mtp.results import NEUTRAL, Sampling, Stats
 from mlx_mtp.sampling import Rules
-from mlx_mtp.session import Held, Session
+from mlx_mtp.session import Held, Pair, Session
 from mlx_mtp.speculate import LogitsProcessor, Outcome, Request, Rounds
 
 # Most bytes of attention scores one prefill chunk may need, and its largest and smallest number of rows.
@@ -124,12 +124,17 @@ class Decoder:
         self.width = exact.width if exact else None
         self.rounds = Rounds(target, drafter, self.width)
 
+    @property
+    def pair(self) -> Pair:
+        """What K/V that it fills belong to."""
+        return self.target, self.drafter, self.exact is not None
+
     def decode(self, asked: Asked, stats: Stats, policy: DepthPolicy | None = None) -> Generator[Run, None, None]:
         """Runs of new tokens, at most the budget in all: the first from the prefill, then one run a round."""
         policy = policy or self.policy
         policy.begin()
         session, decoding = asked.session, None
-        taken = session.take(asked.ids, self._runs_again) if session is not None else None
+        taken = session.take(asked.ids, self._runs_again, self.pair) if session is not None else None
         try:
             began = time.perf_counter()
             request, newest = self._prefill(asked, policy.deepest, taken, stats)

@@ -27,7 +27,7 @@ from mlx_mtp.depth import Curve, DepthController, DepthPolicy, FixedDepth, remem
 from mlx_mtp.errors import OptionError, PromptError
 from mlx_mtp.interfaces import Drafter, Target
 from mlx_mtp.results import NEUTRAL, Event, Result, Sampling, Stats
-from mlx_mtp.session import Session
+from mlx_mtp.session import Pair, Session
 from mlx_mtp.speculate import LogitsProcessor
 from mlx_mtp.tokens import Prompt, StopStrings, Tokenizer, prompt_ids
 
@@ -106,6 +106,11 @@ class Engine:
         decoder.policy = DepthController(curve, max(allowed), allowed, long_run, file, key)
         return decoder
 
+    @property
+    def pair(self) -> Pair:
+        """Whose K/V a session of this engine holds."""
+        return self._decoder.pair
+
     def generate(self, prompt: Prompt, **options: Any) -> Result:
         """The whole reply to a string, a list of messages or a list of token ids; options as for `stream`."""
         *_, last = self.stream(prompt, **options)
@@ -165,6 +170,8 @@ class Engine:
         if any(stop) and self.tokenizer is None:
             raise OptionError("Expected no stop strings, found some; this checkpoint has no tokenizer to compare with.")
         ids = self._checked(prompt_ids(prompt, self.tokenizer, raw))
+        if session is not None:
+            session.check(self.pair)
         asked = Asked(
             ids=ids,
             budget=min(max_tokens, self.max_context - len(ids)),
