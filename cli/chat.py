@@ -55,8 +55,6 @@ def chat(
     settings = Settings(sampling, max_tokens, seed, tuple(stop or ()), checked_thinking(thinking or "off"))
     if verbose:
         notices.say_more()
-    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character must not end the chat
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     screen = Screen(plain)
 
     def engine(name: str | None, drafter: str) -> mlx_mtp.Engine:
@@ -125,12 +123,15 @@ def _greet(conversation: Conversation) -> None:
 
 
 def converse(conversation: Conversation, source: Lines) -> bool:
-    """Messages and commands until there are no more; whether all of them could be followed, if nobody was there."""
+    """Messages until there are no more, and commands where somebody sits there; in a pipe every line is a message.
+
+    Returns whether all of them could be followed, if nobody was there.
+    """
     followed = True
     while True:
         try:
             text = source.read()
-            if not commands.is_command(text):
+            if not (source.interactive and commands.is_command(text)):
                 conversation.say(text)
             elif not commands.obey(conversation, text):
                 break

@@ -24,7 +24,7 @@ from mlx.utils import tree_flatten
 
 from mlx_mtp import threads
 from mlx_mtp.cache import FULL, SLACK, KVCache, capacity_for
-from mlx_mtp.checkpoint import check_safetensors
+from mlx_mtp.checkpoint import check_safetensors, visible
 from mlx_mtp.errors import CheckpointError
 from mlx_mtp.session import Held
 from mlx_mtp.training.files import write_state
@@ -46,7 +46,7 @@ def fingerprint(folder: Path | None) -> str:
     """What a checkpoint is known by: its config, its tokenizer, the sizes and samples of its weights."""
     digest = hashlib.sha256()
     if folder is not None:
-        for file in sorted(folder.iterdir()):
+        for file in visible(folder.iterdir()):
             if file.suffix not in (".json", ".safetensors", ".model", ".jinja") or not file.is_file():
                 continue
             size = file.stat().st_size

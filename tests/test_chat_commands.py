@@ -13,7 +13,7 @@ from thinking import ANSWER, THOUGHT, thinking_engine
 
 import mlx_mtp
 from mlx_mtp.cli.chat import converse
-from mlx_mtp.cli.commands import COMMANDS
+from mlx_mtp.cli.commands import COMMANDS, is_command
 from mlx_mtp.cli.conversation import Conversation, Screen, Settings
 
 QUESTION, NEXT = "What does os.walk do?", "And os.listdir?"
@@ -263,3 +263,11 @@ def test_a_loaded_chat_brings_its_thinking(
     assert talk.conversation.settings.thinking == "show" and talk.conversation.chat.thinking
     talk.run(f"/load {tmp_path / 'b'}")
     assert talk.conversation.settings.thinking == "off" and not talk.conversation.chat.thinking
+
+
+def test_what_is_a_command() -> None:
+    for text in ("/help", "/reset", "/system Be brief.", "/quit ", "/save /tmp/file", "/hepl", "/Users"):
+        assert is_command(text), text
+    messages = ("/Users/me/file.txt what is this?", "/Users/me/file.txt", "/etc/passwd", "/helpful people", "/", "//",
+                "/ help", "/tmp is full", "/quit\nmore", "/system a\nb", " /help", "help", "/file.txt", "/1", "")
+    assert not any(map(is_command, messages))

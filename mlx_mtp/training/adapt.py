@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 import mlx_mtp
-from mlx_mtp.checkpoint import Checkpoint
+from mlx_mtp.checkpoint import Checkpoint, visible
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.parallel import ParallelModel
 from mlx_mtp.engine import Engine
@@ -136,7 +136,8 @@ def adapt(
 
 
 def _key(source: Path, ids: np.ndarray, options: Adapting) -> str:
-    weights = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source.glob("*.safetensors"))
+    files = visible(source.glob("*.safetensors"))
+    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr((source, weights, fingerprint(ids), options)).encode()).hexdigest()[:12]
 
 
