@@ -123,16 +123,13 @@ def _greet(conversation: Conversation) -> None:
 
 
 def converse(conversation: Conversation, source: Lines) -> bool:
-    """Messages until there are no more, and commands where somebody sits there; in a pipe every line is a message.
-
-    Returns whether all of them could be followed, if nobody was there.
-    """
+    """Messages and commands until there are no more; whether all of them could be followed, if nobody was there."""
     followed = True
     while True:
         try:
             text = source.read()
-            if not (source.interactive and commands.is_command(text)):
-                conversation.say(text)
+            if not commands.is_command(text):
+                conversation.say(str(text))
             elif not commands.obey(conversation, text):
                 break
         except EOFError:

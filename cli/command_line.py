@@ -94,10 +94,6 @@ def run(arguments: Sequence[str], on_begin: Callable[[], None]) -> bool:
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         return False
-    except SystemExit as end:
-        if isinstance(end.__context__, BrokenPipeError):  # who reads the output has enough; typer's exit code is 1
-            sys.exit(0)
-        raise
     except OSError as error:
         if error.errno not in OUTPUT_FULL:
             raise

@@ -17,12 +17,13 @@ from rich.table import Table
 
 from mlx_mtp import OptionError, PromptError
 from mlx_mtp.cli.conversation import Conversation
+from mlx_mtp.cli.line_input import Verbatim
 from mlx_mtp.results import acceptance
 
 EMBEDDED = "embedded"  # the name by which /model knows the model that comes with the program
 ANY_MODEL = ("none", "lookup")  # drafters that stay when the model changes
 SHOWN = 60
-SLIP = re.compile(r"/[A-Za-z_-]+")
+SLIP = re.compile(r"/+[A-Za-z_-]*")
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,10 @@ def is_command(text: str) -> bool:
 
     A single word that only looks like one is taken for a slip; a path, or several pasted lines, are a message.
     """
-    if len(text.splitlines()) != 1 or not text.startswith("/"):
+    if isinstance(text, Verbatim) or len(text.splitlines()) != 1 or not text.startswith("/"):
         return False
     name, *rest = text.split(None, 1)
-    return name in COMMANDS or (not rest and SLIP.fullmatch(name) is not None)
+    return name in (*COMMANDS, "/") or (not rest and SLIP.fullmatch(name) is not None)
 
 
 def obey(conversation: Conversation, text: str) -> bool:

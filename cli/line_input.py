@@ -35,6 +35,10 @@ class Lines(Protocol):
         """The next message; EOFError when there is none, KeyboardInterrupt for a Ctrl-C that it does not answer."""
 
 
+class Verbatim(str):
+    """A message, whatever it begins with."""
+
+
 class PipeLines:
     """Every line of standard input is a message. echo: shows them, for a reader of the output."""
 
@@ -60,7 +64,7 @@ class PipeLines:
             if text.strip():
                 if self._echo:
                     print(PROMPT + text, flush=True)
-                return text
+                return Verbatim(text)
         raise EOFError
 
 

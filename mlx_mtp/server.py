@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import os
+import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -330,10 +331,10 @@ class _Server(uvicorn.Server):
         self._worker, self._grace = worker, grace
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal lets replies finish and says so; another one ends the process at once, with 130."""
+        """The first signal lets replies finish, and Ctrl-C says so; another one ends the process at once, with 130."""
         if self.should_exit:
             os._exit(130)
-        if replies := self._worker.waiting + self._worker.running:
+        if sig == signal.SIGINT and (replies := self._worker.waiting + self._worker.running):
             what = "1 reply" if replies == 1 else f"{replies} replies"
             with contextlib.suppress(OSError):  # not print: the signal may have come in the middle of one
                 os.write(2, f"finishing {what}, Ctrl-C again ends now\n".encode())

@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from servers import eventually
 
 import mlx_mtp
 from mlx_mtp import threads
@@ -257,3 +260,70 @@ def test_an_engine_in_a_cycle() -> None:
     """A script may end while its own engine is in a cycle of references that only the end collects."""
     code = "class Holder: pass\nholder = Holder()\nholder.self, holder.engine = holder, one\n" + SHAPES["two threads"]
     assert left(code) == (0, "")
+
+
+# The server
+
+
+@contextmanager
+def serving() -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`mlx-mtp serve` and its address."""
+    command = [sys.executable, "-m", "mlx_mtp.cli.app", "serve", "--port", "0", "--depth", "2"]
+    handlers = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=handlers) as process:
+        try:
+            assert process.stderr is not None
+            line = process.stderr.readline()
+            assert line.startswith("Serving "), line + process.stderr.read()
+            yield process, line.split()[3]
+        finally:
+            process.kill()
+
+
+@contextmanager
+def replying(url: str, tokens: int) -> Iterator[Iterator[str]]:
+    """The lines of a streamed reply that has begun."""
+    body = {"prompt": "import os\n", "max_tokens": tokens, "stream": True}
+    with httpx.stream("POST", f"{url}/completions", json=body, timeout=PATIENCE, trust_env=False) as response:
+        lines = response.iter_lines()
+        next(lines)
+        yield lines
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_the_server_at_once(number: signal.Signals) -> None:
+    with serving() as (process, url), replying(url, 4000):
+        assert process.stderr is not None
+        process.send_signal(number)
+        if number == signal.SIGINT:
+            assert process.stderr.readline() == "finishing 1 reply, Ctrl-C again ends now\n"
+        else:
+            assert eventually(lambda: refuses(url))
+        process.send_signal(number)
+        assert process.wait(PATIENCE) == 130 and process.stderr.read() == ""
+
+
+def refuses(url: str) -> bool:
+    """Whether no new connection is taken any more, which is the first that the end of a server does."""
+    try:
+        httpx.get(f"{url}/models", timeout=5, trust_env=False)
+    except httpx.HTTPError:
+        return True
+    return False
+
+
+def test_one_signal_lets_the_reply_finish() -> None:
+    with serving() as (process, url), replying(url, 60) as lines:
+        process.send_signal(signal.SIGINT)
+        rest = list(lines)
+        assert rest[-2] == "data: [DONE]" and process.stderr is not None
+        assert process.wait(PATIENCE) == 130
+        assert process.stderr.read() in ("finishing 1 reply, Ctrl-C again ends now\n", "")  # "" where it was done
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_server_with_nothing_to_do_ends_at_once(number: signal.Signals, code: int) -> None:
+    with serving() as (process, url):
+        assert httpx.get(f"{url}/models", timeout=PATIENCE, trust_env=False).status_code == 200
+        process.send_signal(number)
+        assert process.wait(PATIENCE) == code and process.stderr is not None and process.stderr.read() == ""
