@@ -20,14 +20,36 @@ IMPORTING = "<frozen importlib._bootstrap>"
 
 def main() -> None:
     """Entry point: exit code 0 done, 2 bad input (one sentence on stderr), 130 interrupted."""
+    _prepare_streams()
     interrupts = Interrupts()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where the caller has Ctrl-C ignored
         interrupts.take()
     from mlx_mtp.cli.command_line import run
 
-    if not run(sys.argv[1:], on_begin=interrupts.begin):
-        interrupts.running = False
-        sys.exit(130)
+    with contextlib.suppress(KeyboardInterrupt):  # another one, just when the first had been answered
+        run(sys.argv[1:], on_begin=interrupts.begin)
+    interrupts.running = False
+    sys.exit(130)
+
+
+def _prepare_streams() -> None:
+    """Standard streams that always work: closed ones lead nowhere, and no character is one too many for them.
+
+    Input is UTF-8 with or without a byte order mark; what is not UTF-8 in it is found where it is read.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # nothing else must get the number of a closed one
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # read from already, or no stream of the system's
+        sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+        if not sys.stdin.isatty():
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # type: ignore[union-attr]
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
 
 
 class Interrupts:

@@ -55,8 +55,6 @@ def chat(
     settings = Settings(sampling, max_tokens, seed, tuple(stop or ()), checked_thinking(thinking or "off"))
     if verbose:
         notices.say_more()
-    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character must not end the chat
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     screen = Screen(plain)
 
     def engine(name: str | None, drafter: str) -> mlx_mtp.Engine:
@@ -131,7 +129,7 @@ def converse(conversation: Conversation, source: Lines) -> bool:
         try:
             text = source.read()
             if not commands.is_command(text):
-                conversation.say(text)
+                conversation.say(str(text))
             elif not commands.obey(conversation, text):
                 break
         except EOFError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,13 @@ from rich.table import Table
 
 from mlx_mtp import OptionError, PromptError
 from mlx_mtp.cli.conversation import Conversation
+from mlx_mtp.cli.line_input import Verbatim
 from mlx_mtp.results import acceptance
 
 EMBEDDED = "embedded"  # the name by which /model knows the model that comes with the program
 ANY_MODEL = ("none", "lookup")  # drafters that stay when the model changes
 SHOWN = 60
+SLIP = re.compile(r"/+[A-Za-z_-]*")
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,14 @@ class Command:
 
 
 def is_command(text: str) -> bool:
-    """Whether a message is meant for the chat and not for the model."""
-    return text.startswith("/")
+    """Whether what somebody typed is meant for the chat and not for the model: one line that begins with a command.
+
+    A single word that only looks like one is taken for a slip; a path, or several pasted lines, are a message.
+    """
+    if isinstance(text, Verbatim) or len(text.splitlines()) != 1 or not text.startswith("/"):
+        return False
+    name, *rest = text.split(None, 1)
+    return name in (*COMMANDS, "/") or (not rest and SLIP.fullmatch(name) is not None)
 
 
 def obey(conversation: Conversation, text: str) -> bool:

@@ -6,6 +6,7 @@ it does not do: understand commands (commands.py).
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 import signal
@@ -21,6 +22,7 @@ from mlx_mtp import PromptError
 # A history beyond this is put aside at the next start.
 HISTORY_BYTES = 2_000_000
 PROMPT = "> "
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 HINT = "Ctrl-D leaves, /help shows the commands."
 
 
@@ -33,25 +35,36 @@ class Lines(Protocol):
         """The next message; EOFError when there is none, KeyboardInterrupt for a Ctrl-C that it does not answer."""
 
 
+class Verbatim(str):
+    """A message, whatever it begins with."""
+
+
 class PipeLines:
     """Every line of standard input is a message. echo: shows them, for a reader of the output."""
 
     interactive = False
 
     def __init__(self, echo: bool) -> None:
-        self._echo = echo
+        self._echo, self._begun = echo, False
 
     def read(self) -> str:
-        """The next line that is not empty; PromptError for one that is no UTF-8."""
+        """The next line that is not empty; PromptError for one that is no UTF-8, EOFError behind the last.
+
+        Text in UTF-16 is refused once and as a whole: cut at line ends, some of its lines would pass for UTF-8.
+        """
         while line := sys.stdin.buffer.readline():
+            first, self._begun = not self._begun, True
+            if first and line.startswith(UTF_16):
+                sys.stdin.buffer.read()
+                raise PromptError("Expected lines in UTF-8, found UTF-16; convert the input.")
             try:
-                text = line.decode("utf-8").rstrip("\r\n")
+                text = line.decode("utf-8-sig" if first else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError:
                 raise PromptError("Expected lines in UTF-8, found bytes that are not; convert the input.") from None
             if text.strip():
                 if self._echo:
                     print(PROMPT + text, flush=True)
-                return text
+                return Verbatim(text)
         raise EOFError
 
 
@@ -204,7 +217,7 @@ def no_echo() -> Iterator[None]:
     try:
         descriptor = sys.stdin.fileno()
         before = termios.tcgetattr(descriptor)
-    except (OSError, ValueError, termios.error):
+    except (OSError, ValueError, AttributeError, termios.error):
         yield
         return
     quiet = [*before[:6], [*before[6]]]

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.checkpoint import Checkpoint, section
+from mlx_mtp.checkpoint import Checkpoint, section, visible
 from mlx_mtp.engine import Engine
 from mlx_mtp.interfaces import Target
 from mlx_mtp.results import NEUTRAL, Sampling, Stats, acceptance
@@ -144,7 +144,7 @@ def mlx_vlm_arm(target: Path, assistant: Path | None, depth: int) -> Arm:
     parsed.vision_config = gemma4.VisionConfig.from_dict({"model_type": "gemma4_vision", **tiny})
     model = gemma4.Model(parsed)
     weights: dict[str, mx.array] = {}
-    for file in sorted(target.glob("*.safetensors")):
+    for file in visible(target.glob("*.safetensors")):
         weights |= mx.load(str(file))  # type: ignore[arg-type]
     weights = model.sanitize(weights)
     if stored := config.get("quantization"):

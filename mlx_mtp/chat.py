@@ -5,19 +5,22 @@ apart, takes back and repeats turns, saves and loads. What it does not do: run a
 terminal (cli/chat.py).
 
 Invariant: `messages` are always what was said and answered; a reply that was stopped stays as far as it came, one
-without any answer leaves them as they were. Every turn is the template over all messages, so it is what a fresh run
-would be; the session finds out what of it is new.
+without any answer leaves them as they were. One reply runs at a time: whatever else changes the conversation ends it
+first (its generator then just ends), and messages that are edited meanwhile win over it. Every turn is the template
+over all messages, so it is what a fresh run would be; the session finds out what of it is new.
 """
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from collections.abc import Generator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_mtp import checks
-from mlx_mtp.errors import PromptError
+from mlx_mtp.errors import OptionError, PromptError
 from mlx_mtp.results import Event, Result
 from mlx_mtp.session import Session
 
@@ -25,6 +28,23 @@ if TYPE_CHECKING:
     from mlx_mtp.engine import Engine
 
 Message = dict[str, Any]
+
+
+@dataclass
+class _Reply:
+    """A reply from `send` or `retry`. asked: the messages it answers. over: nothing of it counts any more."""
+
+    asked: list[Message]
+    events: weakref.ref[Generator[Event, None, None]] | None = None
+    before: list[Message] | None = None  # the conversation's messages when it began to run
+    copied: list[Message] | None = None
+    said: list[str] = field(default_factory=list)
+    over: bool = False
+
+    @property
+    def answer(self) -> str:
+        """What was answered so far."""
+        return "".join(self.said)
 
 
 class Chat:
@@ -39,6 +59,7 @@ class Chat:
         self.messages: list[Message] = []
         self.session = Session()
         self.last: Result | None = None
+        self._newest: _Reply | None = None
         self.set_system(system)
 
     @property
@@ -50,11 +71,15 @@ class Chat:
     def set_system(self, text: str | None) -> None:
         """Another instruction in front of the conversation, None for none; the messages stay."""
         text = None if text is None else checks.text("The system message", text)
+        self.stop()
         said = [message for message in self.messages if message["role"] != "system"]
         self.messages = [{"role": "system", "content": text}, *said] if text else said
 
     def send(self, text: str, **options: Any) -> Generator[Event, None, None]:
-        """Says `text` and streams the reply; options as for Engine.stream. Raises PromptError before anything runs."""
+        """Says `text` and streams the reply; options as for Engine.stream.
+
+        Raises PromptError, and OptionError while another reply runs, before anything runs.
+        """
         if not checks.text("The message", text, PromptError).strip():
             raise PromptError("Expected something to say, found an empty message; write at least one character.")
         return self._reply([*self.messages, {"role": "user", "content": text}], options)
@@ -68,6 +93,10 @@ class Chat:
 
     def undo(self) -> str | None:
         """Takes the last question and its reply back; the question, None where there is none."""
+        running, had = self._newest, len(self.messages)
+        self.stop()
+        if running is not None and running.before is not None and len(running.asked) > had == len(self.messages):
+            return str(running.asked[-1]["content"])  # one that has no answer yet
         places = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
         if not places:
             return None
@@ -77,6 +106,7 @@ class Chat:
 
     def reset(self) -> None:
         """Forgets everything but the system message."""
+        self.stop()
         self.messages = [message for message in self.messages if message["role"] == "system"]
         self.session.clear()
         self.last = None
@@ -85,6 +115,7 @@ class Chat:
         """The same conversation with another engine, whose next reply runs all of it. PromptError without template."""
         if engine.tokenizer is None or not engine.tokenizer.has_chat_template:
             raise PromptError("Expected a checkpoint with a chat template, found none; use another model.")
+        self.stop()
         other = Chat(engine, thinking=self.thinking)
         other.messages = list(self.messages)
         return other
@@ -93,31 +124,63 @@ class Chat:
         """Writes messages and K/V to `file` (".safetensors" is added where it is missing) and returns its path."""
         from mlx_mtp.chat_file import save_chat
 
+        self.stop()
         return save_chat(self, Path(file))
+
+    def stop(self) -> None:
+        """Ends the reply that runs, if one does: what was answered so far is kept. From any thread."""
+        reply, self._newest = self._newest, None
+        if reply is None:
+            return
+        self._settle(reply)
+        events = None if reply.events is None else reply.events()
+        if events is not None:
+            with contextlib.suppress(ValueError):  # it is at work right now: it ends at its next event
+                events.close()
+        if self.session.busy:
+            self.session = Session()
 
     def _reply(self, messages: list[Message], options: dict[str, Any]) -> Generator[Event, None, None]:
         """Checks what a reply to the last of `messages` needs; the generator keeps what comes of it."""
+        if self._newest is not None and self._newest.before is not None:
+            raise OptionError(
+                "Expected no reply under way, found one that still runs; read it to its end, close it, or call stop()."
+            )
         tokenizer = self.engine.tokenizer
         if tokenizer is None:
             raise PromptError("Expected a checkpoint with a tokenizer for a chat, found none; use another model.")
         ids = tokenizer.chat(messages, thinking=self.thinking)
         events = self.engine.stream(ids, session=self.session, tools=False, **options)
-        return self._kept(messages, events)
+        reply = self._newest = _Reply(messages)
+        kept = self._kept(reply, events)
+        reply.events = weakref.ref(kept)
+        return kept
 
-    def _kept(self, messages: list[Message], events: Generator[Event, None, None]) -> Generator[Event, None, None]:
+    def _kept(self, reply: _Reply, events: Generator[Event, None, None]) -> Generator[Event, None, None]:
         """The reply's events; whatever ends them, what was answered so far joins the messages."""
-        said: list[str] = []
-        before, self.last = self.messages, None
+        if reply.over:
+            return
+        if self._newest is not reply:
+            raise OptionError("Expected the newest reply, found one that was never read before the next was asked for.")
+        reply.before, reply.copied, self.last = self.messages, list(self.messages), None
         try:
             for event in events:
-                said.append(event.content)
+                if reply.over:
+                    return
+                reply.said.append(event.content)
                 result = event.result
                 if result is not None:
-                    self.last = result = replace(result, text="".join(said))
+                    self.last = result = replace(result, text=reply.answer)
                 yield replace(event, text=event.content, result=result)
         finally:
             events.close()
-            answer = "".join(said)
-            # A question without any answer is as good as not asked.
-            answered = [*messages, {"role": "assistant", "content": answer}]
-            self.messages = answered if answer.strip() else before
+            self._settle(reply)
+            if self._newest is reply:
+                self._newest = None
+
+    def _settle(self, reply: _Reply) -> None:
+        """What was answered so far joins the messages, once; a question without any answer is as good as not asked."""
+        untouched = self.messages is reply.before and self.messages == reply.copied
+        if untouched and not reply.over and reply.answer.strip():
+            self.messages = [*reply.asked, {"role": "assistant", "content": reply.answer}]
+        reply.over = True

@@ -4,9 +4,9 @@ What it does: writes one safetensors file that replaces the last by a rename, an
 not do: keep a conversation's K/V for another model, another tokenizer or another layout of buffers.
 
 Format: safetensors; the metadata field "mlx_mtp" is JSON with `format`, `version`, `target`, `drafter` (fingerprints),
-`mode`, `messages`, `thinking`, `capacity`, `newest` and `digest`, the SHA-256 of all that and of the tensors. These are
-`ids` int32 [T], the rows that stand of every full layer `keys.<i>`, `values.<i>` [1, G, T, d], the whole rings of
-sliding ones, and `memory.<path>` of a drafter.
+`mode`, `messages`, `thinking`, `capacity`, `newest`, `memory` (the tree of a drafter's memory) and `digest`, the
+SHA-256 of all that and of the tensors. These are `ids` int32 [T], the rows that stand of every full layer `keys.<i>`,
+`values.<i>` [1, G, T, d], the whole rings of sliding ones, and `memory.<path>`, the leaves of the memory.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
-from mlx_mtp.cache import FULL, SLACK, capacity_for
-from mlx_mtp.checkpoint import check_safetensors
+from mlx_mtp import threads
+from mlx_mtp.cache import FULL, SLACK, KVCache, capacity_for
+from mlx_mtp.checkpoint import check_safetensors, visible
 from mlx_mtp.errors import CheckpointError
 from mlx_mtp.session import Held
 from mlx_mtp.training.files import write_state
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 SAMPLE = 1 << 16  # bytes of every weight file that a fingerprint reads at its start, middle and end
+WEIGHTS = 64  # values of every tensor of a drafter that its fingerprint reads at the start and at the end
 SUFFIX = ".safetensors"
 START = b'{"__metadata__":{"mlx_mtp":"{\\"format\\": '  # of the header, behind its length
 ELSEWHERE = "free some disk space, or choose another path"
@@ -44,7 +46,7 @@ def fingerprint(folder: Path | None) -> str:
     """What a checkpoint is known by: its config, its tokenizer, the sizes and samples of its weights."""
     digest = hashlib.sha256()
     if folder is not None:
-        for file in sorted(folder.iterdir()):
+        for file in visible(folder.iterdir()):
             if file.suffix not in (".json", ".safetensors", ".model", ".jinja") or not file.is_file():
                 continue
             size = file.stat().st_size
@@ -57,13 +59,23 @@ def fingerprint(folder: Path | None) -> str:
 
 
 def drafter_fingerprint(engine: Engine) -> str:
-    """What the drafter's memory belongs to; families without any memory are all alike."""
+    """What the drafter's memory belongs to: its family, its name, its weights; families without memory are all alike.
+
+    Weights are told apart by the sizes and the first and last values of every tensor.
+    """
     drafter = engine.drafter
     if drafter is None or not drafter.reads_prompt:
         return "none"
-    return f"{type(drafter).__name__} {getattr(drafter, 'name', '')}"
+    digest = hashlib.sha256()
+    for module in drafter.modules():
+        for path, tensor in dict(tree_flatten(module.parameters())).items():
+            flat = tensor.reshape(-1)
+            ends = mx.concatenate([flat[:WEIGHTS], flat[-WEIGHTS:]])
+            digest.update(f"{path} {tensor.dtype} {tensor.shape}".encode() + _bytes(ends))
+    return f"{type(drafter).__name__} {getattr(drafter, 'name', '')} {digest.hexdigest()[:32]}"
 
 
+@threads.device_work
 def save_chat(chat: Chat, file: Path) -> Path:
     """Writes the conversation and returns its file's name, which ends in .safetensors.
 
@@ -82,7 +94,8 @@ def save_chat(chat: Chat, file: Path) -> Path:
     tensors = {"ids": mx.array(session.ids, dtype=mx.int32)}
     if session.held is not None:
         about |= {"capacity": session.held.cache.capacity, "newest": session.held.newest}
-        tensors |= _tensors(session.held, len(session.ids))
+        about["memory"] = packed(session.held.memory, tensors)
+        tensors |= _rows(session.held.cache, len(session.ids))
     about["digest"] = _digest(about, tensors)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -118,21 +131,53 @@ def _digest(about: Mapping[str, Any], tensors: Mapping[str, mx.array]) -> str:
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
-        if tensor.size:
-            digest.update(np.array(mx.view(tensor.reshape(-1), mx.uint8)).tobytes())
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode() + _bytes(tensor))
     return digest.hexdigest()
 
 
-def _tensors(held: Held, length: int) -> dict[str, mx.array]:
-    """K/V without the rows that nobody committed, and the drafter's memory."""
-    found = {f"memory.{name}": value for name, value in dict(tree_flatten(held.memory)).items()}
-    for i, shape in enumerate(held.cache.shapes):
-        for name, buffers in (("keys", held.cache.keys), ("values", held.cache.values)):
+def _bytes(tensor: mx.array) -> bytes:
+    return np.array(mx.view(tensor.reshape(-1), mx.uint8)).tobytes() if tensor.size else b""
+
+
+def packed(tree: Any, tensors: dict[str, mx.array], name: str = "memory") -> Any:
+    """A tree of dicts, lists, tuples, plain values and arrays as JSON; the arrays go into `tensors`.
+
+    Nothing is lost: not an empty dict, not what kind of sequence it was, not a key that is no string.
+    """
+    if isinstance(tree, mx.array):
+        tensors[name] = tree
+        return {"tensor": name}
+    if isinstance(tree, dict):
+        entries = enumerate(tree.items())
+        return {"dict": [[key, packed(value, tensors, f"{name}.{i}")] for i, (key, value) in entries]}
+    if isinstance(tree, list | tuple):
+        kind = "list" if isinstance(tree, list) else "tuple"
+        return {kind: [packed(value, tensors, f"{name}.{i}") for i, value in enumerate(tree)]}
+    return {"value": tree}
+
+
+def unpacked(tree: Any, tensors: Mapping[str, mx.array]) -> Any:
+    """The tree that was `packed`."""
+    ((kind, inner),) = tree.items()
+    if kind == "tensor":
+        return tensors[inner]
+    if kind == "dict":
+        return {key: unpacked(value, tensors) for key, value in inner}
+    if kind == "value":
+        return inner
+    return (list if kind == "list" else tuple)(unpacked(value, tensors) for value in inner)
+
+
+def _rows(cache: KVCache, length: int) -> dict[str, mx.array]:
+    """K/V without the rows that nobody committed."""
+    found = {}
+    for i, shape in enumerate(cache.shapes):
+        for name, buffers in (("keys", cache.keys), ("values", cache.values)):
             found[f"{name}.{i}"] = buffers[i][:, :, :length] if shape.kind == FULL else buffers[i]
     return found
 
 
+@threads.device_work
 def load_chat(engine: Engine, file: Path) -> Chat:
     """The conversation of a file; CheckpointError where it is another model's, damaged, or no conversation.
 
@@ -152,8 +197,9 @@ def load_chat(engine: Engine, file: Path) -> Chat:
     chat = Chat(engine, thinking=about["thinking"])
     chat.messages = about["messages"]
     if "capacity" in about and all(about[name] == mine for name, mine in _layout(engine).items()):
-        chat.session.ids = np.array(tensors.pop("ids")).tolist()
-        chat.session.held = _held(engine, tensors, about, chat.session.ids, file)
+        ids = np.array(tensors.pop("ids")).tolist()
+        if (held := _held(engine, tensors, about, ids, file)) is not None:
+            chat.session.fill(engine.pair, held, ids)
     return chat
 
 
@@ -197,15 +243,23 @@ def _damaged(file: Path, found: str) -> CheckpointError:
     return CheckpointError(f"{file}: expected a saved conversation, found {found}; use a file that 'save' has written.")
 
 
-def _held(engine: Engine, tensors: dict[str, mx.array], about: dict[str, Any], ids: list[int], file: Path) -> Held:
-    """Buffers of this engine's own layout, filled with the file's rows; CheckpointError where those do not fit."""
+def _held(
+    engine: Engine, tensors: dict[str, mx.array], about: dict[str, Any], ids: list[int], file: Path
+) -> Held | None:
+    """Buffers of this engine's own layout, filled with the file's rows; CheckpointError where those do not fit.
+
+    None where the drafter's memory is another tree than this one's, so that all of it must be computed anew.
+    """
     info, capacity = engine.target.info, about["capacity"]
     newest, most = about.get("newest", -1), capacity_for(info.max_context + 2 * SLACK)
     if not 0 < len(ids) <= min(newest + 1, info.max_context) or not newest < capacity <= most:
         raise _damaged(file, f"{len(ids)} tokens in room for {capacity}, which this model cannot have written")
     cache = engine.target.new_cache(capacity)
     memory: Any = engine.drafter.start(1, capacity) if engine.drafter else {}
-    wanted = {name: (t.shape, t.dtype) for name, t in _tensors(Held(cache, memory, 0), len(ids)).items()}
+    leaves: dict[str, mx.array] = {}
+    if packed(memory, leaves) != about.get("memory"):
+        return None
+    wanted = {name: (t.shape, t.dtype) for name, t in (leaves | _rows(cache, len(ids))).items()}
     if wanted != {name: (t.shape, t.dtype) for name, t in tensors.items()}:
         raise _damaged(file, "K/V of other shapes than this model's")
     for i, shape in enumerate(cache.shapes):
@@ -214,5 +268,4 @@ def _held(engine: Engine, tensors: dict[str, mx.array], about: dict[str, Any], i
             missing = buffers[i].shape[2] - rows.shape[2] if shape.kind == FULL else 0
             buffers[i] = mx.pad(rows, [(0, 0), (0, 0), (0, missing), (0, 0)])
     cache.length = mx.array([len(ids)], dtype=mx.int32)
-    kept = [(name.removeprefix("memory."), value) for name, value in tensors.items() if name.startswith("memory.")]
-    return Held(cache, tree_unflatten(kept) if kept else memory, newest)
+    return Held(cache, unpacked(about["memory"], tensors), newest)

@@ -25,6 +25,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_mtp import threads
 from mlx_mtp.errors import CheckpointError, ModelNotFound, brief
 
 INDEX = "model.safetensors.index.json"
@@ -80,7 +81,7 @@ class Checkpoint:
 
     def check_files(self) -> None:
         """CheckpointError for a shard that is missing or not whole; for readers other than `weights`."""
-        for file in {*self._files(), *self.path.glob("model*.safetensors")}:
+        for file in {*self._files(), *visible(self.path.glob("model*.safetensors"))}:
             check_safetensors(file)
 
     def tensors(self) -> Iterator[tuple[str, str, int]]:
@@ -106,7 +107,7 @@ class Checkpoint:
                     )
             if names:
                 return [self.path / name for name in names]
-        files = sorted(self.path.glob("model*.safetensors")) or sorted(self.path.glob("*.safetensors"))
+        files = visible(self.path.glob("model*.safetensors")) or visible(self.path.glob("*.safetensors"))
         if not files:
             raise CheckpointError(f"Expected model*.safetensors in {self.path}, found none; download the weights.")
         if missing := missing_shards(file.name for file in files):
@@ -115,6 +116,11 @@ class Checkpoint:
                 "download the weights again."
             )
         return files
+
+
+def visible(files: Iterable[Path]) -> list[Path]:
+    """The files in order, without hidden ones: macOS leaves `._name` beside a file on disks that are not its own."""
+    return sorted(file for file in files if not file.name.startswith("."))
 
 
 def missing_shards(names: Iterable[str]) -> list[str]:
@@ -128,7 +134,7 @@ def missing_shards(names: Iterable[str]) -> list[str]:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file; CheckpointError with the file's name otherwise."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise CheckpointError(
             f"Expected the file {file.name} in '{file.parent}', found none; "
@@ -268,6 +274,7 @@ def read_parameters(module: nn.Module) -> None:
         waiting += array.nbytes
         if waiting >= PIECE_BYTES or i + 1 == len(arrays):
             mx.eval(piece)
+            threads.pause()
             done, piece, waiting = done + waiting, [], 0
             if tell is not None:
                 tell(done, total)

@@ -17,13 +17,14 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_mtp import threads
 from mlx_mtp.cache import KVCache, capacity_for
 from mlx_mtp.depth import DepthPolicy
 from mlx_mtp.exactness import WIDEST, Exactness, Probes
 from mlx_mtp.interfaces import Drafter, Memory, States, Target
 from mlx_mtp.results import NEUTRAL, Sampling, Stats
 from mlx_mtp.sampling import Rules
-from mlx_mtp.session import Held, Session
+from mlx_mtp.session import Held, Pair, Session
 from mlx_mtp.speculate import LogitsProcessor, Outcome, Request, Rounds, SoFar
 
 log = logging.getLogger(__name__)
@@ -150,6 +151,11 @@ class Decoder:
         self.target, self.drafter, self.policy, self.exact = target, drafter, policy, exact
         self.rounds = Rounds(target, drafter, exact is not None)
 
+    @property
+    def pair(self) -> Pair:
+        """What K/V that it fills belong to."""
+        return self.target, self.drafter, self.exact is not None
+
     def decode(self, asked: Asked, stats: Stats, policy: DepthPolicy | None = None) -> Generator[Run, None, None]:
         """Runs of new tokens, at most the budget in all: the first from the prefill, then one run a round."""
         policy = policy or self.policy
@@ -262,6 +268,7 @@ class Decoder:
                 memory = drafter.observe(memory, tokens, states, mx.array([tokens.shape[1] - 1]))
             cache.advance(tokens.shape[1])
             mx.eval(cache.arrays, memory)
+            threads.pause()
             if asked.on_prefill:
                 asked.on_prefill(min(start + chunk, len(ids)) - begin, len(ids) - begin)
         assert states is not None, "a prompt has a last token"
@@ -290,9 +297,9 @@ class Decoder:
     def _kept(self, session: Session, ids: list[int]) -> _Kept | None:
         """What a session has of a prompt."""
         if self.exact is not None:
-            marked = session.take_marked(ids)
+            marked = session.take_marked(ids, self.pair)
             return _Kept(marked[0], marked[1].length, marked[1].states) if marked else None
-        taken = session.take(ids, self._runs_again)
+        taken = session.take(ids, self._runs_again, self.pair)
         return _Kept(*taken) if taken else None
 
     @property

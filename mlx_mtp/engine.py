@@ -20,7 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp import checks, exactness
+from mlx_mtp import checks, exactness, threads
 from mlx_mtp.cache import CAPACITY_STEP
 from mlx_mtp.channels import Channels
 from mlx_mtp.chat import Chat
@@ -31,7 +31,7 @@ from mlx_mtp.errors import OptionError, PromptError
 from mlx_mtp.interfaces import Drafter, Target
 from mlx_mtp.reply import Reply
 from mlx_mtp.results import NEUTRAL, Event, Result, Sampling, Stats
-from mlx_mtp.session import Session
+from mlx_mtp.session import Pair, Session
 from mlx_mtp.speculate import LogitsProcessor
 from mlx_mtp.tokens import Prompt, Tokenizer, prompt_ids
 
@@ -107,6 +107,11 @@ class Engine:
         decoder.policy = DepthController(curve, max(allowed), allowed, long_run, file, key)
         return decoder
 
+    @property
+    def pair(self) -> Pair:
+        """Whose K/V a session of this engine holds."""
+        return self._decoder.pair
+
     def generate(self, prompt: Prompt, **options: Any) -> Result:
         """The whole reply to a string, a list of messages or a list of token ids; options as for `stream`."""
         *_, last = self.stream(prompt, **options)
@@ -172,6 +177,8 @@ class Engine:
         flags = {"raw": raw, "ignore_end": ignore_end, "thinking": thinking, "tools": tools}
         raw, ignore_end, thinking, tools = (checks.flag(name, value) for name, value in flags.items())
         ids = self._checked(prompt_ids(checks.prompt(prompt), self.tokenizer, raw, thinking))
+        if session is not None:
+            session.check(self.pair)
         asked = Asked(
             ids=ids,
             budget=min(max_tokens, self.max_context - len(ids)),
@@ -186,7 +193,7 @@ class Engine:
         if seed is not None and asked.sampling.temperature and isinstance(policy, DepthController):
             policy = FixedDepth(max(depth for depth in policy.allowed if depth <= SEEDED_DEPTH))
         reply = self._reply_to(ids, stops, raw, tools)
-        return self._events(asked, policy, reply, frozenset() if ignore_end else self.end_tokens)
+        return threads.each(self._events(asked, policy, reply, frozenset() if ignore_end else self.end_tokens))
 
     def _reply_to(self, ids: list[int], stop: list[str], raw: bool, tools: bool) -> Reply:
         tokenizer = self.tokenizer

@@ -62,6 +62,10 @@ class TargetPass:
         self._target = target
         self._compiled: dict[int, Callable[..., Any]] = {}
 
+    def forget(self) -> None:
+        """Lets go of the compiled functions."""
+        self._compiled.clear()
+
     def __call__(self, rows: mx.array, cache: KVCache) -> tuple[States, mx.array]:
         """Rows [B, M] written behind the cache's length: their states, and float32 logits [B, M, V]."""
         if cache.capacity not in self._compiled:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlx_mtp import memory
-from mlx_mtp.checkpoint import INDEX, missing_shards, read_json, section
+from mlx_mtp.checkpoint import INDEX, missing_shards, read_json, section, visible
 from mlx_mtp.errors import CheckpointError, DoesNotFit, ModelNotFound
 from mlx_mtp.fetch import Job, fetch
 from mlx_mtp.version import __version__
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.jinja"]
-NO_FILES = ["*/*"]  # folders inside a repository hold other formats of the same model
+NO_FILES = ["*/*", ".*"]  # folders inside a repository hold other formats of the same model
 # Seconds to wait for the hub's answer: when a whole copy is here anyway, when there is none, and to see if it is there.
 PATIENCE, LONG_PATIENCE, GLANCE = 4.0, 30.0, 2.0
 REQUEST_SECONDS = 10.0  # of one request without a byte
@@ -309,7 +309,7 @@ def _whole(name: str, commit: str) -> bool:
 
 def lacking(folder: Path) -> list[str]:
     """Files that a checkpoint's other files say there must be, and are not: weights, shards, config.json."""
-    weights = [file.name for file in folder.glob("*.safetensors") if file.is_file()]
+    weights = [file.name for file in visible(folder.glob("*.safetensors")) if file.is_file()]
     wanted = ["config.json", *missing_shards(weights)]
     try:
         if (folder / INDEX).is_file():

@@ -20,7 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp import assets, blas, checks, hub, memory, pairs
+from mlx_mtp import assets, blas, checks, hub, memory, pairs, threads
 from mlx_mtp.checkpoint import Checkpoint, on_read, read_json, section
 from mlx_mtp.depth import cache_folder
 from mlx_mtp.drafters import load_drafter
@@ -42,6 +42,7 @@ LOOKUP_FIRST = "lookup+"  # in front of a drafter's name: the lookup overrules i
 Place = Path | Listing  # where a model is, or what the hub will send of it
 
 
+@threads.device_work
 def load(
     model: str | Path | None = None,
     *,
@@ -62,7 +63,7 @@ def load(
     depth: drafts per round, "auto" or 0..8. draft_head_bits: 4 or 8 stores a drafter's dense output head in so many
     bits, 0 leaves it as it is; "auto" = 4 on a GPU, 0 on a CPU, where quantised products are the slower ones. Only
     proposals change, never the answer.
-    on_progress: hears how far downloads and reading are (hub.Progress), in this thread.
+    on_progress: hears how far downloads and reading are (hub.Progress), in the thread that loads.
 
     A model too large for this machine is refused (DoesNotFit) before it is downloaded or read; the environment
     variable MLX_MTP_IGNORE_MEMORY=1 loads it all the same. On Metal the weights stay resident (memory.Wired).

@@ -121,7 +121,7 @@ def _tables() -> list[tuple[dict[str, list[dict[str, Any]]], Path]]:
 
 def _read(file: Path) -> dict[str, list[dict[str, Any]]]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise _unusable(file, f"something else ({error})") from error
     if not isinstance(found, dict):

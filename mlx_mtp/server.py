@@ -18,12 +18,15 @@ import contextlib
 import json
 import logging
 import math
+import os
+import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import mlx.core as mx
@@ -380,6 +383,16 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, worker: EngineThread, grace: float) -> None:
         super().__init__(config)
         self._worker, self._grace = worker, grace
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal lets replies finish, and Ctrl-C says so; another one ends the process at once, with 130."""
+        if self.should_exit:
+            os._exit(130)
+        if sig == signal.SIGINT and (replies := self._worker.waiting + self._worker.running):
+            what = "1 reply" if replies == 1 else f"{replies} replies"
+            with contextlib.suppress(OSError):  # not print: the signal may have come in the middle of one
+                os.write(2, f"finishing {what}, Ctrl-C again ends now\n".encode())
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Called by uvicorn once it was told to end."""

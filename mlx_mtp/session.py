@@ -16,17 +16,24 @@ others they were computed, depends on the drafter, and so would everything after
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import mlx.core as mx
 
 from mlx_mtp.cache import SLIDING, KVCache
 from mlx_mtp.errors import OptionError
-from mlx_mtp.interfaces import Memory, States
+from mlx_mtp.interfaces import Drafter, Memory, States, Target
 
 # Most bytes of ring copies a session keeps; the newest is always kept.
 MARK_BYTES = 256_000_000
+
+# What K/V and memory belong to: a target, a drafter, and whether passes are those of the exact mode.
+Pair: TypeAlias = tuple[Target, Drafter | None, bool]
+_taking = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,7 @@ class Session:
     marks: list[Mark] = field(default_factory=list)
     held: Held | None = None
     busy: bool = False
+    _pair: tuple[weakref.ref[Target], weakref.ref[Drafter] | None, bool] | None = None  # who filled it
 
     @property
     def nbytes(self) -> int:
@@ -80,13 +88,32 @@ class Session:
         pairs = zip(self.ids, ids, strict=False)
         return next((i for i, (mine, theirs) in enumerate(pairs) if mine != theirs), min(len(self.ids), len(ids)))
 
-    def take(self, ids: Sequence[int], back: int) -> tuple[Held, int] | None:
+    def check(self, pair: Pair | None) -> None:
+        """OptionError where another pair has filled it, or another reply has it."""
+        if self.busy:
+            raise OptionError("Expected a session that is free, found it in use by another reply; finish that first.")
+        if self.held is None or self._pair is None or pair is None:
+            return
+        target, drafter, exact = self._pair
+        same_drafter = pair[1] is None if drafter is None else pair[1] is not None and drafter() is pair[1]
+        if not (target() is pair[0] and same_drafter and exact == pair[2]):
+            raise OptionError(
+                "Expected a session of this engine, found one that another engine has filled (another model, drafter "
+                "or mode, or the same ones loaded again); use a new session, or Chat.moved for a chat."
+            )
+
+    def fill(self, pair: Pair, held: Held, ids: Sequence[int]) -> None:
+        """Takes over what a pair has computed elsewhere."""
+        self._pair = _weak(pair)
+        self.held, self.ids, self.marks = held, list(ids), []
+
+    def take(self, ids: Sequence[int], back: int, pair: Pair | None = None) -> tuple[Held, int] | None:
         """The cache rolled back to as many tokens of `ids` as it can, and that number; None where there are none.
 
         back: rows before that number which the caller runs again (and whose windows must stand too). At least the
-        last token of `ids` is left to run. OptionError where another request has the session.
+        last token of `ids` is left to run. pair: who asks. OptionError as for `check`.
         """
-        held = self._claim()
+        held = self._claim(pair)
         found = None if held is None else self._reach(held, min(self.common(ids), len(ids) - 1), back)
         if found is None or held is None:
             self._leave(0)
@@ -95,12 +122,12 @@ class Session:
         held.cache.length = mx.array([found - back], dtype=mx.int32)
         return held, found
 
-    def take_marked(self, ids: Sequence[int]) -> tuple[Held, Mark] | None:
+    def take_marked(self, ids: Sequence[int], pair: Pair | None = None) -> tuple[Held, Mark] | None:
         """The cache as it was at the end of the longest prompt so far that `ids` begin with, and that end; or None.
 
         For exact mode: what is found depends on the prompts so far and on nothing else. OptionError as for `take`.
         """
-        held, common = self._claim(), self.common(ids)
+        held, common = self._claim(pair), self.common(ids)
         mark = next((mark for mark in reversed(self.marks) if mark.length <= common), None)
         if mark is None or held is None:
             self._leave(0)
@@ -110,11 +137,12 @@ class Session:
         held.cache.length = mx.array([mark.length], dtype=mx.int32)
         return held, mark
 
-    def _claim(self) -> Held | None:
+    def _claim(self, pair: Pair | None) -> Held | None:
         """What the session holds, for a request that has it to itself from now on."""
-        if self.busy:
-            raise OptionError("Expected a session that is free, found it in use by another reply; finish that first.")
-        self.busy = True
+        with _taking:
+            self.check(pair)
+            self.busy = True
+        self._pair = None if pair is None else _weak(pair)
         return self.held
 
     def _leave(self, length: int) -> None:
@@ -165,6 +193,12 @@ class Session:
     def give_back(self, held: Held | None, ids: Sequence[int]) -> None:
         """Ends a request: `ids` are the tokens whose rows stand in its cache. None = it came to nothing."""
         self.busy, self.held, self.ids = False, held, list(ids) if held is not None else []
+
+
+def _weak(pair: Pair) -> tuple[weakref.ref[Target], weakref.ref[Drafter] | None, bool]:
+    """The same, without keeping a model in memory."""
+    target, drafter, exact = pair
+    return weakref.ref(target), None if drafter is None else weakref.ref(drafter), exact
 
 
 def _stands(cache: KVCache, length: int, newest: int) -> bool:

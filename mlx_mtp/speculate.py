@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import mlx.core as mx
 
-from mlx_mtp import sampling, verify
+from mlx_mtp import sampling, threads, verify
 from mlx_mtp.cache import KVCache
 from mlx_mtp.exactness import Exactness, TargetPass
 from mlx_mtp.interfaces import Drafter, Memory, States, Target
@@ -116,9 +117,16 @@ class Rounds:
     def __init__(self, target: Target, drafter: Drafter | None, exact: bool = False) -> None:
         self._target = target
         self._drafter = drafter
-        self._exact = exact
-        self._pass = TargetPass(target) if exact else self._forward
+        self._exact = TargetPass(target) if exact else None
+        self._pass = self._exact or self._forward
         self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        _alive.add(self)
+
+    def forget(self) -> None:
+        """Lets go of the compiled functions."""
+        self._compiled.clear()
+        if self._exact is not None:
+            self._exact.forget()
 
     def is_new(self, request: Request, depth: int) -> bool:
         """Whether the next `submit` with these sizes has to build its graph first (and its time says little)."""
@@ -137,9 +145,9 @@ class Rounds:
         compiled = self._compiled.pop(key, None)
         if compiled is None:
             if len(self._compiled) >= MOST_COMPILED:
-                del self._compiled[next(iter(self._compiled))]  # the one that was used least recently
+                self._compiled.pop(list(self._compiled)[0], None)  # the least recently used; two threads may be here
             # Where bits count, the parts of a round are compiled each by itself, and the pass is one of them.
-            apart = self._exact and request.rules.greedy
+            apart = self._exact is not None and request.rules.greedy
             compiled = self._round(request, depth, compiled=mx.compile if apart else _as_it_is)
             compiled = compiled if apart else mx.compile(compiled)
         self._compiled[key] = compiled
@@ -250,6 +258,16 @@ class Rounds:
         outcome = mx.concatenate([found.tokens, found.accepted[:, None]], axis=1)
         state = {**state, "token": found.last, "history": history, "key": key}
         return state, (outcome, *_logprobs(logits, found.tokens, rules.logprobs))
+
+
+_alive: WeakSet[Rounds] = WeakSet()
+
+
+@threads.at_end.append
+def _forget_all() -> None:
+    """Graphs go before the functions that they are made of: the other way round MLX locks itself out (0.32.4)."""
+    for rounds in list(_alive):
+        rounds.forget()
 
 
 def _filled(rows: mx.array, width: int | None) -> mx.array:

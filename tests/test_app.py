@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from conftest import GOLDEN
 
 import mlx_mtp
 from mlx_mtp.cli.command_line import COMMANDS
@@ -166,3 +167,76 @@ assert all(name in globals() for name in mlx_mtp.__all__)
     subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE, env=dict(os.environ))
     with pytest.raises(AttributeError, match="no attribute 'loud'"):
         _ = mlx_mtp.loud
+
+
+# Standard streams
+
+TINY = GOLDEN / "ple" / "target"
+COMMAND = f"{sys.executable} -m mlx_mtp.cli.app"
+IDS = f"generate --model {TINY} --drafter none --tokens 1,2,3 --max-tokens 5"
+
+
+def shell(line: str, text: bytes = b"", **environment: str) -> tuple[int, bytes, bytes]:
+    """Exit code of the command, its output and standard error; MTP in the line is the program."""
+    script = f'set -o pipefail; {line.replace("MTP", COMMAND)}; exit "${{PIPESTATUS[0]}}"'
+    found = subprocess.run(["bash", "-c", script], input=text, capture_output=True, timeout=PATIENCE,
+                           env={**os.environ, **environment})  # fmt: skip
+    return found.returncode, found.stdout, found.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("command", ["--help", "models", IDS])
+def test_closed_streams(command: str, closed: str) -> None:
+    code, out, err = shell(f"MTP {command} {closed}")
+    assert (code, err) == (0, b"") and bool(out) == (">&-" not in closed.replace("2>&-", ""))
+
+
+def test_closed_streams_of_what_reads_them() -> None:
+    assert shell("MTP chat --max-tokens 2 <&-") == (0, b"", b"")
+    code, out, err = shell("MTP generate - <&-")
+    assert (code, out) == (2, b"") and err.startswith(b"Expected a prompt, found an empty one")
+    assert shell("MTP generate - <&- 2>&-") == (2, b"", b"")
+    assert shell("MTP chat --max-tokens 2 >&-", b"What is os.path?\n")[::2] == (0, b"")
+    assert shell("MTP generate --model /no/such --tokens 1 >&-")[0] == 2
+
+
+@pytest.mark.parametrize("command", ["--help", IDS.replace("-tokens 5", "-tokens 200")])
+def test_a_reader_that_has_enough(command: str) -> None:
+    code, _, err = shell(f"MTP {command} | head -c 2")
+    assert code in (0, 1) and err == b""
+
+
+@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "latin-1"},
+                                         {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}])  # fmt: skip
+def test_an_output_that_knows_few_characters(environment: dict[str, str]) -> None:
+    """What is read is UTF-8 whatever the output is, and what the output lacks is a question mark in it."""
+    code = """
+import sys
+from mlx_mtp.cli import app, command_line
+command_line.run = lambda arguments, on_begin: print(sys.stdin.read(), "\\u65e5\\u672c \\xe9") or sys.exit(0)
+app.main()
+"""
+    found = subprocess.run([sys.executable, "-c", code], input="\ufeffé 日本".encode(), capture_output=True,
+                           env={**os.environ, **environment}, timeout=PATIENCE)  # fmt: skip
+    encoding = environment.get("PYTHONIOENCODING", "ascii")
+    assert found.returncode == 0 and found.stderr == b""
+    assert found.stdout == "é 日本 日本 é\n".encode(encoding, "replace")
+
+
+def test_byte_order_marks_in_what_is_piped() -> None:
+    bom = b"\xef\xbb\xbf"
+    assert shell("MTP generate -", bom)[::2] == shell("MTP generate -")[::2]  # nothing but the mark is nothing
+    asked = "MTP generate - --max-tokens 4"
+    assert shell(asked, bom + b"What is os.path?") == shell(asked, b"What is os.path?")
+    for command in ("generate -", "chat"):
+        for encoding in ("utf-16", "utf-16-be"):
+            mark = b"" if encoding == "utf-16" else b"\xfe\xff"
+            code, out, err = shell(f"MTP {command}", mark + "One line.\nAnother.\n".encode(encoding))
+            assert (code, out) == (2, b"") and err.count(b"\n") == 1 and b"UTF-8" in err
+
+
+def test_in_a_pipe_every_line_is_a_message() -> None:
+    text = b"\xef\xbb\xbfWhat is os.path?\n/quit\n/tmp/file\n/hepl\n"
+    code, out, err = shell("MTP chat --max-tokens 3", text)
+    assert (code, err) == (0, b"") and len(out.splitlines()) >= 4
+    assert out.splitlines()[0] == shell("MTP chat --max-tokens 3", b"What is os.path?\n")[1].splitlines()[0]

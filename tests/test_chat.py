@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -241,3 +244,145 @@ def test_kv_is_right_where_a_thought_was_taken_out(engine: mlx_mtp.Engine) -> No
     same_as_fresh(engine, ids, second.tokens, 32)
     assert len(ids) < len(forced) and second.stats.prefilled_tokens == len(ids) - len(prompt)
     same_as_fresh(engine, ids_of(chat, THREE), said(chat, THREE, 32).tokens, 32)
+
+
+# While a reply runs
+
+
+@pytest.fixture(scope="module")
+def talker() -> mlx_mtp.Engine:
+    return mlx_mtp.load(drafter="none")
+
+
+def begun(chat: mlx_mtp.Chat, text: str | None = ONE) -> tuple[Any, str]:
+    """A reply under way, and the beginning of its answer."""
+    events, heard = (chat.retry(max_tokens=60) if text is None else chat.send(text, max_tokens=60)), ""
+    while len(heard) < 12:
+        heard += next(events).text
+    return events, heard
+
+
+def turn(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def works(chat: mlx_mtp.Chat) -> None:
+    """The conversation goes on, as a fresh one with the same messages would."""
+    fresh = chat.engine.chat()
+    fresh.messages = list(chat.messages)
+    assert said(chat, THREE, 12).text == said(fresh, THREE, 12).text and chat.messages == fresh.messages
+
+
+def test_a_second_question_while_one_is_answered_is_refused(talker: mlx_mtp.Engine) -> None:
+    chat = talker.chat()
+    events, heard = begun(chat)
+    with pytest.raises(mlx_mtp.OptionError, match="still runs"):
+        chat.send(TWO)
+    heard += "".join(event.text for event in events)
+    assert chat.messages == turn(ONE, heard)
+    works(chat)
+
+
+def test_whatever_changes_the_conversation_ends_the_reply(talker: mlx_mtp.Engine, tmp_path: Path) -> None:
+    def after(change: Callable[[mlx_mtp.Chat], object]) -> tuple[mlx_mtp.Chat, str, object]:
+        chat = talker.chat(system="Be brief.")
+        events, heard = begun(chat)
+        found = change(chat)
+        assert list(events) == []
+        assert not chat.session.busy
+        return chat, heard, found
+
+    system = [{"role": "system", "content": "Be brief."}]
+    chat, *_ = after(lambda chat: chat.reset())
+    assert chat.messages == system and chat.session.ids == []
+    works(chat)
+    chat, heard, _ = after(lambda chat: chat.set_system("Be long."))
+    assert chat.messages == [{"role": "system", "content": "Be long."}, *turn(ONE, heard)]
+    works(chat)
+    chat, heard, taken = after(lambda chat: chat.undo())
+    assert (chat.messages, taken) == (system, ONE)
+    works(chat)
+    chat, heard, _ = after(lambda chat: chat.stop())
+    assert chat.messages == [*system, *turn(ONE, heard)]
+    works(chat)
+    chat, heard, file = after(lambda chat: chat.save(tmp_path / "chat"))
+    assert talker.load_chat(file).messages == chat.messages == [*system, *turn(ONE, heard)]
+    works(talker.load_chat(file))
+    chat, heard, moved = after(lambda chat: chat.moved(talker))
+    assert moved.messages == chat.messages == [*system, *turn(ONE, heard)]
+    works(moved)
+
+
+def test_a_repeated_reply_that_is_ended(talker: mlx_mtp.Engine) -> None:
+    chat = talker.chat()
+    said(chat, ONE)
+    events, heard = begun(chat, None)
+    with pytest.raises(mlx_mtp.OptionError, match="still runs"):
+        chat.retry()
+    chat.stop()
+    assert list(events) == [] and chat.messages == turn(ONE, heard)
+    _, heard = begun(chat, None)
+    assert chat.undo() == ONE and chat.messages == []
+
+
+def test_a_question_that_has_no_answer_yet_is_the_one_taken_back(talker: mlx_mtp.Engine) -> None:
+    chat = talker.chat()
+    first = said(chat, ONE)
+    taken = []
+    list(chat.send(TWO, on_prefill=lambda done, total: taken.append(chat.undo())))
+    assert taken == [TWO] and chat.messages == turn(ONE, first.text)
+    works(chat)
+
+
+def test_edited_messages_win_over_the_reply(talker: mlx_mtp.Engine) -> None:
+    mine = turn("x", "y")
+    for edit in (lambda chat: setattr(chat, "messages", list(mine)), lambda chat: chat.messages.extend(mine)):
+        chat = talker.chat()
+        events, _ = begun(chat)
+        edit(chat)
+        list(events)
+        assert chat.messages == mine
+        works(chat)
+
+
+def test_a_change_from_another_thread(talker: mlx_mtp.Engine) -> None:
+    """A window's button, while the reply is at work in another thread; here in the middle of its prompt."""
+    for change in ("reset", "undo", "stop"):
+        chat = talker.chat()
+
+        def elsewhere(done: int, total: int, chat: mlx_mtp.Chat = chat, change: str = change) -> None:
+            thread = threading.Thread(target=getattr(chat, change))
+            thread.start()
+            thread.join()
+
+        assert list(chat.send(ONE, on_prefill=elsewhere)) == [] and chat.messages == []
+        works(chat)
+
+
+def test_replies_that_nobody_reads_lock_nothing(talker: mlx_mtp.Engine) -> None:
+    chat = talker.chat()
+    forgotten = chat.send(ONE)  # never read
+    first = said(chat, TWO)
+    with pytest.raises(mlx_mtp.OptionError, match="never read"):
+        next(forgotten)
+    assert chat.messages == turn(TWO, first.text)
+    late = chat.send(THREE)
+    chat.reset()
+    assert list(late) == [] and chat.messages == []
+    next(chat.send(ONE, max_tokens=60))  # dropped at once
+    works(chat)
+
+
+def test_an_exception_in_the_consumer(talker: mlx_mtp.Engine) -> None:
+    chat, heard = talker.chat(), []
+
+    def consume() -> None:
+        for event in chat.send(ONE, max_tokens=60):
+            heard.append(event.text)
+            if len("".join(heard)) > 12:
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        consume()
+    assert chat.messages == turn(ONE, "".join(heard))
+    works(chat)

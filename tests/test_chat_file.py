@@ -17,6 +17,8 @@ import pytest
 from conftest import GOLDEN
 from families import config_of, written
 from greedy import enlivened
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from thinking import ANSWER, PLAIN_TEMPLATE, TOKENS, thinking_engine, write_tokenizer
 
 import mlx_mtp
@@ -317,3 +319,93 @@ def test_names_that_are_none(saved: tuple[mlx_mtp.Engine, Path], tmp_path: Path)
     (tmp_path / "file").write_text("x")
     for name in ("", ".", "/", "a\0b", "x" * 300, tmp_path / "file" / "chat", "/dev/null/chat"):
         unsaved(chat, name)
+
+
+# The drafter's memory, and whose it is
+
+
+def leaf(kind: Any, shape: list[int], seed: int) -> mx.array:
+    return mx.array(np.random.default_rng(seed).integers(0, 2, shape)).astype(kind)
+
+
+KINDS = st.sampled_from([mx.float32, mx.bfloat16, mx.int32, mx.uint32, mx.uint8, mx.bool_, mx.int64])
+LEAVES = st.builds(leaf, KINDS, st.lists(st.integers(0, 3), max_size=4), st.integers(0, 99))
+KEYS = st.text(max_size=4) | st.sampled_from(["a.b", "0", "", "dict", "tensor"]) | st.integers(0, 3)
+TREES = st.recursive(
+    LEAVES | st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=3),
+    lambda inner: (st.dictionaries(KEYS, inner, max_size=3) | st.lists(inner, max_size=3)
+                   | st.lists(inner, max_size=3).map(tuple)),
+    max_leaves=8,
+)  # fmt: skip
+
+
+def same_tree(one: Any, other: Any) -> bool:
+    """Equal in kind, order and value, down to the bits of every array."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, mx.array):
+        equal = one.dtype == other.dtype and one.shape == other.shape
+        return equal and one.astype(mx.float32).tolist() == other.astype(mx.float32).tolist()
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same_tree(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same_tree, one, other))
+    return one == other
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tree=st.dictionaries(KEYS, TREES, max_size=4))
+def test_any_memory_comes_back_from_a_file(tmp_path: Path, tree: dict[Any, Any]) -> None:
+    tensors: dict[str, mx.array] = {}
+    about = {"memory": chat_file.packed(tree, tensors)}
+    files.write_state(tmp_path / "memory.safetensors", {"ids": mx.zeros(1), **tensors}, about)
+    loaded, read = files.read_state(tmp_path / "memory.safetensors")
+    assert same_tree(chat_file.unpacked(read["memory"], loaded), tree)
+
+
+@pytest.mark.parametrize("inner", ["none", "assistant", "parallel", "sequential"])
+def test_a_chat_with_a_lookup_in_front_goes_on(folder: Path, tmp_path: Path, inner: str) -> None:
+    named = f"lookup+{folder / inner}" if (folder / inner).is_dir() else "lookup+none"
+    engine = load(folder, named)
+    chat = engine.chat()
+    talk(chat, "Why?", "And?")
+    other = load(folder, named).load_chat(chat.save(tmp_path / "chat"))
+    mine, theirs = talk(chat, "x"), talk(other, "x")
+    assert theirs.tokens == mine.tokens and theirs.stats.accepted == mine.stats.accepted
+    assert theirs.stats.prefilled_tokens == mine.stats.prefilled_tokens < 12
+
+
+def test_what_a_lookup_stands_in_front_of_counts(folder: Path, tmp_path: Path) -> None:
+    """With every other drafter the K/V are computed anew, and the tokens are a fresh conversation's."""
+    names = ["lookup", "parallel", "sequential", *(f"lookup+{folder / name}" for name in ("parallel", "sequential"))]
+    for saver in names:
+        chat = load(folder, saver).chat()
+        talk(chat, "Why?")
+        file = chat.save(tmp_path / "chat")
+        for loader in names:
+            other = load(folder, loader).load_chat(file)
+            assert (other.session.held is not None) == (loader == saver)
+            assert talk(other, "x").tokens
+
+
+def test_other_weights_under_the_same_name_count(folder: Path, tmp_path: Path) -> None:
+    place = shutil.copytree(folder, tmp_path / "same")
+    for family in ("parallel", f"lookup+{place / 'parallel'}"):
+        chat = load(place, family).chat()
+        talk(chat, "Why?")
+        file = chat.save(tmp_path / "chat")
+        weights = place / "parallel" / "model.safetensors"
+        before = weights.read_bytes()
+        weights.write_bytes(flipped(before, -3, 1))
+        other = load(place, family).load_chat(file)
+        assert other.messages and other.session.held is None
+        weights.write_bytes(before)
+        assert load(place, family).load_chat(file).session.held is not None
+
+
+def test_a_file_without_the_memorys_tree_keeps_its_messages(
+    saved: tuple[mlx_mtp.Engine, Path], tmp_path: Path
+) -> None:
+    copy = rewritten(saved[1], tmp_path / "a.safetensors", lambda about, _: about.pop("memory"))
+    other = saved[0].load_chat(copy)
+    assert len(other.messages) == 5 and other.session.held is None

@@ -17,6 +17,7 @@ import pyte
 import pytest
 from conftest import GOLDEN
 
+import mlx_mtp
 from mlx_mtp.cli import app
 
 CHAT = ["-m", "mlx_mtp.cli.app", "chat", "--depth", "3"]
@@ -221,9 +222,9 @@ def test_in_a_pipe_every_line_is_a_message(piped: Piped) -> None:
 
 def test_bad_lines_in_a_pipe(piped: Piped) -> None:
     """One sentence each, the other lines are followed, exit code 2."""
-    code, out, err = piped(b"/nonsense\nbytes \xff\nWhat does os.walk do?\n/load nowhere\n", "--max-tokens", "8")
+    code, out, err = piped(b"bytes \xff\nWhat does os.walk do?\n\xfe more\n/load nowhere\n", "--max-tokens", "8")
     sentences = err.splitlines()
-    assert code == 2 and len(sentences) == 3 and all(line.endswith(".") for line in sentences)
+    assert code == 2 and len(sentences) == 2 and all(line.endswith(".") for line in sentences)
     assert out.startswith("```python")
 
 
@@ -240,11 +241,16 @@ def test_bad_options(piped: Piped, options: tuple[str, ...]) -> None:
 def test_options_of_a_conversation(piped: Piped, tmp_path: Path) -> None:
     """--system and --load, alone and together."""
     question = b"What does os.walk do?\n"
-    save = f"/save {tmp_path / 'kept'}\n".encode()
-    assert piped(question + save, "--max-tokens", "8", "--system", "Be brief.")[0] == 0
-    code, out, err = piped(b"/system\n/undo\n/undo\n", "--load", str(tmp_path / "kept"))
-    assert (code, out) == (2, "") and err.startswith("Be brief.\n") and "empty conversation" in err
-    assert piped(b"/system\n", "--load", str(tmp_path / "kept"), "--system", "In verse.")[2].strip() == "In verse."
+    chat = mlx_mtp.load().chat(system="Be brief.")
+    answers = []
+    for system in ("Be brief.", "Answer with a class for a queue."):
+        chat.set_system(system)
+        file = str(chat.save(tmp_path / "kept"))
+        alone = piped(question, "--max-tokens", "8", "--system", system)
+        assert alone[0] == 0 and alone[2] == "" and piped(question, "--max-tokens", "8", "--load", file) == alone
+        answers.append(alone[1])
+    options = ("--max-tokens", "8", "--load", file, "--system", "Be brief.")
+    assert piped(question, *options)[1] == answers[0] != answers[1]
 
 
 def test_standard_output_that_ends(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """Sessions: what a prompt has in common with the last one is not run again, and the tokens are greedy all the same."""
 
+import gc
+from concurrent.futures import ThreadPoolExecutor
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -178,3 +181,77 @@ def test_held_is_only_what_was_given_back() -> None:
     assert held is not None and begin == 2 and held.cache.length.item() == 2 and session.ids == []
     with pytest.raises(mlx_mtp.OptionError):
         session.take([1], 0)
+
+
+# Whose K/V they are
+
+
+def foreign(engine: mlx_mtp.Engine, session: Session) -> None:
+    before = list(session.ids)
+    with pytest.raises(mlx_mtp.OptionError, match="another engine"):
+        engine.stream(ids(40), session=session)  # before anything runs
+    assert session.ids == before and not session.busy
+
+
+def test_a_session_belongs_to_the_engine_that_filled_it(engines: dict[str, mlx_mtp.Engine]) -> None:
+    for family, engine in engines.items():
+        session = Session()
+        reply(engine, ids(40), session)
+        for name, other in engines.items():
+            if name != family:
+                foreign(other, session)
+        assert reply(engine, ids(40), session).tokens == reply(engine, ids(40)).tokens
+
+
+def test_the_same_files_loaded_again_are_another_engine(engines: dict[str, mlx_mtp.Engine], probed_once: None) -> None:
+    session, target = Session(), GOLDEN / "ple" / "target"
+    reply(engines["none"], ids(40), session)
+    for options in ({}, {"mode": "exact"}, {"max_context": 100}):
+        foreign(mlx_mtp.load(target, drafter=None, **options), session)
+    foreign(mlx_mtp.load(GOLDEN / "keqv" / "target", drafter=None), session)
+    session.clear()  # nothing is held: anybody may fill it
+    other = mlx_mtp.load(target, drafter=None, mode="exact")
+    assert reply(other, ids(40), session).tokens == reply(other, ids(40)).tokens
+    foreign(engines["none"], session)
+
+
+def test_engines_around_the_same_pair_share_sessions(engines: dict[str, mlx_mtp.Engine]) -> None:
+    """The depth is no matter of K/V, the mode is."""
+    one = engines["assistant"]
+    other = mlx_mtp.Engine(one.target, one.drafter, None, depth=1)
+    session = Session()
+    first = reply(one, ids(40), session)
+    second = reply(other, [*ids(40), *first.tokens, *ids(5, 1)], session)
+    assert second.stats.prefilled_tokens == 6
+    assert second.tokens == reply(one, [*ids(40), *first.tokens, *ids(5, 1)]).tokens
+
+
+def test_a_session_outlives_its_engine_and_is_nobodys_then() -> None:
+    session, target = Session(), GOLDEN / "ple" / "target"
+    reply(mlx_mtp.load(target, drafter=None), ids(40), session)
+    gc.collect()
+    foreign(mlx_mtp.load(target, drafter=None), session)
+
+
+def test_two_threads_cannot_have_one_session(engines: dict[str, mlx_mtp.Engine]) -> None:
+    engine, session = engines["assistant"], Session()
+    stream = engine.stream(ids(40), max_tokens=50, ignore_end=True, session=session)
+    next(stream)
+    with ThreadPoolExecutor(3) as pool:
+        for found in [pool.submit(reply, engine, ids(40), session) for _ in range(3)]:
+            assert isinstance(found.exception(), mlx_mtp.OptionError)
+    stream.close()
+    assert reply(engine, ids(40), session).tokens == reply(engine, ids(40)).tokens
+
+
+def test_a_chat_with_the_session_of_another_engine(engines: dict[str, mlx_mtp.Engine]) -> None:
+    one, other = (mlx_mtp.load(drafter=name, depth=2) for name in ("assistant", "lookup"))
+    chat = one.chat()
+    list(chat.send("Why?", max_tokens=8))
+    stolen = other.chat()
+    stolen.session = chat.session
+    with pytest.raises(mlx_mtp.OptionError, match="another engine"):
+        stolen.send("Why?")
+    moved = chat.moved(other)
+    list(moved.send("And?", max_tokens=8))
+    assert moved.last is not None and moved.last.stats.prefilled_tokens == moved.last.stats.prompt_tokens

@@ -15,7 +15,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_mtp.checkpoint import Checkpoint, check_finite
+from mlx_mtp.checkpoint import Checkpoint, check_finite, visible
 from mlx_mtp.converting import meta, modules
 from mlx_mtp.converting.files import whole_folder
 from mlx_mtp.converting.quantise import check_options, quantise
@@ -58,7 +58,7 @@ def plan(
         if what != "auto":
             raise OptionError(f"Expected --what auto for Meta's .pth files in '{folder}', found '{what}'.")
         return Conversion(source=folder, layout=META, bits=bits, group_size=group_size, with_target=True)
-    if folder.is_dir() and not (folder / "config.json").exists() and list(folder.glob("*.pth")):
+    if folder.is_dir() and not (folder / "config.json").exists() and visible(folder.glob("*.pth")):
         raise ModelNotFound(f"Expected {meta.PARAMS} and consolidated*.pth in '{folder}', found other .pth files; "
                             "point to a checkpoint of facebook/multi-token-prediction.")  # fmt: skip
     checkpoint = Checkpoint.open(folder)

@@ -23,7 +23,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp.checkpoint import number, read_json
+from mlx_mtp.checkpoint import number, read_json, visible
 from mlx_mtp.converting.files import write_model
 from mlx_mtp.converting.llama_tokenizer import write_tokenizer
 from mlx_mtp.converting.pth import STORAGES, StoredTensor, read_pth
@@ -58,7 +58,7 @@ OUTER = {
 
 def files_of(folder: Path) -> list[Path]:
     """The weight files, in order; empty where a folder is not of this layout."""
-    return sorted(folder.glob("consolidated*.pth")) if (folder / PARAMS).is_file() else []
+    return visible(folder.glob("consolidated*.pth")) if (folder / PARAMS).is_file() else []
 
 
 @dataclass(frozen=True)

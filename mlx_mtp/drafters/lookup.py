@@ -97,6 +97,7 @@ class LookupFirst:
         self.drafter, self.lookup = drafter, Lookup()
         self.max_depth = drafter.max_depth
         self.reads_prompt, self.reads_states = True, drafter.reads_states
+        self.name = f"in front of {type(drafter).__name__} {getattr(drafter, 'name', '')}"
 
     def attach(self, target: Target) -> None:
         """Binds the drafter."""

@@ -3,9 +3,7 @@
 What it does: takes work in order of arrival, hands what it yields to the event loop, and drops work nobody waits for.
 What it does not do: know what the work is (replies.py).
 
-Invariant: MLX's streams belong to the thread that made them, and arrays that are not evaluated yet to the stream they
-were made on; so loading, running and letting go of arrays all happen in this thread. The event loop never waits for
-it, and it never waits for the event loop.
+Invariant: the event loop never waits for this thread, and it never waits for the event loop.
 """
 
 from __future__ import annotations
@@ -21,8 +19,7 @@ from contextlib import closing
 from itertools import takewhile
 from typing import Any
 
-import mlx.core as mx
-
+from mlx_mtp import threads
 from mlx_mtp.engine import Engine
 from mlx_mtp.serving.errors import RequestError, stopping, told
 
@@ -194,20 +191,15 @@ class EngineThread:
 
     def _main(self) -> None:
         try:
-            try:
-                engine = self._load()
-            except BaseException as error:  # `start` raises it where it can be told
-                self._loaded.set_exception(error)
-                return
-            self._loaded.set_result(engine)
-            while (ticket := self._next()) is not None:
-                self._serve(engine, ticket)
-                with self._change:
-                    self._running = None
-        finally:
-            # Joining a thread does not wait for the end of what is local to it in C++, and MLX's streams would abort
-            # the process if that ended first (MLX 0.32.4).
-            mx.clear_streams()
+            engine = threads.run(self._load)
+        except BaseException as error:  # `start` raises it where it can be told
+            self._loaded.set_exception(error)
+            return
+        self._loaded.set_result(engine)
+        while (ticket := self._next()) is not None:
+            self._serve(engine, ticket)
+            with self._change:
+                self._running = None
 
     def _next(self) -> Ticket | None:
         """The first ticket that has its work and that somebody waits for; None at the end."""

@@ -1,0 +1,135 @@
+"""Where MLX work is done: in the main thread, or, for all other threads, in one thread of ours that never ends.
+
+MLX keeps compiled graphs and streams per thread. When such a thread ends, C++ destroys them, which needs Python; where
+Python is leaving just then, the process aborts (MLX 0.32.4, Python before 3.14). A thread that never ends has no such
+moment. It also means one set of compiled graphs for however many threads there are, and that what one thread has
+computed is still there for the next one: MLX's arrays belong to the thread that made them until they are evaluated.
+
+Invariant: once the process leaves, the thread is blocked in a system call and never runs Python again.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextvars
+import functools
+import os
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Any, ParamSpec, TypeVar
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+MORE_THAN_A_PIPE_HOLDS = 1 << 24
+
+
+class Worker:
+    """The thread. It starts with the first work that another thread than the main one has."""
+
+    def __init__(self) -> None:
+        self._work: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._starting = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._leaving: tuple[int, int] | None = None  # the ends of a pipe, once the process leaves
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Does it where MLX work is done, and returns or raises what comes of it."""
+        if threading.current_thread() in (threading.main_thread(), self._thread):
+            return work()
+        with self._starting:
+            if self._thread is None and self._leaving is None:
+                self._thread = threading.Thread(target=self._main, name="mlx-mtp-device", daemon=True)
+                self._thread.start()
+        future: Future[T] = Future()
+        self._work.put((future, functools.partial(contextvars.copy_context().run, work)))
+        return future.result()
+
+    def pause(self) -> None:
+        """For long work, now and then: goes no further where the process leaves."""
+        if self._leaving is not None and threading.current_thread() is self._thread:
+            self._stay(self._leaving)
+
+    def leave(self) -> None:
+        """Returns once the thread runs no more; at the end of the process, after all threads that it waits for."""
+        with self._starting:
+            self._leaving = os.pipe()
+        if self._thread is not None:
+            self._work.put(None)
+            try:
+                os.read(self._leaving[0], 1)
+            except KeyboardInterrupt:  # somebody does not want to wait for a long step
+                os._exit(130)
+
+    def _main(self) -> None:
+        while True:
+            asked = self._work.get()
+            self.pause()
+            if asked is not None:
+                _answer(*asked)
+            del asked  # whatever it holds must not wait for the next work
+
+    @staticmethod
+    def _stay(pipe: tuple[int, int]) -> None:
+        """Blocks for good. Whoever reads the first byte knows that this thread is inside the write, without Python."""
+        while True:
+            os.write(pipe[1], bytes(MORE_THAN_A_PIPE_HOLDS))
+
+
+def _answer(future: Future[Any], work: Callable[[], Any]) -> None:
+    try:
+        future.set_result(work())
+    except BaseException as error:  # the thread that asked raises it
+        future.set_exception(error)
+
+
+_worker = Worker()
+# What is to be done at the process's end, once no thread of ours runs any more.
+at_end: list[Callable[[], None]] = []
+
+
+@atexit.register
+def _leave() -> None:
+    _worker.leave()
+    for last in at_end:
+        last()
+
+
+def _forked() -> None:
+    """A child process has none of its parent's threads."""
+    global _worker
+    _worker = Worker()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
+def run(work: Callable[[], T]) -> T:
+    """Does MLX work from any thread."""
+    return _worker.run(work)
+
+
+def pause() -> None:
+    """For long MLX work, between its parts: a process that leaves waits no longer than to the next one."""
+    _worker.pause()
+
+
+def device_work(function: Callable[P, T]) -> Callable[P, T]:
+    """The same function for any thread."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        return run(lambda: function(*args, **kwargs))
+
+    return wrapped
+
+
+def each(items: Generator[T, None, None]) -> Generator[T, None, None]:
+    """The same items for any thread, and for several in turn; None is no item."""
+    try:
+        while (item := run(lambda: next(items, None))) is not None:
+            yield item
+    finally:
+        run(items.close)
