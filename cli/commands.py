@@ -23,6 +23,7 @@ from mlx_mtp.results import acceptance
 EMBEDDED = "embedded"  # the name by which /model knows the model that comes with the program
 ANY_MODEL = ("none", "lookup")  # drafters that stay when the model changes
 SHOWN = 60
+TEXT = "TEXT"  # an argument of any kind, over several lines
 SLIP = re.compile(r"/+[A-Za-z_-]*")
 
 
@@ -38,12 +39,15 @@ class Command:
 def is_command(text: str) -> bool:
     """Whether what somebody typed is meant for the chat and not for the model: one line that begins with a command.
 
-    A single word that only looks like one is taken for a slip; a path, or several pasted lines, are a message.
+    A single word that only looks like one is taken for a slip; a path, or several pasted lines, are a message. Only a
+    command whose argument is text of any kind may have several lines.
     """
-    if isinstance(text, Verbatim) or len(text.splitlines()) != 1 or not text.startswith("/"):
+    if isinstance(text, Verbatim) or not text.startswith("/"):
         return False
     name, *rest = text.split(None, 1)
-    return name in (*COMMANDS, "/") or (not rest and SLIP.fullmatch(name) is not None)
+    if name in COMMANDS and COMMANDS[name].argument == TEXT:
+        return True
+    return len(text.splitlines()) == 1 and (name in (*COMMANDS, "/") or (not rest and bool(SLIP.fullmatch(name))))
 
 
 def obey(conversation: Conversation, text: str) -> bool:
@@ -210,7 +214,7 @@ COMMANDS = {
     "/reset": Command(_reset, "", "forget the conversation"),
     "/undo": Command(_undo, "", "take the last question and its reply back"),
     "/retry": Command(_retry, "", "another reply to the last question"),
-    "/system": Command(_system, "TEXT", "an instruction for the whole conversation; 'none' removes it"),
+    "/system": Command(_system, TEXT, "an instruction for the whole conversation; 'none' removes it"),
     "/set": Command(_set, "NAME VALUE", "temperature, max_tokens, thinking, ...; alone it shows them"),
     "/stats": Command(_stats, "", "figures of the last reply"),
     "/thoughts": Command(_thoughts, "", "what the model thought before the last reply"),

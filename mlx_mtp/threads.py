@@ -20,6 +20,8 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
+import mlx.core as mx
+
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -35,9 +37,13 @@ class Worker:
         self._thread: threading.Thread | None = None
         self._leaving: tuple[int, int] | None = None  # the ends of a pipe, once the process leaves
 
+    def here(self) -> bool:
+        """Whether this is a thread in which MLX work is done."""
+        return threading.current_thread() in (threading.main_thread(), self._thread)
+
     def run(self, work: Callable[[], T]) -> T:
         """Does it where MLX work is done, and returns or raises what comes of it."""
-        if threading.current_thread() in (threading.main_thread(), self._thread):
+        if self.here():
             return work()
         with self._starting:
             if self._thread is None and self._leaving is None:
@@ -122,6 +128,28 @@ def device_work(function: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         return run(lambda: function(*args, **kwargs))
+
+    return wrapped
+
+
+def device_arrays(function: Callable[P, mx.array]) -> Callable[P, mx.array]:
+    """The same function of arrays for any thread; other threads than the main one get its value, not a lazy array.
+
+    Lazy arrays can be computed only by the thread that made them.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> mx.array:
+        if _worker.here():
+            return function(*args, **kwargs)
+        mx.eval([value for value in (*args, *kwargs.values()) if isinstance(value, mx.array)])
+
+        def evaluated() -> mx.array:
+            found = function(*args, **kwargs)
+            mx.eval(found)
+            return found
+
+        return run(evaluated)
 
     return wrapped
 

@@ -267,8 +267,8 @@ def test_a_loaded_chat_brings_its_thinking(
 
 
 def test_what_is_a_command() -> None:
-    meant = ("/help", "/reset", "/system Be brief.", "/quit ", "/save /tmp/file", "/hepl", "/Users", "/", "/ help")
+    meant = ("/help", "/reset", "/system Be\nbrief.", "/quit ", "/save /tmp/file", "/hepl", "/Users", "/", "/ help")
     assert all(map(is_command, meant)) and not any(is_command(Verbatim(text)) for text in meant)
     messages = ("/Users/me/file.txt what is this?", "/Users/me/file.txt", "/etc/passwd", "/helpful people",
-                "/tmp is full", "/quit\nmore", "/system a\nb", " /help", "help", "/file.txt", "/1", "")
+                "/tmp is full", "/quit\nmore", "/undo\nx", " /help", "help", "/file.txt", "/1", "")
     assert not any(map(is_command, messages))

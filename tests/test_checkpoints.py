@@ -20,6 +20,8 @@ import pytest
 from conftest import GOLDEN
 from mlx.utils import tree_map
 
+from mlx_mtp import hub, memory
+from mlx_mtp.chat_file import fingerprint
 from mlx_mtp.checkpoint import Checkpoint, named_parameters
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.loading import EMBEDDED
@@ -260,3 +262,28 @@ def test_zero_padded_layer_numbers(tmp_path: Path) -> None:
     assert set(Gemma4Config.from_dict(newer | {"per_layer_config": None}).head_dims) == {32}
     with pytest.raises(mlx_mtp.CheckpointError, match="layer numbers"):
         Gemma4Config.from_dict(newer | {"per_layer_config": {"last": {"head_dim": 64}}})
+
+
+# What other systems leave beside the files
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "weights.safetensors"])
+def test_files_that_macos_leaves_on_foreign_disks(tmp_path: Path, name: str) -> None:
+    """A `._name` beside every file, 4 KB that are of no format; and JSON with a byte order mark."""
+    source = GOLDEN / "ple"
+    for part in ("target", "assistant_tied"):
+        folder = shutil.copytree(source / part, tmp_path / part)
+        (folder / "model.safetensors").rename(folder / name)
+        for file in list(folder.iterdir()):
+            file.with_name(f"._{file.name}").write_bytes(b"\0\x05\x16\x07" + bytes(4092))
+            if file.suffix == ".json":
+                file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    Checkpoint.open(tmp_path / "target").check_files()
+    engine = mlx_mtp.load(tmp_path / "target", drafter=tmp_path / "assistant_tied", depth=2)
+    clean = mlx_mtp.load(source / "target", drafter=source / "assistant_tied", depth=2)
+    prompt = TOKENS[0].tolist()
+    assert engine.generate(prompt, max_tokens=8).tokens == clean.generate(prompt, max_tokens=8).tokens
+    copy = shutil.copytree(tmp_path / "target", tmp_path / "copy", ignore=shutil.ignore_patterns("._*"))
+    assert fingerprint(copy) == fingerprint(tmp_path / "target")
+    assert memory.folder_bytes(tmp_path / "target") == memory.folder_bytes(source / "target") > 0
+    assert hub.lacking(copy) == hub.lacking(tmp_path / "target") == []

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx
+import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import GOLDEN
@@ -202,6 +203,12 @@ def test_a_session_goes_from_thread_to_thread(engine: mlx_mtp.Engine) -> None:
 def test_an_engine_that_a_thread_has_loaded() -> None:
     engine = elsewhere(lambda: mlx_mtp.load(TARGET, drafter=DRAFTER, depth=2))
     assert reply(engine, ids(9, 1)).tokens == elsewhere(lambda: reply(engine, ids(9, 1))).tokens
+
+
+def test_logits_from_a_thread(engine: mlx_mtp.Engine) -> None:
+    tokens = mx.array([ids(9, 1)])
+    there = elsewhere(lambda: engine.target.logits(tokens + 0))
+    assert there.tolist() == engine.target.logits(tokens).tolist()
 
 
 def test_asyncio(engine: mlx_mtp.Engine) -> None:

@@ -23,6 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchGLU
 
+from mlx_mtp import threads
 from mlx_mtp.activations import gelu, tanh
 from mlx_mtp.attention import attend
 from mlx_mtp.cache import FULL, KVCache, LayerShape, NoCache
@@ -341,6 +342,7 @@ class Gemma4Target:
         """Hidden [B, M, D] -> float32 logits [B, M, V]."""
         return self.model.head(hidden)
 
+    @threads.device_arrays
     def logits(self, tokens: mx.array) -> mx.array:
         """Logits of every position without a cache: int [B, M] -> float32 [B, M, V]."""
         hidden, _ = self.model(tokens, NoCache(self.config.sliding_window, tokens.shape[0]))

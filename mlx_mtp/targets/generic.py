@@ -27,6 +27,7 @@ import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.utils import _get_classes, load_model
 
+from mlx_mtp import threads
 from mlx_mtp.cache import CAPACITY_STEP, FULL, SLACK, SLIDING, KVCache, LayerShape, LayerView
 from mlx_mtp.checkpoint import Checkpoint, number, read_parameters, section
 from mlx_mtp.errors import CheckpointError, MLXMTPError, UnsupportedModel, brief
@@ -216,6 +217,7 @@ class GenericTarget:
         """Hidden [B, M, D] -> float32 logits [B, M, V], by all that the model does behind its trunk."""
         return self._head(hidden).astype(mx.float32)
 
+    @threads.device_arrays
     def logits(self, tokens: mx.array) -> mx.array:
         """Logits of every position as mlx-lm itself computes them: int [B, M] -> float32 [B, M, V]."""
         return self.model(tokens, cache=mlx_lm_cache.make_prompt_cache(self.model)).astype(mx.float32)
