@@ -35,6 +35,11 @@ def serve(
         typer.Option(help="Web page (https://name) that may ask, or '*'; may be repeated.", show_default="none",
                      rich_help_panel=WHO),
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Another name clients may call it by, such as host.docker.internal; may be repeated.",
+                     show_default="none; all with --api-key", rich_help_panel=WHO),
+    ] = None,
     model_name: Annotated[
         str | None, typer.Option(help="The model's name for clients.", show_default="that of --model")
     ] = None,
@@ -53,7 +58,8 @@ def serve(
     max_context: options.MaxContext = None,
     most_tokens: Annotated[
         int | None,
-        typer.Option(help="Most tokens a request may ask for.", show_default="the context", rich_help_panel=LIMITS),
+        typer.Option(help="Most tokens a request may ask for.", show_default="what the context leaves",
+                     rich_help_panel=LIMITS),
     ] = None,
     queue: Annotated[int, typer.Option(help="Requests that may wait; more get 429.", rich_help_panel=LIMITS)] = 32,
     session_memory: Annotated[
@@ -84,7 +90,7 @@ def serve(
     name = model_name or _name(model)
     wanted = server.ServerOptions(
         model=name, others=[model] if model else [], api_key=api_key, origins=cors or [],
-        hosts=None if api_key is not None else [*server.LOOPBACK_NAMES, host], tokens=max_tokens,
+        hosts=None if api_key is not None else [*server.LOOPBACK_NAMES, host, *(allow_host or [])], tokens=max_tokens,
         most_tokens=most_tokens, seed=seed, session_bytes=int(session_memory * 1e9), body_bytes=int(body_size * 1e6),
         sampling=mlx_mtp.Sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty

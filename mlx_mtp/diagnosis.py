@@ -321,15 +321,14 @@ def diagnose(engine: Engine, effort: Effort = USUAL, on_step: Progress = lambda 
     costs = measure(decoder, prompt, max(allowed), effort)
     on_step("comparing widths bit for bit")
     probes = engine.exactness or Probes(engine.target)
-    exact = probes.at(CAPACITY_STEP)
     capacities = PROBED_CAPACITIES if engine.exactness else ()
-    curve = costs.curve(exact.width if engine.exactness else None)
+    curve = costs.curve(probes.at(CAPACITY_STEP).width if engine.exactness else None)
     return Diagnosis(
         machine=here,
         mode=engine.mode,
         pair=describe_pair(engine.target, engine.drafter),
         costs=costs,
-        exactness=exact,
+        exactness=probes.at(CAPACITY_STEP),
         choices=choices(curve, allowed),
         convention=_convention_check(engine, decoder, on_step),
         by_capacity={size: probes.at(size) for size in capacities if size <= capacity_for(engine.max_context)},

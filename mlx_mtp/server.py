@@ -20,7 +20,8 @@ import logging
 import math
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,7 +31,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -41,7 +42,19 @@ from mlx_mtp.results import Sampling
 from mlx_mtp.serving.connections import Connection
 from mlx_mtp.serving.errors import RequestError, failed, stopping
 from mlx_mtp.serving.fields import parsed
-from mlx_mtp.serving.guards import LOOPBACK_NAMES, Counted, HostGuard, KeyGuard, is_loopback, read_body, refusal
+from mlx_mtp.serving.guards import (
+    LOOPBACK_NAMES,
+    Counted,
+    CrowdGuard,
+    HostGuard,
+    KeyGuard,
+    PageGuard,
+    allowed_host,
+    allowed_origin,
+    is_loopback,
+    read_body,
+    refusal,
+)
 from mlx_mtp.serving.metrics import Metrics
 from mlx_mtp.serving.replies import Finished, Piece, Replier
 from mlx_mtp.serving.requests import Generation, Limits, chat_request, completion_request
@@ -55,8 +68,11 @@ __all__ = ["LOOPBACK_NAMES", "EngineThread", "ServerOptions", "create_app", "is_
 log = logging.getLogger(__name__)
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
-# Connections at a time, those for /health included; beyond it uvicorn answers 503. macOS gives a process 256 files.
+# Connections at a time, those for /health included; beyond it the answer is 503. macOS gives a process 256 files.
 MOST_CONNECTIONS = 200
+# Bytes of a body from which on its prompt is tokenised one at a time, and threads for the smaller ones: nobody with a
+# short prompt waits for a long one.
+LARGE_BODY, SMALL_THREADS = 200_000, 4
 # Seconds for which running replies may be told that the server ends, once their time is over.
 FAREWELL = 5
 STREAM_HEADERS = [
@@ -73,7 +89,8 @@ class ServerOptions:
     loopback only. hosts: names in the Host header that are let in, None = all. origins: web pages that may ask (CORS).
     tokens: of a reply whose request names no number; most_tokens: that a request may ask for, None = the context.
     sampling, seed: where a request leaves them open. session_bytes: K/V kept between requests. body_seconds: for a
-    body to arrive. stall_seconds: for a client to take what was sent.
+    body to arrive. stall_seconds: for a client to take what was sent. quiet_seconds: of silence after which a streamed
+    reply gets a comment that says what it waits for.
     """
 
     model: str = "default"
@@ -89,11 +106,18 @@ class ServerOptions:
     body_bytes: int = 8_000_000
     body_seconds: float = 30.0
     stall_seconds: float = 60.0
+    quiet_seconds: float = 3.0
 
     def __post_init__(self) -> None:
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
             raise OptionError("Expected an API key of printable ASCII characters, found another one or an empty one.")
-        for name in ("tokens", "most_tokens", "body_bytes", "body_seconds", "stall_seconds"):
+        if self.api_key is not None and self.api_key != self.api_key.strip():
+            raise OptionError("Expected an API key without blanks around it, which no header can carry, found some.")
+        for host in self.hosts or ():
+            allowed_host(host)
+        for origin in self.origins:
+            allowed_origin(origin)
+        for name in ("tokens", "most_tokens", "body_bytes", "body_seconds", "stall_seconds", "quiet_seconds"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise OptionError(f"Expected {name} above 0, found {value}.")
@@ -110,17 +134,19 @@ def create_app(worker: EngineThread, options: ServerOptions) -> Starlette:
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
+        endpoints.close()
         await asyncio.to_thread(worker.stop)
 
     guards = [Middleware(Counted, metrics=endpoints.metrics, routes=ROUTES)]
+    if options.origins:  # around the other guards, so that a page can read why it was refused
+        guards.append(Middleware(PageGuard, origins=options.origins))
+    guards.append(Middleware(CrowdGuard, most=MOST_CONNECTIONS))
     if options.hosts is not None:
         guards.append(Middleware(HostGuard, hosts=options.hosts))
-    if options.origins:
-        guards.append(Middleware(
-            CORSMiddleware, allow_origins=list(options.origins), allow_methods=["GET", "POST"], allow_headers=["*"],
-        ))  # fmt: skip
     if options.api_key is not None:
         guards.append(Middleware(KeyGuard, key=options.api_key, free=("/health",)))
+    # Starlette's own is around all guards, where no header for pages is added.
+    guards.append(Middleware(ServerErrorMiddleware, handler=_failed))
     routes = [
         Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
         Route("/v1/completions", endpoints.completion, methods=["POST"]),
@@ -157,8 +183,10 @@ async def _gone(request: Request, error: ClientDisconnect) -> Response:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    """Starlette raises the error again, so that the log has it."""
-    return refusal(failed())
+    """Starlette raises the error again, so that the log has it and uvicorn ends the connection."""
+    response = refusal(failed())
+    response.headers["Connection"] = "close"
+    return response
 
 
 class _Endpoints:
@@ -168,11 +196,16 @@ class _Endpoints:
         self._worker, self._options, self.metrics = worker, options, Metrics()
         self._pool = SessionPool(options.session_bytes)
         self._replier = Replier(self._pool, self.metrics)
-        most = min(options.most_tokens or worker.engine.max_context, worker.engine.max_context)
         self._limits = Limits(
-            most_tokens=most, tokens=min(options.tokens, most), sampling=options.sampling, seed=options.seed
+            most_tokens=options.most_tokens, tokens=options.tokens, sampling=options.sampling, seed=options.seed
         )
+        self._small, self._large = ThreadPoolExecutor(SMALL_THREADS), ThreadPoolExecutor(1)
         self._created = int(time.time())
+
+    def close(self) -> None:
+        """Nothing more is tokenised."""
+        for pool in (self._small, self._large):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
@@ -189,10 +222,22 @@ class _Endpoints:
         form: Callable[[Generation, str], Form],
     ) -> Response:
         body = await read_body(request, self._options.body_bytes, self._options.body_seconds)
-        asked, model = read(parsed(body), self._limits)
+        run_in = asyncio.get_running_loop().run_in_executor
+        asked, model = await run_in(self._small, lambda: read(parsed(body), self._limits))
         self._check_model(model)
-        ticket = self._worker.submit(partial(self._replier.reply, asked))
-        return _Reply(ticket, form(asked, self._options.model), asked.stream, self._options.stall_seconds, self.metrics)
+        ticket = self._worker.reserve()
+
+        pool = self._large if len(body) >= LARGE_BODY else self._small
+
+        async def begin() -> None:
+            ids = await run_in(pool, self._replier.prepare, asked, self._worker.engine)
+            self._worker.submit(ticket, partial(self._replier.reply, asked, ids))
+
+        def waits_for() -> str:
+            return ticket.progress or f"waiting, {self._worker.before(ticket)} before you"
+
+        return _Reply(ticket, begin, waits_for, form(asked, self._options.model), asked.stream, self._options,
+                      self.metrics)  # fmt: skip
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name not in (self._options.model, *self._options.others):
@@ -236,12 +281,18 @@ class _Endpoints:
 
 
 class _Reply(Response):
-    """A reply under way: as it comes or as one object. Whoever leaves before its end frees the engine."""
+    """A reply under way: as it comes or as one object. Whoever leaves before its end frees the queue and the engine.
 
-    def __init__(self, ticket: Ticket, form: Form, stream: bool, stall_seconds: float, metrics: Metrics) -> None:
+    begin: checks the request and puts it into the queue; waits_for: says in words why nothing comes.
+    """
+
+    def __init__(
+        self, ticket: Ticket, begin: Callable[[], Awaitable[None]], waits_for: Callable[[], str], form: Form,
+        stream: bool, options: ServerOptions, metrics: Metrics,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self._ticket, self._form, self._stream, self._metrics = ticket, form, stream, metrics
-        self._stall_seconds = stall_seconds
+        self._ticket, self._begin, self._waits_for, self._form = ticket, begin, waits_for, form
+        self._stream, self._options, self._metrics = stream, options, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI: speaks until the end, until the client leaves, or until the server cancels this."""
@@ -254,7 +305,7 @@ class _Reply(Response):
             else:
                 self._metrics.add("dropped_total", 1)
         except TimeoutError:
-            log.warning("A client took nothing for %g seconds: its reply was dropped.", self._stall_seconds)
+            log.warning("A client took nothing for %g seconds: its reply was dropped.", self._options.stall_seconds)
             self._metrics.add("dropped_total", 1)
         finally:
             self._ticket.cancel()
@@ -263,12 +314,11 @@ class _Reply(Response):
             await asyncio.gather(speaking, leaving, return_exceptions=True)
 
     async def _speak(self, scope: Scope, receive: Receive, send: Send) -> None:
-        items = self._ticket.items()
         try:
-            await anext(items, None)  # Started: the request is good
+            await self._begin()
             if self._stream:
-                return await self._events(items, send)
-            *pieces, end = [item async for item in items] or [None]
+                return await self._events(send)
+            *pieces, end = [item async for item in self._ticket.items()] or [None]
             if end is None:
                 raise stopping()
             response: Response = JSONResponse(self._form.whole(pieces, end))
@@ -276,28 +326,32 @@ class _Reply(Response):
             response = refusal(error)
         await response(scope, receive, send)
 
-    async def _events(self, items: AsyncIterator[Piece | Finished], send: Send) -> None:
-        """The reply as server-sent events. An error that comes now can only be one of them."""
+    async def _events(self, send: Send) -> None:
+        """The reply as server-sent events, from the time on when it waits. An error can only be one of them."""
         await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
-        await self._send(send, self._form.begin())
+        await self._send(send, _data(self._form.begin()))
         try:
-            async for item in items:
-                form = self._form
-                await self._send(send, form.end(item) if isinstance(item, Finished) else form.chunks(item))
-            await self._send(send, ["[DONE]"])
+            async for item in self._ticket.items(self._options.quiet_seconds):
+                await self._send(send, self._said(item))
+            await self._send(send, "data: [DONE]\n\n")
         except RequestError as error:
-            await self._send(send, [error.body])
+            await self._send(send, _data([error.body]))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _send(self, send: Send, chunks: Sequence[dict[str, Any] | str]) -> None:
-        text = "".join(f"data: {chunk if isinstance(chunk, str) else _compact(chunk)}\n\n" for chunk in chunks)
+    def _said(self, item: Piece | Finished | None) -> str:
+        """What came, or in place of nothing a comment, which readers of events skip."""
+        if item is None:
+            return f": {self._waits_for()}\n\n"
+        return _data(self._form.end(item) if isinstance(item, Finished) else self._form.chunks(item))
+
+    async def _send(self, send: Send, text: str) -> None:
         if text:
-            async with asyncio.timeout(self._stall_seconds):  # the engine does not wait for anybody
+            async with asyncio.timeout(self._options.stall_seconds):  # the engine does not wait for anybody
                 await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
 
 
-def _compact(value: dict[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+def _data(chunks: Sequence[dict[str, Any]]) -> str:
+    return "".join(f"data: {json.dumps(one, ensure_ascii=False, separators=(',', ':'))}\n\n" for one in chunks)
 
 
 async def _left(receive: Receive) -> None:
@@ -343,7 +397,7 @@ def make_server(app: Starlette, *, grace: float = 30.0, access_log: bool = False
     """
     config = uvicorn.Config(
         app, http=Connection, ws="none", loop="asyncio", lifespan="on", log_config=None, access_log=access_log,
-        server_header=False, proxy_headers=False, limit_concurrency=MOST_CONNECTIONS,
+        server_header=False, proxy_headers=False,
         timeout_graceful_shutdown=math.ceil(grace) + FAREWELL,
     )  # fmt: skip
     return _Server(config, app.state.worker, grace)

@@ -114,6 +114,11 @@ class Tokenizer:
         return self.template.exists and self.template.can_think
 
     @cached_property
+    def longest_token(self) -> int:
+        """Most characters that one token stands for."""
+        return max(map(len, self._wrapped.get_vocab()))
+
+    @cached_property
     def end_tokens(self) -> set[int]:
         """Ids that end a reply, as the tokenizer sees it: its own, and what its template ends a reply with."""
         own = getattr(self._wrapped, "eos_token_ids", None) or {getattr(self._wrapped, "eos_token_id", None)}

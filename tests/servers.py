@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -95,6 +96,7 @@ class FakeTokenizer:
     """One token a character; the template writes roles and contents down, and remembers what it was given."""
 
     has_chat_template = True
+    longest_token = 1
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Any]] = []
@@ -137,10 +139,13 @@ class ScriptedEngine:
     target: Any = field(default_factory=lambda: SimpleNamespace(path=None))
 
     def stream(self, ids: list[int], **options: Any) -> Iterator[Event]:
-        self.asked.append({"ids": ids, **options})
-        return self._events(ids, None if options["raw"] else Channels())
+        """Checks nothing; `asked` gets what is run."""
+        return self._events(ids, options)
 
-    def _events(self, ids: list[int], channels: Channels | None) -> Iterator[Event]:
+    def _events(self, ids: list[int], options: dict[str, Any]) -> Iterator[Event]:
+        self.asked.append({"ids": ids, **options})
+        options["on_prefill"](len(ids), len(ids))
+        channels = None if options["raw"] else Channels()
         stats = Stats(prompt_tokens=len(ids), prefilled_tokens=len(ids), tokens=len(self.script))
         try:
             for i, text in enumerate(self.script):
@@ -163,3 +168,18 @@ def contents(response: httpx.Response) -> list[str]:
     """The data of a streamed response, event by event."""
     response.read()
     return [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+
+
+def raw_request(path: str, body: Any, *more: str, length: int | None = None) -> bytes:
+    """A request as bytes."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", *more]
+    return "\r\n".join([*lines, f"Content-Length: {len(data) if length is None else length}", "", ""]).encode() + data
+
+
+def until(connection: socket.socket, end: bytes) -> bytes:
+    """What comes up to some bytes, or to the end of the connection."""
+    found = b""
+    while end not in found and (part := connection.recv(65536)):
+        found += part
+    return found

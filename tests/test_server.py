@@ -18,6 +18,8 @@ import httpx
 import openai
 import pytest
 from servers import CHAT, COMPLETION, Running, ScriptedEngine, contents, eventually, running
+from servers import raw_request as _request
+from servers import until as _until
 from thinking import TOKENS, thinking_engine
 
 import mlx_mtp
@@ -326,13 +328,12 @@ CHAT_FAULTS: list[tuple[dict[str, Any], str | None]] = [
     ({"temperature": -1}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
     ({"temperature": True}, "temperature"),
-    ({"top_p": 0}, "top_p"),
     ({"top_k": 1.5}, "top_k"),
     ({"presence_penalty": 10**400}, "presence_penalty"),
     ({"max_tokens": 0}, "max_tokens"),
-    ({"max_tokens": 10**9}, "max_tokens"),
     ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
-    ({"seed": -1}, "seed"),
+    ({"seed": 2**64}, "seed"),
+    ({"seed": -(2**63) - 1}, "seed"),
     ({"stop": [""]}, "stop"),
     ({"stop": ["x"] * 17}, "stop"),
     ({"stop": [1]}, "stop"),
@@ -469,13 +470,6 @@ def test_a_full_queue(server: Running) -> None:
     assert len(fake.asked) == 2
 
 
-def _request(path: str, body: Any, *more: str, length: int | None = None) -> bytes:
-    """A request as bytes."""
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", *more]
-    return "\r\n".join([*lines, f"Content-Length: {len(data) if length is None else length}", "", ""]).encode() + data
-
-
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("half", [True, False])
 def test_who_leaves_frees_the_engine(stream: bool, half: bool) -> None:
@@ -495,14 +489,6 @@ def test_who_leaves_frees_the_engine(stream: bool, half: bool) -> None:
         assert server.idle() and fake.closed == 1
         fake.gate.release(2)
         assert server.post(COMPLETION, {"prompt": "x"}).json()["choices"][0]["text"] == "Hello!"
-
-
-def _until(connection: socket.socket, end: bytes) -> bytes:
-    """What comes up to some bytes, or to the end of the connection."""
-    found = b""
-    while end not in found and (part := connection.recv(65536)):
-        found += part
-    return found
 
 
 def test_a_failure_is_told_without_its_inside(caplog: pytest.LogCaptureFixture) -> None:
@@ -532,7 +518,7 @@ def test_a_prompt_is_dropped_between_chunks(engine: mlx_mtp.Engine) -> None:
         inner = found.stream
 
         def stream(ids: list[int], **options: Any) -> Any:
-            check = options["on_prefill"]
+            check = options.get("on_prefill")  # not given where a request is only checked
 
             def on_prefill(done: int, total: int) -> None:
                 if total > 1000:

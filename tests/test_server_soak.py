@@ -129,6 +129,7 @@ Bad = tuple[str, str, bytes, dict[str, str]]
 def wrong_value(chance: random.Random, field: str) -> bytes:
     """A JSON text that no field takes: of the wrong type, or out of any range."""
     several: list[bytes] = [
+        b'{"a": 1, "a": 1}', b'[{"b": [{"a": 1, "a": null}]}]',
         b"NaN", b"Infinity", b"-Infinity", b"1e999", b"9" * chance.randint(20, 6000), b"-" + b"9" * 30,
         b"[" * chance.randint(101, 3000), b'"\\ud83d"', b'"\xff\xfe"', b"'x'", b"tru", b"0x10", b"01", b"1.", b"{}}",
         b'[[[["deep"]]]]', b'{"a": {"b": []}}', b'{"": 1}', b'[{"x": 1.5}]',
@@ -141,12 +142,12 @@ def wrong_value(chance: random.Random, field: str) -> bytes:
                      b'{"role":"system","content":"b"}]'),
         "prompt": (b"1", b"true", b"{}", b"[]", b'""', b"[-1]", b"[1.5]", b"[99999999]", b'["a","b"]', b'[1,"a"]',
                    b"[" + b"5," * 9000 + b"5]"),
-        "max_tokens": (b"0", b"-1", b"1.5", b'"5"', b"true", b"[1]", b"99999999"),
+        "max_tokens": (b"0", b"-1", b"1.5", b'"5"', b"true", b"[1]", b"9223372036854775808"),
         "temperature": (b"-0.1", b"101", b'"1"', b"false", b"{}"),
-        "top_p": (b"0", b"1.1", b"[]"),
+        "top_p": (b"-0.1", b"1.1", b"[]"),
         "top_k": (b"-1", b"0.5", b'"all"'),
         "stop": (b"1", b"[1]", b'[""]', b"{}", b"false", b"[" + b'"x",' * 20 + b'"x"]'),
-        "seed": (b"-1", b"0.5", b"18446744073709551616", b'"x"'),
+        "seed": (b"-9223372036854775809", b"0.5", b"18446744073709551616", b'"x"'),
         "logit_bias": (b"[]", b'{"a":1}', b'{"1":"x"}', b'{"1":101}', b'{"999999":1}', b'{"-1":1}', b"1"),
         "stream": (b"1", b'"true"', b"[]"),
         "n": (b"0", b"2", b"true", b'"1"'),

@@ -5,10 +5,14 @@ What it does: one exception with a status and the JSON object of the response. W
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from mlx_mtp.errors import MLXMTPError
 
+log = logging.getLogger(__name__)
+
+MOST_MESSAGE = 1000
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 # Statuses of bodies that were not read to their end: nothing else can follow on such a connection.
@@ -54,6 +58,16 @@ class RequestError(MLXMTPError):
 def failed() -> RequestError:
     """A failure of the server's own; what it was stands in the log and nowhere else."""
     return RequestError("The server failed at this request; its log says why.", status=500, code="internal_error")
+
+
+def told(error: BaseException) -> RequestError:
+    """What a client hears of any error; one that nobody expected goes into the log."""
+    if isinstance(error, RequestError):
+        return error.with_traceback(None)
+    if isinstance(error, MLXMTPError):
+        return RequestError(str(error)[:MOST_MESSAGE])
+    log.error("A request failed.", exc_info=error)
+    return failed()
 
 
 def stopping() -> RequestError:

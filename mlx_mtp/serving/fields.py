@@ -1,8 +1,8 @@
 """JSON from strangers: the body's bytes to plain values, and fields read one by one with a sentence for each fault.
 
-What it does: refuses what is not JSON in the strict sense (NaN, numbers beyond a float, lone surrogates, more nesting
-than any request needs) and every field nobody asked for. What it does not do: know what a request means
-(requests.py).
+What it does: refuses what is not JSON in the strict sense (NaN, numbers beyond a float, lone surrogates, a name twice
+in one object, more nesting than any request needs) and every field nobody asked for. What it does not do: know what a
+request means (requests.py).
 
 Invariant: a field is read or refused, never dropped in silence; null means "not given".
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import reprlib
+from collections import Counter
 from collections.abc import Collection
 from typing import Any, TypeVar
 
@@ -34,16 +35,33 @@ def shown(value: object) -> str:
 def parsed(body: bytes) -> object:
     """The JSON value of a body; RequestError for anything that is not strictly JSON in UTF-8."""
     try:
-        value: object = json.loads(body.decode("utf-8"), parse_constant=_no_number, parse_float=_finite)
-        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate, escaped as \\ud800, is no text
+        return strict(body.decode("utf-8"))
     except UnicodeError:
         raise RequestError("Expected a body in UTF-8, found bytes or escapes that are not.", code="bad_json") from None
+    except ValueError as error:
+        raise RequestError(f"Expected a body in JSON, found something else ({error}).", code="bad_json") from None
+
+
+def strict(text: str) -> object:
+    """The value of a JSON text; ValueError that says what is not JSON in it, UnicodeError for lone surrogates."""
+    try:
+        value: object = json.loads(
+            text, parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_unique
+        )  # numbers of thousands of digits are a ValueError too
+        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate, escaped as \\ud800, is no text
+        _check_depth(value)
     except RecursionError:
         raise _too_deep() from None
-    except ValueError as error:  # JSONDecodeError too; and numbers of thousands of digits
-        raise RequestError(f"Expected a body in JSON, found something else ({error}).", code="bad_json") from None
-    _check_depth(value)
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; which of two values under one name was meant, nobody can know."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = Counter(name for name, _ in pairs)
+        raise ValueError(f"the name {shown(max(names, key=lambda name: names[name]))} appears twice in one object")
+    return found
 
 
 def _no_number(name: str) -> float:
@@ -56,8 +74,8 @@ def _finite(text: str) -> float:
     return number
 
 
-def _too_deep() -> RequestError:
-    return RequestError(f"Expected at most {DEEPEST} levels of lists and objects, found more.", code="bad_json")
+def _too_deep() -> ValueError:
+    return ValueError(f"more than {DEEPEST} levels of lists and objects")
 
 
 def _check_depth(value: object) -> None:

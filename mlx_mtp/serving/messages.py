@@ -7,15 +7,16 @@ it takes these roles in this order is its own affair (Tokenizer.chat).
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
 from mlx_mtp.serving.errors import RequestError
-from mlx_mtp.serving.fields import Fields, shown
+from mlx_mtp.serving.fields import Fields, shown, strict
 
 Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
+# Marks where Anthropic's API, which clients of many servers write for too, shall cache; no reply could differ by it.
+CACHING = "cache_control"
 TOOL_NAME = re.compile(r"[\w.\-/]{1,128}")
 MOST_TOOLS = 512
 
@@ -38,7 +39,8 @@ def _message(fields: Fields, calls: dict[str, str]) -> Message:
     if role is None:
         raise fields.wrong("role", " or ".join(f"'{one}'" for one in ROLES), None)
     message: Message = {"role": "system" if role == "developer" else role}
-    content = _content(fields)
+    content = _content(fields, role)
+    fields.take(CACHING)
     if name := fields.text("name"):
         message["name"] = name
     if role == "assistant":
@@ -50,21 +52,23 @@ def _message(fields: Fields, calls: dict[str, str]) -> Message:
                 _call(Fields(call, f"{fields.path('tool_calls')}[{i}]"), calls) for i, call in enumerate(made)
             ]
         # What OpenAI's clients send back with a message they were given; none of it was ever more than empty.
-        for empty in ("refusal", "annotations", "audio", "function_call"):
+        for empty in ("annotations", "audio", "function_call"):
             fields.only(empty, "", [], because="replies of this server hold none")
+        # A refusal is what was said in place of content; neither is a message that says nothing.
+        content = "\n".join(filter(None, (content, fields.text("refusal"))))
     if role == "tool":
         identity = fields.text("tool_call_id")
         if identity is None or (identity not in calls and not name):
             raise fields.wrong("tool_call_id", "the id of a tool call in an earlier message", identity)
         message |= {"tool_call_id": identity, "name": name or calls[identity]}
-    if content is None and not message.get("tool_calls"):
+    if content is None:
         raise fields.wrong("content", "a string or a list of text parts", None)
     fields.finish()
-    return message | {"content": content or ""}
+    return message | {"content": content}
 
 
-def _content(fields: Fields) -> str | None:
-    """A message's text; parts of text become lines of one."""
+def _content(fields: Fields, role: str) -> str | None:
+    """A message's text; parts of text become lines of one, an assistant's refusals among them."""
     value = fields.take("content")
     if not isinstance(value, list):
         if value is not None and not isinstance(value, str):
@@ -73,9 +77,13 @@ def _content(fields: Fields) -> str | None:
     texts = []
     for i, part in enumerate(value):
         inner = Fields(part, f"{fields.path('content')}[{i}]")
-        kind, text = inner.take("type"), inner.text("text") if part.get("type") == "text" else None
-        if kind != "text" or text is None:
+        kind = inner.take("type")
+        known = kind == "text" or (kind == "refusal" and role == "assistant")
+        text = inner.text(kind) if known else None
+        if text is None:
             raise inner.wrong("type", "'text' with a text (this server reads no images, sounds or files)", kind)
+        inner.take(CACHING)
+        inner.take("prompt_cache_breakpoint")
         inner.finish()
         texts.append(text)
     return "\n".join(texts)
@@ -94,9 +102,9 @@ def _call(fields: Fields, calls: dict[str, str]) -> dict[str, Any]:
     arguments = function.take("arguments")
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            raise function.wrong("arguments", "a JSON object in a string", arguments) from None
+            arguments = strict(arguments or "{}")
+        except ValueError as error:
+            raise function.wrong("arguments", f"a JSON object in a string ({error})", arguments) from None
     if not isinstance(arguments, dict):
         raise function.wrong("arguments", "a JSON object in a string", arguments)
     function.finish()
@@ -125,7 +133,9 @@ def read_tools(body: Fields) -> list[dict[str, Any]]:
         parameters = function.take("parameters")
         if parameters is not None and not isinstance(parameters, dict):
             raise function.wrong("parameters", "a JSON schema", parameters)
-        function.flag("strict")  # documented: arguments are always JSON, but no schema is enforced
+        function.only("strict", False, because="arguments are JSON, but cannot be held to a schema yet")
+        for one in (function, fields):
+            one.take(CACHING)
         function.finish()
         fields.finish()
         parameters = {"type": "object", "properties": {}} | (parameters or {})

@@ -1,4 +1,4 @@
-"""One request's reply, in the engine's thread: prompt to ids, the session to go on with, events to pieces.
+"""One request's reply: prompt to ids in any thread; then, in the engine's, the session to go on with, events to pieces.
 
 What it does: everything about a reply that needs the model or its tokenizer. What it does not do: JSON
 (responses.py), HTTP (server.py), or deciding (engine.py).
@@ -10,6 +10,7 @@ import logging
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
@@ -17,7 +18,7 @@ from mlx_mtp.channels import ToolCall
 from mlx_mtp.engine import Engine
 from mlx_mtp.errors import MLXMTPError
 from mlx_mtp.results import Event, Result
-from mlx_mtp.serving.errors import RequestError
+from mlx_mtp.serving.errors import RequestError, told
 from mlx_mtp.serving.metrics import Metrics
 from mlx_mtp.serving.requests import Generation
 from mlx_mtp.serving.sessions import SessionPool
@@ -46,13 +47,6 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Started:
-    """The request was found good; the prompt is about to be run."""
-
-    prompt_tokens: int
-
-
-@dataclass(frozen=True)
 class Piece:
     """What came out of a round."""
 
@@ -76,20 +70,31 @@ class Replier:
     def __init__(self, pool: SessionPool, metrics: Metrics) -> None:
         self.pool, self.metrics = pool, metrics
 
-    def reply(self, asked: Generation, engine: Engine, ticket: Ticket) -> Generator[object, None, None]:
-        """Started, then pieces, then Finished. Raises MLXMTPError before anything runs; Cancelled if nobody waits."""
-        ids = self._ids(asked, engine)
+    def prepare(self, asked: Generation, engine: Engine) -> list[int]:
+        """The prompt as ids. Whatever can be refused before the request's turn raises a RequestError here.
+
+        In any thread, also while the engine's runs: only the tokenizer and plain values are used.
+        """
+        try:
+            ids = self._ids(asked, engine)
+            engine.stream(ids, **_options(asked)).close()  # checks every option; nothing runs before the first event
+        except BaseException as error:  # a tokenizer's panic is no Exception
+            raise told(error) from None
+        return ids
+
+    def reply(self, asked: Generation, ids: list[int], engine: Engine, ticket: Ticket) -> Generator[object, None, None]:
+        """Pieces, then Finished, of a prepared request; Cancelled if nobody waits for it any more."""
         session = self.pool.take(ids)
         whole = False
+
+        def on_prefill(done: int, total: int) -> None:
+            ticket.progress = f"prefill {done}/{total} tokens" if done < total else "generating"
+            ticket.check()
+
+        ticket.progress = "prefill"
         try:
-            events = engine.stream(
-                ids, max_tokens=asked.max_tokens, sampling=asked.sampling, stop=asked.stop, seed=asked.seed,
-                logprobs=0 if asked.logprobs is None else max(1, asked.logprobs), session=session,
-                raw=asked.messages is None,
-                on_prefill=lambda done, total: ticket.check(),
-            )  # fmt: skip
+            events = engine.stream(ids, **_options(asked), session=session, on_prefill=on_prefill)
             self.metrics.add("prompt_tokens_total", len(ids))
-            yield Started(len(ids))
             yield from self._pieces(asked, events, engine.tokenizer)
             whole = True
         except (GeneratorExit, Cancelled, MLXMTPError):
@@ -135,6 +140,7 @@ class Replier:
         elif tokenizer is None:
             raise RequestError("Expected token ids as prompt: this checkpoint has no tokenizer.", param=field_name)
         elif asked.messages is None:
+            _check_length([asked.prompt or ""], tokenizer, engine.max_context, field_name)
             ids = tokenizer.encode(asked.prompt or "")
         else:
             if not tokenizer.has_chat_template:
@@ -142,6 +148,8 @@ class Replier:
                     "Expected a checkpoint with a chat template, found none here: use /v1/completions.",
                     param="messages",
                 )
+            texts = [text for message in asked.messages if isinstance(text := message["content"], str)]
+            _check_length(texts, tokenizer, engine.max_context, field_name)
             try:
                 ids = tokenizer.chat(asked.messages, thinking=asked.thinking, tools=asked.tools, effort=asked.effort)
             except Dropped as error:
@@ -149,11 +157,33 @@ class Replier:
             except MLXMTPError as error:
                 raise RequestError(str(error)[:1000], param="messages") from None
         if len(ids) >= engine.max_context:
-            raise RequestError(
-                f"Expected a prompt shorter than the context of {engine.max_context} tokens, found {len(ids)}; "
-                "shorten it.", param=field_name, code="context_length_exceeded",
-            )  # fmt: skip
+            raise _too_long(engine.max_context, str(len(ids)), field_name)
         return ids
+
+
+def _check_length(texts: list[str], tokenizer: Tokenizer, context: int, field_name: str) -> None:
+    """Refuses what no tokenizer could bring into the context before it takes seconds to be tokenised.
+
+    Blanks do not count, as templates and tokenizers may drop them.
+    """
+    count = sum(len(text) - sum(map(text.count, " \t\r\n")) for text in texts)
+    if count > context and count >= context * tokenizer.longest_token:
+        raise _too_long(context, f"at least {count // tokenizer.longest_token}", field_name)
+
+
+def _too_long(context: int, found: str, field_name: str) -> RequestError:
+    return RequestError(
+        f"Expected a prompt shorter than the context of {context} tokens, found {found}; shorten it.",
+        param=field_name, code="context_length_exceeded",
+    )
+
+
+def _options(asked: Generation) -> dict[str, Any]:
+    """What the engine is asked for."""
+    return {
+        "max_tokens": asked.max_tokens, "sampling": asked.sampling, "stop": asked.stop, "seed": asked.seed,
+        "logprobs": 0 if asked.logprobs is None else max(1, asked.logprobs), "raw": asked.messages is None,
+    }  # fmt: skip
 
 
 def _scored(tokenizer: Tokenizer | None, most: int | None, event: Event) -> list[Scored]:

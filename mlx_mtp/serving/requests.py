@@ -3,9 +3,8 @@
 What it does: reads every field of /v1/chat/completions and /v1/completions, checks types and ranges, and refuses what
 would change the output and is not implemented. What it does not do: anything that needs the model (replies.py).
 
-Ignored, because no reply could differ: user, metadata, store, service_tier, safety_identifier, prompt_cache_key,
-prompt_cache_retention, prediction, stream_options.include_obfuscation, and a tool's `strict` (arguments are JSON
-always, but no schema is enforced).
+Ignored, because no reply could differ: IGNORED, stream_options.include_obfuscation, and marks for caches. The table in
+docs/server.md has every field.
 """
 
 from __future__ import annotations
@@ -17,27 +16,29 @@ from mlx_mtp.errors import OptionError
 from mlx_mtp.results import Sampling
 from mlx_mtp.serving.errors import RequestError
 from mlx_mtp.serving.fields import Fields, shown
-from mlx_mtp.serving.messages import Message, read_messages, read_tools
+from mlx_mtp.serving.messages import CACHING, Message, read_messages, read_tools
 
 IGNORED = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "prediction",
+    "prompt_cache_options", "prediction", CACHING,
 )  # fmt: skip
 UNTHINKING = ("none", "minimal")
 EFFORTS = (*UNTHINKING, "low", "medium", "high", "xhigh", "max")
 MOST_STOPS = 16
 MOST_LOGPROBS = 20
 MOST_BIASES = 4096
+MOST_TOKENS = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """What a server lets a request ask for, and what a request gets that does not ask.
 
-    most_tokens: of a reply. tokens: of a reply whose request names no number.
+    most_tokens: of a reply, None = what the context leaves, to which every reply is cut. tokens: of a reply whose
+    request names no number.
     """
 
-    most_tokens: int
+    most_tokens: int | None
     tokens: int
     sampling: Sampling = Sampling()
     seed: int | None = None
@@ -75,7 +76,10 @@ def chat_request(body: object, limits: Limits) -> tuple[Generation, str | None]:
     if most and not wanted:
         raise RequestError("Expected logprobs true beside top_logprobs, found it not.", param="top_logprobs")
     given.only("modalities", ["text"], because="this server only writes text")
-    given.only("verbosity", because="this server has no such dial")
+    given.only("verbosity", "medium", because="this server has no such dial")
+    given.only("audio", because="this server only writes text")
+    given.only("web_search_options", because="this server searches nothing")
+    given.only("moderation", because="this server moderates nothing")
     for name in ("functions", "function_call"):
         given.only(name, [], "none", "auto", because="it was replaced by tools and tool_choice")
     thinking, effort = _thinking(given)
@@ -114,22 +118,23 @@ def _common(given: Fields, limits: Limits) -> dict[str, Any]:
         include_usage = options.flag("include_usage") or False
         options.take("include_obfuscation")
         options.finish()
-    seed = given.whole("seed", 0, 2**64 - 1)
+    seed = given.whole("seed", -(2**63), 2**64 - 1)
     return {
         "max_tokens": _max_tokens(given, limits), "sampling": _sampling(given).over(limits.sampling),
-        "stop": _stops(given), "seed": limits.seed if seed is None else seed, "stream": stream,
+        "stop": _stops(given), "seed": limits.seed if seed is None else seed % 2**64, "stream": stream,
         "include_usage": include_usage,
     }  # fmt: skip
 
 
 def _max_tokens(given: Fields, limits: Limits) -> int:
-    old, new = (given.whole(name, 1, limits.most_tokens) for name in ("max_tokens", "max_completion_tokens"))
+    most = limits.most_tokens or MOST_TOKENS
+    old, new = (given.whole(name, 1, most) for name in ("max_tokens", "max_completion_tokens"))
     if old and new and old != new:
         raise RequestError(
             f"Expected max_tokens or max_completion_tokens, found both and not the same ({old}, {new}).",
             param="max_tokens",
         )
-    return new or old or min(limits.tokens, limits.most_tokens)
+    return new or old or min(limits.tokens, most)
 
 
 def _sampling(given: Fields) -> Sampling:
@@ -139,6 +144,9 @@ def _sampling(given: Fields) -> Sampling:
             continue
         value = given.number(field.name)
         if value is None:
+            continue
+        if field.name == "top_p" and value == 0:  # nothing but the likeliest token
+            found["temperature"] = 0.0
             continue
         one: dict[str, Any] = {field.name: value}
         try:

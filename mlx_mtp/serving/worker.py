@@ -11,7 +11,6 @@ it, and it never waits for the event loop.
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import threading
 import time
@@ -19,21 +18,18 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator
 from concurrent.futures import Future
 from contextlib import closing
+from itertools import takewhile
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_mtp.engine import Engine
-from mlx_mtp.errors import MLXMTPError
-from mlx_mtp.serving.errors import RequestError, failed, stopping
-
-log = logging.getLogger(__name__)
+from mlx_mtp.serving.errors import RequestError, stopping, told
 
 # Longest and shortest time after which a client that found the queue full is told to come back, in seconds.
 LONGEST_RETRY, SHORTEST_RETRY = 120, 1
 # How much the newest reply moves the mean time of a reply.
 NEWEST = 0.2
-MOST_MESSAGE = 1000
 
 
 class Cancelled(Exception):
@@ -41,10 +37,14 @@ class Cancelled(Exception):
 
 
 class Ticket:
-    """A piece of work in the queue. The event loop iterates over what it yields and may cancel it at any time."""
+    """A place in the queue, and the work once it is known. The event loop iterates over what the work yields and may
+    cancel it at any time. progress: how far the work has come, in words; "" before it began.
+    """
 
-    def __init__(self, work: Work, loop: asyncio.AbstractEventLoop) -> None:
-        self.work, self._loop = work, loop
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.work: Work | None = None
+        self.progress = ""
+        self._loop = loop
         self._items: asyncio.Queue[tuple[bool, Any]] = asyncio.Queue()
         self._cancelled = threading.Event()
 
@@ -76,10 +76,17 @@ class Ticket:
         except RuntimeError:  # the loop is closed: nobody is there to hear it
             self.cancel()
 
-    async def items(self) -> AsyncIterator[Any]:
-        """What the work yields, as it comes; raises the RequestError that ended it."""
+    async def items(self, seconds: float | None = None) -> AsyncIterator[Any]:
+        """What the work yields, as it comes, and None whenever nothing came for so many seconds.
+
+        Raises the RequestError that ended it.
+        """
         while True:
-            last, item = await self._items.get()
+            try:
+                async with asyncio.timeout(seconds):
+                    last, item = await self._items.get()
+            except TimeoutError:
+                last, item = False, None
             if last:
                 return
             if isinstance(item, RequestError):
@@ -129,9 +136,12 @@ class EngineThread:
         """Whether a ticket is being worked on."""
         return self._running is not None
 
-    def submit(self, work: Work) -> Ticket:
-        """Puts work into the queue; to be called in the event loop. RequestError where there is no place (429)."""
-        ticket = Ticket(work, asyncio.get_running_loop())
+    def reserve(self) -> Ticket:
+        """A place in the queue, kept until the ticket is cancelled; to be called in the event loop.
+
+        RequestError where there is none (429). The thread passes it over until `submit` brings its work.
+        """
+        ticket = Ticket(asyncio.get_running_loop())
         with self._change:
             if self._stopping:
                 raise stopping()
@@ -140,8 +150,23 @@ class EngineThread:
             if len(self._waiting) >= self.places + (self._running is None):
                 raise self._full()
             self._waiting.append(ticket)
-            self._change.notify()
         return ticket
+
+    def submit(self, ticket: Ticket, work: Work) -> None:
+        """Brings the work of a ticket that `reserve` gave."""
+        with self._change:
+            if self._stopping:
+                raise stopping()
+            ticket.work = work
+            self._change.notify()
+
+    def before(self, ticket: Ticket) -> int:
+        """How many requests come before this one, the one that runs among them."""
+        with self._change:
+            if ticket is self._running:
+                return 0
+            ahead = takewhile(lambda waiting: waiting is not ticket, self._waiting)
+            return sum(not waiting.cancelled for waiting in ahead) + self.running
 
     def _full(self) -> RequestError:
         seconds = math.ceil(self._mean_seconds * (len(self._waiting) + 1) / 2)
@@ -185,20 +210,21 @@ class EngineThread:
             mx.clear_streams()
 
     def _next(self) -> Ticket | None:
-        """The next ticket somebody waits for; None at the end."""
+        """The first ticket that has its work and that somebody waits for; None at the end."""
         with self._change:
             while not self._stopping:
-                while self._waiting:
-                    ticket = self._waiting.popleft()
-                    if not ticket.cancelled:
-                        self._running = ticket
-                        return ticket
+                ready = (ticket for ticket in self._waiting if ticket.work is not None and not ticket.cancelled)
+                if (ticket := next(ready, None)) is not None:
+                    self._waiting.remove(ticket)
+                    self._running = ticket
+                    return ticket
                 self._change.wait()
         return None
 
     def _serve(self, engine: Engine, ticket: Ticket) -> None:
         """Does one piece of work; whatever becomes of it, the thread goes on."""
         began = time.perf_counter()
+        assert ticket.work is not None
         try:
             with closing(ticket.work(engine, ticket)) as items:
                 for item in items:
@@ -207,11 +233,6 @@ class EngineThread:
             self._mean_seconds += NEWEST * (time.perf_counter() - began - self._mean_seconds)
         except Cancelled:
             pass
-        except RequestError as error:
-            ticket.post(error.with_traceback(None))
-        except MLXMTPError as error:
-            ticket.post(RequestError(str(error)[:MOST_MESSAGE]))
-        except BaseException:
-            log.exception("A request failed.")
-            ticket.post(failed())
+        except BaseException as error:
+            ticket.post(told(error))
         ticket.end()

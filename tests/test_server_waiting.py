@@ -1,0 +1,208 @@
+"""What a client sees while it waits: headers at once, comments in place of silence, nobody held up by a long prompt.
+
+The engine writes what it is told to, and only once the test lets it: nothing here depends on how fast anything is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import httpx
+import pytest
+from servers import CHAT, COMPLETION, FakeTokenizer, ScriptedEngine, eventually, raw_request, running, until
+
+import mlx_mtp
+from mlx_mtp.results import Event
+
+PROMPT = {"prompt": "x", "stream": True}
+ALWAYS = 0.02  # seconds of silence before a comment
+
+
+class Prefilling(ScriptedEngine):
+    """Reads a prompt in four chunks, each after the gate has opened for it."""
+
+    def _events(self, ids: list[int], options: dict[str, Any]) -> Iterator[Event]:
+        assert self.gate is not None
+        for done in (1024, 2048, 3072, 4096):
+            options["on_prefill"](done, 4096)
+            self.gate.acquire()
+        yield from super()._events(ids, options)
+
+
+@dataclass
+class Slow(FakeTokenizer):
+    """A tokenizer that takes until it is let go for every text with `mark` in it."""
+
+    mark: str = "long"
+    free: threading.Event = field(default_factory=threading.Event)
+    begun: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        if self.mark in text:
+            self.begun.append(text)
+            assert self.free.wait(30)
+            text = text[:20]
+        return super().encode(text, special)
+
+
+def test_a_stream_says_how_many_are_before_it() -> None:
+    fake = ScriptedEngine(gate=threading.Semaphore(0))
+    chat = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+    expected = (": generating", ": waiting, 1 before you", ": waiting, 2 before you")
+    with running(lambda: fake, quiet_seconds=ALWAYS) as server, server.http() as http, ExitStack() as open_ones:
+        waiting, asked = [], [(COMPLETION, PROMPT), (COMPLETION, PROMPT), (CHAT, chat)]
+        for (path, body), said in zip(asked, expected, strict=True):
+            response = open_ones.enter_context(http.stream("POST", path, json=body))
+            assert response.status_code == 200 and response.headers["content-type"].startswith("text/event-stream")
+            lines = response.iter_lines()
+            assert any(line == said for line in islice(lines, 1000))
+            waiting.append(lines)
+        assert len(fake.asked) == 1
+        fake.gate.release(100)
+        for lines in waiting:
+            rest = [line for line in lines if line]
+            assert rest[-1] == "data: [DONE]" and all(line.startswith((": ", "data: ")) for line in rest)
+
+
+def test_openais_client_reads_over_comments() -> None:
+    fake = Prefilling(gate=threading.Semaphore(0))
+    with running(lambda: fake, quiet_seconds=ALWAYS) as server, server.openai() as client:
+        with server.http() as http, http.stream("POST", COMPLETION, json=PROMPT) as other:
+            found: list[str] = []
+            stream = client.completions.create(model="test", prompt="x", stream=True)  # its headers are there
+            lines = other.iter_lines()
+            assert any(line == ": prefill 1024/4096 tokens" for line in islice(lines, 1000))
+            fake.gate.release(1)
+            assert any(line == ": prefill 2048/4096 tokens" for line in islice(lines, 1000))
+            fake.gate.release(100)
+            assert list(lines)[-2] == "data: [DONE]"
+            found += [chunk.choices[0].text for chunk in stream]
+        assert "".join(found) == "Hello!"
+
+
+def test_who_leaves_a_long_prompt_ends_it_at_the_next_chunk() -> None:
+    fake = Prefilling(gate=threading.Semaphore(0))
+    with running(lambda: fake, quiet_seconds=ALWAYS) as server, server.http() as http:
+        with http.stream("POST", COMPLETION, json=PROMPT) as response:
+            assert any(line.startswith(": prefill 1024") for line in islice(response.iter_lines(), 1000))
+            ticket = server.worker._running
+        assert ticket is not None and eventually(lambda: ticket.cancelled)
+        fake.gate.release(1)
+        assert server.idle() and fake.written == 0
+
+
+def test_what_is_wrong_is_said_before_the_headers() -> None:
+    """While another reply runs: a stream that can be refused gets a status, not an event, and waits for nobody."""
+
+    class Strict(ScriptedEngine):
+        def stream(self, ids: list[int], **options: Any) -> Iterator[Event]:
+            if options["stop"] == ["none"]:
+                raise mlx_mtp.OptionError("Expected another stop.")
+            return super().stream(ids, **options)
+
+    fake = Strict(gate=threading.Semaphore(0), max_context=50)
+    with running(lambda: fake) as server, server.http() as http, http.stream("POST", COMPLETION, json=PROMPT):
+        assert eventually(lambda: fake.written)
+        for change, said in (({"prompt": "x" * 60}, "context of 50"), ({"stop": "none"}, "another stop"),
+                             ({"model": "other"}, "one model")):  # fmt: skip
+            response = http.post(COMPLETION, json=PROMPT | change)
+            assert response.status_code in (400, 404) and said in response.json()["error"]["message"]
+        assert server.worker.waiting == 0
+        fake.gate.release(100)
+
+
+@pytest.mark.parametrize("path", [COMPLETION, CHAT])
+def test_nobody_waits_for_a_prompt_that_is_tokenised(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six long prompts, more than there are threads for short ones; their places in the queue are theirs meanwhile."""
+    monkeypatch.setattr(mlx_mtp.server, "LARGE_BODY", 300)
+    tokenizer = Slow()
+    fake = ScriptedEngine(tokenizer=tokenizer)
+
+    def body(text: str) -> dict[str, Any]:
+        return {"prompt": text} if path == COMPLETION else {"messages": [{"role": "user", "content": text}]}
+
+    with running(lambda: fake, places=7) as server, ThreadPoolExecutor(6) as pool:
+        long = [pool.submit(server.post, path, body("long" * 100)) for _ in range(6)]
+        assert eventually(lambda: server.worker.waiting == 6) and eventually(lambda: tokenizer.begun)
+        for text in ("a", "b", "c"):
+            assert server.post(path, body(text)).status_code == 200
+        with server.http() as http:
+            assert http.get("/health").json()["queue_length"] == 6
+        assert len(tokenizer.begun) == 1  # the others wait for it
+        tokenizer.free.set()
+        assert all(reply.result().status_code == 200 for reply in long)
+
+
+def test_who_leaves_while_its_prompt_is_tokenised_costs_the_engine_nothing() -> None:
+    tokenizer = Slow()
+    fake = ScriptedEngine(tokenizer=tokenizer)
+    with running(lambda: fake, places=0) as server:
+        with server.connect() as leaving:
+            leaving.sendall(raw_request(COMPLETION, {"prompt": "a long one"}))
+            assert eventually(lambda: tokenizer.begun)
+            assert server.post(COMPLETION, {"prompt": "x"}).status_code == 429
+        assert eventually(lambda: not server.worker.waiting)
+        assert server.post(COMPLETION, {"prompt": "x"}).status_code == 200
+        tokenizer.free.set()
+        assert server.idle()
+    assert len(fake.asked) == 1
+
+
+def test_a_tokenizer_that_fails_is_told_of_without_its_inside(caplog: pytest.LogCaptureFixture) -> None:
+    class Panic(BaseException):
+        """As Rust's panics come to Python."""
+
+    class Broken(FakeTokenizer):
+        def encode(self, text: str, special: bool = True) -> list[int]:
+            raise Panic("a secret of the inside")
+
+    with running(lambda: ScriptedEngine(tokenizer=Broken())) as server:
+        for stream in (True, False):
+            response = server.post(COMPLETION, {"prompt": "x", "stream": stream})
+            assert response.status_code == 500 and response.json()["error"]["code"] == "internal_error"
+        assert server.idle()
+    assert caplog.text.count("a secret of the inside") >= 2
+
+
+def test_what_cannot_fit_is_not_even_tokenised() -> None:
+    """One token stands for at most 5 characters here, so 250 characters that are no blanks are 50 tokens or more."""
+    tokenizer = Slow(mark="y")
+    tokenizer.longest_token = 5
+    with running(lambda: ScriptedEngine(tokenizer=tokenizer, max_context=50)) as server:
+        for path, body in ((COMPLETION, {"prompt": "y" * 250}),
+                           (CHAT, {"messages": [{"role": "user", "content": "y" * 125}] * 2})):  # fmt: skip
+            error = server.post(path, body).json()["error"]
+            assert error["code"] == "context_length_exceeded" and "at least 50" in error["message"]
+        assert not tokenizer.begun
+        tokenizer.free.set()
+        blanks = server.post(COMPLETION, {"prompt": "y" * 249 + " \n\t" * 100})  # a tokenizer may drop blanks
+        assert blanks.status_code == 200 and tokenizer.begun
+
+
+def test_the_longest_token_of_a_real_tokenizer() -> None:
+    tokenizer = mlx_mtp.load(drafter=None).tokenizer
+    spelled = [tokenizer.decode([token]) for token in range(4096)]
+    assert tokenizer.longest_token >= max(len(text) for text in spelled if "\ufffd" not in text)
+
+
+def test_a_reply_that_is_not_streamed_waits_in_silence() -> None:
+    fake = ScriptedEngine(gate=threading.Semaphore(0))
+    replies: list[httpx.Response] = []
+    with running(lambda: fake, quiet_seconds=ALWAYS) as server, server.connect() as first:
+        first.sendall(raw_request(COMPLETION, PROMPT))
+        assert b": generating\n\n" in until(first, b": generating\n\n")
+        second = threading.Thread(target=lambda: replies.append(server.post(COMPLETION, {"prompt": "x"})))
+        second.start()
+        assert eventually(lambda: server.worker.waiting == 1)
+        fake.gate.release(100)
+        second.join()
+    assert replies[0].json()["choices"][0]["text"] == "Hello!"
