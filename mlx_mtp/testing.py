@@ -18,10 +18,10 @@ class ScriptedDrafter:
     the draft for position i is accepted if and only if right[i % len(right)] and all before it in the round are.
     Where not right, and beyond the script's end, another token is proposed. So for a new target, or a loop of your own:
 
-        expected = plain.generate(prompt, max_tokens=60 + depth, ignore_end=True).tokens
+        expected = plain.generate(prompt, max_tokens=60, ignore_end=True).tokens
         drafter = ScriptedDrafter([*prompt, *expected], right=[True, True, False])
         result = Engine(target, drafter, tokenizer, depth=depth).generate(prompt, max_tokens=60, ignore_end=True)
-        assert result.tokens == expected[:60]
+        assert result.tokens == expected
         assert result.stats.accepted == sum(drafter.accepted(len(prompt), 60, depth))
     """
 
@@ -37,14 +37,16 @@ class ScriptedDrafter:
     def accepted(self, prompt: int, tokens: int, depth: int) -> list[int]:
         """Drafts accepted in each round of a greedy reply of `tokens` tokens after a prompt of `prompt` tokens.
 
-        ValueError where the script is too short to say, which is depth tokens beyond the reply.
+        As `Stats` counts them: what the budget cuts off the last round was not accepted. ValueError where the script
+        ends before the reply.
         """
-        if len(self._right) < prompt + tokens + depth:
-            raise ValueError(f"expected a script of {prompt + tokens + depth} tokens, found {len(self._right)}")
+        end = prompt + tokens
+        if len(self._right) < end:
+            raise ValueError(f"expected a script of {end} tokens, found {len(self._right)}")
         rounds, at = [], prompt + 1  # the prompt's own pass gives the first token
-        while at < prompt + tokens:
-            drafts = self._right[at : at + depth]
-            rounds.append(drafts.index(False) if False in drafts else depth)
+        while at < end:
+            drafts = self._right[at : min(at + depth, end)]
+            rounds.append(drafts.index(False) if False in drafts else len(drafts))
             at += rounds[-1] + 1
         return rounds
 

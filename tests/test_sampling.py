@@ -224,12 +224,12 @@ def test_penalties_bias_and_logprobs_do_not_depend_on_depth(variant: str) -> Non
     """With drafts that are right and wrong at known places; no token is a near tie."""
     plain, prompt = lively(variant), np.random.default_rng(2).integers(3, 128, 20).tolist()
     options = {"sampling": PENALISED, "logprobs": 2, "ignore_end": True}
-    expected = plain.generate(prompt, max_tokens=84, **options)
+    expected = plain.generate(prompt, max_tokens=80, **options)
     assert min(max(top.values()) - min(top.values()) for top in expected.top_logprobs) > NEAR_TIE
     drafter = ScriptedDrafter(prompt + expected.tokens, RIGHT)
     found = mlx_mtp.Engine(plain.target, drafter, None, depth=4).generate(prompt, max_tokens=80, **options)
-    assert found.tokens == expected.tokens[:80] and len(set(found.tokens)) > 20
-    assert np.abs(np.array(found.logprobs) - np.array(expected.logprobs[:80])).max() < 1e-3
+    assert found.tokens == expected.tokens and len(set(found.tokens)) > 20
+    assert np.abs(np.array(found.logprobs) - np.array(expected.logprobs)).max() < 1e-3
     assert 0 < found.stats.accepted == sum(drafter.accepted(20, 80, 4)) < found.stats.drafted
 
 
@@ -262,11 +262,11 @@ def test_python_logits_processors_see_every_token() -> None:
             prompt, max_tokens=count, logits_processors=[no_repeats], ignore_end=True, logprobs=2
         )
 
-    expected = run(None, 0, 64)
+    expected = run(None, 0, 60)
     assert min(max(top.values()) - min(top.values()) for top in expected.top_logprobs) > NEAR_TIE
     drafter = ScriptedDrafter(prompt + expected.tokens, RIGHT)
     found = run(drafter, 3, 60)
-    assert found.tokens == expected.tokens[:60]
+    assert found.tokens == expected.tokens
     assert 0 < found.stats.accepted == sum(drafter.accepted(len(prompt), 60, 3)) < found.stats.drafted
     assert all(a != b for a, b in itertools.pairwise(found.tokens))
     assert min(lengths) == len(prompt)
