@@ -38,7 +38,7 @@ def serve(
     allow_host: Annotated[
         list[str] | None,
         typer.Option(help="Another name clients may call it by, such as host.docker.internal; may be repeated.",
-                     show_default="none; all with --api-key", rich_help_panel=WHO),
+                     show_default="none; with --api-key all", rich_help_panel=WHO),
     ] = None,
     model_name: Annotated[
         str | None, typer.Option(help="The model's name for clients.", show_default="that of --model")
@@ -88,9 +88,10 @@ def serve(
         name, value = ("queue", queue) if queue < 0 else ("grace", grace)
         raise mlx_mtp.OptionError(f"Expected --{name} of at least 0, found {value}.")
     name = model_name or _name(model)
+    any_host = api_key is not None and not allow_host
     wanted = server.ServerOptions(
         model=name, others=[model] if model else [], api_key=api_key, origins=cors or [],
-        hosts=None if api_key is not None else [*server.LOOPBACK_NAMES, host, *(allow_host or [])], tokens=max_tokens,
+        hosts=None if any_host else [*server.LOOPBACK_NAMES, host, *(allow_host or [])], tokens=max_tokens,
         most_tokens=most_tokens, seed=seed, session_bytes=int(session_memory * 1e9), body_bytes=int(body_size * 1e6),
         sampling=mlx_mtp.Sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty

@@ -743,6 +743,9 @@ def test_what_the_command_refuses(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "--api-key" in refused("--host", "0.0.0.0")
     assert "--api-key" in refused("--host", "::")
     assert "API key" in refused("--api-key", "")
+    assert "origin" in refused("--cors", "app.example")
+    assert "host" in refused("--allow-host", "host.docker.internal:8080")
+    assert "host" in refused("--allow-host", "*", "--api-key", "k")
     assert "--queue" in refused("--queue", -1)
     with listen("127.0.0.1", 0) as taken:
         assert "--port" in refused("--port", taken.getsockname()[1])

@@ -83,7 +83,7 @@ def ask(client: httpx.Client, number: int, asked: Asked) -> str:
     text, ended = "", False
     with client.stream("POST", path, json={**body, "stream": True}) as response:
         assert response.status_code == 200
-        for i, line in enumerate(line for line in response.iter_lines() if line):
+        for i, line in enumerate(line for line in response.iter_lines() if line.startswith("data: ")):
             data = line.removeprefix("data: ")
             ended = data == "[DONE]"
             text += "" if ended else answer(json.loads(data)["choices"][0])
