@@ -183,7 +183,7 @@ def training_memory(results: Results) -> Rows:
 
 def families(results: Results) -> Rows:
     """The drafter families on one target."""
-    heads = ("drafter", "speed over stock mlx-lm", "drafts", "tokens a round", "drafts that stood, by position",
+    heads = ("drafter", "speed over stock mlx-lm", "drafts", "tokens a round", "drafts accepted, by position",
              "drafts, ms a round", "parameters", "trained")  # fmt: skip
     rows = []
     for name, row in results["arms"].items():

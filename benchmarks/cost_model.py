@@ -180,6 +180,7 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--drafter", default="auto")
     parser.add_argument("--arms", default="stock,plain,mtp,lookup@auto", help="as mlx-mtp bench takes them")
+    parser.add_argument("--category", action="append", default=[], help="only this one; may be repeated")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--json", type=Path)
@@ -189,8 +190,9 @@ def main() -> None:
     plan = Plan(model=args.model, drafter=args.drafter, arms=tuple(args.arms.split(",")), max_tokens=args.max_tokens,
                 repeats=args.repeats)  # fmt: skip
     lineup = line_up(plan, load)
+    chosen = read_prompts(categories=args.category, per_category=1)
     tokenizer = lineup.engine.tokenizer
-    prompts = [prompt.ids(tokenizer) for prompt in read_prompts(per_category=1) if prompt.fits(tokenizer)]
+    prompts = [prompt.ids(tokenizer) for prompt in chosen if prompt.fits(tokenizer)]
     results: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "samplings": {}}
     for sampling in lineup.samplings(plan):
         for found in Foretold(plan, lineup, prompts).run(sampling, plan.seed):

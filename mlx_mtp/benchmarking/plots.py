@@ -75,7 +75,7 @@ def _acceptance(axis: Any, samplings: list[dict[str, Any]]) -> None:
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     if axis.lines:
-        axis.legend(fontsize="x-small", loc="lower left")
+        axis.legend(fontsize="x-small")
 
 
 def _fixed_depth(row: dict[str, Any]) -> int:
