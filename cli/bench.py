@@ -23,14 +23,13 @@ from mlx_mtp.benchmarking.plots import check_matplotlib, plot
 from mlx_mtp.benchmarking.prompts import read_prompts
 from mlx_mtp.benchmarking.report import Setting, build
 from mlx_mtp.benchmarking.run import Bench
-from mlx_mtp.benchmarking.summary import summary
+from mlx_mtp.benchmarking.summary import markdown, summary
 from mlx_mtp.cli import options
 from mlx_mtp.cli.loading import load
 from mlx_mtp.errors import MLXMTPError, OptionError, brief
 
 DEFAULTS = Plan()
 STDOUT = Path("-")
-TITLE = "## mlx-mtp bench"
 OUTPUT, PROMPTS, ARMS = "Output", "Prompts", "Configurations"
 
 
@@ -113,11 +112,10 @@ def _measure(run: Bench, setting: Setting, files: dict[str, Path | None]) -> Non
     ended = _followed(run.run(), run.steps)
     setting.notes += [ended.sentence] if ended.error else []
     report = build(run, setting, ended.early)
-    parts = summary(report)
-    contents = {"--json": json.dumps(report, indent=2) + "\n", "--markdown": tables.markdown([TITLE, *parts])}
+    contents = {"--json": json.dumps(report, indent=2) + "\n", "--markdown": markdown(report)}
     if STDOUT not in files.values():  # tables on a terminal, Markdown in a pipe
         if sys.stdout.isatty():
-            tables.show(Console(), parts)
+            tables.show(Console(), summary(report))
         else:
             print(contents["--markdown"], end="")
     for option, content in contents.items():

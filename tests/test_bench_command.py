@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 
-from mlx_mtp import tables
 from mlx_mtp.benchmarking import run
 from mlx_mtp.benchmarking.arms import BenchArm
 from mlx_mtp.benchmarking.report import DEFINITIONS
-from mlx_mtp.benchmarking.summary import summary
+from mlx_mtp.benchmarking.summary import markdown
 from mlx_mtp.checkpoint import Checkpoint
-from mlx_mtp.cli import app, bench
+from mlx_mtp.cli import app
 from mlx_mtp.converting.quantise import quantise
 from mlx_mtp.loading import EMBEDDED
 
@@ -119,7 +118,7 @@ def test_greedy_outputs_are_compared(outputs: tuple[Path, dict[str, Any]]) -> No
 def test_the_markdown_is_of_that_report_alone(outputs: tuple[Path, dict[str, Any]]) -> None:
     folder, report = outputs
     text = (folder / "report.md").read_text()
-    assert tables.markdown([bench.TITLE, *summary(report)]) == text
+    assert markdown(report) == text
     assert text.splitlines()[2] == report["verdict"] and report["verdict"].startswith("At T = 0 ")
     assert "12 tokens each, 2 turns" in text and "128 tokens at most" in text and "{" not in text
     for words in (*ARMS, *DEFINITIONS, report["machine"]["mlx"], report["command"]):
@@ -127,7 +126,7 @@ def test_the_markdown_is_of_that_report_alone(outputs: tuple[Path, dict[str, Any
     for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         assert len({line.count(" | ") for line in block.splitlines() if "---" not in line}) == 1, block
     report["interrupted"] = True
-    assert "**Interrupted" in tables.markdown(summary(report))
+    assert "**Interrupted" in markdown(report)
 
 
 def test_the_plot_is_a_picture(outputs: tuple[Path, dict[str, Any]]) -> None:

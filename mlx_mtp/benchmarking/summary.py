@@ -20,17 +20,22 @@ BASES = {"over_stock": "stock mlx-lm", "over_plain": "ours plain"}
 
 
 def summary(report: dict[str, Any]) -> list[Part]:
-    """Everything, the verdict first."""
+    """Everything but what the figures mean, the verdict first."""
     parts: list[Part] = [report["verdict"]]
     if report["interrupted"]:
         parts.append("**Interrupted: what follows is what had been measured by then.**")
     parts.append(tables.facts("", facts_of(report)))
     for sampling in report["samplings"]:
         parts += _sampling(report, sampling)
-    parts += ["Definitions:", *(f"- {name}: {text}." for name, text in report["definitions"].items())]
     if report["notes"]:
         parts += ["Notes:", *(f"- {note}" for note in report["notes"])]
     return parts
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The whole report ready to paste, with what every figure means."""
+    meanings = [f"- {name}: {text}." for name, text in report["definitions"].items()]
+    return tables.markdown(["## mlx-mtp bench", *summary(report), "Definitions:", *meanings])
 
 
 def _sampling(report: dict[str, Any], sampling: dict[str, Any]) -> Iterator[Part]:
@@ -42,7 +47,8 @@ def _sampling(report: dict[str, Any], sampling: dict[str, Any]) -> Iterator[Part
     counts = [min(map(len, prompt["runs"].values())) for prompt in sampling["prompts"] if prompt["runs"]]
     done = [count for count in counts if count]
     turns = f"{min(done)}" if min(done) == max(done) else f"{min(done)} to {max(done)}"
-    yield f"{everything['prompts']} prompts, {report['settings']['tokens']} tokens each, {turns} turns."
+    count = everything["prompts"]
+    yield f"{count} prompt{'' if count == 1 else 's'}, {report['settings']['tokens']} tokens each, {turns} turns."
     yield Table("Speed", SPEED_HEADS, [_speed(row) for row in everything["arms"]])
     yield Table("Cost", COST_HEADS, [_cost(row) for row in everything["arms"]])
     base, groups = base_of(everything["arms"]), [group for group in sampling["groups"] if group["category"] != ALL]
