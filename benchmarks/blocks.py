@@ -84,24 +84,28 @@ def speed_by_category(results: Results) -> Rows:
     return (temperature(sampling), *(ARMS.get(name, name) for name in arms)), rows
 
 
-def bench_rounds(results: Results) -> Rows:
-    """What a round is made of, and the cost model beside the measurement."""
-    heads = ("arm", "tokens/s (range)", "pass, ms", "drafts, ms", "gap, ms", "acceptance by position", "over stock",
-             "predicted", "off by")  # fmt: skip
+def bench_acceptance(results: Results) -> Rows:
+    """Speed in tokens and acceptance by position."""
     rows = []
     for sampling in results["samplings"]:
         for name, arm in arms_of(sampling).items():
-            rate, told = arm["tokens_per_second"], arm["predicted"] or {}
+            rate = arm["tokens_per_second"]
             rows.append([
                 f"{ARMS.get(name, name)}, {temperature(sampling)}",
                 f"{rate['median']:.0f} ({rate['low']:.0f} to {rate['high']:.0f})",
-                *("" if arm[part] is None else f"{arm[part]:.2f}" for part in PARTS),
                 shares(arm["acceptance"]) if arm["acceptance"] else "",
-                f"{arm['over_stock']['ratio']:.2f}",
-                f"{told['over_stock']:.2f}" if told else "",
-                f"{told['over_stock_deviation']:+.0%}" if told else "",
             ])  # fmt: skip
-    return heads, rows
+    return ("configuration", "tokens/s (range)", "acceptance by position"), rows
+
+
+def cost_model(results: Results) -> Rows:
+    """What a round is made of, and what the cost model makes of it beside the measurement."""
+    rows = [
+        [f"{ARMS.get(name, name)}, {sampling.split(',')[0]}", *(f"{row[part]:.2f}" for part in PARTS),
+         f"{row['measured']:.2f}", f"{row['predicted']:.2f}", f"{row['deviation']:+.0%}"]
+        for sampling, arms in results["samplings"].items() for name, row in arms.items()
+    ]  # fmt: skip
+    return ("configuration", "pass, ms", "drafts, ms", "gap, ms", "over stock", "predicted", "off by"), rows
 
 
 def unfriendly(results: Results) -> Rows:
@@ -179,7 +183,7 @@ def training_memory(results: Results) -> Rows:
 
 def families(results: Results) -> Rows:
     """The drafter families on one target."""
-    heads = ("drafter", "speed over stock mlx-lm", "drafts", "tokens a round", "drafts that stood, by position",
+    heads = ("drafter", "speed over stock mlx-lm", "drafts", "tokens a round", "drafts accepted, by position",
              "drafts, ms a round", "parameters", "trained")  # fmt: skip
     rows = []
     for name, row in results["arms"].items():
@@ -273,7 +277,10 @@ SOAK = "python benchmarks/soak.py --json benchmarks/results/soak.json"
 TABLES = {
     "speed": Block("bench.json", BENCH, speed),
     "speed-by-category": Block("bench.json", BENCH, speed_by_category),
-    "bench-rounds": Block("bench.json", BENCH, bench_rounds),
+    "bench-acceptance": Block("bench.json", BENCH, bench_acceptance),
+    "cost-model": Block(
+        "cost-model.json", "python benchmarks/cost_model.py --json benchmarks/results/cost-model.json", cost_model
+    ),
     "unfriendly": Block(
         "unfriendly.json", "python benchmarks/unfriendly.py --repeats 30 --json benchmarks/results/unfriendly.json",
         unfriendly,

@@ -18,11 +18,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import blocks
 import mlx.core as mx
 import numpy as np
 from prompts import held_out_code
 from verify_cost import round_seconds
 
+from mlx_mtp import tables
 from mlx_mtp.benchmark import Job, differences, engine_arm, interleave, mlx_lm_arm, ratio
 from mlx_mtp.checkpoint import Checkpoint
 from mlx_mtp.diagnosis import Passes
@@ -93,25 +95,6 @@ def main_head_losses(folder: Path, steps: int) -> dict[str, float]:
     return found
 
 
-def markdown(found: dict[str, dict[str, Any]]) -> str:
-    """The table for people."""
-    heads = ("arm", "speed", "depth", "tokens a round", "acceptance by position", "draft ms a round", "parameters",
-             "trained")  # fmt: skip
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for name, row in found.items():
-        drafted = "draft_milliseconds" in row
-        cells = [
-            name, f"{row['ratio']:.2f}", str(row["depth"]) if drafted else "",
-            f"{row['tokens_per_round']:.2f}" if drafted else "",
-            " ".join(f"{share:.0%}" for share in row["acceptance"]) if drafted else "",
-            f"{row['draft_milliseconds']:.2f}" if drafted else "",
-            f"{row['parameters'] / 1e6:.2f} M" if "parameters" in row else "",
-            f"{row['training_minutes']:.0f} min" if "training_minutes" in row else "",
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
 def plot(found: dict[str, dict[str, Any]], file: Path) -> None:
     """Speed of every arm with its interval, and acceptance by position."""
     import matplotlib
@@ -156,7 +139,7 @@ def main() -> None:
         losses = main_head_losses(args.joint_runs, args.joint_steps)
         results["main_head_held_out_loss"] = {"steps": args.joint_steps, **losses}
     found = results["arms"] = compare(args.depth, args.context, args.prompts, args.repeats, args.runs)
-    table = markdown(found)
+    table = tables.markdown([tables.Table("", *blocks.families(results))])
     print(table)
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")

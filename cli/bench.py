@@ -1,42 +1,39 @@
-"""`mlx-mtp bench`: this machine's arms against each other, and predictions from published figures."""
+"""`mlx-mtp bench`: stock mlx-lm, plain decoding and every drafter against each other on this machine."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
 import mlx_mtp
-from mlx_mtp.benchmarking import markdown as text
-from mlx_mtp.benchmarking import published
-from mlx_mtp.benchmarking.arms import DEFAULT_ARMS, DEFAULT_DEPTHS, Plan, deepest_arm, line_up
+from mlx_mtp import tables
+from mlx_mtp.atomic import replacing
+from mlx_mtp.benchmarking.arms import DEFAULT_ARMS, DEFAULT_DEPTHS, Plan, line_up
 from mlx_mtp.benchmarking.energy import open_meter
 from mlx_mtp.benchmarking.plots import check_matplotlib, plot
-from mlx_mtp.benchmarking.prompts import BenchPrompt, read_prompts
-from mlx_mtp.benchmarking.report import Setting, build, pooled_acceptance
+from mlx_mtp.benchmarking.prompts import read_prompts
+from mlx_mtp.benchmarking.report import Setting, build
 from mlx_mtp.benchmarking.run import Bench
+from mlx_mtp.benchmarking.summary import markdown, summary
 from mlx_mtp.cli import options
 from mlx_mtp.cli.loading import load
-from mlx_mtp.engine import DEEPEST
 from mlx_mtp.errors import MLXMTPError, OptionError, brief
 
 DEFAULTS = Plan()
 STDOUT = Path("-")
-OUTPUT, PROMPTS, ARMS, PREDICTION = "Output", "Prompts", "Arms", "Prediction"
+OUTPUT, PROMPTS, ARMS = "Output", "Prompts", "Configurations"
 
 
 def bench(
-    context: typer.Context,
     model: options.Model = None,
     drafter: options.Drafter = "auto",
     depth: Annotated[
@@ -65,7 +62,7 @@ def bench(
         bool, typer.Option("--raw", help="Continue texts as they stand, no chat template.", rich_help_panel=PROMPTS)
     ] = False,
     max_tokens: Annotated[int, typer.Option(help="Tokens of every timed run.")] = DEFAULTS.max_tokens,
-    repeats: Annotated[int, typer.Option(help="Timed runs of a prompt and arm, in turns.")] = DEFAULTS.repeats,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each, in turns.")] = DEFAULTS.repeats,
     cool_down: Annotated[float, typer.Option(help="Seconds of rest before every turn.")] = DEFAULTS.cool_down,
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
@@ -83,25 +80,12 @@ def bench(
                                   rich_help_panel=OUTPUT)
     ] = None,
     as_plot: Annotated[
-        Path | None, typer.Option("--plot", help="PNG file for four panels.", rich_help_panel=OUTPUT)
-    ] = None,
-    predict: Annotated[
-        str | None, typer.Option(help="An Apple chip, like 'M4 Pro': what published figures promise there; nothing is "
-                                 "timed here.", rich_help_panel=PREDICTION)
-    ] = None,
-    acceptance: Annotated[
-        str | None, typer.Option(help="Chance of drafts to stand, 0.8 or by position 0.9,0.8,0.7.",
-                                 show_default="counted with this pair", rich_help_panel=PREDICTION)
+        Path | None, typer.Option("--plot", help="PNG file for speed and acceptance.", rich_help_panel=OUTPUT)
     ] = None,
 ) -> None:  # fmt: skip
     """Measure this machine: stock mlx-lm, plain, and every drafter, on the same prompts in turns."""
     files = {"--json": as_json, "--markdown": as_markdown, "--plot": as_plot}
     _check_files(files)
-    given = {name for name in context.params if _on_the_command_line(context, name)}
-    if acceptance is not None and (idle := given - {"predict", "acceptance", "as_json", "as_markdown", "as_plot"}):
-        raise OptionError(f"--acceptance leaves nothing to run, so {_options(idle)} would be ignored; leave it out.")
-    if predict is not None and (idle := given & {"arms", "repeats", "cool_down", "depth", "depths"}):
-        raise OptionError(f"--predict times nothing, so {_options(idle)} would be ignored; leave it out.")
     asked = mlx_mtp.Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
@@ -112,74 +96,39 @@ def bench(
     )  # fmt: skip
     if per_category < 1:
         raise OptionError(f"Expected --per-category of at least 1, found {per_category}; raise it.")
-    if acceptance is not None and predict is None:
-        raise OptionError("Expected --predict CHIP beside --acceptance, found none; name a chip, like 'M4 Pro'.")
     chosen = read_prompts(prompts or (), category or (), per_category, raw)
-    if predict is not None:
-        _predict(predict, acceptance, plan, chosen, files)
-    else:
-        _measure(plan, chosen, files)
-
-
-def _on_the_command_line(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
-
-
-def _options(names: set[str]) -> str:
-    return " and ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
-
-
-def _measure(plan: Plan, chosen: Sequence[BenchPrompt], files: dict[str, Path | None]) -> None:
-    """Runs everything; Ctrl-C leaves what was measured so far in all outputs."""
-    if files["--plot"]:
+    if as_plot:
         check_matplotlib()
     setting = Setting(["mlx-mtp", *sys.argv[1:]])
     meter, why_not = open_meter()
-    run = Bench(plan, line_up(plan, load), chosen, meter)
     setting.notes += [why_not] if why_not else []
+    _measure(Bench(plan, line_up(plan, load), chosen, meter), setting, files)
+
+
+def _measure(run: Bench, setting: Setting, files: dict[str, Path | None]) -> None:
+    """Runs everything; Ctrl-C leaves what was measured so far in all outputs."""
     for sentence in run.lineup.left_out:
         print(sentence, file=sys.stderr)
     ended = _followed(run.run(), run.steps)
     setting.notes += [ended.sentence] if ended.error else []
     report = build(run, setting, ended.early)
-    if STDOUT not in (files["--json"], files["--markdown"]):
-        _show(report)
-    _write(files, report, text.markdown(report))
-    if file := files["--plot"]:
-        _saved(file, lambda fresh: plot(report, fresh))
-    ended.leave()
-
-
-def _predict(
-    chip: str, acceptance: str | None, plan: Plan, chosen: Sequence[BenchPrompt], files: dict[str, Path | None]
-) -> None:
-    """What published figures promise on a chip: by a given acceptance, or by this pair's own, which is counted."""
-    if files["--plot"]:
-        raise OptionError("Expected --plot without --predict, found both; a prediction has no picture.")
-    chip = published.canonical(chip)
-    ended, found = Ended(), {}
-    if acceptance is not None:
-        found["given"] = _shares(acceptance)
-    else:
-        run = Bench(plan, deepest_arm(plan, load), chosen)
-        for sentence in run.lineup.left_out:
-            print(sentence, file=sys.stderr)
-        ended = _followed(run.acceptance_only(), len(run.prompts) * len(run.lineup.samplings(plan)))
-        found = pooled_acceptance(run)
-        if not found:
-            ended.leave()
-            raise OptionError("Expected replies with drafts to count, found none; raise --max-tokens or add prompts.")
-    report = published.prediction_report(chip, found)
-    _write(files, report, text.prediction_markdown(report))
-    if STDOUT not in (files["--json"], files["--markdown"]):
-        print(text.prediction_markdown(report), end="")
+    contents = {"--json": json.dumps(report, indent=2) + "\n", "--markdown": markdown(report)}
+    if STDOUT not in files.values():  # tables on a terminal, Markdown in a pipe
+        if sys.stdout.isatty():
+            tables.show(Console(), summary(report))
+        else:
+            print(contents["--markdown"], end="")
+    for option, content in contents.items():
+        _write(files[option], content)
+    if picture := files["--plot"]:
+        with replacing(picture) as fresh:
+            plot(report, fresh)
     ended.leave()
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended: by itself, by Ctrl-C, or by an error, which costs no figure that was booked before it."""
+    """How a run ended: by itself, by Ctrl-C, or by an error, which costs no figure that was recorded before it."""
 
     interrupted: bool = False
     error: Exception | None = None
@@ -226,58 +175,12 @@ def _followed(steps: Iterator[str], total: int) -> Ended:
     return Ended()
 
 
-def _show(report: dict[str, Any]) -> None:
-    """Tables on a terminal, Markdown in a pipe."""
-    if not sys.stdout.isatty():
-        print(text.markdown(report), end="")
-        return
-    console = Console()
-    console.print(_table("", ("", ""), [[name, value] for name, value in text.facts(report).items()]))
-    for sampling in report["samplings"]:
-        if not sampling["groups"]:
-            console.print(f"{sampling['name']}: no turn was finished.")
-            continue
-        everything, (heads, rows) = sampling["groups"][0], text.category_table(sampling)
-        base = "stock mlx-lm" if text.has_stock(everything) else "ours plain"
-        console.print(_table(f"{sampling['name']}: speed", text.SPEED_HEADS, text.speed_rows(everything)))
-        console.print(_table("cost of a round", text.COST_HEADS, text.cost_rows(everything)))
-        console.print(_table(f"by category, over {base}", heads, rows))
-        if model := text.model_rows(everything):
-            console.print(_table("cost model beside measurement", text.MODEL_HEADS, model))
-    for note in report["notes"]:
-        console.print(Text(note))
-
-
-def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title or None, title_justify="left", show_header=any(heads))
-    for at, head in enumerate(heads):
-        table.add_column(head, overflow="fold", justify="right" if head and at else "left")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
-
-
-def _write(files: dict[str, Path | None], report: dict[str, Any], as_text: str) -> None:
-    contents = {"--json": json.dumps(report, indent=2) + "\n", "--markdown": as_text}
-    for option, content in contents.items():
-        file = files[option]
-        if file == STDOUT:
-            print(content, end="")
-        elif file is not None:
-            _saved(file, lambda fresh, content=content: fresh.write_text(content, encoding="utf-8"))
-
-
-def _saved(file: Path, write: Any) -> None:
-    """Writes beside and moves, so that an older file stays whole where the disk is full."""
-    if file.exists() and not file.is_file():  # a device or a pipe
-        write(file)
-        return
-    fresh = file.with_name(f"{file.name}.part")
-    try:
-        write(fresh)
-        os.replace(fresh, file)
-    finally:
-        fresh.unlink(missing_ok=True)
+def _write(file: Path | None, content: str) -> None:
+    if file == STDOUT:
+        print(content, end="")
+    elif file is not None:
+        with replacing(file) as fresh:
+            fresh.write_text(content, encoding="utf-8")
 
 
 def _check_files(files: dict[str, Path | None]) -> None:
@@ -298,11 +201,3 @@ def _depths(depth: str | None, depths: str | None) -> tuple[int | str, ...] | No
         raise OptionError("Expected --depth or --depths, found both; leave one out.")
     given = depth if depths is None else depths
     return None if given is None else tuple(options.depth_value(one.strip()) for one in given.split(","))
-
-
-def _shares(given: str) -> list[float]:
-    try:
-        shares = [float(share) for share in given.split(",")]
-    except ValueError:
-        raise OptionError(f"Expected --acceptance as numbers with commas, like 0.9,0.8, found '{given}'.") from None
-    return shares * DEEPEST if len(shares) == 1 else shares  # one number holds for every position

@@ -16,14 +16,14 @@ from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress import track
-from rich.table import Table
 from rich.text import Text
 
 import mlx_mtp
-from mlx_mtp import blas
+from mlx_mtp import blas, tables
 from mlx_mtp.benchmark import Job, Record, differences, engine_arm, interleave, mlx_lm_arm, ratio
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.results import NEUTRAL
+from mlx_mtp.tables import Part, Table
 
 SHOWN_PROMPT = "What does `shutil.copytree` do?"
 PROMPTS = (
@@ -44,7 +44,7 @@ def main() -> None:
     for engine in (plain, mtp):  # compile before anything is timed
         engine.generate(SHOWN_PROMPT, max_tokens=48, ignore_end=True)
     _side_by_side(console, plain, mtp)
-    console.print(_measure(console, plain, mtp))
+    tables.show(console, _measure(console, plain, mtp))
 
 
 def _device() -> str:
@@ -81,24 +81,23 @@ def _side_by_side(console: Console, plain: mlx_mtp.Engine, mtp: mlx_mtp.Engine) 
             live.update(panels())
 
 
-def _measure(console: Console, plain: mlx_mtp.Engine, mtp: mlx_mtp.Engine) -> Table:
+def _measure(console: Console, plain: mlx_mtp.Engine, mtp: mlx_mtp.Engine) -> list[Part]:
     assert plain.tokenizer is not None
     jobs = [Job(plain.tokenizer.encode(prompt), TOKENS, mlx_mtp.Sampling(temperature=0.0).over(NEUTRAL))
             for prompt in PROMPTS]  # fmt: skip
     arms = {STOCK: mlx_lm_arm(EMBEDDED / "target"), PLAIN: engine_arm(plain), MTP: engine_arm(mtp)}
     turns = interleave(arms, jobs, REPEATS)
     *_, records = track(turns, "measuring", total=len(jobs), console=console, transient=True)
-    table = Table(title=f"{len(jobs)} code prompts, {TOKENS} tokens, greedy, median of {REPEATS} runs each")
-    for column in ("", "tokens/s", "ratio", "tokens per round", "output"):
-        table.add_column(column, justify="left" if column in ("", "output") else "right")
+    rows = []
     for name, record in records.items():
         faster, _, _ = ratio(record, records[STOCK])
         same = "the reference" if name == PLAIN else _comparison(plain, jobs, records[PLAIN], record)
         per_round = record.tokens_per_round if name == MTP else 1.0
-        table.add_row(name, f"{record.rate:.1f}", f"{faster:.2f}", f"{per_round:.2f}", same)
+        rows.append([name, f"{record.rate:.1f}", f"{faster:.2f}", f"{per_round:.2f}", same])
     shares = "  ".join(f"{i + 1}: {share:.0%}" for i, share in enumerate(records[MTP].acceptance()))
-    table.caption = f"drafts that stood, by position  {shares}"
-    return table
+    title = f"{len(jobs)} code prompts, {TOKENS} tokens, greedy, median of {REPEATS} runs each"
+    table = Table(title, ("", "tokens/s", "ratio", "tokens per round", "output"), rows)
+    return [table, f"Drafts accepted, by position: {shares}"]
 
 
 def _comparison(plain: mlx_mtp.Engine, jobs: Sequence[Job], expected: Record, found: Record) -> str:

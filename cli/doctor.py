@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from mlx_mtp import tables
 from mlx_mtp.advice import Advice, advise
+from mlx_mtp.benchmarking.summary import stored
 from mlx_mtp.cli import options
 from mlx_mtp.cli.loading import load
-from mlx_mtp.diagnosis import Diagnosis, Quantisation, diagnose
+from mlx_mtp.diagnosis import Diagnosis, diagnose
 from mlx_mtp.exactness import Exactness
 from mlx_mtp.machine import Machine
+from mlx_mtp.tables import Table, facts
 
 
 def doctor(
@@ -40,29 +41,16 @@ def doctor(
 
 def report(console: Console, found: Diagnosis, advice: list[Advice]) -> None:
     """Prints everything that was found, and what it means."""
-    for table in (_machine(found.machine), _pair(found), _curve(found), _pieces(found), _choices(found)):
-        console.print(table)
-        console.print()
-    for one in advice:
-        console.print(Text.assemble((one.topic, "bold"), ": ", one.text))
-
-
-def _facts(title: str, rows: dict[str, Any]) -> Table:
-    table = Table(title=title, title_justify="left", box=None, show_header=False, pad_edge=False)
-    table.add_column()
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        if value is not None:
-            table.add_row(name, str(value))
-    return table
+    parts = [_machine(found.machine), _pair(found), _curve(found), _pieces(found), _choices(found)]
+    tables.show(console, [*parts, *(f"{one.topic}: {one.text}" for one in advice)])
 
 
 def _machine(here: Machine) -> Table:
     generation = f", GPU generation {here.gpu_generation}" if here.gpu_generation else ""
-    return _facts("Machine", {
+    return facts("Machine", {
         "chip": f"{here.name} ({here.architecture}{generation}), {here.cores} cores",
         "system": here.system,
-        "MLX device": here.device.upper() + (" (Metal)" if here.metal else ""),
+        "MLX device": here.device.upper() + (" (Metal)" if here.metal else ", which says nothing of a Mac's GPU"),
         "memory": _size(here.memory_bytes),
         "recommended": _size(here.recommended_bytes),
         "wired limit": _size(here.wired_limit_bytes),
@@ -79,31 +67,24 @@ def _pair(found: Diagnosis) -> Table:
     if pair.family:
         drafter = pair.family
         if pair.drafter_bytes:
-            drafter += f", {_size(pair.drafter_bytes)}, {_stored(pair.drafter_quantisation)}"
+            drafter += f", {_size(pair.drafter_bytes)}, {stored(map(asdict, pair.drafter_quantisation))}"
     experts = ", mixture of experts" if pair.mixture else ""
-    return _facts("Pair", {
-        "target": f"{_size(pair.bytes)}, {_stored(pair.quantisation)}{experts}",
+    return facts("Pair", {
+        "target": f"{_size(pair.bytes)}, {stored(map(asdict, pair.quantisation))}{experts}",
         "folder": pair.path,
         "drafter": drafter,
         "mode": found.mode,
     })  # fmt: skip
 
 
-def _stored(kinds: tuple[Quantisation, ...]) -> str:
-    """'4-bit affine (groups of 64)', most bytes first."""
-    found = [f"{kind.bits}-bit {kind.mode} (groups of {kind.group_size})" for kind in kinds]
-    return " and ".join(found) if found else "not quantised"
-
-
 def _curve(found: Diagnosis) -> Table:
     """Times of passes, and which of them give a row the bits it has alone."""
-    table = Table(title=f"Passes over the target behind {found.costs.context} tokens", title_justify="left")
-    for column in ("rows", "ms", "ratio", "same bits as one row"):
-        table.add_column(column, justify="right")
-    for rows, seconds in enumerate(found.costs.verify, 1):
-        same = "" if rows == 1 else "yes" if rows in found.exactness.equal_widths else "no"
-        table.add_row(str(rows), f"{1e3 * seconds:.2f}", f"{found.costs.ratio(rows):.2f}", same)
-    return table
+    rows = []
+    for width, seconds in enumerate(found.costs.verify, 1):
+        same = "" if width == 1 else "yes" if width in found.exactness.equal_widths else "no"
+        rows.append([str(width), f"{1e3 * seconds:.2f}", f"{found.costs.ratio(width):.2f}", same])
+    title = f"Passes over the target after {found.costs.context} tokens"
+    return Table(title, ("rows", "ms", "ratio", "same bits as one row"), rows)
 
 
 def _pieces(found: Diagnosis) -> Table:
@@ -112,7 +93,7 @@ def _pieces(found: Diagnosis) -> Table:
     if found.machine.device == "gpu":  # on a CPU the device's own work is in it
         build += f", up to {1e3 * costs.submit:.2f} ms to hand it over"
     drafted = costs.drafted
-    return _facts("Round", {
+    return facts("Round", {
         "plain": f"{1e3 * costs.plain:.2f} ms",
         f"{costs.drafted_depth} drafts": None if drafted is None else f"{1e3 * drafted:.2f} ms",
         "draft step": None if costs.draft_step is None else f"{1e3 * costs.draft_step:.2f} ms",
@@ -132,13 +113,10 @@ def _way(exact: Exactness) -> str:
 
 def _choices(found: Diagnosis) -> Table:
     """Predictions: expected tokens over the measured times, as the depth control computes them."""
-    table = Table(title="Depth it would choose (estimate, against plain decoding in this mode)", title_justify="left")
-    for column in ("drafts that stand", "depth", "tokens a round", "times plain"):
-        table.add_column(column, justify="right")
-    for one in found.choices:
-        row = f"{one.acceptance:.0%}", str(one.depth), f"{one.tokens_per_round:.2f}", f"{one.speed_up:.2f}"
-        table.add_row(*row)
-    return table
+    rows = [[f"{one.acceptance:.0%}", str(one.depth), f"{one.tokens_per_round:.2f}", f"{one.speed_up:.2f}"]
+            for one in found.choices]  # fmt: skip
+    return Table("Depth it would choose (estimate, against plain decoding in this mode)",
+                 ("drafts accepted", "depth", "tokens a round", "times plain"), rows)  # fmt: skip
 
 
 def _size(count: int | None) -> str | None:

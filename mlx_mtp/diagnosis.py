@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -363,22 +363,6 @@ def measure(
         context=len(prompt), verify=tuple(seconds), plain=wall[0], drafted_depth=depth,
         drafted=wall[depth] if depth else None, draft_step=step, build=alone[-1].build, submit=alone[-1].submit,
         scatter=statistics.median(timing.scatter for timing in passes),
-    )  # fmt: skip
-
-
-def middle_of(found: Sequence[Costs]) -> Costs:
-    """The medians of the same pieces measured several times."""
-
-    def median(of: Callable[[Costs], float | None]) -> float | None:
-        values = [value for one in found if (value := of(one)) is not None]
-        return statistics.median(values) if values else None
-
-    rows = zip(*(one.verify for one in found), strict=True)
-    always = zip(*((one.plain, one.build, one.submit, one.scatter) for one in found), strict=True)
-    plain, build, submit, scatter = map(statistics.median, always)
-    return replace(
-        found[0], verify=tuple(map(statistics.median, rows)), plain=plain, drafted=median(lambda c: c.drafted),
-        draft_step=median(lambda c: c.draft_step), build=build, submit=submit, scatter=scatter,
     )  # fmt: skip
 
 

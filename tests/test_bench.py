@@ -1,4 +1,4 @@
-"""bench: prompts, turns, statistics, outputs that part, the cost model, published curves, and the command itself."""
+"""bench: prompts, turns, statistics, outputs that differ, the verdict, plans, energy."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ import pytest
 import mlx_mtp
 from mlx_mtp import machine
 from mlx_mtp.benchmark import Difference, Job, Record, Timing, differences, ratio, take_turns
-from mlx_mtp.benchmarking import cost_model, energy, prompts, published
+from mlx_mtp.benchmarking import energy, prompts, report
 from mlx_mtp.benchmarking.arms import DEFAULT_DEPTHS, GEMMA, Plan, _depths, parted, sampling_name
-from mlx_mtp.benchmarking.markdown import table
-from mlx_mtp.depth import expected_tokens
-from mlx_mtp.diagnosis import Costs, middle_of
+from mlx_mtp.benchmarking.report import verdict
 from mlx_mtp.drafters.lookup import Lookup
 from mlx_mtp.errors import DataError, OptionError, PromptError
 from mlx_mtp.loading import EMBEDDED, another_drafter, drafter_folder
@@ -228,14 +226,6 @@ def test_the_first_difference_is_found_with_its_logit_gap() -> None:
     assert str(Difference(0, 4, 0.00123)) == "parts at token 5, the two tokens' logits 1.2e-03 apart"
 
 
-# The cost model
-
-COSTS = Costs(
-    context=200, verify=(0.010, 0.011, 0.012, 0.013, 0.015, 0.018, 0.020, 0.022), plain=0.0105, drafted_depth=4,
-    drafted=0.015 + 4 * 0.001 + 0.0008, draft_step=0.001, build=0.001, submit=0.002, scatter=0.02,
-)  # fmt: skip
-
-
 def test_acceptance_is_conditional_and_ends_where_nothing_tells() -> None:
     stats = [Stats(), Stats()]
     # Depths change, so that a position's drafts come from other rounds than the position before.
@@ -244,105 +234,6 @@ def test_acceptance_is_conditional_and_ends_where_nothing_tells() -> None:
     assert stats[0].judged_by_position == [3, 2, 1] and stats[0].drafted_by_position == [3, 3, 3]
     assert acceptance(stats) == pytest.approx([4 / 5, 1 / 2, 1.0])
     assert acceptance([]) == []
-
-
-def test_rounds_needed_by_hand() -> None:
-    law = cost_model.tokens_law(10, [8, 4])
-    assert law == pytest.approx([0.2, 0.4, 0.4]) and sum(law) == pytest.approx(1.0)
-    assert cost_model.tokens_law(7, []) == [1.0]  # plain decoding
-    # One token: one round. Two: one more round where the first gave one. Three: 1 + 0.2 N(2) + 0.4 N(1).
-    assert [cost_model.rounds_needed(law, n) for n in range(4)] == pytest.approx([0.0, 1.0, 1.2, 1.64])
-    assert cost_model.rounds_needed([1.0], 63) == 63.0
-    long = cost_model.rounds_needed(law, 5000)
-    assert 5000 / long == pytest.approx(expected_tokens([0.8, 0.5], 2), rel=1e-3)
-
-
-def test_the_prediction_by_hand() -> None:
-    plain = cost_model.seconds_per_token(COSTS, {0: 9}, [1.0], 64)
-    assert plain == pytest.approx(0.0105)
-    # Depth 2: a pass of three rows, two drafts, and the gap that depth 4 showed.
-    parts = cost_model.round_parts(COSTS, {2: 5})
-    assert (parts.verify, parts.draft, parts.gap) == pytest.approx((0.012, 0.002, 0.0008))
-    law = [0.2, 0.4, 0.4]
-    needed = cost_model.rounds_needed(law, 63)
-    assert cost_model.seconds_per_token(COSTS, {2: 5}, law, 64) == pytest.approx(needed * 0.0148 / 63)
-    # The formula itself, E / (verify(M) / verify(1) + depth x draft / verify(1) + gap / verify(1)), for long replies.
-    formula = 2.2 / (1.2 + 0.2 + 0.08)
-    model = COSTS.verify[0] / cost_model.seconds_per_token(COSTS, {2: 5}, law, 4000)
-    assert model == pytest.approx(formula, rel=1e-3)
-
-
-def test_a_mix_of_depths_is_predicted_by_its_shares() -> None:
-    mix = {0: 30, 2: 10}
-    parts = cost_model.round_parts(COSTS, mix)
-    assert parts.seconds == pytest.approx(0.75 * 0.0105 + 0.25 * 0.0148)
-    # The ten of depth 2 stood in 8 and 4 rounds; the thirty others had no drafts.
-    law = cost_model.tokens_law(40, [8, 4])
-    assert law == pytest.approx([0.75 + 0.25 * 0.2, 0.25 * 0.4, 0.25 * 0.4])
-    wanted = cost_model.rounds_needed(law, 63) * parts.seconds / 63
-    assert cost_model.seconds_per_token(COSTS, mix, law, 64) == pytest.approx(wanted)
-
-
-def test_exact_mode_pays_for_filled_passes() -> None:
-    parts = cost_model.round_parts(COSTS, {2: 1}, filled=5)
-    assert (parts.verify, parts.draft) == pytest.approx((0.015, 0.002))
-    assert cost_model.pass_seconds(COSTS, 9) == pytest.approx(0.024)
-
-
-def test_of_pieces_that_were_timed_several_times_the_medians_count() -> None:
-    def times(factor: float) -> Costs:
-        return Costs(
-            context=200, verify=tuple(factor * t for t in COSTS.verify), plain=0.01 * factor, drafted_depth=4,
-            drafted=0.02 * factor, draft_step=0.001 * factor, build=0.002 * factor, submit=0.004, scatter=0.04,
-        )  # fmt: skip
-
-    # One that the machine slowed down eightfold does not count for more than any other slow one.
-    found = middle_of([times(8.0), times(1.0), times(2.0)])
-    assert found == times(2.0)
-    without = Costs(
-        context=9, verify=(0.01,), plain=0.01, drafted_depth=0, drafted=None, draft_step=None, build=0.0, submit=0.0,
-        scatter=0.0,
-    )  # fmt: skip
-    assert middle_of([without, without]) == without
-
-
-# Published curves
-
-
-def test_published_curves_name_their_sources_and_start_at_one() -> None:
-    found = published.curves()
-    assert len(found) >= 8
-    for curve in found:
-        assert curve.source and curve.rows[1] == 1.0 and all(ratio >= 0.9 for ratio in curve.rows.values())
-        assert all(curve.cost(depth) > 0.9 for depth in range(curve.deepest + 1))
-
-
-def test_predictions_by_hand() -> None:
-    first = published.predict("M4 Pro", [0.8] * 8)[0]
-    assert first.curve.source == "mlx#3839"
-    assert first.by_depth[:2] == pytest.approx((1.8 / (1.03 + 0.043), 2.44 / (1.22 + 0.086)))
-    # Row 5 is not published there: half-way between rows 4 and 6.
-    assert first.by_depth[3] == pytest.approx(3.3616 / ((1.47 + 2.07) / 2 + 4 * 0.043))
-    assert (first.depth, len(first.by_depth)) == (2, 7) and first.speed_up == first.by_depth[1]
-    # The published optimum of that chip, a block of five.
-    assert published.predict("Apple M5 Max", [0.8] * 8)[0].depth == 4
-    whole = next(one for one in published.predict("m3 ultra", [0.8, 0.8, 0.8]) if one.curve.whole_round)
-    assert whole.by_depth == pytest.approx((1.8 / 1.17, 2.44 / 1.34, 2.952 / 1.51))
-    bad = published.predict("M1 Ultra", [0.1] * 8)
-    assert [one.depth for one in bad] == [0, 0] and [one.speed_up for one in bad] == [1.0, 1.0]
-
-
-def test_a_chip_without_curves_takes_those_of_its_generation_and_says_so() -> None:
-    report = published.prediction_report("M4 Max", {"given": [0.8]})
-    shown = report["cases"][0]["predictions"]
-    assert {one["figures_of"] for one in shown} == {"M4 Pro"} and report["chip"] == "M4 Max"
-    assert all(one["prediction"] == published.MARK and "not measured" in published.MARK for one in shown)
-
-
-@pytest.mark.parametrize("chip", ["M2 Pro", "M9", "", "H100"])
-def test_an_unknown_chip_is_told_the_known_ones(chip: str) -> None:
-    with pytest.raises(OptionError, match="M4 Pro.*M5 Max"):
-        published.predict(chip, [0.8])
 
 
 # Plans, energy, machine
@@ -417,5 +308,54 @@ def test_power_source() -> None:
     assert machine.drawn_from("") is None
 
 
-def test_markdown_tables_keep_their_columns() -> None:
-    assert table(("a", "b"), [["x|y", "two\nlines"]]) == ["| a | b |", "| --- | --- |", "| x\\|y | two lines |"]
+def row(arm: str, speed: float, stock: tuple[float, float | None, float | None] | None, **more: Any) -> dict[str, Any]:
+    def over(found: tuple[float, float | None, float | None] | None) -> dict[str, float | None] | None:
+        return None if found is None else dict(zip(("ratio", "low", "high"), found, strict=True))
+
+    speeds = {"median": speed, "low": speed, "high": speed}
+    return {"arm": arm, "tokens_per_second": speeds, "over_stock": over(stock), "over_plain": over(more.get("plain"))}
+
+
+ONE = (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("arms", "sentence"),
+    [
+        ([row("stock", 100, ONE), row("plain", 110, (1.1, 1.0, 1.2)), row("mtp@2", 200, (2.0, 1.8, 2.25))],
+         "At T = 0 mtp@2 is fastest, 2.00 times stock mlx-lm [1.80, 2.25]."),
+        ([row("stock", 100, ONE), row("plain", 101, (1.01, 0.9, 1.2)), row("mtp@2", 90, (0.9, 0.8, 1.1))],
+         "At T = 0 nothing is faster than stock mlx-lm beyond chance (the best is plain, 1.01 times [0.90, 1.20])."),
+        ([row("stock", 100, ONE), row("plain", 120, (1.2, None, None))], "At T = 0 plain is fastest, 1.20 times stock "
+         "mlx-lm."),
+        ([row("plain", 100, None, plain=ONE), row("mtp@2", 95, None, plain=(0.95, 0.9, 0.99)),
+          row("lookup@auto", 100, None, plain=(1.004, 0.99, 1.01))],
+         "At T = 0 nothing is faster than plain decoding beyond chance (the best is lookup@auto, 1.00 times "
+         "[0.99, 1.01])."),
+        ([row("mtp@2", 95, None), row("mtp@4", 99.5, None)], "At T = 0 mtp@4 decoded 99.5 tokens/s."),
+        ([row("stock", 100, ONE)], "At T = 0 stock decoded 100.0 tokens/s."),
+    ],
+)  # fmt: skip
+def test_the_verdict_is_one_sentence(arms: list[dict[str, Any]], sentence: str) -> None:
+    sampling = {"name": "T = 0", "groups": [{"arms": arms}, {"arms": []}]}
+    assert verdict([sampling]) == sentence
+    warm = {"name": "T = 1", "groups": [{"arms": [row("mtp@2", 95, None)]}]}
+    assert verdict([sampling, warm]) == sentence[:-1] + "; at T = 1 mtp@2 decoded 95.0 tokens/s."
+    none = "No turn was finished, so there is nothing to compare."
+    assert verdict([{"name": "T = 0", "groups": []}]) == verdict([]) == none
+
+
+def test_scattered_times_are_noted() -> None:
+    """Of greedy runs at one depth only: elsewhere the work differs from run to run."""
+    def scatter(seconds: list[float], arm: str = "plain", temperature: float = 0.0) -> float:
+        runs = [Timing([1, 2], time, 0) for time in seconds]
+        job = Job([1], 2, Sampling(temperature=temperature).over(NEUTRAL))
+        arms = {"plain": SimpleNamespace(depth=0), "mtp@auto": SimpleNamespace(depth="auto")}
+        measured = SimpleNamespace(job=job, timings={arm: runs})
+        bench: Any = SimpleNamespace(results={"T": [measured]}, lineup=SimpleNamespace(arms=arms))
+        return report._scatter(bench)
+
+    times = [1.0, 1.1, 1.2, 1.4, 1.5]
+    low, middle, high = np.quantile(times, (0.25, 0.5, 0.75), method="weibull")
+    assert scatter(times) == pytest.approx((high - low) / middle)
+    assert scatter(times[:3]) == scatter(times, "mtp@auto") == scatter(times, temperature=1.0) == 0.0

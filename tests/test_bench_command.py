@@ -7,17 +7,15 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mlx_mtp.benchmark import Job
-from mlx_mtp.benchmarking import published, run
+from mlx_mtp.benchmarking import run
 from mlx_mtp.benchmarking.arms import BenchArm
-from mlx_mtp.benchmarking.markdown import markdown
 from mlx_mtp.benchmarking.report import DEFINITIONS
+from mlx_mtp.benchmarking.summary import markdown
 from mlx_mtp.checkpoint import Checkpoint
 from mlx_mtp.cli import app
 from mlx_mtp.converting.quantise import quantise
@@ -27,9 +25,7 @@ SPREAD = {"median", "low", "high"}
 ROW = {
     "arm", "drafter", "depth", "tokens_per_second", "over_stock", "over_plain", "tau", "timed_tokens_per_round",
     "acceptance", "drafted_by_position", "judged_by_position", "accepted_by_position", "depth_counts",
-    "verify_milliseconds", "draft_milliseconds", "gap_milliseconds", "round_milliseconds",
-    "first_token_milliseconds", "run_bytes",
-    "joules_per_token", "output", "predicted",
+    "milliseconds_per_round", "first_token_milliseconds", "run_bytes", "joules_per_token", "output",
 }  # fmt: skip
 ARMS = ["stock", "plain", "mtp@2", "mtp@auto", "lookup@2"]
 
@@ -39,7 +35,6 @@ def command(*args: str) -> int:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr(sys, "argv", ["mlx-mtp", "bench", *args])
-        patch.setattr(run, "PIECES", replace(run.PIECES, repeats=2, pipelined=4))
         app.main()
     return int(end.value.code or 0)
 
@@ -67,10 +62,10 @@ def outputs(prompt_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 def test_the_json_holds_everything(outputs: tuple[Path, dict[str, Any]]) -> None:
     report = outputs[1]
     assert set(report) == {
-        "format", "command", "started", "seconds", "interrupted", "machine", "idle_watts", "pair", "settings",
-        "definitions", "notes", "samplings",
+        "format", "verdict", "command", "started", "seconds", "interrupted", "machine", "idle_watts", "pair",
+        "settings", "definitions", "notes", "samplings",
     }  # fmt: skip
-    assert (report["format"], report["interrupted"], report["pair"]["family"]) == (1, False, "assistant")
+    assert (report["format"], report["interrupted"], report["pair"]["family"]) == (2, False, "assistant")
     assert report["command"].startswith("mlx-mtp bench --prompts ") and report["settings"]["tokens"] == 12
     assert {"power_source", "low_power_mode", "blas", "load_average", "python"} <= set(report["machine"])
     greedy, own = report["samplings"]
@@ -84,7 +79,7 @@ def test_the_json_holds_everything(outputs: tuple[Path, dict[str, Any]]) -> None
                 assert set(row["tokens_per_second"]) == set(row["first_token_milliseconds"]) == SPREAD
                 assert 0 < row["tokens_per_second"]["low"] <= row["tokens_per_second"]["high"]
                 assert row["run_bytes"] > 1e5 and row["over_stock"]["low"] <= row["over_stock"]["high"]
-                assert (row["predicted"] is None) == (row["arm"] == "stock")
+                assert (row["milliseconds_per_round"] is None) == (row["arm"] == "stock")
 
 
 def test_the_figures_agree_with_the_raw_runs(outputs: tuple[Path, dict[str, Any]]) -> None:
@@ -92,7 +87,7 @@ def test_the_figures_agree_with_the_raw_runs(outputs: tuple[Path, dict[str, Any]
         (prompt,) = sampling["prompts"]
         rows = {row["arm"]: row for row in sampling["groups"][0]["arms"]}
         assert rows["stock"]["over_stock"] == {"ratio": 1.0, "low": 1.0, "high": 1.0}
-        assert rows["plain"]["over_plain"]["ratio"] == 1.0 and rows["plain"]["predicted"]["over_plain"] is None
+        assert rows["plain"]["over_plain"]["ratio"] == 1.0
         for name, runs in prompt["runs"].items():
             assert [one["tokens"] for one in runs] == [12, 12]  # the ending is ignored, the budget is met
             speeds = sorted(11 / one["seconds"] for one in runs)
@@ -103,11 +98,9 @@ def test_the_figures_agree_with_the_raw_runs(outputs: tuple[Path, dict[str, Any]
         reply = prompt["replies"]["mtp@2"]
         assert drafted["tau"] == pytest.approx((reply["tokens"] - 1) / reply["rounds"])
         assert drafted["acceptance"][0] == reply["accepted_by_position"][0] / reply["judged_by_position"][0]
-        parts = [drafted[f"{name}_milliseconds"] for name in ("verify", "draft", "gap")]
-        assert sum(parts) == pytest.approx(drafted["round_milliseconds"])
-        assert [one["drafter"] for one in prompt["pieces"]] == [None, "mtp", "lookup"]
-        expected, real = drafted["predicted"]["over_plain"], drafted["over_plain"]["ratio"]
-        assert drafted["predicted"]["over_plain_deviation"] == pytest.approx(expected / real - 1)
+        # A plain round gives one token: 11 of them between the first token and the last.
+        each = sorted(1e3 * one["seconds"] / 11 for one in prompt["runs"]["plain"])
+        assert rows["plain"]["milliseconds_per_round"] == pytest.approx(sum(each) / 2)
 
 
 def test_greedy_outputs_are_compared(outputs: tuple[Path, dict[str, Any]]) -> None:
@@ -126,8 +119,9 @@ def test_the_markdown_is_of_that_report_alone(outputs: tuple[Path, dict[str, Any
     folder, report = outputs
     text = (folder / "report.md").read_text()
     assert markdown(report) == text
+    assert text.splitlines()[2] == report["verdict"] and report["verdict"].startswith("At T = 0 ")
     assert "12 tokens each, 2 turns" in text and "128 tokens at most" in text and "{" not in text
-    for words in (*ARMS, *DEFINITIONS, report["machine"]["mlx"], report["command"], "Cost model beside measurement"):
+    for words in (*ARMS, *DEFINITIONS, report["machine"]["mlx"], report["command"]):
         assert words in text
     for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         assert len({line.count(" | ") for line in block.splitlines() if "---" not in line}) == 1, block
@@ -166,30 +160,23 @@ def test_ctrl_c_leaves_what_was_measured(
     (sampling,) = report["samplings"]
     (prompt,) = sampling["prompts"]
     assert len(prompt["runs"]["plain"]) == 1 and sampling["groups"][0]["arms"][0]["over_stock"] is None
-    # The pieces come before the arms, so what was measured can be predicted.
-    assert prompt["pieces"] and sampling["groups"][0]["arms"][0]["predicted"]["tokens_per_second"] > 0
 
 
-def test_the_pieces_are_timed_once_a_turn_at_both_ends_of_it(
+def test_arms_take_turns_after_a_warm_up(
     prompt_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     ran: list[str] = []
-
-    def seen(self: run.Bench, job: Job) -> Any:
-        ran.append("pieces")
-        return pieces(self, job)
 
     def timed(self: run.Bench, arm: BenchArm) -> Any:
         watched = watch(self, arm)
         return lambda job: (ran.append(arm.name), watched(job))[1]
 
-    pieces, watch = run.Bench._pieces, run.Bench._watched
-    monkeypatch.setattr(run.Bench, "_pieces", seen)
+    watch = run.Bench._watched
     monkeypatch.setattr(run.Bench, "_watched", timed)
     options = ("--prompts", str(prompt_file), "--arms", "stock,plain", "--max-tokens", "8", "--cool-down", "0")
     assert command(*options, "--temperature", "0", "--repeats", "3", "--json", str(tmp_path / "report.json")) == 0
-    forth, back = ["pieces", "stock", "plain"], ["plain", "stock", "pieces"]
-    assert ran == forth[1:] + forth + back + forth  # the arms are warmed up first
+    forth, back = ["stock", "plain"], ["plain", "stock"]
+    assert ran == forth + forth + back + forth
 
 
 def test_an_error_on_the_way_costs_nothing_that_was_measured(
@@ -243,26 +230,6 @@ def test_ctrl_c_before_anything_was_measured(
     assert json.loads(capsys.readouterr().out)["samplings"] == []
 
 
-def test_predictions_need_no_model_with_an_acceptance(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("mlx_mtp.cli.bench.load", None)
-    file = tmp_path / "prediction.json"
-    assert command("--predict", "m4 pro", "--acceptance", "0.9,0.8", "--json", str(file)) == 0
-    out, report = capsys.readouterr().out, json.loads(file.read_text())
-    assert published.MARK in out and "mlx#3839" in out and "90% 80%" in out
-    (case,) = report["cases"]
-    assert case["acceptance"] == [0.9, 0.8] and report["chip"] == "M4 Pro"
-    assert all(len(one["speed_up_by_depth"]) == 2 for one in case["predictions"])
-
-
-def test_predictions_count_acceptance_with_the_pair(prompt_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("--predict", "M5 Max", "--prompts", str(prompt_file), "--temperature", "0", "--json", "-") == 0
-    report = json.loads(capsys.readouterr().out)
-    (case,) = report["cases"]
-    assert case["acceptance_from"] == "counted with this pair, T = 0, 1 prompts" and 0.0 < case["acceptance"][0] <= 1.0
-
-
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -273,15 +240,6 @@ def test_predictions_count_acceptance_with_the_pair(prompt_file: Path, capsys: p
         (("--depths", "9"), "0 to 8, not 9"),
         (("--arms", "stock,oracle"), "'oracle'"),
         (("--arms", ","), "at least one arm"),
-        (("--acceptance", "0.8"), "--predict CHIP"),
-        (("--predict", "M2 Pro", "--acceptance", "0.8"), "M4 Pro"),
-        (("--predict", "M4 Pro", "--acceptance", "1.8"), "from 0 to 1"),
-        (("--predict", "M4 Pro", "--acceptance", "nan"), "from 0 to 1"),
-        (("--predict", "M4 Pro", "--acceptance", "high"), "found 'high'"),
-        (("--predict", "M4 Pro", "--acceptance", "0.8", "--plot", "a.png"), "no picture"),
-        (("--predict", "M4 Pro", "--drafter", "none", "--category", "chat"), "give --acceptance"),
-        (("--predict", "M4 Pro", "--acceptance", "0.8", "--model", "some/model"), "--model would be ignored"),
-        (("--predict", "M4 Pro", "--repeats", "3"), "--repeats would be ignored"),
         (("--arms", "plain,mlx-vlm@auto"), "mlx-vlm@auto"),
         (("--json", "same.txt", "--markdown", "./same.txt"), "found one twice"),
         (("--cool-down", "nan"), "cool_down of at least 0"),

@@ -34,7 +34,7 @@ def test_both_replies_and_what_was_measured(shown: str) -> None:
     for arm, end in (("stock mlx-lm", ""), ("plain", "the reference"), ("MTP", "")):
         row = next(line for line in shown.splitlines() if re.search(rf"^\W {arm}\s.*\d\.\d\s", line))
         assert len(re.findall(r"\d+\.\d\d\b", row)) >= 2 and end in row  # ratio, tokens per round
-    assert re.search(r"drafts that stood, by position\s+1: \d+%", shown)
+    assert re.search(r"Drafts accepted, by position: 1: \d+%", shown)
 
 
 def test_a_difference_is_named_with_its_place_and_gap() -> None:

@@ -85,7 +85,7 @@ class Plan:
 class BenchArm:
     """One contender. engine, drafter, depth: None for other engines; drafter None and depth 0 for `plain`.
 
-    drafter: the name under which its cost is measured, once for all depths.
+    drafter: its name without the depth.
     """
 
     name: str
@@ -144,17 +144,6 @@ def line_up(plan: Plan, load: Load) -> Lineup:
             _drafting(lineup, plan, name, made)
     if not lineup.arms:
         raise OptionError(f"Expected an arm that can run here, found none: {' '.join(lineup.left_out)}")
-    return lineup
-
-
-def deepest_arm(plan: Plan, load: Load) -> Lineup:
-    """The pair alone, drafting as deep as it can: what acceptance by position is counted with."""
-    engine = load(plan.model, plan.drafter, depth="0", mode=plan.mode, max_context=plan.max_context)
-    if engine.drafter is None:
-        raise OptionError("Expected a pair with a drafter to count acceptance with, found none; give --acceptance 0.8.")
-    lineup, depth = Lineup(engine), max(engine.allowed_depths)
-    deep = _engine(lineup, engine.drafter, depth)
-    lineup.arms[MTP] = BenchArm(name=MTP, run=engine_arm(deep), engine=deep, drafter=MTP, depth=depth)
     return lineup
 
 

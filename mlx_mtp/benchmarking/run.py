@@ -1,43 +1,31 @@
 """The bench itself: every prompt, under every sampling, through every arm; and whatever was measured so far.
 
-What it does, for each prompt: counts acceptance on a reply that ends where it ends, untimed; then times the arms in
-turns A B B A, a fixed number of tokens each, endings ignored. The pieces of a round are timed in the same turns, so
-that a machine that changes its speed does so for predictions and measurements alike. What it does not do: print, or
-turn runs into figures (report.py).
-
-Invariant: what was booked stays booked, whenever the run is interrupted.
+For each prompt: acceptance is counted on a reply that ends where it ends, untimed; then the arms are timed in turns
+A B B A, a fixed number of tokens each, endings ignored. What was recorded stays recorded, whenever the run is
+interrupted; report.py makes figures of it.
 """
 
 from __future__ import annotations
 
 import logging
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp import diagnosis
 from mlx_mtp.benchmark import Arm, Job, Timing, take_turns
-from mlx_mtp.benchmarking.arms import STOCK, BenchArm, Lineup, Plan, sampling_name
+from mlx_mtp.benchmarking.arms import BenchArm, Lineup, Plan, sampling_name
 from mlx_mtp.benchmarking.energy import EnergyMeter
 from mlx_mtp.benchmarking.prompts import BenchPrompt
-from mlx_mtp.decode import Decoder
-from mlx_mtp.depth import FixedDepth
-from mlx_mtp.diagnosis import Costs, Effort, Passes
 from mlx_mtp.engine import Engine
 from mlx_mtp.errors import PromptError
 from mlx_mtp.results import Sampling, Stats
 
 log = logging.getLogger(__name__)
 
-# How the pieces of one turn are timed: pipelined rounds above all, for those decide; by their mean, since a run's time
-# is the sum of its rounds.
-PIECES = Effort(repeats=3, warm=1, pipelined=16, turns=1, middle=statistics.fmean)
-PLAIN_PIECES = ""  # the name of the pieces without a drafter
 BETWEEN_SAMPLINGS = 1_000_003  # seeds
 
 
@@ -45,13 +33,11 @@ BETWEEN_SAMPLINGS = 1_000_003  # seeds
 class Measured:
     """One prompt under one sampling.
 
-    replies: statistics of replies that ended by themselves, by arm. pieces: of each turn, by drafter; never of fewer
-    turns than an arm has runs. timings: by arm, in the order of the turns.
+    replies: statistics of replies that ended by themselves, by arm. timings: by arm, in the order of the turns.
     """
 
     prompt: BenchPrompt
     job: Job
-    pieces: list[dict[str, Costs]] = field(default_factory=list)
     replies: dict[str, Stats] = field(default_factory=dict)
     timings: dict[str, list[Timing]] = field(default_factory=dict)
 
@@ -59,18 +45,6 @@ class Measured:
     def turns(self) -> int:
         """Turns that every arm finished."""
         return min((len(runs) for runs in self.timings.values()), default=0)
-
-    @property
-    def costs(self) -> dict[str, Costs]:
-        """The pieces by drafter, each the median of the turns."""
-        names = self.pieces[0] if self.pieces else {}
-        return {name: diagnosis.middle_of([found[name] for found in self.pieces]) for name in names}
-
-    @property
-    def stock_seconds(self) -> float | None:
-        """A step of stock mlx-lm in its own runs; None where it does not take part."""
-        runs = self.timings.get(STOCK)
-        return statistics.median(run.seconds / (len(run.tokens) - 1) for run in runs) if runs else None
 
 
 @dataclass
@@ -103,18 +77,12 @@ class Bench:
                     f"new ones, found {len(ids)}; leave it out or raise --max-context."
                 )
         self._samplings = self.lineup.samplings(self.plan)
-        # Made once: each holds the graphs that it has compiled.
-        self._passes = Passes(engine.target)
-        self._decoders = {
-            name: Decoder(each.target, each.drafter if name else None, FixedDepth(0), each.exactness)
-            for name, each in {PLAIN_PIECES: engine, **self.lineup.drafters}.items()
-        }
 
     @property
     def steps(self) -> int:
         """Things to do in all, about equally long."""
         arms = self.lineup.arms.values()
-        each = sum(arm.drafter is not None for arm in arms) + (1 + len(arms)) * self.plan.repeats
+        each = sum(arm.drafter is not None for arm in arms) + len(arms) * self.plan.repeats
         return each * len(self.prompts) * len(self._samplings)
 
     def run(self) -> Iterator[str]:
@@ -124,11 +92,6 @@ class Bench:
         for measured, what in self._each():
             yield from self._replies(measured, what)
             yield from self._turns(measured, what)
-
-    def acceptance_only(self) -> Iterator[str]:
-        """The untimed replies alone."""
-        for measured, what in self._each():
-            yield from self._replies(measured, what)
 
     def _each(self) -> Iterator[tuple[Measured, str]]:
         for at, sampling in enumerate(self._samplings):
@@ -149,27 +112,12 @@ class Bench:
         arms = {name: self._watched(arm) for name, arm in self.lineup.arms.items()}
         measured.timings = {name: [] for name in arms}
         for name, arm in arms.items():
-            if name not in measured.replies:  # those are warm; the pieces warm themselves up
+            if name not in measured.replies:  # those are warm
                 arm(measured.job)
-        # The pieces come first in the first turn: where a run was interrupted, no arm has one more than they.
-        contenders: dict[str, Callable[[Job], Timing | dict[str, Costs]]] = {"": self._pieces, **arms}
         pause = partial(time.sleep, self.plan.cool_down)
-        for name, found in take_turns(contenders, measured.job, self.plan.repeats, warm=False, pause=pause):
-            if isinstance(found, Timing):
-                measured.timings[name].append(found)
-            else:
-                measured.pieces.append(found)
+        for name, timing in take_turns(arms, measured.job, self.plan.repeats, warm=False, pause=pause):
+            measured.timings[name].append(timing)
             yield what
-
-    def _pieces(self, job: Job) -> dict[str, Costs]:
-        """The verify curve, then rounds for every drafter, all behind this prompt and under this sampling."""
-        ids, widths = list(job.prompt), range(1, diagnosis.ROWS + 1)
-        passes = self._passes.alone(ids, widths, PIECES.repeats, PIECES.warm)
-        deepest = {name: max(engine.allowed_depths) for name, engine in self.lineup.drafters.items()}
-        return {
-            name: diagnosis.measure(decoder, ids, deepest.get(name, 0), PIECES, job.sampling, passes)
-            for name, decoder in self._decoders.items()
-        }
 
     def _watched(self, arm: BenchArm) -> Arm:
         """The arm with what it takes of memory and, where a meter is there, of energy."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_mtp.atomic import replacing
 from mlx_mtp.checkpoint import INDEX
 from mlx_mtp.errors import OptionError, brief
 
@@ -36,24 +37,14 @@ def whole_folder(out: Path, source: Path, force: bool) -> Iterator[Path]:
     Raises OptionError where `out` exists, unless it is empty, or a checkpoint and `force` is given.
     """
     out = Path(os.path.realpath(out))
-    partial, replaced = (out.parent / f".{out.name}.{word}-{os.getpid()}" for word in ("partial", "replaced"))
     try:
         check_out(out, source, force)
-        partial.mkdir(parents=True)
-        yield partial
-        check_out(out, source, force)  # the work may have taken an hour
-        if out.exists():
-            out.rename(replaced)
-        try:
-            partial.rename(out)
-        except OSError:
-            replaced.rename(out)
-            raise
-        shutil.rmtree(replaced, ignore_errors=True)
+        with replacing(out) as partial:
+            partial.mkdir(parents=True)
+            yield partial
+            check_out(out, source, force)  # the work may have taken an hour
     except OSError as error:
         raise unwritten(out, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_out(out: Path, source: Path, force: bool) -> None:

@@ -1,0 +1,212 @@
+"""Whether the cost model foretells the measured speed: pieces of a round and whole runs, timed in the same turns.
+
+    .venv/bin/python benchmarks/cost_model.py [--model DIR --drafter DIR] [--arms stock,plain,mtp] [--json FILE]
+
+Speed-up over plain decoding = rounds that plain decoding takes x its round / (rounds needed x the drafted round).
+A drafted round = verify(depth + 1) + depth x draft step + host gap. Rounds are pipelined: the gap is what a round
+takes in the loop beside passes and drafts, the waiting that Python could not hide and accepting included; it is
+measured at one depth and may be below zero where one round's beginning hides behind the end of the one before.
+
+Nothing of the run that is foretold is used beyond its acceptance and its depths. The prompts and the configurations
+are those of `mlx-mtp bench`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from mlx_mtp.benchmark import Job, Record, Timing, ratio, speed_up, take_turns
+from mlx_mtp.benchmarking.arms import PLAIN, STOCK, BenchArm, Lineup, Plan, line_up, sampling_name
+from mlx_mtp.benchmarking.prompts import read_prompts
+from mlx_mtp.cache import CAPACITY_STEP
+from mlx_mtp.cli.loading import load
+from mlx_mtp.decode import Decoder
+from mlx_mtp.depth import Curve, FixedDepth
+from mlx_mtp.diagnosis import ROWS, Costs, Effort, Passes, measure
+from mlx_mtp.results import Sampling, Stats
+
+# Pipelined rounds above all, for those decide; by their mean, since a run's time is the sum of its rounds.
+PIECES = Effort(repeats=3, warm=1, pipelined=16, turns=1, middle=statistics.fmean)
+COUNTED = ("verify", "draft", "gap")
+
+
+def tokens_distribution(rounds: int, accepted: Sequence[int]) -> list[float]:
+    """Chances of a round to give 1, 2, ... tokens; accepted: in how many of the rounds the draft at each position was.
+
+    Of all rounds together, whatever their depths: where the deep ones are those in which much is accepted, as with
+    depth auto, the chance at a position given those before it, the same for all depths, would promise too little.
+    """
+    return [(before - now) / rounds for before, now in pairwise([rounds, *accepted, 0])]
+
+
+def rounds_needed(chances: Sequence[float], tokens: int) -> float:
+    """Expected rounds until so many tokens are there; the last round may give more than is left."""
+    needed = [0.0]
+    for n in range(1, tokens + 1):
+        needed.append(1.0 + sum(chance * needed[max(0, n - got)] for got, chance in enumerate(chances, 1)))
+    return needed[tokens]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Seconds of one round of a mix of depths: the pass, the drafts, and what else it takes in the loop."""
+
+    verify: float
+    draft: float
+    gap: float
+
+    @property
+    def seconds(self) -> float:
+        """The round."""
+        return self.verify + self.draft + self.gap
+
+
+def round_parts(costs: Costs, counts: Mapping[int, int], padded: int | None = None) -> Parts:
+    """The average round of these depths (rounds by depth). padded: rows of every pass at least, in exact mode."""
+    curve, total = costs.curve(padded), sum(counts.values())
+    verify = draft = whole = 0.0
+    for depth, count in counts.items():
+        verify += count / total * pass_seconds(costs, max(depth + 1, padded or 1))
+        draft += count / total * depth * (costs.draft_step or 0.0)
+        whole += count / total * curve.at(depth)
+    return Parts(verify, draft, whole - verify - draft)
+
+
+def pass_seconds(costs: Costs, rows: int) -> float:
+    """A pass of so many rows; beyond the widest that was timed by a straight line."""
+    return Curve(dict(enumerate(costs.verify))).at(rows - 1)
+
+
+def seconds_per_token(
+    costs: Costs, counts: Mapping[int, int], chances: Sequence[float], tokens: int, padded: int | None = None
+) -> float:
+    """Predicted for a reply of `tokens` tokens, from the first to the last."""
+    return rounds_needed(chances, tokens - 1) * round_parts(costs, counts, padded).seconds / (tokens - 1)
+
+
+@dataclass
+class Found:
+    """One sampling: of every configuration its runs and what the model makes of the same turns, by job and turn."""
+
+    measured: dict[str, Record]
+    predicted: dict[str, Record]
+    parts: dict[str, list[Parts]] = field(default_factory=dict)
+
+
+class Foretold:
+    """The configurations of a bench beside the pieces of their rounds."""
+
+    def __init__(self, plan: Plan, lineup: Lineup, prompts: Sequence[Sequence[int]]) -> None:
+        self.plan, self.lineup, self.prompts = plan, lineup, prompts
+        probes = lineup.engine.exactness
+        exact = probes.at(CAPACITY_STEP) if probes else None
+        self.padded = exact.width if exact else None
+        # Made once: each holds the graphs that it has compiled.
+        self.passes = Passes(lineup.engine.target)
+        self.decoders = {
+            name: Decoder(each.target, each.drafter if name else None, FixedDepth(0), each.exactness)
+            for name, each in {"": lineup.engine, **lineup.drafters}.items()
+        }
+
+    def pieces(self, job: Job) -> dict[str, Costs]:
+        """The verify curve, then rounds of every drafter ("" = without), all after this prompt and so sampled."""
+        ids = list(job.prompt)
+        passes = self.passes.alone(ids, range(1, ROWS + 1), PIECES.repeats, PIECES.warm)
+        deepest = {name: max(engine.allowed_depths) for name, engine in self.lineup.drafters.items()}
+        return {
+            name: measure(decoder, ids, deepest.get(name, 0), PIECES, job.sampling, passes)
+            for name, decoder in self.decoders.items()
+        }
+
+    def run(self, sampling: Sampling, seed: int) -> Iterator[Found]:
+        """Times everything; yields what there is so far after every prompt."""
+        ours = [arm for arm in self.lineup.arms.values() if arm.engine]
+        found = Found({name: Record() for name in self.lineup.arms}, {arm.name: Record() for arm in ours})
+        contenders: dict[str, Callable[[Job], Any]] = {
+            "": self.pieces, **{name: arm.run for name, arm in self.lineup.arms.items()}
+        }  # fmt: skip
+        pause = partial(time.sleep, self.plan.cool_down)
+        for i, ids in enumerate(self.prompts):
+            job = Job(ids, self.plan.max_tokens, sampling, seed + i)
+            runs: dict[str, list[Any]] = {name: [] for name in contenders}
+            for name, one in take_turns(contenders, job, self.plan.repeats, pause=pause):
+                runs[name].append(one)
+            for name, record in found.measured.items():
+                record.timings.append(runs[name])
+            for arm in ours:
+                self._foretell(found, arm, runs[""], runs[arm.name])
+            yield found
+
+    def _foretell(self, found: Found, arm: BenchArm, pieces: list[dict[str, Costs]], runs: list[Timing]) -> None:
+        turns = []
+        for costs, run in zip(pieces, runs, strict=True):
+            stats, own = run.stats or Stats(rounds=1, depth_counts={0: 1}), costs[arm.drafter or ""]
+            chances = tokens_distribution(stats.rounds, stats.accepted_by_position)
+            each = seconds_per_token(own, stats.depth_counts, chances, len(run.tokens), self.padded)
+            turns.append(replace(run, seconds=each * (len(run.tokens) - 1)))
+            found.parts.setdefault(arm.name, []).append(round_parts(own, stats.depth_counts, self.padded))
+        found.predicted[arm.name].timings.append(turns)
+
+
+def rows_of(found: Found) -> dict[str, dict[str, Any]]:
+    """By configuration: parts of its average round, its speed over stock mlx-lm (else over plain), and the model's."""
+    base = STOCK if STOCK in found.measured else PLAIN
+    rows = {}
+    for name, record in found.predicted.items():
+        if name == base:
+            continue
+        # Stock's own time is measured; over plain decoding the model has to foretell both.
+        against = found.predicted[PLAIN] if base == PLAIN else found.measured[base]
+        measured, low, high = ratio(found.measured[name], found.measured[base])
+        predicted = speed_up(record, against)
+        parts = {f"{part}_milliseconds": 1e3 * statistics.fmean(getattr(one, part) for one in found.parts[name])
+                 for part in COUNTED}  # fmt: skip
+        rows[name] = {**parts, "over": base, "measured": measured, "interval": [low, high], "predicted": predicted,
+                      "deviation": predicted / measured - 1.0}  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    """Parses options, runs, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--drafter", default="auto")
+    parser.add_argument("--arms", default="stock,plain,mtp,lookup@auto", help="as mlx-mtp bench takes them")
+    parser.add_argument("--category", action="append", default=[], help="only this one; may be repeated")
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=6)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if not {STOCK, PLAIN} & set(args.arms.split(",")):
+        parser.error(f"Expected '{STOCK}' or '{PLAIN}' among --arms, found neither; add one.")
+    plan = Plan(model=args.model, drafter=args.drafter, arms=tuple(args.arms.split(",")), max_tokens=args.max_tokens,
+                repeats=args.repeats)  # fmt: skip
+    lineup = line_up(plan, load)
+    chosen = read_prompts(categories=args.category, per_category=1)
+    tokenizer = lineup.engine.tokenizer
+    prompts = [prompt.ids(tokenizer) for prompt in chosen if prompt.fits(tokenizer)]
+    results: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "samplings": {}}
+    for sampling in lineup.samplings(plan):
+        for found in Foretold(plan, lineup, prompts).run(sampling, plan.seed):
+            done = len(next(iter(found.measured.values())).timings)
+            print(f"{sampling_name(sampling)}: {done} of {len(prompts)} prompts", file=sys.stderr)
+        rows = results["samplings"][sampling_name(sampling)] = rows_of(found)
+        for name, row in rows.items():
+            print(f"{sampling_name(sampling)}, {name}: measured {row['measured']:.2f} over {row['over']}, predicted "
+                  f"{row['predicted']:.2f} ({row['deviation']:+.0%})")  # fmt: skip
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Files and folders that take their place whole, or not at all."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from mlx_mtp.atomic import replacing
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("before", [None, "old"])
+def test_a_file_appears_whole(before: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    if before:
+        file.write_text(before)
+    with replacing(file) as fresh:
+        assert fresh.suffix == ".json" and fresh.parent == tmp_path
+        fresh.write_text("new")
+        assert (file.read_text() if file.exists() else None) == before
+    assert file.read_text() == "new" and names(tmp_path) == ["report.json"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_what_breaks_off_leaves_the_old_one(error: type[BaseException], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "one").write_text("old")
+    for name in ("file", "folder"):
+        with pytest.raises(error), replacing(tmp_path / name) as fresh:
+            if name == "folder":
+                fresh.mkdir()
+                (fresh / "one").write_text("half")
+            else:
+                fresh.write_text("half")
+            raise error
+    assert names(tmp_path) == ["file", "folder"]
+    assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "one").read_text() == "old"
+
+
+def test_a_folder_replaces_another_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "model-4.5"
+    out.mkdir()
+    (out / "old").touch()
+    with replacing(out) as fresh:
+        fresh.mkdir()
+        (fresh / "new").touch()
+    assert names(out) == ["new"] and names(tmp_path) == ["model-4.5"]
+
+    rename = Path.rename
+
+    def fails(self: Path, target: Path) -> Path:
+        if self.name.startswith(".model-4.partial"):
+            raise OSError("another program is in it")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="another program"), replacing(out) as fresh:
+        fresh.mkdir()
+    assert names(out) == ["new"] and names(tmp_path) == ["model-4.5"]
+
+
+def test_a_link_keeps_pointing_to_what_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    with replacing(tmp_path / "link") as fresh:
+        fresh.write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
+
+
+def test_two_threads_do_not_meet(tmp_path: Path) -> None:
+    seen: list[Path] = []
+
+    def other() -> None:
+        with replacing(tmp_path / "file") as fresh:
+            seen.append(fresh)
+            fresh.write_text("second")
+
+    with replacing(tmp_path / "file") as fresh:
+        fresh.write_text("first")
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert seen != [fresh] and (tmp_path / "file").read_text() == "second"
+    assert (tmp_path / "file").read_text() == "first" and names(tmp_path) == ["file"]
+
+
+def test_a_pipe_is_written_into(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    heard: list[str] = []
+    reader = threading.Thread(target=lambda: heard.append(pipe.read_text()))
+    reader.start()
+    with replacing(pipe) as given:
+        given.write_text("text")
+    reader.join()
+    assert heard == ["text"] and pipe.is_fifo()
