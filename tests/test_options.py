@@ -94,7 +94,7 @@ def ids_that_are_fine() -> Iterator[Any]:
     yield range(1, 3)
 
 
-@pytest.mark.parametrize("prompt", list(ids_that_are_fine()), ids=repr)
+@pytest.mark.parametrize("prompt", list(ids_that_are_fine()))
 def test_token_ids_of_any_library(engine: Engine, prompt: Any) -> None:
     """NumPy's and MLX's are as good as Python's."""
     assert engine.generate(prompt, max_tokens=5).tokens == engine.generate([1, 2], max_tokens=5).tokens
@@ -109,7 +109,7 @@ BAD_PROMPTS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("prompt", BAD_PROMPTS, ids=repr)
+@pytest.mark.parametrize("prompt", BAD_PROMPTS)
 def test_prompts_refuse(engine: Engine, prompt: Any) -> None:
     with pytest.raises(PromptError):
         engine.stream(prompt)
