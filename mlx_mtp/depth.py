@@ -1,36 +1,43 @@
-"""How many tokens to draft: measured round times x observed acceptance -> the depth with most tokens per second.
+"""How many tokens to draft: what a round costs x how often drafts are accepted -> the depth with most tokens a second.
 
-What it does: chooses a depth before every round, 0 (plain decoding) included, and learns from every round that was
-read. What it does not do: touch the device or measure anything itself. Pure Python.
+Chooses a depth before every round, 0 (plain decoding) included, and learns from every round that was read. Touches no
+device and no clock; `depth_profile.py` keeps what was learned.
 
-Expected tokens of a round of depth d: 1 + a1 + a1 a2 + ... + a1..ad, with a_i the chance that draft i stands once
-those before it do. Divided by the round's time this is what the controller maximises.
+A worked example. A plain round takes 10 ms, one of 2 drafts 13 ms: it costs 1.3. Drafts are accepted 80 times of 100,
+so that a round of 2 yields 1 + 0.8 + 0.8 * 0.8 = 2.44 tokens, and 2.44 / 1.3 = 1.88 times the tokens per second of
+plain decoding. Now another program starts, and rounds of 2 take 26 ms. Has the machine become slower, or was the cost
+wrong? The time of one round tells only their product. But hundreds of rounds of 2 were timed, so their cost is well
+known, while a machine's pace may change at any time: the pace gets the blame, the cost stays 1.3 and the depth 2. Had
+they been the first rounds of 2 after a start with an old, uncertain cost, the cost would get the blame and be 2.6.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import statistics
-import tempfile
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
+
+from mlx_mtp.depth_profile import Profile, ProfileFile
 
 log = logging.getLogger(__name__)
 
-# How much one round of the depth in use moves the times of all depths (a warmer chip, a longer context).
-COMMON = 0.1
-# However late a round comes (something else interrupted it), or early (that before it was late), it counts as this
-# share of the expected time later or earlier at most.
-LATEST, EARLIEST = 0.5, 0.6
-# A depth's own time is the median of so many rounds, of two middle ones the shorter: rounds are late for many reasons
-# and early for few. What was known before any of them counts as one.
-WINDOW = 9
+# A draft is thought to add this share of a plain round where nothing is known, within a factor of e**STEP.
+SLOPE, STEP = 0.25, 0.4
+# Remembered costs are all dropped when the first round of another depth takes e**CONTRADICTED times what they say, or
+# so many times less.
+CONTRADICTED = 0.3
+# From round to round the pace may change by this share, and the cost of a draft by this share (a longer context).
+PACE, AGE = 0.03, 0.004
+# What a new request may find changed of the pace.
+PAUSED = 0.3
+# A surprise is believed up to so many standard deviations: a laptop that slept for an hour counts as a slow round.
+BELIEVED = 2.0
+# Times scatter by at least this share; how much they do is found from so many of the latest.
+QUIET, SCATTER = 0.02, 15
 # Acceptance is a share of rounds that fade by this factor: within a request with every round, over all requests with
 # every round that drafted.
 FADE = 0.97
@@ -39,17 +46,10 @@ MEMORY, NEIGHBOUR = 4.0, 1.0
 PRIOR = 0.6
 # A change must promise this much.
 GAIN = 1.02
-# The first rounds of a depth that has just been chosen tell how far its own time was wrong: the machine hardly changed
-# its speed in that very moment.
-# So many, because a time that was far off must be mended before the whole curve is scaled by it.
-NEW = 6
-# Share of the time that may be lost on seeing whether another depth would pay, the fewest rounds in between, and the
-# rounds of a try: while one round runs the next is built, so only a round followed by one like it shows what it takes.
-PROBING, PAUSE, TRY = 0.005, 6, 2
-# What a depth is thought to cost may have been measured in a bad minute: a try is due when this share of the loss it
-# would bring has been saved up; what it really lost is then taken off, down to a debt of 80 rounds. A round is never
-# thought to lose more than WORST, or one depth that looks absurdly dear would keep all others waiting.
-HOPE, DEBT, WORST = 0.25, 0.4, 2.0
+# Share of the time that may be lost on trying other depths, rounds' worth of it to begin with, rounds between two
+# tries. A try, like any change, lasts two rounds: only a round followed by one of its depth can be timed.
+TRYING, CREDIT, BETWEEN = 0.01, 1.0, 6
+LONGEST = 4  # rounds of a try at most, where none could be timed before
 
 
 class DepthPolicy(Protocol):
@@ -86,70 +86,108 @@ class FixedDepth:
 
 @dataclass
 class Curve:
-    """Seconds of a round by depth: measured at some depths, straight lines between and beyond them.
-
-    Every depth keeps the times of its latest rounds, as they would be at today's pace, and their median counts: of
-    noisy times no single one does. Never falling, since more drafts take no less time: of two depths that say
-    otherwise the one that rests on fewer rounds gives way.
-    """
+    """Seconds of a round by depth, as measured: straight lines between and beyond, and more drafts take no less."""
 
     seconds: dict[int, float]
 
-    def __post_init__(self) -> None:
-        self._pace = 1.0
-        self._rounds = {depth: deque([time], WINDOW) for depth, time in self.seconds.items()}
-        self._fit()
-
     def at(self, depth: int) -> float:
         """Expected seconds of a round of this depth."""
-        if depth in self.seconds:
-            return self.seconds[depth]
         known = sorted(self.seconds)
-        if len(known) == 1:
-            return self.seconds[known[0]]
-        below = max((d for d in known[:-1] if d < depth), default=known[0])
-        above = next(d for d in known if d > below)
-        slope = (self.seconds[above] - self.seconds[below]) / (above - below)
+        below = max((d for d in known[:-1] if d <= depth), default=known[0])
+        above = next((d for d in known if d > below), below)
+        slope = (self.seconds[above] - self.seconds[below]) / max(1, above - below)
         return self.seconds[below] + slope * (depth - below)
 
-    def learn(self, depth: int, seconds: float, usual: bool) -> None:
-        """Moves the estimates towards a round that took so long.
 
-        usual: whether this depth is the one in use. Its rounds tell how fast the machine is now, and scale the whole
-        curve; the few rounds of other depths, and its own first one, tell the curve's shape. If each round moved its
-        own depth only, the one in use would look better than the rest whenever the machine got faster, and stay in use
-        for ever.
-        """
-        expected = self.at(depth)
-        drift = max(-EARLIEST, min(seconds / expected - 1.0, LATEST))
-        if usual and len(self._rounds.get(depth, ())) > 1:  # as nearly every round: the medians are left alone
-            faster_or_slower = 1.0 + COMMON * drift
-            self._pace *= faster_or_slower
-            self.seconds = {d: time * faster_or_slower for d, time in self.seconds.items()}
-            return
-        rounds = self._rounds.setdefault(depth, deque([expected / self._pace], WINDOW))
-        rounds.append(expected * (1.0 + drift) / self._pace)
-        self._fit()
+class RoundCosts:
+    """What a round of each depth costs in plain rounds, and how fast plain rounds are now: a Kalman filter.
 
-    def _fit(self) -> None:
-        fitted: dict[int, float] = {}
-        for depth in sorted(self._rounds, key=lambda depth: -len(self._rounds[depth])):
-            low = max((time for d, time in fitted.items() if d < depth), default=0.0)
-            high = min((time for d, time in fitted.items() if d > depth), default=math.inf)
-            fitted[depth] = min(max(low, statistics.median_low(self._rounds[depth])), high)
-        self.seconds = {depth: self._pace * time for depth, time in sorted(fitted.items())}
+    log(seconds of a round of depth d) = pace + cost[d] + noise, cost[0] = 0. A round shows one sum of two unknowns;
+    its surprise is shared between them by how uncertain each is (the covariance of all of them), and both become more
+    certain. The pace grows uncertain with every round, costs hardly do. Neighbouring depths are uncertain together:
+    a draft more adds something unknown to all deeper ones, so one measured depth tells much about the others.
+    """
+
+    def __init__(self, deepest: int, costs: Sequence[float] | None = None, noise: float = 0.1) -> None:
+        """costs: what depths 0, 1, ... were found to cost by an earlier run, in plain rounds."""
+        self._deepest, self._remembered = deepest, costs is not None
+        self._expect(0.0, 1e3, costs)  # nobody knows how fast the machine is
+        self.timed = [0] * (deepest + 1)
+        self.noise = noise
+        self._changes: deque[float] = deque(maxlen=SCATTER)
+        self._before: tuple[int, float] | None = None
+
+    def _expect(self, pace: float, uncertainty: float, costs: Sequence[float] | None) -> None:
+        """What is thought before the first rounds, which outweigh it. Index 0 is the pace, the others log costs."""
+        depths = range(self._deepest + 1)
+        self._mean = [math.log(cost) for cost in costs or [1.0 + SLOPE * depth for depth in depths]]
+        self._covariance = [[STEP**2 * min(i, j) for j in depths] for i in depths]
+        self._mean[0], self._covariance[0][0] = pace, uncertainty
+
+    @property
+    def plain_seconds(self) -> float | None:
+        """Of a plain round, as fast as the machine is now; None before any round was timed."""
+        return math.exp(self._mean[0]) if any(self.timed) else None
+
+    def cost(self, depth: int) -> float:
+        """In plain rounds, never below that of fewer drafts."""
+        return math.exp(max(0.0, *self._mean[1 : depth + 1])) if depth else 1.0
+
+    def uncertainty(self, depth: int, other: int) -> float:
+        """Standard deviation of the logarithm of cost(depth) / cost(other)."""
+        a, b, p = depth, other, self._covariance
+        variance = (p[a][a] if a else 0.0) + (p[b][b] if b else 0.0) - (2.0 * p[a][b] if a and b else 0.0)
+        return math.sqrt(max(0.0, variance))
+
+    def pause(self) -> None:
+        """Time went by, with whatever else the machine did."""
+        self._covariance[0][0] += PAUSED**2
+        self._before = None
+
+    def learn(self, depth: int, seconds: float) -> None:
+        """A round took so long."""
+        mean, p, size = self._mean, self._covariance, len(self._mean)
+        self._see_scatter(depth, math.log(seconds))
+        p[0][0] += PACE**2
+        for i in range(1, size):
+            for j in range(1, size):
+                p[i][j] += AGE**2 * min(i, j)
+        shown = [0, depth] if depth else [0]  # what the time is the sum of
+        surprise = math.log(seconds) - sum(mean[i] for i in shown)
+        if self._remembered and not self.timed[depth] and any(self.timed) and abs(surprise) > CONTRADICTED:
+            log.info("costs of rounds remembered from an earlier run are not those of this one: dropped")
+            self._remembered = False
+            self._expect(mean[0], p[0][0], None)
+            return self.learn(depth, seconds)
+        shares = [sum(row[i] for i in shown) for row in p]
+        variance = sum(shares[i] for i in shown) + self.noise**2
+        believed = min(1.0, BELIEVED * math.sqrt(variance) / max(abs(surprise), 1e-9))
+        for i in range(size):
+            mean[i] += believed * shares[i] / variance * surprise
+        for i in range(size):
+            for j in range(size):
+                p[i][j] -= believed * shares[i] * shares[j] / variance
+        self.timed[depth] += 1
+
+    def _see_scatter(self, depth: int, time: float) -> None:
+        """The noise is what two rounds one after the other differ by: half of the differences are below 0.95 of it."""
+        if self._before is not None and self._before[0] == depth:
+            self._changes.append(abs(time - self._before[1]))
+            if len(self._changes) > 3:
+                self.noise = max(QUIET, statistics.median(self._changes) / 0.95)
+        self._before = depth, time
 
 
 @dataclass
 class Acceptance:
-    """How many drafts were judged at each position, and how many of them stood; older rounds count less."""
+    """How many drafts were verified at each position, and how many of them accepted; older rounds count less."""
 
     seen: list[float]
     stood: list[float]
 
     @classmethod
     def unknown(cls, positions: int) -> Acceptance:
-        """Nothing judged yet."""
+        """Nothing verified yet."""
         return cls([0.0] * positions, [0.0] * positions)
 
     def fade(self, factor: float) -> None:
@@ -158,13 +196,17 @@ class Acceptance:
         self.stood = [factor * count for count in self.stood]
 
     def book(self, depth: int, accepted: int) -> None:
-        """A round of `depth` drafts of which the first `accepted` stood; those behind the first loss tell nothing."""
+        """A round of `depth` drafts of which the first `accepted` were; those after the first loss tell nothing."""
         for i in range(min(depth, accepted + 1)):
             self.seen[i] += 1.0
             self.stood[i] += float(i < accepted)
 
+    def reach(self) -> int:
+        """Depths worth a thought: twice as many drafts as were ever accepted, so that nobody starts with eight."""
+        return 2 * sum(stood > 0.5 for stood in self.stood) or 1
+
     def shares(self) -> list[float]:
-        """Chance of each position once those before it stand; where little was seen, that of the position before."""
+        """Chance of each position once those before it were; where little was seen, that of the position before."""
         found, share = [], PRIOR
         for seen, stood in zip(self.seen, self.stood, strict=True):
             share = (NEIGHBOUR * share + stood) / (NEIGHBOUR + seen)
@@ -178,7 +220,7 @@ class Acceptance:
 
 
 def expected_tokens(shares: Sequence[float], depth: int) -> float:
-    """Tokens of a round of `depth` drafts, from each position's chance to stand once those before it do."""
+    """Tokens of a round of `depth` drafts, from each position's chance once those before it were accepted."""
     total = stands = 1.0
     for share in shares[:depth]:
         stands *= share
@@ -186,148 +228,108 @@ def expected_tokens(shares: Sequence[float], depth: int) -> float:
     return total
 
 
-def best_depth(curve: Curve, shares: Sequence[float], allowed: Sequence[int]) -> int:
-    """The depth with most expected tokens per second; drafting must beat plain decoding by GAIN."""
-    return max(allowed, key=lambda d: expected_tokens(shares, d) / curve.at(d) * (1.0 if d else GAIN))
+def best_depth(cost: Callable[[int], float], shares: Sequence[float], allowed: Sequence[int]) -> int:
+    """The depth with most expected tokens per cost of a round; drafting must beat plain decoding by GAIN."""
+    return max(allowed, key=lambda d: expected_tokens(shares, d) / cost(d) * (1.0 if d else GAIN))
 
 
 @dataclass
 class DepthController:
-    """Chooses among `allowed` depths. `long_run` is what all requests so far had accepted."""
+    """Chooses among `allowed` depths. kept: where what is learned stays."""
 
-    curve: Curve
-    deepest: int
     allowed: Sequence[int]
-    long_run: Acceptance | None = None
-    file: Path | None = None
-    key: str = ""
+    kept: ProfileFile | None = None
+    deepest: int = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.long_run is None or len(self.long_run.seen) != self.deepest:
-            self.long_run = Acceptance.unknown(self.deepest)
-        self._everything: Acceptance = self.long_run
-        # Counted over all requests: many short ones must find out what a long one does.
-        self._since_probe = self._probes = 0
-        self._saved = 0.0  # rounds' worth of time that may be lost on tries
+        self.deepest = max(self.allowed)
+        known = self.kept.load(self.deepest) if self.kept else None
+        self.costs = RoundCosts(self.deepest, known.costs if known else None)
+        self._everything = Acceptance(known.seen, known.stood) if known else Acceptance.unknown(self.deepest)
+        self._saved = CREDIT  # rounds' worth of time that may be lost on tries
+        self._rounds = 0
+        self._tried_at = dict.fromkeys(self.allowed, 0)
         self.begin()
 
     def begin(self) -> None:
         """Starts from the long run, ready to be convinced otherwise within a few rounds."""
+        self.costs.pause()
         self._here = Acceptance.unknown(self.deepest)
         self._shares = self._everything.shares()
-        self._depth, self._new = self._best(), 0
-        self._tried, self._tries = 0, 0  # a depth under trial, and how many rounds of it are still to come
+        self._chosen = 0
+        self._chosen = self._now = self._best()
+        self._run, self._heard = 0, False  # rounds of the depth that runs now, and whether one was timed
+        self._since = 0
 
     def tokens(self, depth: int) -> float:
         """Expected tokens of a round."""
         return expected_tokens(self._shares, depth)
 
     def rate(self, depth: int) -> float:
-        """Expected tokens per second."""
-        return self.tokens(depth) / self.curve.at(depth)
-
-    @property
-    def plain_seconds(self) -> float:
-        """Expected seconds of a token decoded plainly: a round of depth 0, as fast as the machine is now."""
-        return self.curve.at(0)
+        """Expected tokens in the time of a plain round."""
+        return self.tokens(depth) / self.costs.cost(depth)
 
     def next(self) -> int:
         """The chosen depth, or now and then some rounds of another one, to see whether that would pay."""
-        if self._tries:
-            self._tries -= 1
-            return self._tried
+        self._rounds += 1
+        self._run += 1
+        self._since += 1
+        trying = self._now != self._chosen
+        if self._run <= 2 or (trying and not self._heard and self._run <= LONGEST):
+            return self._now
         best = self._best()
-        if best != self._depth and self.rate(best) > GAIN * self.rate(self._depth):
-            log.info("depth %d -> %d: %.0f tokens/s expected in place of %.0f",
-                     self._depth, best, self.rate(best), self.rate(self._depth))  # fmt: skip
-            self._depth, self._since_probe, self._new = best, 0, NEW
-        self._since_probe += 1
-        others = self._others()
-        if not others:
-            return self._depth
-        other = others[self._probes % len(others)]
-        self._saved += PROBING
-        lost = min(self._lost(other, self.curve.at(other)), WORST)
-        if self._since_probe < PAUSE or self._saved < HOPE * TRY * lost:
-            return self._depth
-        self._since_probe, self._probes = 0, self._probes + 1
-        self._tried, self._tries = other, TRY - 1
-        return other
+        if best != self._chosen and self.rate(best) > GAIN * self.rate(self._chosen):
+            log.info("depth %d -> %d: %.2f times plain decoding expected in place of %.2f",
+                     self._chosen, best, self.rate(best), self.rate(self._chosen))  # fmt: skip
+            self._chosen = best
+        self._saved += TRYING
+        depth = self._chosen if trying else self._worth_a_try()
+        if trying:
+            self._saved -= (self._run - 1) * self._lost(self._now, self.costs.cost(self._now))
+            self._since, self._tried_at[self._now] = 0, self._rounds
+        if depth != self._now:
+            self._now, self._run, self._heard = depth, 1, False
+        return self._now
 
-    def _others(self) -> list[int]:
-        """Depths worth a try, by turns: the next deeper and shallower ones, and plain decoding."""
-        deeper = [depth for depth in self.allowed if depth > self._depth][:1]
-        shallower = [depth for depth in self.allowed if depth < self._depth]
-        return deeper + shallower[-1:] + shallower[:-1][:1]
+    def _worth_a_try(self) -> int:
+        """A depth that may well be better than the chosen one, else its neighbours and plain decoding by turns.
 
-    def _lost(self, depth: int, seconds: float) -> float:
-        """What a round of this depth costs that takes so long, in rounds of the chosen one."""
-        time = seconds / self.curve.at(self._depth)
-        return max(0.0, time - self.tokens(depth) / self.tokens(self._depth))
+        A try is made once what it may lose is saved, by the hopeful end of what its cost is thought to be.
+        """
+        if self._since < BETWEEN:
+            return self._chosen
+        allowed = self._allowed()
+        hope = {d: self.rate(d) * math.exp(self.costs.uncertainty(d, self._chosen)) for d in allowed}
+        place = allowed.index(self._chosen)
+        others = {*allowed[place + 1 : place + 2], *allowed[max(0, place - 1) : place], 0} - {self._chosen}
+        turns = sorted(others, key=lambda d: self._tried_at[d])
+        for depth in (max(allowed, key=lambda d: hope[d]), *turns):
+            cost = self.tokens(depth) / hope[depth]
+            if depth != self._chosen and self._saved >= 2 * self._lost(depth, cost):
+                return depth
+        return self._chosen
+
+    def _allowed(self) -> list[int]:
+        """Depths within reach of what was ever accepted, the chosen one among them."""
+        reach = max(self._everything.reach(), self._chosen)
+        return [depth for depth in self.allowed if depth <= reach]
+
+    def _lost(self, depth: int, cost: float) -> float:
+        """What a round of this depth loses that costs so much, in rounds of the chosen one."""
+        return max(0.0, cost / self.costs.cost(self._chosen) - self.tokens(depth) / self.tokens(self._chosen))
 
     def learn(self, depth: int, accepted: int, seconds: float | None) -> None:
-        """Books a round: which drafts stood, and how long it took."""
+        """Books a round: which drafts were accepted, and how long it took."""
         # What a depth that is out of use was found to give fades within a request, so that an unlucky one gets another
         # chance; over all of them only new drafts make old ones count less, or plain decoding would forget why.
         for acceptance, fades in ((self._here, True), (self._everything, depth > 0)):
             acceptance.fade(FADE if fades else 1.0)
             acceptance.book(depth, accepted)
         self._shares = self._here.shares_given(self._everything.shares())
-        if depth != self._depth:
-            lost = self._lost(depth, self.curve.at(depth) if seconds is None else seconds)
-            self._saved = max(-DEBT, self._saved - lost)
-        if seconds is not None:
-            self.curve.learn(depth, seconds, usual=depth == self._depth and self._new == 0)
-            if depth == self._depth:
-                self._new = max(0, self._new - 1)
+        if seconds is not None and seconds > 0:
+            self.costs.learn(depth, seconds)
+            self._heard |= depth == self._now
 
     def _best(self) -> int:
         """The depth with the best rate."""
-        return best_depth(self.curve, self._shares, self.allowed)
-
-    def save(self) -> None:
-        """Keeps curve and acceptance for the next start; a read-only or full disk costs nothing but that."""
-        if self.file is None:
-            return
-        known = {
-            "seconds": {str(depth): time for depth, time in self.curve.seconds.items()},
-            "seen": self._everything.seen,
-            "stood": self._everything.stood,
-        }
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            profiles = _profiles(self.file) | {self.key: known}
-            with tempfile.NamedTemporaryFile("w", dir=self.file.parent, suffix=".json", delete=False) as fresh:
-                json.dump(profiles, fresh, indent=2)
-            os.replace(fresh.name, self.file)
-        except OSError as error:
-            log.debug("the depth profile was not kept: %s", error)
-
-
-def remembered(file: Path, key: str) -> tuple[Curve, Acceptance] | None:
-    """What an earlier run learned about this machine and pair; None where nothing usable is kept."""
-    known = _profiles(file).get(key)
-    try:
-        assert isinstance(known, dict)
-        seconds = {int(depth): float(time) for depth, time in known["seconds"].items()}
-        seen, stood = ([float(count) for count in known[name]] for name in ("seen", "stood"))
-    except (AssertionError, KeyError, TypeError, ValueError, AttributeError):
-        return None
-    sane = len(seen) == len(stood) and all(0 <= b <= a < math.inf for a, b in zip(seen, stood, strict=True))
-    usable = seconds and all(0 < time < math.inf for time in seconds.values()) and sane
-    return (Curve(seconds), Acceptance(seen, stood)) if usable else None
-
-
-def _profiles(file: Path) -> dict[str, object]:
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def cache_folder() -> Path:
-    """Where learned profiles live: $MLX_MTP_CACHE, else the user's cache folder."""
-    if chosen := os.environ.get("MLX_MTP_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_mtp"
+        return best_depth(self.costs.cost, self._shares, self._allowed())
