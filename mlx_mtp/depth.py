@@ -31,11 +31,12 @@ SLOPE, STEP = 0.25, 0.4
 # so many times less.
 CONTRADICTED = 0.3
 # From round to round the pace may change by this share, and the cost of a draft by this share (a longer context).
-PACE, AGE = 0.03, 0.004
+PACE, AGE = 0.02, 0.003
 # What a new request may find changed of the pace.
 PAUSED = 0.3
-# A surprise is believed up to so many standard deviations: a laptop that slept for an hour counts as a slow round.
-BELIEVED = 2.0
+# A surprise beyond so many standard deviations (a laptop slept, another program began) says nothing about a cost, only
+# that the pace may be another from now on.
+BELIEVED = 3.0
 # Times scatter by at least this share; how much they do is found from so many of the latest.
 QUIET, SCATTER = 0.02, 15
 # Acceptance is a share of rounds that fade by this factor: within a request with every round, over all requests with
@@ -47,9 +48,8 @@ PRIOR = 0.6
 # A change must promise this much.
 GAIN = 1.02
 # Share of the time that may be lost on trying other depths, rounds' worth of it to begin with, rounds between two
-# tries. A try, like any change, lasts two rounds: only a round followed by one of its depth can be timed.
-TRYING, CREDIT, BETWEEN = 0.01, 1.0, 6
-LONGEST = 4  # rounds of a try at most, where none could be timed before
+# tries, and rounds of a try or any other change: only a round between two of its depth can be timed.
+TRYING, CREDIT, BETWEEN, TRY, PATIENCE = 0.01, 1.0, 6, 3, 10
 
 
 class DepthPolicy(Protocol):
@@ -108,7 +108,7 @@ class RoundCosts:
     a draft more adds something unknown to all deeper ones, so one measured depth tells much about the others.
     """
 
-    def __init__(self, deepest: int, costs: Sequence[float] | None = None, noise: float = 0.1) -> None:
+    def __init__(self, deepest: int, costs: Sequence[float] | None = None, noise: float = 0.3) -> None:
         """costs: what depths 0, 1, ... were found to cost by an earlier run, in plain rounds."""
         self._deepest, self._remembered = deepest, costs is not None
         self._expect(0.0, 1e3, costs)  # nobody knows how fast the machine is
@@ -161,12 +161,14 @@ class RoundCosts:
             return self.learn(depth, seconds)
         shares = [sum(row[i] for i in shown) for row in p]
         variance = sum(shares[i] for i in shown) + self.noise**2
-        believed = min(1.0, BELIEVED * math.sqrt(variance) / max(abs(surprise), 1e-9))
+        if surprise**2 > (BELIEVED**2) * variance:
+            p[0][0] += surprise**2
+            return
         for i in range(size):
-            mean[i] += believed * shares[i] / variance * surprise
+            mean[i] += shares[i] / variance * surprise
         for i in range(size):
             for j in range(size):
-                p[i][j] -= believed * shares[i] * shares[j] / variance
+                p[i][j] -= shares[i] * shares[j] / variance
         self.timed[depth] += 1
 
     def _see_scatter(self, depth: int, time: float) -> None:
@@ -258,7 +260,8 @@ class DepthController:
         self._shares = self._everything.shares()
         self._chosen = 0
         self._chosen = self._now = self._best()
-        self._run, self._heard = 0, False  # rounds of the depth that runs now, and whether one was timed
+        self._run = 0  # rounds of the depth that runs now
+        self._last = -1
         self._since = 0
 
     def tokens(self, depth: int) -> float:
@@ -275,7 +278,7 @@ class DepthController:
         self._run += 1
         self._since += 1
         trying = self._now != self._chosen
-        if self._run <= 2 or (trying and not self._heard and self._run <= LONGEST):
+        if self._run <= TRY + self.costs.noise * PATIENCE:
             return self._now
         best = self._best()
         if best != self._chosen and self.rate(best) > GAIN * self.rate(self._chosen):
@@ -288,7 +291,7 @@ class DepthController:
             self._saved -= (self._run - 1) * self._lost(self._now, self.costs.cost(self._now))
             self._since, self._tried_at[self._now] = 0, self._rounds
         if depth != self._now:
-            self._now, self._run, self._heard = depth, 1, False
+            self._now, self._run = depth, 1
         return self._now
 
     def _worth_a_try(self) -> int:
@@ -305,7 +308,7 @@ class DepthController:
         turns = sorted(others, key=lambda d: self._tried_at[d])
         for depth in (max(allowed, key=lambda d: hope[d]), *turns):
             cost = self.tokens(depth) / hope[depth]
-            if depth != self._chosen and self._saved >= 2 * self._lost(depth, cost):
+            if depth != self._chosen and self._saved >= TRY * self._lost(depth, cost):
                 return depth
         return self._chosen
 
@@ -326,9 +329,9 @@ class DepthController:
             acceptance.fade(FADE if fades else 1.0)
             acceptance.book(depth, accepted)
         self._shares = self._here.shares_given(self._everything.shares())
-        if seconds is not None and seconds > 0:
+        if seconds is not None and seconds > 0 and depth == self._last:
             self.costs.learn(depth, seconds)
-            self._heard |= depth == self._now
+        self._last = depth
 
     def _best(self) -> int:
         """The depth with the best rate."""
