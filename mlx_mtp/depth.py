@@ -49,7 +49,7 @@ PRIOR = 0.6
 GAIN = 1.02
 # Share of the time that may be lost on trying other depths, rounds' worth of it to begin with, rounds between two
 # tries, and rounds of a try or any other change: only a round between two of its depth can be timed.
-TRYING, CREDIT, BETWEEN, TRY, PATIENCE = 0.01, 1.0, 6, 3, 10
+TRYING, CREDIT, BETWEEN, TRY, PATIENCE = 0.01, 2.0, 6, 3, 10
 
 
 class DepthPolicy(Protocol):
@@ -249,8 +249,6 @@ class DepthController:
         self.costs = RoundCosts(self.deepest, known.costs if known else None)
         self._everything = Acceptance(known.seen, known.stood) if known else Acceptance.unknown(self.deepest)
         self._saved = CREDIT  # rounds' worth of time that may be lost on tries
-        self._rounds = 0
-        self._tried_at = dict.fromkeys(self.allowed, 0)
         self.begin()
 
     def begin(self) -> None:
@@ -274,7 +272,6 @@ class DepthController:
 
     def next(self) -> int:
         """The chosen depth, or now and then some rounds of another one, to see whether that would pay."""
-        self._rounds += 1
         self._run += 1
         self._since += 1
         trying = self._now != self._chosen
@@ -285,32 +282,26 @@ class DepthController:
             log.info("depth %d -> %d: %.2f times plain decoding expected in place of %.2f",
                      self._chosen, best, self.rate(best), self.rate(self._chosen))  # fmt: skip
             self._chosen = best
-        self._saved += TRYING
+        self._saved += TRYING * self.rate(self._chosen)
         depth = self._chosen if trying else self._worth_a_try()
         if trying:
-            self._saved -= (self._run - 1) * self._lost(self._now, self.costs.cost(self._now))
-            self._since, self._tried_at[self._now] = 0, self._rounds
+            self._saved = max(-CREDIT, self._saved - (self._run - 1) * self._lost(self._now, self.costs.cost(self._now)))
+            self._since = 0
         if depth != self._now:
             self._now, self._run = depth, 1
         return self._now
 
     def _worth_a_try(self) -> int:
-        """A depth that may well be better than the chosen one, else its neighbours and plain decoding by turns.
-
-        A try is made once what it may lose is saved, by the hopeful end of what its cost is thought to be.
-        """
+        """A depth that may well be better than the chosen one, or beside plain decoding now and then a draft."""
         if self._since < BETWEEN:
             return self._chosen
-        allowed = self._allowed()
-        hope = {d: self.rate(d) * math.exp(self.costs.uncertainty(d, self._chosen)) for d in allowed}
-        place = allowed.index(self._chosen)
-        others = {*allowed[place + 1 : place + 2], *allowed[max(0, place - 1) : place], 0} - {self._chosen}
-        turns = sorted(others, key=lambda d: self._tried_at[d])
-        for depth in (max(allowed, key=lambda d: hope[d]), *turns):
-            cost = self.tokens(depth) / hope[depth]
-            if depth != self._chosen and self._saved >= TRY * self._lost(depth, cost):
-                return depth
-        return self._chosen
+        others = [depth for depth in self._allowed() if depth != self._chosen]
+        hope = {d: self.rate(d) * math.exp(self.costs.uncertainty(d, self._chosen)) for d in others}
+        depth = max(others, key=lambda d: hope[d])
+        if hope[depth] < self.rate(self._chosen) and self._chosen == 0:
+            depth = others[0]
+        affordable = self._saved >= TRY * self._lost(depth, self.tokens(depth) / hope[depth])
+        return depth if affordable and (hope[depth] > self.rate(self._chosen) or not self._chosen) else self._chosen
 
     def _allowed(self) -> list[int]:
         """Depths within reach of what was ever accepted, the chosen one among them."""
