@@ -114,7 +114,7 @@ class RoundCosts:
         self._expect(0.0, 1e3, costs)  # nobody knows how fast the machine is
         self.timed = [0] * (deepest + 1)
         self.noise = noise
-        self._changes: deque[float] = deque(maxlen=SCATTER)
+        self._changes: deque[float] = deque([noise] * (SCATTER // 3), maxlen=SCATTER)
         self._before: tuple[int, float] | None = None
 
     def _expect(self, pace: float, uncertainty: float, costs: Sequence[float] | None) -> None:
@@ -175,7 +175,7 @@ class RoundCosts:
         """The noise is what two rounds one after the other differ by: half of the differences are below 0.95 of it."""
         if self._before is not None and self._before[0] == depth:
             self._changes.append(abs(time - self._before[1]))
-            if len(self._changes) > 3:
+            if True:
                 self.noise = max(QUIET, statistics.median(self._changes) / 0.95)
         self._before = depth, time
 
@@ -248,6 +248,7 @@ class DepthController:
         known = self.kept.load(self.deepest) if self.kept else None
         self.costs = RoundCosts(self.deepest, known.costs if known else None)
         self._everything = Acceptance(known.seen, known.stood) if known else Acceptance.unknown(self.deepest)
+        self._rounds, self._tried_at = 0, dict.fromkeys(self.allowed, 0)
         self._saved = CREDIT  # rounds' worth of time that may be lost on tries
         self.begin()
 
@@ -272,6 +273,7 @@ class DepthController:
 
     def next(self) -> int:
         """The chosen depth, or now and then some rounds of another one, to see whether that would pay."""
+        self._rounds += 1
         self._run += 1
         self._since += 1
         trying = self._now != self._chosen
@@ -286,22 +288,25 @@ class DepthController:
         depth = self._chosen if trying else self._worth_a_try()
         if trying:
             self._saved = max(-CREDIT, self._saved - (self._run - 1) * self._lost(self._now, self.costs.cost(self._now)))
-            self._since = 0
+            self._since, self._tried_at[self._now] = 0, self._rounds
         if depth != self._now:
             self._now, self._run = depth, 1
         return self._now
 
     def _worth_a_try(self) -> int:
-        """A depth that may well be better than the chosen one, or beside plain decoding now and then a draft."""
+        """The depth that may well be better than the chosen one, else the others by turns.
+
+        A try is made once its loss is saved, by the hopeful end of what its cost is thought to be.
+        """
         if self._since < BETWEEN:
             return self._chosen
         others = [depth for depth in self._allowed() if depth != self._chosen]
         hope = {d: self.rate(d) * math.exp(self.costs.uncertainty(d, self._chosen)) for d in others}
-        depth = max(others, key=lambda d: hope[d])
-        if hope[depth] < self.rate(self._chosen) and self._chosen == 0:
-            depth = others[0]
-        affordable = self._saved >= TRY * self._lost(depth, self.tokens(depth) / hope[depth])
-        return depth if affordable and (hope[depth] > self.rate(self._chosen) or not self._chosen) else self._chosen
+        turns = sorted(others, key=lambda d: self._tried_at[d])
+        for depth in (*(d for d in [max(others, key=lambda d: hope[d])] if hope[d] > self.rate(self._chosen)), *turns):
+            if self._saved >= TRY * self._lost(depth, self.tokens(depth) / hope[depth]):
+                return depth
+        return self._chosen
 
     def _allowed(self) -> list[int]:
         """Depths within reach of what was ever accepted, the chosen one among them."""
