@@ -19,43 +19,47 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Protocol
 
 from mlx_mtp.depth_profile import Profile, ProfileFile
 
 log = logging.getLogger(__name__)
 
-# A draft is thought to add this share of a plain round where nothing is known, within a factor of e**STEP.
+# Where nothing is known a draft is thought to add this share of a plain round, within a factor of e**STEP.
 SLOPE, STEP = 0.25, 0.4
-# Remembered costs are all dropped when the first round of another depth takes e**CONTRADICTED times what they say, or
-# so many times less.
+# Remembered costs are all dropped when a depth's first round takes e**CONTRADICTED times what they say, or less by it.
 CONTRADICTED = 0.3
-# From round to round the pace may change by this share, and the cost of a draft by this share (a longer context).
-PACE, AGE = 0.02, 0.003
-# What a new request may find changed of the pace.
-PAUSED = 0.3
-# A surprise beyond so many standard deviations (a laptop slept, another program began) says nothing about a cost, only
-# that the pace may be another from now on.
+# From round to round the pace may change by this share, the cost of a draft by this one (a context that grows);
+# PAUSED: what a new request may find changed of the pace.
+PACE, AGE, PAUSED = 0.01, 0.002, 0.3
+# A time beyond so many standard deviations (a laptop slept, another program began) says nothing about a cost, only that
+# the pace may be another from now on.
 BELIEVED = 3.0
-# Times scatter by at least this share; how much they do is found from so many of the latest.
-QUIET, SCATTER = 0.02, 15
+# How far times scatter at first and at least, and from how many of the latest it is found.
+NOISE, QUIET, SCATTER = 0.3, 0.02, 15
 # Acceptance is a share of rounds that fade by this factor: within a request with every round, over all requests with
 # every round that drafted.
 FADE = 0.97
 # How many rounds of its own the earlier requests count for in a new one, and the position before for a position.
-MEMORY, NEIGHBOUR = 4.0, 1.0
-PRIOR = 0.6
+MEMORY, NEIGHBOUR, PRIOR = 4.0, 1.0, 0.6
 # A change must promise this much.
 GAIN = 1.02
-# Share of the time that may be lost on trying other depths, rounds' worth of it to begin with, rounds between two
-# tries, and rounds of a try or any other change: only a round between two of its depth can be timed.
-TRYING, CREDIT, BETWEEN, TRY, PATIENCE = 0.01, 2.0, 6, 3, 10
+# Any change lasts so many rounds, for only one between two of its depth is timed, and more where times scatter.
+HOLD, PATIENCE = 3, 20
+# Share of the time that may be lost on trying other depths, in rounds the loss allowed at first (and the debt at most),
+# and rounds between two tries.
+TRYING, CREDIT, BETWEEN = 0.01, 2.0, 6
 
 
 class DepthPolicy(Protocol):
     """What the decode loop asks before a round and tells after it."""
 
     deepest: int
+
+    @property
+    def reason(self) -> str:
+        """One sentence: how much it drafts, and why."""
 
     def begin(self) -> None:
         """A new request."""
@@ -73,6 +77,13 @@ class FixedDepth:
 
     deepest: int
 
+    @property
+    def reason(self) -> str:
+        """One sentence: how much it drafts, and why."""
+        if not self.deepest:
+            return "Not drafting: the depth is fixed at 0."
+        return f"Drafting {_drafts(self.deepest)} a round: the depth is fixed."
+
     def begin(self) -> None:
         """Nothing to prepare."""
 
@@ -84,11 +95,19 @@ class FixedDepth:
         """Nothing to learn."""
 
 
+def _drafts(count: int) -> str:
+    return "1 token" if count == 1 else f"{count} tokens"
+
+
 @dataclass
 class Curve:
     """Seconds of a round by depth, as measured: straight lines between and beyond, and more drafts take no less."""
 
     seconds: dict[int, float]
+
+    def __post_init__(self) -> None:
+        depths = sorted(self.seconds)
+        self.seconds = dict(zip(depths, accumulate((self.seconds[depth] for depth in depths), max), strict=True))
 
     def at(self, depth: int) -> float:
         """Expected seconds of a round of this depth."""
@@ -102,32 +121,47 @@ class Curve:
 class RoundCosts:
     """What a round of each depth costs in plain rounds, and how fast plain rounds are now: a Kalman filter.
 
-    log(seconds of a round of depth d) = pace + cost[d] + noise, cost[0] = 0. A round shows one sum of two unknowns;
-    its surprise is shared between them by how uncertain each is (the covariance of all of them), and both become more
-    certain. The pace grows uncertain with every round, costs hardly do. Neighbouring depths are uncertain together:
-    a draft more adds something unknown to all deeper ones, so one measured depth tells much about the others.
+    log(seconds of a round of d drafts) = pace + log cost(d) + noise, cost(0) = 1. A time shows only the sum of two
+    unknowns. Its surprise is shared between them by how uncertain each of them is, and makes both more certain; that
+    is what the covariance keeps. The pace becomes uncertain again with every round, costs hardly do. Costs are
+    uncertain together: a draft more adds something unknown to all deeper rounds, so that one depth tells of the others.
     """
 
-    def __init__(self, deepest: int, costs: Sequence[float] | None = None, noise: float = 0.3) -> None:
-        """costs: what depths 0, 1, ... were found to cost by an earlier run, in plain rounds."""
-        self._deepest, self._remembered = deepest, costs is not None
-        self._expect(0.0, 1e3, costs)  # nobody knows how fast the machine is
+    def __init__(self, deepest: int, remembered: Sequence[float] | None = None) -> None:
+        """remembered: what 0, 1, ... drafts cost in an earlier run; a prior that a few rounds outweigh."""
+        self._deepest, self.remembered = deepest, remembered is not None
+        # A round that costs more than the tokens it can yield never pays, and how much more is of no interest.
+        sane = remembered and [min(cost, 1.0 + depth) for depth, cost in enumerate(remembered)]
+        self._expect(0.0, 1e3, sane)  # nobody knows how fast the machine is
         self.timed = [0] * (deepest + 1)
-        self.noise = noise
-        self._changes: deque[float] = deque([noise] * (SCATTER // 3), maxlen=SCATTER)
+        self._changes: deque[float] = deque(maxlen=SCATTER)
         self._before: tuple[int, float] | None = None
 
-    def _expect(self, pace: float, uncertainty: float, costs: Sequence[float] | None) -> None:
-        """What is thought before the first rounds, which outweigh it. Index 0 is the pace, the others log costs."""
+    def _expect(self, pace: float, variance: float, costs: Sequence[float] | None) -> None:
+        """What is thought before the first rounds. Index 0 is the pace, the others log costs."""
         depths = range(self._deepest + 1)
         self._mean = [math.log(cost) for cost in costs or [1.0 + SLOPE * depth for depth in depths]]
         self._covariance = [[STEP**2 * min(i, j) for j in depths] for i in depths]
-        self._mean[0], self._covariance[0][0] = pace, uncertainty
+        self._mean[0], self._covariance[0][0] = pace, variance
+
+    @property
+    def known(self) -> bool:
+        """Whether rounds can be compared with plain ones: some of both were timed, or some now and some earlier."""
+        return any(self.timed) if self.remembered else self.timed[0] > 0 and any(self.timed[1:])
 
     @property
     def plain_seconds(self) -> float | None:
-        """Of a plain round, as fast as the machine is now; None before any round was timed."""
-        return math.exp(self._mean[0]) if any(self.timed) else None
+        """Of a plain round, as fast as the machine is now; None before that can be known."""
+        return math.exp(self._mean[0]) if self.known or self.timed[0] else None
+
+    @property
+    def scatter(self) -> float:
+        """The share by which times of rounds in a row differ, 0 before that is known.
+
+        Half of the differences of two normal times are below 0.95 of their standard deviation.
+        """
+        few = len(self._changes) < SCATTER // 3
+        return 0.0 if few else max(QUIET, statistics.median(self._changes) / 0.95)
 
     def cost(self, depth: int) -> float:
         """In plain rounds, never below that of fewer drafts."""
@@ -135,9 +169,11 @@ class RoundCosts:
 
     def uncertainty(self, depth: int, other: int) -> float:
         """Standard deviation of the logarithm of cost(depth) / cost(other)."""
-        a, b, p = depth, other, self._covariance
-        variance = (p[a][a] if a else 0.0) + (p[b][b] if b else 0.0) - (2.0 * p[a][b] if a and b else 0.0)
-        return math.sqrt(max(0.0, variance))
+
+        def between(a: int, b: int) -> float:
+            return self._covariance[a][b] if a and b else 0.0
+
+        return math.sqrt(max(0.0, between(depth, depth) + between(other, other) - 2.0 * between(depth, other)))
 
     def pause(self) -> None:
         """Time went by, with whatever else the machine did."""
@@ -146,46 +182,40 @@ class RoundCosts:
 
     def learn(self, depth: int, seconds: float) -> None:
         """A round took so long."""
-        mean, p, size = self._mean, self._covariance, len(self._mean)
-        self._see_scatter(depth, math.log(seconds))
-        p[0][0] += PACE**2
+        time, mean, covariance, size = math.log(seconds), self._mean, self._covariance, self._deepest + 1
+        if self._before is not None and self._before[0] == depth:
+            self._changes.append(abs(time - self._before[1]))
+        self._before = depth, time
+        covariance[0][0] += PACE**2
         for i in range(1, size):
             for j in range(1, size):
-                p[i][j] += AGE**2 * min(i, j)
-        shown = [0, depth] if depth else [0]  # what the time is the sum of
-        surprise = math.log(seconds) - sum(mean[i] for i in shown)
-        if self._remembered and not self.timed[depth] and any(self.timed) and abs(surprise) > CONTRADICTED:
-            log.info("costs of rounds remembered from an earlier run are not those of this one: dropped")
-            self._remembered = False
-            self._expect(mean[0], p[0][0], None)
-            return self.learn(depth, seconds)
-        shares = [sum(row[i] for i in shown) for row in p]
-        variance = sum(shares[i] for i in shown) + self.noise**2
-        if surprise**2 > (BELIEVED**2) * variance:
-            p[0][0] += surprise**2
+                covariance[i][j] += AGE**2 * min(i, j)
+        parts = {0, depth}  # of what the time is the sum
+        surprise = time - sum(mean[part] for part in parts)
+        if self.remembered and any(self.timed) and not self.timed[depth] and abs(surprise) > CONTRADICTED:
+            log.info("what rounds cost in an earlier run is not what they cost now: forgotten")
+            self.remembered = False
+            self._expect(mean[0], covariance[0][0], None)
+            mean, covariance = self._mean, self._covariance
+            surprise = time - sum(mean[part] for part in parts)
+        shares = [sum(row[part] for part in parts) for row in covariance]
+        variance = sum(shares[part] for part in parts) + (self.scatter or NOISE) ** 2
+        if surprise**2 > BELIEVED**2 * variance:
+            covariance[0][0] += surprise**2
             return
         for i in range(size):
             mean[i] += shares[i] / variance * surprise
-        for i in range(size):
             for j in range(size):
-                p[i][j] -= shares[i] * shares[j] / variance
+                covariance[i][j] -= shares[i] * shares[j] / variance
         self.timed[depth] += 1
-
-    def _see_scatter(self, depth: int, time: float) -> None:
-        """The noise is what two rounds one after the other differ by: half of the differences are below 0.95 of it."""
-        if self._before is not None and self._before[0] == depth:
-            self._changes.append(abs(time - self._before[1]))
-            if True:
-                self.noise = max(QUIET, statistics.median(self._changes) / 0.95)
-        self._before = depth, time
 
 
 @dataclass
 class Acceptance:
     """How many drafts were verified at each position, and how many of them accepted; older rounds count less."""
 
-    seen: list[float]
-    stood: list[float]
+    verified: list[float]
+    accepted: list[float]
 
     @classmethod
     def unknown(cls, positions: int) -> Acceptance:
@@ -194,50 +224,50 @@ class Acceptance:
 
     def fade(self, factor: float) -> None:
         """Makes all rounds so far count less."""
-        self.seen = [factor * count for count in self.seen]
-        self.stood = [factor * count for count in self.stood]
+        self.verified = [factor * count for count in self.verified]
+        self.accepted = [factor * count for count in self.accepted]
 
-    def book(self, depth: int, accepted: int) -> None:
-        """A round of `depth` drafts of which the first `accepted` were; those after the first loss tell nothing."""
+    def count(self, depth: int, accepted: int) -> None:
+        """A round of `depth` drafts, of which so many were accepted; those after the first loss tell nothing."""
         for i in range(min(depth, accepted + 1)):
-            self.seen[i] += 1.0
-            self.stood[i] += float(i < accepted)
+            self.verified[i] += 1.0
+            self.accepted[i] += float(i < accepted)
 
     def reach(self) -> int:
-        """Depths worth a thought: twice as many drafts as were ever accepted, so that nobody starts with eight."""
-        return 2 * sum(stood > 0.5 for stood in self.stood) or 1
+        """Twice as many drafts as were ever accepted in a row: nobody starts with eight."""
+        return 2 * sum(accepted > 0.5 for accepted in self.accepted) or 1
 
-    def shares(self) -> list[float]:
-        """Chance of each position once those before it were; where little was seen, that of the position before."""
-        found, share = [], PRIOR
-        for seen, stood in zip(self.seen, self.stood, strict=True):
-            share = (NEIGHBOUR * share + stood) / (NEIGHBOUR + seen)
-            found.append(share)
+    def rates(self) -> list[float]:
+        """Of each position, once those before it were accepted; where little was seen, that of the position before."""
+        found, rate = [], PRIOR
+        for verified, accepted in zip(self.verified, self.accepted, strict=True):
+            rate = (NEIGHBOUR * rate + accepted) / (NEIGHBOUR + verified)
+            found.append(rate)
         return found
 
-    def shares_given(self, expected: Sequence[float]) -> list[float]:
+    def rates_given(self, expected: Sequence[float]) -> list[float]:
         """The same, where little was seen as expected."""
-        rows = zip(expected, self.seen, self.stood, strict=True)
-        return [(MEMORY * share + stood) / (MEMORY + seen) for share, seen, stood in rows]
+        rows = zip(expected, self.verified, self.accepted, strict=True)
+        return [(MEMORY * rate + accepted) / (MEMORY + verified) for rate, verified, accepted in rows]
 
 
-def expected_tokens(shares: Sequence[float], depth: int) -> float:
+def expected_tokens(rates: Sequence[float], depth: int) -> float:
     """Tokens of a round of `depth` drafts, from each position's chance once those before it were accepted."""
-    total = stands = 1.0
-    for share in shares[:depth]:
-        stands *= share
-        total += stands
+    total = reached = 1.0
+    for rate in rates[:depth]:
+        reached *= rate
+        total += reached
     return total
 
 
-def best_depth(cost: Callable[[int], float], shares: Sequence[float], allowed: Sequence[int]) -> int:
+def best_depth(cost: Callable[[int], float], rates: Sequence[float], allowed: Sequence[int]) -> int:
     """The depth with most expected tokens per cost of a round; drafting must beat plain decoding by GAIN."""
-    return max(allowed, key=lambda d: expected_tokens(shares, d) / cost(d) * (1.0 if d else GAIN))
+    return max(allowed, key=lambda d: expected_tokens(rates, d) / cost(d) * (1.0 if d else GAIN))
 
 
 @dataclass
 class DepthController:
-    """Chooses among `allowed` depths. kept: where what is learned stays."""
+    """Chooses among `allowed` depths, 0 among them. kept: where what it learns stays for the next start."""
 
     allowed: Sequence[int]
     kept: ProfileFile | None = None
@@ -247,7 +277,8 @@ class DepthController:
         self.deepest = max(self.allowed)
         known = self.kept.load(self.deepest) if self.kept else None
         self.costs = RoundCosts(self.deepest, known.costs if known else None)
-        self._everything = Acceptance(known.seen, known.stood) if known else Acceptance.unknown(self.deepest)
+        self.long_run = Acceptance(known.verified, known.accepted) if known else Acceptance.unknown(self.deepest)
+        # Counted over all requests: many short ones must find out what a long one does.
         self._rounds, self._tried_at = 0, dict.fromkeys(self.allowed, 0)
         self._saved = CREDIT  # rounds' worth of time that may be lost on tries
         self.begin()
@@ -256,79 +287,105 @@ class DepthController:
         """Starts from the long run, ready to be convinced otherwise within a few rounds."""
         self.costs.pause()
         self._here = Acceptance.unknown(self.deepest)
-        self._shares = self._everything.shares()
+        self._rates = self.long_run.rates()
         self._chosen = 0
-        self._chosen = self._now = self._best()
-        self._run = 0  # rounds of the depth that runs now
-        self._last = -1
-        self._since = 0
+        self._chosen = self._now = self._best()  # the depth in use, and that of the round, which may be a try
+        self._run, self._learned = 0, -1  # rounds of it in a row, and the depth of the round that was read last
 
     def tokens(self, depth: int) -> float:
         """Expected tokens of a round."""
-        return expected_tokens(self._shares, depth)
+        return expected_tokens(self._rates, depth)
 
-    def rate(self, depth: int) -> float:
+    def speed_up(self, depth: int) -> float:
         """Expected tokens in the time of a plain round."""
         return self.tokens(depth) / self.costs.cost(depth)
 
     def next(self) -> int:
-        """The chosen depth, or now and then some rounds of another one, to see whether that would pay."""
+        """The depth in use, or now and then some rounds of another one, to see whether that would pay."""
         self._rounds += 1
         self._run += 1
-        self._since += 1
-        trying = self._now != self._chosen
-        if self._run <= TRY + self.costs.noise * PATIENCE:
+        if self._run <= HOLD + PATIENCE * self.costs.scatter:
             return self._now
-        best = self._best()
-        if best != self._chosen and self.rate(best) > GAIN * self.rate(self._chosen):
+        tried, best = self._now if self._now != self._chosen else None, self._best()
+        if best != self._chosen and self.speed_up(best) > GAIN * self.speed_up(self._chosen):
             log.info("depth %d -> %d: %.2f times plain decoding expected in place of %.2f",
-                     self._chosen, best, self.rate(best), self.rate(self._chosen))  # fmt: skip
+                     self._chosen, best, self.speed_up(best), self.speed_up(self._chosen))  # fmt: skip
             self._chosen = best
-        self._saved += TRYING * self.rate(self._chosen)
-        depth = self._chosen if trying else self._worth_a_try()
-        if trying:
-            self._saved = max(-CREDIT, self._saved - (self._run - 1) * self._lost(self._now, self.costs.cost(self._now)))
-            self._since, self._tried_at[self._now] = 0, self._rounds
+        self._saved += TRYING * self.speed_up(self._chosen)
+        depth = self._chosen
+        if tried is not None:
+            self._saved = max(-CREDIT, self._saved - (self._run - 1) * self._loss(tried, self.costs.cost(tried)))
+            self._tried_at[tried] = self._rounds
+        elif self._rounds - max(self._tried_at.values()) >= BETWEEN:
+            depth = self._worth_a_try()
         if depth != self._now:
             self._now, self._run = depth, 1
-        return self._now
+        return depth
 
     def _worth_a_try(self) -> int:
-        """The depth that may well be better than the chosen one, else the others by turns.
+        """The depth that may well be better than the one in use, else the others by turns, or the one in use.
 
         A try is made once its loss is saved, by the hopeful end of what its cost is thought to be.
         """
-        if self._since < BETWEEN:
-            return self._chosen
-        others = [depth for depth in self._allowed() if depth != self._chosen]
-        hope = {d: self.rate(d) * math.exp(self.costs.uncertainty(d, self._chosen)) for d in others}
+        others = [depth for depth in self._within_reach() if depth != self._chosen]
+        hope = {d: self.speed_up(d) * math.exp(self.costs.uncertainty(d, self._chosen)) for d in others}
         turns = sorted(others, key=lambda d: self._tried_at[d])
-        for depth in (*(d for d in [max(others, key=lambda d: hope[d])] if hope[d] > self.rate(self._chosen)), *turns):
-            if self._saved >= TRY * self._lost(depth, self.tokens(depth) / hope[depth]):
-                return depth
-        return self._chosen
+        best = max(others, key=lambda d: hope[d])
+        if hope[best] > self.speed_up(self._chosen):
+            turns.insert(0, best)
+        if self._chosen and not self.costs.known:
+            return 0  # what all else is compared with
+        loss = {d: HOLD * self._loss(d, self.tokens(d) / hope[d]) for d in others}
+        return next((depth for depth in turns if self._saved >= loss[depth]), self._chosen)
 
-    def _allowed(self) -> list[int]:
-        """Depths within reach of what was ever accepted, the chosen one among them."""
-        reach = max(self._everything.reach(), self._chosen)
-        return [depth for depth in self.allowed if depth <= reach]
-
-    def _lost(self, depth: int, cost: float) -> float:
-        """What a round of this depth loses that costs so much, in rounds of the chosen one."""
+    def _loss(self, depth: int, cost: float) -> float:
+        """What a round of this depth loses if it costs so much, in rounds of the depth in use."""
         return max(0.0, cost / self.costs.cost(self._chosen) - self.tokens(depth) / self.tokens(self._chosen))
 
+    def _best(self) -> int:
+        return best_depth(self.costs.cost, self._rates, self._within_reach())
+
+    def _within_reach(self) -> list[int]:
+        """Plain decoding, the shallowest drafts, and what acceptance so far makes worth a thought."""
+        reach = max(self.long_run.reach(), self._chosen)
+        return [depth for place, depth in enumerate(self.allowed) if place < 2 or depth <= reach]
+
     def learn(self, depth: int, accepted: int, seconds: float | None) -> None:
-        """Books a round: which drafts were accepted, and how long it took."""
+        """Counts a round: which drafts were accepted, and how long it took."""
         # What a depth that is out of use was found to give fades within a request, so that an unlucky one gets another
         # chance; over all of them only new drafts make old ones count less, or plain decoding would forget why.
-        for acceptance, fades in ((self._here, True), (self._everything, depth > 0)):
+        for acceptance, fades in ((self._here, True), (self.long_run, depth > 0)):
             acceptance.fade(FADE if fades else 1.0)
-            acceptance.book(depth, accepted)
-        self._shares = self._here.shares_given(self._everything.shares())
-        if seconds is not None and seconds > 0 and depth == self._last:
+            acceptance.count(depth, accepted)
+        self._rates = self._here.rates_given(self.long_run.rates())
+        # The first round of a depth may be charged with the end of the one before.
+        if seconds is not None and seconds > 0.0 and depth == self._learned:
             self.costs.learn(depth, seconds)
-        self._last = depth
+        self._learned = depth
 
-    def _best(self) -> int:
-        """The depth with the best rate."""
-        return best_depth(self.costs.cost, self._shares, self._allowed())
+    @property
+    def reason(self) -> str:
+        """One sentence: how much it drafts, and why."""
+        depth = self._chosen or max((d for d in self.allowed if d), key=self.speed_up)
+        if not self.costs.known:
+            return "Not enough rounds yet to say whether drafting pays."
+        cost, tokens = self.costs.cost(depth), self.tokens(depth)
+        if self._chosen:
+            return (
+                f"Drafting {_drafts(depth)} a round: a round takes {cost:.1f} times a plain one "
+                f"and yields {tokens:.1f} tokens."
+            )
+        drafts = "1 draft" if depth == 1 else f"{depth} drafts"
+        return (
+            f"Not drafting: a round of {drafts} takes {cost:.1f} times a plain one "
+            f"and yields only {tokens:.1f} tokens."
+        )
+
+    def save(self) -> None:
+        """Keeps what was learned for the next start: costs only where enough quiet rounds tell them."""
+        if self.kept is None:
+            return
+        costs = [self.costs.cost(depth) for depth in range(self.deepest + 1)]
+        enough = self.costs.known and sum(self.costs.timed) >= SCATTER
+        noise = self.costs.scatter if enough else math.inf
+        self.kept.save(Profile(costs, noise, self.long_run.verified, self.long_run.accepted))

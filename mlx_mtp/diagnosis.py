@@ -269,7 +269,10 @@ class ConventionCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """Everything that was found. convention: None unless the drafter is an assistant and text can be tokenised."""
+    """Everything that was found. convention: None unless the drafter is an assistant and text can be tokenised.
+
+    depth_reason: how much the engine drafts after what it learned in earlier runs, and why.
+    """
 
     machine: Machine
     mode: str
@@ -278,6 +281,7 @@ class Diagnosis:
     exactness: Exactness
     choices: tuple[Choice, ...]
     convention: ConventionCheck | None
+    depth_reason: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON object of `mlx-mtp doctor --json`, without the advice; times in milliseconds."""
@@ -303,6 +307,7 @@ class Diagnosis:
             "exactness": {**asdict(self.exactness), "possible": self.exactness.possible},
             "choices": [asdict(choice) for choice in self.choices],
             "convention": {**asdict(check), "better": check.better} if check else None,
+            "depth_reason": self.depth_reason,
         }
 
 
@@ -325,6 +330,7 @@ def diagnose(engine: Engine, effort: Effort = USUAL, on_step: Progress = lambda 
         exactness=exact,
         choices=choices(curve, allowed),
         convention=_convention_check(engine, decoder, on_step),
+        depth_reason=engine.depth_reason,
     )
 
 
@@ -380,7 +386,7 @@ def choices(curve: Curve, allowed: Sequence[int], acceptances: Sequence[float] =
     found = []
     for acceptance in acceptances:
         shares = [acceptance] * max(allowed)
-        depth = best_depth(curve, shares, allowed)
+        depth = best_depth(curve.at, shares, allowed)
         tokens = expected_tokens(shares, depth)
         found.append(Choice(acceptance, depth, tokens, tokens * curve.at(0) / curve.at(depth)))
     return tuple(found)

@@ -25,8 +25,8 @@ class Machine:
     name: str
     seconds: tuple[float, ...]
     noise: str = "calm"
-    # (from second, to second, factor): something else runs, and every round takes so many times as long.
-    busy: tuple[tuple[float, float, float], ...] = ()
+    # (from round, to round, factor): something else runs, and every round takes so many times as long.
+    busy: tuple[tuple[int, int, float], ...] = ()
     # Rounds before which the machine slept for 10,000 seconds.
     sleeps: tuple[int, ...] = ()
     # Share of a round's time that the clock books on the round after it.
@@ -36,8 +36,10 @@ class Machine:
         """Noise of one round."""
         if self.noise == "calm":
             return chance.uniform(0.97, 1.03)
-        if self.noise == "lognormal":  # 50 % either way
+        if self.noise == "lognormal":  # a standard deviation of 50 % either way
             return chance.lognormvariate(0.0, 0.5)
+        if self.noise == "uniform":
+            return chance.uniform(0.5, 1.5)
         # heavy-tailed: mostly on time, one in seven late, by anything up to 20 times
         return chance.uniform(0.9, 1.1) * (min(20.0, chance.paretovariate(1.2)) if chance.random() < 0.15 else 1.0)
 
@@ -116,7 +118,7 @@ class Clock:
     def round(self, depth: int, chance: random.Random) -> float:
         """Lets a round pass; the seconds it seems to take."""
         machine = self._machine
-        slow = next((factor for start, end, factor in machine.busy if start <= self.now - self.asleep < end), 1.0)
+        slow = next((factor for start, end, factor in machine.busy if start <= self._rounds < end), 1.0)
         took = machine.seconds[depth] * slow * machine.factor(chance)
         if self._rounds in machine.sleeps:
             self.asleep += 1e4
