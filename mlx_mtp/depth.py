@@ -33,9 +33,9 @@ CONTRADICTED = 0.3
 # From round to round the pace may change by this share, the cost of a draft by this one (a context that grows);
 # PAUSED: what a new request may find changed of the pace.
 PACE, AGE, PAUSED = 0.01, 0.002, 0.3
-# A time beyond so many standard deviations (a laptop slept, another program began) says nothing about a cost, only that
-# the pace may be another from now on.
-BELIEVED = 3.0
+# A time off by more than so many times the noise may always mean that the pace has changed, by as much: a laptop slept,
+# another program began. The next rounds of another depth tell.
+USUAL = 2.0
 # How far times scatter at first and at least, and from how many of the latest it is found.
 NOISE, QUIET, SCATTER = 0.3, 0.02, 15
 # Acceptance is a share of rounds that fade by this factor: within a request with every round, over all requests with
@@ -45,8 +45,8 @@ FADE = 0.97
 MEMORY, NEIGHBOUR, PRIOR = 4.0, 1.0, 0.6
 # A change must promise this much.
 GAIN = 1.02
-# Any change lasts so many rounds, for only one between two of its depth is timed, and more where times scatter.
-HOLD, PATIENCE = 3, 20
+# Any change lasts so many rounds (two between others of its depth are timed), and more where times scatter.
+HOLD, PATIENCE = 4, 20
 # Share of the time that may be lost on trying other depths, in rounds the loss allowed at first (and the debt at most),
 # and rounds between two tries.
 TRYING, CREDIT, BETWEEN = 0.01, 2.0, 6
@@ -130,12 +130,10 @@ class RoundCosts:
     def __init__(self, deepest: int, remembered: Sequence[float] | None = None) -> None:
         """remembered: what 0, 1, ... drafts cost in an earlier run; a prior that a few rounds outweigh."""
         self._deepest, self.remembered = deepest, remembered is not None
-        # A round that costs more than the tokens it can yield never pays, and how much more is of no interest.
-        sane = remembered and [min(cost, 1.0 + depth) for depth, cost in enumerate(remembered)]
-        self._expect(0.0, 1e3, sane)  # nobody knows how fast the machine is
+        self._expect(0.0, 1e3, remembered)  # nobody knows how fast the machine is
         self.timed = [0] * (deepest + 1)
         self._changes: deque[float] = deque(maxlen=SCATTER)
-        self._before: tuple[int, float] | None = None
+        self._before: float | None = None  # log seconds of the round before, where this one is of the same depth
 
     def _expect(self, pace: float, variance: float, costs: Sequence[float] | None) -> None:
         """What is thought before the first rounds. Index 0 is the pace, the others log costs."""
@@ -146,13 +144,13 @@ class RoundCosts:
 
     @property
     def known(self) -> bool:
-        """Whether rounds can be compared with plain ones: some of both were timed, or some now and some earlier."""
-        return any(self.timed) if self.remembered else self.timed[0] > 0 and any(self.timed[1:])
+        """Whether rounds can be compared with plain ones: some of both were timed, now or in an earlier run."""
+        return self.remembered or (self.timed[0] > 0 and any(self.timed[1:]))
 
     @property
     def plain_seconds(self) -> float | None:
         """Of a plain round, as fast as the machine is now; None before that can be known."""
-        return math.exp(self._mean[0]) if self.known or self.timed[0] else None
+        return math.exp(self._mean[0]) if self.timed[0] or (self.remembered and any(self.timed)) else None
 
     @property
     def scatter(self) -> float:
@@ -164,8 +162,11 @@ class RoundCosts:
         return 0.0 if few else max(QUIET, statistics.median(self._changes) / 0.95)
 
     def cost(self, depth: int) -> float:
-        """In plain rounds, never below that of fewer drafts."""
-        return math.exp(max(0.0, *self._mean[1 : depth + 1])) if depth else 1.0
+        """In plain rounds, never below that of fewer drafts.
+
+        Nor above the tokens it can yield: such a depth cannot pay, and how little it does is of no interest.
+        """
+        return min(1.0 + depth, math.exp(max(0.0, *self._mean[1 : depth + 1]))) if depth else 1.0
 
     def uncertainty(self, depth: int, other: int) -> float:
         """Standard deviation of the logarithm of cost(depth) / cost(other)."""
@@ -180,12 +181,16 @@ class RoundCosts:
         self._covariance[0][0] += PAUSED**2
         self._before = None
 
-    def learn(self, depth: int, seconds: float) -> None:
-        """A round took so long."""
-        time, mean, covariance, size = math.log(seconds), self._mean, self._covariance, self._deepest + 1
-        if self._before is not None and self._before[0] == depth:
-            self._changes.append(abs(time - self._before[1]))
-        self._before = depth, time
+    def learn(self, depth: int, seconds: float | None) -> None:
+        """A round took so long; None = that cannot be told.
+
+        Of two in a row the faster one counts: whatever else runs only ever makes a round slower.
+        """
+        before, self._before = self._before, math.log(seconds) if seconds else None
+        if before is None or self._before is None:
+            return
+        self._changes.append(abs(self._before - before))
+        time, mean, covariance, size = min(before, self._before), self._mean, self._covariance, self._deepest + 1
         covariance[0][0] += PACE**2
         for i in range(1, size):
             for j in range(1, size):
@@ -198,11 +203,10 @@ class RoundCosts:
             self._expect(mean[0], covariance[0][0], None)
             mean, covariance = self._mean, self._covariance
             surprise = time - sum(mean[part] for part in parts)
+        noise = self.scatter or NOISE
+        covariance[0][0] += max(0.0, abs(surprise) - USUAL * noise) ** 2
         shares = [sum(row[part] for part in parts) for row in covariance]
-        variance = sum(shares[part] for part in parts) + (self.scatter or NOISE) ** 2
-        if surprise**2 > BELIEVED**2 * variance:
-            covariance[0][0] += surprise**2
-            return
+        variance = sum(shares[part] for part in parts) + noise**2
         for i in range(size):
             mean[i] += shares[i] / variance * surprise
             for j in range(size):
@@ -359,8 +363,7 @@ class DepthController:
             acceptance.count(depth, accepted)
         self._rates = self._here.rates_given(self.long_run.rates())
         # The first round of a depth may be charged with the end of the one before.
-        if seconds is not None and seconds > 0.0 and depth == self._learned:
-            self.costs.learn(depth, seconds)
+        self.costs.learn(depth, seconds if depth == self._learned else None)
         self._learned = depth
 
     @property
