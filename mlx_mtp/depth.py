@@ -35,7 +35,7 @@ CONTRADICTED = 0.3
 PACE, AGE, PAUSED = 0.01, 0.002, 0.3
 # A time off by more than so many times the noise may always mean that the pace has changed, by as much: a laptop slept,
 # another program began. The next rounds of another depth tell.
-USUAL = 2.0
+USUAL = 3.0
 # How far times scatter at first and at least, and from how many of the latest it is found.
 NOISE, QUIET, SCATTER = 0.3, 0.02, 15
 # Acceptance is a share of rounds that fade by this factor: within a request with every round, over all requests with

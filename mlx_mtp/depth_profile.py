@@ -56,8 +56,9 @@ class ProfileFile:
             )  # fmt: skip
         except (KeyError, TypeError, ValueError):
             return None
-        counts = list(zip(found.verified, found.accepted, strict=False))
-        if {len(found.verified), len(found.accepted)} != {deepest} or not all(0 <= b <= a < math.inf for a, b in counts):
+        counts = zip(found.verified, found.accepted, strict=False)
+        sane = all(0 <= accepted <= verified < math.inf for verified, accepted in counts)
+        if not sane or {len(found.verified), len(found.accepted)} != {deepest}:
             return None
         if len(found.costs or ()) != deepest + 1 or not possible(found.costs or ()) or not 0 <= found.noise <= CALM:
             found.costs = None
