@@ -18,6 +18,7 @@ from rich.table import Table
 from mlx_mtp import OptionError, PromptError
 from mlx_mtp.cli.conversation import Conversation
 from mlx_mtp.cli.line_input import Verbatim
+from mlx_mtp.engine import SEEDED_DEPTH
 from mlx_mtp.results import acceptance
 
 EMBEDDED = "embedded"  # the name by which /model knows the model that comes with the program
@@ -137,9 +138,19 @@ def _stats(conversation: Conversation, _: str) -> bool:
     for name, value in _figures(conversation):
         table.add_row(name, value)
     conversation.screen.show(table)
+    conversation.screen.say(_depth(conversation))
     if chat.last is None:
         conversation.screen.say("no finished reply yet")
     return True
+
+
+def _depth(conversation: Conversation) -> str:
+    """Why so many tokens are drafted, as replies are asked for now."""
+    engine, settings = conversation.chat.engine, conversation.settings
+    seeded = settings.seed is not None and settings.sampling.over(engine.defaults).temperature
+    if seeded and engine.depth == "auto":
+        return f"Drafting {SEEDED_DEPTH} tokens a round at most: a seed above temperature 0 fixes the depth."
+    return engine.depth_reason
 
 
 def _figures(conversation: Conversation) -> list[tuple[str, str]]:
@@ -216,7 +227,7 @@ COMMANDS = {
     "/retry": Command(_retry, "", "another reply to the last question"),
     "/system": Command(_system, TEXT, "an instruction for the whole conversation; 'none' removes it"),
     "/set": Command(_set, "NAME VALUE", "temperature, max_tokens, thinking, ...; alone it shows them"),
-    "/stats": Command(_stats, "", "figures of the last reply"),
+    "/stats": Command(_stats, "", "figures of the last reply, and why so much is drafted"),
     "/thoughts": Command(_thoughts, "", "what the model thought before the last reply"),
     "/save": Command(_save, "FILE", "keep the conversation with its K/V"),
     "/load": Command(_load, "FILE", "go on with a saved conversation"),

@@ -14,7 +14,9 @@ from mlx_mtp.advice import Advice, advise
 from mlx_mtp.benchmarking.summary import stored
 from mlx_mtp.cli import options
 from mlx_mtp.cli.loading import load
+from mlx_mtp.depth_profile import forget, profile_path
 from mlx_mtp.diagnosis import Diagnosis, diagnose
+from mlx_mtp.errors import MLXMTPError, OptionError
 from mlx_mtp.exactness import Exactness
 from mlx_mtp.machine import Machine
 from mlx_mtp.tables import Table, facts
@@ -25,11 +27,17 @@ def doctor(
     drafter: options.Drafter = "auto",
     mode: options.Mode = "fast",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    forgetting: Annotated[
+        bool, typer.Option("--forget", help="Measure nothing; drop what earlier runs learned of every pair.")
+    ] = False,
 ) -> None:
     """Measure this machine with a pair, and say what to expect."""
+    if forgetting:
+        if (model, drafter, mode) != (None, "auto", "fast"):
+            raise OptionError("Expected --forget without --model, --drafter and --mode; it drops all that was learned.")
+        return _forget(as_json)
     console = Console(stderr=True)
-    # A fixed depth: with "auto" the engine would time its own rounds first.
-    engine = load(model, drafter, depth="0", mode=mode)
+    engine = load(model, drafter, mode=mode)
     with console.status("measuring") as status:
         found = diagnose(engine, on_step=status.update)
     advice = advise(found)
@@ -39,10 +47,25 @@ def doctor(
         report(Console(), found, advice)
 
 
+def _forget(as_json: bool) -> None:
+    """Drops the profiles of the depth control, and says whose they were."""
+    path = profile_path()
+    try:
+        dropped = forget(path)
+    except OSError as error:
+        raise MLXMTPError(f"What was learned could not be dropped ({error}); remove {path} yourself.") from None
+    if as_json:
+        print(json.dumps({"forgotten": dropped}))
+    elif dropped:
+        print("Forgotten what rounds cost and how often drafts were accepted of:", *dropped, sep="\n  ")
+    else:
+        print("Nothing was learned yet, so there was nothing to forget.")
+
+
 def report(console: Console, found: Diagnosis, advice: list[Advice]) -> None:
     """Prints everything that was found, and what it means."""
     parts = [_machine(found.machine), _pair(found), _curve(found), _pieces(found), _choices(found)]
-    tables.show(console, [*parts, *(f"{one.topic}: {one.text}" for one in advice)])
+    tables.show(console, [*parts, f"depth: {found.depth_reason}", *(f"{one.topic}: {one.text}" for one in advice)])
 
 
 def _machine(here: Machine) -> Table:

@@ -1,61 +1,65 @@
-"""How many tokens to draft: measured round times x observed acceptance -> the depth with most tokens per second.
+"""How many tokens to draft: what a round costs x how often drafts are accepted -> the depth with most tokens a second.
 
-What it does: chooses a depth before every round, 0 (plain decoding) included, and learns from every round that was
-read. What it does not do: touch the device or measure anything itself. Pure Python.
+Chooses a depth before every round, 0 (plain decoding) included, and learns from every round that was read. Touches no
+device and no clock; `depth_profile.py` keeps what was learned.
 
-Expected tokens of a round of depth d: 1 + a1 + a1 a2 + ... + a1..ad, with a_i the chance that draft i stands once
-those before it do. Divided by the round's time this is what the controller maximises.
+A worked example. A plain round takes 10 ms, one of 2 drafts 13 ms: it costs 1.3. Drafts are accepted 80 times of 100,
+so that a round of 2 yields 1 + 0.8 + 0.8 * 0.8 = 2.44 tokens, and 2.44 / 1.3 = 1.88 times the tokens per second of
+plain decoding. Now another program starts, and rounds of 2 take 26 ms. Has the machine become slower, or was the cost
+wrong? The time of one round tells only their product. But hundreds of rounds of 2 were timed, so their cost is well
+known, while a machine's pace may change at any time: the pace gets the blame, the cost stays 1.3 and the depth 2. Had
+they been the first rounds of 2 after a start with an old, uncertain cost, the cost would get the blame and be 2.6.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import statistics
-import tempfile
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Protocol
+
+from mlx_mtp.depth_profile import Profile, ProfileFile
 
 log = logging.getLogger(__name__)
 
-# How much one round of the depth in use moves the times of all depths (a warmer chip, a longer context).
-COMMON = 0.1
-# However late a round comes (something else interrupted it), or early (that before it was late), it counts as this
-# share of the expected time later or earlier at most.
-LATEST, EARLIEST = 0.5, 0.6
-# A depth's own time is the median of so many rounds, of two middle ones the shorter: rounds are late for many reasons
-# and early for few. What was known before any of them counts as one.
-WINDOW = 9
+# Where nothing is known a draft is thought to add this share of a plain round, within a factor of e**STEP.
+SLOPE, STEP = 0.25, 0.4
+# Remembered costs are all dropped when a depth's first round takes e**CONTRADICTED times what they say, or less by it.
+CONTRADICTED = 0.3
+# From round to round the pace may change by this share, the cost of a draft by this one (a context that grows);
+# PAUSED: what a new request may find changed of the pace.
+PACE, AGE, PAUSED = 0.01, 0.002, 0.3
+# A time off by more than so many times the noise may always mean that the pace has changed, by as much: a laptop slept,
+# another program began. The next rounds of another depth tell.
+USUAL = 3.0
+# How far times scatter at first and at least, and from how many of the latest it is found.
+NOISE, QUIET, SCATTER = 0.3, 0.02, 15
 # Acceptance is a share of rounds that fade by this factor: within a request with every round, over all requests with
 # every round that drafted.
 FADE = 0.97
 # How many rounds of its own the earlier requests count for in a new one, and the position before for a position.
-MEMORY, NEIGHBOUR = 4.0, 1.0
-PRIOR = 0.6
+MEMORY, NEIGHBOUR, PRIOR = 4.0, 1.0, 0.6
 # A change must promise this much.
 GAIN = 1.02
-# The first rounds of a depth that has just been chosen tell how far its own time was wrong: the machine hardly changed
-# its speed in that very moment.
-# So many, because a time that was far off must be mended before the whole curve is scaled by it.
-NEW = 6
-# Share of the time that may be lost on seeing whether another depth would pay, the fewest rounds in between, and the
-# rounds of a try: while one round runs the next is built, so only a round followed by one like it shows what it takes.
-PROBING, PAUSE, TRY = 0.005, 6, 2
-# What a depth is thought to cost may have been measured in a bad minute: a try is due when this share of the loss it
-# would bring has been saved up; what it really lost is then taken off, down to a debt of 80 rounds. A round is never
-# thought to lose more than WORST, or one depth that looks absurdly dear would keep all others waiting.
-HOPE, DEBT, WORST = 0.25, 0.4, 2.0
+# Any change lasts so many rounds (two between others of its depth are timed), and more where times scatter.
+HOLD, PATIENCE = 4, 20
+# Share of the time that may be lost on trying other depths, in rounds the loss allowed at first (and the debt at most),
+# and rounds between two tries.
+TRYING, CREDIT, BETWEEN = 0.01, 2.0, 6
 
 
 class DepthPolicy(Protocol):
     """What the decode loop asks before a round and tells after it."""
 
     deepest: int
+
+    @property
+    def reason(self) -> str:
+        """One sentence: how much it drafts, and why."""
 
     def begin(self) -> None:
         """A new request."""
@@ -73,6 +77,13 @@ class FixedDepth:
 
     deepest: int
 
+    @property
+    def reason(self) -> str:
+        """One sentence: how much it drafts, and why."""
+        if not self.deepest:
+            return "Not drafting: the depth is fixed at 0."
+        return f"Drafting {_drafts(self.deepest)} a round: the depth is fixed."
+
     def begin(self) -> None:
         """Nothing to prepare."""
 
@@ -84,250 +95,300 @@ class FixedDepth:
         """Nothing to learn."""
 
 
+def _drafts(count: int) -> str:
+    return "1 token" if count == 1 else f"{count} tokens"
+
+
 @dataclass
 class Curve:
-    """Seconds of a round by depth: measured at some depths, straight lines between and beyond them.
-
-    Every depth keeps the times of its latest rounds, as they would be at today's pace, and their median counts: of
-    noisy times no single one does. Never falling, since more drafts take no less time: of two depths that say
-    otherwise the one that rests on fewer rounds gives way.
-    """
+    """Seconds of a round by depth, as measured: straight lines between and beyond, and more drafts take no less."""
 
     seconds: dict[int, float]
 
     def __post_init__(self) -> None:
-        self._pace = 1.0
-        self._rounds = {depth: deque([time], WINDOW) for depth, time in self.seconds.items()}
-        self._fit()
+        depths = sorted(self.seconds)
+        self.seconds = dict(zip(depths, accumulate((self.seconds[depth] for depth in depths), max), strict=True))
 
     def at(self, depth: int) -> float:
         """Expected seconds of a round of this depth."""
-        if depth in self.seconds:
-            return self.seconds[depth]
         known = sorted(self.seconds)
-        if len(known) == 1:
-            return self.seconds[known[0]]
-        below = max((d for d in known[:-1] if d < depth), default=known[0])
-        above = next(d for d in known if d > below)
-        slope = (self.seconds[above] - self.seconds[below]) / (above - below)
+        below = max((d for d in known[:-1] if d <= depth), default=known[0])
+        above = next((d for d in known if d > below), below)
+        slope = (self.seconds[above] - self.seconds[below]) / max(1, above - below)
         return self.seconds[below] + slope * (depth - below)
 
-    def learn(self, depth: int, seconds: float, usual: bool) -> None:
-        """Moves the estimates towards a round that took so long.
 
-        usual: whether this depth is the one in use. Its rounds tell how fast the machine is now, and scale the whole
-        curve; the few rounds of other depths, and its own first one, tell the curve's shape. If each round moved its
-        own depth only, the one in use would look better than the rest whenever the machine got faster, and stay in use
-        for ever.
+class RoundCosts:
+    """What a round of each depth costs in plain rounds, and how fast plain rounds are now: a Kalman filter.
+
+    log(seconds of a round of d drafts) = pace + log cost(d) + noise, cost(0) = 1. A time shows only the sum of two
+    unknowns. Its surprise is shared between them by how uncertain each of them is, and makes both more certain; that
+    is what the covariance keeps. The pace becomes uncertain again with every round, costs hardly do. Costs are
+    uncertain together: a draft more adds something unknown to all deeper rounds, so that one depth tells of the others.
+    """
+
+    def __init__(self, deepest: int, remembered: Sequence[float] | None = None) -> None:
+        """remembered: what 0, 1, ... drafts cost in an earlier run; a prior that a few rounds outweigh."""
+        self._deepest, self.remembered = deepest, remembered is not None
+        self._expect(0.0, 1e3, remembered)  # nobody knows how fast the machine is
+        self.timed = [0] * (deepest + 1)
+        self._changes: deque[float] = deque(maxlen=SCATTER)
+        self._before: float | None = None  # log seconds of the round before, where this one is of the same depth
+
+    def _expect(self, pace: float, variance: float, costs: Sequence[float] | None) -> None:
+        """What is thought before the first rounds. Index 0 is the pace, the others log costs."""
+        depths = range(self._deepest + 1)
+        self._mean = [math.log(cost) for cost in costs or [1.0 + SLOPE * depth for depth in depths]]
+        self._covariance = [[STEP**2 * min(i, j) for j in depths] for i in depths]
+        self._mean[0], self._covariance[0][0] = pace, variance
+
+    @property
+    def known(self) -> bool:
+        """Whether rounds can be compared with plain ones: some of both were timed, now or in an earlier run."""
+        return self.remembered or (self.timed[0] > 0 and any(self.timed[1:]))
+
+    @property
+    def plain_seconds(self) -> float | None:
+        """Of a plain round, as fast as the machine is now; None before that can be known."""
+        return math.exp(self._mean[0]) if self.timed[0] or (self.remembered and any(self.timed)) else None
+
+    @property
+    def scatter(self) -> float:
+        """The share by which times of rounds in a row differ, 0 before that is known.
+
+        Half of the differences of two normal times are below 0.95 of their standard deviation.
         """
-        expected = self.at(depth)
-        drift = max(-EARLIEST, min(seconds / expected - 1.0, LATEST))
-        if usual and len(self._rounds.get(depth, ())) > 1:  # as nearly every round: the medians are left alone
-            faster_or_slower = 1.0 + COMMON * drift
-            self._pace *= faster_or_slower
-            self.seconds = {d: time * faster_or_slower for d, time in self.seconds.items()}
-            return
-        rounds = self._rounds.setdefault(depth, deque([expected / self._pace], WINDOW))
-        rounds.append(expected * (1.0 + drift) / self._pace)
-        self._fit()
+        few = len(self._changes) < SCATTER // 3
+        return 0.0 if few else max(QUIET, statistics.median(self._changes) / 0.95)
 
-    def _fit(self) -> None:
-        fitted: dict[int, float] = {}
-        for depth in sorted(self._rounds, key=lambda depth: -len(self._rounds[depth])):
-            low = max((time for d, time in fitted.items() if d < depth), default=0.0)
-            high = min((time for d, time in fitted.items() if d > depth), default=math.inf)
-            fitted[depth] = min(max(low, statistics.median_low(self._rounds[depth])), high)
-        self.seconds = {depth: self._pace * time for depth, time in sorted(fitted.items())}
+    def cost(self, depth: int) -> float:
+        """In plain rounds, never below that of fewer drafts.
+
+        Nor above the tokens it can yield: such a depth cannot pay, and how little it does is of no interest.
+        """
+        return min(1.0 + depth, math.exp(max(0.0, *self._mean[1 : depth + 1]))) if depth else 1.0
+
+    def uncertainty(self, depth: int, other: int) -> float:
+        """Standard deviation of the logarithm of cost(depth) / cost(other)."""
+
+        def between(a: int, b: int) -> float:
+            return self._covariance[a][b] if a and b else 0.0
+
+        return math.sqrt(max(0.0, between(depth, depth) + between(other, other) - 2.0 * between(depth, other)))
+
+    def pause(self) -> None:
+        """Time went by, with whatever else the machine did."""
+        self._covariance[0][0] += PAUSED**2
+        self._before = None
+
+    def learn(self, depth: int, seconds: float | None) -> None:
+        """A round took so long; None = that cannot be told.
+
+        Of two in a row the faster one counts: whatever else runs only ever makes a round slower.
+        """
+        before, self._before = self._before, math.log(seconds) if seconds else None
+        if before is None or self._before is None:
+            return
+        self._changes.append(abs(self._before - before))
+        time, mean, covariance, size = min(before, self._before), self._mean, self._covariance, self._deepest + 1
+        covariance[0][0] += PACE**2
+        for i in range(1, size):
+            for j in range(1, size):
+                covariance[i][j] += AGE**2 * min(i, j)
+        parts = {0, depth}  # of what the time is the sum
+        surprise = time - sum(mean[part] for part in parts)
+        if self.remembered and any(self.timed) and not self.timed[depth] and abs(surprise) > CONTRADICTED:
+            log.info("what rounds cost in an earlier run is not what they cost now: forgotten")
+            self.remembered = False
+            self._expect(mean[0], covariance[0][0], None)
+            mean, covariance = self._mean, self._covariance
+            surprise = time - sum(mean[part] for part in parts)
+        noise = self.scatter or NOISE
+        covariance[0][0] += max(0.0, abs(surprise) - USUAL * noise) ** 2
+        shares = [sum(row[part] for part in parts) for row in covariance]
+        variance = sum(shares[part] for part in parts) + noise**2
+        for i in range(size):
+            mean[i] += shares[i] / variance * surprise
+            for j in range(size):
+                covariance[i][j] -= shares[i] * shares[j] / variance
+        self.timed[depth] += 1
 
 
 @dataclass
 class Acceptance:
-    """How many drafts were judged at each position, and how many of them stood; older rounds count less."""
+    """How many drafts were verified at each position, and how many of them accepted; older rounds count less."""
 
-    seen: list[float]
-    stood: list[float]
+    verified: list[float]
+    accepted: list[float]
 
     @classmethod
     def unknown(cls, positions: int) -> Acceptance:
-        """Nothing judged yet."""
+        """Nothing verified yet."""
         return cls([0.0] * positions, [0.0] * positions)
 
     def fade(self, factor: float) -> None:
         """Makes all rounds so far count less."""
-        self.seen = [factor * count for count in self.seen]
-        self.stood = [factor * count for count in self.stood]
+        self.verified = [factor * count for count in self.verified]
+        self.accepted = [factor * count for count in self.accepted]
 
-    def book(self, depth: int, accepted: int) -> None:
-        """A round of `depth` drafts of which the first `accepted` stood; those behind the first loss tell nothing."""
+    def count(self, depth: int, accepted: int) -> None:
+        """A round of `depth` drafts, of which so many were accepted; those after the first loss tell nothing."""
         for i in range(min(depth, accepted + 1)):
-            self.seen[i] += 1.0
-            self.stood[i] += float(i < accepted)
+            self.verified[i] += 1.0
+            self.accepted[i] += float(i < accepted)
 
-    def shares(self) -> list[float]:
-        """Chance of each position once those before it stand; where little was seen, that of the position before."""
-        found, share = [], PRIOR
-        for seen, stood in zip(self.seen, self.stood, strict=True):
-            share = (NEIGHBOUR * share + stood) / (NEIGHBOUR + seen)
-            found.append(share)
+    def reach(self) -> int:
+        """Twice as many drafts as were ever accepted in a row: nobody starts with eight."""
+        return 2 * sum(accepted > 0.5 for accepted in self.accepted) or 1
+
+    def rates(self) -> list[float]:
+        """Of each position, once those before it were accepted; where little was seen, that of the position before."""
+        found, rate = [], PRIOR
+        for verified, accepted in zip(self.verified, self.accepted, strict=True):
+            rate = (NEIGHBOUR * rate + accepted) / (NEIGHBOUR + verified)
+            found.append(rate)
         return found
 
-    def shares_given(self, expected: Sequence[float]) -> list[float]:
+    def rates_given(self, expected: Sequence[float]) -> list[float]:
         """The same, where little was seen as expected."""
-        rows = zip(expected, self.seen, self.stood, strict=True)
-        return [(MEMORY * share + stood) / (MEMORY + seen) for share, seen, stood in rows]
+        rows = zip(expected, self.verified, self.accepted, strict=True)
+        return [(MEMORY * rate + accepted) / (MEMORY + verified) for rate, verified, accepted in rows]
 
 
-def expected_tokens(shares: Sequence[float], depth: int) -> float:
-    """Tokens of a round of `depth` drafts, from each position's chance to stand once those before it do."""
-    total = stands = 1.0
-    for share in shares[:depth]:
-        stands *= share
-        total += stands
+def expected_tokens(rates: Sequence[float], depth: int) -> float:
+    """Tokens of a round of `depth` drafts, from each position's chance once those before it were accepted."""
+    total = reached = 1.0
+    for rate in rates[:depth]:
+        reached *= rate
+        total += reached
     return total
 
 
-def best_depth(curve: Curve, shares: Sequence[float], allowed: Sequence[int]) -> int:
-    """The depth with most expected tokens per second; drafting must beat plain decoding by GAIN."""
-    return max(allowed, key=lambda d: expected_tokens(shares, d) / curve.at(d) * (1.0 if d else GAIN))
+def best_depth(cost: Callable[[int], float], rates: Sequence[float], allowed: Sequence[int]) -> int:
+    """The depth with most expected tokens per cost of a round; drafting must beat plain decoding by GAIN."""
+    return max(allowed, key=lambda d: expected_tokens(rates, d) / cost(d) * (1.0 if d else GAIN))
 
 
 @dataclass
 class DepthController:
-    """Chooses among `allowed` depths. `long_run` is what all requests so far had accepted."""
+    """Chooses among `allowed` depths, 0 among them. kept: where what it learns stays for the next start."""
 
-    curve: Curve
-    deepest: int
     allowed: Sequence[int]
-    long_run: Acceptance | None = None
-    file: Path | None = None
-    key: str = ""
+    kept: ProfileFile | None = None
+    deepest: int = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.long_run is None or len(self.long_run.seen) != self.deepest:
-            self.long_run = Acceptance.unknown(self.deepest)
-        self._everything: Acceptance = self.long_run
+        self.deepest = max(self.allowed)
+        known = self.kept.load(self.deepest) if self.kept else None
+        self.costs = RoundCosts(self.deepest, known.costs if known else None)
+        self.long_run = Acceptance(known.verified, known.accepted) if known else Acceptance.unknown(self.deepest)
         # Counted over all requests: many short ones must find out what a long one does.
-        self._since_probe = self._probes = 0
-        self._saved = 0.0  # rounds' worth of time that may be lost on tries
+        self._rounds, self._tried_at = 0, dict.fromkeys(self.allowed, 0)
+        self._saved = CREDIT  # rounds' worth of time that may be lost on tries
         self.begin()
 
     def begin(self) -> None:
         """Starts from the long run, ready to be convinced otherwise within a few rounds."""
+        self.costs.pause()
         self._here = Acceptance.unknown(self.deepest)
-        self._shares = self._everything.shares()
-        self._depth, self._new = self._best(), 0
-        self._tried, self._tries = 0, 0  # a depth under trial, and how many rounds of it are still to come
+        self._rates = self.long_run.rates()
+        self._chosen = 0
+        self._chosen = self._now = self._best()  # the depth in use, and that of the round, which may be a try
+        self._run, self._learned = 0, -1  # rounds of it in a row, and the depth of the round that was read last
 
     def tokens(self, depth: int) -> float:
         """Expected tokens of a round."""
-        return expected_tokens(self._shares, depth)
+        return expected_tokens(self._rates, depth)
 
-    def rate(self, depth: int) -> float:
-        """Expected tokens per second."""
-        return self.tokens(depth) / self.curve.at(depth)
-
-    @property
-    def plain_seconds(self) -> float:
-        """Expected seconds of a token decoded plainly: a round of depth 0, as fast as the machine is now."""
-        return self.curve.at(0)
+    def speed_up(self, depth: int) -> float:
+        """Expected tokens in the time of a plain round."""
+        return self.tokens(depth) / self.costs.cost(depth)
 
     def next(self) -> int:
-        """The chosen depth, or now and then some rounds of another one, to see whether that would pay."""
-        if self._tries:
-            self._tries -= 1
-            return self._tried
-        best = self._best()
-        if best != self._depth and self.rate(best) > GAIN * self.rate(self._depth):
-            log.info("depth %d -> %d: %.0f tokens/s expected in place of %.0f",
-                     self._depth, best, self.rate(best), self.rate(self._depth))  # fmt: skip
-            self._depth, self._since_probe, self._new = best, 0, NEW
-        self._since_probe += 1
-        others = self._others()
-        if not others:
-            return self._depth
-        other = others[self._probes % len(others)]
-        self._saved += PROBING
-        lost = min(self._lost(other, self.curve.at(other)), WORST)
-        if self._since_probe < PAUSE or self._saved < HOPE * TRY * lost:
-            return self._depth
-        self._since_probe, self._probes = 0, self._probes + 1
-        self._tried, self._tries = other, TRY - 1
-        return other
+        """The depth in use, or now and then some rounds of another one, to see whether that would pay."""
+        self._rounds += 1
+        self._run += 1
+        if self._run <= HOLD + PATIENCE * self.costs.scatter:
+            return self._now
+        tried, best = self._now if self._now != self._chosen else None, self._best()
+        if best != self._chosen and self.speed_up(best) > GAIN * self.speed_up(self._chosen):
+            log.info("depth %d -> %d: %.2f times plain decoding expected in place of %.2f",
+                     self._chosen, best, self.speed_up(best), self.speed_up(self._chosen))  # fmt: skip
+            self._chosen = best
+        self._saved += TRYING * self.speed_up(self._chosen)
+        depth = self._chosen
+        if tried is not None:
+            self._saved = max(-CREDIT, self._saved - (self._run - 1) * self._loss(tried, self.costs.cost(tried)))
+            self._tried_at[tried] = self._rounds
+        elif self._rounds - max(self._tried_at.values()) >= BETWEEN:
+            depth = self._worth_a_try()
+        if depth != self._now:
+            self._now, self._run = depth, 1
+        return depth
 
-    def _others(self) -> list[int]:
-        """Depths worth a try, by turns: the next deeper and shallower ones, and plain decoding."""
-        deeper = [depth for depth in self.allowed if depth > self._depth][:1]
-        shallower = [depth for depth in self.allowed if depth < self._depth]
-        return deeper + shallower[-1:] + shallower[:-1][:1]
+    def _worth_a_try(self) -> int:
+        """The depth that may well be better than the one in use, else the others by turns, or the one in use.
 
-    def _lost(self, depth: int, seconds: float) -> float:
-        """What a round of this depth costs that takes so long, in rounds of the chosen one."""
-        time = seconds / self.curve.at(self._depth)
-        return max(0.0, time - self.tokens(depth) / self.tokens(self._depth))
+        A try is made once its loss is saved, by the hopeful end of what its cost is thought to be.
+        """
+        others = [depth for depth in self._within_reach() if depth != self._chosen]
+        hope = {d: self.speed_up(d) * math.exp(self.costs.uncertainty(d, self._chosen)) for d in others}
+        turns = sorted(others, key=lambda d: self._tried_at[d])
+        best = max(others, key=lambda d: hope[d])
+        if hope[best] > self.speed_up(self._chosen):
+            turns.insert(0, best)
+        if self._chosen and not self.costs.known:
+            return 0  # what all else is compared with
+        loss = {d: HOLD * self._loss(d, self.tokens(d) / hope[d]) for d in others}
+        return next((depth for depth in turns if self._saved >= loss[depth]), self._chosen)
 
-    def learn(self, depth: int, accepted: int, seconds: float | None) -> None:
-        """Books a round: which drafts stood, and how long it took."""
-        # What a depth that is out of use was found to give fades within a request, so that an unlucky one gets another
-        # chance; over all of them only new drafts make old ones count less, or plain decoding would forget why.
-        for acceptance, fades in ((self._here, True), (self._everything, depth > 0)):
-            acceptance.fade(FADE if fades else 1.0)
-            acceptance.book(depth, accepted)
-        self._shares = self._here.shares_given(self._everything.shares())
-        if depth != self._depth:
-            lost = self._lost(depth, self.curve.at(depth) if seconds is None else seconds)
-            self._saved = max(-DEBT, self._saved - lost)
-        if seconds is not None:
-            self.curve.learn(depth, seconds, usual=depth == self._depth and self._new == 0)
-            if depth == self._depth:
-                self._new = max(0, self._new - 1)
+    def _loss(self, depth: int, cost: float) -> float:
+        """What a round of this depth loses if it costs so much, in rounds of the depth in use."""
+        return max(0.0, cost / self.costs.cost(self._chosen) - self.tokens(depth) / self.tokens(self._chosen))
 
     def _best(self) -> int:
-        """The depth with the best rate."""
-        return best_depth(self.curve, self._shares, self.allowed)
+        return best_depth(self.costs.cost, self._rates, self._within_reach())
+
+    def _within_reach(self) -> list[int]:
+        """Plain decoding, the shallowest drafts, and what acceptance so far makes worth a thought."""
+        reach = max(self.long_run.reach(), self._chosen)
+        return [depth for place, depth in enumerate(self.allowed) if place < 2 or depth <= reach]
+
+    def learn(self, depth: int, accepted: int, seconds: float | None) -> None:
+        """Counts a round: which drafts were accepted, and how long it took."""
+        # What a depth that is out of use was found to give fades within a request, so that an unlucky one gets another
+        # chance; over all of them only new drafts make old ones count less, or plain decoding would forget why.
+        for acceptance, fades in ((self._here, True), (self.long_run, depth > 0)):
+            acceptance.fade(FADE if fades else 1.0)
+            acceptance.count(depth, accepted)
+        self._rates = self._here.rates_given(self.long_run.rates())
+        # The first round of a depth may be charged with the end of the one before.
+        self.costs.learn(depth, seconds if depth == self._learned else None)
+        self._learned = depth
+
+    @property
+    def reason(self) -> str:
+        """One sentence: how much it drafts, and why."""
+        depth = self._chosen or max((d for d in self.allowed if d), key=self.speed_up)
+        if not self.costs.known:
+            return "Not enough rounds yet to say whether drafting pays."
+        cost, tokens = self.costs.cost(depth), self.tokens(depth)
+        if self._chosen:
+            return (
+                f"Drafting {_drafts(depth)} a round: a round takes {cost:.1f} times a plain one "
+                f"and yields {tokens:.1f} tokens."
+            )
+        drafts = "1 draft" if depth == 1 else f"{depth} drafts"
+        return (
+            f"Not drafting: a round of {drafts} takes {cost:.1f} times a plain one "
+            f"and yields only {tokens:.1f} tokens."
+        )
 
     def save(self) -> None:
-        """Keeps curve and acceptance for the next start; a read-only or full disk costs nothing but that."""
-        if self.file is None:
+        """Keeps what was learned for the next start: costs only where enough quiet rounds tell them."""
+        if self.kept is None:
             return
-        known = {
-            "seconds": {str(depth): time for depth, time in self.curve.seconds.items()},
-            "seen": self._everything.seen,
-            "stood": self._everything.stood,
-        }
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            profiles = _profiles(self.file) | {self.key: known}
-            with tempfile.NamedTemporaryFile("w", dir=self.file.parent, suffix=".json", delete=False) as fresh:
-                json.dump(profiles, fresh, indent=2)
-            os.replace(fresh.name, self.file)
-        except OSError as error:
-            log.debug("the depth profile was not kept: %s", error)
-
-
-def remembered(file: Path, key: str) -> tuple[Curve, Acceptance] | None:
-    """What an earlier run learned about this machine and pair; None where nothing usable is kept."""
-    known = _profiles(file).get(key)
-    try:
-        assert isinstance(known, dict)
-        seconds = {int(depth): float(time) for depth, time in known["seconds"].items()}
-        seen, stood = ([float(count) for count in known[name]] for name in ("seen", "stood"))
-    except (AssertionError, KeyError, TypeError, ValueError, AttributeError):
-        return None
-    sane = len(seen) == len(stood) and all(0 <= b <= a < math.inf for a, b in zip(seen, stood, strict=True))
-    usable = seconds and all(0 < time < math.inf for time in seconds.values()) and sane
-    return (Curve(seconds), Acceptance(seen, stood)) if usable else None
-
-
-def _profiles(file: Path) -> dict[str, object]:
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def cache_folder() -> Path:
-    """Where learned profiles live: $MLX_MTP_CACHE, else the user's cache folder."""
-    if chosen := os.environ.get("MLX_MTP_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_mtp"
+        costs = [self.costs.cost(depth) for depth in range(self.deepest + 1)]
+        enough = self.costs.known and sum(self.costs.timed) >= SCATTER
+        noise = self.costs.scatter if enough else math.inf
+        self.kept.save(Profile(costs, noise, self.long_run.verified, self.long_run.accepted))

@@ -273,6 +273,7 @@ class Diagnosis:
     """Everything that was found. convention: None unless the drafter is an assistant and text can be tokenised.
 
     exactness: with the room that short texts need. by_capacity: with room for so many tokens; empty in fast mode.
+    depth_reason: how much the engine drafts after what it learned in earlier runs, and why.
     """
 
     machine: Machine
@@ -283,6 +284,7 @@ class Diagnosis:
     choices: tuple[Choice, ...]
     convention: ConventionCheck | None
     by_capacity: Mapping[int, Exactness] = field(default_factory=dict)
+    depth_reason: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON object of `mlx-mtp doctor --json`, without the advice; times in milliseconds."""
@@ -308,6 +310,7 @@ class Diagnosis:
             "exactness": {**asdict(self.exactness), "possible": self.exactness.possible},
             "choices": [asdict(choice) for choice in self.choices],
             "convention": {**asdict(check), "better": check.better} if check else None,
+            "depth_reason": self.depth_reason,
         }
 
 
@@ -332,6 +335,7 @@ def diagnose(engine: Engine, effort: Effort = USUAL, on_step: Progress = lambda 
         choices=choices(curve, allowed),
         convention=_convention_check(engine, decoder, on_step),
         by_capacity={size: probes.at(size) for size in capacities if size <= capacity_for(engine.max_context)},
+        depth_reason=engine.depth_reason,
     )
 
 
@@ -371,7 +375,7 @@ def choices(curve: Curve, allowed: Sequence[int], acceptances: Sequence[float] =
     found = []
     for acceptance in acceptances:
         shares = [acceptance] * max(allowed)
-        depth = best_depth(curve, shares, allowed)
+        depth = best_depth(curve.at, shares, allowed)
         tokens = expected_tokens(shares, depth)
         found.append(Choice(acceptance, depth, tokens, tokens * curve.at(0) / curve.at(depth)))
     return tuple(found)

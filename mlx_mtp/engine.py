@@ -26,7 +26,8 @@ from mlx_mtp.channels import Channels
 from mlx_mtp.chat import Chat
 from mlx_mtp.chat_file import load_chat
 from mlx_mtp.decode import Asked, Decoder, PrefillProgress
-from mlx_mtp.depth import Curve, DepthController, DepthPolicy, FixedDepth, remembered
+from mlx_mtp.depth import DepthController, DepthPolicy, FixedDepth
+from mlx_mtp.depth_profile import ProfileFile
 from mlx_mtp.errors import OptionError, PromptError
 from mlx_mtp.interfaces import Drafter, Target
 from mlx_mtp.reply import Reply
@@ -40,8 +41,6 @@ log = logging.getLogger(__name__)
 DEEPEST = 8
 MODES = ("fast", "exact")
 MOST_LOGPROBS = 64
-# Depths timed when nothing is known of this machine and pair yet; between them the curve is nearly straight.
-TIMED_DEPTHS = (0, 1, 2, 4)
 # Drafts a round when a seed is given and the depth is left to the engine: one seed must give one output, whatever
 # the clock says.
 SEEDED_DEPTH = 2
@@ -98,14 +97,8 @@ class Engine:
             return Decoder(self.target, drafter, FixedDepth(deepest), exact)
         if len(allowed) == 1:
             return Decoder(self.target, drafter, FixedDepth(0), exact)
-        decoder = Decoder(self.target, drafter, FixedDepth(0), exact)
-        file, key = profile or (None, "")
-        known = remembered(file, key) if file else None
-        curve, long_run = known or (None, None)
-        if curve is None:
-            curve = Curve(decoder.seconds_by_depth([depth for depth in TIMED_DEPTHS if depth in allowed]))
-        decoder.policy = DepthController(curve, max(allowed), allowed, long_run, file, key)
-        return decoder
+        kept = ProfileFile(*profile) if profile else None
+        return Decoder(self.target, drafter, DepthController(allowed, kept), exact)
 
     @property
     def pair(self) -> Pair:
@@ -128,12 +121,21 @@ class Engine:
 
     @property
     def plain_seconds_per_token(self) -> float | None:
-        """Seconds a token is expected to take without any drafts; None where the depth is fixed and nothing measured.
+        """Seconds a token is expected to take without any drafts; None where the depth is fixed or no round was timed.
 
-        Taken from the depth control's cost curve, which follows the machine: an estimate, never a measurement.
+        An estimate of the depth control, which follows the machine, never a measurement.
         """
         policy = self._decoder.policy
-        return policy.plain_seconds if isinstance(policy, DepthController) else None
+        return policy.costs.plain_seconds if isinstance(policy, DepthController) else None
+
+    @property
+    def depth_reason(self) -> str:
+        """One sentence: how many tokens are drafted a round without a seed, and why."""
+        if self.drafter is None:
+            return "Not drafting: no drafter is loaded."
+        if self.exactness is not None and len(self.allowed_depths) == 1:
+            return "Not drafting: no way was found to verify drafts bit for bit here."
+        return self._decoder.policy.reason
 
     def stream(
         self,

@@ -22,7 +22,7 @@ import mlx.core as mx
 
 from mlx_mtp import assets, blas, checks, hub, memory, pairs, threads
 from mlx_mtp.checkpoint import Checkpoint, on_read, read_json, section
-from mlx_mtp.depth import cache_folder
+from mlx_mtp.depth_profile import profile_path
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.lookup import Lookup, LookupFirst
 from mlx_mtp.engine import MODES, Engine
@@ -105,7 +105,7 @@ def load(
         mode=mode,
         max_context=max_context,
         defaults=_default_sampling(generation, checkpoint.path),
-        profile=(cache_folder() / "depth.json", _profile_key(checkpoint.path, drafter, loaded, mode, head_bits)),
+        profile=(profile_path(), _profile_key(checkpoint.path, drafter, loaded, mode, head_bits)),
     )
     memory.wired.add(engine, sum(memory.folder_bytes(each) for each in (checkpoint.path, *others)))
     return engine

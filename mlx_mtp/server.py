@@ -270,6 +270,7 @@ class _Endpoints:
         state = {
             "status": "ok" if alive else "stopping", "model": self._options.model, "version": __version__,
             "queue_length": self._worker.waiting, "running": int(self._worker.running),
+            "depth": self._worker.engine.depth_reason,
         }  # fmt: skip
         return JSONResponse(state, 200 if alive else 503)
 

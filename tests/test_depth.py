@@ -1,128 +1,303 @@
-"""Depth control in simulation: it finds the best depth, never costs more than 2 %, and remembers."""
+"""Depth control: in simulation it finds the best depth from any start and is never much slower than plain decoding;
+what it remembers is a prior; in the engine it measures nothing before the first request."""
 
 import json
-import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from simulation import CPU, FLAT, GPU, MACHINES, Machine, Text, always, best_fixed, simulate, switching
 
 import mlx_mtp
-from mlx_mtp.depth import TRY, Curve, DepthController, remembered
+from mlx_mtp.decode import Decoder
+from mlx_mtp.depth import HOLD, Curve, DepthController, FixedDepth, RoundCosts
+from mlx_mtp.depth_profile import Profile, ProfileFile, forget, possible
 
-# Seconds of a round by depth: rows nearly free, and rows that are not (performance.md, A2).
-FLAT = {0: 10.0, 1: 10.5, 2: 11.0, 4: 12.5, 8: 18.0}
-STEEP = {0: 10.0, 1: 16.5, 2: 23.0, 4: 36.0, 8: 62.0}
-
-
-def simulate(
-    controller: DepthController, seconds: dict[int, float], acceptance: float, rounds: int, seed: int = 0
-) -> tuple[float, float]:
-    """Tokens and time of many rounds with independent acceptance; times scatter by 5 %."""
-    chance, tokens, time, truth = random.Random(seed), 0, 0.0, Curve(dict(seconds))
-    for _ in range(rounds):
-        depth = controller.next()
-        accepted = 0
-        while accepted < depth and chance.random() < acceptance:
-            accepted += 1
-        took = truth.at(depth) * chance.uniform(0.95, 1.05)
-        controller.learn(depth, accepted, took)
-        tokens, time = tokens + accepted + 1, time + took
-    return tokens, time
+NEVER, SELDOM, OFTEN, NEARLY = always(0.0), always(0.3), always(0.8), always(0.95)
+PROSE_AND_CODE = switching(0.15, 0.9, 400)
+TOKENS, SEEDS = 2000, 5
+# (depths that are remembered wrongly, by which factor)
+EVERY, DRAFTED = tuple(range(9)), tuple(range(1, 9))
+WRONG = [
+    (EVERY, 10.0), (EVERY, 0.01), (DRAFTED, 10.0), (DRAFTED, 100.0), (DRAFTED, 0.1), (DRAFTED, 0.01), ((0,), 10.0),
+    ((0,), 0.01), ((4,), 10.0), ((4,), 0.1), ((1,), 100.0), ((8,), 0.01),
+]  # fmt: skip
 
 
-def best_rate(seconds: dict[int, float], acceptance: float) -> float:
-    truth = Curve(dict(seconds))
-    return max(sum(acceptance**i for i in range(depth + 1)) / truth.at(depth) for depth in range(9))
+def remembered(machine: Machine, depths: Sequence[int], factor: float, folder: Path) -> ProfileFile:
+    """A profile of this machine that is wrong: what the depths cost in plain rounds is multiplied."""
+    wrong = [time * (factor if depth in depths else 1.0) for depth, time in enumerate(machine.seconds)]
+    profile = {"costs": [time / wrong[0] for time in wrong], "noise": 0.02, "verified": [0.0] * 8, "accepted": [0.0] * 8}
+    (folder / "depth.json").write_text(json.dumps({"version": 2, "profiles": {"pair": profile}}))
+    return ProfileFile(folder / "depth.json", "pair")
 
 
-def controller(seconds: dict[int, float]) -> DepthController:
-    return DepthController(Curve({d: seconds[d] for d in (0, 1, 2, 4)}), 8, range(9))
+def believed(machine: Machine, depths: Sequence[int], factor: float) -> DepthController:
+    """A control that took such costs for true, however absurd they are."""
+    control = DepthController(range(9))
+    wrong = [time * (factor if depth in depths else 1.0) for depth, time in enumerate(machine.seconds)]
+    control.costs = RoundCosts(8, [time / wrong[0] for time in wrong])
+    control.begin()
+    return control
 
 
-@pytest.mark.parametrize("seconds", [FLAT, STEEP])
-@pytest.mark.parametrize("acceptance", [0.3, 0.6, 0.8, 0.95])
-def test_it_finds_the_best_depth(seconds: dict[int, float], acceptance: float) -> None:
-    tokens, time = simulate(controller(seconds), seconds, acceptance, 1500)
-    assert tokens / time > 0.95 * best_rate(seconds, acceptance)
+def share_of_best(controls: Sequence[DepthController], machine: Machine, text: Text) -> float:
+    """Tokens per second after 50 rounds over those of the best fixed depth, of one run per control."""
+    rates = [simulate(control, machine, text, TOKENS, seed).rate(50) for seed, control in enumerate(controls)]
+    return statistics.fmean(rates) / best_fixed(machine, text, TOKENS, seeds=SEEDS)
 
 
-@pytest.mark.parametrize("seconds", [FLAT, STEEP])
-@pytest.mark.parametrize("acceptance", [0.0, 0.02, 0.05])
-def test_never_slower_than_plain(seconds: dict[int, float], acceptance: float) -> None:
-    """From an optimistic start, over 250 rounds of a text that the drafter is bad at."""
-    for seed in range(5):
-        tokens, time = simulate(controller(seconds), seconds, acceptance, 250, seed)
-        assert tokens / time > 0.98 / seconds[0]
+def fresh() -> list[DepthController]:
+    return [DepthController(range(9)) for _ in range(SEEDS)]
 
 
-@pytest.mark.parametrize("seconds", [FLAT, STEEP])
-@pytest.mark.parametrize("acceptance", [0.3, 0.6, 0.9])
-@pytest.mark.parametrize("factor", [0.4, 2.0])
-def test_a_wrong_start_is_mended(seconds: dict[int, float], acceptance: float, factor: float) -> None:
-    """Measured on a machine that was busy, or idle, and with one depth taken for far cheaper than it is."""
-    wrong = {depth: factor * time for depth, time in seconds.items()}
-    control = controller(wrong | {4: 0.6 * wrong[4]})
-    simulate(control, seconds, acceptance, 300)
-    tokens, time = simulate(control, seconds, acceptance, 1000)
-    assert tokens / time > 0.95 * best_rate(seconds, acceptance)
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)
+@pytest.mark.parametrize("text", [NEVER, SELDOM, OFTEN, NEARLY, PROSE_AND_CODE])
+def test_a_fresh_start_finds_the_best_depth(machine: Machine, text: Text) -> None:
+    assert share_of_best(fresh(), machine, text) > 0.95
 
 
-@pytest.mark.parametrize("acceptance", [0.7, 0.95])
-def test_short_requests_mend_a_curve_too(acceptance: float) -> None:
-    """Times taken while something else ran, and replies too short to probe more than once: found on a real machine."""
-    control = DepthController(Curve({0: 7.8, 1: 11.2, 2: 29.8, 4: 47.3}), 8, range(9))
-    for seed in range(12):
-        control.begin()
-        simulate(control, FLAT, acceptance, 60, seed)
-    tokens, time = 0.0, 0.0
-    for seed in range(12):
-        control.begin()
-        more, took = simulate(control, FLAT, acceptance, 60, seed)
-        tokens, time = tokens + more, time + took
-    assert tokens / time > 0.9 * best_rate(FLAT, acceptance)
+@pytest.mark.parametrize(("depths", "factor"), WRONG)
+@pytest.mark.parametrize(("machine", "text"), [(GPU, OFTEN), (FLAT, NEARLY), (CPU, NEVER), (CPU, NEARLY)])
+def test_wrong_memories_are_found_out(
+    machine: Machine, text: Text, depths: Sequence[int], factor: float, tmp_path: Path
+) -> None:
+    file = remembered(machine, depths, factor, tmp_path)
+    assert share_of_best([DepthController(range(9), file) for _ in range(SEEDS)], machine, text) > 0.95
+    assert share_of_best([believed(machine, depths, factor) for _ in range(SEEDS)], machine, text) > 0.95
 
 
-def test_it_follows_a_text_that_changes() -> None:
-    control = controller(FLAT)
-    simulate(control, FLAT, 0.95, 200)
-    assert control.next() >= 5
-    simulate(control, FLAT, 0.0, 200)
-    assert control.tokens(1) < 1.15
-    tokens, time = simulate(control, FLAT, 0.9, 3000)
-    assert tokens / time > 0.8 * best_rate(FLAT, 0.9)
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)
+@pytest.mark.parametrize("text", [NEVER, OFTEN, NEARLY])
+@pytest.mark.parametrize(
+    "disturbed", [{"sleeps": (7, 60, 200)}, {"busy": ((100, 400, 3.0),)}, {"busy": ((5, 300, 5.0),)}, {"smeared": 0.3}],
+    ids=("sleeps", "another program", "another program from the start", "times booked on the next round"),
+)  # fmt: skip
+def test_what_else_the_machine_does(machine: Machine, text: Text, disturbed: dict) -> None:
+    assert share_of_best(fresh(), replace(machine, **disturbed), text) > 0.95
 
 
-def test_a_try_is_some_rounds_in_a_row() -> None:
-    """Of which only those that are followed by one like them are timed: the next is built while one runs."""
-    control = controller(FLAT)
-    depths, chosen = [], []
-    for _ in range(400):
-        depths.append(control.next())
-        chosen.append(control._depth)
-        control.learn(depths[-1], 0, None)
-    assert set(chosen[-100:]) == {0}
-    tried = "".join("t" if depth else "." for depth in depths[-300:]).strip("t")
-    assert {len(run) for run in tried.split(".") if run} == {TRY}
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)
+@pytest.mark.parametrize(("noise", "share"), [("uniform", 0.95), ("heavy", 0.93), ("lognormal", 0.9)])
+def test_noisy_times(machine: Machine, noise: str, share: float) -> None:
+    """On the average over texts; of one text the noise of the rates themselves is as large as what is asked."""
+    noisy = replace(machine, noise=noise)
+    assert statistics.fmean(share_of_best(fresh(), noisy, text) for text in (NEVER, SELDOM, OFTEN, NEARLY)) > share
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)
+@pytest.mark.parametrize("acceptance", [0.0, 0.02])
+def test_never_slower_than_plain(machine: Machine, acceptance: float) -> None:
+    """From the first round on, over 300 tokens of a text that the drafter is bad at."""
+    rates = [simulate(control, machine, always(acceptance), 300, seed).rate() for seed, control in enumerate(fresh())]
+    plain = [simulate(FixedDepth(0), machine, NEVER, 300, seed).rate() for seed in range(SEEDS)]
+    assert statistics.fmean(rates) > 0.98 * statistics.fmean(plain)
+
+
+def test_short_requests_learn_too() -> None:
+    """Replies that end after 30 tokens; each begins with what all of them found."""
+    records = [simulate(control, GPU, OFTEN, TOKENS, seed, reply=30) for seed, control in enumerate(fresh())]
+    assert statistics.fmean(record.rate(100) for record in records) > 0.9 * best_fixed(GPU, OFTEN, TOKENS, seeds=SEEDS)
+
+
+def test_the_pace_gets_the_blame_where_a_cost_is_known() -> None:
+    """The worked example of the module: 26 ms in place of 13 are a slower machine, or after a start a dearer depth."""
+    costs = RoundCosts(2)
+    for depth, seconds in [(0, 0.010)] * 9 + [(2, 0.013)] * 9 + [(0, 0.010)] * 9 + [(2, 0.013)] * 200:
+        costs.learn(depth, None if costs.timed[depth] == 0 and depth != 0 else seconds)
+        costs.learn(depth, seconds)
+    assert costs.cost(2) == pytest.approx(1.3, rel=0.03)
+    for _ in range(9):
+        costs.learn(2, 0.026)
+    assert costs.cost(2) == pytest.approx(1.3, rel=0.05) and costs.plain_seconds == pytest.approx(0.020, rel=0.05)
+    new = RoundCosts(2)
+    for depth, seconds in [(0, 0.010)] * 9 + [(2, None)] + [(2, 0.026)] * 4 + [(0, None)] + [(0, 0.010)] * 4:
+        new.learn(depth, seconds)
+    assert new.cost(2) == pytest.approx(2.6, rel=0.05) and new.plain_seconds == pytest.approx(0.010, rel=0.05)
+
+
+def test_a_round_of_hours_changes_no_cost() -> None:
+    costs = RoundCosts(2)
+    for depth in (0, 2, 0, 2):
+        costs.learn(depth, None)
+        for _ in range(9):
+            costs.learn(depth, (0.010, 0.0115, 0.013)[depth])
+    before = costs.cost(2)
+    for seconds in (1e4, 0.013, 1e4, 1e4, 0.013, 0.013, 0.013):  # two in a row too
+        costs.learn(2, seconds)
+    assert costs.cost(2) == pytest.approx(before, rel=0.02) and costs.plain_seconds == pytest.approx(0.010, rel=0.02)
+
+
+def test_a_measured_depth_tells_of_its_neighbours() -> None:
+    """Depth 4 costs twice what was thought: so, in part, do those beside it, and all beyond it."""
+    costs = RoundCosts(8)
+    thought = [costs.cost(depth) for depth in range(9)]
+    for depth, seconds in [(0, 0.010)] * 9 + [(4, None)] + [(4, 0.040)] * 5 + [(0, None)] + [(0, 0.010)] * 5:
+        costs.learn(depth, seconds)
+    found = [costs.cost(depth) / thought[depth] for depth in range(9)]
+    assert found[4] == pytest.approx(2.0, rel=0.1) and 1.2 < found[2] < found[3] < found[4]
+    assert found[6] == pytest.approx(found[4], rel=0.05)
+    assert costs.uncertainty(4, 0) < costs.uncertainty(2, 0) and costs.uncertainty(4, 0) < costs.uncertainty(8, 0)
+
+
+def test_costs_never_fall_nor_exceed_what_can_pay() -> None:
+    costs = RoundCosts(4, [1.0, 1.5, 1.2, 50.0, 60.0])
+    assert [costs.cost(depth) for depth in range(5)] == pytest.approx([1.0, 1.5, 1.5, 4.0, 5.0])
+
+
+def test_only_allowed_depths() -> None:
+    control, depths = DepthController([0, 3, 5]), set()
+    for _ in range(300):
+        depths.add(depth := control.next())
+        control.learn(depth, depth, 0.01 + 0.0001 * depth)
+    assert depths <= {0, 3, 5} and 5 in depths
+
+
+def test_every_change_lasts_long_enough_to_be_timed() -> None:
+    control, depths = DepthController(range(9)), []
+    for seed, text in enumerate((OFTEN, NEVER, NEARLY)):
+        depths += simulate(control, GPU, text, 400, seed).depths
+    changes = [place for place in range(1, len(depths)) if depths[place] != depths[place - 1]]
+    assert len(changes) > 10
+    # A request may begin with another depth and end at any time.
+    short = [b - a for a, b in zip(changes, changes[1:], strict=False) if b - a < HOLD]
+    assert len(short) <= 2
+
+
+def test_plain_decoding_remembers_why() -> None:
+    """Long replies without drafts do not make the next request start from hopes."""
+    control = DepthController(range(9))
+    simulate(control, CPU, NEVER, 3000, 0, reply=3000)
+    control.begin()
+    assert control.tokens(8) < 1.2 and control.next() == 0
+
+
+def test_curves_are_straight_between_and_beyond_measurements() -> None:
+    curve = Curve({0: 10.0, 2: 12.0, 4: 16.0})
+    assert [curve.at(d) for d in (0, 1, 2, 3, 4, 6)] == [10.0, 11.0, 12.0, 14.0, 16.0, 20.0]
+    assert [Curve({0: 10.0, 2: 12.0, 4: 8.0}).at(d) for d in (0, 1, 2, 3, 4, 8)] == [10.0, 11.0, 12.0, 12.0, 12.0, 12.0]
+
+
+# Reasons
+
+
+def test_reasons() -> None:
+    assert FixedDepth(0).reason == "Not drafting: the depth is fixed at 0."
+    assert FixedDepth(1).reason == "Drafting 1 token a round: the depth is fixed."
+    control = DepthController(range(9))
+    assert control.reason == "Not enough rounds yet to say whether drafting pays."
+    simulate(control, CPU, NEVER, 300, 0)
+    assert control.reason.startswith("Not drafting: a round of 1 draft takes 1.6 times a plain one and yields only 1.0 t")
+    control = DepthController([0, 4])
+    simulate(control, GPU, always(1.0), 600, 0)
+    assert control.reason == "Drafting 4 tokens a round: a round takes 1.3 times a plain one and yields 5.0 tokens."
+
+
+def test_the_engine_says_why() -> None:
+    assert mlx_mtp.load(drafter=None).depth_reason == "Not drafting: no drafter is loaded."
+    assert mlx_mtp.load(depth=3).depth_reason == "Drafting 3 tokens a round: the depth is fixed."
+
+
+# What is kept
+
+GOOD = Profile([1.0, 1.2, 1.5], 0.05, [9.0, 7.0], [8.0, 6.0])
+
+
+def test_what_was_learned_is_kept(tmp_path: Path) -> None:
+    file = ProfileFile(tmp_path / "deep" / "depth.json", "pair one")
+    control = DepthController(range(9), file)
+    simulate(control, GPU, OFTEN, 800, 0)
+    control.save()
+    ProfileFile(file.path, "pair two").save(GOOD)
+    again = DepthController(range(9), file)
+    assert [again.costs.cost(d) for d in range(9)] == pytest.approx([control.costs.cost(d) for d in range(9)])
+    assert again.long_run == control.long_run and again.reason.startswith("Drafting ")
+    assert ProfileFile(file.path, "pair three").load(8) is None
+    assert [path.name for path in file.path.parent.iterdir()] == ["depth.json"]
+
+
+@pytest.mark.parametrize(
+    "worse", [replace(GOOD, noise=0.3), replace(GOOD, noise=0.11), replace(GOOD, costs=[1.0, 0.9, 1.5]),
+              replace(GOOD, costs=[1.0, 1.2, 32.0]), replace(GOOD, costs=None)],
+)  # fmt: skip
+def test_costs_of_a_bad_hour_are_not_kept(tmp_path: Path, worse: Profile) -> None:
+    """Too noisy, noisier than what is kept, falling, absurd, or too few rounds: acceptance is kept all the same."""
+    file, worse = ProfileFile(tmp_path / "depth.json", "pair"), replace(worse, accepted=[5.0, 4.0])
+    file.save(GOOD)
+    file.save(worse)
+    assert file.load(2) == replace(GOOD, accepted=[5.0, 4.0])
+    alone = ProfileFile(tmp_path / "depth.json", "another pair")
+    alone.save(worse)
+    found = alone.load(2)
+    assert found is not None and found.accepted == [5.0, 4.0] and (found.costs is None or worse.noise == 0.11)
+
+
+def test_a_busy_machine_leaves_no_costs(tmp_path: Path) -> None:
+    file = ProfileFile(tmp_path / "depth.json", "pair")
+    control = DepthController(range(9), file)
+    simulate(control, replace(GPU, noise="lognormal"), OFTEN, 800, 0)
+    control.save()
+    found = file.load(8)
+    assert found is not None and found.costs is None and found.accepted[0] > 10
+
+
+def test_possible_costs() -> None:
+    assert possible([1.0, 1.0, 4.9]) and possible([1.0, 3.0, 5.0])
+    assert not possible([1.0, 3.1]) and not possible([1.1, 1.0]) and not possible([0.9]) and not possible([float("nan")])
+
+
+@pytest.mark.parametrize(
+    "profile", [1, {}, {"costs": None}, {"costs": [1, "x"], "noise": 0, "verified": [1, 1], "accepted": [0, 0]},
+                {"costs": None, "noise": 0, "verified": [1, 1], "accepted": [2, 0]},
+                {"costs": None, "noise": 0, "verified": [1], "accepted": [1]},
+                {"seconds": {"0": 0.011, "4": 0.357}, "seen": [1, 1], "stood": [1, 1]}],
+)  # fmt: skip
+def test_a_damaged_profile_is_not_used(tmp_path: Path, profile: object) -> None:
+    file = ProfileFile(tmp_path / "depth.json", "pair")
+    for text in ("", "[]", "{", json.dumps({"pair": profile}), json.dumps({"version": 2, "profiles": {"pair": profile}}),
+                 json.dumps({"version": 2, "profiles": [profile]}), json.dumps({"version": 3, "profiles": {}})):  # fmt: skip
+        file.path.write_text(text)
+        assert file.load(2) is None
+        file.save(GOOD)
+        assert file.load(2) == GOOD
+
+
+def test_forgetting(tmp_path: Path) -> None:
+    file = ProfileFile(tmp_path / "depth.json", "pair")
+    assert forget(file.path) == []
+    file.save(GOOD)
+    assert forget(file.path) == ["pair"] and not file.path.exists() and forget(file.path) == []
+    file.path.write_text("{")
+    assert forget(file.path) == [] and not file.path.exists()
+
+
+# In the engine
+
+
+@dataclass
+class Recorded:
+    """Depths by turns; what was asked of it and what it heard."""
+
+    deepest: int = 2
+
+    def __post_init__(self) -> None:
+        self.asked: list[int] = []
+        self.learned: list[tuple[int, float | None]] = []
+
+    def begin(self) -> None:
+        """Nothing."""
+
+    def next(self) -> int:
+        self.asked.append((0, 0, 0, 1, 1, 2, 1)[len(self.asked) % 7])
+        return self.asked[-1]
+
+    def learn(self, depth: int, accepted: int, seconds: float | None) -> None:
+        self.learned.append((depth, seconds))
 
 
 def test_a_round_before_one_of_another_depth_is_not_timed() -> None:
-    class Recorded:
-        deepest = 2
-
-        def __init__(self) -> None:
-            self.asked: list[int] = []
-            self.learned: list[tuple[int, float | None]] = []
-
-        def begin(self) -> None:
-            """Nothing."""
-
-        def next(self) -> int:
-            self.asked.append((0, 0, 0, 1, 1, 2, 1)[len(self.asked) % 7])
-            return self.asked[-1]
-
-        def learn(self, depth: int, accepted: int, seconds: float | None) -> None:
-            self.learned.append((depth, seconds))
-
     engine, policy = mlx_mtp.load(), Recorded()
     engine._decoder.policy = policy
     for _ in range(2):  # graphs are made in the first, and the rounds in which that happens are not timed either
@@ -134,109 +309,44 @@ def test_a_round_before_one_of_another_depth_is_not_timed() -> None:
     assert any(timed) and not any(time and not same for time, same in zip(timed, alike, strict=True))
 
 
-def test_only_allowed_depths() -> None:
-    control = DepthController(Curve(dict(FLAT)), 8, [0, 1, 3])
-    depths = set()
-    for _ in range(300):
-        depth = control.next()
-        depths.add(depth)
-        control.learn(depth, depth, None)
-    assert depths <= {0, 1, 3} and 3 in depths
-
-
-def test_an_interrupted_round_is_hardly_believed() -> None:
-    curve = Curve(dict(FLAT))
-    curve.learn(1, 10.5 * 20, usual=False)
-    assert curve.at(1) == 10.5 and curve.at(0) == 10.0
-    # Nothing was known of depth 3 but the line between its neighbours, and that counts as much.
-    between = curve.at(3)
-    curve.learn(3, 20 * between, usual=False)
-    assert curve.at(3) == between == 11.75
-    scaled = Curve(dict(FLAT))
-    for _ in range(2):  # of the first one its own depth learns, by half at most
-        scaled.learn(1, 10.5 * 20, usual=True)
-    assert scaled.at(4) / scaled.at(0) == pytest.approx(1.25)
-    assert scaled.at(0) <= 1.1 * 10.0
-
-
-def test_the_median_of_the_latest_rounds_counts_at_the_machines_pace() -> None:
-    curve = Curve(dict(FLAT))
-    for time in (15.0, 12.0, 13.0, 14.0, 12.0, 13.0, 13.0, 13.0, 13.0):
-        curve.learn(4, time, usual=False)
-    assert curve.at(4) == pytest.approx(13.0) and curve.at(2) == 11.0
-    curve.learn(0, 10.0, usual=True)
-    for _ in range(200):  # the machine slows down by a quarter: known from the depth in use alone
-        curve.learn(0, 12.5, usual=True)
-    assert [curve.at(depth) for depth in (0, 2, 4)] == pytest.approx([12.5, 13.75, 16.25], rel=1e-3)
-    curve.learn(4, 14.0, usual=False)
-    assert curve.at(4) == pytest.approx(16.25, rel=1e-3)
-
-
-def test_more_drafts_never_look_cheaper() -> None:
-    """Of two times that say so the one that rests on fewer rounds gives way."""
-    curve = Curve({0: 10.0, 2: 12.0, 4: 8.0})
-    assert [curve.at(d) for d in (0, 1, 2, 3, 4, 8)] == [10.0, 11.0, 12.0, 12.0, 12.0, 12.0]
-    for _ in range(9):
-        curve.learn(3, 11.0, usual=False)
-    assert [curve.at(d) for d in (0, 2, 3, 4)] == pytest.approx([10.0, 11.0, 11.0, 11.0])
-
-
-def test_a_depth_that_looks_absurdly_dear_keeps_no_other_waiting() -> None:
-    """Found on a real machine: plain decoding was never tried again, for it was a deeper depth's turn to be tried."""
-    control = DepthController(Curve({0: 10.0, 3: 10.0, 4: 4000.0}), 4, [0, 3, 4])
-    tried = []
-    for _ in range(600):
-        tried.append(control.next())
-        control.learn(tried[-1], min(tried[-1], 1), control.curve.at(tried[-1]))
-    assert control._depth == 3 and 0 in tried[-300:]
-
-
-def test_plain_decoding_remembers_why() -> None:
-    """Long replies without drafts do not make the next request start from hopes."""
-    control = controller(FLAT)
-    for _ in range(60):
-        control.learn(control.next(), 0, None)
-    for _ in range(3000):
-        control.learn(0, 0, None)
-    control.begin()
-    assert control.tokens(8) < 1.2
-
-
-def test_curves_are_straight_between_and_beyond_measurements() -> None:
-    curve = Curve({0: 10.0, 2: 12.0, 4: 16.0})
-    assert [curve.at(d) for d in (0, 1, 2, 3, 4, 6)] == [10.0, 11.0, 12.0, 14.0, 16.0, 20.0]
-
-
-def test_what_was_learned_is_kept(tmp_path: Path) -> None:
-    file = tmp_path / "deep" / "depth.json"
-    control = DepthController(Curve(dict(FLAT)), 8, range(9), None, file, "pair one")
-    simulate(control, FLAT, 0.9, 100)
-    control.save()
-    DepthController(Curve({0: 1.0}), 8, range(9), None, file, "pair two").save()
-    known = remembered(file, "pair one")
-    assert known is not None
-    assert known[0].seconds == control.curve.seconds and known[1] == control.long_run
-    assert remembered(file, "pair three") is None
-    assert [path.name for path in file.parent.iterdir()] == ["depth.json"]
-
-
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{", '{"pair": 1}', '{"pair": {"seconds": {"0": -1}, "seen": [], "stood": []}}',
-             '{"pair": {"seconds": {"x": 1}, "seen": [1], "stood": [0.5]}}',
-             '{"pair": {"seconds": {}, "seen": [], "stood": []}}'],
-)  # fmt: skip
-def test_a_damaged_profile_is_measured_anew(tmp_path: Path, text: str) -> None:
-    (tmp_path / "depth.json").write_text(text)
-    assert remembered(tmp_path / "depth.json", "pair") is None
+def test_loading_runs_no_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
+    monkeypatch.setattr(Decoder, "_prefill", lambda *_: pytest.fail("a round was run"))
+    engine = mlx_mtp.load()
+    assert engine.plain_seconds_per_token is None
+    assert engine.depth_reason == "Not enough rounds yet to say whether drafting pays."
 
 
 def test_the_engine_learns_and_keeps_a_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
     engine = mlx_mtp.load()
     result = engine.generate("import os\n", raw=True, max_tokens=60, ignore_end=True)
-    (profile,) = json.loads((tmp_path / "depth.json").read_text()).values()
-    assert set(profile) == {"seconds", "seen", "stood"}
+    kept = json.loads((tmp_path / "depth.json").read_text())
+    (profile,) = kept["profiles"].values()
+    assert kept["version"] == 2 and set(profile) == {"costs", "noise", "verified", "accepted"}
+    assert profile["verified"][0] > 0
     assert sum(result.stats.depth_counts.values()) == result.stats.rounds
+
+
+@pytest.mark.parametrize("costs", [[1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 15.0, 17.0], [1.0] * 9])
+def test_a_poisoned_profile_is_outweighed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, costs: list[float]) -> None:
+    """The engine's own replies, with the times of a machine on which drafts cost little in the place of this one's."""
+    monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
+    real = DepthController.learn
+    monkeypatch.setattr(
+        DepthController, "learn",
+        lambda self, depth, accepted, seconds: real(self, depth, accepted, FLAT.seconds[depth]),
+    )  # fmt: skip
+
+    def tokens_a_round() -> float:
+        return mlx_mtp.load().generate("import os\n", raw=True, max_tokens=256, ignore_end=True).stats.tokens_per_round
+
+    found = tokens_a_round()
+    kept = json.loads((tmp_path / "depth.json").read_text())
+    for profile in kept["profiles"].values():
+        profile.update(costs=costs, noise=0.02)
+    (tmp_path / "depth.json").write_text(json.dumps(kept))
+    assert found > 4.0 and tokens_a_round() > 0.8 * found
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
