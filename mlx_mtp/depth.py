@@ -49,7 +49,7 @@ GAIN = 1.02
 HOLD, PATIENCE = 4, 20
 # Share of the time that may be lost on trying other depths, in rounds the loss allowed at first (and the debt at most),
 # and rounds between two tries.
-TRYING, CREDIT, BETWEEN = 0.01, 2.0, 6
+TRYING, CREDIT, BETWEEN = 0.008, 1.0, 6
 
 
 class DepthPolicy(Protocol):
@@ -130,7 +130,9 @@ class RoundCosts:
     def __init__(self, deepest: int, remembered: Sequence[float] | None = None) -> None:
         """remembered: what 0, 1, ... drafts cost in an earlier run; a prior that a few rounds outweigh."""
         self._deepest, self.remembered = deepest, remembered is not None
-        self._expect(0.0, 1e3, remembered)  # nobody knows how fast the machine is
+        # A round that costs more than the tokens it can yield never pays, and how much more is of no interest.
+        sane = [min(cost, 1.0 + depth) for depth, cost in enumerate(accumulate(remembered or (), max, initial=1.0), -1)]
+        self._expect(0.0, 1e3, sane[1:])  # nobody knows how fast the machine is
         self.timed = [0] * (deepest + 1)
         self._changes: deque[float] = deque(maxlen=SCATTER)
         self._before: float | None = None  # log seconds of the round before, where this one is of the same depth
@@ -293,8 +295,12 @@ class DepthController:
         self._here = Acceptance.unknown(self.deepest)
         self._rates = self.long_run.rates()
         self._chosen = 0
-        self._chosen = self._now = self._best()  # the depth in use, and that of the round, which may be a try
-        self._run, self._learned = 0, -1  # rounds of it in a row, and the depth of the round that was read last
+        if self.costs.known:
+            self._chosen = self._best()
+        self._now = self._chosen  # the depth of the round, which may be a try
+        # Rounds of it in a row: some more where plain ones come first, with which all others will be compared.
+        self._run = 0 if self.costs.known else -2
+        self._learned = -1  # the depth of the round that was read last
 
     def tokens(self, depth: int) -> float:
         """Expected tokens of a round."""
@@ -332,15 +338,20 @@ class DepthController:
         A try is made once its loss is saved, by the hopeful end of what its cost is thought to be.
         """
         others = [depth for depth in self._within_reach() if depth != self._chosen]
-        hope = {d: self.speed_up(d) * math.exp(self.costs.uncertainty(d, self._chosen)) for d in others}
+        hope = {depth: self._hope(depth) for depth in others}
         turns = sorted(others, key=lambda d: self._tried_at[d])
-        best = max(others, key=lambda d: hope[d])
-        if hope[best] > self.speed_up(self._chosen):
+        best = min(others, key=lambda d: hope[d] / self.tokens(d))
+        if self.tokens(best) / hope[best] > self.speed_up(self._chosen):
             turns.insert(0, best)
-        if self._chosen and not self.costs.known:
-            return 0  # what all else is compared with
-        loss = {d: HOLD * self._loss(d, self.tokens(d) / hope[d]) for d in others}
-        return next((depth for depth in turns if self._saved >= loss[depth]), self._chosen)
+        affordable = (depth for depth in turns if self._saved >= HOLD * self._loss(depth, hope[depth]))
+        return next(affordable, self._chosen)
+
+    def _hope(self, depth: int) -> float:
+        """What a round may cost at best: a deviation below what is thought, and a memory may be quite wrong."""
+        cost = self.costs.cost(depth) * math.exp(-self.costs.uncertainty(depth, self._chosen))
+        if self.costs.timed[depth]:
+            return cost
+        return min(cost, self.costs.cost(self._chosen) + SLOPE * max(0, depth - self._chosen))
 
     def _loss(self, depth: int, cost: float) -> float:
         """What a round of this depth loses if it costs so much, in rounds of the depth in use."""
@@ -380,8 +391,7 @@ class DepthController:
             )
         drafts = "1 draft" if depth == 1 else f"{depth} drafts"
         return (
-            f"Not drafting: a round of {drafts} takes {cost:.1f} times a plain one "
-            f"and yields only {tokens:.1f} tokens."
+            f"Not drafting: a round of {drafts} takes {cost:.1f} times a plain one and yields only {tokens:.1f} tokens."
         )
 
     def save(self) -> None:

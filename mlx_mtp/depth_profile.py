@@ -67,7 +67,7 @@ class ProfileFile:
     def save(self, profile: Profile) -> None:
         """Keeps a profile, with the former costs where those are better; a read-only or full disk costs no more."""
         former = self.load(len(profile.verified))
-        ours = profile.noise <= CALM and possible(profile.costs or ())
+        ours = profile.costs is not None and profile.noise <= CALM and possible(profile.costs)
         if former is not None and former.costs and (not ours or former.noise < profile.noise / 2):
             profile = replace(profile, costs=former.costs, noise=former.noise)
         elif not ours:

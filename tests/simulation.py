@@ -25,7 +25,8 @@ class Machine:
     name: str
     seconds: tuple[float, ...]
     noise: str = "calm"
-    # (from round, to round, factor): something else runs, and every round takes so many times as long.
+    # (from token, to token, factor): something else runs, and every round takes so many times as long. In tokens, so
+    # that it comes to the same for all depths.
     busy: tuple[tuple[int, int, float], ...] = ()
     # Rounds before which the machine slept for 10,000 seconds.
     sleeps: tuple[int, ...] = ()
@@ -81,9 +82,7 @@ class Record:
         return (self.tokens[-1] - self.tokens[after - 1]) / (self.seconds[-1] - self.seconds[after - 1])
 
 
-def simulate(
-    policy: DepthPolicy, machine: Machine, text: Text, tokens: int, seed: int, reply: int = 400
-) -> Record:
+def simulate(policy: DepthPolicy, machine: Machine, text: Text, tokens: int, seed: int, reply: int = 400) -> Record:
     """Replies of `reply` tokens one after the other, until there are so many tokens in all."""
     chance, clock = random.Random(seed), Clock(machine)
     record, built = Record(), set[int]()
@@ -93,16 +92,17 @@ def simulate(
         pending, alone, disturbed = policy.next(), True, True
         while not record.tokens or record.tokens[-1] < begun + reply:
             ahead = policy.next()
-            accepted, share = 0, text(record.tokens[-1] if record.tokens else 0)
+            so_far = record.tokens[-1] if record.tokens else 0
+            accepted, share = 0, text(so_far)
             while accepted < pending and chance.random() < share:
                 accepted += 1
             before, disturbed = disturbed, not {pending, ahead} <= built
             built |= {pending, ahead}
-            seen = clock.round(pending, chance)
+            seen = clock.round(pending, so_far, chance)
             timed = not alone and ahead == pending and not disturbed and not before
             policy.learn(pending, accepted, seen if timed else None)
             record.seconds.append(clock.now - clock.asleep)
-            record.tokens.append((record.tokens[-1] if record.tokens else 0) + accepted + 1)
+            record.tokens.append(so_far + accepted + 1)
             record.depths.append(pending)
             pending, alone = ahead, False
     return record
@@ -115,10 +115,10 @@ class Clock:
         self._machine, self._rounds, self._owed = machine, 0, 0.0
         self.now = self.asleep = 0.0
 
-    def round(self, depth: int, chance: random.Random) -> float:
-        """Lets a round pass; the seconds it seems to take."""
+    def round(self, depth: int, tokens: int, chance: random.Random) -> float:
+        """Lets the round after so many tokens pass; the seconds it seems to take."""
         machine = self._machine
-        slow = next((factor for start, end, factor in machine.busy if start <= self._rounds < end), 1.0)
+        slow = next((factor for start, end, factor in machine.busy if start <= tokens < end), 1.0)
         took = machine.seconds[depth] * slow * machine.factor(chance)
         if self._rounds in machine.sleeps:
             self.asleep += 1e4

@@ -16,6 +16,7 @@ from mlx_mtp.cli.chat import converse
 from mlx_mtp.cli.commands import COMMANDS, is_command
 from mlx_mtp.cli.conversation import Conversation, Screen, Settings
 from mlx_mtp.cli.line_input import Verbatim
+from mlx_mtp.depth import DepthController
 
 QUESTION, NEXT = "What does os.walk do?", "And os.listdir?"
 
@@ -101,7 +102,10 @@ def test_the_estimate_against_plain(capsys: pytest.CaptureFixture[str], monkeypa
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     engine = mlx_mtp.load()
     talk = Talk(engine, capsys)
-    engine._decoder.policy.curve.seconds = {0: 1.0, 1: 1.0, 8: 1.0}  # plain decoding is slow: drafts always pay
+    control = DepthController(range(9))
+    for _ in range(9):  # plain decoding is slow: drafts always pay
+        control.costs.learn(0, 60.0)
+    engine._decoder.policy = control
     *_, notes, _ = talk.run(QUESTION)
     rate, plain = talk.conversation.chat.last.stats.decode_tokens_per_second, engine.plain_seconds_per_token
     assert f"est. {rate * plain:.2f}x plain" in notes
@@ -174,6 +178,7 @@ def test_bad_settings_change_nothing(talk: Talk, change: str) -> None:
 
 def test_stats(talk: Talk) -> None:
     assert "no finished reply" in talk.run("/stats")[2]
+    assert "a round: the depth is fixed." in talk.run("/stats")[2]
     talk.run(QUESTION)
     *_, notes, _ = talk.run("/stats")
     stats = talk.conversation.chat.last.stats

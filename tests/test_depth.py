@@ -2,9 +2,10 @@
 what it remembers is a prior; in the engine it measures nothing before the first request."""
 
 import json
+import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,8 @@ WRONG = [
 def remembered(machine: Machine, depths: Sequence[int], factor: float, folder: Path) -> ProfileFile:
     """A profile of this machine that is wrong: what the depths cost in plain rounds is multiplied."""
     wrong = [time * (factor if depth in depths else 1.0) for depth, time in enumerate(machine.seconds)]
-    profile = {"costs": [time / wrong[0] for time in wrong], "noise": 0.02, "verified": [0.0] * 8, "accepted": [0.0] * 8}
-    (folder / "depth.json").write_text(json.dumps({"version": 2, "profiles": {"pair": profile}}))
+    profile = Profile([time / wrong[0] for time in wrong], 0.02, [0.0] * 8, [0.0] * 8)
+    (folder / "depth.json").write_text(json.dumps({"version": 2, "profiles": {"pair": asdict(profile)}}))
     return ProfileFile(folder / "depth.json", "pair")
 
 
@@ -72,8 +73,9 @@ def test_wrong_memories_are_found_out(
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)
 @pytest.mark.parametrize("text", [NEVER, OFTEN, NEARLY])
 @pytest.mark.parametrize(
-    "disturbed", [{"sleeps": (7, 60, 200)}, {"busy": ((100, 400, 3.0),)}, {"busy": ((5, 300, 5.0),)}, {"smeared": 0.3}],
-    ids=("sleeps", "another program", "another program from the start", "times booked on the next round"),
+    "disturbed",
+    [{"sleeps": (7, 60, 200)}, {"busy": ((400, 1200, 3.0),)}, {"busy": ((400, 700, 10.0),)}, {"smeared": 0.3}],
+    ids=("sleeps", "another program", "a greedy program", "times counted for the next round"),
 )  # fmt: skip
 def test_what_else_the_machine_does(machine: Machine, text: Text, disturbed: dict) -> None:
     assert share_of_best(fresh(), replace(machine, **disturbed), text) > 0.95
@@ -90,9 +92,9 @@ def test_noisy_times(machine: Machine, noise: str, share: float) -> None:
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)
 @pytest.mark.parametrize("acceptance", [0.0, 0.02])
 def test_never_slower_than_plain(machine: Machine, acceptance: float) -> None:
-    """From the first round on, over 300 tokens of a text that the drafter is bad at."""
-    rates = [simulate(control, machine, always(acceptance), 300, seed).rate() for seed, control in enumerate(fresh())]
-    plain = [simulate(FixedDepth(0), machine, NEVER, 300, seed).rate() for seed in range(SEEDS)]
+    """From the first round on, over 400 tokens of a text that the drafter is bad at."""
+    rates = [simulate(control, machine, always(acceptance), 400, seed).rate() for seed, control in enumerate(fresh())]
+    plain = [simulate(FixedDepth(0), machine, NEVER, 400, seed).rate() for seed in range(SEEDS)]
     assert statistics.fmean(rates) > 0.98 * statistics.fmean(plain)
 
 
@@ -105,9 +107,9 @@ def test_short_requests_learn_too() -> None:
 def test_the_pace_gets_the_blame_where_a_cost_is_known() -> None:
     """The worked example of the module: 26 ms in place of 13 are a slower machine, or after a start a dearer depth."""
     costs = RoundCosts(2)
-    for depth, seconds in [(0, 0.010)] * 9 + [(2, 0.013)] * 9 + [(0, 0.010)] * 9 + [(2, 0.013)] * 200:
-        costs.learn(depth, None if costs.timed[depth] == 0 and depth != 0 else seconds)
-        costs.learn(depth, seconds)
+    for _ in range(4):
+        for depth, seconds in [(0, None)] + [(0, 0.010)] * 9 + [(2, None)] + [(2, 0.013)] * 50:
+            costs.learn(depth, seconds)
     assert costs.cost(2) == pytest.approx(1.3, rel=0.03)
     for _ in range(9):
         costs.learn(2, 0.026)
@@ -189,10 +191,12 @@ def test_reasons() -> None:
     control = DepthController(range(9))
     assert control.reason == "Not enough rounds yet to say whether drafting pays."
     simulate(control, CPU, NEVER, 300, 0)
-    assert control.reason.startswith("Not drafting: a round of 1 draft takes 1.6 times a plain one and yields only 1.0 t")
+    plainly = r"Not drafting: a round of 1 draft takes 1\.[67] times a plain one and yields only 1\.[01] tokens\."
+    assert re.fullmatch(plainly, control.reason)
     control = DepthController([0, 4])
     simulate(control, GPU, always(1.0), 600, 0)
-    assert control.reason == "Drafting 4 tokens a round: a round takes 1.3 times a plain one and yields 5.0 tokens."
+    drafting = r"Drafting 4 tokens a round: a round takes 1\.[34] times a plain one and yields 5\.0 tokens\."
+    assert re.fullmatch(drafting, control.reason)
 
 
 def test_the_engine_says_why() -> None:
@@ -245,7 +249,7 @@ def test_a_busy_machine_leaves_no_costs(tmp_path: Path) -> None:
 
 def test_possible_costs() -> None:
     assert possible([1.0, 1.0, 4.9]) and possible([1.0, 3.0, 5.0])
-    assert not possible([1.0, 3.1]) and not possible([1.1, 1.0]) and not possible([0.9]) and not possible([float("nan")])
+    assert not any(map(possible, ([1.0, 3.1], [1.1, 1.0], [0.9], [float("nan")])))
 
 
 @pytest.mark.parametrize(
@@ -256,8 +260,12 @@ def test_possible_costs() -> None:
 )  # fmt: skip
 def test_a_damaged_profile_is_not_used(tmp_path: Path, profile: object) -> None:
     file = ProfileFile(tmp_path / "depth.json", "pair")
-    for text in ("", "[]", "{", json.dumps({"pair": profile}), json.dumps({"version": 2, "profiles": {"pair": profile}}),
-                 json.dumps({"version": 2, "profiles": [profile]}), json.dumps({"version": 3, "profiles": {}})):  # fmt: skip
+    good = {"pair": asdict(GOOD)}
+    damaged = [
+        {"pair": profile}, {"version": 2, "profiles": {"pair": profile}}, {"version": 2, "profiles": [profile]},
+        {"version": 1, "profiles": good}, good,
+    ]  # fmt: skip
+    for text in ("", "[]", "{", *map(json.dumps, damaged)):
         file.path.write_text(text)
         assert file.load(2) is None
         file.save(GOOD)

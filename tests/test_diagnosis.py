@@ -8,6 +8,7 @@ import json
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -23,6 +24,7 @@ from mlx_mtp.cli import app, doctor
 from mlx_mtp.cli.doctor import report
 from mlx_mtp.decode import Asked, Decoder
 from mlx_mtp.depth import GAIN, Curve, FixedDepth
+from mlx_mtp.depth_profile import Profile, ProfileFile
 from mlx_mtp.diagnosis import Choice, ConventionCheck, Costs, Diagnosis, Effort, Pair, Quantisation, Timing
 from mlx_mtp.drafters.assistant import Convention
 from mlx_mtp.drafters.lookup import Lookup, LookupFirst
@@ -357,14 +359,18 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     return int(end.value.code or 0), out, err
 
 
-def test_json_of_the_embedded_pair(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_of_the_embedded_pair(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
     code, out, _ = command(monkeypatch, capsys, "--json")
     assert code == 0 and out.count("\n") == 1
     found = json.loads(out)
     assert set(found) == {
         "machine", "mode", "pair", "context", "verify", "plain_round_milliseconds", "drafted_depth",
         "drafted_round_milliseconds", "draft_step_milliseconds", "host_build_milliseconds",
-        "host_submit_milliseconds", "scatter", "exactness", "choices", "convention", "advice",
+        "host_submit_milliseconds", "scatter", "exactness", "choices", "convention", "depth_reason",
+        "advice",
     }  # fmt: skip
     assert set(found["machine"]) == set(HEALTHY.__dataclass_fields__)
     assert set(found["pair"]) == set(PAIR.__dataclass_fields__)
@@ -383,6 +389,7 @@ def test_json_of_the_embedded_pair(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     check = found["convention"]
     assert set(check) == {"tokens", "share_a", "share_b", "only_a", "only_b", "used", "better"}
     assert check["tokens"] > 50 and check["share_b"] > 0.3
+    assert found["depth_reason"] == "Not enough rounds yet to say whether drafting pays."
     assert "outlook" in {one["topic"] for one in found["advice"]}
     assert all(set(one) == {"topic", "text"} for one in found["advice"])
 
@@ -393,6 +400,21 @@ def test_the_report_without_drafter(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert code == 0 and "Traceback" not in err
     for words in ("Machine", "Passes over the target", "exact mode", "--drafter lookup", mlx_mtp.__version__):
         assert words in out
+
+
+def test_forget(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """It drops what was learned, says of what, and runs no model; nothing to drop is no error."""
+    monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
+    monkeypatch.setattr(doctor, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    for more, words in (((), "target | auto"), (("--json",), '{"forgotten": ["target | auto"]}')):
+        ProfileFile(tmp_path / "depth.json", "target | auto").save(Profile([1.0, 1.2], 0.1, [1.0], [1.0]))
+        code, out, err = command(monkeypatch, capsys, "--forget", *more)
+        assert (code, err) == (0, "") and words in out and not (tmp_path / "depth.json").exists()
+    code, out, err = command(monkeypatch, capsys, "--forget")
+    assert (code, err) == (0, "") and out.startswith("Nothing was learned")
+    (tmp_path / "depth.json").mkdir()
+    code, out, err = command(monkeypatch, capsys, "--forget")
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "remove" in err
 
 
 def test_the_report_fits_a_narrow_terminal() -> None:
@@ -410,6 +432,7 @@ def test_the_report_fits_a_narrow_terminal() -> None:
         (("--model", "/no/such/folder"), "/no/such/folder"),
         (("--model", str(EMBEDDED / "target"), "--drafter", str(GOLDEN / "ple" / "target")), "gemma4"),
         (("--mode", "quick"), "exact"),
+        (("--forget", "--drafter", "lookup"), "--forget without"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(
