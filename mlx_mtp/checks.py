@@ -34,8 +34,7 @@ def whole(name: str, value: object, low: int, high: int | None = None) -> int:
 
 def number(name: str, value: object, low: float, high: float, note: str = "") -> float:
     """A number from `low` to `high` that float32 can hold: finite, and 0 or not too close to it."""
-    good = isinstance(value, Real) and not isinstance(value, (bool, np.bool_))
-    found = float(value) if good else math.nan  # type: ignore[arg-type]
+    found = _float(value)
     if not low <= found <= high or abs(found) > LARGEST:
         raise OptionError(f"{name} must be a number from {low:g} to {high:g}, not {shown(value)}{note}.")
     if 0 < abs(found) < SMALLEST:
@@ -122,7 +121,7 @@ def bias(value: object) -> dict[int, float]:
         key = _index(token)
         if key is None or key < 0:
             raise OptionError(f"logit_bias must map token ids to numbers; {shown(token)} is no token id.")
-        banned = isinstance(added, Real) and float(added) == -math.inf
+        banned = _float(added) == -math.inf
         found[key] = -math.inf if banned else number(name, added, -LARGEST, LARGEST, " (-inf bans a token)")
     return found
 
@@ -164,6 +163,16 @@ def _message(place: int, message: Mapping[Any, Any]) -> dict[str, Any]:
     if isinstance(content, str):
         text(f"The content of message {place + 1}", content, PromptError)
     return dict(message)
+
+
+def _float(value: object) -> float:
+    """A number of any library as a float, NaN for everything else, and infinite where it is too large for one."""
+    if not isinstance(value, Real) or isinstance(value, (bool, np.bool_)):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf  # type: ignore[operator]
 
 
 def _index(value: object) -> int | None:

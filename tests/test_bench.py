@@ -71,7 +71,7 @@ class Strict:
 
     has_chat_template = True
 
-    def chat(self, messages: object) -> list[int]:
+    def chat(self, messages: object, thinking: bool = False) -> list[int]:
         raise mlx_mtp.PromptError("no chat template takes this")
 
 
@@ -229,8 +229,8 @@ def test_the_first_difference_is_found_with_its_logit_gap() -> None:
 def test_acceptance_is_conditional_and_ends_where_nothing_tells() -> None:
     stats = [Stats(), Stats()]
     # Depths change, so that a position's drafts come from other rounds than the position before.
-    for depth, accepted in ((1, 1), (1, 1), (3, 3), (3, 1), (3, 0)):
-        stats[depth == 1].count(depth, accepted)
+    stats[1].count([(1, 1), (1, 1)], tokens=5)
+    stats[0].count([(3, 3), (3, 1), (3, 0)], tokens=8)
     assert stats[0].judged_by_position == [3, 2, 1] and stats[0].drafted_by_position == [3, 3, 3]
     assert acceptance(stats) == pytest.approx([4 / 5, 1 / 2, 1.0])
     assert acceptance([]) == []

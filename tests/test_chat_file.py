@@ -363,9 +363,9 @@ def test_any_memory_comes_back_from_a_file(tmp_path: Path, tree: dict[Any, Any])
     assert same_tree(chat_file.unpacked(read["memory"], loaded), tree)
 
 
-@pytest.mark.parametrize("inner", ["none", "assistant", "parallel", "sequential"])
+@pytest.mark.parametrize("inner", ["", "assistant", "parallel", "sequential"])
 def test_a_chat_with_a_lookup_in_front_goes_on(folder: Path, tmp_path: Path, inner: str) -> None:
-    named = f"lookup+{folder / inner}" if (folder / inner).is_dir() else "lookup+none"
+    named = f"lookup+{folder / inner}" if inner else "lookup"
     engine = load(folder, named)
     chat = engine.chat()
     talk(chat, "Why?", "And?")

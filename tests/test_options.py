@@ -40,12 +40,14 @@ def embedded() -> Engine:
 
 BAD_SAMPLING: list[dict[str, Any]] = [
     *({"top_k": bad} for bad in (40.0, -1, True, "4", math.inf, [4])),
+    {"temperature": 10**400},
     *({"temperature": bad} for bad in (math.nan, math.inf, -0.1, 101, 1e-38, 1e-40, 5e-324, "1", True, [1], 1j)),
     *({"top_p": bad} for bad in (0, -0.1, 1.1, math.nan, 1e-40, "1", False)),
     *({"min_p": bad} for bad in (-0.1, 1.1, math.nan, 1e-39)),
     *({"repetition_penalty": bad} for bad in (0, 1e-30, -1, math.inf, math.nan, 1000)),
     *({"presence_penalty": bad} for bad in (math.nan, math.inf, 1e3)),
     *({"frequency_penalty": bad} for bad in (math.nan, -math.inf, "0")),
+    {"logit_bias": {1: 10**400}},
     *({"logit_bias": bad} for bad in ({1: math.inf}, {1: math.nan}, {1: 1e39}, {1: "x"}, {"1": 1.0}, {1.5: 1.0},
                                       {True: 1.0}, {-1: 1.0}, [1], "x", {1: None})),
 ]  # fmt: skip

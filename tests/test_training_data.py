@@ -171,7 +171,7 @@ def test_a_chat_that_the_template_refuses_is_named(tokenizer: Any) -> None:
     broken = Broken(tokenizer)
     for error in (TypeError("can only join"), KeyError("role"), RecursionError("deep")):
         broken.error = error
-        with pytest.raises(DataError, match="FILE, line 7: expected a chat"):
+        with pytest.raises(DataError, match="FILE, line 7: Expected messages that"):
             pack([Document("FILE, line 7", messages=CHAT)], broken)
 
 

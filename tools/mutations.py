@@ -114,7 +114,7 @@ FAULTS = (
     Fault("exact mode: the K/V that several rows leave are not compared", "mlx_mtp/exactness.py",
           "[:PROBE_TOKENS], *self._written(start)]", "[:PROBE_TOKENS]]", EXACT),
     Fault("exact mode: the pass is fused with the rest of the round", "mlx_mtp/speculate.py",
-          "apart = self._exact and request.rules.greedy", "apart = False", EXACT),
+          "apart = self._exact is not None and request.rules.greedy", "apart = False", EXACT),
     Fault("exact mode: a conversation goes on from as far as the reply came", "mlx_mtp/decode.py",
           "if self.exact is not None:\n            marked", "if False:\n            marked", EXACT),
     Fault("exact mode: a session knows of tokens behind the end of a reply", "mlx_mtp/decode.py",
