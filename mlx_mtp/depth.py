@@ -151,8 +151,9 @@ class RoundCosts:
 
     @property
     def plain_seconds(self) -> float | None:
-        """Of a plain round, as fast as the machine is now; None before that can be known."""
-        return math.exp(self._mean[0]) if self.timed[0] or (self.remembered and any(self.timed)) else None
+        """Of a plain round, as fast as the machine is now and no more than any other; None before that can be known."""
+        known = self.timed[0] or (self.remembered and any(self.timed))
+        return math.exp(self._mean[0] + min(0.0, *self._mean[1:])) if known else None
 
     @property
     def scatter(self) -> float:
