@@ -82,9 +82,9 @@ def test_what_else_the_machine_does(machine: Machine, text: Text, disturbed: dic
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)
-@pytest.mark.parametrize(("noise", "share"), [("uniform", 0.94), ("heavy", 0.93), ("lognormal", 0.9)])
+@pytest.mark.parametrize(("noise", "share"), [("uniform", 0.92), ("heavy", 0.92), ("lognormal", 0.88)])
 def test_noisy_times(machine: Machine, noise: str, share: float) -> None:
-    """On the average over texts; of one text the noise of the rates themselves is as large as what is asked."""
+    """Times off by up to half, often late, or with a deviation of half: what 500 such rounds can tell is less sharp."""
     noisy = replace(machine, noise=noise)
     assert statistics.fmean(share_of_best(fresh(), noisy, text) for text in (NEVER, SELDOM, OFTEN, NEARLY)) > share
 
