@@ -137,6 +137,7 @@ class ScriptedEngine:
     written: int = 0
     closed: int = 0
     target: Any = field(default_factory=lambda: SimpleNamespace(path=None))
+    depth_reason: str = "Not drafting: no drafter is loaded."
 
     def stream(self, ids: list[int], **options: Any) -> Iterator[Event]:
         """Checks nothing; `asked` gets what is run."""
