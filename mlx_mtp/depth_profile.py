@@ -11,12 +11,13 @@ import json
 import logging
 import math
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from mlx_mtp.atomic import replacing
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,8 @@ class ProfileFile:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             profiles = _profiles(self.path) | {self.key: asdict(profile)}
-            _replace(self.path, json.dumps({"version": VERSION, "profiles": profiles}, indent=2))
+            with replacing(self.path) as fresh:
+                fresh.write_text(json.dumps({"version": VERSION, "profiles": profiles}, indent=2))
         except OSError as error:
             log.debug("the depth profile was not kept: %s", error)
 
@@ -112,14 +114,3 @@ def _profiles(path: Path) -> dict[str, Any]:
         return dict(found["profiles"]) if found["version"] == VERSION else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def _replace(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as fresh:
-        try:
-            fresh.write(text)
-            fresh.flush()
-            os.replace(fresh.name, path)
-        except OSError:
-            os.unlink(fresh.name)
-            raise
