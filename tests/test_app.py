@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -21,13 +20,11 @@ HEAVY = ("mlx.core", "mlx_lm", "numpy", "torch", "transformers", "prompt_toolkit
 PATIENCE = 300
 
 
-def started(*arguments: str | Path, interrupts: signal.Handlers = signal.SIG_DFL) -> subprocess.Popen[str]:
+def started(*arguments: str | Path) -> subprocess.Popen[str]:
     """`mlx-mtp ARGUMENTS` in a process that names every module on stderr once it is imported."""
-    # A shell's background job has interrupts ignored, and its children inherit that: hence the explicit handler.
     return subprocess.Popen(
         [sys.executable, "-X", "importtime", "-m", "mlx_mtp.cli.app", *map(str, arguments)],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, interrupts),
     )  # fmt: skip
 
 
@@ -36,22 +33,35 @@ def imported(line: str) -> str:
     return line.rpartition("|")[2].strip() if line.startswith("import time:") else ""
 
 
-def interrupted_behind(module: str, process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr (without modules) of a process that gets Ctrl-C when the module is imported."""
-    assert process.stdout is not None and process.stderr is not None
-    shown, seen = "", False
-    end = threading.Timer(PATIENCE, process.kill)
-    end.start()
-    with process:
-        for line in process.stderr:
-            shown += "" if imported(line) else line
-            if imported(line) == module:
-                seen = True
-                process.send_signal(signal.SIGINT)
-        out = process.stdout.read()
-    end.cancel()
-    assert seen, f"{module} was never imported: {shown}"
-    return process.returncode, out, shown
+# Sends Ctrl-C to its own process when the module is asked for: a signal from outside would come at a moment that
+# depends on how busy the machine is, perhaps when everything is done.
+INTERRUPTED = """
+import os, runpy, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == module:
+            print("imported", file=marks, flush=True)
+            os.kill(os.getpid(), signal.SIGINT)
+
+module, marks = sys.argv.pop(1), open(sys.argv.pop(1), "w")
+sys.meta_path.insert(0, Finder())
+runpy.run_module("mlx_mtp.cli.app", run_name="__main__", alter_sys=True)
+"""
+
+
+def interrupted_at(
+    module: str, *arguments: str | Path, marks: Path, interrupts: signal.Handlers = signal.SIG_DFL
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `mlx-mtp ARGUMENTS`, which gets Ctrl-C when it imports the module."""
+    # A shell's background job has interrupts ignored, and its children inherit that: hence the explicit handler.
+    found = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, module, marks, *map(str, arguments)],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, interrupts),
+    )  # fmt: skip
+    assert marks.read_text() == "imported\n", f"{module} was never imported: {found.stderr}"
+    return found.returncode, found.stdout, found.stderr
 
 
 MOMENTS = [
@@ -70,12 +80,12 @@ def test_an_interrupt_while_modules_are_imported(command: str, module: str, tmp_
         "adapt": ["--drafter", "d", "--data", tmp_path, "--out", tmp_path / "o"],
         "convert": [tmp_path / "nothing", "--out", tmp_path / "o"],
     }  # fmt: skip
-    code, out, err = interrupted_behind(module, started(command, *arguments.get(command, [])))
+    code, out, err = interrupted_at(module, command, *arguments.get(command, []), marks=tmp_path / "marks")
     assert (code, out.strip(), err) == (130, "", "")
 
 
-def test_an_ignored_interrupt_stays_ignored() -> None:
-    code, out, _ = interrupted_behind("typer", started("--version", interrupts=signal.SIG_IGN))
+def test_an_ignored_interrupt_stays_ignored(tmp_path: Path) -> None:
+    code, out, _ = interrupted_at("typer", "--version", marks=tmp_path / "marks", interrupts=signal.SIG_IGN)
     assert (code, out) == (0, f"{mlx_mtp.__version__}\n")
 
 
