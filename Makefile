@@ -20,6 +20,7 @@ coverage:
 lint:
 	@bash tools/setup.sh dev
 	@$(PYTHON) -m ruff check .
+	@.venv/bin/lint-imports --no-cache --no-logo
 	@$(PYTHON) -m mypy
 	@$(PYTHON) -m mypy cli
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx_mtp
+from mlx_mtp.generation.types import acceptance, total
 from mlx_mtp.loading import FAMILIES
-from mlx_mtp.results import acceptance, total
-from mlx_mtp.tokens import Prompt
+from mlx_mtp.text.tokenizer import Prompt
 from mlx_mtp.training.corpus import is_held_out, standard_library
 
 STRIDE, PREFIX = 4000, 600

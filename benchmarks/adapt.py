@@ -20,7 +20,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.checkpoint import Checkpoint, write_checkpoint
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, write_checkpoint
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.targets.gemma4 import Gemma4Target, published_weights
 from mlx_mtp.training.adapt import Adapting, adapt

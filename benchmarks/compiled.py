@@ -18,9 +18,9 @@ from pathlib import Path
 import mlx.core as mx
 from prompts import held_out_code
 
-from mlx_mtp.decode import Decoder
-from mlx_mtp.depth import FixedDepth
-from mlx_mtp.diagnosis import rounds_alone
+from mlx_mtp.generation.depth import FixedDepth
+from mlx_mtp.generation.loop import Decoder
+from mlx_mtp.measuring.diagnosis import rounds_alone
 
 ROUNDS = 30
 SWITCHES = {"compiled": mx.enable_compile, "built anew": mx.disable_compile}

@@ -25,15 +25,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mlx_mtp.benchmark import Job, Record, Timing, ratio, speed_up, take_turns
-from mlx_mtp.benchmarking.arms import PLAIN, STOCK, BenchArm, Lineup, Plan, line_up, sampling_name
-from mlx_mtp.benchmarking.prompts import read_prompts
-from mlx_mtp.cache import CAPACITY_STEP
 from mlx_mtp.cli.loading import load
-from mlx_mtp.decode import Decoder
-from mlx_mtp.depth import Curve, FixedDepth
-from mlx_mtp.diagnosis import ROWS, Costs, Effort, Passes, measure
-from mlx_mtp.results import Sampling, Stats
+from mlx_mtp.generation.cache import CAPACITY_STEP
+from mlx_mtp.generation.depth import Curve, FixedDepth
+from mlx_mtp.generation.loop import Decoder
+from mlx_mtp.generation.types import Sampling, Stats
+from mlx_mtp.measuring.arms import PLAIN, STOCK, BenchArm, Lineup, Plan, line_up, sampling_name
+from mlx_mtp.measuring.diagnosis import ROWS, Costs, Effort, Passes, measure
+from mlx_mtp.measuring.prompts import read_prompts
+from mlx_mtp.measuring.turns import Job, Record, Timing, ratio, speed_up, take_turns
 
 # Pipelined rounds above all, for those decide; by their mean, since a run's time is the sum of its rounds.
 PIECES = Effort(repeats=3, warm=1, pipelined=16, turns=1, middle=statistics.fmean)

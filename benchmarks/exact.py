@@ -25,12 +25,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp import blas
-from mlx_mtp.cache import CAPACITY_STEP, capacity_for
-from mlx_mtp.exactness import WIDEST
+from mlx_mtp.backend import blas
+from mlx_mtp.generation.cache import CAPACITY_STEP, capacity_for
+from mlx_mtp.generation.exactness import WIDEST
+from mlx_mtp.generation.prefix import Session
+from mlx_mtp.generation.types import Result
 from mlx_mtp.loading import EMBEDDED
-from mlx_mtp.results import Result
-from mlx_mtp.session import Session
 
 FAMILIES = ("assistant", "parallel", "sequential", "lookup", "lookup+assistant")
 TURNS = ("fresh", "second", "retry")

@@ -24,13 +24,13 @@ import numpy as np
 from prompts import held_out_code
 from verify_cost import round_seconds
 
-from mlx_mtp import tables
-from mlx_mtp.benchmark import Job, differences, engine_arm, interleave, mlx_lm_arm, ratio
-from mlx_mtp.checkpoint import Checkpoint
-from mlx_mtp.diagnosis import Passes
-from mlx_mtp.exactness import WIDEST
+from mlx_mtp.checkpoints.checkpoint import Checkpoint
+from mlx_mtp.generation.exactness import WIDEST
+from mlx_mtp.generation.types import NEUTRAL
 from mlx_mtp.loading import EMBEDDED
-from mlx_mtp.results import NEUTRAL
+from mlx_mtp.measuring import tables
+from mlx_mtp.measuring.diagnosis import Passes
+from mlx_mtp.measuring.turns import Job, differences, engine_arm, interleave, mlx_lm_arm, ratio
 from mlx_mtp.targets.gemma4 import Gemma4Target
 from mlx_mtp.training.data import Batches
 from mlx_mtp.training.families import DrafterShape

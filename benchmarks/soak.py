@@ -20,10 +20,10 @@ from typing import Any
 import mlx.core as mx
 from prompts import held_out_code
 
-from mlx_mtp.benchmark import mlx_lm_step
-from mlx_mtp.decode import Asked, Decoder
-from mlx_mtp.depth import FixedDepth
+from mlx_mtp.generation.depth import FixedDepth
+from mlx_mtp.generation.loop import Asked, Decoder
 from mlx_mtp.loading import EMBEDDED
+from mlx_mtp.measuring.turns import mlx_lm_step
 
 
 def long_replies(engine: mlx_mtp.Engine, tokens: int, replies: int) -> list[dict[str, float]]:

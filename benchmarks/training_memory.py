@@ -39,7 +39,7 @@ BLOCK: dict[str, Any] = {
 
 def at_once(module: Joint, batch: mx.array) -> mx.array:
     """The same loss with the logits of all heads at once, for comparison."""
-    from mlx_mtp.cache import NoCache
+    from mlx_mtp.generation.cache import NoCache
 
     count = 1 + len(module.drafter.heads)
     rows = batch.shape[1] - count

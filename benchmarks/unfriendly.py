@@ -21,13 +21,13 @@ import mlx.core as mx
 from mlx.utils import tree_map
 from prompts import unfriendly
 
-from mlx_mtp import machine
-from mlx_mtp.benchmark import Arm, Job, Record, differences, engine_arm, interleave, ratio
-from mlx_mtp.benchmarking.arms import GEMMA, sampling_name
-from mlx_mtp.checkpoint import Checkpoint
+from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.drafters import load_drafter
+from mlx_mtp.generation.types import NEUTRAL
 from mlx_mtp.loading import EMBEDDED
-from mlx_mtp.results import NEUTRAL
+from mlx_mtp.measuring import machine
+from mlx_mtp.measuring.arms import GEMMA, sampling_name
+from mlx_mtp.measuring.turns import Arm, Job, Record, differences, engine_arm, interleave, ratio
 
 PLAIN = "depth 0"
 

@@ -19,12 +19,12 @@ from typing import Any
 import mlx.core as mx
 from prompts import held_out_code
 
-from mlx_mtp.benchmark import mlx_lm_step
-from mlx_mtp.decode import Decoder
-from mlx_mtp.depth import FixedDepth
-from mlx_mtp.diagnosis import Passes, rounds_alone, timed_in_turns
-from mlx_mtp.exactness import WIDEST
+from mlx_mtp.generation.depth import FixedDepth
+from mlx_mtp.generation.exactness import WIDEST
+from mlx_mtp.generation.loop import Decoder
 from mlx_mtp.loading import EMBEDDED
+from mlx_mtp.measuring.diagnosis import Passes, rounds_alone, timed_in_turns
+from mlx_mtp.measuring.turns import mlx_lm_step
 
 
 def round_seconds(engine: mlx_mtp.Engine, prompt: list[int], depth: int, repeats: int) -> dict[str, float]:

@@ -15,18 +15,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import mlx_mtp
-from mlx_mtp import tables
-from mlx_mtp.atomic import replacing
-from mlx_mtp.benchmarking.arms import DEFAULT_ARMS, DEFAULT_DEPTHS, Plan, line_up
-from mlx_mtp.benchmarking.energy import open_meter
-from mlx_mtp.benchmarking.plots import check_matplotlib, plot
-from mlx_mtp.benchmarking.prompts import read_prompts
-from mlx_mtp.benchmarking.report import Setting, build
-from mlx_mtp.benchmarking.run import Bench
-from mlx_mtp.benchmarking.summary import markdown, summary
+from mlx_mtp.checkpoints.atomic import replacing
 from mlx_mtp.cli import options
 from mlx_mtp.cli.loading import load
 from mlx_mtp.errors import MLXMTPError, OptionError, brief
+from mlx_mtp.measuring import tables
+from mlx_mtp.measuring.arms import DEFAULT_ARMS, DEFAULT_DEPTHS, Plan, line_up
+from mlx_mtp.measuring.energy import open_meter
+from mlx_mtp.measuring.plots import check_matplotlib, plot
+from mlx_mtp.measuring.prompts import read_prompts
+from mlx_mtp.measuring.report import Setting, build
+from mlx_mtp.measuring.run import Bench
+from mlx_mtp.measuring.summary import markdown, summary
 
 DEFAULTS = Plan()
 STDOUT = Path("-")

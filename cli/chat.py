@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import mlx_mtp
-from mlx_mtp import hub, memory, pairs
+from mlx_mtp.checkpoints import hub, memory, pairs
 from mlx_mtp.cli import commands, loading, notices, options
 from mlx_mtp.cli.conversation import Conversation, Screen, Settings, checked_thinking
 from mlx_mtp.cli.line_input import HINT, Lines, lines

@@ -19,7 +19,7 @@ from mlx_mtp import OptionError, PromptError
 from mlx_mtp.cli.conversation import Conversation
 from mlx_mtp.cli.line_input import Verbatim
 from mlx_mtp.engine import SEEDED_DEPTH
-from mlx_mtp.results import acceptance
+from mlx_mtp.generation.types import acceptance
 
 EMBEDDED = "embedded"  # the name by which /model knows the model that comes with the program
 ANY_MODEL = ("none", "lookup")  # drafters that stay when the model changes

@@ -19,11 +19,12 @@ from rich.progress import track
 from rich.text import Text
 
 import mlx_mtp
-from mlx_mtp import blas, tables
-from mlx_mtp.benchmark import Job, Record, differences, engine_arm, interleave, mlx_lm_arm, ratio
+from mlx_mtp.backend import blas
+from mlx_mtp.generation.types import NEUTRAL
 from mlx_mtp.loading import EMBEDDED
-from mlx_mtp.results import NEUTRAL
-from mlx_mtp.tables import Part, Table
+from mlx_mtp.measuring import tables
+from mlx_mtp.measuring.tables import Part, Table
+from mlx_mtp.measuring.turns import Job, Record, differences, engine_arm, interleave, mlx_lm_arm, ratio
 
 SHOWN_PROMPT = "What does `shutil.copytree` do?"
 PROMPTS = (

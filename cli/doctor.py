@@ -9,17 +9,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mlx_mtp import tables
-from mlx_mtp.advice import Advice, advise
-from mlx_mtp.benchmarking.summary import stored
 from mlx_mtp.cli import options
 from mlx_mtp.cli.loading import load
-from mlx_mtp.depth_profile import forget, profile_path
-from mlx_mtp.diagnosis import Diagnosis, diagnose
 from mlx_mtp.errors import MLXMTPError, OptionError
-from mlx_mtp.exactness import Exactness
-from mlx_mtp.machine import Machine
-from mlx_mtp.tables import Table, facts
+from mlx_mtp.generation.depth_profile import forget, profile_path
+from mlx_mtp.generation.exactness import Exactness
+from mlx_mtp.measuring import tables
+from mlx_mtp.measuring.advice import Advice, advise
+from mlx_mtp.measuring.diagnosis import Diagnosis, diagnose
+from mlx_mtp.measuring.machine import Machine
+from mlx_mtp.measuring.summary import stored
+from mlx_mtp.measuring.tables import Table, facts
 
 
 def doctor(

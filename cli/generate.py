@@ -13,7 +13,7 @@ import mlx_mtp
 from mlx_mtp.cli import notices, options
 from mlx_mtp.cli.loading import load
 from mlx_mtp.cli.progress import PrefillBar
-from mlx_mtp.tokens import Prompt
+from mlx_mtp.text.tokenizer import Prompt
 
 
 def generate(

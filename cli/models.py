@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlx_mtp import hub, memory, pairs
+from mlx_mtp.checkpoints import hub, memory, pairs
 
 COLUMNS = ("model", "drafter", "download", "memory", "fits", "here")
 

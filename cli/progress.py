@@ -17,7 +17,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from mlx_mtp import hub
+from mlx_mtp.checkpoints import hub
 
 # Below this a bar would only flicker.
 PATIENCE_SECONDS = 1.0

@@ -73,7 +73,7 @@ def serve(
 ) -> None:
     """Serve an OpenAI-compatible API: chat completions, completions, models, /health, /metrics."""
     try:
-        from mlx_mtp import server
+        from mlx_mtp.serving import app as server
     except ModuleNotFoundError as error:
         raise mlx_mtp.OptionError(
             f"Expected the packages of the server, found no '{error.name}'; install them: pip install 'mlx-mtp[serve]'."

@@ -12,14 +12,14 @@ A public name brings its module with it when it is first used: importing the pac
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mlx_mtp.blas import load_fast_blas
+from mlx_mtp.backend.blas import load_fast_blas
 
 load_fast_blas()  # on Linux it must be there before MLX binds its own
 
 from mlx_mtp.version import __version__  # noqa: E402
 
 if TYPE_CHECKING:
-    from mlx_mtp.chat import Chat
+    from mlx_mtp.chat.conversation import Chat
     from mlx_mtp.engine import Engine
     from mlx_mtp.errors import (
         CheckpointError,
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
         UnsupportedModel,
     )
     from mlx_mtp.loading import load
-    from mlx_mtp.results import Event, Result, Sampling, Stats
-    from mlx_mtp.session import Session
+    from mlx_mtp.generation.types import Event, Result, Sampling, Stats
+    from mlx_mtp.generation.prefix import Session
 
 __all__ = [
     "Chat",
@@ -59,14 +59,14 @@ __all__ = [
 
 # Where a public name is, but for those in errors.py.
 _MODULES = {
-    "Chat": "chat",
+    "Chat": "chat.conversation",
     "Engine": "engine",
     "load": "loading",
-    "Event": "results",
-    "Result": "results",
-    "Sampling": "results",
-    "Stats": "results",
-    "Session": "session",
+    "Event": "generation.types",
+    "Result": "generation.types",
+    "Sampling": "generation.types",
+    "Stats": "generation.types",
+    "Session": "generation.prefix",
 }
 
 

@@ -20,21 +20,21 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp import checks, exactness, threads
-from mlx_mtp.cache import CAPACITY_STEP
-from mlx_mtp.channels import Channels
-from mlx_mtp.chat import Chat
-from mlx_mtp.chat_file import load_chat
-from mlx_mtp.decode import Asked, Decoder, PrefillProgress
-from mlx_mtp.depth import DepthController, DepthPolicy, FixedDepth
-from mlx_mtp.depth_profile import ProfileFile
+from mlx_mtp.backend import threads
+from mlx_mtp.chat.conversation import Chat
 from mlx_mtp.errors import OptionError, PromptError
-from mlx_mtp.interfaces import Drafter, Target
-from mlx_mtp.reply import Reply
-from mlx_mtp.results import NEUTRAL, Event, Result, Sampling, Stats
-from mlx_mtp.session import Pair, Session
-from mlx_mtp.speculate import LogitsProcessor
-from mlx_mtp.tokens import Prompt, Tokenizer, prompt_ids
+from mlx_mtp.generation import checks, exactness
+from mlx_mtp.generation.cache import CAPACITY_STEP
+from mlx_mtp.generation.depth import DepthController, DepthPolicy, FixedDepth
+from mlx_mtp.generation.depth_profile import ProfileFile
+from mlx_mtp.generation.interfaces import Drafter, Target
+from mlx_mtp.generation.loop import Asked, Decoder, PrefillProgress
+from mlx_mtp.generation.prefix import Pair, Session
+from mlx_mtp.generation.reply import Reply
+from mlx_mtp.generation.round import LogitsProcessor
+from mlx_mtp.generation.types import NEUTRAL, Event, Result, Sampling, Stats
+from mlx_mtp.text.channels import Channels
+from mlx_mtp.text.tokenizer import Prompt, Tokenizer, prompt_ids
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class Engine:
 
     def load_chat(self, file: str | Path) -> Chat:
         """A conversation that `Chat.save` wrote; CheckpointError where it is another model's or not whole."""
-        return load_chat(self, Path(file))
+        return Chat.load(self, file)
 
     @property
     def plain_seconds_per_token(self) -> float | None:

@@ -20,18 +20,21 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp import assets, blas, checks, hub, memory, pairs, threads
-from mlx_mtp.checkpoint import Checkpoint, on_read, read_json, section
-from mlx_mtp.depth_profile import profile_path
+from mlx_mtp import assets
+from mlx_mtp.backend import blas, threads
+from mlx_mtp.checkpoints import hub, memory, pairs
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, on_read, read_json, section
+from mlx_mtp.checkpoints.hub import Listing, OnProgress, Progress
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.lookup import Lookup, LookupFirst
 from mlx_mtp.engine import MODES, Engine
 from mlx_mtp.errors import CheckpointError, ModelNotFound, OptionError
-from mlx_mtp.hub import Listing, OnProgress, Progress
-from mlx_mtp.interfaces import Drafter
-from mlx_mtp.results import Sampling
+from mlx_mtp.generation import checks
+from mlx_mtp.generation.depth_profile import profile_path
+from mlx_mtp.generation.interfaces import Drafter
+from mlx_mtp.generation.types import Sampling
 from mlx_mtp.targets import load_target
-from mlx_mtp.tokens import Tokenizer
+from mlx_mtp.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

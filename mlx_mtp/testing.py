@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.cache import KVCache
-from mlx_mtp.interfaces import Choose, Memory, States, Target, TargetInfo
+from mlx_mtp.generation.cache import KVCache
+from mlx_mtp.generation.interfaces import Choose, Memory, States, Target, TargetInfo
 
 
 class ScriptedDrafter:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401
 
-from mlx_mtp import exactness
-from mlx_mtp.interfaces import Target
+from mlx_mtp.generation import exactness
+from mlx_mtp.generation.interfaces import Target
 
 GOLDEN = Path(__file__).parent / "golden"
 VARIANTS = ("ple", "keqv", "moe", "unified")

@@ -11,10 +11,10 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from mlx_mtp.cache import KVCache
 from mlx_mtp.drafters.parallel import ParallelConfig, ParallelModel
 from mlx_mtp.drafters.sequential import SequentialConfig, SequentialModel
-from mlx_mtp.interfaces import Choose, Drafter, Memory, States, Target
+from mlx_mtp.generation.cache import KVCache
+from mlx_mtp.generation.interfaces import Choose, Drafter, Memory, States, Target
 from mlx_mtp.testing import ScriptedDrafter
 
 HEAD_DIM, EPS = 8, 1e-5

@@ -17,9 +17,9 @@ import openai
 import uvicorn
 
 import mlx_mtp
-from mlx_mtp.channels import Channels, Pieces
-from mlx_mtp.results import Event, Result, Stats
-from mlx_mtp.server import EngineThread, ServerOptions, create_app, listen, make_server
+from mlx_mtp.generation.types import Event, Result, Stats
+from mlx_mtp.serving.app import EngineThread, ServerOptions, create_app, listen, make_server
+from mlx_mtp.text.channels import Channels, Pieces
 
 JSON = {"Content-Type": "application/json"}
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
-from mlx_mtp.depth import DepthPolicy, FixedDepth
+from mlx_mtp.generation.depth import DepthPolicy, FixedDepth
 
 # Chance of a draft to be accepted, by the tokens generated so far.
 Text = Callable[[int], float]

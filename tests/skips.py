@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator
 
 import pytest
 
-from mlx_mtp import blas
+from mlx_mtp.backend import blas
 
 PEERS = ("torch", "transformers", "mlx_vlm")
 

@@ -66,10 +66,10 @@ def interrupted_at(
 
 MOMENTS = [
     ("--help", "typer"), ("chat", "mlx.core"), ("chat", "transformers"), ("chat", "mlx_mtp.cli.line_input"),
-    ("generate", "rich.console"), ("generate", "huggingface_hub"), ("generate", "mlx_mtp.decode"),
-    ("serve", "mlx_mtp.results"), ("serve", "uvicorn"), ("doctor", "numpy"), ("doctor", "sentencepiece"),
-    ("train", "mlx.optimizers"), ("adapt", "mlx_mtp.checkpoint"), ("convert", "mlx_mtp.converting"),
-    ("models", "mlx_mtp.pairs"),
+    ("generate", "rich.console"), ("generate", "huggingface_hub"), ("generate", "mlx_mtp.generation.loop"),
+    ("serve", "mlx_mtp.generation.types"), ("serve", "uvicorn"), ("doctor", "numpy"), ("doctor", "sentencepiece"),
+    ("train", "mlx.optimizers"), ("adapt", "mlx_mtp.checkpoints.checkpoint"), ("convert", "mlx_mtp.converting"),
+    ("models", "mlx_mtp.checkpoints.pairs"),
 ]  # fmt: skip
 
 

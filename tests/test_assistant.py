@@ -8,12 +8,12 @@ import pytest
 from conftest import HEADS
 
 import mlx_mtp
-from mlx_mtp.cache import FULL
-from mlx_mtp.checkpoint import Checkpoint
+from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.assistant import Convention
+from mlx_mtp.generation.cache import FULL
+from mlx_mtp.generation.sampling import Chooser, Rules
 from mlx_mtp.loading import EMBEDDED
-from mlx_mtp.sampling import Chooser, Rules
 from mlx_mtp.targets import load_target
 
 TOLERANCE = 2e-4

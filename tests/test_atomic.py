@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
-from mlx_mtp.atomic import replacing
+from mlx_mtp.checkpoints.atomic import replacing
 
 
 def names(folder: Path) -> list[str]:
@@ -101,3 +103,14 @@ def test_a_pipe_is_written_into(tmp_path: Path) -> None:
         given.write_text("text")
     reader.join()
     assert heard == ["text"] and pipe.is_fifo()
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / f".state.partial-{gone.pid}-1.json").write_text("half")
+    (tmp_path / f".state.partial-{os.getpid()}-1.json").write_text("being written by another thread")
+    (tmp_path / f".other.partial-{gone.pid}-1.json").write_text("not of this file")
+    with replacing(tmp_path / "state.json") as fresh:
+        fresh.write_text("whole")
+    assert names(tmp_path) == [f".other.partial-{gone.pid}-1.json", f".state.partial-{os.getpid()}-1.json", "state.json"]

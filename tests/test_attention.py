@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_mtp.attention import attend
+from mlx_mtp.backend.attention import attend
 
 
 @pytest.mark.parametrize("rows", [1, 5, 33])

@@ -14,15 +14,14 @@ import numpy as np
 import pytest
 
 import mlx_mtp
-from mlx_mtp import machine
-from mlx_mtp.benchmark import Difference, Job, Record, Timing, differences, ratio, take_turns
-from mlx_mtp.benchmarking import energy, prompts, report
-from mlx_mtp.benchmarking.arms import DEFAULT_DEPTHS, GEMMA, Plan, _depths, parted, sampling_name
-from mlx_mtp.benchmarking.report import verdict
 from mlx_mtp.drafters.lookup import Lookup
 from mlx_mtp.errors import DataError, OptionError, PromptError
+from mlx_mtp.generation.types import NEUTRAL, Sampling, Stats, acceptance
 from mlx_mtp.loading import EMBEDDED, another_drafter, drafter_folder
-from mlx_mtp.results import NEUTRAL, Sampling, Stats, acceptance
+from mlx_mtp.measuring import energy, machine, prompts, report
+from mlx_mtp.measuring.arms import DEFAULT_DEPTHS, GEMMA, Plan, _depths, parted, sampling_name
+from mlx_mtp.measuring.report import verdict
+from mlx_mtp.measuring.turns import Difference, Job, Record, Timing, differences, ratio, take_turns
 
 CATEGORIES = ["code", "edit", "prose", "chat", "JSON", "translation", "long context"]
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from mlx_mtp.benchmarking import run
-from mlx_mtp.benchmarking.arms import BenchArm
-from mlx_mtp.benchmarking.report import DEFINITIONS
-from mlx_mtp.benchmarking.summary import markdown
-from mlx_mtp.checkpoint import Checkpoint
+from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.cli import app
 from mlx_mtp.converting.quantise import quantise
 from mlx_mtp.loading import EMBEDDED
+from mlx_mtp.measuring import run
+from mlx_mtp.measuring.arms import BenchArm
+from mlx_mtp.measuring.report import DEFINITIONS
+from mlx_mtp.measuring.summary import markdown
 
 SPREAD = {"median", "low", "high"}
 ROW = {

@@ -1,4 +1,4 @@
-"""mlx_mtp.blas: what it finds, in what order, and that MLX really uses it.
+"""mlx_mtp.backend.blas: what it finds, in what order, and that MLX really uses it.
 
 The library is global to a process and must be loaded before MLX, so the tests that load one use a fresh process.
 """
@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from mlx_mtp import blas
+from mlx_mtp.backend import blas
 
 LINUX = sys.platform.startswith("linux")
 FILE = Path(blas.__file__)
 # Loads blas.py by its path: importing the package would load the BLAS, and MLX, before the test can look.
 IMPORT = f"""
 import importlib.util, sys
-spec = importlib.util.spec_from_file_location("mlx_mtp.blas", {str(FILE)!r})
+spec = importlib.util.spec_from_file_location("mlx_mtp.backend.blas", {str(FILE)!r})
 blas = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(blas)
 """

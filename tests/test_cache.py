@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_mtp.cache import FULL, SLACK, SLIDING, KVCache, LayerShape, Pass, capacity_for
+from mlx_mtp.generation.cache import FULL, SLACK, SLIDING, KVCache, LayerShape, Pass, capacity_for
 
 SHAPES = (LayerShape(FULL, 2, 3), LayerShape(SLIDING, 1, 4), LayerShape(SLIDING, 2, 2))
 

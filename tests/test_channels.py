@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_mtp.channels import Channels, Pieces, ToolCall
+from mlx_mtp.text.channels import Channels, Pieces, ToolCall
 
 MARKERS = ["<|channel>", "<channel|>", "<think>", "</think>", "<|tool_call>", "<tool_call|>", "thought\n", '<|"|>']
 WORDS = ["a", "answer ", "\n", "\n\n", "<", "<|", "|>", "call:f{", "}", "x:1", ",", "ö", "[", "]", "NaN", "<chan"]

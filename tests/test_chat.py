@@ -14,7 +14,7 @@ from greedy import assert_greedy
 from thinking import ANSWER, THOUGHT, thinking_engine
 
 import mlx_mtp
-from mlx_mtp.depth import DepthController
+from mlx_mtp.generation.depth import DepthController
 from mlx_mtp.loading import EMBEDDED, FAMILIES
 
 ONE, TWO, THREE = "What does `shutil.copytree` do?", "And what does os.walk do?", "Write a class for a queue."

@@ -16,7 +16,7 @@ from mlx_mtp.cli.chat import converse
 from mlx_mtp.cli.commands import COMMANDS, is_command
 from mlx_mtp.cli.conversation import Conversation, Screen, Settings
 from mlx_mtp.cli.line_input import Verbatim
-from mlx_mtp.depth import DepthController
+from mlx_mtp.generation.depth import DepthController
 
 QUESTION, NEXT = "What does os.walk do?", "And os.listdir?"
 

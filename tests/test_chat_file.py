@@ -22,7 +22,9 @@ from hypothesis import strategies as st
 from thinking import ANSWER, PLAIN_TEMPLATE, TOKENS, thinking_engine, write_tokenizer
 
 import mlx_mtp
-from mlx_mtp import chat_file
+import mlx_mtp.chat.saved as saved_chats
+from mlx_mtp.checkpoints import atomic
+from mlx_mtp.checkpoints.atomic import write_state
 from mlx_mtp.training import files
 
 FAMILIES = ("none", "lookup", "assistant", "parallel", "sequential")
@@ -153,7 +155,7 @@ def test_another_version_or_mode_computes_anew(
 ) -> None:
     exact = load(folder, "parallel", mode="exact").load_chat(saved[1])
     assert exact.messages and exact.session.held is None
-    monkeypatch.setattr(chat_file, "__version__", "99.0")
+    monkeypatch.setattr(saved_chats, "__version__", "99.0")
     assert saved[0].load_chat(saved[1]).session.held is None
 
 
@@ -196,7 +198,7 @@ def rewritten(file: Path, copy: Path, edit: Edit) -> Path:
     about = json.loads(metadata["mlx_mtp"])
     del about["digest"]
     edit(about, tensors)
-    about["digest"] = chat_file._digest(about, tensors)
+    about["digest"] = saved_chats._digest(about, tensors)
     mx.save_safetensors(str(copy), tensors, {"mlx_mtp": json.dumps(about)})
     return copy
 
@@ -291,7 +293,7 @@ def test_a_full_disk_leaves_the_old_file_and_the_chat(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     with monkeypatch.context() as patch:
-        patch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+        patch.setattr(atomic.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
         assert "MB are free" in unsaved(chat, file)
     assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == [file.name]
     assert len(chat.engine.load_chat(chat.save(file)).messages) == 4
@@ -301,7 +303,7 @@ def test_a_full_disk_leaves_the_old_file_and_the_chat(
 def test_other_files_are_not_replaced(folder: Path, saved: tuple[mlx_mtp.Engine, Path], tmp_path: Path) -> None:
     chat = saved[0].load_chat(saved[1])
     shutil.copy(folder / "target" / "model.safetensors", tmp_path / "model.safetensors")
-    files.write_state(tmp_path / "state.safetensors", {"a": mx.zeros(3)}, {"step": 1})
+    write_state(tmp_path / "state.safetensors", {"a": mx.zeros(3)}, {"step": 1}, "free some")
     (tmp_path / "text.safetensors").write_text("mine")
     (tmp_path / "folder.safetensors").mkdir()
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()}
@@ -357,10 +359,10 @@ def same_tree(one: Any, other: Any) -> bool:
 @given(tree=st.dictionaries(KEYS, TREES, max_size=4))
 def test_any_memory_comes_back_from_a_file(tmp_path: Path, tree: dict[Any, Any]) -> None:
     tensors: dict[str, mx.array] = {}
-    about = {"memory": chat_file.packed(tree, tensors)}
-    files.write_state(tmp_path / "memory.safetensors", {"ids": mx.zeros(1), **tensors}, about)
+    about = {"memory": saved_chats.packed(tree, tensors)}
+    write_state(tmp_path / "memory.safetensors", {"ids": mx.zeros(1), **tensors}, about, "free some")
     loaded, read = files.read_state(tmp_path / "memory.safetensors")
-    assert same_tree(chat_file.unpacked(read["memory"], loaded), tree)
+    assert same_tree(saved_chats.unpacked(read["memory"], loaded), tree)
 
 
 @pytest.mark.parametrize("inner", ["", "assistant", "parallel", "sequential"])

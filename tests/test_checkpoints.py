@@ -20,9 +20,9 @@ import pytest
 from conftest import GOLDEN
 from mlx.utils import tree_map
 
-from mlx_mtp import hub, memory
-from mlx_mtp.chat_file import fingerprint
-from mlx_mtp.checkpoint import Checkpoint, named_parameters
+from mlx_mtp.chat.saved import fingerprint
+from mlx_mtp.checkpoints import hub, memory
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.targets import load_target

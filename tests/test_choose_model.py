@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from mlx_mtp.checkpoints.pairs import Pair
 from mlx_mtp.cli import chat
-from mlx_mtp.pairs import Pair
 
 BEST = Pair(target="org/best-it", assistant="org/best-it-assistant", download_bytes=3 * 10**9, weight_bytes=1)
 

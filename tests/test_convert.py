@@ -40,7 +40,7 @@ from references import below, float64
 
 import mlx_mtp
 from mlx_mtp import converting
-from mlx_mtp.checkpoint import Checkpoint
+from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.cli import app
 from mlx_mtp.converting import meta
 from mlx_mtp.drafters import load_drafter

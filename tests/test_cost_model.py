@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from documents import ROOT
 
-from mlx_mtp.benchmark import Record, Timing
-from mlx_mtp.benchmarking.arms import BenchArm
-from mlx_mtp.depth import expected_tokens
-from mlx_mtp.diagnosis import Costs
-from mlx_mtp.results import Stats
+from mlx_mtp.generation.depth import expected_tokens
+from mlx_mtp.generation.types import Stats
+from mlx_mtp.measuring.arms import BenchArm
+from mlx_mtp.measuring.diagnosis import Costs
+from mlx_mtp.measuring.turns import Record, Timing
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import cost_model  # noqa: E402

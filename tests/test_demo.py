@@ -9,8 +9,8 @@ import pytest
 from conftest import GOLDEN
 
 import mlx_mtp
-from mlx_mtp.benchmark import Job, Record, Timing
 from mlx_mtp.cli import demo
+from mlx_mtp.measuring.turns import Job, Record, Timing
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import pytest
 from simulation import CPU, FLAT, GPU, MACHINES, Machine, Text, always, best_fixed, simulate, switching
 
 import mlx_mtp
-from mlx_mtp.decode import Decoder
-from mlx_mtp.depth import HOLD, Curve, DepthController, FixedDepth, RoundCosts
-from mlx_mtp.depth_profile import Profile, ProfileFile, forget, possible
+from mlx_mtp.generation.depth import HOLD, Curve, DepthController, FixedDepth, RoundCosts
+from mlx_mtp.generation.depth_profile import Profile, ProfileFile, forget, possible
+from mlx_mtp.generation.loop import Decoder
 
 NEVER, SELDOM, OFTEN, NEARLY = always(0.0), always(0.3), always(0.8), always(0.95)
 PROSE_AND_CODE = switching(0.15, 0.9, 400)

@@ -18,20 +18,23 @@ from conftest import GOLDEN
 from rich.console import Console
 
 import mlx_mtp
-from mlx_mtp import advice, blas, diagnosis, exactness, machine, memory
-from mlx_mtp.checkpoint import Checkpoint
+from mlx_mtp.backend import blas
+from mlx_mtp.checkpoints import memory
+from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.cli import app, doctor
 from mlx_mtp.cli.doctor import report
-from mlx_mtp.decode import Asked, Decoder
-from mlx_mtp.depth import GAIN, Curve, FixedDepth
-from mlx_mtp.depth_profile import Profile, ProfileFile
-from mlx_mtp.diagnosis import Choice, ConventionCheck, Costs, Diagnosis, Effort, Pair, Quantisation, Timing
 from mlx_mtp.drafters.assistant import Convention
 from mlx_mtp.drafters.lookup import Lookup, LookupFirst
-from mlx_mtp.exactness import Exactness
+from mlx_mtp.generation import exactness
+from mlx_mtp.generation.depth import GAIN, Curve, FixedDepth
+from mlx_mtp.generation.depth_profile import Profile, ProfileFile
+from mlx_mtp.generation.exactness import Exactness
+from mlx_mtp.generation.loop import Asked, Decoder
+from mlx_mtp.generation.sampling import Chooser
 from mlx_mtp.loading import EMBEDDED
-from mlx_mtp.machine import Machine
-from mlx_mtp.sampling import Chooser
+from mlx_mtp.measuring import advice, diagnosis, machine
+from mlx_mtp.measuring.diagnosis import Choice, ConventionCheck, Costs, Diagnosis, Effort, Pair, Quantisation, Timing
+from mlx_mtp.measuring.machine import Machine
 from mlx_mtp.testing import MarkovTarget
 
 # Passes of 1 to 8 rows over one row, as others measured them (performance.md, A2), and made-up ones of known kinds.

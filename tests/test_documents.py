@@ -26,10 +26,11 @@ import typer
 from documents import PROGRAMS, ROOT, Command, blocks, commands, inline_commands, links
 from layouts import DEEPSEEK, deepseek_arrays, meta_arrays, meta_folder, write_folder
 
-from mlx_mtp import drafters, exactness
+from mlx_mtp import drafters
 from mlx_mtp.cli import app as cli
 from mlx_mtp.cli import doctor
 from mlx_mtp.cli.command_line import COMMANDS, application
+from mlx_mtp.generation import exactness
 from mlx_mtp.loading import EMBEDDED, FAMILIES
 
 PATIENCE = 300  # seconds; a backstop

@@ -10,11 +10,11 @@ from conftest import GOLDEN, HEADS, VARIANTS
 from greedy import lively, reference, same_or_tie
 
 import mlx_mtp
-from mlx_mtp import decode as decode_module
-from mlx_mtp.decode import Asked, Decoder
-from mlx_mtp.depth import FixedDepth
+from mlx_mtp.generation import loop
+from mlx_mtp.generation.depth import FixedDepth
+from mlx_mtp.generation.loop import Asked, Decoder
+from mlx_mtp.generation.types import Stats
 from mlx_mtp.loading import EMBEDDED
-from mlx_mtp.results import Stats
 from mlx_mtp.testing import ScriptedDrafter
 
 # The golden models' ring: a window of 8 and 32 slots of slack. Their first buffers hold 256 rows.
@@ -180,7 +180,7 @@ def test_chunked_prefill_equals_one_chunk(embedded, monkeypatch: pytest.MonkeyPa
     long = (ids + expected) * 2
     whole = plain.generate(long, max_tokens=40, ignore_end=True).tokens
     for rows in (16, 50, 97):
-        monkeypatch.setattr(decode_module, "MAX_CHUNK", rows)
+        monkeypatch.setattr(loop, "MAX_CHUNK", rows)
         seen: list[tuple[int, int]] = []
         chunked = plain.generate(
             long, max_tokens=40, ignore_end=True, on_prefill=lambda done, total, seen=seen: seen.append((done, total))
@@ -192,7 +192,7 @@ def test_chunked_prefill_equals_one_chunk(embedded, monkeypatch: pytest.MonkeyPa
 def test_compiled_rounds_are_bounded(embedded, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server meets every top_k there is: old graphs go, and coming back to one changes nothing."""
     plain, ids, expected = embedded
-    monkeypatch.setattr("mlx_mtp.speculate.MOST_COMPILED", 2)
+    monkeypatch.setattr("mlx_mtp.generation.round.MOST_COMPILED", 2)
     engine = scripted(plain, ids + expected, 1)
     runs = [engine.generate(ids, max_tokens=4, seed=1, sampling=mlx_mtp.Sampling(temperature=1.0, top_k=k)).tokens
             for k in (2, 3, 4, 5, 2)]  # fmt: skip

@@ -18,14 +18,14 @@ from conftest import GOLDEN, VARIANTS
 from test_generic import BASE, CONFIGS, written
 
 import mlx_mtp
-from mlx_mtp import exactness
-from mlx_mtp.cache import FULL, SLIDING, KVCache, LayerShape
-from mlx_mtp.checkpoint import Checkpoint
-from mlx_mtp.exactness import CANONICAL, Exactness, probe
-from mlx_mtp.interfaces import Memory, States, TargetInfo
+from mlx_mtp.checkpoints.checkpoint import Checkpoint
+from mlx_mtp.generation import exactness
+from mlx_mtp.generation.cache import FULL, SLIDING, KVCache, LayerShape
+from mlx_mtp.generation.exactness import CANONICAL, Exactness, probe
+from mlx_mtp.generation.interfaces import Memory, States, TargetInfo
+from mlx_mtp.generation.prefix import Session
+from mlx_mtp.generation.types import Result
 from mlx_mtp.loading import EMBEDDED
-from mlx_mtp.results import Result
-from mlx_mtp.session import Session
 from mlx_mtp.targets import load_target
 from mlx_mtp.testing import MarkovTarget, ScriptedDrafter
 

@@ -20,8 +20,8 @@ from conftest import GOLDEN
 from servers import eventually
 
 import mlx_mtp
-from mlx_mtp import threads
-from mlx_mtp.session import Session
+from mlx_mtp.backend import threads
+from mlx_mtp.generation.prefix import Session
 
 TARGET, DRAFTER = GOLDEN / "ple" / "target", GOLDEN / "ple" / "assistant_tied"
 PATIENCE = 60
@@ -85,8 +85,8 @@ work.put(done.set)
 done.wait()
 """,
     "a daemon in the middle of a long prompt": """
-import mlx_mtp.decode
-mlx_mtp.decode.MAX_CHUNK, told = 16, threading.Event()
+import mlx_mtp.generation.loop
+mlx_mtp.generation.loop.MAX_CHUNK, told = 16, threading.Event()
 def read():
     while True:
         one.generate(list(range(3, 103)) * 2, max_tokens=1, on_prefill=lambda done, total: told.set())
@@ -252,7 +252,7 @@ def test_a_child_process_has_a_thread_of_its_own() -> None:
 thread = threading.Thread(target=say)
 thread.start(), thread.join()
 import os
-from mlx_mtp import threads
+from mlx_mtp.backend import threads
 if child := os.fork():
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 found = []

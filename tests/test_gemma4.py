@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_mtp.checkpoint import Checkpoint
+from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.targets import load_target
 
 TOLERANCE = 2e-4

@@ -15,9 +15,9 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes, load_model
 
 import mlx_mtp
-from mlx_mtp.cache import FULL, SLIDING
-from mlx_mtp.checkpoint import Checkpoint
-from mlx_mtp.interfaces import Memory, States
+from mlx_mtp.checkpoints.checkpoint import Checkpoint
+from mlx_mtp.generation.cache import FULL, SLIDING
+from mlx_mtp.generation.interfaces import Memory, States
 from mlx_mtp.targets import load_target
 from mlx_mtp.targets.generic import GenericTarget
 from mlx_mtp.testing import ScriptedDrafter

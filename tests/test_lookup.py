@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import mlx_mtp
 from mlx_mtp.drafters.lookup import LONGEST, Lookup
-from mlx_mtp.interfaces import States
+from mlx_mtp.generation.interfaces import States
 
 NO_STATES = States(mx.zeros((1, 0, 0)))
 

@@ -18,11 +18,11 @@ from references import Equations, Gemma, Weights, below, float64, log_softmax, p
 from test_generic import BASE, CONFIGS
 from test_generic import written as written_target
 
-from mlx_mtp.cache import NoCache
-from mlx_mtp.checkpoint import Checkpoint, named_parameters
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.parallel import ParallelConfig, ParallelModel
-from mlx_mtp.interfaces import Target
+from mlx_mtp.generation.cache import NoCache
+from mlx_mtp.generation.interfaces import Target
 from mlx_mtp.targets import load_target
 from mlx_mtp.targets.gemma4 import Gemma4Model, Gemma4Target
 from mlx_mtp.targets.gemma4_config import DEFAULT_ROPE, Gemma4Config

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 import mlx_mtp
 from mlx_mtp import MLXMTPError, OptionError, PromptError, Sampling
 from mlx_mtp.engine import Engine
-from mlx_mtp.sampling import Rules
+from mlx_mtp.generation.sampling import Rules
+from mlx_mtp.generation.types import NEUTRAL
 from mlx_mtp.testing import MarkovDrafter, MarkovTarget
 
 VOCABULARY = 7
@@ -138,7 +139,7 @@ def test_every_temperature_gives_a_distribution(
     temperature: float, logits: list[float], top_k: int, top_p: float, min_p: float
 ) -> None:
     """Whatever is accepted is a distribution that holds the best token; compared with NumPy in float64."""
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p).over(mlx_mtp.results.NEUTRAL)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p).over(NEUTRAL)
     rules = Rules.of(sampling, len(logits))
     found = rules.law(mx.array([[logits]]), None, rules.knobs(sampling, len(logits)))
     weights = np.array(found.probabilities, dtype=np.float64)[0, 0]

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from references import float64, parallel_heads
 
 import mlx_mtp
-from mlx_mtp.checkpoint import Checkpoint, named_parameters
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.parallel import Parallel
 from mlx_mtp.targets import load_target

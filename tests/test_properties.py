@@ -19,14 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mlx_mtp
-from mlx_mtp import decode, verify
-from mlx_mtp.cache import FULL, SLIDING, KVCache, LayerShape
-from mlx_mtp.channels import THOUGHTS, Channels
-from mlx_mtp.interfaces import Choose, Memory, States, TargetInfo
-from mlx_mtp.results import Sampling
-from mlx_mtp.sampling import Law
+from mlx_mtp.generation import acceptance, loop
+from mlx_mtp.generation.cache import FULL, SLIDING, KVCache, LayerShape
+from mlx_mtp.generation.interfaces import Choose, Memory, States, TargetInfo
+from mlx_mtp.generation.sampling import Law
+from mlx_mtp.generation.types import Sampling
 from mlx_mtp.testing import ScriptedDrafter
-from mlx_mtp.tokens import StopStrings
+from mlx_mtp.text.channels import THOUGHTS, Channels
+from mlx_mtp.text.tokenizer import StopStrings
 
 VOCABULARY = 11
 GREEDY = Sampling(temperature=0.0)
@@ -179,7 +179,7 @@ def test_any_round_is_the_plain_list(story: Story) -> None:
     target, drafter = SummingTarget(story.window), ListeningDrafter(story.right)
     engine = mlx_mtp.Engine(target, drafter, None, depth=story.depth)
     session, prompt = mlx_mtp.Session(), story.prompt
-    limits = mock.patch.multiple(decode, MAX_CHUNK=story.chunk, MIN_CHUNK=1)
+    limits = mock.patch.multiple(loop, MAX_CHUNK=story.chunk, MIN_CHUNK=1)
     with uncompiled(), limits:
         for _ in range(2):
             whole = target.continued(prompt, story.budget + story.depth + 2)
@@ -219,7 +219,7 @@ def laws(draw: st.DrawFn) -> tuple[int, list[np.ndarray], list[np.ndarray]]:
 
 
 @settings(max_examples=80, **PROPERTY)
-@given(laws(), st.sampled_from([verify.token_odds, verify.block_odds]))
+@given(laws(), st.sampled_from([acceptance.token_odds, acceptance.block_odds]))
 def test_the_law_stays_the_targets(found: tuple[int, list[np.ndarray], list[np.ndarray]], odds) -> None:
     """Every block of drafts, every count of accepted ones: the tokens that come out have the law p."""
     size, p, q = found

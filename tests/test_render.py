@@ -1,4 +1,4 @@
-"""mlx_mtp/tables.py: the same parts for a terminal and as Markdown."""
+"""mlx_mtp/measuring/tables.py: the same parts for a terminal and as Markdown."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from mlx_mtp.tables import Part, Table, facts, markdown, show
+from mlx_mtp.measuring.tables import Part, Table, facts, markdown, show
 
 PARTS: list[Part] = [
     "### T = 0", "Two prompts.", facts("", {"chip": "M9", "power": None, "cores": 3}),

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from thinking import TOKENS, thinking_engine
 
 import mlx_mtp
-from mlx_mtp.channels import CALL, CLOSING, Channels, ToolCall
-from mlx_mtp.decode import Run
-from mlx_mtp.reply import Reply
+from mlx_mtp.generation.loop import Run
+from mlx_mtp.generation.reply import Reply
 from mlx_mtp.testing import MarkovDrafter, MarkovTarget
+from mlx_mtp.text.channels import CALL, CLOSING, Channels, ToolCall
 
 PROPERTY = {"deadline": None, "derandomize": True}
 GREEDY = mlx_mtp.Sampling(temperature=0.0)

@@ -9,9 +9,10 @@ from conftest import GOLDEN
 from greedy import NEAR_TIE, lively
 
 import mlx_mtp
-from mlx_mtp import Sampling, verify
-from mlx_mtp.results import NEUTRAL
-from mlx_mtp.sampling import Law, Rules
+from mlx_mtp import Sampling
+from mlx_mtp.generation import acceptance
+from mlx_mtp.generation.sampling import Law, Rules
+from mlx_mtp.generation.types import NEUTRAL
 from mlx_mtp.testing import MarkovDrafter, MarkovTarget, ScriptedDrafter
 
 FILTERS = [
@@ -21,7 +22,7 @@ FILTERS = [
     Sampling(temperature=1.0, min_p=0.2),
     Sampling(temperature=1.0, top_k=3, top_p=0.9, min_p=0.05),
 ]
-ODDS = {"token": verify.token_odds, "block": verify.block_odds}
+ODDS = {"token": acceptance.token_odds, "block": acceptance.block_odds}
 
 
 def filtered(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
@@ -115,7 +116,7 @@ def resampled_from_p(excess: mx.array, p: Law, depth: int) -> Law:
 
 @pytest.mark.parametrize("odds", ODDS)
 def test_a_wrong_residual_is_noticed(odds: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "_residual", resampled_from_p)
+    monkeypatch.setattr(acceptance, "_residual", resampled_from_p)
     emitted, target = emitted_law(ODDS[odds], 4, 3, Sampling(temperature=1.0), seed=1)
     assert np.abs(emitted - target).sum() / 2 > 0.02
 
@@ -171,7 +172,7 @@ def test_long_runs_follow_the_law(sampling: Sampling, depth: int) -> None:
 
 
 def test_long_runs_notice_a_wrong_residual(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "_residual", resampled_from_p)
+    monkeypatch.setattr(acceptance, "_residual", resampled_from_p)
     table, target, drafter = markov_pair()
     engine = mlx_mtp.Engine(target, drafter, None, depth=2)
     tokens = engine.generate([0], max_tokens=20_000, sampling=FILTERS[0], seed=3).tokens

@@ -20,12 +20,12 @@ from test_generic import written as written_target
 from test_sampling import RIGHT, filtered, markov_pair, worst_deviation
 
 import mlx_mtp
-from mlx_mtp import decode as decode_module
-from mlx_mtp.checkpoint import Checkpoint, named_parameters
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.parallel import Parallel
 from mlx_mtp.drafters.sequential import Sequential
-from mlx_mtp.results import Sampling
+from mlx_mtp.generation import loop
+from mlx_mtp.generation.types import Sampling
 from mlx_mtp.targets import load_target
 
 TOLERANCE = 5e-4
@@ -79,7 +79,7 @@ def test_every_depth_equals_plain(
     target: str, drafter: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts in chunks and of one token; rounds that accept all drafts, some and none."""
-    monkeypatch.setattr(decode_module, "MAX_CHUNK", 16)
+    monkeypatch.setattr(loop, "MAX_CHUNK", 16)
     plain = mlx_mtp.load(folders[target], drafter=None)
     if target == "gemma":
         enlivened(plain)

@@ -24,12 +24,12 @@ from thinking import TOKENS, thinking_engine
 
 import mlx_mtp
 from mlx_mtp.cli import app as cli
+from mlx_mtp.generation.prefix import Session
 from mlx_mtp.loading import EMBEDDED
-from mlx_mtp.server import is_loopback, listen
+from mlx_mtp.serving.app import is_loopback, listen
 from mlx_mtp.serving.connections import Connection
 from mlx_mtp.serving.fields import parsed
 from mlx_mtp.serving.sessions import SessionPool
-from mlx_mtp.session import Session
 
 QUESTION = [{"role": "user", "content": "What does shutil.copytree do?"}]
 # A drafter's token can only differ from the target's own where the two best are closer than this.
@@ -587,7 +587,7 @@ def test_the_api_key() -> None:
             assert http.get("/health").status_code == 200
             assert http.get("/health", headers={"Host": "any.example"}).status_code == 200
     with pytest.raises(mlx_mtp.OptionError):
-        next(iter([mlx_mtp.server.ServerOptions(api_key="")]))
+        next(iter([mlx_mtp.serving.app.ServerOptions(api_key="")]))
 
 
 def test_other_names_and_other_pages() -> None:
@@ -753,7 +753,7 @@ def test_what_the_command_refuses(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "/no/such" in refused("--port", 0, "--model", "/no/such/model")
     assert "depth" in refused("--port", 0, "--depth", "99")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    for name in ("mlx_mtp.server", "mlx_mtp.serving.connections"):
+    for name in ("mlx_mtp.serving.app", "mlx_mtp.serving.connections"):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(mlx_mtp, "server")
     assert "pip install 'mlx-mtp[serve]'" in refused()

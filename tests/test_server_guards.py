@@ -9,7 +9,7 @@ import pytest
 from servers import CHAT, COMPLETION, FakeTokenizer, Running, ScriptedEngine, eventually, raw_request, running, until
 
 import mlx_mtp
-from mlx_mtp.server import ServerOptions
+from mlx_mtp.serving.app import ServerOptions
 
 PAGE = "https://app.example"
 FORM = {"message", "type", "param", "code"}
@@ -159,7 +159,7 @@ def test_origins_that_no_browser_sends() -> None:
 
 
 def test_too_many_connections(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlx_mtp.server, "MOST_CONNECTIONS", 2)
+    monkeypatch.setattr(mlx_mtp.serving.app, "MOST_CONNECTIONS", 2)
     fake = ScriptedEngine(gate=threading.Semaphore(0))
     with running(lambda: fake, origins=[PAGE]) as server, server.http(headers={"Origin": PAGE}) as http:
         with ExitStack() as open_ones:

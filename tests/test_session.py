@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from references import log_softmax
 
 import mlx_mtp
-from mlx_mtp.cache import FULL, SLIDING, KVCache, LayerShape
-from mlx_mtp.checkpoint import Checkpoint
-from mlx_mtp.session import Held, Session, _stands
+from mlx_mtp.checkpoints.checkpoint import Checkpoint
+from mlx_mtp.generation.cache import FULL, SLIDING, KVCache, LayerShape
+from mlx_mtp.generation.prefix import Held, Session, _stands
 from mlx_mtp.targets import load_target
 
 FAMILIES = ("none", "assistant", "lookup", "parallel", "sequential")
@@ -146,7 +146,7 @@ def test_marks_stay_within_their_bytes(monkeypatch: pytest.MonkeyPatch, engines:
     engine, session = engines["none"], Session()
     reply(engine, ids(50), session)
     one = session.marks[0].nbytes
-    monkeypatch.setattr("mlx_mtp.session.MARK_BYTES", 2 * one)
+    monkeypatch.setattr("mlx_mtp.generation.prefix.MARK_BYTES", 2 * one)
     said = ids(50)
     for turn in range(4):
         said = [*said, *reply(engine, said, session).tokens, *ids(3, turn)]

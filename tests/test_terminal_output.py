@@ -15,7 +15,7 @@ from conftest import GOLDEN
 from rich.console import Console
 
 import mlx_mtp
-from mlx_mtp import hub, memory, pairs
+from mlx_mtp.checkpoints import hub, memory, pairs
 from mlx_mtp.cli import app, progress
 from mlx_mtp.cli.progress import LoadBar, PrefillBar
 from mlx_mtp.engine import Engine

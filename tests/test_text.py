@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 import mlx_mtp
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.testing import MarkovDrafter, MarkovTarget
-from mlx_mtp.tokens import Tokenizer
+from mlx_mtp.text.tokenizer import Tokenizer
 from mlx_mtp.training.corpus import Document
 from mlx_mtp.training.data import pack
 

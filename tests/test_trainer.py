@@ -15,6 +15,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlx_mtp
+from mlx_mtp.checkpoints import atomic
+from mlx_mtp.checkpoints.atomic import write_state
 from mlx_mtp.training import curves, files
 from mlx_mtp.training.curves import groups, plot_log, smoothed
 from mlx_mtp.training.memory import checkpointed_layers, one_operation_at_a_time
@@ -304,15 +306,15 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pyte
             raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr(*((mx, "save_safetensors") if name == "save" else (files.os, "fsync")), fail)
+            patch.setattr(*((mx, "save_safetensors") if name == "save" else (atomic.os, "fsync")), fail)
             with pytest.raises(mlx_mtp.CheckpointError, match="last checkpoint is untouched"):
                 again.save()
         assert first.state_file.read_bytes() == kept
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(mlx_mtp.CheckpointError, match="MB are free"):
         trainer(tmp_path, steps=3).save()
     assert first.state_file.read_bytes() == kept
-    assert not list(tmp_path.glob("*.part*"))
+    assert not list(tmp_path.glob("*.part*")) and not list(tmp_path.glob(".*.partial*"))
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path: Path) -> None:
@@ -372,7 +374,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_resumed(name: str, value: float,
     list(first.run())
     tensors, about = files.read_state(first.state_file)
     assert name in tensors
-    files.write_state(first.state_file, {**tensors, name: mx.array([value])}, about)
+    write_state(first.state_file, {**tensors, name: mx.array([value])}, about, files.RESUME)
     with pytest.raises(mlx_mtp.CheckpointError, match=f"{name}.*no run can go on from it"):
         one_weight(tmp_path).resume()
 

@@ -57,7 +57,7 @@ def test_next_token_loss_is_the_mean_cross_entropy() -> None:
 
 
 def _states(target: Gemma4Model, tokens: np.ndarray) -> mx.array:
-    from mlx_mtp.cache import NoCache
+    from mlx_mtp.generation.cache import NoCache
 
     return target(mx.array(tokens), NoCache(target.config.sliding_window, len(tokens)))[0]
 

@@ -17,10 +17,10 @@ import pytest
 from greedy import enlivened, random_head
 from test_sampling import RIGHT
 
-from mlx_mtp.checkpoint import Checkpoint
+from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.assistant import Convention
-from mlx_mtp.sampling import Chooser, Rules
+from mlx_mtp.generation.sampling import Chooser, Rules
 from mlx_mtp.targets import load_target
 from mlx_mtp.testing import ScriptedDrafter
 

@@ -12,8 +12,8 @@ from conftest import GOLDEN
 from waits import Waits
 
 import mlx_mtp
-from mlx_mtp.interfaces import Memory, States
-from mlx_mtp.results import Stats
+from mlx_mtp.generation.interfaces import Memory, States
+from mlx_mtp.generation.types import Stats
 from mlx_mtp.testing import ScriptedDrafter
 
 TEXT = "import os\nimport sys\n\n\ndef main():\n"

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 
 import mlx_mtp
 from mlx_mtp.testing import MarkovDrafter, MarkovTarget
-from mlx_mtp.tokens import Tokenizer as OurTokenizer
+from mlx_mtp.text.tokenizer import Tokenizer as OurTokenizer
 
 TOKENS = [
     "<pad>", "<bos>", "<turn|>", "<|turn>", "\n", "user\n", "model\n", "system\n", "<|think|>", "<|channel>",

@@ -71,8 +71,8 @@ pip_install() {
   "$python" -m pip install --disable-pip-version-check --no-input "$@"
 }
 
-# MLX's Linux wheel brings a slow BLAS; mlx_mtp/blas.py says whether there is a fast one to use instead.
-find_blas() { "$python" -P mlx_mtp/blas.py; }
+# MLX's Linux wheel brings a slow BLAS; mlx_mtp/backend/blas.py says whether there is a fast one to use instead.
+find_blas() { "$python" -P mlx_mtp/backend/blas.py; }
 
 prepare_linux() {
   if ! find_blas >/dev/null && ! { apt_install libopenblas0-pthread && find_blas >/dev/null; }; then

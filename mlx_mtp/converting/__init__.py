@@ -15,7 +15,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_mtp.checkpoint import Checkpoint, check_finite, visible
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, check_finite, visible
 from mlx_mtp.converting import meta, modules
 from mlx_mtp.converting.files import whole_folder
 from mlx_mtp.converting.quantise import check_options, quantise

@@ -16,8 +16,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp.atomic import replacing
-from mlx_mtp.checkpoint import INDEX
+from mlx_mtp.checkpoints.atomic import replacing
+from mlx_mtp.checkpoints.checkpoint import INDEX
 from mlx_mtp.errors import OptionError, brief
 
 # Small enough that a shard fits in memory beside the tensor that is being read.

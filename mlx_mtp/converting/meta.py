@@ -23,7 +23,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp.checkpoint import number, read_json, visible
+from mlx_mtp.checkpoints.checkpoint import number, read_json, visible
 from mlx_mtp.converting.files import write_model
 from mlx_mtp.converting.llama_tokenizer import write_tokenizer
 from mlx_mtp.converting.pth import STORAGES, StoredTensor, read_pth

@@ -27,7 +27,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.utils import _get_classes
 
-from mlx_mtp.checkpoint import Checkpoint, named_parameters, number
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters, number
 from mlx_mtp.converting.files import copy_companions, write_model
 from mlx_mtp.drafters.layers import build_layers
 from mlx_mtp.drafters.sequential import MOST_MODULES

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
-from mlx_mtp.checkpoint import Checkpoint, named_parameters, number, section
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters, number, section
 from mlx_mtp.converting.files import copy_companions, unwritten, write_model
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters import registry as drafters

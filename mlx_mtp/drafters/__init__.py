@@ -5,9 +5,9 @@ A family is one function `load(checkpoint) -> Drafter` for some values of config
 
 from __future__ import annotations
 
-from mlx_mtp.checkpoint import Checkpoint
-from mlx_mtp.interfaces import Drafter
-from mlx_mtp.registry import Registry
+from mlx_mtp.checkpoints.checkpoint import Checkpoint
+from mlx_mtp.checkpoints.registry import Registry
+from mlx_mtp.generation.interfaces import Drafter
 
 registry: Registry[Drafter] = Registry("drafter", __name__, __path__)
 

@@ -18,11 +18,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.cache import FULL, SLIDING, KVCache
-from mlx_mtp.checkpoint import Checkpoint, compute_dtype, load_into, number, section
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, compute_dtype, load_into, number, section
 from mlx_mtp.drafters import registry
 from mlx_mtp.errors import CheckpointError, IncompatibleDrafter
-from mlx_mtp.interfaces import Choose, Memory, States, Target, TargetInfo
+from mlx_mtp.generation.cache import FULL, SLIDING, KVCache
+from mlx_mtp.generation.interfaces import Choose, Memory, States, Target, TargetInfo
 from mlx_mtp.targets.gemma4 import Layer, Norm
 from mlx_mtp.targets.gemma4_config import MAX_SIZE, Gemma4Config
 

@@ -20,9 +20,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.cache import FULL, KVCache, LayerShape, LayerView
 from mlx_mtp.errors import CheckpointError, IncompatibleDrafter, brief
-from mlx_mtp.interfaces import Target
+from mlx_mtp.generation.cache import FULL, KVCache, LayerShape, LayerView
+from mlx_mtp.generation.interfaces import Target
 
 
 def build_layers(block: Mapping[str, Any], count: int, width: int) -> list[nn.Module]:

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.cache import KVCache
-from mlx_mtp.interfaces import Choose, Drafter, Memory, States, Target
-from mlx_mtp.sampling import Forced
+from mlx_mtp.generation.cache import KVCache
+from mlx_mtp.generation.interfaces import Choose, Drafter, Memory, States, Target
+from mlx_mtp.generation.sampling import Forced
 
 LONGEST = 8
 # From this length on a match is worth more than the drafter it stands before (measured; benchmarks/acceptance.py).

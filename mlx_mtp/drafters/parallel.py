@@ -18,12 +18,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.cache import CAPACITY_STEP, KVCache
-from mlx_mtp.checkpoint import Checkpoint, compute_dtype, load_into, number, section
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, compute_dtype, load_into, number, section
 from mlx_mtp.drafters import registry
 from mlx_mtp.drafters.layers import ChainedRows, OwnLayers, build_layers, check_sizes
 from mlx_mtp.errors import CheckpointError, IncompatibleDrafter
-from mlx_mtp.interfaces import Choose, Memory, States, Target
+from mlx_mtp.generation.cache import CAPACITY_STEP, KVCache
+from mlx_mtp.generation.interfaces import Choose, Memory, States, Target
 
 MOST_HEADS = 16
 READS = ("trunk", "hidden")

@@ -22,12 +22,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.cache import KVCache
-from mlx_mtp.checkpoint import Checkpoint, compute_dtype, load_into, number, section
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, compute_dtype, load_into, number, section
 from mlx_mtp.drafters import registry
 from mlx_mtp.drafters.layers import ChainedRows, OwnLayers, build_layers, check_sizes
 from mlx_mtp.errors import CheckpointError
-from mlx_mtp.interfaces import Choose, Memory, States, Target
+from mlx_mtp.generation.cache import KVCache
+from mlx_mtp.generation.interfaces import Choose, Memory, States, Target
 
 MOST_MODULES = 8
 READS = ("hidden", "residual")

@@ -1,1 +1,1 @@
-"""The parts of `mlx_mtp.server`: requests in OpenAI's form, the engine's thread, kept sessions, guards, metrics."""
+"""The server: app.py and its parts: requests in OpenAI's form, the engine's thread, kept sessions, guards, metrics."""

@@ -14,17 +14,17 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp.channels import ToolCall
 from mlx_mtp.engine import Engine
 from mlx_mtp.errors import MLXMTPError
-from mlx_mtp.results import Event, Result
+from mlx_mtp.generation.types import Event, Result
 from mlx_mtp.serving.errors import RequestError, told
 from mlx_mtp.serving.metrics import Metrics
 from mlx_mtp.serving.requests import Generation
 from mlx_mtp.serving.sessions import SessionPool
 from mlx_mtp.serving.worker import Cancelled, Ticket
-from mlx_mtp.template import Dropped
-from mlx_mtp.tokens import Tokenizer
+from mlx_mtp.text.channels import ToolCall
+from mlx_mtp.text.template import Dropped
+from mlx_mtp.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

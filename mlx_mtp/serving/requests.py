@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from mlx_mtp.errors import OptionError
-from mlx_mtp.results import Sampling
+from mlx_mtp.generation.types import Sampling
 from mlx_mtp.serving.errors import RequestError
 from mlx_mtp.serving.fields import Fields, shown
 from mlx_mtp.serving.messages import CACHING, Message, read_messages, read_tools

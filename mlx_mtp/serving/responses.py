@@ -15,10 +15,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_mtp.channels import ToolCall
-from mlx_mtp.results import Stats
+from mlx_mtp.generation.types import Stats
 from mlx_mtp.serving.replies import Finished, Piece, Scored, Spelled
 from mlx_mtp.serving.requests import Generation
+from mlx_mtp.text.channels import ToolCall
 from mlx_mtp.version import __version__
 
 Object = dict[str, Any]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from mlx_mtp.session import Session
+from mlx_mtp.generation.prefix import Session
 
 log = logging.getLogger(__name__)
 

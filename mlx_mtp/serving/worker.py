@@ -19,7 +19,7 @@ from contextlib import closing
 from itertools import takewhile
 from typing import Any
 
-from mlx_mtp import threads
+from mlx_mtp.backend import threads
 from mlx_mtp.engine import Engine
 from mlx_mtp.serving.errors import RequestError, stopping, told
 

@@ -5,9 +5,9 @@ A family is one function `load(checkpoint) -> Target` for some values of config.
 
 from __future__ import annotations
 
-from mlx_mtp.checkpoint import Checkpoint
-from mlx_mtp.interfaces import Target
-from mlx_mtp.registry import Registry
+from mlx_mtp.checkpoints.checkpoint import Checkpoint
+from mlx_mtp.checkpoints.registry import Registry
+from mlx_mtp.generation.interfaces import Target
 
 registry: Registry[Target] = Registry("target", __name__, __path__)
 

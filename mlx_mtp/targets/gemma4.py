@@ -23,11 +23,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from mlx_mtp import threads
-from mlx_mtp.activations import gelu, tanh
-from mlx_mtp.attention import attend
-from mlx_mtp.cache import FULL, KVCache, LayerShape, NoCache
-from mlx_mtp.checkpoint import (
+from mlx_mtp.backend import threads
+from mlx_mtp.backend.activations import gelu, tanh
+from mlx_mtp.backend.attention import attend
+from mlx_mtp.checkpoints.checkpoint import (
     TOWERS,
     Checkpoint,
     compute_dtype,
@@ -35,7 +34,8 @@ from mlx_mtp.checkpoint import (
     named_parameters,
     renamed,
 )
-from mlx_mtp.interfaces import States, TargetInfo
+from mlx_mtp.generation.cache import FULL, KVCache, LayerShape, NoCache
+from mlx_mtp.generation.interfaces import States, TargetInfo
 from mlx_mtp.targets import registry
 from mlx_mtp.targets.gemma4_config import Gemma4Config
 

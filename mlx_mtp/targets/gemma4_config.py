@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_mtp.cache import FULL, SLIDING
-from mlx_mtp.checkpoint import number, section
+from mlx_mtp.checkpoints.checkpoint import number, section
 from mlx_mtp.errors import CheckpointError, UnsupportedModel
+from mlx_mtp.generation.cache import FULL, SLIDING
 
 # Bounds of sizes and of counts in a config.json: far above any model, low enough that no product leaves 31 bits.
 MAX_SIZE, MAX_COUNT = 2**20, 2**10

@@ -27,11 +27,11 @@ import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.utils import _get_classes, load_model
 
-from mlx_mtp import threads
-from mlx_mtp.cache import CAPACITY_STEP, FULL, SLACK, SLIDING, KVCache, LayerShape, LayerView
-from mlx_mtp.checkpoint import Checkpoint, number, read_parameters, section
+from mlx_mtp.backend import threads
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, number, read_parameters, section
 from mlx_mtp.errors import CheckpointError, MLXMTPError, UnsupportedModel, brief
-from mlx_mtp.interfaces import States, TargetInfo
+from mlx_mtp.generation.cache import CAPACITY_STEP, FULL, SLACK, SLIDING, KVCache, LayerShape, LayerView
+from mlx_mtp.generation.interfaces import States, TargetInfo
 from mlx_mtp.targets import registry
 
 # Names under which config.json files keep one size. The bounds are far above any model: building a module takes time

@@ -22,13 +22,13 @@ from pathlib import Path
 import numpy as np
 
 import mlx_mtp
-from mlx_mtp.checkpoint import Checkpoint
+from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.parallel import ParallelModel
 from mlx_mtp.engine import Engine
 from mlx_mtp.errors import DataError, MLXMTPError, OptionError, PromptError
-from mlx_mtp.interfaces import TargetInfo
-from mlx_mtp.tokens import Tokenizer
+from mlx_mtp.generation.interfaces import TargetInfo
+from mlx_mtp.text.tokenizer import Tokenizer
 from mlx_mtp.training.corpus import Document
 from mlx_mtp.training.data import fingerprint, pack, read_documents
 from mlx_mtp.training.families import (

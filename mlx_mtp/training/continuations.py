@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.interfaces import Target
+from mlx_mtp.generation.interfaces import Target
 
 BATCH = 32
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from mlx_mtp.errors import DataError, OptionError, PromptError
-from mlx_mtp.tokens import Tokenizer
+from mlx_mtp.text.tokenizer import Tokenizer
 from mlx_mtp.training.corpus import Document
 
 # Whatever the case. In folders only the first are looked for: .json files there are mostly somebody's settings.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx_mtp.cache import FULL, SLIDING
+from mlx_mtp.generation.cache import FULL, SLIDING
 from mlx_mtp.targets.gemma4_config import DEFAULT_ROPE
 
 WINDOW = 128

@@ -17,14 +17,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.cache import FULL, SLIDING
-from mlx_mtp.checkpoint import Checkpoint, named_parameters, read_json, write_checkpoint
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters, read_json, write_checkpoint
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.assistant import AssistantConfig, AssistantModel, in_token_order
 from mlx_mtp.drafters.parallel import MOST_HEADS, ParallelConfig, ParallelModel
 from mlx_mtp.drafters.sequential import MOST_MODULES, SequentialConfig, SequentialModel
 from mlx_mtp.errors import CheckpointError, OptionError
-from mlx_mtp.interfaces import Target
+from mlx_mtp.generation.cache import FULL, SLIDING
+from mlx_mtp.generation.interfaces import Target
 from mlx_mtp.training.objective import (
     assistant_loss,
     joint_parallel_loss,

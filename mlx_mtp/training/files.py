@@ -10,8 +10,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_mtp.checkpoints.atomic import replacing_or_refused
 from mlx_mtp.errors import CheckpointError
 
-HEADER_BYTES = 1 << 20  # more than any safetensors header of ours
 MODEL_SUFFIXES = frozenset({".json", ".safetensors", ".model", ".jinja", ".txt"})
 
 
@@ -54,48 +52,15 @@ def locked(folder: Path) -> Iterator[None]:
 RESUME = "the last checkpoint is untouched, free some disk space and resume"
 
 
-def write_state(file: Path, tensors: dict[str, mx.array], about: dict[str, Any], advice: str = RESUME) -> None:
-    """Replaces `file` by a safetensors file of these tensors, with `about` in its metadata; on disk when it returns.
-
-    Raises CheckpointError with the `advice` where that fails; the old file is then untouched.
-    """
-    needed = sum(tensor.nbytes for tensor in tensors.values()) + HEADER_BYTES
-    with replacing(file, advice) as fresh:
-        free = shutil.disk_usage(file.parent).free
-        if free < needed:
-            raise OSError(f"{needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free")
-        mx.save_safetensors(str(fresh), tensors, {"mlx_mtp": json.dumps(about)})
-
-
-@contextlib.contextmanager
-def replacing(file: Path, advice: str = RESUME) -> Iterator[Path]:
-    """A name beside `file` to write under; where the block ends well, that file replaces `file` and is on the disk.
-
-    Raises CheckpointError with the `advice` for an OSError or RuntimeError within; the old file is then untouched.
-    """
-    fresh = file.with_name(f"{file.stem}.part{file.suffix}")
-    try:
-        fresh.unlink(missing_ok=True)  # left by a run that was killed
-        yield fresh
-        _sync(fresh)
-        os.replace(fresh, file)
-        _sync(file.parent)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{file}: could not be written ({error}); {advice}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            fresh.unlink(missing_ok=True)
-
-
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Replaces `file` by a JSON file as people like to read it."""
-    with replacing(file) as fresh:
+    with replacing_or_refused(file, RESUME) as fresh:
         fresh.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def write_array(file: Path, array: np.ndarray) -> None:
     """Replaces a .npy file."""
-    with replacing(file) as fresh:
+    with replacing_or_refused(file, RESUME) as fresh:
         np.save(fresh, array)
 
 
@@ -132,15 +97,6 @@ def model_digest(folder: Path) -> str:
     return digest(sorted(file for file in folder.iterdir() if file.suffix in MODEL_SUFFIXES and file.is_file()))
 
 
-def _sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def read_state(file: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
     """What write_state wrote. Raises CheckpointError for any other file."""
     try:
@@ -174,6 +130,5 @@ def cut_log(file: Path, last: int) -> None:
     """Drops what a run logged behind step `last`, from which it is about to go on."""
     if not file.exists():
         return
-    fresh = file.with_name(f"{file.name}.part")
-    fresh.write_text("".join(json.dumps(record) + "\n" for record in read_log(file, last)), encoding="utf-8")
-    os.replace(fresh, file)
+    with replacing_or_refused(file, RESUME) as fresh:
+        fresh.write_text("".join(json.dumps(record) + "\n" for record in read_log(file, last)), encoding="utf-8")

@@ -19,13 +19,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.activations import logsumexp, softmax
-from mlx_mtp.cache import KVCache, NoCache
+from mlx_mtp.backend.activations import logsumexp, softmax
 from mlx_mtp.drafters.assistant import AssistantModel
 from mlx_mtp.drafters.parallel import ParallelModel
 from mlx_mtp.drafters.sequential import SequentialModel
 from mlx_mtp.errors import OptionError
-from mlx_mtp.interfaces import States, Target
+from mlx_mtp.generation.cache import KVCache, NoCache
+from mlx_mtp.generation.interfaces import States, Target
 from mlx_mtp.targets.gemma4 import Gemma4Model
 from mlx_mtp.training.in_order import in_order
 

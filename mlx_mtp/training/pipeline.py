@@ -25,13 +25,13 @@ import mlx.nn as nn
 import numpy as np
 
 import mlx_mtp
-from mlx_mtp.checkpoint import Checkpoint, read_json, write_checkpoint
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, read_json, write_checkpoint
 from mlx_mtp.errors import CheckpointError, DataError, MLXMTPError, OptionError
-from mlx_mtp.interfaces import Target
+from mlx_mtp.generation.interfaces import Target
 from mlx_mtp.targets import load_target
 from mlx_mtp.targets.gemma4 import Gemma4Model, Gemma4Target, published_weights
 from mlx_mtp.targets.gemma4_config import Gemma4Config
-from mlx_mtp.tokens import Tokenizer
+from mlx_mtp.text.tokenizer import Tokenizer
 from mlx_mtp.training.continuations import continuations, openings
 from mlx_mtp.training.corpus import Document, is_held_out, standard_library
 from mlx_mtp.training.data import Batches, files_of, fingerprint, pack, read_documents

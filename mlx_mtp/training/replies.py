@@ -17,7 +17,7 @@ from typing import Any
 
 from mlx_mtp.engine import Engine
 from mlx_mtp.errors import DataError
-from mlx_mtp.results import Sampling
+from mlx_mtp.generation.types import Sampling
 from mlx_mtp.training.files import hashed, model_digest
 
 

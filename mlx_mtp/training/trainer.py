@@ -26,10 +26,11 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_mtp.checkpoint import check_finite, named_parameters
+from mlx_mtp.checkpoints.atomic import write_state
+from mlx_mtp.checkpoints.checkpoint import check_finite, named_parameters
 from mlx_mtp.errors import CheckpointError, DataError, OptionError
 from mlx_mtp.training import curves, optimizers
-from mlx_mtp.training.files import cut_log, locked, read_state, write_state
+from mlx_mtp.training.files import RESUME, cut_log, locked, read_state
 from mlx_mtp.training.memory import checkpointed_layers, one_operation_at_a_time
 
 # loss(module, batch [B, ...], progress) -> scalar to minimise and a vector of figures to report, both means over the
@@ -145,9 +146,8 @@ class Trainer:
         tensors = {f"model.{k}": v for k, v in weights.items()}
         tensors |= {f"optimizer.{k}": v for k, v in dict(tree_flatten(self.optimizer.state)).items()}
         check_finite(tensors.items(), self.state_file, "the last checkpoint is untouched")
-        write_state(
-            self.state_file, tensors, {"step": self.step, "data": self.data, "options": asdict(self.options)}
-        )
+        about = {"step": self.step, "data": self.data, "options": asdict(self.options)}
+        write_state(self.state_file, tensors, about, RESUME)
 
     def resume(self) -> bool:
         """Continues from the checkpoint if there is one.

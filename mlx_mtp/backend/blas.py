@@ -1,0 +1,96 @@
+"""A fast BLAS for MLX's CPU device on Linux.
+
+What it does: MLX's Linux CPU wheel brings the reference BLAS, which makes float32 products 15 to 50 times slower than
+they need to be. Loading a fast BLAS with global symbols before MLX is imported makes MLX's calls land in the fast one,
+because the dynamic linker takes the first library that offers a name. What it does not do: import MLX, install
+anything, or touch macOS, where MLX uses Accelerate and Metal.
+
+`python -P mlx_mtp/backend/blas.py` prints what was found and exits 1 if that is nothing (tools/setup.sh asks this way).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+REFERENCE = "reference BLAS bundled with MLX (slow: install libopenblas0-pthread)"
+TOO_LATE = "reference BLAS bundled with MLX (slow: import mlx_mtp before mlx)"
+
+# The loaded library stays in the process for good, so what was loaded is remembered for good.
+_loaded: str | None = None
+
+
+def load_fast_blas() -> str | None:
+    """Loads OpenBLAS or MKL for MLX to use and returns its name, or None where there is none (or no need of one).
+
+    Call it before `import mlx.core`: that import binds MLX to its own BLAS, and nothing loaded later changes it.
+    """
+    global _loaded
+    if _loaded is None and sys.platform.startswith("linux") and "mlx.core" not in sys.modules:
+        _loaded = next(filter(None, map(_load, _candidates())), None)
+    return _loaded
+
+
+def name() -> str:
+    """The BLAS in use, for reports."""
+    if sys.platform == "darwin":
+        return "Accelerate on the CPU, Metal on the GPU"
+    if _loaded is None and "mlx.core" in sys.modules and any(map(_open, _candidates())):
+        return TOO_LATE
+    return _loaded or REFERENCE
+
+
+def _candidates() -> Iterator[str]:
+    """Where a fast BLAS may be: full paths, or sonames for the dynamic linker to find. Threaded builds come first."""
+    # Debian and Ubuntu: x86_64-linux-gnu, aarch64-linux-gnu.
+    yield f"/usr/lib/{platform.machine()}-linux-gnu/openblas-pthread/libopenblas.so.0"
+    yield "libopenblasp.so.0"  # Fedora: plain libopenblas.so.0 is the one-threaded build there
+    yield "libopenblas.so.0"
+    # A conda environment, then the PyPI wheel `mkl`; base_prefix is the conda environment a venv was made from.
+    folders = [Path(prefix, "lib") for prefix in dict.fromkeys([sys.prefix, sys.base_prefix])]
+    yield from (str(folder / "libopenblas.so.0") for folder in folders)
+    for version in (3, 2):
+        yield from (str(folder / f"libmkl_rt.so.{version}") for folder in folders)
+        yield f"libmkl_rt.so.{version}"
+
+
+def _open(path: str) -> ctypes.CDLL | None:
+    """Opens a library if it is there and has what MLX calls, without offering its symbols to anyone yet."""
+    try:
+        library = ctypes.CDLL(path)
+    except OSError:
+        return None
+    # NumPy's and SciPy's own copies of OpenBLAS prefix every name: useless here.
+    return library if hasattr(library, "cblas_sgemm") else None
+
+
+def _load(path: str) -> str | None:
+    """Loads a library with global symbols; returns its name, or None if it is not there or not suitable."""
+    library = _open(path)
+    if library is None:
+        return None
+    # Opening a loaded library again only adds its symbols to the global scope.
+    ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+    return f"{_version(library)} ({path})"
+
+
+def _version(library: ctypes.CDLL) -> str:
+    if hasattr(library, "openblas_get_config"):
+        library.openblas_get_config.restype = ctypes.c_char_p
+        # "OpenBLAS 0.3.21 NO_LAPACKE DYNAMIC_ARCH ...": the rest is build options.
+        return " ".join(library.openblas_get_config().decode().split()[:2])
+    if hasattr(library, "mkl_get_version_string"):
+        buffer = ctypes.create_string_buffer(200)
+        library.mkl_get_version_string(buffer, len(buffer))
+        # "Intel(R) oneAPI Math Kernel Library Version 2024.2-Product Build ...": the number is what matters.
+        return "MKL " + buffer.value.decode().partition("Version ")[2].split("-")[0].strip()
+    return "BLAS"
+
+
+if __name__ == "__main__":
+    found = load_fast_blas()
+    print(name())
+    sys.exit(0 if found or sys.platform == "darwin" else 1)

@@ -1,0 +1,193 @@
+"""A conversation of several turns, whose K/V stay from one turn to the next.
+
+What it does: keeps the messages, sends them through the checkpoint's template, streams replies with thoughts told
+apart, takes back and repeats turns, saves and loads. What it does not do: run anything (engine.py), or talk to a
+terminal (cli/chat.py).
+
+Invariant: `messages` are always what was said and answered; a reply that was stopped stays as far as it came, one
+without any answer leaves them as they were. One reply runs at a time: whatever else changes the conversation ends it
+first (its generator then just ends), and messages that are edited meanwhile win over it. Every turn is the template
+over all messages, so it is what a fresh run would be; the session finds out what of it is new.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Generator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_mtp.chat import saved
+from mlx_mtp.errors import OptionError, PromptError
+from mlx_mtp.generation import checks
+from mlx_mtp.generation.prefix import Session
+from mlx_mtp.generation.types import Event, Result
+
+if TYPE_CHECKING:
+    from mlx_mtp.engine import Engine
+
+Message = dict[str, Any]
+
+
+@dataclass
+class _Reply:
+    """A reply from `send` or `retry`. asked: the messages it answers. over: nothing of it counts any more."""
+
+    asked: list[Message]
+    events: weakref.ref[Generator[Event, None, None]] | None = None
+    before: list[Message] | None = None  # the conversation's messages when it began to run
+    copied: list[Message] | None = None
+    said: list[str] = field(default_factory=list)
+    over: bool = False
+
+    @property
+    def answer(self) -> str:
+        """What was answered so far."""
+        return "".join(self.said)
+
+
+class Chat:
+    """One conversation with an engine. Made by `Engine.chat` and `Engine.load_chat`.
+
+    messages: {"role": "system" | "user" | "assistant", "content": str}. thinking: asks checkpoints that can to think
+    first; thoughts are streamed and never kept. last: the Result of the newest reply.
+    """
+
+    def __init__(self, engine: Engine, system: str | None = None, thinking: bool = False) -> None:
+        self.engine, self.thinking = engine, checks.flag("thinking", thinking)
+        self.messages: list[Message] = []
+        self.session = Session()
+        self.last: Result | None = None
+        self._newest: _Reply | None = None
+        self.set_system(system)
+
+    @property
+    def system(self) -> str | None:
+        """The instruction in front of the conversation."""
+        first = self.messages[:1]
+        return str(first[0]["content"]) if first and first[0]["role"] == "system" else None
+
+    def set_system(self, text: str | None) -> None:
+        """Another instruction in front of the conversation, None for none; the messages stay."""
+        text = None if text is None else checks.text("The system message", text)
+        self.stop()
+        said = [message for message in self.messages if message["role"] != "system"]
+        self.messages = [{"role": "system", "content": text}, *said] if text else said
+
+    def send(self, text: str, **options: Any) -> Generator[Event, None, None]:
+        """Says `text` and streams the reply; options as for Engine.stream.
+
+        Raises PromptError, and OptionError while another reply runs, before anything runs.
+        """
+        if not checks.text("The message", text, PromptError).strip():
+            raise PromptError("Expected something to say, found an empty message; write at least one character.")
+        return self._reply([*self.messages, {"role": "user", "content": text}], options)
+
+    def retry(self, **options: Any) -> Generator[Event, None, None]:
+        """Streams another reply to the last question, in place of the one there is once it has something to say."""
+        messages = self.messages[:-1] if self.messages and self.messages[-1]["role"] == "assistant" else self.messages
+        if not messages or messages[-1]["role"] != "user":
+            raise PromptError("Expected a question to answer again, found an empty conversation; say something first.")
+        return self._reply(list(messages), options)
+
+    def undo(self) -> str | None:
+        """Takes the last question and its reply back; the question, None where there is none."""
+        running, had = self._newest, len(self.messages)
+        self.stop()
+        if running is not None and running.before is not None and len(running.asked) > had == len(self.messages):
+            return str(running.asked[-1]["content"])  # one that has no answer yet
+        places = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        if not places:
+            return None
+        taken = self.messages[places[-1]]["content"]
+        del self.messages[places[-1] :]
+        return str(taken)
+
+    def reset(self) -> None:
+        """Forgets everything but the system message."""
+        self.stop()
+        self.messages = [message for message in self.messages if message["role"] == "system"]
+        self.session.clear()
+        self.last = None
+
+    def moved(self, engine: Engine) -> Chat:
+        """The same conversation with another engine, whose next reply runs all of it. PromptError without template."""
+        if engine.tokenizer is None or not engine.tokenizer.has_chat_template:
+            raise PromptError("Expected a checkpoint with a chat template, found none; use another model.")
+        self.stop()
+        other = Chat(engine, thinking=self.thinking)
+        other.messages = list(self.messages)
+        return other
+
+    def save(self, file: str | Path) -> Path:
+        """Writes messages and K/V to `file` (".safetensors" is added where it is missing) and returns its path."""
+        self.stop()
+        return saved.save_chat(self.engine, saved.Conversation(self.messages, self.thinking, self.session), Path(file))
+
+    @classmethod
+    def load(cls, engine: Engine, file: str | Path) -> Chat:
+        """The conversation that `save` wrote; CheckpointError where it is another model's or not whole."""
+        found = saved.load_chat(engine, Path(file))
+        chat = cls(engine, thinking=found.thinking)
+        chat.messages, chat.session = found.messages, found.session
+        return chat
+
+    def stop(self) -> None:
+        """Ends the reply that runs, if one does: what was answered so far is kept. From any thread."""
+        reply, self._newest = self._newest, None
+        if reply is None:
+            return
+        self._settle(reply)
+        events = None if reply.events is None else reply.events()
+        if events is not None:
+            with contextlib.suppress(ValueError):  # it is at work right now: it ends at its next event
+                events.close()
+        if self.session.busy:
+            self.session = Session()
+
+    def _reply(self, messages: list[Message], options: dict[str, Any]) -> Generator[Event, None, None]:
+        """Checks what a reply to the last of `messages` needs; the generator keeps what comes of it."""
+        if self._newest is not None and self._newest.before is not None:
+            raise OptionError(
+                "Expected no reply under way, found one that still runs; read it to its end, close it, or call stop()."
+            )
+        tokenizer = self.engine.tokenizer
+        if tokenizer is None:
+            raise PromptError("Expected a checkpoint with a tokenizer for a chat, found none; use another model.")
+        ids = tokenizer.chat(messages, thinking=self.thinking)
+        events = self.engine.stream(ids, session=self.session, tools=False, **options)
+        reply = self._newest = _Reply(messages)
+        kept = self._kept(reply, events)
+        reply.events = weakref.ref(kept)
+        return kept
+
+    def _kept(self, reply: _Reply, events: Generator[Event, None, None]) -> Generator[Event, None, None]:
+        """The reply's events; whatever ends them, what was answered so far joins the messages."""
+        if reply.over:
+            return
+        if self._newest is not reply:
+            raise OptionError("Expected the newest reply, found one that was never read before the next was asked for.")
+        reply.before, reply.copied, self.last = self.messages, list(self.messages), None
+        try:
+            for event in events:
+                if reply.over:
+                    return
+                reply.said.append(event.content)
+                result = event.result
+                if result is not None:
+                    self.last = result = replace(result, text=reply.answer)
+                yield replace(event, text=event.content, result=result)
+        finally:
+            events.close()
+            self._settle(reply)
+            if self._newest is reply:
+                self._newest = None
+
+    def _settle(self, reply: _Reply) -> None:
+        """What was answered so far joins the messages, once; a question without any answer is as good as not asked."""
+        untouched = self.messages is reply.before and self.messages == reply.copied
+        if untouched and not reply.over and reply.answer.strip():
+            self.messages = [*reply.asked, {"role": "assistant", "content": reply.answer}]
+        reply.over = True

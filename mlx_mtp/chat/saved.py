@@ -1,0 +1,277 @@
+"""A conversation on disk: its messages and its K/V, for the same model only.
+
+What it does: writes one safetensors file that replaces the last by a rename, and reads it defensively. What it does
+not do: keep a conversation's K/V for another model, another tokenizer or another layout of buffers.
+
+Format: safetensors; the metadata field "mlx_mtp" is JSON with `format`, `version`, `target`, `drafter` (fingerprints),
+`mode`, `messages`, `thinking`, `capacity`, `newest`, `memory` (the tree of a drafter's memory) and `digest`, the
+SHA-256 of all that and of the tensors. These are `ids` int32 [T], the rows that stand of every full layer `keys.<i>`,
+`values.<i>` [1, G, T, d], the whole rings of sliding ones, and `memory.<path>`, the leaves of the memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_mtp.backend import threads
+from mlx_mtp.checkpoints.atomic import write_state
+from mlx_mtp.checkpoints.checkpoint import check_safetensors, visible
+from mlx_mtp.errors import CheckpointError
+from mlx_mtp.generation.cache import FULL, SLACK, KVCache, capacity_for
+from mlx_mtp.generation.prefix import Held, Session
+from mlx_mtp.version import __version__
+
+if TYPE_CHECKING:
+    from mlx_mtp.engine import Engine
+
+FORMAT = 1
+SAMPLE = 1 << 16  # bytes of every weight file that a fingerprint reads at its start, middle and end
+WEIGHTS = 64  # values of every tensor of a drafter that its fingerprint reads at the start and at the end
+SUFFIX = ".safetensors"
+START = b'{"__metadata__":{"mlx_mtp":"{\\"format\\": '  # of the header, behind its length
+ELSEWHERE = "free some disk space, or choose another path"
+
+
+def fingerprint(folder: Path | None) -> str:
+    """What a checkpoint is known by: its config, its tokenizer, the sizes and samples of its weights."""
+    digest = hashlib.sha256()
+    if folder is not None:
+        for file in visible(folder.iterdir()):
+            if file.suffix not in (".json", ".safetensors", ".model", ".jinja") or not file.is_file():
+                continue
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            with file.open("rb") as stream:
+                for start in (0, size // 2, max(0, size - SAMPLE)):
+                    stream.seek(start)
+                    digest.update(stream.read(SAMPLE))
+    return digest.hexdigest()[:32]
+
+
+def drafter_fingerprint(engine: Engine) -> str:
+    """What the drafter's memory belongs to: its family, its name, its weights; families without memory are all alike.
+
+    Weights are told apart by the sizes and the first and last values of every tensor.
+    """
+    drafter = engine.drafter
+    if drafter is None or not drafter.reads_prompt:
+        return "none"
+    digest = hashlib.sha256()
+    for module in drafter.modules():
+        for path, tensor in dict(tree_flatten(module.parameters())).items():
+            flat = tensor.reshape(-1)
+            ends = mx.concatenate([flat[:WEIGHTS], flat[-WEIGHTS:]])
+            digest.update(f"{path} {tensor.dtype} {tensor.shape}".encode() + _bytes(ends))
+    return f"{type(drafter).__name__} {getattr(drafter, 'name', '')} {digest.hexdigest()[:32]}"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What is kept of a chat. messages: role and content each. thinking: whether the model is asked to think first."""
+
+    messages: list[dict[str, Any]]
+    thinking: bool
+    session: Session
+
+
+@threads.device_work
+def save_chat(engine: Engine, chat: Conversation, file: Path) -> Path:
+    """Writes the conversation and returns its file's name, which ends in .safetensors.
+
+    CheckpointError where the disk does not take it, or where another kind of file has that name; it is untouched then.
+    """
+    file = _named(file)
+    if os.path.exists(file) and not _is_ours(file):
+        raise CheckpointError(
+            f"{file}: expected a new name or an earlier conversation, found another file; choose another name."
+        )
+    session = chat.session
+    about: dict[str, Any] = {
+        "format": FORMAT, "messages": chat.messages, "thinking": chat.thinking,
+        "target": fingerprint(engine.target.path), **_layout(engine),
+    }  # fmt: skip
+    tensors = {"ids": mx.array(session.ids, dtype=mx.int32)}
+    if session.held is not None:
+        about |= {"capacity": session.held.cache.capacity, "newest": session.held.newest}
+        about["memory"] = packed(session.held.memory, tensors)
+        tensors |= _rows(session.held.cache, len(session.ids))
+    about["digest"] = _digest(about, tensors)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{file}: its folder could not be made ({error}); {ELSEWHERE}.") from error
+    write_state(file, tensors, about, ELSEWHERE)
+    return file
+
+
+def _named(file: Path) -> Path:
+    """The file a conversation of this name is in; CheckpointError for what can be no file's name."""
+    if not file.name or "\0" in str(file):
+        raise CheckpointError(f"Expected a file's name for the conversation, found '{file}'; write one, like session.")
+    return file if file.suffix == SUFFIX else file.with_name(file.name + SUFFIX)
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a file may be replaced: whatever is damaged in it, it was written as a conversation."""
+    try:
+        with file.open("rb") as stream:
+            return START in stream.read(8 + len(START))
+    except OSError:
+        return False
+
+
+def _layout(engine: Engine) -> dict[str, str]:
+    """What K/V on disk belong to besides the target; with anything else they are computed anew."""
+    return {"version": __version__, "drafter": drafter_fingerprint(engine), "mode": engine.mode}
+
+
+def _digest(about: Mapping[str, Any], tensors: Mapping[str, mx.array]) -> str:
+    """SHA-256 of the metadata and of every tensor's name, kind and bytes."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode() + _bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: mx.array) -> bytes:
+    return np.array(mx.view(tensor.reshape(-1), mx.uint8)).tobytes() if tensor.size else b""
+
+
+def packed(tree: Any, tensors: dict[str, mx.array], name: str = "memory") -> Any:
+    """A tree of dicts, lists, tuples, plain values and arrays as JSON; the arrays go into `tensors`.
+
+    Nothing is lost: not an empty dict, not what kind of sequence it was, not a key that is no string.
+    """
+    if isinstance(tree, mx.array):
+        tensors[name] = tree
+        return {"tensor": name}
+    if isinstance(tree, dict):
+        entries = enumerate(tree.items())
+        return {"dict": [[key, packed(value, tensors, f"{name}.{i}")] for i, (key, value) in entries]}
+    if isinstance(tree, list | tuple):
+        kind = "list" if isinstance(tree, list) else "tuple"
+        return {kind: [packed(value, tensors, f"{name}.{i}") for i, value in enumerate(tree)]}
+    return {"value": tree}
+
+
+def unpacked(tree: Any, tensors: Mapping[str, mx.array]) -> Any:
+    """The tree that was `packed`."""
+    ((kind, inner),) = tree.items()
+    if kind == "tensor":
+        return tensors[inner]
+    if kind == "dict":
+        return {key: unpacked(value, tensors) for key, value in inner}
+    if kind == "value":
+        return inner
+    return (list if kind == "list" else tuple)(unpacked(value, tensors) for value in inner)
+
+
+def _rows(cache: KVCache, length: int) -> dict[str, mx.array]:
+    """K/V without the rows that nobody committed."""
+    found = {}
+    for i, shape in enumerate(cache.shapes):
+        for name, buffers in (("keys", cache.keys), ("values", cache.values)):
+            found[f"{name}.{i}"] = buffers[i][:, :, :length] if shape.kind == FULL else buffers[i]
+    return found
+
+
+@threads.device_work
+def load_chat(engine: Engine, file: Path) -> Conversation:
+    """The conversation of a file; CheckpointError where it is another model's, damaged, or no conversation.
+
+    With another drafter, mode or version of mlx_mtp than it was saved with, the K/V are computed anew when the
+    conversation goes on.
+    """
+    if not os.path.isfile(file):  # unlike Path.is_file it answers for every string
+        file = _named(file)
+    tensors, about = _read(file)
+    if about["target"] != fingerprint(engine.target.path):
+        raise CheckpointError(
+            f"{file}: expected a conversation with this model, found one with another (or with other weights or "
+            "another tokenizer); load the model it was saved with."
+        )
+    session = Session()
+    if "capacity" in about and all(about[name] == mine for name, mine in _layout(engine).items()):
+        ids = np.array(tensors.pop("ids")).tolist()
+        if (held := _held(engine, tensors, about, ids, file)) is not None:
+            session.fill(engine.pair, held, ids)
+    return Conversation(about["messages"], about["thinking"], session)
+
+
+def _read(file: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    if not os.path.isfile(file):
+        raise CheckpointError(f"Expected a saved conversation at '{file}', found none; check the path.")
+    check_safetensors(file)
+    try:
+        loaded: Any = mx.load(str(file), return_metadata=True)
+        tensors, metadata = loaded
+        about = json.loads(metadata["mlx_mtp"])
+        mx.eval(tensors)
+    except (RuntimeError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(file, "no conversation that was saved by this program") from error
+    if not isinstance(about, dict) or about.pop("digest", None) != _digest(about, tensors):
+        raise _damaged(file, "one that was changed or damaged")
+    if not _is_sound(about, tensors):
+        raise _damaged(file, f"one of another format than {FORMAT}")
+    return tensors, about
+
+
+def _is_sound(about: dict[str, Any], tensors: Mapping[str, mx.array]) -> bool:
+    """Whether everything that is read later is there and of its type."""
+    strings = ("target", "drafter", "version", "mode")
+    types = {"thinking": bool, "messages": list} | dict.fromkeys(strings, str)
+    ids = tensors.get("ids")
+    if about.get("format") != FORMAT or not all(isinstance(about.get(name), kind) for name, kind in types.items()):
+        return False
+    if ids is None or ids.dtype != mx.int32 or ids.ndim != 1:
+        return False
+    roles = ("system", "user", "assistant")
+    for message in about["messages"]:
+        if not isinstance(message, dict) or message.get("role") not in roles:
+            return False
+        if not isinstance(message.get("content"), str):
+            return False
+    return all(type(about.get(name, 0)) is int for name in ("capacity", "newest"))
+
+
+def _damaged(file: Path, found: str) -> CheckpointError:
+    return CheckpointError(f"{file}: expected a saved conversation, found {found}; use a file that 'save' has written.")
+
+
+def _held(
+    engine: Engine, tensors: dict[str, mx.array], about: dict[str, Any], ids: list[int], file: Path
+) -> Held | None:
+    """Buffers of this engine's own layout, filled with the file's rows; CheckpointError where those do not fit.
+
+    None where the drafter's memory is another tree than this one's, so that all of it must be computed anew.
+    """
+    info, capacity = engine.target.info, about["capacity"]
+    newest, most = about.get("newest", -1), capacity_for(info.max_context + 2 * SLACK)
+    if not 0 < len(ids) <= min(newest + 1, info.max_context) or not newest < capacity <= most:
+        raise _damaged(file, f"{len(ids)} tokens in room for {capacity}, which this model cannot have written")
+    cache = engine.target.new_cache(capacity)
+    memory: Any = engine.drafter.start(1, capacity) if engine.drafter else {}
+    leaves: dict[str, mx.array] = {}
+    if packed(memory, leaves) != about.get("memory"):
+        return None
+    wanted = {name: (t.shape, t.dtype) for name, t in (leaves | _rows(cache, len(ids))).items()}
+    if wanted != {name: (t.shape, t.dtype) for name, t in tensors.items()}:
+        raise _damaged(file, "K/V of other shapes than this model's")
+    for i, shape in enumerate(cache.shapes):
+        for name, buffers in (("keys", cache.keys), ("values", cache.values)):
+            rows = tensors[f"{name}.{i}"]
+            missing = buffers[i].shape[2] - rows.shape[2] if shape.kind == FULL else 0
+            buffers[i] = mx.pad(rows, [(0, 0), (0, 0), (0, missing), (0, 0)])
+    cache.length = mx.array([len(ids)], dtype=mx.int32)
+    return Held(cache, unpacked(about["memory"], tensors), newest)

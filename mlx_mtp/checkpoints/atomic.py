@@ -1,0 +1,110 @@
+"""Files and folders that are written beside their place and then take it, so that a reader never sees half of one.
+
+What has taken its place is on the disk: a power cut leaves the old file or the new one.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_mtp.errors import CheckpointError
+
+HEADER_BYTES = 1 << 20  # more than any safetensors header of ours
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write a file or a folder to, which becomes `path` where the block ends well and vanishes otherwise.
+
+    It lies in the same folder and keeps the suffix; an earlier `path` stays whole until it is replaced, and a link
+    keeps pointing to what is replaced. A device or a pipe is given as it is, to be written into. Raises OSError.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        yield path
+        return
+    _drop_leftovers(path)
+    own = f"{os.getpid()}-{threading.get_ident()}"
+    fresh, old = (path.with_name(f".{path.stem}.{word}-{own}{path.suffix}") for word in ("partial", "replaced"))
+    try:
+        yield fresh
+        if fresh.is_dir() and path.exists():  # a folder cannot take the place of another in one step
+            path.rename(old)
+            try:
+                fresh.rename(path)
+            except BaseException:
+                old.rename(path)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            _sync(fresh)
+            os.replace(fresh, path)
+        _sync(path.parent)
+    finally:
+        if fresh.is_dir():
+            shutil.rmtree(fresh, ignore_errors=True)
+        else:
+            fresh.unlink(missing_ok=True)
+
+
+def _drop_leftovers(path: Path) -> None:
+    """Removes what processes that were killed had begun to write for this path."""
+    for left in path.parent.glob(f".{glob.escape(path.stem)}.partial-*{glob.escape(path.suffix)}"):
+        process = left.name.removeprefix(f".{path.stem}.partial-").partition("-")[0]
+        if process.isdigit() and not _runs(int(process)):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # somebody else's
+    return True
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing_or_refused(file: Path, advice: str) -> Iterator[Path]:
+    """As `replacing`, but what goes wrong is a CheckpointError that ends in the `advice`."""
+    try:
+        with replacing(file) as fresh:
+            yield fresh
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{file}: could not be written ({error}); {advice}.") from error
+
+
+def write_state(file: Path, tensors: dict[str, mx.array], about: dict[str, Any], advice: str) -> None:
+    """Replaces `file` by a safetensors file of these tensors, with `about` as JSON in its metadata field "mlx_mtp".
+
+    Raises CheckpointError with the `advice` where that fails; the old file is then untouched.
+    """
+    needed = sum(tensor.nbytes for tensor in tensors.values()) + HEADER_BYTES
+    with replacing_or_refused(file, advice) as fresh:
+        free = shutil.disk_usage(file.parent).free
+        if free < needed:
+            raise OSError(f"{needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free")
+        mx.save_safetensors(str(fresh), tensors, {"mlx_mtp": json.dumps(about)})

@@ -1,0 +1,147 @@
+"""How much memory this machine gives to a model, how much a model takes, and the limit of what stays resident.
+
+What it does: compares the two before weights are read, and sets MLX's wired limit on Metal. What it does not do:
+know names or the hub (pairs.py, hub.py), or bound the K/V cache (that is `max_context`).
+
+Sizes are bytes; in sentences GB are 10^9 bytes, as on a disk's label.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_mtp.checkpoints.checkpoint import TOWERS, Checkpoint
+from mlx_mtp.errors import CheckpointError, DoesNotFit
+
+log = logging.getLogger(__name__)
+
+IGNORE = "MLX_MTP_IGNORE_MEMORY"
+# Beside the weights: activations of a prefill chunk whatever the model, and K/V, which grow with it.
+HEAD_ROOM_BYTES, HEAD_ROOM_SHARE = 256 * 2**20, 0.1
+# On a CPU half precision is cast to float32 while the file's own copy is still there: 2 bytes become 2 + 4.
+CPU_HALF_FACTOR = 3
+CGROUP_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def on_metal() -> bool:
+    """Whether MLX computes on Apple's GPU."""
+    return mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu)
+
+
+def on_cpu() -> bool:
+    """Whether MLX computes on its CPU backend."""
+    return mx.default_device() == mx.Device(mx.cpu)
+
+
+def available_bytes() -> int:
+    """Most bytes a model may take: on Metal what macOS recommends for the GPU, elsewhere the physical memory.
+
+    A container's limit counts where it is lower. Other programs' memory does not: they can be swapped out.
+    """
+    if on_metal():
+        return int(mx.device_info()["max_recommended_working_set_size"])
+    return physical_bytes()
+
+
+def physical_bytes() -> int:
+    """The machine's main memory, or the container's share of it."""
+    stated = mx.device_info().get("memory_size")
+    limits = [int(stated or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
+    for file in CGROUP_FILES:
+        try:
+            limits.append(int(Path(file).read_text()))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return min(limits)
+
+
+def needed_bytes(weights: int) -> int:
+    """Weights of so many bytes plus head-room for activations and K/V."""
+    return int(weights * (1 + HEAD_ROOM_SHARE)) + HEAD_ROOM_BYTES
+
+
+def held_bytes(tensors: Iterable[tuple[str, str, int]]) -> int:
+    """Memory of stored tensors (name, type, bytes) once loaded here; vision and audio parts are never loaded."""
+    factor = CPU_HALF_FACTOR if on_cpu() else 1
+    loaded = ((kind, size) for name, kind, size in tensors if not any(part in name for part in TOWERS))
+    return sum(size * (factor if kind in ("F16", "BF16") else 1) for kind, size in loaded)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Memory of a local checkpoint's weights, by their headers; 0 where those are unreadable (loading says why)."""
+    try:
+        return held_bytes(Checkpoint(folder, {}).tensors())
+    except CheckpointError:
+        return 0
+
+
+def fits(weights: int, available: int | None = None) -> bool:
+    """Whether weights of so many bytes and their head-room fit; available None = this machine's."""
+    return needed_bytes(weights) <= (available_bytes() if available is None else available)
+
+
+def check(weights: int, what: str, instead: str) -> None:
+    """Raises DoesNotFit for weights too large for this machine; MLX_MTP_IGNORE_MEMORY=1 turns that into a warning.
+
+    what: whose weights. instead: what fits, as a part of a sentence.
+    """
+    available = available_bytes()
+    if fits(weights, available):
+        return
+    needed = readable(needed_bytes(weights))
+    if os.environ.get(IGNORE) == "1":
+        log.warning("%s needs %s of memory, %s are there: expect swapping.", what, needed, readable(available))
+        return
+    where = "the GPU may use" if on_metal() else "this machine has"
+    raise DoesNotFit(
+        f"Expected a model that fits in the {readable(available)} of memory {where}, found that {what} needs "
+        f"{needed}; {instead}, or set {IGNORE}=1 to load it all the same."
+    )
+
+
+def readable(size: int) -> str:
+    """18440000000 -> '18.4 GB'."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size} bytes"
+
+
+class Wired:
+    """MLX's wired limit, which keeps weights resident on Metal (macOS 15); elsewhere nothing happens.
+
+    The limit is the process's, not an engine's: min(what macOS recommends, weights of all engines alive + head-room),
+    worked out anew at every load. Nothing lowers it in between, since it must not change while MLX computes; what
+    stood before the first load comes back with `restore`.
+    """
+
+    def __init__(self) -> None:
+        self._engines: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
+        self._before: int | None = None
+
+    def add(self, engine: object, weights: int) -> None:
+        """An engine with weights of so many bytes was loaded and lives as long as `engine` does."""
+        if not on_metal():
+            return
+        self._engines[engine] = weights
+        self._set(min(available_bytes(), needed_bytes(sum(self._engines.values()))))
+
+    def restore(self) -> None:
+        """Puts back the limit that stood before the first engine was loaded."""
+        if self._before is not None:
+            self._set(self._before)
+            self._before = None
+
+    def _set(self, limit: int) -> None:
+        mx.synchronize()  # another engine may have a round in flight
+        before = mx.set_wired_limit(limit)
+        self._before = before if self._before is None else self._before
+
+
+wired = Wired()

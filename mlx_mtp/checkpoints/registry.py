@@ -1,0 +1,88 @@
+"""A registry of model families: files of a package that register themselves under config.json's `model_type`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Generic, TypeVar
+
+from mlx_mtp.checkpoints.checkpoint import Checkpoint
+from mlx_mtp.errors import CheckpointError, UnsupportedModel
+
+Loaded = TypeVar("Loaded")
+Loader = Callable[[Checkpoint], Loaded]
+Accepts = Callable[[Mapping[str, Any]], bool]
+
+
+class Registry(Generic[Loaded]):
+    """Maps model types to loaders; imports the sibling files of its package on first use, so no list is edited."""
+
+    def __init__(self, what: str, package: str, path: Iterable[str]) -> None:
+        self._what, self._package, self._path = what, package, path
+        self._loaders: dict[str, Loader[Loaded]] = {}
+        self._imported = False
+        self._fallback: tuple[Accepts, Loader[Loaded], str] | None = None
+
+    def register(self, *model_types: str) -> Callable[[Loader[Loaded]], Loader[Loaded]]:
+        """Decorator for a loader. Two loaders for one model type are a programming error."""
+
+        def add(loader: Loader[Loaded]) -> Loader[Loaded]:
+            for model_type in model_types:
+                if model_type in self._loaders:
+                    raise ValueError(f"two {self._what} families claim model_type '{model_type}'")
+                self._loaders[model_type] = loader
+            return loader
+
+        return add
+
+    def register_fallback(self, accepts: Accepts, names: str) -> Callable[[Loader[Loaded]], Loader[Loaded]]:
+        """Decorator for the loader of every config.json that no family claims and `accepts` takes.
+
+        names: what it takes, in words. There can be one: a second is a programming error.
+        """
+
+        def add(loader: Loader[Loaded]) -> Loader[Loaded]:
+            if self._fallback is not None:
+                raise ValueError(f"two fallbacks for {self._what} families")
+            self._fallback = accepts, loader, names
+            return loader
+
+        return add
+
+    def _import_siblings(self) -> None:
+        if not self._imported:
+            self._imported = True
+            for module in pkgutil.iter_modules(self._path):
+                importlib.import_module(f"{self._package}.{module.name}")
+
+    def knows(self, model_type: str) -> bool:
+        """Whether some file implements this very model type."""
+        self._import_siblings()
+        return model_type in self._loaders
+
+    def loader(self, checkpoint: Checkpoint) -> Loader[Loaded]:
+        """The loader for a checkpoint; UnsupportedModel names what there is instead."""
+        model_type = checkpoint.config["model_type"]
+        if self.knows(model_type):
+            return self._loaders[model_type]
+        expected = f"expected one of {', '.join(sorted(self._loaders))}"
+        if self._fallback is not None:
+            accepts, loader, names = self._fallback
+            if accepts(checkpoint.config):
+                return loader
+            expected += f", or {names}"
+        raise UnsupportedModel(
+            f"{checkpoint.path}: no {self._what} family for model_type {reprlib.repr(model_type)}; {expected}."
+        )
+
+    def load(self, checkpoint: Checkpoint) -> Loaded:
+        """The loaded model; a complaint about config.json says which one."""
+        loader = self.loader(checkpoint)
+        try:
+            return loader(checkpoint)
+        except CheckpointError as error:
+            if str(error).startswith("config.json:"):
+                raise CheckpointError(f"{checkpoint.path}/{error}") from error
+            raise

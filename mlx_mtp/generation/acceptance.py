@@ -1,0 +1,125 @@
+"""Acceptance: which drafted tokens stand, so that the output law is the target's own. Pure functions, on the device.
+
+What it does: turns drafts, the law q they came from and the target's law p into an accepted count and the next
+token. What it does not do: read a value, know a model, or touch a cache.
+
+Shapes: B batch, K drafts, M = K + 1 rows, V vocabulary, N support of a law. Row i of p is the law behind i drafts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_mtp.generation.sampling import Law
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """accepted [B]: drafts that stand. tokens [B, M]: what to emit, of which the first accepted + 1 count.
+
+    last [B, 1] is the newest of them, the one whose K/V is not in the cache yet.
+    """
+
+    accepted: mx.array
+    tokens: mx.array
+    last: mx.array
+
+
+@dataclass(frozen=True)
+class Odds:
+    """pass_ [B, K]: chance that a uniform draw lets draft i pass. residual: law [B, M, N] of the token behind i drafts.
+
+    prefix: a draft stands when it and all before it pass (True), or when it or any later one passes (False).
+    """
+
+    pass_: mx.array
+    residual: Law
+    prefix: bool
+
+
+def greedy(drafts: mx.array | None, logits: mx.array) -> Verdict:
+    """Temperature 0: the longest prefix of drafts [B, K] equal to the target's own best tokens (logits [B, M, V]).
+
+    Row i's best token is right whenever drafts 0..i-1 were; so the row behind the last accepted draft gives the
+    next token, and the tokens to emit are simply the rows' best ones.
+    """
+    best = mx.argmax(logits, axis=-1).astype(mx.int32)
+    if drafts is None:
+        accepted = mx.zeros((logits.shape[0],), dtype=mx.int32)
+    else:
+        agrees = (drafts == best[:, :-1]).astype(mx.int32)
+        accepted = mx.cumprod(agrees, axis=1).sum(axis=1)
+    return Verdict(accepted, best, mx.take_along_axis(best, accepted[:, None], axis=1))
+
+
+def token_odds(drafts: mx.array, q: Law, p: Law) -> Odds:
+    """Leviathan et al. 2023 (arXiv 2211.17192, algorithm 1): each draft by itself, min(1, p / q)."""
+    depth = drafts.shape[1]
+    before = p.rows(0, depth)
+    excess = mx.maximum(before.probabilities - q.on(before), 0.0)
+    return Odds(mx.minimum(before.at(drafts) / q.at(drafts), 1.0), _residual(excess, p, depth), True)
+
+
+def block_odds(drafts: mx.array, q: Law, p: Law) -> Odds:
+    """Block verification (Sun et al. 2024, arXiv 2403.10444, algorithm 2): the block as a whole, never fewer tokens.
+
+    weight_i = min(1, weight_(i-1) * p/q of draft i). Draft i < K passes with s / (s + 1 - weight_i), where s is the
+    sum of the excess max(weight_i * p - q, 0) behind it; the last one with its weight. The last draft to pass stands
+    together with all before it.
+    """
+    depth = drafts.shape[1]
+    before = p.rows(0, depth)
+    ratio = before.at(drafts) / q.at(drafts)
+    weights = [mx.ones(ratio.shape[:1])]
+    for i in range(depth):
+        weights.append(mx.minimum(weights[-1] * ratio[:, i], 1.0))
+    weight = mx.stack(weights, axis=1)
+    excess = mx.maximum(weight[:, :depth, None] * before.probabilities - q.on(before), 0.0)
+    total = excess.sum(axis=-1)
+    # 0 / 0 where p and q agree and the weight is 1: then a later draft, at the latest the last, passes for certain.
+    passes = total / mx.maximum(total + 1.0 - weight[:, :depth], 1e-30)
+    return Odds(mx.concatenate([passes[:, 1:], weight[:, depth:]], axis=1), _residual(excess, p, depth), False)
+
+
+def _residual(excess: mx.array, p: Law, depth: int) -> Law:
+    """Excess [B, K, N] normalised, and p itself behind all K drafts. Without any excess (rounding) p stands in."""
+    total = excess.sum(axis=-1, keepdims=True)
+    rest = mx.where(total > 0, excess / mx.maximum(total, 1e-30), p.probabilities[:, :depth])
+    return Law(p.tokens, mx.concatenate([rest, p.probabilities[:, depth:]], axis=1))
+
+
+def sampled(
+    drafts: mx.array | None,
+    q: Law | None,
+    p: Law,
+    keys: mx.array,
+    odds: Callable[[mx.array, Law, Law], Odds] = block_odds,
+) -> Verdict:
+    """Temperature above 0: drafts [B, K] drawn from q [B, K, N], judged against p [B, M, N].
+
+    keys [2, 2]: one for acceptance, one for the token behind the last draft that stands.
+    """
+    batch = p.probabilities.shape[0]
+    if drafts is None or q is None:
+        token = p.draw(keys[1])
+        return Verdict(mx.zeros((batch,), dtype=mx.int32), token, token)
+    depth = drafts.shape[1]
+    found = odds(drafts, q, p)
+    passes = (mx.random.uniform(shape=(batch, depth), key=keys[0]) < found.pass_).astype(mx.int32)
+    if found.prefix:
+        accepted = mx.cumprod(passes, axis=1).sum(axis=1)
+    else:
+        accepted = (passes * mx.arange(1, depth + 1)).max(axis=1)
+    accepted = accepted.astype(mx.int32)
+    row = accepted[:, None, None]
+    tokens = found.residual.tokens
+    last = Law(
+        None if tokens is None else mx.take_along_axis(tokens, row, axis=1),
+        mx.take_along_axis(found.residual.probabilities, row, axis=1),
+    ).draw(keys[1])
+    stands = mx.arange(depth + 1) < accepted[:, None]
+    padded = mx.concatenate([drafts, last], axis=1)
+    return Verdict(accepted, mx.where(stands, padded, last), last)

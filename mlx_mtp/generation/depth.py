@@ -1,0 +1,405 @@
+"""How many tokens to draft: what a round costs x how often drafts are accepted -> the depth with most tokens a second.
+
+Chooses a depth before every round, 0 (plain decoding) included, and learns from every round that was read. Touches no
+device and no clock; `depth_profile.py` keeps what was learned.
+
+A worked example. A plain round takes 10 ms, one of 2 drafts 13 ms: it costs 1.3. Drafts are accepted 80 times of 100,
+so that a round of 2 yields 1 + 0.8 + 0.8 * 0.8 = 2.44 tokens, and 2.44 / 1.3 = 1.88 times the tokens per second of
+plain decoding. Now another program starts, and rounds of 2 take 26 ms. Has the machine become slower, or was the cost
+wrong? The time of one round tells only their product. But hundreds of rounds of 2 were timed, so their cost is well
+known, while a machine's pace may change at any time: the pace gets the blame, the cost stays 1.3 and the depth 2. Had
+they been the first rounds of 2 after a start with an old, uncertain cost, the cost would get the blame and be 2.6.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Protocol
+
+from mlx_mtp.generation.depth_profile import Profile, ProfileFile
+
+log = logging.getLogger(__name__)
+
+# Where nothing is known a draft is thought to add this share of a plain round, within a factor of e**STEP.
+SLOPE, STEP = 0.25, 0.4
+# Remembered costs are all dropped when a depth's first round takes e**CONTRADICTED times what they say, or less by it.
+CONTRADICTED = 0.3
+# From round to round the pace may change by this share, the cost of a draft by this one (a context that grows);
+# PAUSED: what a new request may find changed of the pace.
+PACE, AGE, PAUSED = 0.01, 0.002, 0.3
+# A time off by more than so many times the noise may always mean that the pace has changed, by as much: a laptop slept,
+# another program began. The next rounds of another depth tell.
+USUAL = 3.0
+# How far times scatter at first and at least, and from how many of the latest it is found.
+NOISE, QUIET, SCATTER = 0.3, 0.02, 15
+# Acceptance is a share of rounds that fade by this factor: within a request with every round, over all requests with
+# every round that drafted.
+FADE = 0.97
+# How many rounds of its own the earlier requests count for in a new one, and the position before for a position.
+MEMORY, NEIGHBOUR, PRIOR = 4.0, 1.0, 0.6
+# A change must promise this much.
+GAIN = 1.02
+# Any change lasts so many rounds (two between others of its depth are timed), and more where times scatter.
+HOLD, PATIENCE = 4, 20
+# Share of the time that may be lost on trying other depths, in rounds the loss allowed at first (and the debt at most),
+# and rounds between two tries.
+TRYING, CREDIT, BETWEEN = 0.008, 1.0, 6
+
+
+class DepthPolicy(Protocol):
+    """What the decode loop asks before a round and tells after it."""
+
+    deepest: int
+
+    @property
+    def reason(self) -> str:
+        """One sentence: how much it drafts, and why."""
+
+    def begin(self) -> None:
+        """A new request."""
+
+    def next(self) -> int:
+        """Depth of the next round."""
+
+    def learn(self, depth: int, accepted: int, seconds: float | None) -> None:
+        """A round of `depth` drafts was read; seconds None = its time says nothing about this depth."""
+
+
+@dataclass
+class FixedDepth:
+    """Always the same."""
+
+    deepest: int
+
+    @property
+    def reason(self) -> str:
+        """One sentence: how much it drafts, and why."""
+        if not self.deepest:
+            return "Not drafting: the depth is fixed at 0."
+        return f"Drafting {_drafts(self.deepest)} a round: the depth is fixed."
+
+    def begin(self) -> None:
+        """Nothing to prepare."""
+
+    def next(self) -> int:
+        """The depth."""
+        return self.deepest
+
+    def learn(self, depth: int, accepted: int, seconds: float | None) -> None:
+        """Nothing to learn."""
+
+
+def _drafts(count: int) -> str:
+    return "1 token" if count == 1 else f"{count} tokens"
+
+
+@dataclass
+class Curve:
+    """Seconds of a round by depth, as measured: straight lines between and beyond, and more drafts take no less."""
+
+    seconds: dict[int, float]
+
+    def __post_init__(self) -> None:
+        depths = sorted(self.seconds)
+        self.seconds = dict(zip(depths, accumulate((self.seconds[depth] for depth in depths), max), strict=True))
+
+    def at(self, depth: int) -> float:
+        """Expected seconds of a round of this depth."""
+        known = sorted(self.seconds)
+        below = max((d for d in known[:-1] if d <= depth), default=known[0])
+        above = next((d for d in known if d > below), below)
+        slope = (self.seconds[above] - self.seconds[below]) / max(1, above - below)
+        return self.seconds[below] + slope * (depth - below)
+
+
+class RoundCosts:
+    """What a round of each depth costs in plain rounds, and how fast plain rounds are now: a Kalman filter.
+
+    log(seconds of a round of d drafts) = pace + log cost(d) + noise, cost(0) = 1. A time shows only the sum of two
+    unknowns. Its surprise is shared between them by how uncertain each of them is, and makes both more certain; that
+    is what the covariance keeps. The pace becomes uncertain again with every round, costs hardly do. Costs are
+    uncertain together: a draft more adds something unknown to all deeper rounds, so that one depth tells of the others.
+    """
+
+    def __init__(self, deepest: int, remembered: Sequence[float] | None = None) -> None:
+        """remembered: what 0, 1, ... drafts cost in an earlier run; a prior that a few rounds outweigh."""
+        self._deepest, self.remembered = deepest, remembered is not None
+        # A round that costs more than the tokens it can yield never pays, and how much more is of no interest.
+        sane = [min(cost, 1.0 + depth) for depth, cost in enumerate(accumulate(remembered or (), max, initial=1.0), -1)]
+        self._expect(0.0, 1e3, sane[1:])  # nobody knows how fast the machine is
+        self.timed = [0] * (deepest + 1)
+        self._changes: deque[float] = deque(maxlen=SCATTER)
+        self._before: float | None = None  # log seconds of the round before, where this one is of the same depth
+
+    def _expect(self, pace: float, variance: float, costs: Sequence[float] | None) -> None:
+        """What is thought before the first rounds. Index 0 is the pace, the others log costs."""
+        depths = range(self._deepest + 1)
+        self._mean = [math.log(cost) for cost in costs or [1.0 + SLOPE * depth for depth in depths]]
+        self._covariance = [[STEP**2 * min(i, j) for j in depths] for i in depths]
+        self._mean[0], self._covariance[0][0] = pace, variance
+
+    @property
+    def known(self) -> bool:
+        """Whether rounds can be compared with plain ones: some of both were timed, now or in an earlier run."""
+        return self.remembered or (self.timed[0] > 0 and any(self.timed[1:]))
+
+    @property
+    def plain_seconds(self) -> float | None:
+        """Of a plain round, as fast as the machine is now and no more than any other; None before that can be known."""
+        known = self.timed[0] or (self.remembered and any(self.timed))
+        return math.exp(self._mean[0] + min(0.0, *self._mean[1:])) if known else None
+
+    @property
+    def scatter(self) -> float:
+        """The share by which times of rounds in a row differ, 0 before that is known.
+
+        Half of the differences of two normal times are below 0.95 of their standard deviation.
+        """
+        few = len(self._changes) < SCATTER // 3
+        return 0.0 if few else max(QUIET, statistics.median(self._changes) / 0.95)
+
+    def cost(self, depth: int) -> float:
+        """In plain rounds, never below that of fewer drafts.
+
+        Nor above the tokens it can yield: such a depth cannot pay, and how little it does is of no interest.
+        """
+        return min(1.0 + depth, math.exp(max(0.0, *self._mean[1 : depth + 1]))) if depth else 1.0
+
+    def uncertainty(self, depth: int, other: int) -> float:
+        """Standard deviation of the logarithm of cost(depth) / cost(other)."""
+
+        def between(a: int, b: int) -> float:
+            return self._covariance[a][b] if a and b else 0.0
+
+        return math.sqrt(max(0.0, between(depth, depth) + between(other, other) - 2.0 * between(depth, other)))
+
+    def pause(self) -> None:
+        """Time went by, with whatever else the machine did."""
+        self._covariance[0][0] += PAUSED**2
+        self._before = None
+
+    def learn(self, depth: int, seconds: float | None) -> None:
+        """A round took so long; None = that cannot be told.
+
+        Of two in a row the faster one counts: whatever else runs only ever makes a round slower.
+        """
+        before, self._before = self._before, math.log(seconds) if seconds else None
+        if before is None or self._before is None:
+            return
+        self._changes.append(abs(self._before - before))
+        time, mean, covariance, size = min(before, self._before), self._mean, self._covariance, self._deepest + 1
+        covariance[0][0] += PACE**2
+        for i in range(1, size):
+            for j in range(1, size):
+                covariance[i][j] += AGE**2 * min(i, j)
+        parts = {0, depth}  # of what the time is the sum
+        surprise = time - sum(mean[part] for part in parts)
+        if self.remembered and any(self.timed) and not self.timed[depth] and abs(surprise) > CONTRADICTED:
+            log.info("what rounds cost in an earlier run is not what they cost now: forgotten")
+            self.remembered = False
+            self._expect(mean[0], covariance[0][0], None)
+            mean, covariance = self._mean, self._covariance
+            surprise = time - sum(mean[part] for part in parts)
+        noise = self.scatter or NOISE
+        covariance[0][0] += max(0.0, abs(surprise) - USUAL * noise) ** 2
+        shares = [sum(row[part] for part in parts) for row in covariance]
+        variance = sum(shares[part] for part in parts) + noise**2
+        for i in range(size):
+            mean[i] += shares[i] / variance * surprise
+            for j in range(size):
+                covariance[i][j] -= shares[i] * shares[j] / variance
+        self.timed[depth] += 1
+
+
+@dataclass
+class Acceptance:
+    """How many drafts were verified at each position, and how many of them accepted; older rounds count less."""
+
+    verified: list[float]
+    accepted: list[float]
+
+    @classmethod
+    def unknown(cls, positions: int) -> Acceptance:
+        """Nothing verified yet."""
+        return cls([0.0] * positions, [0.0] * positions)
+
+    def fade(self, factor: float) -> None:
+        """Makes all rounds so far count less."""
+        self.verified = [factor * count for count in self.verified]
+        self.accepted = [factor * count for count in self.accepted]
+
+    def count(self, depth: int, accepted: int) -> None:
+        """A round of `depth` drafts, of which so many were accepted; those after the first loss tell nothing."""
+        for i in range(min(depth, accepted + 1)):
+            self.verified[i] += 1.0
+            self.accepted[i] += float(i < accepted)
+
+    def reach(self) -> int:
+        """Twice as many drafts as were ever accepted in a row: nobody starts with eight."""
+        return 2 * sum(accepted > 0.5 for accepted in self.accepted) or 1
+
+    def rates(self) -> list[float]:
+        """Of each position, once those before it were accepted; where little was seen, that of the position before."""
+        found, rate = [], PRIOR
+        for verified, accepted in zip(self.verified, self.accepted, strict=True):
+            rate = (NEIGHBOUR * rate + accepted) / (NEIGHBOUR + verified)
+            found.append(rate)
+        return found
+
+    def rates_given(self, expected: Sequence[float]) -> list[float]:
+        """The same, where little was seen as expected."""
+        rows = zip(expected, self.verified, self.accepted, strict=True)
+        return [(MEMORY * rate + accepted) / (MEMORY + verified) for rate, verified, accepted in rows]
+
+
+def expected_tokens(rates: Sequence[float], depth: int) -> float:
+    """Tokens of a round of `depth` drafts, from each position's chance once those before it were accepted."""
+    total = reached = 1.0
+    for rate in rates[:depth]:
+        reached *= rate
+        total += reached
+    return total
+
+
+def best_depth(cost: Callable[[int], float], rates: Sequence[float], allowed: Sequence[int]) -> int:
+    """The depth with most expected tokens per cost of a round; drafting must beat plain decoding by GAIN."""
+    return max(allowed, key=lambda d: expected_tokens(rates, d) / cost(d) * (1.0 if d else GAIN))
+
+
+@dataclass
+class DepthController:
+    """Chooses among `allowed` depths, 0 among them. kept: where what it learns stays for the next start."""
+
+    allowed: Sequence[int]
+    kept: ProfileFile | None = None
+    deepest: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.deepest = max(self.allowed)
+        known = self.kept.load(self.deepest) if self.kept else None
+        self.costs = RoundCosts(self.deepest, known.costs if known else None)
+        self.long_run = Acceptance(known.verified, known.accepted) if known else Acceptance.unknown(self.deepest)
+        # Counted over all requests: many short ones must find out what a long one does.
+        self._rounds, self._tried_at = 0, dict.fromkeys(self.allowed, 0)
+        self._saved = CREDIT  # rounds' worth of time that may be lost on tries
+        self.begin()
+
+    def begin(self) -> None:
+        """Starts from the long run, ready to be convinced otherwise within a few rounds."""
+        self.costs.pause()
+        self._here = Acceptance.unknown(self.deepest)
+        self._rates = self.long_run.rates()
+        self._chosen = 0
+        if self.costs.known:
+            self._chosen = self._best()
+        self._now = self._chosen  # the depth of the round, which may be a try
+        # Rounds of it in a row: some more where plain ones come first, with which all others will be compared.
+        self._run = 0 if self.costs.known else -2
+        self._learned = -1  # the depth of the round that was read last
+
+    def tokens(self, depth: int) -> float:
+        """Expected tokens of a round."""
+        return expected_tokens(self._rates, depth)
+
+    def speed_up(self, depth: int) -> float:
+        """Expected tokens in the time of a plain round."""
+        return self.tokens(depth) / self.costs.cost(depth)
+
+    def next(self) -> int:
+        """The depth in use, or now and then some rounds of another one, to see whether that would pay."""
+        self._rounds += 1
+        self._run += 1
+        if self._run <= HOLD + PATIENCE * self.costs.scatter:
+            return self._now
+        tried, best = self._now if self._now != self._chosen else None, self._best()
+        if best != self._chosen and self.speed_up(best) > GAIN * self.speed_up(self._chosen):
+            log.info("depth %d -> %d: %.2f times plain decoding expected in place of %.2f",
+                     self._chosen, best, self.speed_up(best), self.speed_up(self._chosen))  # fmt: skip
+            self._chosen = best
+        self._saved += TRYING * self.speed_up(self._chosen)
+        depth = self._chosen
+        if tried is not None:
+            self._saved = max(-CREDIT, self._saved - (self._run - 1) * self._loss(tried, self.costs.cost(tried)))
+            self._tried_at[tried] = self._rounds
+        elif self._rounds - max(self._tried_at.values()) >= BETWEEN:
+            depth = self._worth_a_try()
+        if depth != self._now:
+            self._now, self._run = depth, 1
+        return depth
+
+    def _worth_a_try(self) -> int:
+        """The depth that may well be better than the one in use, else the others by turns, or the one in use.
+
+        A try is made once its loss is saved, by the hopeful end of what its cost is thought to be.
+        """
+        others = [depth for depth in self._within_reach() if depth != self._chosen]
+        hope = {depth: self._hope(depth) for depth in others}
+        turns = sorted(others, key=lambda d: self._tried_at[d])
+        best = min(others, key=lambda d: hope[d] / self.tokens(d))
+        if self.tokens(best) / hope[best] > self.speed_up(self._chosen):
+            turns.insert(0, best)
+        affordable = (depth for depth in turns if self._saved >= HOLD * self._loss(depth, hope[depth]))
+        return next(affordable, self._chosen)
+
+    def _hope(self, depth: int) -> float:
+        """What a round may cost at best: a deviation below what is thought, and a memory may be quite wrong."""
+        cost = self.costs.cost(depth) * math.exp(-self.costs.uncertainty(depth, self._chosen))
+        if self.costs.timed[depth]:
+            return cost
+        return min(cost, self.costs.cost(self._chosen) + SLOPE * max(0, depth - self._chosen))
+
+    def _loss(self, depth: int, cost: float) -> float:
+        """What a round of this depth loses if it costs so much, in rounds of the depth in use."""
+        return max(0.0, cost / self.costs.cost(self._chosen) - self.tokens(depth) / self.tokens(self._chosen))
+
+    def _best(self) -> int:
+        return best_depth(self.costs.cost, self._rates, self._within_reach())
+
+    def _within_reach(self) -> list[int]:
+        """Plain decoding, the shallowest drafts, and what acceptance so far makes worth a thought."""
+        reach = max(self.long_run.reach(), self._chosen)
+        return [depth for place, depth in enumerate(self.allowed) if place < 2 or depth <= reach]
+
+    def learn(self, depth: int, accepted: int, seconds: float | None) -> None:
+        """Counts a round: which drafts were accepted, and how long it took."""
+        # What a depth that is out of use was found to give fades within a request, so that an unlucky one gets another
+        # chance; over all of them only new drafts make old ones count less, or plain decoding would forget why.
+        for acceptance, fades in ((self._here, True), (self.long_run, depth > 0)):
+            acceptance.fade(FADE if fades else 1.0)
+            acceptance.count(depth, accepted)
+        self._rates = self._here.rates_given(self.long_run.rates())
+        # The first round of a depth may be charged with the end of the one before.
+        self.costs.learn(depth, seconds if depth == self._learned else None)
+        self._learned = depth
+
+    @property
+    def reason(self) -> str:
+        """One sentence: how much it drafts, and why."""
+        depth = self._chosen or max((d for d in self.allowed if d), key=self.speed_up)
+        if not self.costs.known:
+            return "Not enough rounds yet to say whether drafting pays."
+        cost, tokens = self.costs.cost(depth), self.tokens(depth)
+        if self._chosen:
+            return (
+                f"Drafting {_drafts(depth)} a round: a round takes {cost:.1f} times a plain one "
+                f"and yields {tokens:.1f} tokens."
+            )
+        drafts = "1 draft" if depth == 1 else f"{depth} drafts"
+        return (
+            f"Not drafting: a round of {drafts} takes {cost:.1f} times a plain one and yields only {tokens:.1f} tokens."
+        )
+
+    def save(self) -> None:
+        """Keeps what was learned for the next start: costs only where enough quiet rounds tell them."""
+        if self.kept is None:
+            return
+        costs = [self.costs.cost(depth) for depth in range(self.deepest + 1)]
+        enough = self.costs.known and sum(self.costs.timed) >= SCATTER
+        noise = self.costs.scatter if enough else math.inf
+        self.kept.save(Profile(costs, noise, self.long_run.verified, self.long_run.accepted))

@@ -1,0 +1,116 @@
+"""What the depth control learned, kept in a file for the next start; `mlx-mtp doctor --forget` drops it.
+
+Kept are costs relative to a plain round, never seconds, and only if the machine was quiet; and how often drafts were
+accepted, which no clock can spoil. Several processes may write at once: each replaces the whole file, so that an update
+may get lost but never half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from mlx_mtp.checkpoints.atomic import replacing
+
+log = logging.getLogger(__name__)
+
+VERSION = 2
+# Costs are kept only where rounds scatter by no more than this share.
+CALM = 0.2
+
+
+@dataclass
+class Profile:
+    """costs: of a round of 0, 1, ... drafts, in plain rounds; None where they are not known well.
+
+    noise: by what share the rounds behind them scattered. verified, accepted: drafts at each position, older ones
+    counting less.
+    """
+
+    costs: list[float] | None
+    noise: float
+    verified: list[float]
+    accepted: list[float]
+
+
+@dataclass(frozen=True)
+class ProfileFile:
+    """The profile of one machine and pair, under `key` in `path`."""
+
+    path: Path
+    key: str
+
+    def load(self, deepest: int) -> Profile | None:
+        """What an earlier run learned of 0 to `deepest` drafts; None where nothing usable is kept."""
+        known: Any = _profiles(self.path).get(self.key)
+        try:
+            found = Profile(
+                [float(cost) for cost in known["costs"] or ()], float(known["noise"]),
+                [float(count) for count in known["verified"]], [float(count) for count in known["accepted"]],
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError):
+            return None
+        counts = zip(found.verified, found.accepted, strict=False)
+        sane = all(0 <= accepted <= verified < math.inf for verified, accepted in counts)
+        if not sane or {len(found.verified), len(found.accepted)} != {deepest}:
+            return None
+        if len(found.costs or ()) != deepest + 1 or not possible(found.costs or ()) or not 0 <= found.noise <= CALM:
+            found.costs = None
+        return found
+
+    def save(self, profile: Profile) -> None:
+        """Keeps a profile, with the former costs where those are better; a read-only or full disk costs no more."""
+        former = self.load(len(profile.verified))
+        ours = profile.costs is not None and profile.noise <= CALM and possible(profile.costs)
+        if former is not None and former.costs and (not ours or former.noise < profile.noise / 2):
+            profile = replace(profile, costs=former.costs, noise=former.noise)
+        elif not ours:
+            profile = replace(profile, costs=None, noise=CALM)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            profiles = _profiles(self.path) | {self.key: asdict(profile)}
+            with replacing(self.path) as fresh:
+                fresh.write_text(json.dumps({"version": VERSION, "profiles": profiles}, indent=2))
+        except OSError as error:
+            log.debug("the depth profile was not kept: %s", error)
+
+
+def possible(costs: Sequence[float]) -> bool:
+    """Whether rounds can cost that: more drafts no less, and a draft no more than two passes of one row."""
+    rising = all(1.0 <= one <= other for one, other in pairwise([1.0, *costs]))
+    return rising and all(cost <= 1.0 + 2.0 * depth for depth, cost in enumerate(costs))
+
+
+def forget(path: Path) -> list[str]:
+    """Drops everything learned; the keys of what it was. OSError where the file cannot be removed."""
+    known = sorted(_profiles(path))
+    path.unlink(missing_ok=True)
+    return known
+
+
+def cache_folder() -> Path:
+    """Where learned profiles live: $MLX_MTP_CACHE, else the user's cache folder."""
+    if chosen := os.environ.get("MLX_MTP_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_mtp"
+
+
+def profile_path() -> Path:
+    """The file of all profiles."""
+    return cache_folder() / "depth.json"
+
+
+def _profiles(path: Path) -> dict[str, Any]:
+    """By key; empty where there is no file, a damaged one, or one of another version."""
+    try:
+        found = json.loads(path.read_text())
+        return dict(found["profiles"]) if found["version"] == VERSION else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}

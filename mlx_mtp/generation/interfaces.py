@@ -1,0 +1,140 @@
+"""The seams: what the loop knows of a target and of a drafter, and nothing else.
+
+Shape legend, used in every file:
+    B batch   M rows of one pass (= K + 1)   K drafts (the depth)   D hidden   V vocabulary
+    S slots of a K/V buffer   G K/V heads   H query heads   d head size   P committed length
+
+Adding a target is one file in targets/, adding a drafter family one file in drafters/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_mtp.generation.cache import KVCache, LayerShape
+from mlx_mtp.generation.sampling import Forced
+
+
+@dataclass(frozen=True)
+class States:
+    """What a forward pass leaves per row: hidden [B, M, D] after the final norm; row i is the state after token i.
+
+    trunk [B, M, D] is the residual stream in front of the last decoder layer, for heads that branch off there; None
+    where a target has none to give. Nobody computes it who does not read it.
+    """
+
+    hidden: mx.array
+    trunk: mx.array | None = None
+
+    def first(self, rows: int) -> States:
+        """The same of the first `rows` rows."""
+        return States(self.hidden[:, :rows], None if self.trunk is None else self.trunk[:, :rows])
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetInfo:
+    """Sizes a drafter is checked against, and where it may read K/V.
+
+    readable[kind] is the shape of the K/V a drafter may read, storing_layers[kind] its index in the cache; both are
+    empty where a target's K/V is its own affair. window: of the sliding layers, 1 where there are none.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    max_context: int
+    window: int
+    readable: Mapping[str, LayerShape]
+    storing_layers: Mapping[str, int]
+    attention_heads: int
+
+
+class Target(Protocol):
+    """A model that answers. `forward` writes behind the cache's length and never moves it: committing is the loop's."""
+
+    info: TargetInfo
+    path: Path | None  # local folder of the checkpoint
+
+    def modules(self) -> Sequence[nn.Module]:
+        """The modules that hold its weights; for reports."""
+
+    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
+        """An empty cache for `capacity` positions."""
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Token ids [B, M] -> [B, M, D]."""
+
+    def forward(self, tokens: mx.array, cache: KVCache, keep: int | None = None) -> States:
+        """Tokens [B, M] behind the length; `keep` = last rows whose state is wanted (None all, 0 none)."""
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Hidden [B, M, D] -> float32 logits [B, M, V]."""
+
+    def logits(self, tokens: mx.array) -> mx.array:
+        """Tokens [B, M] -> float32 logits [B, M, V], without a cache."""
+
+
+# A drafter's own memory between rounds: any tree of arrays ({} for families without any). It travels through the
+# compiled round beside the cache, so a family never keeps device state anywhere else.
+Memory = dict[str, Any]
+
+
+class Choose(Protocol):
+    """How a draft is picked from scores: greedily or by the request's sampling; made anew for each round."""
+
+    def __call__(self, logits: mx.array, tokens: mx.array | None = None, forced: Forced | None = None) -> mx.array:
+        """The next draft [B, 1] from logits [B, 1, N] of `tokens` (None = the whole vocabulary)."""
+
+    def certain(self, tokens: mx.array) -> mx.array:
+        """Drafts [B, K] proposed without scores."""
+
+
+class Drafter(Protocol):
+    """A family of draft heads. It may read the target's cache, never write it."""
+
+    max_depth: int
+    # Whether `observe` must hear the prompt too, and whether it needs the states of it; others save that work.
+    reads_prompt: bool
+    reads_states: bool
+
+    def attach(self, target: Target) -> None:
+        """Binds the drafter to the target it will read; raises IncompatibleDrafter where the two differ."""
+
+    def modules(self) -> Sequence[nn.Module]:
+        """The modules that hold weights of its own, the target's not among them; for reports."""
+
+    def quantise_head(self, bits: int) -> bool:
+        """Stores the family's own output head in `bits` bits, so that proposals cost less; False where it has no
+        dense one."""
+
+    def start(self, batch: int, capacity: int) -> Memory:
+        """Memory of a new request."""
+
+    def grow(self, memory: Memory, capacity: int) -> Memory:
+        """The same memory with room for `capacity` positions."""
+
+    def draft(
+        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, choose: Choose
+    ) -> tuple[mx.array, Memory]:
+        """Proposes K = depth tokens [B, K] behind `token` [B, 1], the one that is not in the cache yet.
+
+        hidden [B, 1, D] is the target's state that produced `token`. Every draft is picked by `choose`, which keeps
+        what acceptance needs to know. Lazy: no value may be read.
+        """
+
+    def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:
+        """Hears what a pass over tokens [B, M] left; the first `accepted` + 1 rows are true, the rest is dead.
+
+        Of the prompt there are fewer states than tokens unless the family reads_states.
+        """
+
+    def rewind(self, memory: Memory, length: int, states: States | None) -> Memory:
+        """The same memory as it was when `length` rows were committed, for the next turn of a conversation.
+
+        states: of the last of these rows, [B, 1, D], for a family that reads_states; else None.
+        """

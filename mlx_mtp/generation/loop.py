@@ -1,0 +1,381 @@
+"""The decode loop: chunked prefill, then rounds, the next one in flight while one is read that cannot be the last.
+
+What it does: keeps the device busy and turns outcomes into runs of tokens. What it does not do: text, stop
+conditions (engine.py), acceptance (verify.py), the graph of a round (speculate.py).
+
+Invariant: the device is read in one place (`_Reader`), once per round; everything a request changes belongs to that
+request, so stopping early, cancelling or an exception in the consumer leave nothing behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_mtp.backend import threads
+from mlx_mtp.generation.cache import KVCache, capacity_for
+from mlx_mtp.generation.depth import DepthPolicy
+from mlx_mtp.generation.exactness import WIDEST, Exactness, Probes
+from mlx_mtp.generation.interfaces import Drafter, Memory, States, Target
+from mlx_mtp.generation.prefix import Held, Pair, Session
+from mlx_mtp.generation.round import LogitsProcessor, Outcome, Request, Rounds, SoFar
+from mlx_mtp.generation.sampling import Rules
+from mlx_mtp.generation.types import NEUTRAL, Sampling, Stats
+
+log = logging.getLogger(__name__)
+
+# Most bytes of attention scores one prefill chunk may need, and its largest and smallest number of rows.
+CHUNK_BYTES, MAX_CHUNK, MIN_CHUNK = 256_000_000, 512, 16
+# The time between two reads is what a round costs, unless the consumer of the tokens took more than this share of it.
+PAUSED = 0.1
+
+PrefillProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What one request wants of the loop. sampling has no None left; budget is the most tokens to emit.
+
+    session: what an earlier request of the same conversation left, and where this one leaves its own.
+    """
+
+    ids: list[int]
+    budget: int
+    sampling: Sampling = NEUTRAL
+    seed: int = 0
+    logprobs: int = 0
+    processors: Sequence[LogitsProcessor] = ()
+    on_prefill: PrefillProgress | None = None
+    session: Session | None = None
+
+
+@dataclass
+class Run:
+    """New tokens, and per token its logprob and the likeliest alternatives where asked for.
+
+    drafted, accepted: of its round, before any cut; None and 0 for the prefill's token.
+    """
+
+    tokens: list[int]
+    logprobs: list[float] | None = None
+    top: list[dict[int, float]] | None = None
+    drafted: int | None = None
+    accepted: int = 0
+
+
+@dataclass
+class _Reader:
+    """The only place that waits for the device after prefill."""
+
+    stats: Stats
+
+    def read(self, outcome: Outcome) -> tuple[Run, int]:
+        """The whole round as a run, and how many of its drafts stand; the run is not cut to them yet."""
+        self.stats.host_syncs += 1
+        *tokens, accepted = _first(outcome.tokens)
+        if outcome.logprobs is None or outcome.top is None:
+            return Run(tokens), accepted
+        # Computed with the tokens by one graph, so these wait for nothing.
+        ids, values = map(_first, outcome.top)
+        top = [dict(zip(*row, strict=True)) for row in zip(ids, values, strict=True)]
+        return Run(tokens, _first(outcome.logprobs), top), accepted
+
+
+def _first(array: mx.array) -> list[Any]:
+    """The values of a batch's only sequence."""
+    values: list[list[Any]] = array.tolist()  # type: ignore[assignment]
+    return values[0]
+
+
+@dataclass
+class _Decoding:
+    """Host side of one request: an upper bound of the device's length, and a clock.
+
+    newest: the furthest row that was or will be written. paused: seconds the consumer took since the last read.
+    so_far: prompt and emitted tokens where Python functions ask for them.
+    disturbed: whether the time since the last read, or that before it, says nothing about a round: a graph or buffer
+    was made, or the consumer was slow and the device ahead.
+    """
+
+    request: Request
+    stats: Stats
+    bound: int
+    newest: int
+    asked: Asked
+    so_far: SoFar | None = None
+    emitted: list[int] = field(default_factory=list)
+    read_at: float = 0.0
+    paused: float = 0.0
+    disturbed: bool = True
+    disturbed_before: bool = True
+
+    def take(self, tokens: list[int]) -> None:
+        """Tokens that were read."""
+        self.emitted += tokens
+        if self.so_far is not None:
+            self.so_far.add(mx.array(tokens))
+
+    def round_seconds(self) -> float | None:
+        """Wall time since the last read, None where that says nothing; starts the next interval."""
+        now = time.perf_counter()
+        seconds = now - self.read_at
+        self.disturbed |= self.paused > PAUSED * seconds
+        found = None if self.disturbed or self.disturbed_before else seconds
+        self.read_at, self.paused, self.disturbed_before, self.disturbed = now, 0.0, self.disturbed, False
+        return found
+
+
+@dataclass
+class _Kept:
+    """What a session has of a prompt: `length` tokens whose rows are there, and the states of the last of them.
+
+    states: None where the caller has to run that token again if it wants them.
+    """
+
+    held: Held
+    length: int
+    states: States | None = None
+
+
+class Decoder:
+    """Decodes requests with one pair. exact: how this device can be exact, None for the fast mode."""
+
+    def __init__(
+        self, target: Target, drafter: Drafter | None, policy: DepthPolicy, exact: Probes | None = None
+    ) -> None:
+        self.target, self.drafter, self.policy, self.exact = target, drafter, policy, exact
+        self.rounds = Rounds(target, drafter, exact is not None)
+
+    @property
+    def pair(self) -> Pair:
+        """What K/V that it fills belong to."""
+        return self.target, self.drafter, self.exact is not None
+
+    def decode(self, asked: Asked, stats: Stats, policy: DepthPolicy | None = None) -> Generator[Run, None, None]:
+        """Runs of new tokens, at most the budget in all: the first from the prefill, then one run a round."""
+        policy = policy or self.policy
+        policy.begin()
+        session, decoding = asked.session, None
+        kept = self._kept(session, asked.ids) if session is not None else None
+        try:
+            began = time.perf_counter()
+            request, newest = self._prefill(asked, policy.deepest, kept, stats)
+            so_far = SoFar(asked.ids) if asked.processors else None
+            decoding = _Decoding(request, stats, len(asked.ids), newest, asked, so_far)
+            yield from self._run(decoding, policy, began)
+        finally:
+            if session is not None:
+                _leave(session, decoding, self.exact is not None)
+
+    def _run(self, decoding: _Decoding, policy: DepthPolicy, began: float) -> Iterator[Run]:
+        """The tokens behind the prompt; one round in flight while the one before is read."""
+        asked, stats, reader = decoding.asked, decoding.stats, _Reader(decoding.stats)
+        first = self.rounds.first(decoding.request, decoding.so_far, asked.processors)
+        stats.head_passes += 1
+        serial = bool(asked.processors)  # Python functions want every token before the next round is built
+        # Read before a round is submitted: where that waits for the device (MLX on a CPU), the token would be late.
+        run, _ = reader.read(first)
+        stats.prefill_seconds = time.perf_counter() - began
+        decoding.round_seconds()
+        decoding.take(run.tokens)
+        yield run
+        pending: tuple[int, Outcome] | None = None
+        while len(decoding.emitted) < asked.budget:
+            alone = pending is None
+            if pending is None:
+                pending = self._submit(decoding, policy)
+            # Behind a round that may be the last none is submitted: it would be for nothing, and on a CPU waited for.
+            ahead = None
+            if len(decoding.emitted) + pending[0] + 1 < asked.budget and not serial:
+                ahead = self._submit(decoding, policy)
+            # What a round takes shows only where it was built while the one before ran, and the next, which is built
+            # meanwhile, is one like it: with nothing to build it looks far too short, with two of them too long.
+            alike = serial or (not alone and ahead is not None and ahead[0] == pending[0])
+            run = self._collect(decoding, reader, *pending, policy, alike)
+            given = time.perf_counter()
+            yield run
+            decoding.paused = time.perf_counter() - given
+            pending = ahead
+
+    def _collect(
+        self, decoding: _Decoding, reader: _Reader, depth: int, outcome: Outcome, policy: DepthPolicy, alike: bool
+    ) -> Run:
+        """Reads a round and cuts it to what was accepted and to the budget."""
+        run, accepted = reader.read(outcome)
+        seconds = decoding.round_seconds()
+        policy.learn(depth, accepted, seconds if alike else None)
+        decoding.bound -= depth - accepted
+        upto = min(accepted + 1, decoding.asked.budget - len(decoding.emitted))
+        logprobs, top = run.logprobs and run.logprobs[:upto], run.top and run.top[:upto]
+        run = Run(run.tokens[:upto], logprobs, top, depth, accepted)
+        decoding.take(run.tokens)
+        return run
+
+    def _submit(self, decoding: _Decoding, policy: DepthPolicy) -> tuple[int, Outcome]:
+        """Starts a round of the depth the policy chose; that depth and what the round will give."""
+        depth, request, asked = policy.next(), decoding.request, decoding.asked
+        depth = request.exact.deepest(depth) if request.exact else depth
+        rows = decoding.bound + max(depth + 1, (request.exact and request.exact.width) or 0)
+        decoding.newest = max(decoding.newest, rows - 1)
+        grown = self._reserve(request, rows)
+        decoding.disturbed |= grown or self.rounds.is_new(request, depth)
+        decoding.bound += depth + 1
+        if decoding.so_far is not None:
+            outcome = self.rounds.submit_processed(request, depth, decoding.so_far, asked.processors)
+        else:
+            outcome = self.rounds.submit(request, depth)
+        stats = decoding.stats
+        stats.rounds += 1
+        stats.head_passes += 1
+        stats.depth_counts[depth] = stats.depth_counts.get(depth, 0) + 1
+        return depth, outcome
+
+    def _reserve(self, request: Request, rows: int) -> bool:
+        """Makes room for `rows` positions; whether anything had to grow."""
+        if rows <= request.cache.capacity:
+            return False
+        request.cache.grow(capacity_for(rows))
+        if self.drafter is not None:
+            request.memory = self.drafter.grow(request.memory, request.cache.capacity)
+        return True
+
+    def prefill(self, asked: Asked, deepest: int) -> Request:
+        """Runs the prompt in chunks that bound memory; leaves the state of its last token."""
+        return self._prefill(asked, deepest, None, Stats())[0]
+
+    def _prefill(self, asked: Asked, deepest: int, kept: _Kept | None, stats: Stats) -> tuple[Request, int]:
+        """The request behind its prompt, and the furthest row written; `kept` = what is there of it already."""
+        target, drafter, ids = self.target, self.drafter, asked.ids
+        # In exact mode room for the whole reply: the kernels may depend on the size of the buffers, and when those
+        # grow must not depend on how many drafts are in flight.
+        rows = len(ids) + (asked.budget + 4 * WIDEST if self.exact else deepest + 1)
+        capacity = max(capacity_for(rows), kept.held.cache.capacity if kept else 0)
+        exact = self._exactness(capacity)  # before there are buffers: the probe has some of its own
+        cache, memory, states, begin, newest = self._begin(ids, capacity, kept)
+        # In exact mode every family goes the same way, plain decoding too: the same rows through every layer.
+        wants_all = self.exact is not None or (drafter is not None and drafter.reads_states)
+        chunk = self._chunk(cache)
+        for start in range(begin, len(ids), chunk):
+            tokens = mx.array([ids[start : start + chunk]], dtype=mx.int32)
+            final = start + chunk >= len(ids)
+            states = target.forward(tokens, cache, None if wants_all else int(final))
+            if drafter is not None and drafter.reads_prompt:
+                memory = drafter.observe(memory, tokens, states, mx.array([tokens.shape[1] - 1]))
+            cache.advance(tokens.shape[1])
+            mx.eval(cache.arrays, memory)
+            threads.pause()
+            if asked.on_prefill:
+                asked.on_prefill(min(start + chunk, len(ids)) - begin, len(ids) - begin)
+        assert states is not None, "a prompt has a last token"
+        stats.prefilled_tokens, newest = len(ids) - begin, max(newest, len(ids) - 1)
+        if asked.session is not None and begin < len(ids):
+            asked.session.mark(cache, len(ids), newest, _last(states) if self.exact else None)
+        vocabulary = target.info.vocab_size
+        rules = Rules.of(asked.sampling, vocabulary, asked.logprobs)
+        request = Request(
+            mx.zeros((1, 1), dtype=mx.int32), states.hidden[:, -1:], cache, memory, rules,
+            rules.knobs(asked.sampling, vocabulary), rules.history(ids, vocabulary), mx.random.key(asked.seed), exact,
+        )  # fmt: skip
+        return request, newest
+
+    def _exactness(self, capacity: int) -> Exactness | None:
+        """How passes over caches of this capacity are exact; None in the fast mode."""
+        if self.exact is None:
+            return None
+        known = capacity in self.exact.found
+        found = self.exact.at(capacity)
+        if self.drafter is not None and not known and not found.possible:
+            log.warning("Exact mode: no way was found to verify drafts bit for bit with room for %d tokens; "
+                        "decoding plainly where that much is needed.", capacity)  # fmt: skip
+        return found
+
+    def _kept(self, session: Session, ids: list[int]) -> _Kept | None:
+        """What a session has of a prompt."""
+        if self.exact is not None:
+            marked = session.take_marked(ids, self.pair)
+            return _Kept(marked[0], marked[1].length, marked[1].states) if marked else None
+        taken = session.take(ids, self._runs_again, self.pair)
+        return _Kept(*taken) if taken else None
+
+    @property
+    def _runs_again(self) -> int:
+        """Rows of a kept conversation that are run again, for a drafter that needs the last one's state."""
+        return int(self.drafter is not None and self.drafter.reads_states)
+
+    def _begin(
+        self, ids: list[int], capacity: int, kept: _Kept | None
+    ) -> tuple[KVCache, Memory, States | None, int, int]:
+        """Cache and drafter's memory to start from, the last token's states, how many tokens these hold, and the
+        furthest row written."""
+        target, drafter = self.target, self.drafter
+        if kept is None:
+            cache = target.new_cache(capacity)
+            return cache, drafter.start(1, cache.capacity) if drafter else {}, None, 0, -1
+        cache, memory, states = kept.held.cache, kept.held.memory, kept.states
+        cache.grow(capacity)
+        if drafter is not None:
+            if self._runs_again and states is None:
+                states = target.forward(mx.array([[ids[kept.length - 1]]], dtype=mx.int32), cache)
+                cache.advance(1)
+            memory = drafter.rewind(drafter.grow(memory, cache.capacity), kept.length, states)
+        return cache, memory, states, kept.length, kept.held.newest
+
+    def _chunk(self, cache: KVCache) -> int:
+        """Rows of the prompt that one pass may take."""
+        score_bytes = 4 * self.target.info.attention_heads * cache.capacity
+        return max(MIN_CHUNK, min(MAX_CHUNK, CHUNK_BYTES // score_bytes))
+
+    def seconds_by_depth(
+        self,
+        depths: Sequence[int],
+        repeats: int = 7,
+        ids: Sequence[int] | None = None,
+        sampling: Sampling = NEUTRAL,
+        middle: Callable[[Sequence[float]], float] = min,
+    ) -> dict[int, float]:
+        """Seconds of a pipelined round of each depth, one after the other behind a prompt, None = a short made-up one.
+
+        Of a depth that is named twice the last time counts. middle: which of the times counts; the fastest, for
+        whatever else runs only ever makes a round slower.
+        """
+        made_up = [i % self.target.info.vocab_size for i in range(1, 17)]
+        room = (repeats + 4) * sum(depth + 1 for depth in depths)  # nothing makes room between these rounds
+        request = self.prefill(Asked(ids=made_up if ids is None else list(ids), budget=room, sampling=sampling), room)
+        self.rounds.first(request)
+        found = {}
+        for depth in depths:
+            outcomes = [self.rounds.submit(request, depth) for _ in range(2)]
+            mx.eval([outcome.tokens for outcome in outcomes])
+            times, pending, began = [], self.rounds.submit(request, depth), time.perf_counter()
+            for _ in range(repeats):
+                ahead = self.rounds.submit(request, depth)
+                mx.eval(pending.tokens)
+                now = time.perf_counter()
+                times.append(now - began)
+                pending, began = ahead, now
+            mx.eval(pending.tokens)
+            found[depth] = middle(times)
+        return found
+
+
+def _last(states: States) -> States:
+    """Those of the last row."""
+    return States(states.hidden[:, -1:], None if states.trunk is None else states.trunk[:, -1:])
+
+
+def _leave(session: Session, decoding: _Decoding | None, exact: bool) -> None:
+    """Gives a session what a request computed; the last token's row is not written yet, or not for sure.
+
+    exact: the prompt only. What a reply leaves beyond what was wanted of it depends on the drafter.
+    """
+    if decoding is None:
+        session.give_back(None, ())
+        return
+    request, ids = decoding.request, [*decoding.asked.ids, *([] if exact else decoding.emitted)]
+    held = Held(request.cache, request.memory, decoding.newest)
+    session.give_back(held, ids[: max(len(decoding.asked.ids), len(ids) - 1)])

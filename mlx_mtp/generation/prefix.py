@@ -1,0 +1,208 @@
+"""What a conversation has computed: the K/V of its tokens, kept from one request to the next.
+
+What it does: finds how much of a new prompt is there already, rolls back to it, and remembers the sliding layers at
+the ends of prompts, so that undoing and retrying are cheap too. What it does not do: run a model, or know messages
+(chat.py).
+
+Invariant: `ids` are tokens whose K/V rows stand in the cache, in order. A session that a request has taken is empty
+until that request gives it back; so whatever happens to a request, a session never holds rows it does not know.
+
+Rolling a full layer back is a smaller length. A ring has forgotten what its newest rows overwrote: it can only go
+back by its slack. Beyond that the session goes back to the last mark, a copy of the rings made where a prompt ended.
+
+In exact mode a session only ever goes on from such an end of a prompt: which rows a reply leaves, and with how many
+others they were computed, depends on the drafter, and so would everything after them.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import mlx.core as mx
+
+from mlx_mtp.errors import OptionError
+from mlx_mtp.generation.cache import SLIDING, KVCache
+from mlx_mtp.generation.interfaces import Drafter, Memory, States, Target
+
+# Most bytes of ring copies a session keeps; the newest is always kept.
+MARK_BYTES = 256_000_000
+
+# What K/V and memory belong to: a target, a drafter, and whether passes are those of the exact mode.
+Pair: TypeAlias = tuple[Target, Drafter | None, bool]
+_taking = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Mark:
+    """The rings as they were when the first `length` tokens, and rows up to `newest`, had been written.
+
+    states: of the last of these tokens; None where nobody will ask.
+    """
+
+    length: int
+    newest: int
+    rings: dict[int, tuple[mx.array, mx.array]]
+    states: States | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copies."""
+        return sum(keys.nbytes + values.nbytes for keys, values in self.rings.values())
+
+
+@dataclass
+class Held:
+    """What a request takes from a session: a cache and a drafter's memory; rows up to `newest` have been written."""
+
+    cache: KVCache
+    memory: Memory
+    newest: int
+
+
+@dataclass
+class Session:
+    """The K/V of one conversation. Give it to `Engine.stream` and the next prompt only costs what is new in it."""
+
+    ids: list[int] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
+    held: Held | None = None
+    busy: bool = False
+    _pair: tuple[weakref.ref[Target], weakref.ref[Drafter] | None, bool] | None = None  # who filled it
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all K/V kept, marks included."""
+        buffers = [] if self.held is None else [*self.held.cache.keys, *self.held.cache.values]
+        return sum(buffer.nbytes for buffer in buffers) + sum(mark.nbytes for mark in self.marks)
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self.ids, self.marks, self.held = [], [], None
+
+    def common(self, ids: Sequence[int]) -> int:
+        """How many tokens of `ids` in front are those of the session."""
+        pairs = zip(self.ids, ids, strict=False)
+        return next((i for i, (mine, theirs) in enumerate(pairs) if mine != theirs), min(len(self.ids), len(ids)))
+
+    def check(self, pair: Pair | None) -> None:
+        """OptionError where another pair has filled it, or another reply has it."""
+        if self.busy:
+            raise OptionError("Expected a session that is free, found it in use by another reply; finish that first.")
+        if self.held is None or self._pair is None or pair is None:
+            return
+        target, drafter, exact = self._pair
+        same_drafter = pair[1] is None if drafter is None else pair[1] is not None and drafter() is pair[1]
+        if not (target() is pair[0] and same_drafter and exact == pair[2]):
+            raise OptionError(
+                "Expected a session of this engine, found one that another engine has filled (another model, drafter "
+                "or mode, or the same ones loaded again); use a new session, or Chat.moved for a chat."
+            )
+
+    def fill(self, pair: Pair, held: Held, ids: Sequence[int]) -> None:
+        """Takes over what a pair has computed elsewhere."""
+        self._pair = _weak(pair)
+        self.held, self.ids, self.marks = held, list(ids), []
+
+    def take(self, ids: Sequence[int], back: int, pair: Pair | None = None) -> tuple[Held, int] | None:
+        """The cache rolled back to as many tokens of `ids` as it can, and that number; None where there are none.
+
+        back: rows before that number which the caller runs again (and whose windows must stand too). At least the
+        last token of `ids` is left to run. pair: who asks. OptionError as for `check`.
+        """
+        held = self._claim(pair)
+        found = None if held is None else self._reach(held, min(self.common(ids), len(ids) - 1), back)
+        if found is None or held is None:
+            self._leave(0)
+            return None
+        self._leave(found)
+        held.cache.length = mx.array([found - back], dtype=mx.int32)
+        return held, found
+
+    def take_marked(self, ids: Sequence[int], pair: Pair | None = None) -> tuple[Held, Mark] | None:
+        """The cache as it was at the end of the longest prompt so far that `ids` begin with, and that end; or None.
+
+        For exact mode: what is found depends on the prompts so far and on nothing else. OptionError as for `take`.
+        """
+        held, common = self._claim(pair), self.common(ids)
+        mark = next((mark for mark in reversed(self.marks) if mark.length <= common), None)
+        if mark is None or held is None:
+            self._leave(0)
+            return None
+        self._leave(mark.length)
+        self._restore(held, mark)
+        held.cache.length = mx.array([mark.length], dtype=mx.int32)
+        return held, mark
+
+    def _claim(self, pair: Pair | None) -> Held | None:
+        """What the session holds, for a request that has it to itself from now on."""
+        with _taking:
+            self.check(pair)
+            self.busy = True
+        self._pair = None if pair is None else _weak(pair)
+        return self.held
+
+    def _leave(self, length: int) -> None:
+        """Forgets all but the marks of up to `length` tokens: the rest is the request's."""
+        self.held, self.ids = None, []
+        self.marks = [mark for mark in self.marks if mark.length <= length]
+
+    @staticmethod
+    def _restore(held: Held, mark: Mark) -> None:
+        """Puts the rings back, into buffers that may have grown since; what was stored keeps its slot."""
+        for layer, rings in mark.rings.items():
+            for buffers, ring in zip((held.cache.keys, held.cache.values), rings, strict=True):
+                missing = buffers[layer].shape[2] - ring.shape[2]
+                buffers[layer] = mx.pad(ring, [(0, 0), (0, 0), (0, missing), (0, 0)]) if missing else mx.array(ring)
+        held.newest = mark.newest
+
+    def _reach(self, held: Held, wanted: int, back: int) -> int | None:
+        """The furthest of up to `wanted` tokens whose rows all stand, after bringing old rings back if it must."""
+        if wanted <= back:
+            return None
+        if _stands(held.cache, wanted - back, held.newest):
+            return wanted
+        for mark in reversed(self.marks):
+            if back < mark.length <= wanted and _stands(held.cache, mark.length - back, mark.newest):
+                self._restore(held, mark)
+                return mark.length
+        return None
+
+    def mark(self, cache: KVCache, length: int, newest: int, states: States | None = None) -> None:
+        """Remembers the rings where a prompt of `length` tokens ended, if they can wrap at all.
+
+        states [B, 1, D]: of its last token, for exact mode, which comes back in any case. Costs one copy of the rings:
+        MLX writes a buffer in place only where nobody else holds it. `mx.array` because an assignment to a part of an
+        array changes that very Python object, outside of compiled functions.
+        """
+        layers = [i for i, shape in enumerate(cache.shapes) if shape.kind == SLIDING]
+        if states is None and (not layers or cache.slots(SLIDING) >= cache.capacity):
+            return
+        rings = {i: (mx.array(cache.keys[i]), mx.array(cache.values[i])) for i in layers}
+        self.marks = [*(mark for mark in self.marks if mark.length < length), Mark(length, newest, rings, states)]
+        while len(self.marks) > 1 and sum(mark.nbytes for mark in self.marks) > MARK_BYTES:
+            self.marks.pop(0)
+
+    def cut(self, length: int) -> None:
+        """Forgets the tokens after the first `length`: what was computed for nothing is not part of what was said."""
+        del self.ids[length:]
+
+    def give_back(self, held: Held | None, ids: Sequence[int]) -> None:
+        """Ends a request: `ids` are the tokens whose rows stand in its cache. None = it came to nothing."""
+        self.busy, self.held, self.ids = False, held, list(ids) if held is not None else []
+
+
+def _weak(pair: Pair) -> tuple[weakref.ref[Target], weakref.ref[Drafter] | None, bool]:
+    """The same, without keeping a model in memory."""
+    target, drafter, exact = pair
+    return weakref.ref(target), None if drafter is None else weakref.ref(drafter), exact
+
+
+def _stands(cache: KVCache, length: int, newest: int) -> bool:
+    """Whether the rings still hold the window in front of row `length`, after rows up to `newest` were written."""
+    if all(shape.kind != SLIDING for shape in cache.shapes):
+        return True
+    return max(0, length - cache.window + 1) + cache.slots(SLIDING) > newest

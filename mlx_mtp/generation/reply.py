@@ -1,0 +1,157 @@
+"""One reply as it grows: tokens to text, thoughts and calls of tools told apart once, and the end at a stop string.
+
+Stop strings count in the answer alone, never in thoughts or in the markup of channels and calls, and only where the
+model wrote them in one stretch. The reply ends with the token that completes one. Text is read token by token, so it
+does not matter in which runs the tokens came. The work for a token does not depend on how long the reply is.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Sequence
+from itertools import repeat
+from typing import Protocol
+
+from mlx_mtp.generation.loop import Run
+from mlx_mtp.generation.types import Event, Result
+from mlx_mtp.text.channels import Channels, Pieces, joined
+from mlx_mtp.text.tokenizer import StopStrings
+
+
+class Detokenizer(Protocol):
+    """Tokens to text, one after the other."""
+
+    @property
+    def last_segment(self) -> str:
+        """Text since this was last read."""
+
+    def add_token(self, token: int) -> None:
+        """One more token."""
+
+    def finalize(self) -> None:
+        """Nothing follows: what was held back is text."""
+
+
+class Reply:
+    """Builds one reply. tokens, logprobs, top: what is certain to belong to it. stop_token: the one that ended it.
+    stopped: whether a stop string did.
+
+    detokenizer: None = there is no text. channels: None = all text is answer. While a stop string is looked for, tokens
+    are held back as long as their text is: the reply may turn out to end before them.
+    """
+
+    def __init__(self, detokenizer: Detokenizer | None, stop: Sequence[str], channels: Channels | None) -> None:
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.top: list[dict[int, float]] = []
+        self.stop_token: int | None = None
+        self.stopped = False
+        self._detokenizer, self._channels, self._stops = detokenizer, channels, StopStrings(stop)
+        self._waiting: deque[tuple[int, float | None, dict[int, float] | None]] = deque()
+        self._ends: deque[int] = deque()  # where in the text the first of the waiting tokens end
+        self._written = self._read = 0  # characters of the text, and those that were looked at for a stop
+        self._text: list[str] = []
+        self._given = 0  # tokens that were in events
+        self._fresh: list[Pieces] = []  # what no event had yet
+
+    @property
+    def text(self) -> str:
+        """All text up to a stop string, as the model wrote it."""
+        return "".join(self._text)
+
+    @property
+    def over(self) -> bool:
+        """Whether an ending token or a stop string ended it."""
+        return self.stopped or self.stop_token is not None
+
+    def extend(self, run: Run, ends: Collection[int]) -> None:
+        """New tokens, up to one of `ends` (which belongs to no reply) or to the one that completes a stop string."""
+        for token, logprob, top in zip(run.tokens, run.logprobs or repeat(None), run.top or repeat(None), strict=False):
+            if not self.stopped and token in ends:
+                self.stop_token = token
+            if self.over:
+                return
+            self._waiting.append((token, logprob, top))
+            if self._detokenizer:
+                self._detokenizer.add_token(token)
+                self._take(self._detokenizer.last_segment)
+            if not self._stops:
+                self._release(len(self._waiting))
+
+    def finish(self) -> None:
+        """Nothing follows: what was held back belongs to the reply, unless a stop string turns up in it."""
+        if self.stopped:
+            return
+        if self._detokenizer:
+            self._detokenizer.finalize()
+        self._split(self._detokenizer.last_segment if self._detokenizer else "", final=True)
+        if not self.stopped:
+            self._show(Pieces())  # whatever comes now is not the answer
+            self._release(len(self._waiting))
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is anything that was in no event yet."""
+        return bool(self._fresh) or self._given < len(self.tokens)
+
+    def event(self, result: Result | None = None) -> Event:
+        """What is new since the last event."""
+        at, self._given = self._given, len(self.tokens)
+        found, self._fresh = joined(self._fresh), []
+        return Event(
+            found.raw, self.tokens[at:], result, self.logprobs[at:] or None, self.top[at:] or None,
+            thinking=found.thinking, content=found.text, calls=found.calls,
+        )  # fmt: skip
+
+    def _take(self, text: str) -> None:
+        """The text of the newest token."""
+        self._written += len(text)
+        if self._stops:
+            self._ends.append(self._written)
+        self._split(text)
+        while self._ends and self._ends[0] <= self._read:
+            self._release(1)
+
+    def _split(self, text: str, final: bool = False) -> None:
+        whole = [Pieces(text, raw=text, answer=True)]
+        for piece in whole if self._channels is None else self._channels.split(text, final):
+            self._show(piece)
+            if self.stopped:
+                return
+
+    def _show(self, piece: Pieces) -> None:
+        """A stretch of the text, up to a stop string."""
+        if not piece.answer:
+            held = self._stops.flush()  # no stop string goes on beyond the answer's own text
+            piece = Pieces(held + piece.text, piece.thinking, piece.calls, held + piece.raw)
+            self._read += len(piece.raw) - len(held)
+        else:
+            front = piece.raw[: len(piece.raw) - len(piece.text)]  # empty lines that are not the answer's
+            shown = self._stops.feed(piece.text)
+            if self._stops.hit:
+                self._end(self._read + len(front) + self._stops.past)
+            self._read += len(piece.raw)
+            piece = Pieces(shown, raw=front + shown)
+        if piece.raw or piece.text:
+            self._fresh.append(piece)
+            self._text.append(piece.raw)
+
+    def _end(self, place: int) -> None:
+        """The reply ends with the token that wrote the character in front of `place`."""
+        count = next((i for i, end in enumerate(self._ends, 1) if end >= place), len(self._waiting))
+        self._release(count)
+        self._waiting.clear()
+        self._ends.clear()
+        self.stopped = True
+
+    def _release(self, count: int) -> None:
+        """The oldest waiting tokens belong to the reply."""
+        for _ in range(count):
+            token, logprob, top = self._waiting.popleft()
+            if self._ends:
+                self._ends.popleft()
+            self.tokens.append(token)
+            if logprob is not None:
+                self.logprobs.append(logprob)
+            if top is not None:
+                self.top.append(top)

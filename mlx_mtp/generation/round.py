@@ -1,0 +1,322 @@
+"""One round: draft, verify, accept, commit. Names no model and no drafter family.
+
+What it does: builds the round as one lazy graph (compiled once per depth, capacity and kind of sampling) and submits
+it without waiting. What it does not do: read a value, stop, or know text.
+
+Invariant: whatever the round wrote behind the committed length is dead; committing is `length += accepted + 1`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakSet
+
+import mlx.core as mx
+
+from mlx_mtp.backend import threads
+from mlx_mtp.generation import acceptance, sampling
+from mlx_mtp.generation.cache import KVCache
+from mlx_mtp.generation.exactness import Exactness, TargetPass
+from mlx_mtp.generation.interfaces import Drafter, Memory, States, Target
+from mlx_mtp.generation.sampling import Chooser, History, Knobs, Rules
+
+# mlx-lm's convention: (all tokens so far [T], logits [1, V]) -> logits [1, V].
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+# Compiled rounds kept: a server meets every kind of sampling there is, and each graph takes memory.
+MOST_COMPILED = 128
+# Random keys a round spends besides one a draft: the next round's, acceptance, the token behind the drafts.
+SPARE_KEYS = 3
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the host learns of a round, still on the device.
+
+    tokens int32 [B, M + 1]: the tokens of the round and, last, how many drafts stand. logprobs float32 [B, M] of
+    those tokens, top ids and values [B, M, n]; None unless asked for.
+    """
+
+    tokens: mx.array
+    logprobs: mx.array | None = None
+    top: tuple[mx.array, mx.array] | None = None
+
+
+class SoFar:
+    """All tokens of a request on the device, for processors: a buffer that is written in place and doubles."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self._buffer, self._length = mx.zeros((2 * len(ids) + 64,), dtype=mx.int32), 0
+        self.add(mx.array(list(ids), dtype=mx.int32))
+
+    def add(self, tokens: mx.array) -> None:
+        """More tokens [T]."""
+        self._write(tokens)
+        self._length += tokens.size
+
+    def rows(self, drafts: mx.array | None) -> list[mx.array]:
+        """The tokens in front of each row of a round: all so far, then one more of drafts [1, depth] each time."""
+        if drafts is not None:
+            self._write(drafts[0])
+        depth = 0 if drafts is None else drafts.shape[1]
+        return [self._buffer[: self._length + i] for i in range(depth + 1)]
+
+    def _write(self, tokens: mx.array) -> None:
+        if (missing := self._length + tokens.size - self._buffer.size) > 0:
+            self._buffer = mx.pad(self._buffer, (0, max(missing, self._buffer.size)))
+        at = mx.array([self._length], dtype=mx.int32)
+        self._buffer = mx.slice_update(self._buffer, tokens.astype(mx.int32), at, axes=(0,))
+
+
+@dataclass
+class Request:
+    """The device state of one request.
+
+    token [B, 1] is the newest token, whose K/V is not in the cache yet; hidden [B, 1, D] the state that produced it.
+    exact: how passes over this cache are kept exact; None for the fast mode.
+    """
+
+    token: mx.array
+    hidden: mx.array
+    cache: KVCache
+    memory: Memory
+    rules: Rules = field(default_factory=Rules)
+    knobs: Knobs = field(default_factory=dict)
+    history: History = field(default_factory=dict)
+    key: mx.array = field(default_factory=lambda: mx.random.key(0))
+    exact: Exactness | None = None
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Everything a round changes, as one tree of arrays."""
+        return {
+            "token": self.token, "hidden": self.hidden, "cache": self.cache.arrays, "memory": self.memory,
+            "history": self.history, "key": self.key,
+        }  # fmt: skip
+
+    @state.setter
+    def state(self, tree: dict[str, Any]) -> None:
+        self.token, self.hidden, self.cache.arrays = tree["token"], tree["hidden"], tree["cache"]
+        self.memory, self.history, self.key = tree["memory"], tree["history"], tree["key"]
+
+
+Part = Callable[..., Any]
+
+
+def _as_it_is(part: Part) -> Part:
+    """In place of mx.compile for what is part of a larger graph."""
+    return part
+
+
+class Rounds:
+    """Rounds for one pair. Stateless but for the compiled functions, so that requests may take turns.
+
+    exact: whether every pass is the one of exactness.TargetPass, of which it is known what its bits depend on.
+    """
+
+    def __init__(self, target: Target, drafter: Drafter | None, exact: bool = False) -> None:
+        self._target = target
+        self._drafter = drafter
+        self._exact = TargetPass(target) if exact else None
+        self._pass = self._exact or self._forward
+        self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        _alive.add(self)
+
+    def forget(self) -> None:
+        """Lets go of the compiled functions."""
+        self._compiled.clear()
+        if self._exact is not None:
+            self._exact.forget()
+
+    def is_new(self, request: Request, depth: int) -> bool:
+        """Whether the next `submit` with these sizes has to build its graph first (and its time says little)."""
+        return (depth, request.cache.capacity, request.rules) not in self._compiled
+
+    def submit(self, request: Request, depth: int) -> Outcome:
+        """Starts a round on the device and moves `request` behind it.
+
+        Reading the outcome is the only wait there is, and the caller may submit the next round first.
+        """
+        return _started(request, self.build(request, depth))
+
+    def build(self, request: Request, depth: int) -> Outcome:
+        """A round that nobody has asked the device for yet; `request` stands behind it."""
+        key = (depth, request.cache.capacity, request.rules)
+        compiled = self._compiled.pop(key, None)
+        if compiled is None:
+            if len(self._compiled) >= MOST_COMPILED:
+                self._compiled.pop(list(self._compiled)[0], None)  # the least recently used; two threads may be here
+            # Where bits count, the parts of a round are compiled each by itself, and the pass is one of them.
+            apart = self._exact is not None and request.rules.greedy
+            compiled = self._round(request, depth, compiled=mx.compile if apart else _as_it_is)
+            compiled = compiled if apart else mx.compile(compiled)
+        self._compiled[key] = compiled
+        request.state, outcome = compiled(request.state, request.knobs)
+        return Outcome(*outcome)
+
+    def submit_processed(
+        self, request: Request, depth: int, so_far: SoFar, processors: Sequence[LogitsProcessor]
+    ) -> Outcome:
+        """A round whose logits pass through Python functions that need all tokens `so_far`; never compiled."""
+        one_round = self._round(request, depth, so_far, processors)
+        request.state, outcome = one_round(request.state, request.knobs)
+        return _started(request, Outcome(*outcome))
+
+    def first(
+        self, request: Request, so_far: SoFar | None = None, processors: Sequence[LogitsProcessor] = ()
+    ) -> Outcome:
+        """The token behind the prompt, from `request.hidden`: a round without a pass of its own."""
+        logits = _shaped(request.rules, request.state, request.knobs, None, self._target.head(request.hidden),
+                         so_far, processors)  # fmt: skip
+        request.state, outcome = self._accept(request.rules, request.state, request.knobs, None, None, logits)
+        return _started(request, Outcome(*outcome))
+
+    def _forward(self, rows: mx.array, cache: KVCache) -> tuple[States, mx.array]:
+        """What TargetPass gives, as part of whatever graph is being made."""
+        states = self._target.forward(rows, cache)
+        return states, self._target.head(states.hidden)
+
+    def _round(
+        self,
+        request: Request,
+        depth: int,
+        so_far: SoFar | None = None,
+        processors: Sequence[LogitsProcessor] = (),
+        compiled: Callable[[Part], Part] = _as_it_is,
+    ) -> Callable[..., Any]:
+        """The round as a pure function of arrays, for one cache layout, one set of rules and one depth.
+
+        compiled: what is done to each of its parts, the pass excepted.
+        """
+        layout, rules = request.cache.layout(), request.rules
+        width = request.exact.width if request.exact else None
+        draft, settle = compiled(self._drafting(layout, rules, depth)), compiled(self._settling(rules))
+        process = compiled(rules.processed)
+
+        def one_round(state: dict[str, Any], knobs: Knobs) -> tuple[dict[str, Any], tuple[Any, ...]]:
+            state = {**state, "key": mx.random.split(state["key"], depth + SPARE_KEYS)}
+            rows, drafts, law = state["token"], None, None
+            if self._drafter is not None and depth:
+                drafts, state["memory"], law = draft(state, knobs)
+                rows = mx.concatenate([rows, drafts], axis=1)
+            cache = layout.around(state.pop("cache"))
+            states, logits = self._pass(_filled(rows, width), cache)
+            states, logits = states.first(depth + 1), logits[:, : depth + 1]
+            logits = _shaped(rules, state, knobs, drafts, logits, so_far, processors, process)
+            state, outcome = settle(state, knobs, rows, drafts, law, states.hidden, states.trunk, logits)
+            cache.advance(outcome[0][:, -1] + 1)
+            return {**state, "cache": cache.arrays}, outcome
+
+        return one_round
+
+    def _drafting(self, layout: KVCache, rules: Rules, depth: int) -> Callable[..., Any]:
+        """From a round's state to drafts [B, K], the drafter's memory, and the law they were drawn from."""
+        drafter = self._drafter
+
+        def draft(state: dict[str, Any], knobs: Knobs) -> tuple[mx.array, Memory, sampling.Law | None]:
+            assert drafter is not None
+            choose = Chooser(rules, knobs, state["history"], state["key"][SPARE_KEYS:])
+            cache = layout.around(state["cache"])
+            drafts, memory = drafter.draft(state["memory"], state["token"], state["hidden"], cache, depth, choose)
+            return drafts, memory, choose.law
+
+        return draft
+
+    def _settling(self, rules: Rules) -> Callable[..., Any]:
+        """From rows, their states and logits to the state of the next round and what the host learns."""
+
+        def settle(
+            state: dict[str, Any], knobs: Knobs, rows: mx.array, drafts: mx.array | None, law: sampling.Law | None,
+            hidden: mx.array, trunk: mx.array | None, logits: mx.array,
+        ) -> tuple[dict[str, Any], tuple[Any, ...]]:  # fmt: skip
+            state, outcome = self._accept(rules, state, knobs, drafts, law, logits)
+            accepted = outcome[0][:, -1]
+            if self._drafter is not None:
+                memory = self._drafter.observe(state["memory"], rows, States(hidden, trunk), accepted)
+                state = {**state, "memory": memory}
+            return {**state, "hidden": mx.take_along_axis(hidden, accepted[:, None, None], axis=1)}, outcome
+
+        return settle
+
+    @staticmethod
+    def _accept(
+        rules: Rules, state: dict[str, Any], knobs: Knobs, drafts: mx.array | None, law: sampling.Law | None,
+        logits: mx.array,
+    ) -> tuple[dict[str, Any], tuple[Any, ...]]:  # fmt: skip
+        """Judges drafts by logits [B, M, V]; returns the state with the newest token and the fields of an Outcome."""
+        history, key = state["history"], state["key"]
+        if rules.greedy:
+            found = acceptance.greedy(drafts, logits)
+            key = key[0] if key.ndim == 2 else key
+        else:
+            keys = key if key.ndim == 2 else mx.random.split(key, SPARE_KEYS)
+            found = acceptance.sampled(drafts, law, rules.law(logits, None, knobs), keys[1:SPARE_KEYS])
+            key = keys[0]
+        if rules.penalties:
+            counts = sampling.counted(history["generated"], found.tokens, found.accepted + 1)
+            history = {**history, "generated": counts}
+        outcome = mx.concatenate([found.tokens, found.accepted[:, None]], axis=1)
+        state = {**state, "token": found.last, "history": history, "key": key}
+        return state, (outcome, *_logprobs(logits, found.tokens, rules.logprobs))
+
+
+_alive: WeakSet[Rounds] = WeakSet()
+
+
+@threads.at_end.append
+def _forget_all() -> None:
+    """Graphs go before the functions that they are made of: the other way round MLX locks itself out (0.32.4)."""
+    for rounds in list(_alive):
+        rounds.forget()
+
+
+def _filled(rows: mx.array, width: int | None) -> mx.array:
+    """Rows [B, M], repeated up to the width of the exact mode; what is beyond the drafts is never committed."""
+    if width is None or rows.shape[1] >= width:
+        return rows
+    return mx.concatenate([rows, mx.repeat(rows[:, :1], width - rows.shape[1], axis=1)], axis=1)
+
+
+def _shaped(
+    rules: Rules, state: dict[str, Any], knobs: Knobs, drafts: mx.array | None, logits: mx.array,
+    so_far: SoFar | None, processors: Sequence[LogitsProcessor], process: Callable[..., mx.array] | None = None,
+) -> mx.array:  # fmt: skip
+    """Logits [B, M, V] after Python's processors, penalties and bias, each row with the history of its own."""
+    if so_far is not None:
+        logits = _processed(logits, so_far.rows(drafts), processors)
+    if not rules.penalties and not rules.bias:
+        return logits
+    history = dict(state["history"])
+    if rules.penalties:
+        history["generated"] = sampling.running_counts(history["generated"], drafts)
+    return (process or rules.processed)(logits, None, knobs, history)
+
+
+def _started(request: Request, outcome: Outcome) -> Outcome:
+    """Hands a built round to the device without waiting."""
+    mx.async_eval(outcome.tokens, outcome.logprobs, outcome.top, request.state)
+    return outcome
+
+
+def _logprobs(logits: mx.array, tokens: mx.array, most: int) -> tuple[Any, ...]:
+    """Logarithms of the probabilities of tokens [B, M], and the `most` likeliest alternatives; nothing for 0."""
+    if not most:
+        return ()
+    laws = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    best = mx.argpartition(-laws, kth=most - 1, axis=-1)[..., :most]
+    values = mx.take_along_axis(laws, best, axis=-1)
+    order = mx.argsort(-values, axis=-1)
+    top = mx.take_along_axis(best, order, axis=-1), mx.take_along_axis(values, order, axis=-1)
+    return mx.take_along_axis(laws, tokens[..., None], axis=-1)[..., 0], top
+
+
+def _processed(logits: mx.array, before: Sequence[mx.array], processors: Sequence[LogitsProcessor]) -> mx.array:
+    """Every row of logits [1, M, V] through the processors, with the tokens before it."""
+    rows = []
+    for i, tokens in enumerate(before):
+        row = logits[:, i]
+        for processor in processors:
+            row = processor(tokens, row)
+        rows.append(row)
+    return mx.stack(rows, axis=1).astype(mx.float32)

@@ -1,0 +1,254 @@
+"""From logits to the law a token is drawn from: penalties, bias, temperature, top-k, top-p, min-p; on the device.
+
+What it does: the same filters for the target's law p and the drafter's law q, in float32, on whatever support is
+small enough: with top-k only k tokens a row are ever normalised, sorted or compared. What it does not do: accept
+(verify.py) or keep anything between rounds (speculate.py).
+
+Filters act in transformers' order: penalties and bias on the logits, then temperature, top-k, top-p, min-p.
+
+Shapes: B batch, M rows, N tokens a law is defined on (its support), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_mtp.generation.types import Sampling
+
+Knobs = dict[str, mx.array]
+History = dict[str, mx.array]
+Forced = tuple[mx.array, mx.array]
+
+
+@dataclass(frozen=True)
+class Law:
+    """Probabilities float32 [..., N] of tokens int32 [..., N]; tokens None = the whole vocabulary in order."""
+
+    tokens: mx.array | None
+    probabilities: mx.array
+
+    def at(self, tokens: mx.array) -> mx.array:
+        """The probability of one token a row, [...] -> [...]; 0 outside the support."""
+        if self.tokens is None:
+            return mx.take_along_axis(self.probabilities, tokens[..., None], axis=-1)[..., 0]
+        return mx.where(self.tokens == tokens[..., None], self.probabilities, 0.0).sum(axis=-1)
+
+    def on(self, other: Law) -> mx.array:
+        """This law's probabilities of the other's tokens, [B, M, N] -> [B, M, N of the other]."""
+        if self.tokens is None:
+            if other.tokens is None:
+                return self.probabilities
+            return mx.take_along_axis(self.probabilities, other.tokens, axis=-1)
+        if other.tokens is None:
+            return mx.zeros(other.probabilities.shape).at[_cells(self.tokens)].add(self.probabilities)
+        # Both supports' tokens are numbered together, 0 for the smallest, and met in a table of these numbers: memory
+        # grows with the two sizes added, where comparing every token with every other would multiply them.
+        count = self.tokens.shape[-1]
+        numbers = _ranks(mx.concatenate([self.tokens, other.tokens], axis=-1))
+        table = mx.zeros(numbers.shape).at[_cells(numbers[..., :count])].add(self.probabilities)
+        return mx.take_along_axis(table, numbers[..., count:], axis=-1)
+
+    def draw(self, key: mx.array) -> mx.array:
+        """One token a row, [...]."""
+        index = mx.random.categorical(mx.log(self.probabilities), key=key).astype(mx.int32)
+        if self.tokens is None:
+            return index
+        return mx.take_along_axis(self.tokens, index[..., None], axis=-1)[..., 0].astype(mx.int32)
+
+    def overruled(self, mask: mx.array, tokens: mx.array) -> Law:
+        """This law, but certain of `tokens` [...] where mask [...] is set."""
+        mask, tokens = mask[..., None], tokens[..., None]
+        if self.tokens is None:
+            sure = (mx.arange(self.probabilities.shape[-1]) == tokens).astype(mx.float32)
+            return Law(None, mx.where(mask, sure, self.probabilities))
+        first = mx.arange(self.probabilities.shape[-1]) == 0
+        # The token may stand in the support a second time, with weight 0: weights of equal tokens are added up.
+        support = mx.where(mask & first, tokens, self.tokens)
+        return Law(support, mx.where(mask, first.astype(mx.float32), self.probabilities))
+
+    def rows(self, start: int, stop: int) -> Law:
+        """Rows start..stop-1 of a law [B, M, N]."""
+        tokens = None if self.tokens is None else self.tokens[:, start:stop]
+        return Law(tokens, self.probabilities[:, start:stop])
+
+
+def _cells(places: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Places [B, M, N] along the last axis of an array [B, M, any] as an index of it."""
+    batch, rows = places.shape[:2]
+    return mx.arange(batch)[:, None, None], mx.arange(rows)[:, None], places
+
+
+def _ranks(tokens: mx.array) -> mx.array:
+    """How many different smaller tokens each token's row has, [..., N] -> int32 [..., N] below N; equal ones share."""
+    order = mx.argsort(tokens, axis=-1)
+    ordered = mx.take_along_axis(tokens, order, axis=-1)
+    rises = (ordered[..., 1:] != ordered[..., :-1]).astype(mx.int32)
+    ranks = mx.concatenate([mx.zeros_like(rises[..., :1]), mx.cumsum(rises, axis=-1)], axis=-1)
+    return mx.put_along_axis(mx.zeros_like(ranks), order, ranks, axis=-1)
+
+
+def stacked(laws: list[Law]) -> Law:
+    """Laws [B, 1, N] of the same kind of support, one after the other: [B, K, N]."""
+    tokens = [law.tokens for law in laws if law.tokens is not None]
+    return Law(
+        mx.concatenate(tokens, axis=1) if tokens else None, mx.concatenate([law.probabilities for law in laws], axis=1)
+    )
+
+
+def certain(tokens: mx.array) -> Law:
+    """The law that knows: all weight on one token a row, [...] -> support of size 1."""
+    return Law(tokens[..., None], mx.ones((*tokens.shape, 1)))
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What of a Sampling shapes the graph. Equal rules share compiled rounds; the values travel as `knobs`."""
+
+    greedy: bool = True
+    top_k: int = 0
+    top_p: bool = False
+    min_p: bool = False
+    penalties: bool = False
+    bias: bool = False
+    logprobs: int = 0
+
+    @classmethod
+    def of(cls, sampling: Sampling, vocab_size: int, logprobs: int = 0) -> Rules:
+        """The rules of a resolved Sampling (no field None)."""
+        assert sampling.temperature is not None and sampling.top_k is not None
+        filtered = sampling.temperature > 0
+        return cls(
+            greedy=not filtered,
+            top_k=sampling.top_k if filtered and sampling.top_k < vocab_size else 0,
+            top_p=filtered and sampling.top_p != 1.0,
+            min_p=filtered and sampling.min_p != 0.0,
+            penalties=(sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1, 0, 0),
+            bias=bool(sampling.logit_bias),
+            logprobs=logprobs,
+        )
+
+    def knobs(self, sampling: Sampling, vocab_size: int) -> Knobs:
+        """The values behind the rules, as arrays, so that other values need no other graph."""
+        names = ["temperature"] * (not self.greedy) + ["top_p"] * self.top_p + ["min_p"] * self.min_p
+        if self.penalties:
+            names += ["repetition_penalty", "presence_penalty", "frequency_penalty"]
+        knobs = {name: mx.array(getattr(sampling, name), dtype=mx.float32) for name in names}
+        if self.bias:
+            bias = mx.zeros((vocab_size,))
+            assert sampling.logit_bias is not None
+            bias[mx.array(list(sampling.logit_bias))] = mx.array(list(sampling.logit_bias.values()), dtype=mx.float32)
+            knobs["bias"] = bias
+        return knobs
+
+    def history(self, prompt: list[int], vocab_size: int) -> History:
+        """What penalties count, [B, V]: whether a token was in the prompt, how often it was generated."""
+        if not self.penalties:
+            return {}
+        prompted = mx.zeros((1, vocab_size), dtype=mx.bool_)
+        prompted[:, mx.array(prompt)] = True
+        return {"prompted": prompted, "generated": mx.zeros((1, vocab_size))}
+
+    def processed(self, logits: mx.array, tokens: mx.array | None, knobs: Knobs, history: History) -> mx.array:
+        """Penalties and bias on logits [B, M, N] of `tokens`; the history is [B, V] or, per row, [B, M, V].
+
+        Repetition divides positive and multiplies negative logits of every token seen, prompt included (CTRL, arXiv
+        1909.05858); presence and frequency subtract once and per occurrence among the generated (OpenAI's API).
+        """
+        if self.penalties:
+            generated, prompted = history["generated"], history["prompted"]
+            generated = generated if generated.ndim == 3 else generated[:, None]
+            prompted = mx.broadcast_to(prompted[:, None], generated.shape)
+            if tokens is not None:
+                generated = mx.take_along_axis(mx.broadcast_to(generated, (*tokens.shape[:2], generated.shape[-1])),
+                                               tokens, axis=-1)  # fmt: skip
+                prompted = mx.take_along_axis(mx.broadcast_to(prompted, (*tokens.shape[:2], prompted.shape[-1])),
+                                              tokens, axis=-1)  # fmt: skip
+            factor = knobs["repetition_penalty"]
+            scaled = mx.where(logits > 0, logits / factor, logits * factor)
+            logits = mx.where(prompted | (generated > 0), scaled, logits)
+            logits = logits - knobs["presence_penalty"] * (generated > 0) - knobs["frequency_penalty"] * generated
+        if self.bias:
+            logits = logits + (knobs["bias"] if tokens is None else knobs["bias"][tokens])
+        return logits
+
+    def law(self, logits: mx.array, tokens: mx.array | None, knobs: Knobs) -> Law:
+        """The filtered law of processed float32 logits [..., N]."""
+        if 0 < self.top_k < logits.shape[-1]:  # before the temperature, which does not change the order
+            chosen = mx.argpartition(-logits, kth=self.top_k - 1, axis=-1)[..., : self.top_k].astype(mx.int32)
+            logits = mx.take_along_axis(logits, chosen, axis=-1)
+            tokens = chosen if tokens is None else mx.take_along_axis(tokens, chosen, axis=-1)
+        # Below the best one: divided by however small a temperature, none overflows to infinity.
+        logits = (logits - logits.max(axis=-1, keepdims=True)) / knobs["temperature"]
+        if self.top_p:
+            # Kept: the likeliest tokens until their weight reaches top_p, the one that reaches it included.
+            ordered = mx.sort(logits, axis=-1)[..., ::-1]
+            weights = mx.softmax(ordered, axis=-1)
+            before = mx.cumsum(weights, axis=-1) - weights
+            kept = mx.where(before < knobs["top_p"], ordered, mx.inf)
+            logits = mx.where(logits >= kept.min(axis=-1, keepdims=True), logits, -mx.inf)
+        if self.min_p:
+            logits = mx.where(logits >= mx.log(knobs["min_p"]), logits, -mx.inf)  # the best is 0
+        return Law(tokens, mx.softmax(logits, axis=-1))
+
+
+def counted(generated: mx.array, tokens: mx.array, upto: mx.array | None = None) -> mx.array:
+    """Counts [B, V] with tokens [B, M] added, of which only the first `upto` [B] count."""
+    found = (tokens[..., None] == mx.arange(generated.shape[-1])).astype(generated.dtype)
+    if upto is not None:
+        found = found * (mx.arange(tokens.shape[1]) < upto[:, None])[..., None]
+    return generated + found.sum(axis=1)
+
+
+def running_counts(generated: mx.array, drafts: mx.array | None) -> mx.array:
+    """Counts as each row of a pass sees them: [B, V] and drafts [B, K] -> [B, K + 1, V]."""
+    start = generated[:, None]
+    if drafts is None:
+        return start
+    found = (drafts[..., None] == mx.arange(generated.shape[-1])).astype(generated.dtype)
+    return mx.concatenate([start, start + mx.cumsum(found, axis=1)], axis=1)
+
+
+class Chooser:
+    """How one round's drafts are chosen: greedily, or drawn from the filtered law, which it remembers for acceptance.
+
+    Drafter families call it once a step and know nothing of sampling.
+    """
+
+    def __init__(self, rules: Rules, knobs: Knobs, history: History, keys: mx.array) -> None:
+        self._rules, self._knobs, self._history, self._keys = rules, knobs, dict(history), keys
+        self._laws: list[Law] = []
+
+    @property
+    def law(self) -> Law | None:
+        """What the drafts were drawn from, [B, K, N]; None when greedy."""
+        return stacked(self._laws) if self._laws else None
+
+    def __call__(self, logits: mx.array, tokens: mx.array | None = None, forced: Forced | None = None) -> mx.array:
+        """The next draft [B, 1] from logits [B, 1, N] of `tokens` (None = the whole vocabulary).
+
+        forced: where its mask [B, 1] is set, its token [B, 1] is taken instead, for certain.
+        """
+        logits = self._rules.processed(logits.astype(mx.float32), tokens, self._knobs, self._history)
+        if self._rules.greedy:
+            best = mx.argmax(logits, axis=-1).astype(mx.int32)
+            chosen = best if tokens is None else mx.take_along_axis(tokens, best[..., None], axis=-1)[..., 0]
+            chosen = chosen if forced is None else mx.where(*forced, chosen)
+        else:
+            law = self._rules.law(logits, tokens, self._knobs)
+            law = law if forced is None else law.overruled(*forced)
+            chosen = law.draw(self._keys[len(self._laws)])
+            self._laws.append(law)
+        self._count(chosen)
+        return chosen.astype(mx.int32)
+
+    def certain(self, tokens: mx.array) -> mx.array:
+        """Drafts [B, K] that come without a law, from a lookup: the drafter is sure of each."""
+        if not self._rules.greedy:
+            self._laws.append(certain(tokens))
+        return tokens
+
+    def _count(self, chosen: mx.array) -> None:
+        if self._rules.penalties:
+            self._history["generated"] = counted(self._history["generated"], chosen)

@@ -1,0 +1,191 @@
+"""What a generation is asked for and what it returns: Sampling, Stats, Result, Event."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import zip_longest
+from typing import Any
+
+from mlx_mtp.errors import OptionError
+from mlx_mtp.generation import checks
+from mlx_mtp.text.channels import ToolCall
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen. None = the checkpoint's own default (generation_config.json), else that of `NEUTRAL`.
+
+    temperature: 0 = greedy. top_k: 0 = off. top_p: 1 = off. min_p: 0 = off. repetition_penalty: 1 = off, counts the
+    prompt too. presence_penalty, frequency_penalty: 0 = off, count what was generated. logit_bias: token id -> what
+    is added to its logit; -inf bans it. Raises OptionError for a value out of range.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] | None = None
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None:
+                value = checks.whole(name, value, 0) if name == "top_k" else checks.number(name, value, low, high)
+                object.__setattr__(self, name, value)
+        if self.top_p == 0:
+            raise OptionError("top_p must be above 0; 1 switches it off, and temperature 0 takes the best token.")
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", checks.bias(self.logit_bias))
+
+    def over(self, defaults: Sampling) -> Sampling:
+        """This, with `defaults` where it has None."""
+        mine = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(defaults, **{name: value for name, value in mine.items() if value is not None})
+
+
+# A repetition penalty far from 1 takes logits out of float32's range.
+RANGES = {
+    "temperature": (0.0, 100.0), "top_k": (0, checks.LARGEST), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0), "presence_penalty": (-100.0, 100.0), "frequency_penalty": (-100.0, 100.0),
+}  # fmt: skip
+NEUTRAL = Sampling(
+    temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0,
+    frequency_penalty=0.0, logit_bias={},
+)  # fmt: skip
+
+
+@dataclass
+class Stats:
+    """Counts and times of one generation. Rates are per second, memory in bytes.
+
+    prefilled_tokens: of the prompt, those that were run; in a conversation the rest is there already.
+    rounds: target forwards after prefill, a surplus one that a stop made useless included.
+    drafted: drafts of the rounds that were read. accepted: those of them that are in the reply: what a stop or the
+    budget cut off was not accepted. judged_by_position: drafts in whose place the reply has a token, the draft itself
+    or the target's; accepted over judged is conditional acceptance. So accepted <= judged <= drafted, and every round
+    gives its accepted drafts and, unless it was cut, one token of the target:
+    tokens <= 1 + accepted + rounds.
+    host_syncs: blocking reads of device values after prefill, counted where they happen.
+    prefill_seconds ends when the first token is there; decode_seconds runs from there to the last.
+    """
+
+    prompt_tokens: int = 0
+    prefilled_tokens: int = 0
+    tokens: int = 0
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    drafted_by_position: list[int] = field(default_factory=list)
+    judged_by_position: list[int] = field(default_factory=list)
+    accepted_by_position: list[int] = field(default_factory=list)
+    depth_counts: dict[int, int] = field(default_factory=dict)
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    host_syncs: int = 0
+    head_passes: int = 0
+    peak_memory_bytes: int = 0
+    mode: str = "fast"
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Tokens emitted per target forward after prefill; the first token is the prefill's."""
+        return (self.tokens - 1) / self.rounds if self.rounds and self.tokens > 1 else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """(N - 1) / (t_N - t_1)."""
+        return (self.tokens - 1) / self.decode_seconds if self.decode_seconds and self.tokens > 1 else 0.0
+
+    def count(self, rounds: Iterable[tuple[int, int]], tokens: int) -> None:
+        """Records a reply of so many tokens; rounds: drafted and accepted of each, in order, before any cut."""
+        self.tokens, left = tokens, max(0, tokens - 1)  # the first token is the prefill's
+        for drafted, accepted in rounds:
+            kept = min(accepted + 1, left)
+            left -= kept
+            judged, accepted = min(drafted, kept), min(accepted, kept)
+            for counts, upto in (
+                (self.drafted_by_position, drafted), (self.judged_by_position, judged),
+                (self.accepted_by_position, accepted),
+            ):  # fmt: skip
+                counts.extend([0] * (drafted - len(counts)))
+                for position in range(upto):
+                    counts[position] += 1
+            self.drafted += drafted
+            self.accepted += accepted
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every figure under its public name, ready for JSON."""
+        derived = {
+            "tokens_per_round": self.tokens_per_round,
+            "decode_tokens_per_second": self.decode_tokens_per_second,
+        }
+        return asdict(self) | derived
+
+
+def acceptance(stats: Iterable[Stats]) -> list[float]:
+    """Share of the drafts at each position that stood once those before them did, of all of these."""
+    judged, accepted = total(stats, "judged_by_position", "accepted_by_position")
+    return [stood / offered for stood, offered in zip(accepted, judged, strict=True) if offered]
+
+
+def total(stats: Iterable[Stats], *names: str) -> list[list[int]]:
+    """Counts by position, added up."""
+    found = list(stats)
+    return [[sum(column) for column in zip_longest(*(getattr(one, name) for one in found), fillvalue=0)]
+            for name in names]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished generation. tokens: generated ids, without prompt and without the ending token.
+
+    logprobs: one a token, natural logarithm under the target's law after penalties and bias, before temperature and
+    filters; None unless asked for. top_logprobs: the likeliest tokens of each place, {token id: logprob}. stop_token:
+    the ending token that was generated; None where a stop string or the length ended the reply.
+    """
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float] | None
+    finish_reason: str
+    stats: Stats
+    top_logprobs: list[dict[int, float]] | None = None
+    stop_token: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON object of `mlx-mtp generate --json`; top_logprobs only where logprobs were asked for."""
+        found = {
+            "text": self.text,
+            "tokens": self.tokens,
+            "logprobs": self.logprobs,
+            "finish_reason": self.finish_reason,
+            "stats": self.stats.as_dict(),
+        }
+        return found if self.top_logprobs is None else found | {"top_logprobs": self.top_logprobs}
+
+
+@dataclass(frozen=True)
+class Event:
+    """A piece of a running generation: the new text and tokens; `result` only on the last one.
+
+    text: as the model wrote it (in a chat, the answer alone). content, thinking, calls: the same told apart: what is
+    answer, what is thought, and finished calls of tools. With `raw` and without a chat template all text is answer;
+    an event that is made without `content` says so of its text.
+    """
+
+    text: str
+    tokens: list[int]
+    result: Result | None = None
+    logprobs: list[float] | None = None
+    top_logprobs: list[dict[int, float]] | None = None
+    thinking: str = ""
+    content: str = field(default=None)  # type: ignore[assignment]
+    calls: list[ToolCall] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.content is None:
+            object.__setattr__(self, "content", self.text)

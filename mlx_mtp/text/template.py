@@ -1,0 +1,199 @@
+"""A checkpoint's chat template: messages to ids, thinking on or off, what it drops, and the token that ends a turn.
+
+What a template does is found out by rendering with and without, never by reading it. What it leaves out of a system
+turn, of tools, of calls of tools or of any message is refused; two fields are without effect where a template has no
+place for them, as most leave them out on purpose: `name`, and `reasoning_content` (the thoughts of earlier turns).
+The text beside a tool call is the third: some formats have only room for the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from mlx_mtp.errors import PromptError, brief
+from mlx_mtp.text.channels import THOUGHTS
+
+Message = Mapping[str, Any]
+Tools = Sequence[Mapping[str, Any]]
+QUESTION: list[Message] = [{"role": "user", "content": "?"}]
+ANSWER = "answer"
+
+
+class Dropped(PromptError):
+    """Something that the template would leave out in silence. part: the field it came in, "messages" or "tools"."""
+
+    def __init__(self, what: str, part: str) -> None:
+        super().__init__(f"Expected no {what}: this checkpoint's chat template has no place for it; leave it out.")
+        self.part = part
+
+
+class ChatTemplate:
+    """The template of a tokenizer of transformers' or of mlx-lm's wrapper of one."""
+
+    def __init__(self, wrapped: Any) -> None:
+        self._wrapped = wrapped
+        self._kept: set[tuple[object, ...]] = set()  # kinds of parts that were seen to arrive in the prompt
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is one."""
+        found = getattr(self._wrapped, "has_chat_template", None)  # mlx-lm's wrapper knows templates in Python too
+        return bool(getattr(self._wrapped, "chat_template", None) if found is None else found)
+
+    def prompt(
+        self, messages: Sequence[Message], thinking: bool = False, tools: Tools | None = None, effort: str | None = None
+    ) -> list[int]:
+        """Ids of a conversation up to where the reply begins; PromptError where the template refuses, or drops, any.
+
+        thinking: switches that know only on and off; off unless it is asked for. effort: a level for templates that
+        know levels (`reasoning_effort`), None = their own.
+        """
+        found = _checked(messages)
+        options = self._options(thinking, tools, effort)
+        ids: list[int] = self._rendered(found, tokenize=True, add_generation_prompt=True, **options)
+        self._refuse_dropped(found, lambda said, tools: self._text(said, **options | {"tools": tools}), tools)
+        return ids
+
+    def conversation(self, messages: Sequence[Message]) -> str:
+        """A whole conversation as text to learn from: its last reply after just what a prompt ends in, and its end."""
+        found = _checked(messages)
+        options = self._options(False, None, None)
+        text: str = self._rendered(found, tokenize=False, add_generation_prompt=False, **options)
+        self._refuse_dropped(found, lambda said, _: self._text(said, **options), None)
+        if len(found) < 2 or found[-1]["role"] != "assistant":
+            return text
+        asked, reply = self._text(found[:-1], **options), found[-1]["content"].strip()
+        at = text.rfind(reply) if reply else -1
+        return text if asked is None or at < 0 or text.startswith(asked) else asked + text[at:]
+
+    @cached_property
+    def can_think(self) -> bool:
+        """Whether it can ask for thoughts, or the model is one that opens them by itself."""
+        on, off = (self._text(QUESTION, **self._options(thinking, None, None)) for thinking in (True, False))
+        template = str(getattr(self._wrapped, "chat_template", None) or "")
+        return on != off or any(opening in template for opening, _ in THOUGHTS)
+
+    def reply_opening(self) -> list[int]:
+        """Ids that a prompt has after the last message's own; empty where they cannot be told apart, as without it a
+        reply only begins somewhere else."""
+        options = self._options(False, None, None)
+        try:
+            closed, opened = (self._rendered(QUESTION, tokenize=True, add_generation_prompt=prompt, **options)
+                              for prompt in (False, True))  # fmt: skip
+        except PromptError:
+            return []
+        return list(opened[len(closed) :]) if opened[: len(closed)] == closed else []
+
+    def turn_end(self) -> int | None:
+        """The special token with which it ends a reply, None where it writes plain text or nothing."""
+        messages = [*QUESTION, {"role": "assistant", "content": ANSWER}]
+        try:
+            text = self._rendered(messages, tokenize=False, add_generation_prompt=False,
+                                  **self._options(False, None, None))  # fmt: skip
+        except PromptError:
+            return None
+        _, found, rest = str(text).rpartition(ANSWER)
+        rest = rest.lstrip()
+        if not found or not rest:
+            return None
+        first = int(self._wrapped.encode(rest, add_special_tokens=False)[0])
+        added = getattr(self._wrapped, "added_tokens_decoder", None) or {}
+        return first if first in added and rest.startswith(str(added[first])) else None
+
+    @cached_property
+    def _is_jinja(self) -> bool:
+        """Whether it takes any variable; a renderer written in Python takes only those that it knows."""
+        try:
+            self._rendered(QUESTION, tokenize=False, add_generation_prompt=True, thinking=False, reasoning_effort="low")
+        except PromptError:
+            return False
+        return True
+
+    def _options(self, thinking: bool, tools: Tools | None, effort: str | None) -> dict[str, Any]:
+        """Variables of the template. The switch is always given: mlx-lm sets it to on where it is not."""
+        options: dict[str, Any] = {"enable_thinking": bool(thinking)}
+        if self._is_jinja:
+            options["thinking"] = bool(thinking)
+            if effort is not None:
+                options["reasoning_effort"] = effort
+        return options | ({"tools": list(tools)} if tools else {})
+
+    def _text(self, messages: Sequence[Message], **options: Any) -> str | None:
+        """The prompt as text, None where the template refuses."""
+        try:
+            return str(self._rendered(messages, tokenize=False, add_generation_prompt=True, **options))
+        except PromptError:
+            return None
+
+    def _rendered(self, messages: Sequence[Message], **options: Any) -> Any:
+        if not self.exists:
+            raise PromptError("Expected a checkpoint with a chat template, found none; pass a plain prompt or --raw.")
+        if "return_dict" not in options and not hasattr(self._wrapped, "eos_token_ids"):
+            options["return_dict"] = False  # mlx-lm's wrapper says so by itself
+        try:
+            return self._wrapped.apply_chat_template(list(messages), **options)
+        except Exception as error:  # a template may raise anything, most often jinja's TemplateError
+            raise PromptError(
+                f"Expected messages that this checkpoint's chat template takes, found others ({brief(error)}); "
+                "use the roles system, user and assistant in turns."
+            ) from error
+
+    def _refuse_dropped(
+        self, messages: list[Message], text: Callable[[list[Message], Tools | None], str | None], tools: Tools | None
+    ) -> None:
+        """Raises Dropped where the prompt stays the same without a part. Each kind of part is tried until it is seen
+        to arrive: a tokenizer's first conversations cost a few renderings more."""
+        whole = None
+        for kind, what, part, said, offered in _without(messages, tools):
+            if kind in self._kept:
+                continue
+            whole = text(messages, tools) if whole is None else whole
+            if whole is not None and text(said, offered) == whole:
+                raise Dropped(what, part)
+            self._kept.add(kind)
+
+
+def _without(
+    messages: list[Message], tools: Tools | None
+) -> Iterator[tuple[tuple[object, ...], str, str, list[Message], Tools | None]]:
+    """Every part: its kind, its name, its field, and messages and tools that lack it or say something else there."""
+    if tools:
+        yield ("tools", len(tools) > 1), "tools", "tools", messages, list(tools[:-1]) or None
+    for i, message in enumerate(messages):
+        role, calls = message["role"], message.get("tool_calls")
+        before, after = messages[:i], messages[i + 1 :]
+        if calls:
+            # Without the last call: one that follows another has its own place or none.
+            other = {**message, "tool_calls": list(calls)[:-1]}
+            yield (role, "calls", len(calls) > 1), "tool_calls", "messages", [*before, other, *after], tools
+        elif message["content"]:
+            what = f"{role} message" + ("" if role != "system" or not i else " after another message")
+            other = {**message, "content": message["content"] + " ~"}
+            yield (role, "content", i == 0), what, "messages", [*before, other, *after], tools
+
+
+def _checked(messages: Sequence[Message]) -> list[Message]:
+    """Messages with a role and a text each, parts of text as lines of one; PromptError for anything else."""
+    found: list[Message] = []
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise PromptError(
+                f"Expected messages as {{'role': ..., 'content': ...}}, found another at place {i}; "
+                "give each a role and a content."
+            )
+        content = message.get("content")
+        if isinstance(content, (list, tuple)):
+            texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+                     for part in content]  # fmt: skip
+            content = None if None in texts else "\n".join(map(str, texts))
+        elif content is None and message.get("tool_calls"):
+            content = ""
+        if not isinstance(content, str):
+            raise PromptError(
+                f"Expected the content of messages as text, found another at place {i}; "
+                "images, sounds and files cannot be read."
+            )
+        found.append({**message, "content": content})
+    return found

@@ -1,0 +1,190 @@
+"""Between text and tokens: prompts to ids, ids to text as they come, stop strings.
+
+What it does: wraps mlx-lm's tokenizer. What it does not do: run a model, read templates (template.py), or spell tokens
+(detokenizer.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mlx_mtp.errors import CheckpointError, OptionError, PromptError, brief
+from mlx_mtp.text.channels import THOUGHTS, overlap
+from mlx_mtp.text.detokenizer import Detokenizer, TokenBytes
+from mlx_mtp.text.template import ChatTemplate
+
+# Tokens at a prompt's end in which a template may open a thought.
+THOUGHT_TAIL = 16
+Prompt = str | Sequence[int] | Sequence[dict[str, str]]
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer: `encode`, `decode`, the chat template and a streaming detokeniser.
+
+    wrapped: what mlx-lm or transformers loads.
+    """
+
+    def __init__(self, wrapped: Any) -> None:
+        self._wrapped = wrapped
+        self.template = ChatTemplate(wrapped)
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer | None:
+        """The tokenizer beside a checkpoint, or None where it has none."""
+        if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+            return None
+        from mlx_lm.tokenizer_utils import load  # slow to import, and not needed for token ids
+
+        try:
+            return cls(load(folder))
+        except Exception as error:  # the tokenizer libraries raise plain Exception, OSError, ValueError, ...
+            raise CheckpointError(
+                f"{folder}: the tokenizer could not be read ({brief(error)}); download it again."
+            ) from error
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Text to ids. `special` puts in front what the checkpoint's prompts begin with, once, be it in the text
+        already; the end-of-sequence token that some tokenizers append is left out, as a prompt goes on."""
+        ids: list[int] = self._wrapped.encode(text, add_special_tokens=False)
+        return [*self.opening(ids), *ids] if special else ids
+
+    def opening(self, ids: Sequence[int]) -> list[int]:
+        """What the tokenizer puts in front of a text, most often the beginning-of-sequence token, as far as these
+        ids do not begin with it."""
+        whole = self._opening
+        there = next((n for n in range(len(whole), 0, -1) if list(ids[:n]) == whole[-n:]), 0)
+        return whole[: len(whole) - there]
+
+    @cached_property
+    def _opening(self) -> list[int]:
+        with_it, alone = (self._wrapped.encode("a", add_special_tokens=special) for special in (True, False))
+        places = range(len(with_it) - len(alone) + 1)
+        at = next((at for at in places if with_it[at : at + len(alone)] == alone), 0)
+        return list(with_it[:at])
+
+    @cached_property
+    def _bytes(self) -> TokenBytes:
+        return TokenBytes(self._wrapped)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids to text, special tokens spelled out: what `stream` shows of them, so a reply's first space stays and
+        an id that no token has adds nothing."""
+        stream = self.stream()
+        for token in ids:
+            stream.add_token(token)
+        stream.finalize()
+        return stream.last_segment
+
+    def spell(self, token: int) -> tuple[str, bytes | None]:
+        """A token as it reads inside a text, and its bytes."""
+        data = self._bytes.of(token) or b""
+        return data.decode("utf-8", "replace"), data
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        thinking: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        effort: str | None = None,
+    ) -> list[int]:
+        """Messages to ids through the checkpoint's chat template, ready for the reply.
+
+        thinking: whether a checkpoint that can shall think first: the one default, for every command and for training.
+        Templates without a switch are as they are. tools: declarations in OpenAI's form. effort: a level for templates
+        that know `reasoning_effort`. PromptError where the template refuses the messages or would drop some of them.
+        """
+        return self.template.prompt(messages, thinking, tools, effort)
+
+    def opened_thought(self, ids: Sequence[int]) -> str | None:
+        """The marker of a thought that a prompt has opened and not closed, None where it has not."""
+        end = self.decode(ids[-THOUGHT_TAIL:])
+        return next((opening for opening, closing in THOUGHTS if end.rfind(opening) > end.rfind(closing)), None)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat` works."""
+        return self.template.exists
+
+    @property
+    def can_think(self) -> bool:
+        """Whether the chat template can ask for thoughts, or opens them by itself."""
+        return self.template.exists and self.template.can_think
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Most characters that one token stands for."""
+        return max(map(len, self._wrapped.get_vocab()))
+
+    @cached_property
+    def end_tokens(self) -> set[int]:
+        """Ids that end a reply, as the tokenizer sees it: its own, and what its template ends a reply with."""
+        own = getattr(self._wrapped, "eos_token_ids", None) or {getattr(self._wrapped, "eos_token_id", None)}
+        return {token for token in (*own, self.template.turn_end()) if isinstance(token, int)}
+
+    def stream(self) -> Detokenizer:
+        """A fresh detokeniser."""
+        return Detokenizer(self._bytes)
+
+
+def prompt_ids(prompt: Prompt, tokenizer: Tokenizer | None, raw: bool = False, thinking: bool = False) -> list[int]:
+    """Any prompt to token ids: a list of ids as it is, messages by template, a string as one user message.
+
+    raw: a string is continued as it stands, without the chat template. thinking: as for Tokenizer.chat. Raises
+    PromptError for an empty prompt, OptionError for thinking where nothing can ask for it.
+    """
+    if not prompt:
+        raise PromptError("Expected a prompt, found an empty one; write at least one character or token id.")
+    ids = not isinstance(prompt, str) and isinstance(prompt[0], int)
+    if tokenizer is None and not ids:
+        raise PromptError("Expected token ids, found text; this checkpoint has no tokenizer: use --tokens 1,2,3.")
+    plain = ids or (isinstance(prompt, str) and (raw or tokenizer is None or not tokenizer.has_chat_template))
+    if thinking and (plain or tokenizer is None or not tokenizer.can_think):
+        raise OptionError(
+            "Expected thinking only with messages and a chat template that knows it, found it without; leave it out."
+        )
+    if ids or tokenizer is None:
+        return [int(token) for token in prompt]  # type: ignore[arg-type]
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt) if plain else tokenizer.chat([{"role": "user", "content": prompt}], thinking)
+    return tokenizer.chat(prompt, thinking)  # type: ignore[arg-type]
+
+
+class StopStrings:
+    """Cuts a stream of text before the first stop string; holds back what might become one.
+
+    past: characters of the text fed last, up to and with the end of the stop string, once there is a `hit`.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+        self.hit, self.past = False, 0
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to look for."""
+        return bool(self._stops)
+
+    def feed(self, text: str) -> str:
+        """Text that is safe to show now; after `hit` nothing follows."""
+        if self.hit:
+            return ""
+        before = len(self._held)
+        self._held += text
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            # The one that is complete first, the longest of these: so that it does not matter how the text was cut.
+            end, begin = min(found)
+            self.hit, self.past = True, end - before
+            shown, self._held = self._held[:begin], ""
+            return shown
+        keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
+        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown
+
+    def flush(self) -> str:
+        """What was held back, once nothing can follow."""
+        shown, self._held = ("" if self.hit else self._held), ""
+        return shown
