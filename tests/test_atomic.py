@@ -113,4 +113,5 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / f".other.partial-{gone.pid}-1.json").write_text("not of this file")
     with replacing(tmp_path / "state.json") as fresh:
         fresh.write_text("whole")
-    assert names(tmp_path) == [f".other.partial-{gone.pid}-1.json", f".state.partial-{os.getpid()}-1.json", "state.json"]
+    others = f".other.partial-{gone.pid}-1.json", f".state.partial-{os.getpid()}-1.json"
+    assert names(tmp_path) == [*others, "state.json"]
