@@ -21,7 +21,7 @@ import mlx.core as mx
 from prompts import held_out_code
 
 from mlx_mtp.generation.depth import FixedDepth
-from mlx_mtp.generation.loop import Asked, Decoder
+from mlx_mtp.generation.loop import Decoder, GenerationRequest
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.measuring.turns import mlx_lm_step
 
@@ -56,13 +56,13 @@ def many_requests(engine: mlx_mtp.Engine, count: int) -> list[float]:
 def round_milliseconds(engine: mlx_mtp.Engine, prompt: list[int], depth: int, repeats: int = 21) -> float:
     """Median of a round evaluated alone behind a prompt."""
     decoder = Decoder(engine.target, engine.drafter, FixedDepth(depth))
-    request = decoder.prefill(Asked(ids=prompt, budget=1), (repeats + 4) * (depth + 1))
+    request = decoder.prefill(GenerationRequest(ids=prompt, budget=1), (repeats + 4) * (depth + 1))
     decoder.rounds.first(request)
     times = []
     for _ in range(repeats + 3):
-        outcome = decoder.rounds.build(request, depth)
+        output = decoder.rounds.build(request, depth)
         began = time.perf_counter()
-        mx.eval(outcome.tokens, request.state)
+        mx.eval(output.tokens, request.tree)
         times.append(1e3 * (time.perf_counter() - began))
     return statistics.median(times[3:])
 

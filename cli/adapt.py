@@ -33,7 +33,7 @@ def adapt(
     drafts: Annotated[int, typer.Option(help="Drafts a round it is trained for.")] = DEFAULTS.drafts,
     depth: Annotated[int, typer.Option(help="Drafts a round when measuring before and after.")] = DEFAULTS.depth,
     label_share: Annotated[
-        float, typer.Option(help="Share of the loss on the text's own tokens, the rest on the target's law.")
+        float, typer.Option(help="Share of the loss on the text's own tokens, the rest on the target's distribution.")
     ] = DEFAULTS.label_share,
     rehearsal: Annotated[
         float, typer.Option(help="Share of training on other text, so that nothing is forgotten.")

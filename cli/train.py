@@ -68,7 +68,7 @@ def train(
     ] = SHAPE.inner,
     label_share: Annotated[
         float,
-        typer.Option(help="Share of the loss on the text's own tokens, the rest on the target's law.",
+        typer.Option(help="Share of the loss on the text's own tokens, the rest on the target's distribution.",
                      rich_help_panel=DRAFTER),
     ] = DEFAULTS.label_share,
     sampled_share: Annotated[

@@ -1,4 +1,4 @@
-"""mlx_mtp: language models that decode faster on Apple's MLX through Multi-Token Prediction, output law unchanged.
+"""mlx_mtp: language models that decode faster through Multi-Token Prediction, on Apple's MLX, distribution unchanged.
 
     import mlx_mtp
     engine = mlx_mtp.load()                       # the embedded pair

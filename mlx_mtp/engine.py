@@ -28,7 +28,7 @@ from mlx_mtp.generation.cache import CAPACITY_STEP
 from mlx_mtp.generation.depth import DepthController, DepthPolicy, FixedDepth
 from mlx_mtp.generation.depth_profile import ProfileFile
 from mlx_mtp.generation.interfaces import Drafter, Target
-from mlx_mtp.generation.loop import Asked, Decoder, PrefillProgress
+from mlx_mtp.generation.loop import Decoder, GenerationRequest, PrefillProgress
 from mlx_mtp.generation.prefix import Pair, Session
 from mlx_mtp.generation.reply import Reply
 from mlx_mtp.generation.round import LogitsProcessor
@@ -60,7 +60,7 @@ class Engine:
         drafter: Drafter | None,
         tokenizer: Tokenizer | None,
         *,
-        end_tokens: Collection[int] = (),
+        stop_tokens: Collection[int] = (),
         depth: int | str = "auto",
         mode: str = "fast",
         max_context: int | None = None,
@@ -69,7 +69,7 @@ class Engine:
     ) -> None:
         self.mode = checks.one_of("mode", mode, MODES)
         self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
-        self.end_tokens = frozenset(end_tokens)
+        self.stop_tokens = frozenset(stop_tokens)
         self.defaults = defaults.over(NEUTRAL)
         self.depth: int | str = _checked_depth(depth, drafter)
         limit = target.info.max_context  # of the model
@@ -181,7 +181,7 @@ class Engine:
         ids = self._checked(prompt_ids(checks.prompt(prompt), self.tokenizer, raw, thinking))
         if session is not None:
             session.check(self.pair)
-        asked = Asked(
+        request = GenerationRequest(
             ids=ids,
             budget=min(max_tokens, self.max_context - len(ids)),
             sampling=self._checked_sampling(sampling),
@@ -192,10 +192,10 @@ class Engine:
             session=session,
         )
         policy = self._decoder.policy
-        if seed is not None and asked.sampling.temperature and isinstance(policy, DepthController):
+        if seed is not None and request.sampling.temperature and isinstance(policy, DepthController):
             policy = FixedDepth(max(depth for depth in policy.allowed if depth <= SEEDED_DEPTH))
         reply = self._reply_to(ids, stops, raw, tools)
-        return threads.each(self._events(asked, policy, reply, frozenset() if ignore_end else self.end_tokens))
+        return threads.each(self._events(request, policy, reply, frozenset() if ignore_end else self.stop_tokens))
 
     def _reply_to(self, ids: list[int], stop: list[str], raw: bool, tools: bool) -> Reply:
         tokenizer = self.tokenizer
@@ -228,33 +228,33 @@ class Engine:
         return ids
 
     def _events(
-        self, asked: Asked, policy: DepthPolicy, reply: Reply, ends: Collection[int]
+        self, request: GenerationRequest, policy: DepthPolicy, reply: Reply, stop_tokens: Collection[int]
     ) -> Generator[Event, None, None]:
-        stats = Stats(prompt_tokens=len(asked.ids), mode=self.mode)
+        stats = Stats(prompt_tokens=len(request.ids), mode=self.mode)
         mx.reset_peak_memory()
         rounds: list[tuple[int, int]] = []  # drafts of each round that was read, and how many of them were accepted
         began = time.perf_counter()
         try:
-            with contextlib.closing(self._decoder.decode(asked, stats, policy)) as runs:
-                for run in runs:
+            with contextlib.closing(self._decoder.decode(request, stats, policy)) as chunks:
+                for chunk in chunks:
                     stats.decode_seconds = time.perf_counter() - began - stats.prefill_seconds
-                    if run.drafted is not None:
-                        rounds.append((run.drafted, run.accepted))
-                    reply.extend(run, ends)
+                    if chunk.drafted is not None:
+                        rounds.append((chunk.drafted, chunk.accepted))
+                    reply.extend(chunk, stop_tokens)
                     if reply.has_news:
                         yield reply.event()
                     if reply.over:
                         break
             reply.finish()
         finally:
-            if asked.session is not None:  # the last token has no row for sure, but for one in front of an ending token
-                asked.session.cut(len(asked.ids) + max(0, len(reply.tokens) - (reply.stop_token is None)))
+            if request.session is not None:  # the last token may have no row, unless a stop token came after it
+                request.session.cut(len(request.ids) + max(0, len(reply.tokens) - (reply.stop_token is None)))
         stats.peak_memory_bytes = mx.get_peak_memory()
         stats.count(rounds, len(reply.tokens))
         if isinstance(policy, DepthController):
             policy.save()
         reason = "stop" if reply.over else "length"
-        logprobs, top = (reply.logprobs, reply.top) if asked.logprobs else (None, None)
+        logprobs, top = (reply.logprobs, reply.top) if request.logprobs else (None, None)
         yield reply.event(Result(reply.text, reply.tokens, logprobs, reason, stats, top, reply.stop_token))
 
 

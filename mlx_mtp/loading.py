@@ -103,7 +103,7 @@ def load(
         target,
         loaded,
         tokenizer,
-        end_tokens=_end_tokens(checkpoint, generation, tokenizer, target.info.vocab_size),
+        stop_tokens=_end_tokens(checkpoint, generation, tokenizer, target.info.vocab_size),
         depth=depth,
         mode=mode,
         max_context=max_context,
@@ -338,7 +338,7 @@ def _end_tokens(
 
     Each of them is often incomplete. Ids outside the vocabulary can never come and are left out (-1 stands for none).
     """
-    found = set(tokenizer.end_tokens) if tokenizer else set()
+    found = set(tokenizer.stop_tokens) if tokenizer else set()
     for source in (generation, checkpoint.config, section(checkpoint.config, "text_config")):
         given = source.get("eos_token_id")
         ids = given if isinstance(given, list) else [] if given is None else [given]

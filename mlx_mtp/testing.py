@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_mtp.generation.cache import KVCache
-from mlx_mtp.generation.interfaces import Choose, Memory, States, Target, TargetInfo
+from mlx_mtp.generation.interfaces import Memory, SampleDraft, States, Target, TargetInfo
 
 
 class ScriptedDrafter:
@@ -70,11 +70,11 @@ class ScriptedDrafter:
         return memory
 
     def draft(
-        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, choose: Choose
+        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
     ) -> tuple[mx.array, Memory]:
         """The script's tokens behind `token`, whose position is the committed length."""
         places = cache.length[:, None] + 1 + mx.arange(depth, dtype=mx.int32)
-        return choose.certain(self._script[mx.minimum(places, self._script.size - 1)]), memory
+        return sample.point_mass(self._script[mx.minimum(places, self._script.size - 1)]), memory
 
     def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:
         """Nothing to remember."""
@@ -86,7 +86,7 @@ class ScriptedDrafter:
 
 
 class MarkovTarget:
-    """A target whose next-token logits depend on the last token alone: table [V, V]. Its law is known exactly."""
+    """A target whose next-token logits depend on the last token alone: table [V, V]; its distribution is known."""
 
     def __init__(self, table: mx.array, max_context: int = 1 << 20) -> None:
         self.table = table
@@ -129,10 +129,10 @@ class MarkovDrafter(ScriptedDrafter):
         self.table = table
 
     def draft(
-        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, choose: Choose
+        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
     ) -> tuple[mx.array, Memory]:
         """A chain through the table."""
         drafts = [token]
         for _ in range(depth):
-            drafts.append(choose(self.table[drafts[-1]]))
+            drafts.append(sample(self.table[drafts[-1]]))
         return mx.concatenate(drafts[1:], axis=1), memory

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_mtp.drafters.parallel import ParallelConfig, ParallelModel
 from mlx_mtp.drafters.sequential import SequentialConfig, SequentialModel
 from mlx_mtp.generation.cache import KVCache
-from mlx_mtp.generation.interfaces import Choose, Drafter, Memory, States, Target
+from mlx_mtp.generation.interfaces import Drafter, Memory, SampleDraft, States, Target
 from mlx_mtp.testing import ScriptedDrafter
 
 HEAD_DIM, EPS = 8, 1e-5
@@ -87,10 +87,10 @@ class Guided(ScriptedDrafter):
         self.start, self.grow, self.observe, self.rewind = drafter.start, drafter.grow, drafter.observe, drafter.rewind
 
     def draft(
-        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, choose: Choose
+        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
     ) -> tuple[mx.array, Memory]:
-        own, memory = self.drafter.draft(memory, token, hidden, cache, depth, choose)
-        proposed, _ = super().draft(memory, token, hidden, cache, depth, choose)
+        own, memory = self.drafter.draft(memory, token, hidden, cache, depth, sample)
+        proposed, _ = super().draft(memory, token, hidden, cache, depth, sample)
         return proposed + 0 * own, memory  # its drafts are computed
 
 
@@ -118,11 +118,11 @@ def drafted(
         at += size
     cache = target.new_cache(256)
     while at + depth < len(tokens):
-        choose = Scripted(tokens[at + 1 : at + 1 + depth].tolist())
+        sample = Scripted(tokens[at + 1 : at + 1 + depth].tolist())
         memory = drafter.grow(memory, at + depth + 16)
         hidden = states.hidden[:, at - 1 : at]
-        _, memory = drafter.draft(memory, mx.array([[int(tokens[at])]]), hidden, cache, depth, choose)
-        yield at, choose.logits
+        _, memory = drafter.draft(memory, mx.array([[int(tokens[at])]]), hidden, cache, depth, sample)
+        yield at, sample.logits
         accepted = int(random.integers(0, depth + 1))
         rows = cut(at, at + accepted + 1, depth - accepted)
         memory = drafter.observe(memory, *rows, mx.array([accepted]))

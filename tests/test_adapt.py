@@ -139,13 +139,13 @@ def test_a_reply_is_followed_by_the_token_that_ended_it(folder: Path) -> None:
     options = Adapting(**OPTIONS | {"tokens": 40})
     written_on = engine.generate([30, 31], max_tokens=40, sampling=GREEDY, ignore_end=True).tokens
     for stop in dict.fromkeys(written_on):
-        engine.end_tokens = frozenset({stop, *(token for token in range(128) if token not in written_on)})
+        engine.stop_tokens = frozenset({stop, *(token for token in range(128) if token not in written_on)})
         result = engine.generate([30, 31], max_tokens=40, sampling=GREEDY)
         assert (result.stop_token, result.finish_reason) == (stop, "stop") and stop not in result.tokens
         replies = library._replies(Memory(), "a", engine, [[30, 31]], options)
         (row,) = finished(replies)
         assert row == [30, 31, *written_on[: written_on.index(stop) + 1]]
-    engine.end_tokens = frozenset()
+    engine.stop_tokens = frozenset()
     assert engine.generate([30, 31], max_tokens=40, sampling=GREEDY).stop_token is None
 
 

@@ -12,7 +12,7 @@ from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.assistant import Convention
 from mlx_mtp.generation.cache import FULL
-from mlx_mtp.generation.sampling import Chooser, Rules
+from mlx_mtp.generation.sampling import DraftSampler, SamplingSpec
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.targets import load_target
 
@@ -33,7 +33,7 @@ def test_four_steps(golden, head: str, convention: Convention) -> None:
     cache.advance(arrays["input_ids"].shape[1])
     token, state = mx.array(arrays["bonus_id"])[None], states.hidden[:, -1:]
 
-    drafts, _ = drafter.draft({}, token, state, cache, 4, Chooser(Rules(), {}, {}, mx.random.key(0)))
+    drafts, _ = drafter.draft({}, token, state, cache, 4, DraftSampler(SamplingSpec(), {}, {}, mx.random.key(0)))
     assert np.array_equal(np.array(drafts), arrays[f"{name}_ids"])
 
     position, shared, masks = drafter.view(cache)

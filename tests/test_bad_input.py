@@ -24,7 +24,7 @@ TARGET, TIED, CENTROID = (GOLDEN / "ple" / part for part in ("target", "assistan
 KEQV = GOLDEN / "keqv"
 STATS = {
     "prompt_tokens", "prefilled_tokens", "tokens", "rounds", "drafted", "accepted", "drafted_by_position",
-    "judged_by_position", "accepted_by_position", "tokens_per_round", "depth_counts", "prefill_seconds",
+    "verified_by_position", "accepted_by_position", "tokens_per_round", "depth_counts", "prefill_seconds",
     "decode_seconds", "decode_tokens_per_second", "host_syncs", "head_passes", "peak_memory_bytes", "mode",
 }  # fmt: skip
 MISSING = object()

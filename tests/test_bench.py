@@ -230,7 +230,7 @@ def test_acceptance_is_conditional_and_ends_where_nothing_tells() -> None:
     # Depths change, so that a position's drafts come from other rounds than the position before.
     stats[1].count([(1, 1), (1, 1)], tokens=5)
     stats[0].count([(3, 3), (3, 1), (3, 0)], tokens=8)
-    assert stats[0].judged_by_position == [3, 2, 1] and stats[0].drafted_by_position == [3, 3, 3]
+    assert stats[0].verified_by_position == [3, 2, 1] and stats[0].drafted_by_position == [3, 3, 3]
     assert acceptance(stats) == pytest.approx([4 / 5, 1 / 2, 1.0])
     assert acceptance([]) == []
 

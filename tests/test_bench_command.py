@@ -24,7 +24,7 @@ from mlx_mtp.measuring.summary import markdown
 SPREAD = {"median", "low", "high"}
 ROW = {
     "arm", "drafter", "depth", "tokens_per_second", "over_stock", "over_plain", "tau", "timed_tokens_per_round",
-    "acceptance", "drafted_by_position", "judged_by_position", "accepted_by_position", "depth_counts",
+    "acceptance", "drafted_by_position", "verified_by_position", "accepted_by_position", "depth_counts",
     "milliseconds_per_round", "first_token_milliseconds", "run_bytes", "joules_per_token", "output",
 }  # fmt: skip
 ARMS = ["stock", "plain", "mtp@2", "mtp@auto", "lookup@2"]
@@ -97,7 +97,7 @@ def test_the_figures_agree_with_the_raw_runs(outputs: tuple[Path, dict[str, Any]
         assert len(drafted["acceptance"]) == 2 and 1.0 <= drafted["tau"] <= 3.0
         reply = prompt["replies"]["mtp@2"]
         assert drafted["tau"] == pytest.approx((reply["tokens"] - 1) / reply["rounds"])
-        assert drafted["acceptance"][0] == reply["accepted_by_position"][0] / reply["judged_by_position"][0]
+        assert drafted["acceptance"][0] == reply["accepted_by_position"][0] / reply["verified_by_position"][0]
         # A plain round gives one token: 11 of them between the first token and the last.
         each = sorted(1e3 * one["seconds"] / 11 for one in prompt["runs"]["plain"])
         assert rows["plain"]["milliseconds_per_round"] == pytest.approx(sum(each) / 2)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_mtp.generation.cache import FULL, SLACK, SLIDING, KVCache, LayerShape, Pass, capacity_for
+from mlx_mtp.generation.cache import FULL, SLACK, SLIDING, AttentionPlan, KVCache, LayerShape, capacity_for
 
 SHAPES = (LayerShape(FULL, 2, 3), LayerShape(SLIDING, 1, 4), LayerShape(SLIDING, 2, 2))
 
@@ -32,7 +32,7 @@ def written(serial: int, batch: int, rows: int, shape: LayerShape) -> mx.array:
     return mx.array(np.broadcast_to(names[:, None, :, None], (batch, shape.heads, rows, shape.head_dim)), mx.float32)
 
 
-def seen(keys: mx.array, step: Pass, kind: str, sequence: int, row: int) -> set[int]:
+def seen(keys: mx.array, step: AttentionPlan, kind: str, sequence: int, row: int) -> set[int]:
     """Names of the rows that one query attends to, the same in every head and channel."""
     masks = np.array(step.masks[kind])
     mask = masks[sequence % len(masks), 0, row]  # one mask may serve the whole batch
@@ -51,7 +51,7 @@ def test_like_a_plain_list(history: tuple[int, int, list[tuple[int, list[int]]]]
         longest = max(map(len, past)) + rows
         if longest > cache.capacity:
             cache.grow(capacity_for(longest))
-        step = cache.begin(rows)
+        step = cache.plan(rows)
         for layer, shape in enumerate(SHAPES):
             fresh = written(serial, batch, rows, shape)
             keys, values = cache.update(layer, fresh, -fresh, step)
@@ -81,12 +81,12 @@ def test_a_drafter_sees_the_newest_committed_rows(window: int, length: int, extr
     cache = KVCache(SHAPES[1:2], window, 256, mx.float32)
     for start in range(0, length, 7):
         rows = min(7, length - start)
-        step = cache.begin(rows)
+        step = cache.plan(rows)
         values = mx.broadcast_to(mx.arange(start, start + rows, dtype=mx.float32)[:, None], (1, 1, rows, 4))
         cache.update(0, values, values, step)
         cache.advance(rows)
     rejected = mx.full((1, 1, 8, 4), -1.0)
-    cache.update(0, rejected, rejected, cache.begin(8))
+    cache.update(0, rejected, rejected, cache.plan(8))
     mask = np.array(cache.visible(SLIDING, cache.length - 1, window + extra))[0, 0, 0]
     names = np.array(cache.keys[0])[0, 0, mask, 0].astype(int).tolist()
     assert sorted(names) == list(range(max(0, length - window - extra), length))
@@ -105,7 +105,7 @@ def test_recent_rows_of_a_full_layer(lengths: list[int], rows: int) -> None:
     """Of the longest sequence the last rows; of a shorter one those that lie in the same place."""
     cache = KVCache([LayerShape(FULL, 1, 4)], 1, 256, mx.float32, len(lengths))
     names = mx.broadcast_to(mx.arange(256, dtype=mx.float32)[:, None], (len(lengths), 1, 256, 4))
-    cache.update(0, names, names + 1000, cache.begin(256))
+    cache.update(0, names, names + 1000, cache.plan(256))
     cache.advance(mx.array(lengths))
     keys, values, seen = (np.array(part) for part in cache.recent(0, rows))
     start = max(0, max(lengths) - rows)

@@ -136,7 +136,7 @@ def test_a_turn_without_any_answer_is_not_kept(plain: mlx_mtp.Engine) -> None:
     with pytest.raises(KeyboardInterrupt):  # the answer that was there stays, too
         list(chat.retry(on_prefill=lambda done, total: (_ for _ in ()).throw(KeyboardInterrupt)))
     assert chat.messages == kept and not chat.session.busy
-    end = {token: 100.0 for token in list(plain.end_tokens)[:1]}
+    end = {token: 100.0 for token in list(plain.stop_tokens)[:1]}
     result = said(chat, TWO, sampling=mlx_mtp.Sampling(logit_bias=end))
     assert result.text == "" and result.finish_reason == "stop" and chat.messages == kept
 
@@ -159,7 +159,7 @@ def test_messages_that_cannot_be_sent(plain: mlx_mtp.Engine, text: str) -> None:
 
 
 def test_a_conversation_too_long_is_refused_and_stays(plain: mlx_mtp.Engine) -> None:
-    chat = mlx_mtp.Engine(plain.target, None, plain.tokenizer, end_tokens=plain.end_tokens, max_context=60).chat()
+    chat = mlx_mtp.Engine(plain.target, None, plain.tokenizer, stop_tokens=plain.stop_tokens, max_context=60).chat()
     said(chat, TWO, 20)
     kept = list(chat.messages)
     with pytest.raises(mlx_mtp.PromptError, match="shorter than the context of 60"):

@@ -104,7 +104,7 @@ def test_a_saved_chat_goes_on_as_if_it_had_not_been(folder: Path, tmp_path: Path
 def test_chats_without_kv(folder: Path, tmp_path: Path) -> None:
     engine = load(folder, "none")
     empty = engine.load_chat(engine.chat().save(tmp_path / "empty"))
-    assert empty.messages == [] and empty.session.held is None and empty.system is None
+    assert empty.messages == [] and empty.session.lease is None and empty.system is None
     chat = thinking_engine(tmp_path / "markov").chat()  # a target without K/V and without a folder
     list(chat.send("Why?"))
     other = chat.engine.load_chat(chat.save(tmp_path / "markov-chat"))
@@ -139,7 +139,7 @@ def test_with_another_drafter_the_kv_are_computed_anew(
     folder: Path, saved: tuple[mlx_mtp.Engine, Path], family: str
 ) -> None:
     other = load(folder, family).load_chat(saved[1])
-    assert other.messages and other.session.held is None and other.session.ids == []
+    assert other.messages and other.session.lease is None and other.session.ids == []
     result, expected = talk(other, "x"), talk(saved[0].load_chat(saved[1]), "x")
     assert result.tokens == expected.tokens and result.stats.prefilled_tokens == result.stats.prompt_tokens
 
@@ -154,9 +154,9 @@ def test_another_version_or_mode_computes_anew(
     folder: Path, saved: tuple[mlx_mtp.Engine, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exact = load(folder, "parallel", mode="exact").load_chat(saved[1])
-    assert exact.messages and exact.session.held is None
+    assert exact.messages and exact.session.lease is None
     monkeypatch.setattr(saved_chats, "__version__", "99.0")
-    assert saved[0].load_chat(saved[1]).session.held is None
+    assert saved[0].load_chat(saved[1]).session.lease is None
 
 
 # Damage
@@ -386,7 +386,7 @@ def test_what_a_lookup_stands_in_front_of_counts(folder: Path, tmp_path: Path) -
         file = chat.save(tmp_path / "chat")
         for loader in names:
             other = load(folder, loader).load_chat(file)
-            assert (other.session.held is not None) == (loader == saver)
+            assert (other.session.lease is not None) == (loader == saver)
             assert talk(other, "x").tokens
 
 
@@ -400,9 +400,9 @@ def test_other_weights_under_the_same_name_count(folder: Path, tmp_path: Path) -
         before = weights.read_bytes()
         weights.write_bytes(flipped(before, -3, 1))
         other = load(place, family).load_chat(file)
-        assert other.messages and other.session.held is None
+        assert other.messages and other.session.lease is None
         weights.write_bytes(before)
-        assert load(place, family).load_chat(file).session.held is not None
+        assert load(place, family).load_chat(file).session.lease is not None
 
 
 def test_a_file_without_the_memorys_tree_keeps_its_messages(
@@ -410,4 +410,4 @@ def test_a_file_without_the_memorys_tree_keeps_its_messages(
 ) -> None:
     copy = rewritten(saved[1], tmp_path / "a.safetensors", lambda about, _: about.pop("memory"))
     other = saved[0].load_chat(copy)
-    assert len(other.messages) == 5 and other.session.held is None
+    assert len(other.messages) == 5 and other.session.lease is None

@@ -144,7 +144,7 @@ def test_the_tokenizer_gives_sentencepieces_ids(tmp_path: Path, above: bool) -> 
     pieces = sentencepiece_model((tmp_path if above else source) / "tokenizer.model")
     target, heads = converted(source, tmp_path / "out")
     engine = mlx_mtp.load(target, drafter=heads, depth=2)
-    assert engine.tokenizer is not None and engine.end_tokens == {pieces.eos_id()}
+    assert engine.tokenizer is not None and engine.stop_tokens == {pieces.eos_id()}
     code = "def hello(world):\n    return 1\n"
     for text in (code, "    print the fox", "\n\nvalue  name", "caf\u00e9 \u6f22 \U0001f600", " "):
         ids = engine.tokenizer.encode(text)

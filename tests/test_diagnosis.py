@@ -29,8 +29,8 @@ from mlx_mtp.generation import exactness
 from mlx_mtp.generation.depth import GAIN, Curve, FixedDepth
 from mlx_mtp.generation.depth_profile import Profile, ProfileFile
 from mlx_mtp.generation.exactness import Exactness
-from mlx_mtp.generation.loop import Asked, Decoder
-from mlx_mtp.generation.sampling import Chooser
+from mlx_mtp.generation.loop import Decoder, GenerationRequest
+from mlx_mtp.generation.sampling import DraftSampler
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.measuring import advice, diagnosis, machine
 from mlx_mtp.measuring.diagnosis import Choice, ConventionCheck, Costs, Diagnosis, Effort, Pair, Quantisation, Timing
@@ -287,13 +287,13 @@ def test_conventions_are_compared_on_the_replies_of_the_target(monkeypatch: pyte
     for ids in prompts:
         reply = engine.generate(ids, max_tokens=11, ignore_end=True).tokens
         for at in range(10):
-            request = decoder.prefill(Asked(ids=ids + reply[:at], budget=1), 4)
+            request = decoder.prefill(GenerationRequest(ids=ids + reply[:at], budget=1), 4)
             decoder.rounds.first(request)
             for convention in Convention:
                 arm = type(assistant)(assistant.model, convention=convention)
                 arm.attach(engine.target)
-                choose = Chooser(request.rules, {}, {}, mx.random.split(request.key, 1))
-                draft, _ = arm.draft({}, request.token, request.hidden, request.cache, 1, choose)
+                sample = DraftSampler(request.spec, {}, {}, mx.random.split(request.key, 1))
+                draft, _ = arm.draft({}, request.token, request.hidden, request.cache, 1, sample)
                 right[convention.value].append(draft.item() == reply[at + 1])
     assert found.tokens == 20 and found.used == "B"
     assert found.share_a == sum(right["A"]) / 20 and found.share_b == sum(right["B"]) / 20 > 0.2

@@ -12,7 +12,7 @@ from greedy import lively, reference, same_or_tie
 import mlx_mtp
 from mlx_mtp.generation import loop
 from mlx_mtp.generation.depth import FixedDepth
-from mlx_mtp.generation.loop import Asked, Decoder
+from mlx_mtp.generation.loop import Decoder, GenerationRequest
 from mlx_mtp.generation.types import Stats
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.testing import ScriptedDrafter
@@ -146,7 +146,7 @@ def test_no_round_for_nothing(embedded) -> None:
     """The first token waits for no round, and behind a round that may be the last there is none in flight."""
     plain, ids, expected = embedded
     engine, stats = scripted(plain, ids + expected, 4), Stats()
-    runs = Decoder(engine.target, engine.drafter, FixedDepth(4)).decode(Asked(ids=ids, budget=20), stats)
+    runs = Decoder(engine.target, engine.drafter, FixedDepth(4)).decode(GenerationRequest(ids=ids, budget=20), stats)
     assert next(runs).tokens == expected[:1]
     assert stats.rounds == 0
     assert [token for run in runs for token in run.tokens] == expected[1:20]
@@ -157,7 +157,7 @@ def test_end_token_inside_a_draft(embedded) -> None:
     plain, ids, expected = embedded
     end = expected[9]
     first = expected.index(end)
-    engine = scripted(plain, ids + expected, 8, end_tokens=[end])
+    engine = scripted(plain, ids + expected, 8, stop_tokens=[end])
     result = engine.generate(ids, max_tokens=100)
     assert (result.tokens, result.finish_reason) == (expected[:first], "stop")
     assert engine.generate(ids, max_tokens=20, ignore_end=True).tokens == expected[:20]

@@ -58,7 +58,7 @@ class Device(MarkovTarget):
         return KVCache((LayerShape(FULL, 1, 1), LayerShape(SLIDING, 1, 1)), WINDOW, capacity, mx.float32, batch)
 
     def forward(self, tokens: mx.array, cache: KVCache, keep: int | None = None) -> States:
-        rows, step = tokens.shape[1], cache.begin(tokens.shape[1])
+        rows, step = tokens.shape[1], cache.plan(tokens.shape[1])
         self.traced.append((rows, cache.capacity))
         numbers = [self.rounding(rows, row, cache.capacity) if rows < 10 else (rows + row + (keep is not None)) % 5
                    for row in range(rows)]  # fmt: skip
@@ -96,7 +96,7 @@ def numbers(count: int, seed: int, vocabulary: int = VOCABULARY) -> list[int]:
 
 
 def engine_of(target: object, drafter: object = None, depth: int = 0, ends: Sequence[int] = ()) -> mlx_mtp.Engine:
-    return mlx_mtp.Engine(target, drafter, None, mode="exact", depth=depth, end_tokens=ends)
+    return mlx_mtp.Engine(target, drafter, None, mode="exact", depth=depth, stop_tokens=ends)
 
 
 def turns(engine: mlx_mtp.Engine, prompt: list[int], tokens: int, said: list[int], **options: object) -> list[Result]:

@@ -63,8 +63,8 @@ def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def mixed(proposed: np.ndarray, wanted: np.ndarray, labels: np.ndarray, share: float) -> float:
-    law = -(np.exp(log_softmax(wanted)) * log_softmax(proposed)).sum(axis=-1).mean()
-    return (1 - share) * law + share * cross_entropy(proposed, labels)
+    distribution = -(np.exp(log_softmax(wanted)) * log_softmax(proposed)).sum(axis=-1).mean()
+    return (1 - share) * distribution + share * cross_entropy(proposed, labels)
 
 
 def check(
@@ -240,8 +240,8 @@ def frozen_by_hand(
             for j, result in enumerate(drafts(weights, hidden, trunk, embedded)):
                 logits = result @ products
                 logits = np.tanh(logits / cap) * cap if cap else logits
-                law, labels = wanted[j + 1 : j + 1 + rows], tokens[j + 2 : j + 2 + rows]
-                total += decay**j * mixed(logits, law, labels, share)
+                distribution, labels = wanted[j + 1 : j + 1 + rows], tokens[j + 2 : j + 2 + rows]
+                total += decay**j * mixed(logits, distribution, labels, share)
         return total / sum(decay**j for j in range(count)) / len(batch)
 
     return loss

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import mlx_mtp
 from mlx_mtp import MLXMTPError, OptionError, PromptError, Sampling
 from mlx_mtp.engine import Engine
-from mlx_mtp.generation.sampling import Rules
+from mlx_mtp.generation.sampling import SamplingSpec
 from mlx_mtp.generation.types import NEUTRAL
 from mlx_mtp.testing import MarkovDrafter, MarkovTarget
 
@@ -140,8 +140,8 @@ def test_every_temperature_gives_a_distribution(
 ) -> None:
     """Whatever is accepted is a distribution that holds the best token; compared with NumPy in float64."""
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p).over(NEUTRAL)
-    rules = Rules.of(sampling, len(logits))
-    found = rules.law(mx.array([[logits]]), None, rules.knobs(sampling, len(logits)))
+    spec = SamplingSpec.of(sampling, len(logits))
+    found = spec.distribution(mx.array([[logits]]), None, spec.arrays(sampling, len(logits)))
     weights = np.array(found.probabilities, dtype=np.float64)[0, 0]
     assert np.isfinite(weights).all() and abs(weights.sum() - 1.0) < 1e-5
     tokens = np.arange(len(logits)) if found.tokens is None else np.array(found.tokens)[0, 0]

@@ -1,4 +1,4 @@
-"""Properties, against plain models: the round and its cache, acceptance on any laws, stop strings, channels.
+"""Properties, against plain models: the round and its cache, acceptance on any distributions, stop strings, channels.
 
 The target here reads its tokens back out of the cache and nothing else: what it answers depends on every row that the
 masks show, so one slot, position or mask that is wrong anywhere changes the text.
@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 import mlx_mtp
 from mlx_mtp.generation import acceptance, loop
 from mlx_mtp.generation.cache import FULL, SLIDING, KVCache, LayerShape
-from mlx_mtp.generation.interfaces import Choose, Memory, States, TargetInfo
-from mlx_mtp.generation.sampling import Law
+from mlx_mtp.generation.interfaces import Memory, SampleDraft, States, TargetInfo
+from mlx_mtp.generation.sampling import TokenDistribution
 from mlx_mtp.generation.types import Sampling
 from mlx_mtp.testing import ScriptedDrafter
 from mlx_mtp.text.channels import THOUGHTS, Channels
@@ -56,7 +56,7 @@ class SummingTarget:
         return tokens[..., None].astype(mx.float32)
 
     def forward(self, tokens: mx.array, cache: KVCache, keep: int | None = None) -> States:
-        step, fresh = cache.begin(tokens.shape[1]), self.embed(tokens)[:, None]
+        step, fresh = cache.plan(tokens.shape[1]), self.embed(tokens)[:, None]
         sums = []
         for layer, kind in enumerate((FULL, SLIDING)):
             keys, _ = cache.update(layer, fresh, fresh, step)
@@ -107,7 +107,7 @@ class ListeningDrafter(ScriptedDrafter):
         return {**memory, "length": mx.array([length], dtype=mx.int32)}
 
     def draft(
-        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, choose: Choose
+        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
     ) -> tuple[mx.array, Memory]:
         length, places = cache.length[:, None], mx.arange(self._script.size)
         before = places < length
@@ -118,7 +118,7 @@ class ListeningDrafter(ScriptedDrafter):
         knows = knows & (hidden[0, 0, 0] == total) & (hidden[0, 0, 2] == length[0, 0] - 1)
         at = mx.minimum(length + 1 + mx.arange(depth), self._script.size - 1)
         stands = knows & self.right[at % self.right.size]
-        return choose.certain(mx.where(stands, self._script[at], (self._script[at] + 1) % VOCABULARY)), memory
+        return sample.point_mass(mx.where(stands, self._script[at], (self._script[at] + 1) % VOCABULARY)), memory
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def weights(draw: st.DrawFn, rows: int, size: int) -> np.ndarray:
 
 
 @st.composite
-def laws(draw: st.DrawFn) -> tuple[int, list[np.ndarray], list[np.ndarray]]:
+def distributions(draw: st.DrawFn) -> tuple[int, list[np.ndarray], list[np.ndarray]]:
     """p and q by the number of tokens before: [V ** i, V] each. Some rows of q are those of p."""
     size, depth = draw(st.sampled_from([(2, 1), (2, 3), (3, 1), (3, 2), (4, 2)]))
     p = [draw(weights(size**i, size)) for i in range(depth + 1)]
@@ -219,20 +219,20 @@ def laws(draw: st.DrawFn) -> tuple[int, list[np.ndarray], list[np.ndarray]]:
 
 
 @settings(max_examples=80, **PROPERTY)
-@given(laws(), st.sampled_from([acceptance.token_odds, acceptance.block_odds]))
+@given(distributions(), st.sampled_from([acceptance.token_odds, acceptance.block_odds]))
 def test_the_law_stays_the_targets(found: tuple[int, list[np.ndarray], list[np.ndarray]], odds) -> None:
-    """Every block of drafts, every count of accepted ones: the tokens that come out have the law p."""
+    """Every block of drafts, every count of accepted ones: the tokens that come out have the distribution p."""
     size, p, q = found
     depth = len(q)
     blocks = np.array(list(itertools.product(range(size), repeat=depth)))
     before = [sum((blocks[:, j] * size ** (i - 1 - j) for j in range(i)), np.zeros(len(blocks), dtype=int))
               for i in range(depth + 1)]  # fmt: skip
 
-    def law(tables: list[np.ndarray]) -> Law:
+    def distribution(tables: list[np.ndarray]) -> TokenDistribution:
         rows = np.stack([table[before[i]] for i, table in enumerate(tables)], axis=1)
-        return Law(None, mx.array(rows.astype(np.float32)))
+        return TokenDistribution(None, mx.array(rows.astype(np.float32)))
 
-    judged = odds(mx.array(blocks.astype(np.int32)), law(q), law(p))
+    judged = odds(mx.array(blocks.astype(np.int32)), distribution(q), distribution(p))
     passes, residual = np.array(judged.pass_), np.array(judged.residual.probabilities)
     emitted: dict[tuple[int, ...], float] = {}
     for b, block in enumerate(blocks):
@@ -240,12 +240,12 @@ def test_the_law_stays_the_targets(found: tuple[int, list[np.ndarray], list[np.n
         if drawn == 0:
             continue
         assert (passes[b] >= 0).all() and (passes[b] <= 1 + 1e-6).all()
-        for outcome in itertools.product([False, True], repeat=depth):
-            chance = np.prod([one if passed else 1 - one for one, passed in zip(passes[b], outcome, strict=True)])
+        for output in itertools.product([False, True], repeat=depth):
+            chance = np.prod([one if passed else 1 - one for one, passed in zip(passes[b], output, strict=True)])
             if judged.prefix:
-                accepted = next((i for i, passed in enumerate(outcome) if not passed), depth)
+                accepted = next((i for i, passed in enumerate(output) if not passed), depth)
             else:
-                accepted = max((i + 1 for i, passed in enumerate(outcome) if passed), default=0)
+                accepted = max((i + 1 for i, passed in enumerate(output) if passed), default=0)
             for token in range(size):
                 start = (*block[:accepted].tolist(), token)
                 emitted[start] = emitted.get(start, 0.0) + drawn * chance * residual[b, accepted, token]

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from thinking import TOKENS, thinking_engine
 
 import mlx_mtp
-from mlx_mtp.generation.loop import Run
+from mlx_mtp.generation.loop import Chunk
 from mlx_mtp.generation.reply import Reply
 from mlx_mtp.testing import MarkovDrafter, MarkovTarget
 from mlx_mtp.text.channels import CALL, CLOSING, Channels, ToolCall
@@ -166,7 +166,7 @@ def test_any_reply_like_a_search(
     events = []
     for begin, end in itertools.pairwise([0, *cuts, size]):
         ids = list(range(begin, end))
-        reply.extend(Run(ids, [-0.5 * i for i in ids], [{i: 0.0} for i in ids]), ())
+        reply.extend(Chunk(ids, [-0.5 * i for i in ids], [{i: 0.0} for i in ids]), ())
         events.append(reply.event())
     reply.finish()
     events.append(reply.event())
@@ -188,7 +188,7 @@ def test_no_stop_in_a_call() -> None:
         text = f"Well. {CALL[0]}{body}{CALL[1]} Then f{{a:1 again."
         parts = [character.encode() for character in text]
         reply = Reply(Stream(parts), ["f{a", ". <"], Channels())
-        reply.extend(Run(list(range(len(parts)))), ())
+        reply.extend(Chunk(list(range(len(parts)))), ())
         event = reply.event()
         assert reply.stopped and reply.text == text[: text.rindex("f{a")] and event.calls == calls
         assert len(reply.tokens) == text.rindex("f{a") + 3
@@ -202,7 +202,7 @@ def test_text_is_shown_at_once() -> None:
     def shown(stops: list[str]) -> list[tuple[str, int]]:
         reply, found = Reply(Stream(parts), stops, Channels()), []
         for i in range(len(parts)):
-            reply.extend(Run([i]), ())
+            reply.extend(Chunk([i]), ())
             event = reply.event()
             found.append((event.text, len(event.tokens)))
         return found
@@ -236,7 +236,7 @@ def told_to_write(parts: Sequence[bytes], depth: int, wrong: Sequence[int] = (),
     table[count - 1, count - 1] = 20.0
     spelling = Spelling([b"", *parts, b"<end>"])
     drafter = MarkovDrafter(drafts) if depth else None
-    return mlx_mtp.Engine(MarkovTarget(table), drafter, spelling, end_tokens=[count - 1] if end else (), depth=depth)
+    return mlx_mtp.Engine(MarkovTarget(table), drafter, spelling, stop_tokens=[count - 1] if end else (), depth=depth)
 
 
 @dataclass
@@ -309,7 +309,7 @@ def check_counts(story: Story, depth: int, stats: mlx_mtp.Stats) -> None:
     assert stats.accepted == sum(stats.accepted_by_position) == accepted
     assert stats.drafted == sum(stats.drafted_by_position)
     positions = zip(
-        stats.accepted_by_position, stats.judged_by_position, stats.drafted_by_position, strict=True
+        stats.accepted_by_position, stats.verified_by_position, stats.drafted_by_position, strict=True
     )
     assert all(a <= j <= d for a, j, d in positions)
     assert stats.tokens <= 1 + stats.accepted + stats.rounds
@@ -325,11 +325,11 @@ def test_what_is_not_in_the_reply_was_not_accepted() -> None:
         stats = engine.generate([0], raw=True, sampling=GREEDY, **{"max_tokens": 20, **options}).stats
         assert stats.tokens == tokens and stats.accepted == sum(accepted)
         assert [n for n in stats.accepted_by_position if n] == accepted
-        assert [n for n in stats.judged_by_position if n] == accepted  # nothing was rejected in front of the end
+        assert [n for n in stats.verified_by_position if n] == accepted  # nothing was rejected in front of the end
         assert stats.drafted == 8 * bool(accepted) * (1 + (tokens > 10))
     rejected = told_to_write(parts, 8, wrong=[4]).generate([0], raw=True, max_tokens=4, sampling=GREEDY).stats
     assert rejected.accepted_by_position == [1, 1, 0, 0, 0, 0, 0, 0]
-    assert rejected.judged_by_position == [1, 1, 1, 0, 0, 0, 0, 0]
+    assert rejected.verified_by_position == [1, 1, 1, 0, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3, 8])

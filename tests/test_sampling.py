@@ -1,4 +1,4 @@
-"""The output law: exact enumeration through the device code, and long runs of the real loop against the known law."""
+"""The output distribution: exact enumeration through the device code, and long runs of the real loop."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from greedy import NEAR_TIE, lively
 import mlx_mtp
 from mlx_mtp import Sampling
 from mlx_mtp.generation import acceptance
-from mlx_mtp.generation.sampling import Law, Rules
+from mlx_mtp.generation.sampling import SamplingSpec, TokenDistribution
 from mlx_mtp.generation.types import NEUTRAL
 from mlx_mtp.testing import MarkovDrafter, MarkovTarget, ScriptedDrafter
 
@@ -26,10 +26,10 @@ ODDS = {"token": acceptance.token_odds, "block": acceptance.block_odds}
 
 
 def filtered(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """The law in float64, row by row, straight from the definitions."""
+    """The distribution in float64, row by row, straight from the definitions."""
     flat = logits.reshape(-1, logits.shape[-1]).astype(np.float64)
     out = np.zeros_like(flat)
-    for row, law in zip(flat, out, strict=True):
+    for row, distribution in zip(flat, out, strict=True):
         kept = np.argsort(-row, kind="stable")
         weights = np.exp(row[kept] / sampling.temperature - row.max() / sampling.temperature)
         if sampling.top_k:
@@ -41,22 +41,22 @@ def filtered(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
         if sampling.min_p:
             enough = weights >= sampling.min_p * weights[0]
             kept, weights = kept[enough], weights[enough]
-        law[kept] = weights / weights.sum()
+        distribution[kept] = weights / weights.sum()
     return out.reshape(logits.shape)
 
 
-def law_of(logits: np.ndarray, sampling: Sampling) -> Law:
+def law_of(logits: np.ndarray, sampling: Sampling) -> TokenDistribution:
     full = sampling.over(NEUTRAL)
-    rules = Rules.of(full, logits.shape[-1])
-    return rules.law(mx.array(logits.astype(np.float32)), None, rules.knobs(full, logits.shape[-1]))
+    spec = SamplingSpec.of(full, logits.shape[-1])
+    return spec.distribution(mx.array(logits.astype(np.float32)), None, spec.arrays(full, logits.shape[-1]))
 
 
-def dense(law: Law, vocabulary: int) -> np.ndarray:
-    probabilities = np.array(law.probabilities).astype(np.float64)
-    if law.tokens is None:
+def dense(distribution: TokenDistribution, vocabulary: int) -> np.ndarray:
+    probabilities = np.array(distribution.probabilities).astype(np.float64)
+    if distribution.tokens is None:
         return probabilities
     out = np.zeros((*probabilities.shape[:-1], vocabulary))
-    np.put_along_axis(out, np.array(law.tokens), probabilities, axis=-1)
+    np.put_along_axis(out, np.array(distribution.tokens), probabilities, axis=-1)
     return out
 
 
@@ -67,7 +67,7 @@ def test_filters(sampling: Sampling) -> None:
 
 
 def emitted_law(odds, vocabulary: int, depth: int, sampling: Sampling, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Joint law of the depth + 1 tokens that a round and plain decoding after it emit; and the target's own."""
+    """Joint distribution of the depth + 1 tokens that a round and plain decoding after it emit; the target's own."""
     random = np.random.default_rng(seed)
     p_logits = [random.normal(size=(vocabulary**i, vocabulary)) * 1.5 for i in range(depth + 1)]
     q_logits = [p + random.normal(size=p.shape) for p in p_logits[:depth]]
@@ -82,8 +82,8 @@ def emitted_law(odds, vocabulary: int, depth: int, sampling: Sampling, seed: int
     found = odds(mx.array(blocks.astype(np.int32)), q, p)
     passes, residual = np.array(found.pass_, dtype=np.float64), dense(found.residual, vocabulary)
     target = np.ones((1, 1))
-    for laws in p_laws:
-        target = (target.reshape(-1, 1) * laws).reshape(1, -1)
+    for distributions in p_laws:
+        target = (target.reshape(-1, 1) * distributions).reshape(1, -1)
     emitted = np.zeros_like(target)
     for accepted in range(depth + 1):
         if found.prefix:
@@ -95,8 +95,8 @@ def emitted_law(odds, vocabulary: int, depth: int, sampling: Sampling, seed: int
         weight = np.where(drawn > 0, drawn * chance, 0.0)
         begun = np.zeros((vocabulary**accepted, vocabulary))
         np.add.at(begun, before[accepted], weight[:, None] * residual[:, accepted])
-        for laws in p_laws[accepted + 1 :]:
-            begun = (begun.reshape(-1, 1) * laws).reshape(-1, vocabulary)
+        for distributions in p_laws[accepted + 1 :]:
+            begun = (begun.reshape(-1, 1) * distributions).reshape(-1, vocabulary)
         emitted += begun.reshape(1, -1)
     return emitted[0], target[0]
 
@@ -110,7 +110,7 @@ def test_enumeration_of_every_block(odds: str, sampling: Sampling, vocabulary: i
     assert np.abs(emitted - target).max() < 1e-6
 
 
-def resampled_from_p(excess: mx.array, p: Law, depth: int) -> Law:
+def resampled_from_p(excess: mx.array, p: TokenDistribution, depth: int) -> TokenDistribution:
     return p
 
 
@@ -145,11 +145,11 @@ def markov_pair(seed: int = 0, vocabulary: int = 6) -> tuple[np.ndarray, MarkovT
     return table, MarkovTarget(mx.array(table)), MarkovDrafter(mx.array(other))
 
 
-def worst_deviation(tokens: list[int], law: np.ndarray) -> float:
-    """The larger chi-square of lag-1 and lag-2 pairs against the known law, in standard deviations from its mean."""
+def worst_deviation(tokens: list[int], distribution: np.ndarray) -> float:
+    """The larger chi-square of lag-1 and lag-2 pairs against what is known, in standard deviations from its mean."""
     worst, ids = 0.0, np.array(tokens)
-    for lag, expected_law in ((1, law), (2, law @ law)):
-        seen = np.zeros(law.shape)
+    for lag, expected_law in ((1, distribution), (2, distribution @ distribution)):
+        seen = np.zeros(distribution.shape)
         np.add.at(seen, (ids[:-lag], ids[lag:]), 1)
         expected = seen.sum(axis=1, keepdims=True) * expected_law
         assert seen[expected == 0].sum() == 0  # nothing that the filters forbid
@@ -164,7 +164,7 @@ def worst_deviation(tokens: list[int], law: np.ndarray) -> float:
 @pytest.mark.parametrize("sampling", [FILTERS[0], FILTERS[1], FILTERS[4]])
 @pytest.mark.parametrize("depth", [0, 1, 4])
 def test_long_runs_follow_the_law(sampling: Sampling, depth: int) -> None:
-    """20,000 tokens of the real loop, compiled and pipelined, against the exact law of a Markov target."""
+    """20,000 tokens of the real loop, compiled and pipelined, against the exact distribution of a Markov target."""
     table, target, drafter = markov_pair()
     engine = mlx_mtp.Engine(target, drafter, None, depth=depth)
     tokens = engine.generate([0], max_tokens=20_000, sampling=sampling, seed=3).tokens
@@ -285,11 +285,11 @@ def test_values_out_of_range_are_refused(wrong: dict) -> None:
         Sampling(**wrong)
 
 
-def sparse(random: np.random.Generator, rows: int, size: int, vocabulary: int) -> Law:
+def sparse(random: np.random.Generator, rows: int, size: int, vocabulary: int) -> TokenDistribution:
     """A distribution on `size` different tokens a row, in no order."""
     tokens = np.stack([random.permutation(vocabulary)[:size] for _ in range(rows)])[None].astype(np.int32)
     weights = random.random((1, rows, size)).astype(np.float32)
-    return Law(mx.array(tokens), mx.array(weights / weights.sum(axis=-1, keepdims=True)))
+    return TokenDistribution(mx.array(tokens), mx.array(weights / weights.sum(axis=-1, keepdims=True)))
 
 
 @pytest.mark.parametrize(("mine", "others", "vocabulary"), [(1, 7, 9), (5, 2, 6), (40, 60, 64), (300, 200, 900)])
@@ -298,12 +298,12 @@ def test_one_distribution_on_the_support_of_another(mine: int, others: int, voca
     random = np.random.default_rng(mine)
     q, p = sparse(random, 4, mine, vocabulary), sparse(random, 4, others, vocabulary)
     forced = mx.array([[int(np.array(q.tokens)[0, 0, -1]), 0, int(np.array(p.tokens)[0, 2, 0]), 1]])
-    for law in (q, q.overruled(mx.array([[True, False, True, False]]), forced)):
+    for distribution in (q, q.overridden(mx.array([[True, False, True, False]]), forced)):
         rows = np.zeros((1, 4, vocabulary), np.float32)
-        for row, token, weight in zip(np.repeat(np.arange(4), mine), np.array(law.tokens).ravel(),
-                                      np.array(law.probabilities).ravel(), strict=True):  # fmt: skip
+        for row, token, weight in zip(np.repeat(np.arange(4), mine), np.array(distribution.tokens).ravel(),
+                                      np.array(distribution.probabilities).ravel(), strict=True):  # fmt: skip
             rows[0, row, token] += weight
-        assert np.array_equal(np.array(law.on(p)), np.take_along_axis(rows, np.array(p.tokens), axis=-1))
+        assert np.array_equal(np.array(distribution.on(p)), np.take_along_axis(rows, np.array(p.tokens), axis=-1))
 
 
 @pytest.mark.parametrize("odds", ODDS)

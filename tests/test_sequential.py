@@ -1,7 +1,7 @@
 """Sequential modules against DeepSeek-V3's equations in NumPy, chains beyond the last module included.
 
 And what both families with layers of their own promise in the whole loop: the same tokens at every depth and the
-target's law, on a Gemma 4 and on a llama target.
+target's distribution, on a Gemma 4 and on a llama target.
 """
 
 from pathlib import Path
@@ -105,7 +105,7 @@ def test_exact_mode(drafter: str, folders: dict[str, Path], probed_once: None) -
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_long_runs_follow_the_law(family: str) -> None:
-    """A Markov target, whose state is its last token: the drafter's law differs from the target's at every place."""
+    """A Markov target, whose state is its last token: the drafter's distribution differs everywhere."""
     table, target, _ = markov_pair()
     config = config_of(family, 1, 6, 2)
     config["block"] |= {"hidden_size": 1}

@@ -16,7 +16,7 @@ from references import log_softmax
 import mlx_mtp
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.generation.cache import FULL, SLIDING, KVCache, LayerShape
-from mlx_mtp.generation.prefix import Held, Session, _stands
+from mlx_mtp.generation.prefix import Lease, Session, _intact
 from mlx_mtp.targets import load_target
 
 FAMILIES = ("none", "assistant", "lookup", "parallel", "sequential")
@@ -126,7 +126,7 @@ def test_a_prompt_that_fails_leaves_an_empty_session(engines: dict[str, mlx_mtp.
 
     with pytest.raises(KeyboardInterrupt):
         list(engine.stream([*ids(40), *ids(40, 1)], session=session, on_prefill=stop))
-    assert not session.busy and session.ids == [] and session.held is None
+    assert not session.busy and session.ids == [] and session.lease is None
     assert reply(engine, ids(40), session).stats.prefilled_tokens == 40
 
 
@@ -145,12 +145,12 @@ def test_exact_mode_keeps_its_promise_in_a_session(probed_once: None) -> None:
 def test_marks_stay_within_their_bytes(monkeypatch: pytest.MonkeyPatch, engines: dict[str, mlx_mtp.Engine]) -> None:
     engine, session = engines["none"], Session()
     reply(engine, ids(50), session)
-    one = session.marks[0].nbytes
-    monkeypatch.setattr("mlx_mtp.generation.prefix.MARK_BYTES", 2 * one)
+    one = session.snapshots[0].nbytes
+    monkeypatch.setattr("mlx_mtp.generation.prefix.SNAPSHOT_BYTES", 2 * one)
     said = ids(50)
     for turn in range(4):
         said = [*said, *reply(engine, said, session).tokens, *ids(3, turn)]
-    assert len(session.marks) == 2 and session.nbytes > 2 * one
+    assert len(session.snapshots) == 2 and session.nbytes > 2 * one
     session.clear()
     assert session.nbytes == 0
 
@@ -169,18 +169,18 @@ def test_what_stands_in_a_ring(window: int, slack: int, writes: list[int], data:
     wanted = data.draw(st.integers(0, length))
     stands = all(last.get(p % size, p) == p for p in range(max(0, wanted - window + 1), wanted))
     # A row that was overwritten by one that rolled back still counts as lost: the rule knows only the newest row.
-    assert not _stands(cache, wanted, newest) or stands
+    assert not _intact(cache, wanted, newest) or stands
 
 
 def test_held_is_only_what_was_given_back() -> None:
     session = Session()
-    assert session.take([1, 2], 0) is None
-    session.give_back(Held(KVCache((), 1, 256, mx.float32), {}, 4), [1, 2, 3])
+    assert session.acquire([1, 2], 0) is None
+    session.release(Lease(KVCache((), 1, 256, mx.float32), {}, 4), [1, 2, 3])
     assert session.common([1, 2, 9]) == 2 and session.common([]) == 0 and session.common([1, 2, 3, 4]) == 3
-    held, begin = session.take([1, 2, 3], 0) or (None, 0)
-    assert held is not None and begin == 2 and held.cache.length.item() == 2 and session.ids == []
+    lease, begin = session.acquire([1, 2, 3], 0) or (None, 0)
+    assert lease is not None and begin == 2 and lease.cache.length.item() == 2 and session.ids == []
     with pytest.raises(mlx_mtp.OptionError):
-        session.take([1], 0)
+        session.acquire([1], 0)
 
 
 # Whose K/V they are

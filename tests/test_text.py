@@ -206,7 +206,7 @@ def test_a_template_s_turn_end_is_an_end(tmp_path: Path, name: str) -> None:
     made.add_tokens(MARKS)
     ours, theirs = both(write(tmp_path, made, template))
     more = set() if expected is None else {theirs.convert_tokens_to_ids(expected)}
-    assert ours.end_tokens == {SPECIAL.index("</s>")} | more
+    assert ours.stop_tokens == {SPECIAL.index("</s>")} | more
 
 
 def edited(folder: Path, **files: Any) -> Path:
@@ -224,7 +224,7 @@ def edited(folder: Path, **files: Any) -> Path:
 
 
 def ends_of(folder: Path) -> frozenset[int]:
-    return mlx_mtp.load(folder, drafter=None).end_tokens
+    return mlx_mtp.load(folder, drafter=None).stop_tokens
 
 
 def test_ends_are_those_of_all_files_together(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_a_reply_ends_where_only_the_template_says_so(folders: dict[str, Path]) 
     ours, theirs = both(folders["byte level"])
     hello = ours.encode("hello world", special=False)
     start, end = ours.chat([{"role": "user", "content": "?"}])[-1], SPECIAL.index("<|im_end|>")
-    engine = chain(ours, [start, *hello, end, 7], len(theirs), end_tokens=ours.end_tokens)
+    engine = chain(ours, [start, *hello, end, 7], len(theirs), stop_tokens=ours.stop_tokens)
     result = engine.generate("?", max_tokens=30)
     assert (result.text, result.finish_reason) == ("hello world", "stop")
 

@@ -50,10 +50,10 @@ def test_next_token_loss_is_the_mean_cross_entropy() -> None:
     target, _ = pair()
     batch = np.random.default_rng(0).integers(0, 64, (2, 20))
     loss, right = next_token_loss(target, mx.array(batch))
-    laws = log_softmax(np.array(target.head(_states(target, batch[:, :-1]))))
-    expected = -np.take_along_axis(laws, batch[:, 1:, None], axis=-1).mean()
+    distributions = log_softmax(np.array(target.head(_states(target, batch[:, :-1]))))
+    expected = -np.take_along_axis(distributions, batch[:, 1:, None], axis=-1).mean()
     assert abs(loss.item() - expected) < 1e-5
-    assert abs(right.item() - (laws.argmax(-1) == batch[:, 1:]).mean()) < 1e-6
+    assert abs(right.item() - (distributions.argmax(-1) == batch[:, 1:]).mean()) < 1e-6
 
 
 def _states(target: Gemma4Model, tokens: np.ndarray) -> mx.array:
@@ -74,7 +74,7 @@ def test_assistant_loss_is_what_decoding_would_draft(share: float) -> None:
     batch = np.random.default_rng(1).integers(0, 64, (1, 14))
     rows = batch.shape[1] - 1 - steps
     loss, agreement = assistant_loss(target, steps, decay, share)(drafter, mx.array(batch))
-    laws = log_softmax(np.array(target.logits(mx.array(batch))))[0]
+    distributions = log_softmax(np.array(target.logits(mx.array(batch))))[0]
     terms, agreed = np.zeros((steps, rows)), np.zeros((steps, rows))
     for row in range(rows):
         cache = target.new_cache(64)
@@ -85,9 +85,9 @@ def test_assistant_loss_is_what_decoding_would_draft(share: float) -> None:
             token = mx.array(batch[:, row + 1 + j : row + 2 + j])
             hidden, state = drafter.step(target.embed(token), state, position, shared, masks)
             proposed = log_softmax(np.array(drafter.candidates(hidden)[1]))[0, 0]
-            law, label = -(np.exp(laws[row + 1 + j]) * proposed).sum(), -proposed[batch[0, row + 2 + j]]
-            terms[j, row] = (1 - share) * law + share * label
-            agreed[j, row] = proposed.argmax() == laws[row + 1 + j].argmax()
+            soft, label = -(np.exp(distributions[row + 1 + j]) * proposed).sum(), -proposed[batch[0, row + 2 + j]]
+            terms[j, row] = (1 - share) * soft + share * label
+            agreed[j, row] = proposed.argmax() == distributions[row + 1 + j].argmax()
     weights = decay ** np.arange(steps)
     assert abs(loss.item() - (weights * terms.mean(axis=1)).sum() / weights.sum()) < 1e-4
     assert np.allclose(np.array(agreement), agreed.mean(axis=1), atol=1e-6)

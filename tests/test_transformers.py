@@ -20,7 +20,7 @@ from test_sampling import RIGHT
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.assistant import Convention
-from mlx_mtp.generation.sampling import Chooser, Rules
+from mlx_mtp.generation.sampling import DraftSampler, SamplingSpec
 from mlx_mtp.targets import load_target
 from mlx_mtp.testing import ScriptedDrafter
 
@@ -219,7 +219,7 @@ def test_assistant_steps(
     states = target.forward(mx.array(tokens), cache)
     cache.advance(tokens.shape[1])
     first = int(out.logits[0, -1].argmax())
-    chosen = Chooser(Rules(), {}, {}, mx.random.key(0))
+    chosen = DraftSampler(SamplingSpec(), {}, {}, mx.random.key(0))
     drafts, _ = drafter.draft({}, mx.array([[first]]), states.hidden[:, -1:], cache, 4, chosen)
 
     token, state, ours = torch.tensor([[first]]), out.hidden_states[-1][:, -1:], states.hidden[:, -1:]

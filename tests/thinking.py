@@ -48,4 +48,4 @@ def thinking_engine(folder: Path, depth: int = 0) -> mlx_mtp.Engine:
         table[TOKENS.index(one), TOKENS.index(next_one)] = 20.0
     target = MarkovTarget(table)
     drafter = MarkovDrafter(table) if depth else None
-    return mlx_mtp.Engine(target, drafter, tokenizer, end_tokens=[TOKENS.index("<turn|>")], depth=depth)
+    return mlx_mtp.Engine(target, drafter, tokenizer, stop_tokens=[TOKENS.index("<turn|>")], depth=depth)

@@ -88,7 +88,7 @@ def powers_of_two(x: mx.array) -> mx.array:
 
 
 def softmax(x: mx.array) -> mx.array:
-    """Softmax over the last axis. For laws that nothing is learned through: its gradient is not the fast one."""
+    """Softmax over the last axis, for what nothing is learned through: its gradient is not the fast one."""
     if not float32_on_cpu(x):
         return mx.softmax(x, axis=-1)
     weights = powers_of_two((x - x.max(axis=-1, keepdims=True)) * PER_OCTAVE)

@@ -28,7 +28,7 @@ from mlx_mtp.checkpoints.atomic import write_state
 from mlx_mtp.checkpoints.checkpoint import check_safetensors, visible
 from mlx_mtp.errors import CheckpointError
 from mlx_mtp.generation.cache import FULL, SLACK, KVCache, capacity_for
-from mlx_mtp.generation.prefix import Held, Session
+from mlx_mtp.generation.prefix import Lease, Session
 from mlx_mtp.version import __version__
 
 if TYPE_CHECKING:
@@ -101,10 +101,10 @@ def save_chat(engine: Engine, chat: Conversation, file: Path) -> Path:
         "target": fingerprint(engine.target.path), **_layout(engine),
     }  # fmt: skip
     tensors = {"ids": mx.array(session.ids, dtype=mx.int32)}
-    if session.held is not None:
-        about |= {"capacity": session.held.cache.capacity, "newest": session.held.newest}
-        about["memory"] = packed(session.held.memory, tensors)
-        tensors |= _rows(session.held.cache, len(session.ids))
+    if session.lease is not None:
+        about |= {"capacity": session.lease.cache.capacity, "newest": session.lease.newest}
+        about["memory"] = packed(session.lease.memory, tensors)
+        tensors |= _rows(session.lease.cache, len(session.ids))
     about["digest"] = _digest(about, tensors)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -204,8 +204,8 @@ def load_chat(engine: Engine, file: Path) -> Conversation:
     session = Session()
     if "capacity" in about and all(about[name] == mine for name, mine in _layout(engine).items()):
         ids = np.array(tensors.pop("ids")).tolist()
-        if (held := _held(engine, tensors, about, ids, file)) is not None:
-            session.fill(engine.pair, held, ids)
+        if (lease := _lease(engine, tensors, about, ids, file)) is not None:
+            session.fill(engine.pair, lease, ids)
     return Conversation(about["messages"], about["thinking"], session)
 
 
@@ -249,9 +249,9 @@ def _damaged(file: Path, found: str) -> CheckpointError:
     return CheckpointError(f"{file}: expected a saved conversation, found {found}; use a file that 'save' has written.")
 
 
-def _held(
+def _lease(
     engine: Engine, tensors: dict[str, mx.array], about: dict[str, Any], ids: list[int], file: Path
-) -> Held | None:
+) -> Lease | None:
     """Buffers of this engine's own layout, filled with the file's rows; CheckpointError where those do not fit.
 
     None where the drafter's memory is another tree than this one's, so that all of it must be computed anew.
@@ -274,4 +274,4 @@ def _held(
             missing = buffers[i].shape[2] - rows.shape[2] if shape.kind == FULL else 0
             buffers[i] = mx.pad(rows, [(0, 0), (0, 0), (0, missing), (0, 0)])
     cache.length = mx.array([len(ids)], dtype=mx.int32)
-    return Held(cache, unpacked(about["memory"], tensors), newest)
+    return Lease(cache, unpacked(about["memory"], tensors), newest)

@@ -22,7 +22,7 @@ from mlx_mtp.checkpoints.checkpoint import Checkpoint, compute_dtype, load_into,
 from mlx_mtp.drafters import registry
 from mlx_mtp.errors import CheckpointError, IncompatibleDrafter
 from mlx_mtp.generation.cache import FULL, SLIDING, KVCache
-from mlx_mtp.generation.interfaces import Choose, Memory, States, Target, TargetInfo
+from mlx_mtp.generation.interfaces import Memory, SampleDraft, States, Target, TargetInfo
 from mlx_mtp.targets.gemma4 import Layer, Norm
 from mlx_mtp.targets.gemma4_config import MAX_SIZE, Gemma4Config
 
@@ -221,7 +221,7 @@ class Assistant:
         return self.convention.position(length), shared, masks
 
     def draft(
-        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, choose: Choose
+        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
     ) -> tuple[mx.array, Memory]:
         """A chain of `depth` tokens [B, K] behind `token`; one lazy graph."""
         assert self._target is not None, "attach() comes first"
@@ -230,7 +230,7 @@ class Assistant:
         for _ in range(depth):
             inner, state = self.model.step(self._target.embed(token), state, position, shared, masks)
             scored, logits = self.model.candidates(inner)
-            token = choose(logits, scored)
+            token = sample(logits, scored)
             drafts.append(token)
         return mx.concatenate(drafts, axis=1), memory
 

@@ -121,7 +121,7 @@ class OwnLayers:
         """Layer i over rows x [B, M, D] that stand `ahead` rows behind the cache's length -> [B, M, D]."""
         behind = copy.copy(cache)
         behind.length = cache.length + ahead
-        step = behind.begin(x.shape[1])
+        step = behind.plan(x.shape[1])
         slots = mx.arange(cache.capacity, dtype=mx.int32)
         itself = slots == step.slots[FULL][:, None, :, None]  # a row that sees nothing would be no number
         mask = step.masks[FULL] & ((slots >= self._first[layer]) | itself)

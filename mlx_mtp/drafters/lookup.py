@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_mtp.generation.cache import KVCache
-from mlx_mtp.generation.interfaces import Choose, Drafter, Memory, States, Target
+from mlx_mtp.generation.interfaces import Drafter, Memory, SampleDraft, States, Target
 from mlx_mtp.generation.sampling import Forced
 
 LONGEST = 8
@@ -54,11 +54,11 @@ class Lookup:
         return {**memory, "tokens": mx.pad(memory["tokens"], [(0, 0), (0, missing)], constant_values=NOTHING)}
 
     def draft(
-        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, choose: Choose
+        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
     ) -> tuple[mx.array, Memory]:
         """The continuation of the longest match; the newest token again where there is none."""
         found, _ = self.continuation(memory, token, depth)
-        return choose.certain(found), memory
+        return sample.point_mass(found), memory
 
     def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:
         """Keeps all M tokens; those beyond the accepted are overwritten by the next round."""
@@ -123,12 +123,12 @@ class LookupFirst:
         }
 
     def draft(
-        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, choose: Choose
+        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
     ) -> tuple[mx.array, Memory]:
         """The drafter's chain, with every token overruled where the match is long."""
         found, size = self.lookup.continuation(memory["lookup"], token, depth)
-        overruled = _Overruled(choose, (size >= TRUSTED)[:, None], found)
-        drafts, inner = self.drafter.draft(memory["drafter"], token, hidden, cache, depth, overruled)
+        overridden = _Overruled(sample, (size >= TRUSTED)[:, None], found)
+        drafts, inner = self.drafter.draft(memory["drafter"], token, hidden, cache, depth, overridden)
         return drafts, {**memory, "drafter": inner}
 
     def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:
@@ -149,8 +149,8 @@ class LookupFirst:
 class _Overruled:
     """Passes a drafter's choices on, with the lookup's token of the same step wherever its mask [B, 1] is set."""
 
-    def __init__(self, choose: Choose, mask: mx.array, found: mx.array) -> None:
-        self._choose, self._mask, self._found, self._step = choose, mask, found, 0
+    def __init__(self, sample: SampleDraft, mask: mx.array, found: mx.array) -> None:
+        self._choose, self._mask, self._found, self._step = sample, mask, found, 0
 
     def __call__(self, logits: mx.array, tokens: mx.array | None = None, forced: Forced | None = None) -> mx.array:
         """The next draft [B, 1]."""
@@ -158,6 +158,6 @@ class _Overruled:
         self._step += 1
         return self._choose(logits, tokens, forced or (self._mask, self._found[:, at : at + 1]))
 
-    def certain(self, tokens: mx.array) -> mx.array:
+    def point_mass(self, tokens: mx.array) -> mx.array:
         """Drafts [B, K] proposed without scores."""
-        return self._choose.certain(mx.where(self._mask, self._found, tokens))
+        return self._choose.point_mass(mx.where(self._mask, self._found, tokens))

@@ -23,7 +23,7 @@ from mlx_mtp.drafters import registry
 from mlx_mtp.drafters.layers import ChainedRows, OwnLayers, build_layers, check_sizes
 from mlx_mtp.errors import CheckpointError, IncompatibleDrafter
 from mlx_mtp.generation.cache import CAPACITY_STEP, KVCache
-from mlx_mtp.generation.interfaces import Choose, Memory, States, Target
+from mlx_mtp.generation.interfaces import Memory, SampleDraft, States, Target
 
 MOST_HEADS = 16
 READS = ("trunk", "hidden")
@@ -134,14 +134,14 @@ class Parallel:
         return {**memory, "layers": self._own.grow(memory["layers"], capacity)}
 
     def draft(
-        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, choose: Choose
+        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
     ) -> tuple[mx.array, Memory]:
         """Drafts [B, K] of the first K heads: one pass of the unembedding over all of them."""
         assert self._target is not None, "attach() comes first"
         own = self._own.open(memory["layers"])
         rows = [head.norm(self._own.run(i, memory["state"], own)) for i, head in enumerate(self.model.heads[:depth])]
         logits = self._target.head(mx.concatenate(rows, axis=1).astype(hidden.dtype))
-        drafts = [choose(logits[:, i : i + 1]) for i in range(depth)]
+        drafts = [sample(logits[:, i : i + 1]) for i in range(depth)]
         return mx.concatenate(drafts, axis=1), {**memory, "layers": own.arrays}
 
     def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:

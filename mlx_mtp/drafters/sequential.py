@@ -27,7 +27,7 @@ from mlx_mtp.drafters import registry
 from mlx_mtp.drafters.layers import ChainedRows, OwnLayers, build_layers, check_sizes
 from mlx_mtp.errors import CheckpointError
 from mlx_mtp.generation.cache import KVCache
-from mlx_mtp.generation.interfaces import Choose, Memory, States, Target
+from mlx_mtp.generation.interfaces import Memory, SampleDraft, States, Target
 
 MOST_MODULES = 8
 READS = ("hidden", "residual")
@@ -150,7 +150,7 @@ class Sequential:
         return {**memory, "layers": self._own.grow(memory["layers"], capacity)}
 
     def draft(
-        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, choose: Choose
+        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
     ) -> tuple[mx.array, Memory]:
         """A chain of `depth` tokens [B, K]: step j is drafted by module j, and by the last one from there on.
 
@@ -163,7 +163,7 @@ class Sequential:
             embedded, active = self._target.embed(token).astype(self._dtype), min(step, last)
             found = {k: self._row(k, embedded, states[k], own, step) for k in range(active, last + 1)}
             proposed = self.model.blocks[active].norm(found[active]).astype(hidden.dtype)
-            token = choose(self._target.head(proposed))
+            token = sample(self._target.head(proposed))
             drafts.append(token)
             states[active + 1 :] = [found[k] for k in range(active, last)]
             states[min(active + 1, last)] = found[active]

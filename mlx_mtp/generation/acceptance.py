@@ -1,9 +1,10 @@
-"""Acceptance: which drafted tokens stand, so that the output law is the target's own. Pure functions, on the device.
+"""Acceptance: which drafted tokens are kept, so that the output follows the target's own distribution.
 
-What it does: turns drafts, the law q they came from and the target's law p into an accepted count and the next
-token. What it does not do: read a value, know a model, or touch a cache.
+Pure functions on the device: drafts, the distribution q they were drawn from and the target's distribution p give the
+number of accepted drafts and the next token.
 
-Shapes: B batch, K drafts, M = K + 1 rows, V vocabulary, N support of a law. Row i of p is the law behind i drafts.
+Shapes: B batch, K drafts, M = K + 1 rows, V vocabulary, N support of a distribution. Row i of p is the distribution
+after i drafts.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_mtp.generation.sampling import Law
+from mlx_mtp.generation.sampling import TokenDistribution
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """accepted [B]: drafts that stand. tokens [B, M]: what to emit, of which the first accepted + 1 count.
+class Accepted:
+    """accepted [B]: number of accepted drafts. tokens [B, M]: what to emit, of which the first accepted + 1 count.
 
     last [B, 1] is the newest of them, the one whose K/V is not in the cache yet.
     """
@@ -30,17 +31,17 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Odds:
-    """pass_ [B, K]: chance that a uniform draw lets draft i pass. residual: law [B, M, N] of the token behind i drafts.
+    """pass_ [B, K]: chance that a uniform draw lets draft i pass. residual [B, M, N]: of the token after i drafts.
 
-    prefix: a draft stands when it and all before it pass (True), or when it or any later one passes (False).
+    prefix: a draft is accepted when it and all before it pass (True), or when it or any later one passes (False).
     """
 
     pass_: mx.array
-    residual: Law
+    residual: TokenDistribution
     prefix: bool
 
 
-def greedy(drafts: mx.array | None, logits: mx.array) -> Verdict:
+def greedy(drafts: mx.array | None, logits: mx.array) -> Accepted:
     """Temperature 0: the longest prefix of drafts [B, K] equal to the target's own best tokens (logits [B, M, V]).
 
     Row i's best token is right whenever drafts 0..i-1 were; so the row behind the last accepted draft gives the
@@ -52,10 +53,10 @@ def greedy(drafts: mx.array | None, logits: mx.array) -> Verdict:
     else:
         agrees = (drafts == best[:, :-1]).astype(mx.int32)
         accepted = mx.cumprod(agrees, axis=1).sum(axis=1)
-    return Verdict(accepted, best, mx.take_along_axis(best, accepted[:, None], axis=1))
+    return Accepted(accepted, best, mx.take_along_axis(best, accepted[:, None], axis=1))
 
 
-def token_odds(drafts: mx.array, q: Law, p: Law) -> Odds:
+def token_odds(drafts: mx.array, q: TokenDistribution, p: TokenDistribution) -> Odds:
     """Leviathan et al. 2023 (arXiv 2211.17192, algorithm 1): each draft by itself, min(1, p / q)."""
     depth = drafts.shape[1]
     before = p.rows(0, depth)
@@ -63,7 +64,7 @@ def token_odds(drafts: mx.array, q: Law, p: Law) -> Odds:
     return Odds(mx.minimum(before.at(drafts) / q.at(drafts), 1.0), _residual(excess, p, depth), True)
 
 
-def block_odds(drafts: mx.array, q: Law, p: Law) -> Odds:
+def block_odds(drafts: mx.array, q: TokenDistribution, p: TokenDistribution) -> Odds:
     """Block verification (Sun et al. 2024, arXiv 2403.10444, algorithm 2): the block as a whole, never fewer tokens.
 
     weight_i = min(1, weight_(i-1) * p/q of draft i). Draft i < K passes with s / (s + 1 - weight_i), where s is the
@@ -84,28 +85,28 @@ def block_odds(drafts: mx.array, q: Law, p: Law) -> Odds:
     return Odds(mx.concatenate([passes[:, 1:], weight[:, depth:]], axis=1), _residual(excess, p, depth), False)
 
 
-def _residual(excess: mx.array, p: Law, depth: int) -> Law:
+def _residual(excess: mx.array, p: TokenDistribution, depth: int) -> TokenDistribution:
     """Excess [B, K, N] normalised, and p itself behind all K drafts. Without any excess (rounding) p stands in."""
     total = excess.sum(axis=-1, keepdims=True)
     rest = mx.where(total > 0, excess / mx.maximum(total, 1e-30), p.probabilities[:, :depth])
-    return Law(p.tokens, mx.concatenate([rest, p.probabilities[:, depth:]], axis=1))
+    return TokenDistribution(p.tokens, mx.concatenate([rest, p.probabilities[:, depth:]], axis=1))
 
 
 def sampled(
     drafts: mx.array | None,
-    q: Law | None,
-    p: Law,
+    q: TokenDistribution | None,
+    p: TokenDistribution,
     keys: mx.array,
-    odds: Callable[[mx.array, Law, Law], Odds] = block_odds,
-) -> Verdict:
-    """Temperature above 0: drafts [B, K] drawn from q [B, K, N], judged against p [B, M, N].
+    odds: Callable[[mx.array, TokenDistribution, TokenDistribution], Odds] = block_odds,
+) -> Accepted:
+    """Temperature above 0: drafts [B, K] drawn from q [B, K, N], verified against p [B, M, N].
 
     keys [2, 2]: one for acceptance, one for the token behind the last draft that stands.
     """
     batch = p.probabilities.shape[0]
     if drafts is None or q is None:
         token = p.draw(keys[1])
-        return Verdict(mx.zeros((batch,), dtype=mx.int32), token, token)
+        return Accepted(mx.zeros((batch,), dtype=mx.int32), token, token)
     depth = drafts.shape[1]
     found = odds(drafts, q, p)
     passes = (mx.random.uniform(shape=(batch, depth), key=keys[0]) < found.pass_).astype(mx.int32)
@@ -116,10 +117,10 @@ def sampled(
     accepted = accepted.astype(mx.int32)
     row = accepted[:, None, None]
     tokens = found.residual.tokens
-    last = Law(
+    last = TokenDistribution(
         None if tokens is None else mx.take_along_axis(tokens, row, axis=1),
         mx.take_along_axis(found.residual.probabilities, row, axis=1),
     ).draw(keys[1])
     stands = mx.arange(depth + 1) < accepted[:, None]
     padded = mx.concatenate([drafts, last], axis=1)
-    return Verdict(accepted, mx.where(stands, padded, last), last)
+    return Accepted(accepted, mx.where(stands, padded, last), last)

@@ -46,7 +46,7 @@ class LayerShape:
 
 
 @dataclass
-class Pass:
+class AttentionPlan:
     """What one forward pass of M rows needs to know: where its rows are, and what each of them may see.
 
     offset [B] is the position of the first row; masks[kind] is bool [B, 1, M, S] (true = visible).
@@ -57,11 +57,11 @@ class Pass:
     slots: dict[str, mx.array]
     ring_in_place: bool = True
 
-    def last(self, rows: int) -> Pass:
+    def last(self, rows: int) -> AttentionPlan:
         """The same pass seen from its last `rows` queries; for layers that only read."""
         total = next(iter(self.masks.values())).shape[2]
         masks = {kind: mask[:, :, total - rows :] for kind, mask in self.masks.items()}
-        return Pass(self.offset + (total - rows), masks, self.slots, self.ring_in_place)
+        return AttentionPlan(self.offset + (total - rows), masks, self.slots, self.ring_in_place)
 
 
 def capacity_for(rows: int) -> int:
@@ -122,14 +122,14 @@ class KVCache:
         newest = end[:, None] - 1
         return newest - (newest - slots) % self.slots(kind)
 
-    def begin(self, rows: int) -> Pass:
+    def plan(self, rows: int) -> AttentionPlan:
         """Opens a pass of `rows` rows at the committed length. The capacity must already hold them."""
         queries = self.length[:, None] + mx.arange(rows, dtype=mx.int32)
         ring = self.slots(SLIDING)
         # Within the slack (or before a ring is long enough to wrap) rows are written first and then read in place.
         # A longer chunk would overwrite rows its own first queries still see: it reads [ring, chunk] and writes after.
         in_place = rows <= self.slack or ring == self.capacity
-        step = Pass(self.length, {}, {}, in_place)
+        step = AttentionPlan(self.length, {}, {}, in_place)
         for kind in {shape.kind for shape in self.shapes}:
             if kind == FULL:
                 step.slots[kind] = queries
@@ -143,7 +143,7 @@ class KVCache:
                 step.masks[kind] = _window_mask(positions, queries, self.window)
         return step
 
-    def update(self, layer: int, keys: mx.array, values: mx.array, step: Pass) -> tuple[mx.array, mx.array]:
+    def update(self, layer: int, keys: mx.array, values: mx.array, step: AttentionPlan) -> tuple[mx.array, mx.array]:
         """Writes rows [B, G, M, d] of one layer; returns the K/V that this pass attends to, as step.masks sees it."""
         kind = self.shapes[layer].kind
         slots = step.slots[kind]
@@ -213,7 +213,7 @@ class KVCache:
 class LayerView:
     """One layer of a cache during one pass, in the form in which mlx-lm's layers ask for theirs."""
 
-    def __init__(self, cache: KVCache, layer: int, step: Pass) -> None:
+    def __init__(self, cache: KVCache, layer: int, step: AttentionPlan) -> None:
         self._cache, self._layer, self._step = cache, layer, step
         self.offset = step.offset  # [B], on the device: a Python number would be frozen by mx.compile
         self._seen: tuple[mx.array, mx.array] | None = None
@@ -254,14 +254,14 @@ class NoCache:
         self.window = window
         self.batch = batch
 
-    def begin(self, rows: int) -> Pass:
+    def plan(self, rows: int) -> AttentionPlan:
         """A pass over positions 0..rows-1."""
         positions = mx.arange(rows, dtype=mx.int32)[None]
         causal = positions[:, None, None, :] <= positions[:, None, :, None]
         masks = {FULL: causal, SLIDING: _window_mask(positions, positions, self.window)}
-        return Pass(mx.zeros((self.batch,), dtype=mx.int32), masks, {})
+        return AttentionPlan(mx.zeros((self.batch,), dtype=mx.int32), masks, {})
 
-    def update(self, layer: int, keys: mx.array, values: mx.array, step: Pass) -> tuple[mx.array, mx.array]:
+    def update(self, layer: int, keys: mx.array, values: mx.array, step: AttentionPlan) -> tuple[mx.array, mx.array]:
         """The rows themselves: the pass sees itself and nothing else."""
         return keys, values
 

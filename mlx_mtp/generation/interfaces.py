@@ -84,13 +84,13 @@ class Target(Protocol):
 Memory = dict[str, Any]
 
 
-class Choose(Protocol):
+class SampleDraft(Protocol):
     """How a draft is picked from scores: greedily or by the request's sampling; made anew for each round."""
 
     def __call__(self, logits: mx.array, tokens: mx.array | None = None, forced: Forced | None = None) -> mx.array:
         """The next draft [B, 1] from logits [B, 1, N] of `tokens` (None = the whole vocabulary)."""
 
-    def certain(self, tokens: mx.array) -> mx.array:
+    def point_mass(self, tokens: mx.array) -> mx.array:
         """Drafts [B, K] proposed without scores."""
 
 
@@ -119,7 +119,7 @@ class Drafter(Protocol):
         """The same memory with room for `capacity` positions."""
 
     def draft(
-        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, choose: Choose
+        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
     ) -> tuple[mx.array, Memory]:
         """Proposes K = depth tokens [B, K] behind `token` [B, 1], the one that is not in the cache yet.
 

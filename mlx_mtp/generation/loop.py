@@ -22,9 +22,9 @@ from mlx_mtp.generation.cache import KVCache, capacity_for
 from mlx_mtp.generation.depth import DepthPolicy
 from mlx_mtp.generation.exactness import WIDEST, Exactness, Probes
 from mlx_mtp.generation.interfaces import Drafter, Memory, States, Target
-from mlx_mtp.generation.prefix import Held, Pair, Session
-from mlx_mtp.generation.round import LogitsProcessor, Outcome, Request, Rounds, SoFar
-from mlx_mtp.generation.sampling import Rules
+from mlx_mtp.generation.prefix import Lease, Pair, Session
+from mlx_mtp.generation.round import LogitsProcessor, RoundOutput, Rounds, SequenceState, SoFar
+from mlx_mtp.generation.sampling import SamplingSpec
 from mlx_mtp.generation.types import NEUTRAL, Sampling, Stats
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ PrefillProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class GenerationRequest:
     """What one request wants of the loop. sampling has no None left; budget is the most tokens to emit.
 
     session: what an earlier request of the same conversation left, and where this one leaves its own.
@@ -55,7 +55,7 @@ class Asked:
 
 
 @dataclass
-class Run:
+class Chunk:
     """New tokens, and per token its logprob and the likeliest alternatives where asked for.
 
     drafted, accepted: of its round, before any cut; None and 0 for the prefill's token.
@@ -74,16 +74,16 @@ class _Reader:
 
     stats: Stats
 
-    def read(self, outcome: Outcome) -> tuple[Run, int]:
+    def read(self, output: RoundOutput) -> tuple[Chunk, int]:
         """The whole round as a run, and how many of its drafts stand; the run is not cut to them yet."""
         self.stats.host_syncs += 1
-        *tokens, accepted = _first(outcome.tokens)
-        if outcome.logprobs is None or outcome.top is None:
-            return Run(tokens), accepted
+        *tokens, accepted = _first(output.tokens)
+        if output.logprobs is None or output.top is None:
+            return Chunk(tokens), accepted
         # Computed with the tokens by one graph, so these wait for nothing.
-        ids, values = map(_first, outcome.top)
+        ids, values = map(_first, output.top)
         top = [dict(zip(*row, strict=True)) for row in zip(ids, values, strict=True)]
-        return Run(tokens, _first(outcome.logprobs), top), accepted
+        return Chunk(tokens, _first(output.logprobs), top), accepted
 
 
 def _first(array: mx.array) -> list[Any]:
@@ -102,11 +102,11 @@ class _Decoding:
     was made, or the consumer was slow and the device ahead.
     """
 
-    request: Request
+    state: SequenceState
     stats: Stats
     bound: int
     newest: int
-    asked: Asked
+    request: GenerationRequest
     so_far: SoFar | None = None
     emitted: list[int] = field(default_factory=list)
     read_at: float = 0.0
@@ -131,13 +131,13 @@ class _Decoding:
 
 
 @dataclass
-class _Kept:
+class _Reused:
     """What a session has of a prompt: `length` tokens whose rows are there, and the states of the last of them.
 
     states: None where the caller has to run that token again if it wants them.
     """
 
-    held: Held
+    lease: Lease
     length: int
     states: States | None = None
 
@@ -156,132 +156,137 @@ class Decoder:
         """What K/V that it fills belong to."""
         return self.target, self.drafter, self.exact is not None
 
-    def decode(self, asked: Asked, stats: Stats, policy: DepthPolicy | None = None) -> Generator[Run, None, None]:
+    def decode(
+        self, request: GenerationRequest, stats: Stats, policy: DepthPolicy | None = None
+    ) -> Generator[Chunk, None, None]:
         """Runs of new tokens, at most the budget in all: the first from the prefill, then one run a round."""
         policy = policy or self.policy
         policy.begin()
-        session, decoding = asked.session, None
-        kept = self._kept(session, asked.ids) if session is not None else None
+        session, decoding = request.session, None
+        reused = self._kept(session, request.ids) if session is not None else None
         try:
             began = time.perf_counter()
-            request, newest = self._prefill(asked, policy.deepest, kept, stats)
-            so_far = SoFar(asked.ids) if asked.processors else None
-            decoding = _Decoding(request, stats, len(asked.ids), newest, asked, so_far)
-            yield from self._run(decoding, policy, began)
+            state, newest = self._prefill(request, policy.deepest, reused, stats)
+            so_far = SoFar(request.ids) if request.processors else None
+            decoding = _Decoding(state, stats, len(request.ids), newest, request, so_far)
+            yield from self._rounds(decoding, policy, began)
         finally:
             if session is not None:
                 _leave(session, decoding, self.exact is not None)
 
-    def _run(self, decoding: _Decoding, policy: DepthPolicy, began: float) -> Iterator[Run]:
+    def _rounds(self, decoding: _Decoding, policy: DepthPolicy, began: float) -> Iterator[Chunk]:
         """The tokens behind the prompt; one round in flight while the one before is read."""
-        asked, stats, reader = decoding.asked, decoding.stats, _Reader(decoding.stats)
-        first = self.rounds.first(decoding.request, decoding.so_far, asked.processors)
+        request, stats, reader = decoding.request, decoding.stats, _Reader(decoding.stats)
+        first = self.rounds.first(decoding.state, decoding.so_far, request.processors)
         stats.head_passes += 1
-        serial = bool(asked.processors)  # Python functions want every token before the next round is built
+        serial = bool(request.processors)  # Python functions want every token before the next round is built
         # Read before a round is submitted: where that waits for the device (MLX on a CPU), the token would be late.
-        run, _ = reader.read(first)
+        chunk, _ = reader.read(first)
         stats.prefill_seconds = time.perf_counter() - began
         decoding.round_seconds()
-        decoding.take(run.tokens)
-        yield run
-        pending: tuple[int, Outcome] | None = None
-        while len(decoding.emitted) < asked.budget:
+        decoding.take(chunk.tokens)
+        yield chunk
+        pending: tuple[int, RoundOutput] | None = None
+        while len(decoding.emitted) < request.budget:
             alone = pending is None
             if pending is None:
                 pending = self._submit(decoding, policy)
             # Behind a round that may be the last none is submitted: it would be for nothing, and on a CPU waited for.
             ahead = None
-            if len(decoding.emitted) + pending[0] + 1 < asked.budget and not serial:
+            if len(decoding.emitted) + pending[0] + 1 < request.budget and not serial:
                 ahead = self._submit(decoding, policy)
             # What a round takes shows only where it was built while the one before ran, and the next, which is built
             # meanwhile, is one like it: with nothing to build it looks far too short, with two of them too long.
             alike = serial or (not alone and ahead is not None and ahead[0] == pending[0])
-            run = self._collect(decoding, reader, *pending, policy, alike)
+            chunk = self._collect(decoding, reader, *pending, policy, alike)
             given = time.perf_counter()
-            yield run
+            yield chunk
             decoding.paused = time.perf_counter() - given
             pending = ahead
 
     def _collect(
-        self, decoding: _Decoding, reader: _Reader, depth: int, outcome: Outcome, policy: DepthPolicy, alike: bool
-    ) -> Run:
+        self, decoding: _Decoding, reader: _Reader, depth: int, output: RoundOutput, policy: DepthPolicy, alike: bool
+    ) -> Chunk:
         """Reads a round and cuts it to what was accepted and to the budget."""
-        run, accepted = reader.read(outcome)
+        chunk, accepted = reader.read(output)
         seconds = decoding.round_seconds()
         policy.learn(depth, accepted, seconds if alike else None)
         decoding.bound -= depth - accepted
-        upto = min(accepted + 1, decoding.asked.budget - len(decoding.emitted))
-        logprobs, top = run.logprobs and run.logprobs[:upto], run.top and run.top[:upto]
-        run = Run(run.tokens[:upto], logprobs, top, depth, accepted)
-        decoding.take(run.tokens)
-        return run
+        upto = min(accepted + 1, decoding.request.budget - len(decoding.emitted))
+        logprobs, top = chunk.logprobs and chunk.logprobs[:upto], chunk.top and chunk.top[:upto]
+        chunk = Chunk(chunk.tokens[:upto], logprobs, top, depth, accepted)
+        decoding.take(chunk.tokens)
+        return chunk
 
-    def _submit(self, decoding: _Decoding, policy: DepthPolicy) -> tuple[int, Outcome]:
+    def _submit(self, decoding: _Decoding, policy: DepthPolicy) -> tuple[int, RoundOutput]:
         """Starts a round of the depth the policy chose; that depth and what the round will give."""
-        depth, request, asked = policy.next(), decoding.request, decoding.asked
-        depth = request.exact.deepest(depth) if request.exact else depth
-        rows = decoding.bound + max(depth + 1, (request.exact and request.exact.width) or 0)
+        depth, state, request = policy.next(), decoding.state, decoding.request
+        depth = state.exact.deepest(depth) if state.exact else depth
+        rows = decoding.bound + max(depth + 1, (state.exact and state.exact.width) or 0)
         decoding.newest = max(decoding.newest, rows - 1)
-        grown = self._reserve(request, rows)
-        decoding.disturbed |= grown or self.rounds.is_new(request, depth)
+        grown = self._reserve(state, rows)
+        decoding.disturbed |= grown or self.rounds.is_new(state, depth)
         decoding.bound += depth + 1
         if decoding.so_far is not None:
-            outcome = self.rounds.submit_processed(request, depth, decoding.so_far, asked.processors)
+            output = self.rounds.submit_processed(state, depth, decoding.so_far, request.processors)
         else:
-            outcome = self.rounds.submit(request, depth)
+            output = self.rounds.submit(state, depth)
         stats = decoding.stats
         stats.rounds += 1
         stats.head_passes += 1
         stats.depth_counts[depth] = stats.depth_counts.get(depth, 0) + 1
-        return depth, outcome
+        return depth, output
 
-    def _reserve(self, request: Request, rows: int) -> bool:
+    def _reserve(self, state: SequenceState, rows: int) -> bool:
         """Makes room for `rows` positions; whether anything had to grow."""
-        if rows <= request.cache.capacity:
+        if rows <= state.cache.capacity:
             return False
-        request.cache.grow(capacity_for(rows))
+        state.cache.grow(capacity_for(rows))
         if self.drafter is not None:
-            request.memory = self.drafter.grow(request.memory, request.cache.capacity)
+            state.memory = self.drafter.grow(state.memory, state.cache.capacity)
         return True
 
-    def prefill(self, asked: Asked, deepest: int) -> Request:
+    def prefill(self, request: GenerationRequest, deepest: int) -> SequenceState:
         """Runs the prompt in chunks that bound memory; leaves the state of its last token."""
-        return self._prefill(asked, deepest, None, Stats())[0]
+        return self._prefill(request, deepest, None, Stats())[0]
 
-    def _prefill(self, asked: Asked, deepest: int, kept: _Kept | None, stats: Stats) -> tuple[Request, int]:
+    def _prefill(
+        self, request: GenerationRequest, deepest: int, reused: _Reused | None, stats: Stats
+    ) -> tuple[SequenceState, int]:
         """The request behind its prompt, and the furthest row written; `kept` = what is there of it already."""
-        target, drafter, ids = self.target, self.drafter, asked.ids
+        target, drafter, ids = self.target, self.drafter, request.ids
         # In exact mode room for the whole reply: the kernels may depend on the size of the buffers, and when those
         # grow must not depend on how many drafts are in flight.
-        rows = len(ids) + (asked.budget + 4 * WIDEST if self.exact else deepest + 1)
-        capacity = max(capacity_for(rows), kept.held.cache.capacity if kept else 0)
+        rows = len(ids) + (request.budget + 4 * WIDEST if self.exact else deepest + 1)
+        capacity = max(capacity_for(rows), reused.lease.cache.capacity if reused else 0)
         exact = self._exactness(capacity)  # before there are buffers: the probe has some of its own
-        cache, memory, states, begin, newest = self._begin(ids, capacity, kept)
+        cache, memory, states, begin, newest = self._begin(ids, capacity, reused)
         # In exact mode every family goes the same way, plain decoding too: the same rows through every layer.
         wants_all = self.exact is not None or (drafter is not None and drafter.reads_states)
-        chunk = self._chunk(cache)
-        for start in range(begin, len(ids), chunk):
-            tokens = mx.array([ids[start : start + chunk]], dtype=mx.int32)
-            final = start + chunk >= len(ids)
+        rows_at_once = self._rows_at_once(cache)
+        for start in range(begin, len(ids), rows_at_once):
+            tokens = mx.array([ids[start : start + rows_at_once]], dtype=mx.int32)
+            final = start + rows_at_once >= len(ids)
             states = target.forward(tokens, cache, None if wants_all else int(final))
             if drafter is not None and drafter.reads_prompt:
                 memory = drafter.observe(memory, tokens, states, mx.array([tokens.shape[1] - 1]))
             cache.advance(tokens.shape[1])
             mx.eval(cache.arrays, memory)
             threads.pause()
-            if asked.on_prefill:
-                asked.on_prefill(min(start + chunk, len(ids)) - begin, len(ids) - begin)
+            if request.on_prefill:
+                request.on_prefill(min(start + rows_at_once, len(ids)) - begin, len(ids) - begin)
         assert states is not None, "a prompt has a last token"
         stats.prefilled_tokens, newest = len(ids) - begin, max(newest, len(ids) - 1)
-        if asked.session is not None and begin < len(ids):
-            asked.session.mark(cache, len(ids), newest, _last(states) if self.exact else None)
+        if request.session is not None and begin < len(ids):
+            request.session.snapshot(cache, len(ids), newest, _last(states) if self.exact else None)
         vocabulary = target.info.vocab_size
-        rules = Rules.of(asked.sampling, vocabulary, asked.logprobs)
-        request = Request(
-            mx.zeros((1, 1), dtype=mx.int32), states.hidden[:, -1:], cache, memory, rules,
-            rules.knobs(asked.sampling, vocabulary), rules.history(ids, vocabulary), mx.random.key(asked.seed), exact,
+        spec = SamplingSpec.of(request.sampling, vocabulary, request.logprobs)
+        state = SequenceState(
+            mx.zeros((1, 1), dtype=mx.int32), states.hidden[:, -1:], cache, memory, spec,
+            spec.arrays(request.sampling, vocabulary), spec.history(ids, vocabulary), mx.random.key(request.seed),
+            exact,
         )  # fmt: skip
-        return request, newest
+        return state, newest
 
     def _exactness(self, capacity: int) -> Exactness | None:
         """How passes over caches of this capacity are exact; None in the fast mode."""
@@ -294,13 +299,13 @@ class Decoder:
                         "decoding plainly where that much is needed.", capacity)  # fmt: skip
         return found
 
-    def _kept(self, session: Session, ids: list[int]) -> _Kept | None:
+    def _kept(self, session: Session, ids: list[int]) -> _Reused | None:
         """What a session has of a prompt."""
         if self.exact is not None:
-            marked = session.take_marked(ids, self.pair)
-            return _Kept(marked[0], marked[1].length, marked[1].states) if marked else None
-        taken = session.take(ids, self._runs_again, self.pair)
-        return _Kept(*taken) if taken else None
+            found = session.acquire_snapshot(ids, self.pair)
+            return _Reused(found[0], found[1].length, found[1].states) if found else None
+        taken = session.acquire(ids, self._runs_again, self.pair)
+        return _Reused(*taken) if taken else None
 
     @property
     def _runs_again(self) -> int:
@@ -308,24 +313,24 @@ class Decoder:
         return int(self.drafter is not None and self.drafter.reads_states)
 
     def _begin(
-        self, ids: list[int], capacity: int, kept: _Kept | None
+        self, ids: list[int], capacity: int, reused: _Reused | None
     ) -> tuple[KVCache, Memory, States | None, int, int]:
         """Cache and drafter's memory to start from, the last token's states, how many tokens these hold, and the
         furthest row written."""
         target, drafter = self.target, self.drafter
-        if kept is None:
+        if reused is None:
             cache = target.new_cache(capacity)
             return cache, drafter.start(1, cache.capacity) if drafter else {}, None, 0, -1
-        cache, memory, states = kept.held.cache, kept.held.memory, kept.states
+        cache, memory, states = reused.lease.cache, reused.lease.memory, reused.states
         cache.grow(capacity)
         if drafter is not None:
             if self._runs_again and states is None:
-                states = target.forward(mx.array([[ids[kept.length - 1]]], dtype=mx.int32), cache)
+                states = target.forward(mx.array([[ids[reused.length - 1]]], dtype=mx.int32), cache)
                 cache.advance(1)
-            memory = drafter.rewind(drafter.grow(memory, cache.capacity), kept.length, states)
-        return cache, memory, states, kept.length, kept.held.newest
+            memory = drafter.rewind(drafter.grow(memory, cache.capacity), reused.length, states)
+        return cache, memory, states, reused.length, reused.lease.newest
 
-    def _chunk(self, cache: KVCache) -> int:
+    def _rows_at_once(self, cache: KVCache) -> int:
         """Rows of the prompt that one pass may take."""
         score_bytes = 4 * self.target.info.attention_heads * cache.capacity
         return max(MIN_CHUNK, min(MAX_CHUNK, CHUNK_BYTES // score_bytes))
@@ -345,15 +350,16 @@ class Decoder:
         """
         made_up = [i % self.target.info.vocab_size for i in range(1, 17)]
         room = (repeats + 4) * sum(depth + 1 for depth in depths)  # nothing makes room between these rounds
-        request = self.prefill(Asked(ids=made_up if ids is None else list(ids), budget=room, sampling=sampling), room)
-        self.rounds.first(request)
+        prompt = made_up if ids is None else list(ids)
+        state = self.prefill(GenerationRequest(ids=prompt, budget=room, sampling=sampling), room)
+        self.rounds.first(state)
         found = {}
         for depth in depths:
-            outcomes = [self.rounds.submit(request, depth) for _ in range(2)]
-            mx.eval([outcome.tokens for outcome in outcomes])
-            times, pending, began = [], self.rounds.submit(request, depth), time.perf_counter()
+            outputs = [self.rounds.submit(state, depth) for _ in range(2)]
+            mx.eval([output.tokens for output in outputs])
+            times, pending, began = [], self.rounds.submit(state, depth), time.perf_counter()
             for _ in range(repeats):
-                ahead = self.rounds.submit(request, depth)
+                ahead = self.rounds.submit(state, depth)
                 mx.eval(pending.tokens)
                 now = time.perf_counter()
                 times.append(now - began)
@@ -374,8 +380,8 @@ def _leave(session: Session, decoding: _Decoding | None, exact: bool) -> None:
     exact: the prompt only. What a reply leaves beyond what was wanted of it depends on the drafter.
     """
     if decoding is None:
-        session.give_back(None, ())
+        session.release(None, ())
         return
-    request, ids = decoding.request, [*decoding.asked.ids, *([] if exact else decoding.emitted)]
-    held = Held(request.cache, request.memory, decoding.newest)
-    session.give_back(held, ids[: max(len(decoding.asked.ids), len(ids) - 1)])
+    state, ids = decoding.state, [*decoding.request.ids, *([] if exact else decoding.emitted)]
+    lease = Lease(state.cache, state.memory, decoding.newest)
+    session.release(lease, ids[: max(len(decoding.request.ids), len(ids) - 1)])

@@ -29,7 +29,7 @@ from mlx_mtp.generation.cache import SLIDING, KVCache
 from mlx_mtp.generation.interfaces import Drafter, Memory, States, Target
 
 # Most bytes of ring copies a session keeps; the newest is always kept.
-MARK_BYTES = 256_000_000
+SNAPSHOT_BYTES = 256_000_000
 
 # What K/V and memory belong to: a target, a drafter, and whether passes are those of the exact mode.
 Pair: TypeAlias = tuple[Target, Drafter | None, bool]
@@ -37,7 +37,7 @@ _taking = threading.Lock()
 
 
 @dataclass(frozen=True)
-class Mark:
+class Snapshot:
     """The rings as they were when the first `length` tokens, and rows up to `newest`, had been written.
 
     states: of the last of these tokens; None where nobody will ask.
@@ -55,7 +55,7 @@ class Mark:
 
 
 @dataclass
-class Held:
+class Lease:
     """What a request takes from a session: a cache and a drafter's memory; rows up to `newest` have been written."""
 
     cache: KVCache
@@ -68,20 +68,20 @@ class Session:
     """The K/V of one conversation. Give it to `Engine.stream` and the next prompt only costs what is new in it."""
 
     ids: list[int] = field(default_factory=list)
-    marks: list[Mark] = field(default_factory=list)
-    held: Held | None = None
+    snapshots: list[Snapshot] = field(default_factory=list)
+    lease: Lease | None = None
     busy: bool = False
     _pair: tuple[weakref.ref[Target], weakref.ref[Drafter] | None, bool] | None = None  # who filled it
 
     @property
     def nbytes(self) -> int:
         """Bytes of all K/V kept, marks included."""
-        buffers = [] if self.held is None else [*self.held.cache.keys, *self.held.cache.values]
-        return sum(buffer.nbytes for buffer in buffers) + sum(mark.nbytes for mark in self.marks)
+        buffers = [] if self.lease is None else [*self.lease.cache.keys, *self.lease.cache.values]
+        return sum(buffer.nbytes for buffer in buffers) + sum(snapshot.nbytes for snapshot in self.snapshots)
 
     def clear(self) -> None:
         """Forgets everything."""
-        self.ids, self.marks, self.held = [], [], None
+        self.ids, self.snapshots, self.lease = [], [], None
 
     def common(self, ids: Sequence[int]) -> int:
         """How many tokens of `ids` in front are those of the session."""
@@ -92,7 +92,7 @@ class Session:
         """OptionError where another pair has filled it, or another reply has it."""
         if self.busy:
             raise OptionError("Expected a session that is free, found it in use by another reply; finish that first.")
-        if self.held is None or self._pair is None or pair is None:
+        if self.lease is None or self._pair is None or pair is None:
             return
         target, drafter, exact = self._pair
         same_drafter = pair[1] is None if drafter is None else pair[1] is not None and drafter() is pair[1]
@@ -102,76 +102,76 @@ class Session:
                 "or mode, or the same ones loaded again); use a new session, or Chat.moved for a chat."
             )
 
-    def fill(self, pair: Pair, held: Held, ids: Sequence[int]) -> None:
+    def fill(self, pair: Pair, lease: Lease, ids: Sequence[int]) -> None:
         """Takes over what a pair has computed elsewhere."""
         self._pair = _weak(pair)
-        self.held, self.ids, self.marks = held, list(ids), []
+        self.lease, self.ids, self.snapshots = lease, list(ids), []
 
-    def take(self, ids: Sequence[int], back: int, pair: Pair | None = None) -> tuple[Held, int] | None:
+    def acquire(self, ids: Sequence[int], back: int, pair: Pair | None = None) -> tuple[Lease, int] | None:
         """The cache rolled back to as many tokens of `ids` as it can, and that number; None where there are none.
 
         back: rows before that number which the caller runs again (and whose windows must stand too). At least the
         last token of `ids` is left to run. pair: who asks. OptionError as for `check`.
         """
-        held = self._claim(pair)
-        found = None if held is None else self._reach(held, min(self.common(ids), len(ids) - 1), back)
-        if found is None or held is None:
-            self._leave(0)
+        lease = self._claim(pair)
+        found = None if lease is None else self._reach(lease, min(self.common(ids), len(ids) - 1), back)
+        if found is None or lease is None:
+            self._clear_above(0)
             return None
-        self._leave(found)
-        held.cache.length = mx.array([found - back], dtype=mx.int32)
-        return held, found
+        self._clear_above(found)
+        lease.cache.length = mx.array([found - back], dtype=mx.int32)
+        return lease, found
 
-    def take_marked(self, ids: Sequence[int], pair: Pair | None = None) -> tuple[Held, Mark] | None:
+    def acquire_snapshot(self, ids: Sequence[int], pair: Pair | None = None) -> tuple[Lease, Snapshot] | None:
         """The cache as it was at the end of the longest prompt so far that `ids` begin with, and that end; or None.
 
         For exact mode: what is found depends on the prompts so far and on nothing else. OptionError as for `take`.
         """
-        held, common = self._claim(pair), self.common(ids)
-        mark = next((mark for mark in reversed(self.marks) if mark.length <= common), None)
-        if mark is None or held is None:
-            self._leave(0)
+        lease, common = self._claim(pair), self.common(ids)
+        snapshot = next((snapshot for snapshot in reversed(self.snapshots) if snapshot.length <= common), None)
+        if snapshot is None or lease is None:
+            self._clear_above(0)
             return None
-        self._leave(mark.length)
-        self._restore(held, mark)
-        held.cache.length = mx.array([mark.length], dtype=mx.int32)
-        return held, mark
+        self._clear_above(snapshot.length)
+        self._restore(lease, snapshot)
+        lease.cache.length = mx.array([snapshot.length], dtype=mx.int32)
+        return lease, snapshot
 
-    def _claim(self, pair: Pair | None) -> Held | None:
+    def _claim(self, pair: Pair | None) -> Lease | None:
         """What the session holds, for a request that has it to itself from now on."""
         with _taking:
             self.check(pair)
             self.busy = True
         self._pair = None if pair is None else _weak(pair)
-        return self.held
+        return self.lease
 
-    def _leave(self, length: int) -> None:
+    def _clear_above(self, length: int) -> None:
         """Forgets all but the marks of up to `length` tokens: the rest is the request's."""
-        self.held, self.ids = None, []
-        self.marks = [mark for mark in self.marks if mark.length <= length]
+        self.lease, self.ids = None, []
+        self.snapshots = [snapshot for snapshot in self.snapshots if snapshot.length <= length]
 
     @staticmethod
-    def _restore(held: Held, mark: Mark) -> None:
+    def _restore(lease: Lease, snapshot: Snapshot) -> None:
         """Puts the rings back, into buffers that may have grown since; what was stored keeps its slot."""
-        for layer, rings in mark.rings.items():
-            for buffers, ring in zip((held.cache.keys, held.cache.values), rings, strict=True):
+        for layer, rings in snapshot.rings.items():
+            for buffers, ring in zip((lease.cache.keys, lease.cache.values), rings, strict=True):
                 missing = buffers[layer].shape[2] - ring.shape[2]
                 buffers[layer] = mx.pad(ring, [(0, 0), (0, 0), (0, missing), (0, 0)]) if missing else mx.array(ring)
-        held.newest = mark.newest
+        lease.newest = snapshot.newest
 
-    def _reach(self, held: Held, wanted: int, back: int) -> int | None:
+    def _reach(self, lease: Lease, wanted: int, back: int) -> int | None:
         """The furthest of up to `wanted` tokens whose rows all stand, after bringing old rings back if it must."""
         if wanted <= back:
             return None
-        if _stands(held.cache, wanted - back, held.newest):
+        if _intact(lease.cache, wanted - back, lease.newest):
             return wanted
-        for mark in reversed(self.marks):
-            if back < mark.length <= wanted and _stands(held.cache, mark.length - back, mark.newest):
-                self._restore(held, mark)
-                return mark.length
+        for snapshot in reversed(self.snapshots):
+            if back < snapshot.length <= wanted and _intact(lease.cache, snapshot.length - back, snapshot.newest):
+                self._restore(lease, snapshot)
+                return snapshot.length
         return None
 
-    def mark(self, cache: KVCache, length: int, newest: int, states: States | None = None) -> None:
+    def snapshot(self, cache: KVCache, length: int, newest: int, states: States | None = None) -> None:
         """Remembers the rings where a prompt of `length` tokens ended, if they can wrap at all.
 
         states [B, 1, D]: of its last token, for exact mode, which comes back in any case. Costs one copy of the rings:
@@ -182,17 +182,18 @@ class Session:
         if states is None and (not layers or cache.slots(SLIDING) >= cache.capacity):
             return
         rings = {i: (mx.array(cache.keys[i]), mx.array(cache.values[i])) for i in layers}
-        self.marks = [*(mark for mark in self.marks if mark.length < length), Mark(length, newest, rings, states)]
-        while len(self.marks) > 1 and sum(mark.nbytes for mark in self.marks) > MARK_BYTES:
-            self.marks.pop(0)
+        earlier = [snapshot for snapshot in self.snapshots if snapshot.length < length]
+        self.snapshots = [*earlier, Snapshot(length, newest, rings, states)]
+        while len(self.snapshots) > 1 and sum(snapshot.nbytes for snapshot in self.snapshots) > SNAPSHOT_BYTES:
+            self.snapshots.pop(0)
 
     def cut(self, length: int) -> None:
         """Forgets the tokens after the first `length`: what was computed for nothing is not part of what was said."""
         del self.ids[length:]
 
-    def give_back(self, held: Held | None, ids: Sequence[int]) -> None:
+    def release(self, lease: Lease | None, ids: Sequence[int]) -> None:
         """Ends a request: `ids` are the tokens whose rows stand in its cache. None = it came to nothing."""
-        self.busy, self.held, self.ids = False, held, list(ids) if held is not None else []
+        self.busy, self.lease, self.ids = False, lease, list(ids) if lease is not None else []
 
 
 def _weak(pair: Pair) -> tuple[weakref.ref[Target], weakref.ref[Drafter] | None, bool]:
@@ -201,7 +202,7 @@ def _weak(pair: Pair) -> tuple[weakref.ref[Target], weakref.ref[Drafter] | None,
     return weakref.ref(target), None if drafter is None else weakref.ref(drafter), exact
 
 
-def _stands(cache: KVCache, length: int, newest: int) -> bool:
+def _intact(cache: KVCache, length: int, newest: int) -> bool:
     """Whether the rings still hold the window in front of row `length`, after rows up to `newest` were written."""
     if all(shape.kind != SLIDING for shape in cache.shapes):
         return True

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from itertools import repeat
 from typing import Protocol
 
-from mlx_mtp.generation.loop import Run
+from mlx_mtp.generation.loop import Chunk
 from mlx_mtp.generation.types import Event, Result
 from mlx_mtp.text.channels import Channels, Pieces, joined
 from mlx_mtp.text.tokenizer import StopStrings
@@ -64,9 +64,10 @@ class Reply:
         """Whether an ending token or a stop string ended it."""
         return self.stopped or self.stop_token is not None
 
-    def extend(self, run: Run, ends: Collection[int]) -> None:
+    def extend(self, chunk: Chunk, ends: Collection[int]) -> None:
         """New tokens, up to one of `ends` (which belongs to no reply) or to the one that completes a stop string."""
-        for token, logprob, top in zip(run.tokens, run.logprobs or repeat(None), run.top or repeat(None), strict=False):
+        logprobs, tops = chunk.logprobs or repeat(None), chunk.top or repeat(None)
+        for token, logprob, top in zip(chunk.tokens, logprobs, tops, strict=False):
             if not self.stopped and token in ends:
                 self.stop_token = token
             if self.over:

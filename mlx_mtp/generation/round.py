@@ -20,7 +20,7 @@ from mlx_mtp.generation import acceptance, sampling
 from mlx_mtp.generation.cache import KVCache
 from mlx_mtp.generation.exactness import Exactness, TargetPass
 from mlx_mtp.generation.interfaces import Drafter, Memory, States, Target
-from mlx_mtp.generation.sampling import Chooser, History, Knobs, Rules
+from mlx_mtp.generation.sampling import DraftSampler, History, SamplingArrays, SamplingSpec, TokenDistribution
 
 # mlx-lm's convention: (all tokens so far [T], logits [1, V]) -> logits [1, V].
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
@@ -31,7 +31,7 @@ SPARE_KEYS = 3
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RoundOutput:
     """What the host learns of a round, still on the device.
 
     tokens int32 [B, M + 1]: the tokens of the round and, last, how many drafts stand. logprobs float32 [B, M] of
@@ -70,7 +70,7 @@ class SoFar:
 
 
 @dataclass
-class Request:
+class SequenceState:
     """The device state of one request.
 
     token [B, 1] is the newest token, whose K/V is not in the cache yet; hidden [B, 1, D] the state that produced it.
@@ -81,22 +81,22 @@ class Request:
     hidden: mx.array
     cache: KVCache
     memory: Memory
-    rules: Rules = field(default_factory=Rules)
-    knobs: Knobs = field(default_factory=dict)
+    spec: SamplingSpec = field(default_factory=SamplingSpec)
+    arrays: SamplingArrays = field(default_factory=dict)
     history: History = field(default_factory=dict)
     key: mx.array = field(default_factory=lambda: mx.random.key(0))
     exact: Exactness | None = None
 
     @property
-    def state(self) -> dict[str, Any]:
+    def tree(self) -> dict[str, Any]:
         """Everything a round changes, as one tree of arrays."""
         return {
             "token": self.token, "hidden": self.hidden, "cache": self.cache.arrays, "memory": self.memory,
             "history": self.history, "key": self.key,
         }  # fmt: skip
 
-    @state.setter
-    def state(self, tree: dict[str, Any]) -> None:
+    @tree.setter
+    def tree(self, tree: dict[str, Any]) -> None:
         self.token, self.hidden, self.cache.arrays = tree["token"], tree["hidden"], tree["cache"]
         self.memory, self.history, self.key = tree["memory"], tree["history"], tree["key"]
 
@@ -129,48 +129,48 @@ class Rounds:
         if self._exact is not None:
             self._exact.forget()
 
-    def is_new(self, request: Request, depth: int) -> bool:
+    def is_new(self, state: SequenceState, depth: int) -> bool:
         """Whether the next `submit` with these sizes has to build its graph first (and its time says little)."""
-        return (depth, request.cache.capacity, request.rules) not in self._compiled
+        return (depth, state.cache.capacity, state.spec) not in self._compiled
 
-    def submit(self, request: Request, depth: int) -> Outcome:
+    def submit(self, state: SequenceState, depth: int) -> RoundOutput:
         """Starts a round on the device and moves `request` behind it.
 
         Reading the outcome is the only wait there is, and the caller may submit the next round first.
         """
-        return _started(request, self.build(request, depth))
+        return _started(state, self.build(state, depth))
 
-    def build(self, request: Request, depth: int) -> Outcome:
+    def build(self, state: SequenceState, depth: int) -> RoundOutput:
         """A round that nobody has asked the device for yet; `request` stands behind it."""
-        key = (depth, request.cache.capacity, request.rules)
+        key = (depth, state.cache.capacity, state.spec)
         compiled = self._compiled.pop(key, None)
         if compiled is None:
             if len(self._compiled) >= MOST_COMPILED:
                 self._compiled.pop(list(self._compiled)[0], None)  # the least recently used; two threads may be here
             # Where bits count, the parts of a round are compiled each by itself, and the pass is one of them.
-            apart = self._exact is not None and request.rules.greedy
-            compiled = self._round(request, depth, compiled=mx.compile if apart else _as_it_is)
+            apart = self._exact is not None and state.spec.greedy
+            compiled = self._round(state, depth, compiled=mx.compile if apart else _as_it_is)
             compiled = compiled if apart else mx.compile(compiled)
         self._compiled[key] = compiled
-        request.state, outcome = compiled(request.state, request.knobs)
-        return Outcome(*outcome)
+        state.tree, output = compiled(state.tree, state.arrays)
+        return RoundOutput(*output)
 
     def submit_processed(
-        self, request: Request, depth: int, so_far: SoFar, processors: Sequence[LogitsProcessor]
-    ) -> Outcome:
+        self, state: SequenceState, depth: int, so_far: SoFar, processors: Sequence[LogitsProcessor]
+    ) -> RoundOutput:
         """A round whose logits pass through Python functions that need all tokens `so_far`; never compiled."""
-        one_round = self._round(request, depth, so_far, processors)
-        request.state, outcome = one_round(request.state, request.knobs)
-        return _started(request, Outcome(*outcome))
+        one_round = self._round(state, depth, so_far, processors)
+        state.tree, output = one_round(state.tree, state.arrays)
+        return _started(state, RoundOutput(*output))
 
     def first(
-        self, request: Request, so_far: SoFar | None = None, processors: Sequence[LogitsProcessor] = ()
-    ) -> Outcome:
+        self, state: SequenceState, so_far: SoFar | None = None, processors: Sequence[LogitsProcessor] = ()
+    ) -> RoundOutput:
         """The token behind the prompt, from `request.hidden`: a round without a pass of its own."""
-        logits = _shaped(request.rules, request.state, request.knobs, None, self._target.head(request.hidden),
+        logits = _shaped(state.spec, state.tree, state.arrays, None, self._target.head(state.hidden),
                          so_far, processors)  # fmt: skip
-        request.state, outcome = self._accept(request.rules, request.state, request.knobs, None, None, logits)
-        return _started(request, Outcome(*outcome))
+        state.tree, output = self._accept(state.spec, state.tree, state.arrays, None, None, logits)
+        return _started(state, RoundOutput(*output))
 
     def _forward(self, rows: mx.array, cache: KVCache) -> tuple[States, mx.array]:
         """What TargetPass gives, as part of whatever graph is being made."""
@@ -179,7 +179,7 @@ class Rounds:
 
     def _round(
         self,
-        request: Request,
+        state: SequenceState,
         depth: int,
         so_far: SoFar | None = None,
         processors: Sequence[LogitsProcessor] = (),
@@ -189,76 +189,77 @@ class Rounds:
 
         compiled: what is done to each of its parts, the pass excepted.
         """
-        layout, rules = request.cache.layout(), request.rules
-        width = request.exact.width if request.exact else None
-        draft, settle = compiled(self._drafting(layout, rules, depth)), compiled(self._settling(rules))
-        process = compiled(rules.processed)
+        layout, spec = state.cache.layout(), state.spec
+        width = state.exact.width if state.exact else None
+        draft, settle = compiled(self._drafting(layout, spec, depth)), compiled(self._settling(spec))
+        process = compiled(spec.processed)
 
-        def one_round(state: dict[str, Any], knobs: Knobs) -> tuple[dict[str, Any], tuple[Any, ...]]:
-            state = {**state, "key": mx.random.split(state["key"], depth + SPARE_KEYS)}
-            rows, drafts, law = state["token"], None, None
+        def one_round(tree: dict[str, Any], arrays: SamplingArrays) -> tuple[dict[str, Any], tuple[Any, ...]]:
+            tree = {**tree, "key": mx.random.split(tree["key"], depth + SPARE_KEYS)}
+            rows, drafts, distribution = tree["token"], None, None
             if self._drafter is not None and depth:
-                drafts, state["memory"], law = draft(state, knobs)
+                drafts, tree["memory"], distribution = draft(tree, arrays)
                 rows = mx.concatenate([rows, drafts], axis=1)
-            cache = layout.around(state.pop("cache"))
-            states, logits = self._pass(_filled(rows, width), cache)
+            cache = layout.around(tree.pop("cache"))
+            states, logits = self._pass(_padded(rows, width), cache)
             states, logits = states.first(depth + 1), logits[:, : depth + 1]
-            logits = _shaped(rules, state, knobs, drafts, logits, so_far, processors, process)
-            state, outcome = settle(state, knobs, rows, drafts, law, states.hidden, states.trunk, logits)
-            cache.advance(outcome[0][:, -1] + 1)
-            return {**state, "cache": cache.arrays}, outcome
+            logits = _shaped(spec, tree, arrays, drafts, logits, so_far, processors, process)
+            tree, output = settle(tree, arrays, rows, drafts, distribution, states.hidden, states.trunk, logits)
+            cache.advance(output[0][:, -1] + 1)
+            return {**tree, "cache": cache.arrays}, output
 
         return one_round
 
-    def _drafting(self, layout: KVCache, rules: Rules, depth: int) -> Callable[..., Any]:
-        """From a round's state to drafts [B, K], the drafter's memory, and the law they were drawn from."""
+    def _drafting(self, layout: KVCache, spec: SamplingSpec, depth: int) -> Callable[..., Any]:
+        """From a round's state to drafts [B, K], the drafter's memory, and the distribution they were drawn from."""
         drafter = self._drafter
 
-        def draft(state: dict[str, Any], knobs: Knobs) -> tuple[mx.array, Memory, sampling.Law | None]:
+        def draft(tree: dict[str, Any], arrays: SamplingArrays) -> tuple[mx.array, Memory, TokenDistribution | None]:
             assert drafter is not None
-            choose = Chooser(rules, knobs, state["history"], state["key"][SPARE_KEYS:])
-            cache = layout.around(state["cache"])
-            drafts, memory = drafter.draft(state["memory"], state["token"], state["hidden"], cache, depth, choose)
-            return drafts, memory, choose.law
+            sample = DraftSampler(spec, arrays, tree["history"], tree["key"][SPARE_KEYS:])
+            cache = layout.around(tree["cache"])
+            drafts, memory = drafter.draft(tree["memory"], tree["token"], tree["hidden"], cache, depth, sample)
+            return drafts, memory, sample.distribution
 
         return draft
 
-    def _settling(self, rules: Rules) -> Callable[..., Any]:
+    def _settling(self, spec: SamplingSpec) -> Callable[..., Any]:
         """From rows, their states and logits to the state of the next round and what the host learns."""
 
         def settle(
-            state: dict[str, Any], knobs: Knobs, rows: mx.array, drafts: mx.array | None, law: sampling.Law | None,
-            hidden: mx.array, trunk: mx.array | None, logits: mx.array,
+            tree: dict[str, Any], arrays: SamplingArrays, rows: mx.array, drafts: mx.array | None,
+            distribution: TokenDistribution | None, hidden: mx.array, trunk: mx.array | None, logits: mx.array,
         ) -> tuple[dict[str, Any], tuple[Any, ...]]:  # fmt: skip
-            state, outcome = self._accept(rules, state, knobs, drafts, law, logits)
-            accepted = outcome[0][:, -1]
+            tree, output = self._accept(spec, tree, arrays, drafts, distribution, logits)
+            accepted = output[0][:, -1]
             if self._drafter is not None:
-                memory = self._drafter.observe(state["memory"], rows, States(hidden, trunk), accepted)
-                state = {**state, "memory": memory}
-            return {**state, "hidden": mx.take_along_axis(hidden, accepted[:, None, None], axis=1)}, outcome
+                memory = self._drafter.observe(tree["memory"], rows, States(hidden, trunk), accepted)
+                tree = {**tree, "memory": memory}
+            return {**tree, "hidden": mx.take_along_axis(hidden, accepted[:, None, None], axis=1)}, output
 
         return settle
 
     @staticmethod
     def _accept(
-        rules: Rules, state: dict[str, Any], knobs: Knobs, drafts: mx.array | None, law: sampling.Law | None,
-        logits: mx.array,
+        spec: SamplingSpec, tree: dict[str, Any], arrays: SamplingArrays, drafts: mx.array | None,
+        distribution: TokenDistribution | None, logits: mx.array,
     ) -> tuple[dict[str, Any], tuple[Any, ...]]:  # fmt: skip
         """Judges drafts by logits [B, M, V]; returns the state with the newest token and the fields of an Outcome."""
-        history, key = state["history"], state["key"]
-        if rules.greedy:
+        history, key = tree["history"], tree["key"]
+        if spec.greedy:
             found = acceptance.greedy(drafts, logits)
             key = key[0] if key.ndim == 2 else key
         else:
             keys = key if key.ndim == 2 else mx.random.split(key, SPARE_KEYS)
-            found = acceptance.sampled(drafts, law, rules.law(logits, None, knobs), keys[1:SPARE_KEYS])
+            target = spec.distribution(logits, None, arrays)
+            found = acceptance.sampled(drafts, distribution, target, keys[1:SPARE_KEYS])
             key = keys[0]
-        if rules.penalties:
+        if spec.penalties:
             counts = sampling.counted(history["generated"], found.tokens, found.accepted + 1)
             history = {**history, "generated": counts}
-        outcome = mx.concatenate([found.tokens, found.accepted[:, None]], axis=1)
-        state = {**state, "token": found.last, "history": history, "key": key}
-        return state, (outcome, *_logprobs(logits, found.tokens, rules.logprobs))
+        output = mx.concatenate([found.tokens, found.accepted[:, None]], axis=1)
+        tree = {**tree, "token": found.last, "history": history, "key": key}
+        return tree, (output, *_logprobs(logits, found.tokens, spec.logprobs))
 
 
 _alive: WeakSet[Rounds] = WeakSet()
@@ -271,7 +272,7 @@ def _forget_all() -> None:
         rounds.forget()
 
 
-def _filled(rows: mx.array, width: int | None) -> mx.array:
+def _padded(rows: mx.array, width: int | None) -> mx.array:
     """Rows [B, M], repeated up to the width of the exact mode; what is beyond the drafts is never committed."""
     if width is None or rows.shape[1] >= width:
         return rows
@@ -279,36 +280,36 @@ def _filled(rows: mx.array, width: int | None) -> mx.array:
 
 
 def _shaped(
-    rules: Rules, state: dict[str, Any], knobs: Knobs, drafts: mx.array | None, logits: mx.array,
+    spec: SamplingSpec, tree: dict[str, Any], arrays: SamplingArrays, drafts: mx.array | None, logits: mx.array,
     so_far: SoFar | None, processors: Sequence[LogitsProcessor], process: Callable[..., mx.array] | None = None,
 ) -> mx.array:  # fmt: skip
     """Logits [B, M, V] after Python's processors, penalties and bias, each row with the history of its own."""
     if so_far is not None:
         logits = _processed(logits, so_far.rows(drafts), processors)
-    if not rules.penalties and not rules.bias:
+    if not spec.penalties and not spec.bias:
         return logits
-    history = dict(state["history"])
-    if rules.penalties:
+    history = dict(tree["history"])
+    if spec.penalties:
         history["generated"] = sampling.running_counts(history["generated"], drafts)
-    return (process or rules.processed)(logits, None, knobs, history)
+    return (process or spec.processed)(logits, None, arrays, history)
 
 
-def _started(request: Request, outcome: Outcome) -> Outcome:
+def _started(state: SequenceState, output: RoundOutput) -> RoundOutput:
     """Hands a built round to the device without waiting."""
-    mx.async_eval(outcome.tokens, outcome.logprobs, outcome.top, request.state)
-    return outcome
+    mx.async_eval(output.tokens, output.logprobs, output.top, state.tree)
+    return output
 
 
 def _logprobs(logits: mx.array, tokens: mx.array, most: int) -> tuple[Any, ...]:
     """Logarithms of the probabilities of tokens [B, M], and the `most` likeliest alternatives; nothing for 0."""
     if not most:
         return ()
-    laws = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    best = mx.argpartition(-laws, kth=most - 1, axis=-1)[..., :most]
-    values = mx.take_along_axis(laws, best, axis=-1)
+    distributions = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    best = mx.argpartition(-distributions, kth=most - 1, axis=-1)[..., :most]
+    values = mx.take_along_axis(distributions, best, axis=-1)
     order = mx.argsort(-values, axis=-1)
     top = mx.take_along_axis(best, order, axis=-1), mx.take_along_axis(values, order, axis=-1)
-    return mx.take_along_axis(laws, tokens[..., None], axis=-1)[..., 0], top
+    return mx.take_along_axis(distributions, tokens[..., None], axis=-1)[..., 0], top
 
 
 def _processed(logits: mx.array, before: Sequence[mx.array], processors: Sequence[LogitsProcessor]) -> mx.array:

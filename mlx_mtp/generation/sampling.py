@@ -1,12 +1,10 @@
-"""From logits to the law a token is drawn from: penalties, bias, temperature, top-k, top-p, min-p; on the device.
+"""From logits to the distribution a token is drawn from: penalties, bias, temperature, top-k, top-p, min-p; on device.
 
-What it does: the same filters for the target's law p and the drafter's law q, in float32, on whatever support is
-small enough: with top-k only k tokens a row are ever normalised, sorted or compared. What it does not do: accept
-(verify.py) or keep anything between rounds (speculate.py).
+The same filters, in float32, for the target's distribution p and the drafter's distribution q, on whatever support is
+small enough: with top-k only k tokens a row are ever normalised, sorted or compared. They act in transformers' order:
+penalties and bias on the logits, then temperature, top-k, top-p, min-p.
 
-Filters act in transformers' order: penalties and bias on the logits, then temperature, top-k, top-p, min-p.
-
-Shapes: B batch, M rows, N tokens a law is defined on (its support), V vocabulary.
+Shapes: B batch, M rows, N tokens a distribution is defined on (its support), V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,13 +15,13 @@ import mlx.core as mx
 
 from mlx_mtp.generation.types import Sampling
 
-Knobs = dict[str, mx.array]
+SamplingArrays = dict[str, mx.array]
 History = dict[str, mx.array]
 Forced = tuple[mx.array, mx.array]
 
 
 @dataclass(frozen=True)
-class Law:
+class TokenDistribution:
     """Probabilities float32 [..., N] of tokens int32 [..., N]; tokens None = the whole vocabulary in order."""
 
     tokens: mx.array | None
@@ -35,8 +33,8 @@ class Law:
             return mx.take_along_axis(self.probabilities, tokens[..., None], axis=-1)[..., 0]
         return mx.where(self.tokens == tokens[..., None], self.probabilities, 0.0).sum(axis=-1)
 
-    def on(self, other: Law) -> mx.array:
-        """This law's probabilities of the other's tokens, [B, M, N] -> [B, M, N of the other]."""
+    def on(self, other: TokenDistribution) -> mx.array:
+        """This distribution's probabilities of the other's tokens, [B, M, N] -> [B, M, N of the other]."""
         if self.tokens is None:
             if other.tokens is None:
                 return self.probabilities
@@ -57,21 +55,21 @@ class Law:
             return index
         return mx.take_along_axis(self.tokens, index[..., None], axis=-1)[..., 0].astype(mx.int32)
 
-    def overruled(self, mask: mx.array, tokens: mx.array) -> Law:
-        """This law, but certain of `tokens` [...] where mask [...] is set."""
+    def overridden(self, mask: mx.array, tokens: mx.array) -> TokenDistribution:
+        """This distribution, but certain of `tokens` [...] where mask [...] is set."""
         mask, tokens = mask[..., None], tokens[..., None]
         if self.tokens is None:
             sure = (mx.arange(self.probabilities.shape[-1]) == tokens).astype(mx.float32)
-            return Law(None, mx.where(mask, sure, self.probabilities))
+            return TokenDistribution(None, mx.where(mask, sure, self.probabilities))
         first = mx.arange(self.probabilities.shape[-1]) == 0
         # The token may stand in the support a second time, with weight 0: weights of equal tokens are added up.
         support = mx.where(mask & first, tokens, self.tokens)
-        return Law(support, mx.where(mask, first.astype(mx.float32), self.probabilities))
+        return TokenDistribution(support, mx.where(mask, first.astype(mx.float32), self.probabilities))
 
-    def rows(self, start: int, stop: int) -> Law:
-        """Rows start..stop-1 of a law [B, M, N]."""
+    def rows(self, start: int, stop: int) -> TokenDistribution:
+        """Rows start..stop-1 of a distribution [B, M, N]."""
         tokens = None if self.tokens is None else self.tokens[:, start:stop]
-        return Law(tokens, self.probabilities[:, start:stop])
+        return TokenDistribution(tokens, self.probabilities[:, start:stop])
 
 
 def _cells(places: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -89,21 +87,20 @@ def _ranks(tokens: mx.array) -> mx.array:
     return mx.put_along_axis(mx.zeros_like(ranks), order, ranks, axis=-1)
 
 
-def stacked(laws: list[Law]) -> Law:
-    """Laws [B, 1, N] of the same kind of support, one after the other: [B, K, N]."""
-    tokens = [law.tokens for law in laws if law.tokens is not None]
-    return Law(
-        mx.concatenate(tokens, axis=1) if tokens else None, mx.concatenate([law.probabilities for law in laws], axis=1)
-    )
+def stacked(distributions: list[TokenDistribution]) -> TokenDistribution:
+    """Distributions [B, 1, N] of the same kind of support, one after the other: [B, K, N]."""
+    tokens = [distribution.tokens for distribution in distributions if distribution.tokens is not None]
+    probabilities = mx.concatenate([distribution.probabilities for distribution in distributions], axis=1)
+    return TokenDistribution(mx.concatenate(tokens, axis=1) if tokens else None, probabilities)
 
 
-def certain(tokens: mx.array) -> Law:
-    """The law that knows: all weight on one token a row, [...] -> support of size 1."""
-    return Law(tokens[..., None], mx.ones((*tokens.shape, 1)))
+def point_mass(tokens: mx.array) -> TokenDistribution:
+    """All weight on one token a row, [...] -> support of size 1."""
+    return TokenDistribution(tokens[..., None], mx.ones((*tokens.shape, 1)))
 
 
 @dataclass(frozen=True)
-class Rules:
+class SamplingSpec:
     """What of a Sampling shapes the graph. Equal rules share compiled rounds; the values travel as `knobs`."""
 
     greedy: bool = True
@@ -115,7 +112,7 @@ class Rules:
     logprobs: int = 0
 
     @classmethod
-    def of(cls, sampling: Sampling, vocab_size: int, logprobs: int = 0) -> Rules:
+    def of(cls, sampling: Sampling, vocab_size: int, logprobs: int = 0) -> SamplingSpec:
         """The rules of a resolved Sampling (no field None)."""
         assert sampling.temperature is not None and sampling.top_k is not None
         filtered = sampling.temperature > 0
@@ -129,18 +126,18 @@ class Rules:
             logprobs=logprobs,
         )
 
-    def knobs(self, sampling: Sampling, vocab_size: int) -> Knobs:
+    def arrays(self, sampling: Sampling, vocab_size: int) -> SamplingArrays:
         """The values behind the rules, as arrays, so that other values need no other graph."""
         names = ["temperature"] * (not self.greedy) + ["top_p"] * self.top_p + ["min_p"] * self.min_p
         if self.penalties:
             names += ["repetition_penalty", "presence_penalty", "frequency_penalty"]
-        knobs = {name: mx.array(getattr(sampling, name), dtype=mx.float32) for name in names}
+        arrays = {name: mx.array(getattr(sampling, name), dtype=mx.float32) for name in names}
         if self.bias:
             bias = mx.zeros((vocab_size,))
             assert sampling.logit_bias is not None
             bias[mx.array(list(sampling.logit_bias))] = mx.array(list(sampling.logit_bias.values()), dtype=mx.float32)
-            knobs["bias"] = bias
-        return knobs
+            arrays["bias"] = bias
+        return arrays
 
     def history(self, prompt: list[int], vocab_size: int) -> History:
         """What penalties count, [B, V]: whether a token was in the prompt, how often it was generated."""
@@ -150,7 +147,9 @@ class Rules:
         prompted[:, mx.array(prompt)] = True
         return {"prompted": prompted, "generated": mx.zeros((1, vocab_size))}
 
-    def processed(self, logits: mx.array, tokens: mx.array | None, knobs: Knobs, history: History) -> mx.array:
+    def processed(
+        self, logits: mx.array, tokens: mx.array | None, arrays: SamplingArrays, history: History
+    ) -> mx.array:
         """Penalties and bias on logits [B, M, N] of `tokens`; the history is [B, V] or, per row, [B, M, V].
 
         Repetition divides positive and multiplies negative logits of every token seen, prompt included (CTRL, arXiv
@@ -165,32 +164,32 @@ class Rules:
                                                tokens, axis=-1)  # fmt: skip
                 prompted = mx.take_along_axis(mx.broadcast_to(prompted, (*tokens.shape[:2], prompted.shape[-1])),
                                               tokens, axis=-1)  # fmt: skip
-            factor = knobs["repetition_penalty"]
+            factor = arrays["repetition_penalty"]
             scaled = mx.where(logits > 0, logits / factor, logits * factor)
             logits = mx.where(prompted | (generated > 0), scaled, logits)
-            logits = logits - knobs["presence_penalty"] * (generated > 0) - knobs["frequency_penalty"] * generated
+            logits = logits - arrays["presence_penalty"] * (generated > 0) - arrays["frequency_penalty"] * generated
         if self.bias:
-            logits = logits + (knobs["bias"] if tokens is None else knobs["bias"][tokens])
+            logits = logits + (arrays["bias"] if tokens is None else arrays["bias"][tokens])
         return logits
 
-    def law(self, logits: mx.array, tokens: mx.array | None, knobs: Knobs) -> Law:
-        """The filtered law of processed float32 logits [..., N]."""
+    def distribution(self, logits: mx.array, tokens: mx.array | None, arrays: SamplingArrays) -> TokenDistribution:
+        """The filtered distribution of processed float32 logits [..., N]."""
         if 0 < self.top_k < logits.shape[-1]:  # before the temperature, which does not change the order
             chosen = mx.argpartition(-logits, kth=self.top_k - 1, axis=-1)[..., : self.top_k].astype(mx.int32)
             logits = mx.take_along_axis(logits, chosen, axis=-1)
             tokens = chosen if tokens is None else mx.take_along_axis(tokens, chosen, axis=-1)
         # Below the best one: divided by however small a temperature, none overflows to infinity.
-        logits = (logits - logits.max(axis=-1, keepdims=True)) / knobs["temperature"]
+        logits = (logits - logits.max(axis=-1, keepdims=True)) / arrays["temperature"]
         if self.top_p:
             # Kept: the likeliest tokens until their weight reaches top_p, the one that reaches it included.
             ordered = mx.sort(logits, axis=-1)[..., ::-1]
             weights = mx.softmax(ordered, axis=-1)
             before = mx.cumsum(weights, axis=-1) - weights
-            kept = mx.where(before < knobs["top_p"], ordered, mx.inf)
+            kept = mx.where(before < arrays["top_p"], ordered, mx.inf)
             logits = mx.where(logits >= kept.min(axis=-1, keepdims=True), logits, -mx.inf)
         if self.min_p:
-            logits = mx.where(logits >= mx.log(knobs["min_p"]), logits, -mx.inf)  # the best is 0
-        return Law(tokens, mx.softmax(logits, axis=-1))
+            logits = mx.where(logits >= mx.log(arrays["min_p"]), logits, -mx.inf)  # the best is 0
+        return TokenDistribution(tokens, mx.softmax(logits, axis=-1))
 
 
 def counted(generated: mx.array, tokens: mx.array, upto: mx.array | None = None) -> mx.array:
@@ -210,45 +209,45 @@ def running_counts(generated: mx.array, drafts: mx.array | None) -> mx.array:
     return mx.concatenate([start, start + mx.cumsum(found, axis=1)], axis=1)
 
 
-class Chooser:
-    """How one round's drafts are chosen: greedily, or drawn from the filtered law, which it remembers for acceptance.
+class DraftSampler:
+    """Samples one round's drafts: greedily, or from the filtered distribution, which it keeps for acceptance.
 
     Drafter families call it once a step and know nothing of sampling.
     """
 
-    def __init__(self, rules: Rules, knobs: Knobs, history: History, keys: mx.array) -> None:
-        self._rules, self._knobs, self._history, self._keys = rules, knobs, dict(history), keys
-        self._laws: list[Law] = []
+    def __init__(self, spec: SamplingSpec, arrays: SamplingArrays, history: History, keys: mx.array) -> None:
+        self._spec, self._arrays, self._history, self._keys = spec, arrays, dict(history), keys
+        self._distributions: list[TokenDistribution] = []
 
     @property
-    def law(self) -> Law | None:
+    def distribution(self) -> TokenDistribution | None:
         """What the drafts were drawn from, [B, K, N]; None when greedy."""
-        return stacked(self._laws) if self._laws else None
+        return stacked(self._distributions) if self._distributions else None
 
     def __call__(self, logits: mx.array, tokens: mx.array | None = None, forced: Forced | None = None) -> mx.array:
         """The next draft [B, 1] from logits [B, 1, N] of `tokens` (None = the whole vocabulary).
 
         forced: where its mask [B, 1] is set, its token [B, 1] is taken instead, for certain.
         """
-        logits = self._rules.processed(logits.astype(mx.float32), tokens, self._knobs, self._history)
-        if self._rules.greedy:
+        logits = self._spec.processed(logits.astype(mx.float32), tokens, self._arrays, self._history)
+        if self._spec.greedy:
             best = mx.argmax(logits, axis=-1).astype(mx.int32)
             chosen = best if tokens is None else mx.take_along_axis(tokens, best[..., None], axis=-1)[..., 0]
             chosen = chosen if forced is None else mx.where(*forced, chosen)
         else:
-            law = self._rules.law(logits, tokens, self._knobs)
-            law = law if forced is None else law.overruled(*forced)
-            chosen = law.draw(self._keys[len(self._laws)])
-            self._laws.append(law)
+            distribution = self._spec.distribution(logits, tokens, self._arrays)
+            distribution = distribution if forced is None else distribution.overridden(*forced)
+            chosen = distribution.draw(self._keys[len(self._distributions)])
+            self._distributions.append(distribution)
         self._count(chosen)
         return chosen.astype(mx.int32)
 
-    def certain(self, tokens: mx.array) -> mx.array:
-        """Drafts [B, K] that come without a law, from a lookup: the drafter is sure of each."""
-        if not self._rules.greedy:
-            self._laws.append(certain(tokens))
+    def point_mass(self, tokens: mx.array) -> mx.array:
+        """Drafts [B, K] that come without scores, from a lookup: q is all on each of them."""
+        if not self._spec.greedy:
+            self._distributions.append(point_mass(tokens))
         return tokens
 
     def _count(self, chosen: mx.array) -> None:
-        if self._rules.penalties:
+        if self._spec.penalties:
             self._history["generated"] = counted(self._history["generated"], chosen)

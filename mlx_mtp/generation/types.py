@@ -65,10 +65,10 @@ class Stats:
     prefilled_tokens: of the prompt, those that were run; in a conversation the rest is there already.
     rounds: target forwards after prefill, a surplus one that a stop made useless included.
     drafted: drafts of the rounds that were read. accepted: those of them that are in the reply: what a stop or the
-    budget cut off was not accepted. judged_by_position: drafts in whose place the reply has a token, the draft itself
-    or the target's; accepted over judged is conditional acceptance. So accepted <= judged <= drafted, and every round
-    gives its accepted drafts and, unless it was cut, one token of the target:
-    tokens <= 1 + accepted + rounds.
+    budget cut off was not accepted. verified_by_position: drafts in whose place the reply has a token, the draft
+    itself or the target's; accepted over verified is conditional acceptance. So accepted <= verified <= drafted, and
+    every round gives its accepted drafts and, unless it was cut, one token of the target: tokens <= 1 + accepted +
+    rounds.
     host_syncs: blocking reads of device values after prefill, counted where they happen.
     prefill_seconds ends when the first token is there; decode_seconds runs from there to the last.
     """
@@ -80,7 +80,7 @@ class Stats:
     drafted: int = 0
     accepted: int = 0
     drafted_by_position: list[int] = field(default_factory=list)
-    judged_by_position: list[int] = field(default_factory=list)
+    verified_by_position: list[int] = field(default_factory=list)
     accepted_by_position: list[int] = field(default_factory=list)
     depth_counts: dict[int, int] = field(default_factory=dict)
     prefill_seconds: float = 0.0
@@ -106,9 +106,9 @@ class Stats:
         for drafted, accepted in rounds:
             kept = min(accepted + 1, left)
             left -= kept
-            judged, accepted = min(drafted, kept), min(accepted, kept)
+            verified, accepted = min(drafted, kept), min(accepted, kept)
             for counts, upto in (
-                (self.drafted_by_position, drafted), (self.judged_by_position, judged),
+                (self.drafted_by_position, drafted), (self.verified_by_position, verified),
                 (self.accepted_by_position, accepted),
             ):  # fmt: skip
                 counts.extend([0] * (drafted - len(counts)))
@@ -127,9 +127,9 @@ class Stats:
 
 
 def acceptance(stats: Iterable[Stats]) -> list[float]:
-    """Share of the drafts at each position that stood once those before them did, of all of these."""
-    judged, accepted = total(stats, "judged_by_position", "accepted_by_position")
-    return [stood / offered for stood, offered in zip(accepted, judged, strict=True) if offered]
+    """Share of the drafts at each position that were accepted once those before them were, of all of these."""
+    verified, accepted = total(stats, "verified_by_position", "accepted_by_position")
+    return [count / offered for count, offered in zip(accepted, verified, strict=True) if offered]
 
 
 def total(stats: Iterable[Stats], *names: str) -> list[list[int]]:
@@ -143,9 +143,9 @@ def total(stats: Iterable[Stats], *names: str) -> list[list[int]]:
 class Result:
     """A finished generation. tokens: generated ids, without prompt and without the ending token.
 
-    logprobs: one a token, natural logarithm under the target's law after penalties and bias, before temperature and
-    filters; None unless asked for. top_logprobs: the likeliest tokens of each place, {token id: logprob}. stop_token:
-    the ending token that was generated; None where a stop string or the length ended the reply.
+    logprobs: one a token, natural logarithm under the target's distribution after penalties and bias, before
+    temperature and filters; None unless asked for. top_logprobs: the likeliest tokens of each place, {token id:
+    logprob}. stop_token: the one that was generated; None where a stop string or the length ended the reply.
     """
 
     text: str

@@ -192,7 +192,7 @@ def _engine(lineup: Lineup, drafter: Drafter | None, depth: int | str) -> Engine
     """Another engine around the same target; nothing is remembered from earlier runs."""
     first = lineup.engine
     return Engine(
-        first.target, drafter, first.tokenizer, end_tokens=first.end_tokens, depth=depth, mode=first.mode,
+        first.target, drafter, first.tokenizer, stop_tokens=first.stop_tokens, depth=depth, mode=first.mode,
         max_context=first.max_context, defaults=first.defaults,
     )  # fmt: skip
 

@@ -28,8 +28,8 @@ from mlx_mtp.generation.cache import CAPACITY_STEP, KVCache, capacity_for
 from mlx_mtp.generation.depth import Curve, FixedDepth, best_depth, expected_tokens
 from mlx_mtp.generation.exactness import Exactness, Probes
 from mlx_mtp.generation.interfaces import Drafter, Target
-from mlx_mtp.generation.loop import Asked, Decoder
-from mlx_mtp.generation.sampling import Chooser
+from mlx_mtp.generation.loop import Decoder, GenerationRequest
+from mlx_mtp.generation.sampling import DraftSampler
 from mlx_mtp.generation.types import NEUTRAL, Sampling
 from mlx_mtp.measuring import machine
 from mlx_mtp.measuring.machine import Machine
@@ -122,7 +122,7 @@ class Passes:
 
     def alone(self, prompt: list[int], widths: Sequence[int], repeats: int, warm: int = USUAL.warm) -> list[Timing]:
         """Passes of so many rows behind a prompt, each evaluated alone."""
-        request = self._decoder.prefill(Asked(ids=prompt, budget=1), max(widths))
+        request = self._decoder.prefill(GenerationRequest(ids=prompt, budget=1), max(widths))
         cache = request.cache
         verify = self._compiled.setdefault(cache.capacity, mx.compile(self._pass(cache.layout())))
 
@@ -155,13 +155,13 @@ def rounds_alone(
     """Whole rounds of so many drafts behind a prompt, each evaluated before the next is built."""
 
     room = (repeats + warm) * sum(depth + 1 for depth in depths)
-    request = decoder.prefill(Asked(ids=prompt, budget=room, sampling=sampling), room)
+    request = decoder.prefill(GenerationRequest(ids=prompt, budget=room, sampling=sampling), room)
     decoder.rounds.first(request)
 
     def of(depth: int) -> Callable[[], Any]:
         def build() -> Any:
-            outcome = decoder.rounds.build(request, depth)
-            return outcome.tokens, request.state
+            output = decoder.rounds.build(request, depth)
+            return output.tokens, request.tree
 
         return build
 
@@ -423,15 +423,15 @@ def compare_conventions(
         arm.attach(decoder.target)
     right: list[tuple[bool, bool]] = []
     for ids in prompts:
-        request = decoder.prefill(Asked(ids=ids, budget=tokens + 2), tokens + 2)
+        request = decoder.prefill(GenerationRequest(ids=ids, budget=tokens + 2), tokens + 2)
         token = _first_token(decoder.rounds.first(request).tokens)
         for _ in range(tokens):
             if token in ends:
                 break
             guesses = []
             for arm in arms:
-                choose = Chooser(request.rules, request.knobs, request.history, mx.random.split(request.key, 1))
-                guesses.append(arm.draft({}, request.token, request.hidden, request.cache, 1, choose)[0])
+                sample = DraftSampler(request.spec, request.arrays, request.history, mx.random.split(request.key, 1))
+                guesses.append(arm.draft({}, request.token, request.hidden, request.cache, 1, sample)[0])
             # Evaluated before the round is submitted: a buffer they still held would be copied, not updated.
             mx.eval(guesses)
             token = _first_token(decoder.rounds.submit(request, 0).tokens)
@@ -454,7 +454,7 @@ def _convention_check(engine: Engine, decoder: Decoder, on_step: Progress) -> Co
         return None
     on_step("comparing positions of the assistant's query")
     prompts = [prompt_ids(question, engine.tokenizer) for question in QUESTIONS]
-    return compare_conventions(decoder, assistant, prompts, engine.end_tokens)
+    return compare_conventions(decoder, assistant, prompts, engine.stop_tokens)
 
 
 def _assistant_of(drafter: Drafter | None) -> Assistant | None:

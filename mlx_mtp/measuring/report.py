@@ -24,7 +24,7 @@ from mlx_mtp.measuring.run import Bench, Measured
 from mlx_mtp.measuring.turns import Difference, Record, differences, ratio
 
 FORMAT = 2
-BY_POSITION = ("drafted_by_position", "judged_by_position", "accepted_by_position")
+BY_POSITION = ("drafted_by_position", "verified_by_position", "accepted_by_position")
 ALL = "all"
 # Where more of the cores than this were busy before the run began, figures are rough.
 BUSY = 0.25

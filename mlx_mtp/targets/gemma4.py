@@ -270,7 +270,7 @@ class Gemma4Model(nn.Module):
         rows only, and not at all for 0: in E2B that is 20 of 35 layers of a prefill (gemma4.md, 1.6).
         """
         config, rows = self.config, tokens.shape[1]
-        step = cache.begin(rows)
+        step = cache.plan(rows)
         x = self.embed(tokens)
         per_layer = self.per_layer_inputs(tokens, x)
         working: dict[str, tuple[mx.array, mx.array]] = {}

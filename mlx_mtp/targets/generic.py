@@ -205,7 +205,7 @@ class GenericTarget:
     def forward(self, tokens: mx.array, cache: KVCache, keep: int | None = None) -> States:
         """Runs tokens [B, M] behind the cache's length and writes their K/V; does not move the length."""
         rows = tokens.shape[1]
-        step = cache.begin(rows)
+        step = cache.plan(rows)
         states, _ = self._run(tokens, [LayerView(cache, layer, step) for layer in range(len(cache.shapes))])
         if keep is None or keep >= rows:
             return states

@@ -119,7 +119,7 @@ class Tokenizer:
         return max(map(len, self._wrapped.get_vocab()))
 
     @cached_property
-    def end_tokens(self) -> set[int]:
+    def stop_tokens(self) -> set[int]:
         """Ids that end a reply, as the tokenizer sees it: its own, and what its template ends a reply with."""
         own = getattr(self._wrapped, "eos_token_ids", None) or {getattr(self._wrapped, "eos_token_id", None)}
         return {token for token in (*own, self.template.turn_end()) if isinstance(token, int)}

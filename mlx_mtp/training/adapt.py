@@ -1,8 +1,8 @@
 """Fine-tuning a drafter to a target: the target's own replies to the user's prompts are what it learns to foresee.
 
-What it does: lets the target answer (with the drafter it has, so by MTP), trains the drafter on the answers and a
-share of other text for rehearsal, measures tokens per round before and after on prompts held out, and writes the new
-drafter only where it is the better one. What it does not do: change the target; its output law stays what it was.
+The target answers (with the drafter it has, so by MTP), the drafter is trained on the answers and a share of other text
+for replay, tokens per round are measured before and after on held-out prompts, and the new drafter is written only
+where it is the better one. The target, and so what it answers, is never changed.
 
 A drafter loses acceptance where its target was quantised or fine-tuned; words of the target itself win it back
 (FastMTP, arXiv 2509.18362, section 3.2).
@@ -60,7 +60,7 @@ class Adapting:
 
     prompts: most that are answered. tokens: most of a reply. rehearsal: share of what is learned that is other text
     (`rehearsal_data`, the standard library where there is none). label_share: share of the loss on the tokens that
-    stand in the text, the rest on the target's law. depth: drafts a round when measuring.
+    stand in the text, the rest on the target's distribution. depth: drafts a round when measuring.
     """
 
     prompts: int = 160

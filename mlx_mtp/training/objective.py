@@ -64,7 +64,7 @@ def next_token_loss(model: Gemma4Model, batch: mx.array, progress: mx.array = ST
     """Mean cross-entropy of tokens 1.. given those before; batch [B, T + 1]. Second result: share predicted right."""
     tokens, labels = batch[:, :-1], batch[:, 1:]
     hidden, _ = model(tokens, NoCache(model.config.sliding_window, tokens.shape[0]))
-    logits, right = _judged(model.head(hidden), labels)
+    logits, right = _verified(model.head(hidden), labels)
     return _surprise(logits, labels), right[None]
 
 
@@ -126,7 +126,7 @@ def _on_labels(
 
     def leaf(i: int, hidden: mx.array, table: mx.array) -> Result:
         labels = batch[:, i + 1 : i + 1 + rows]
-        logits, right = _judged(model.capped(hidden @ table.T), labels)
+        logits, right = _verified(model.capped(hidden @ table.T), labels)
         return _surprise(logits, labels), right
 
     return in_order(leaf, weights)(mx.stack(hiddens), model.embed_tokens.weight)
@@ -177,7 +177,7 @@ def assistant_loss(
     def draft(drafter: AssistantModel, states: States, cache: KVCache, batch: mx.array, rows: int) -> Drafted:
         shared = {k: (cache.keys[i][:, :, :rows], cache.values[i][:, :, :rows])
                   for k, i in target.info.storing_layers.items()}  # fmt: skip
-        view = NoCache(target.info.window, batch.shape[0]).begin(rows)
+        view = NoCache(target.info.window, batch.shape[0]).plan(rows)
         state, found = states.hidden[:, :rows], []
         for j in range(steps):
             embedded = target.embed(batch[:, j + 1 : j + 1 + rows])
@@ -203,8 +203,8 @@ def _frozen(
 ) -> Callable[..., Result]:
     """The loss of K drafts (None = as many as the drafter has heads) on a target that does not learn.
 
-    Cross-entropy of every draft against the target's own law of the same token, the tokens before it given; with
-    label_share 0..1 that much of it against the token that stands there. Draft j is weighted by decay^j, because it
+    Cross-entropy of every draft against the target's own distribution of the same token, given the tokens before it;
+    with label_share 0..1 that much of it against the token that is there. Draft j is weighted by decay^j, because it
     only counts when all before it were accepted; the weights add up to 1. Second result [K]: share of places where
     the draft's best token is the target's.
     """
@@ -222,13 +222,13 @@ def _frozen(
         wanted, labels = target.head(states.hidden), batch
         if drafted.ordering is not None:
             wanted, labels = wanted[..., drafted.ordering], mx.argsort(drafted.ordering)[batch]
-        best, law = mx.argmax(wanted, axis=-1), softmax(wanted) if label_share < 1.0 else None
+        best, distribution = mx.argmax(wanted, axis=-1), softmax(wanted) if label_share < 1.0 else None
 
         def leaf(j: int, hidden: mx.array, *learning: mx.array) -> Result:
-            proposed, right = _judged(drafted.unembed(hidden, *learning), best[:, j + 1 : j + 1 + rows])
+            proposed, right = _verified(drafted.unembed(hidden, *learning), best[:, j + 1 : j + 1 + rows])
             loss = mx.array(0.0)
-            if law is not None:
-                expected = (law[:, j + 1 : j + 1 + rows] * proposed).sum(axis=-1)
+            if distribution is not None:
+                expected = (distribution[:, j + 1 : j + 1 + rows] * proposed).sum(axis=-1)
                 loss = (1.0 - label_share) * (logsumexp(proposed) - expected).mean()
             if label_share > 0.0:
                 loss = loss + label_share * _surprise(proposed, labels[:, j + 2 : j + 2 + rows])
@@ -253,7 +253,7 @@ def _surprise(logits: mx.array, labels: mx.array) -> mx.array:
     return (logsumexp(logits) - mx.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]).mean()
 
 
-def _judged(logits: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
+def _verified(logits: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
     """The logits, and for how many rows the best token is that of `tokens` [B, T].
 
     Counted before the logits are used, so that nobody else needs them then and the gradient may take their place.

@@ -45,7 +45,7 @@ def source_of(engine: Engine, drafter: Path) -> str:
     assert engine.target.path is not None
     settings = asdict(Question(source="", prompt=(), temperature=0, tokens=1, seed=0).sampling.over(engine.defaults))
     parts = (model_digest(engine.target.path), model_digest(drafter), engine.depth, engine.mode, engine.max_context,
-             sorted(engine.end_tokens), settings)  # fmt: skip
+             sorted(engine.stop_tokens), settings)  # fmt: skip
     return hashed(parts)
 
 

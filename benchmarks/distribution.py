@@ -1,10 +1,10 @@
-"""Whether drafting changes the law: many sampled tokens with drafts against as many without, on the real pair.
+"""Whether drafting changes the distribution: many sampled tokens with drafts against as many without, on the real pair.
 
-    .venv/bin/python benchmarks/law.py [--tokens 100000] [--depth 4] [--json FILE]
+    .venv/bin/python benchmarks/distribution.py [--tokens 100000] [--depth 4] [--json FILE]
 
 One prompt, many short replies with seeds of their own, so that the replies are independent. Compared are the
-marginal law of every place of the reply and the pairs of neighbours, by total variation and by chi-square over the
-cells that are expected at least five times. What chance alone gives is measured too: the same distance between two
+marginals of every place of the reply and the pairs of neighbours, by total variation and by chi-square over the cells
+that are expected at least five times. What chance alone gives is measured too: the same distance between two
 halves of the undrafted replies.
 """
 
