@@ -1,7 +1,4 @@
-"""The engine: what a request may ask, how it ends, and the events, text and statistics it returns.
-
-What it does: checks requests, turns runs of tokens into events, finds ends. What it does not do: text and stop strings
-(reply.py), the loop (decode.py), rounds (speculate.py), loading (loading.py).
+"""The engine: checks what a request may ask, runs it, and returns events, text and statistics.
 
 Invariant: everything a request changes belongs to that request, so stopping early, cancelling or an exception in the
 consumer leave the engine as it was.
@@ -13,10 +10,11 @@ import contextlib
 import logging
 import math
 import secrets
+import threading
 import time
 from collections.abc import Collection, Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import mlx.core as mx
 
@@ -28,10 +26,10 @@ from mlx_mtp.generation.cache import CAPACITY_STEP
 from mlx_mtp.generation.depth import DepthController, DepthPolicy, FixedDepth
 from mlx_mtp.generation.depth_profile import ProfileFile
 from mlx_mtp.generation.interfaces import Drafter, Target
-from mlx_mtp.generation.loop import Decoder, GenerationRequest, PrefillProgress
+from mlx_mtp.generation.loop import Decoder
 from mlx_mtp.generation.prefix import Pair, Session
 from mlx_mtp.generation.reply import Reply
-from mlx_mtp.generation.round import LogitsProcessor
+from mlx_mtp.generation.request import GenerationRequest, LogitsProcessor, PrefillProgress, RequestOptions
 from mlx_mtp.generation.types import NEUTRAL, Event, Result, Sampling, Stats
 from mlx_mtp.text.channels import Channels
 from mlx_mtp.text.tokenizer import Prompt, Tokenizer, prompt_ids
@@ -77,39 +75,62 @@ class Engine:
         if drafter is not None:
             drafter.attach(target)
         self.exactness = exactness.Probes(target) if mode == "exact" else None
-        self._decoder = self._make_decoder(profile)
+        self._profile = ProfileFile(*profile) if profile else None
+        self._made: Decoder | None = None
+        self._making = threading.Lock()
 
     @property
     def allowed_depths(self) -> list[int]:
-        """Drafts a round that drafter and mode allow, 0 always among them; what depth "auto" chooses from."""
+        """Drafts a round that drafter and mode allow, 0 always among them; what depth "auto" chooses from.
+
+        In exact mode the first call probes the device.
+        """
         deepest = min(DEEPEST, self.drafter.max_depth) if self.drafter else 0
         exact = self.exactness.at(CAPACITY_STEP) if self.exactness and deepest else None
         return [d for d in range(deepest + 1) if exact is None or d in exact.depths]
 
-    def _make_decoder(self, profile: tuple[Path, str] | None) -> Decoder:
-        drafter, exact, allowed = self.drafter, self.exactness, self.allowed_depths
-        if exact is not None and drafter and len(allowed) == 1:
+    @property
+    def _decoder(self) -> Decoder:
+        """Made at its first use: exact mode then probes the device, which takes a while."""
+        with self._making:
+            if self._made is None:
+                self._made = Decoder(self.target, self.drafter, self._policy(), self.exactness)
+            return self._made
+
+    def _policy(self) -> DepthPolicy:
+        allowed = self.allowed_depths
+        if self.exactness is not None and self.drafter and len(allowed) == 1:
             log.warning("Exact mode: no way was found to verify drafts bit for bit here; decoding plainly.")
         if self.depth != "auto":
             deepest = max(depth for depth in allowed if depth <= int(self.depth))
             if deepest < int(self.depth):
                 log.warning("Exact mode: %d drafts a round in place of %s.", deepest, self.depth)
-            return Decoder(self.target, drafter, FixedDepth(deepest), exact)
-        if len(allowed) == 1:
-            return Decoder(self.target, drafter, FixedDepth(0), exact)
-        kept = ProfileFile(*profile) if profile else None
-        return Decoder(self.target, drafter, DepthController(allowed, kept), exact)
+            return FixedDepth(deepest)
+        return DepthController(allowed, self._profile) if len(allowed) > 1 else FixedDepth(0)
 
     @property
     def pair(self) -> Pair:
         """Whose K/V a session of this engine holds."""
-        return self._decoder.pair
+        return self.target, self.drafter, self.exactness is not None
 
-    def generate(self, prompt: Prompt, **options: Any) -> Result:
-        """The whole reply to a string, a list of messages or a list of token ids; options as for `stream`."""
-        *_, last = self.stream(prompt, **options)
-        assert last.result is not None
-        return last.result
+    @property
+    def plain_seconds_per_token(self) -> float | None:
+        """Seconds a token is expected to take without any drafts; None where the depth is fixed or no round was timed.
+
+        An estimate of the depth control, which follows the machine, never a measurement.
+        """
+        return None if self._made is None else self._made.policy.plain_seconds
+
+    @property
+    def depth_reason(self) -> str:
+        """One sentence: how many tokens are drafted a round without a seed, and why."""
+        if self.drafter is None:
+            return "Not drafting: no drafter is loaded."
+        if self._made is None and self.exactness is not None:
+            return "Nothing was decoded yet: exact mode first finds out what this device can verify bit for bit."
+        if self.exactness is not None and len(self.allowed_depths) == 1:
+            return "Not drafting: no way was found to verify drafts bit for bit here."
+        return self._decoder.policy.reason
 
     def chat(self, system: str | None = None, thinking: bool = False) -> Chat:
         """A new conversation. thinking: checkpoints that can think first, and their thoughts are not kept."""
@@ -119,25 +140,20 @@ class Engine:
         """A conversation that `Chat.save` wrote; CheckpointError where it is another model's or not whole."""
         return Chat.load(self, file)
 
-    @property
-    def plain_seconds_per_token(self) -> float | None:
-        """Seconds a token is expected to take without any drafts; None where the depth is fixed or no round was timed.
+    def generate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Result:
+        """The whole reply to a string, a list of messages or a list of token ids; options as for `request`."""
+        *_, last = self.stream(prompt, **options)
+        assert last.result is not None
+        return last.result
 
-        An estimate of the depth control, which follows the machine, never a measurement.
+    def stream(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Generator[Event, None, None]:
+        """Events of a reply as they come; the last one carries the Result. Options as for `request`.
+
+        Raises PromptError and OptionError before anything runs.
         """
-        policy = self._decoder.policy
-        return policy.costs.plain_seconds if isinstance(policy, DepthController) else None
+        return self.run(self.request(prompt, **options))
 
-    @property
-    def depth_reason(self) -> str:
-        """One sentence: how many tokens are drafted a round without a seed, and why."""
-        if self.drafter is None:
-            return "Not drafting: no drafter is loaded."
-        if self.exactness is not None and len(self.allowed_depths) == 1:
-            return "Not drafting: no way was found to verify drafts bit for bit here."
-        return self._decoder.policy.reason
-
-    def stream(
+    def request(
         self,
         prompt: Prompt,
         *,
@@ -153,21 +169,20 @@ class Engine:
         on_prefill: PrefillProgress | None = None,
         session: Session | None = None,
         tools: bool = True,
-    ) -> Generator[Event, None, None]:
-        """Events of a reply as they come; the last one carries the Result.
+    ) -> GenerationRequest:
+        """Checks a prompt and its options, for `run`; PromptError or OptionError where something is wrong.
 
         stop: strings that end the reply where they turn up in its answer, never in a thought or a call of a tool; the
         text ends in front of the first, the tokens with the one that completes it. Of two that the same character
         completes the longer counts. seed: the same seed gives the same reply; without one every reply is another
         (temperature 0 needs none). logprobs: 0 = none, n = that of every token and of the n likeliest of its place.
-        raw: continue the prompt as it stands, without the chat template, and take all that comes for answer. thinking:
+        raw: continue the prompt as it is, without the chat template, and take all that comes for answer. thinking:
         asks a checkpoint that can to think first (part of the text then); off as in a chat.
-        ignore_end: go on past ending tokens (for timing). logits_processors: Python functions in mlx-lm's convention,
+        ignore_end: go on past stop tokens (for timing). logits_processors: Python functions in mlx-lm's convention,
         (tokens so far [T], logits [1, V]) -> logits [1, V]; they run on every row, and rounds are then read one by one.
         on_prefill(done, total) is called after every chunk.
         session: keeps the K/V of this prompt and reply; what the next prompt has in common with them is not run again.
         tools: whether calls of tools are told apart from the answer.
-        Raises PromptError and OptionError before anything runs.
         """
         max_tokens = checks.whole("max_tokens", max_tokens, 1)
         logprobs = checks.whole("logprobs", logprobs, 0, min(MOST_LOGPROBS, self.target.info.vocab_size))
@@ -181,28 +196,25 @@ class Engine:
         ids = self._checked(prompt_ids(checks.prompt(prompt), self.tokenizer, raw, thinking))
         if session is not None:
             session.check(self.pair)
-        request = GenerationRequest(
+        return GenerationRequest(
             ids=ids,
             budget=min(max_tokens, self.max_context - len(ids)),
             sampling=self._checked_sampling(sampling),
             seed=secrets.randbits(63) if seed is None else seed,
+            seeded=seed is not None,
             logprobs=logprobs,
             processors=checks.functions("logits_processors", logits_processors),
             on_prefill=checks.function("on_prefill", on_prefill),
             session=session,
+            stop=stops,
+            stop_tokens=frozenset() if ignore_end else self.stop_tokens,
+            raw=raw,
+            tools=tools,
         )
-        policy = self._decoder.policy
-        if seed is not None and request.sampling.temperature and isinstance(policy, DepthController):
-            policy = FixedDepth(max(depth for depth in policy.allowed if depth <= SEEDED_DEPTH))
-        reply = self._reply_to(ids, stops, raw, tools)
-        return threads.each(self._events(request, policy, reply, frozenset() if ignore_end else self.stop_tokens))
 
-    def _reply_to(self, ids: list[int], stop: list[str], raw: bool, tools: bool) -> Reply:
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            return Reply(None, (), None)
-        channels = None if raw or not tokenizer.has_chat_template else Channels(tokenizer.opened_thought(ids), tools)
-        return Reply(tokenizer.stream(), stop, channels)
+    def run(self, request: GenerationRequest) -> Generator[Event, None, None]:
+        """Events of the reply to a request of this engine's `request`."""
+        return threads.each(self._events(request))
 
     def _checked_sampling(self, sampling: Sampling | None) -> Sampling:
         checks.instance("sampling", sampling, Sampling)
@@ -227,20 +239,29 @@ class Engine:
             )
         return ids
 
-    def _events(
-        self, request: GenerationRequest, policy: DepthPolicy, reply: Reply, stop_tokens: Collection[int]
-    ) -> Generator[Event, None, None]:
+    def _reply(self, request: GenerationRequest) -> Reply:
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            return Reply(None, (), None)
+        told_apart = tokenizer.has_chat_template and not request.raw
+        channels = Channels(tokenizer.opened_thought(request.ids), request.tools) if told_apart else None
+        return Reply(tokenizer.stream(), request.stop, channels)
+
+    def _events(self, request: GenerationRequest) -> Generator[Event, None, None]:
+        decoder, reply = self._decoder, self._reply(request)
+        seeded = request.seeded and request.sampling.temperature
+        policy = decoder.policy.for_seed(SEEDED_DEPTH) if seeded else decoder.policy
         stats = Stats(prompt_tokens=len(request.ids), mode=self.mode)
         mx.reset_peak_memory()
         rounds: list[tuple[int, int]] = []  # drafts of each round that was read, and how many of them were accepted
         began = time.perf_counter()
         try:
-            with contextlib.closing(self._decoder.decode(request, stats, policy)) as chunks:
+            with contextlib.closing(decoder.decode(request, stats, policy)) as chunks:
                 for chunk in chunks:
                     stats.decode_seconds = time.perf_counter() - began - stats.prefill_seconds
                     if chunk.drafted is not None:
                         rounds.append((chunk.drafted, chunk.accepted))
-                    reply.extend(chunk, stop_tokens)
+                    reply.extend(chunk, request.stop_tokens)
                     if reply.has_news:
                         yield reply.event()
                     if reply.over:
@@ -251,8 +272,7 @@ class Engine:
                 request.session.cut(len(request.ids) + max(0, len(reply.tokens) - (reply.stop_token is None)))
         stats.peak_memory_bytes = mx.get_peak_memory()
         stats.count(rounds, len(reply.tokens))
-        if isinstance(policy, DepthController):
-            policy.save()
+        policy.save()
         reason = "stop" if reply.over else "length"
         logprobs, top = (reply.logprobs, reply.top) if request.logprobs else (None, None)
         yield reply.event(Result(reply.text, reply.tokens, logprobs, reason, stats, top, reply.stop_token))

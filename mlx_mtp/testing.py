@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_mtp.generation.cache import KVCache
-from mlx_mtp.generation.interfaces import Memory, SampleDraft, States, Target, TargetInfo
+from mlx_mtp.generation.interfaces import Drafter, Memory, SampleDraft, States, Target, TargetInfo
 
 
-class ScriptedDrafter:
+class ScriptedDrafter(Drafter):
     """Proposes what a script says follows, and is right and wrong at known places.
 
     script: script[i] is the token for absolute position i; where it is the prompt and the target's own continuation,
@@ -24,10 +23,6 @@ class ScriptedDrafter:
         assert result.tokens == expected
         assert result.stats.accepted == sum(drafter.accepted(len(prompt), 60, depth))
     """
-
-    max_depth = 8
-    reads_prompt = False
-    reads_states = False
 
     def __init__(self, script: Sequence[int], right: Sequence[bool] = (True,)) -> None:
         self._right = [right[i % len(right)] for i in range(len(script))]
@@ -50,25 +45,6 @@ class ScriptedDrafter:
             at += rounds[-1] + 1
         return rounds
 
-    def attach(self, target: Target) -> None:
-        """Fits every target."""
-
-    def modules(self) -> list[nn.Module]:
-        """None."""
-        return []
-
-    def quantise_head(self, bits: int) -> bool:
-        """There is none."""
-        return False
-
-    def start(self, batch: int, capacity: int) -> Memory:
-        """Nothing to remember."""
-        return {}
-
-    def grow(self, memory: Memory, capacity: int) -> Memory:
-        """Nothing to make room for."""
-        return memory
-
     def draft(
         self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
     ) -> tuple[mx.array, Memory]:
@@ -76,16 +52,8 @@ class ScriptedDrafter:
         places = cache.length[:, None] + 1 + mx.arange(depth, dtype=mx.int32)
         return sample.point_mass(self._script[mx.minimum(places, self._script.size - 1)]), memory
 
-    def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:
-        """Nothing to remember."""
-        return memory
 
-    def rewind(self, memory: Memory, length: int, states: States | None) -> Memory:
-        """Nothing to forget."""
-        return memory
-
-
-class MarkovTarget:
+class MarkovTarget(Target):
     """A target whose next-token logits depend on the last token alone: table [V, V]; its distribution is known."""
 
     def __init__(self, table: mx.array, max_context: int = 1 << 20) -> None:
@@ -95,10 +63,6 @@ class MarkovTarget:
             vocab_size=table.shape[0], hidden_size=1, max_context=max_context, window=1, readable={},
             storing_layers={}, attention_heads=1,
         )  # fmt: skip
-
-    def modules(self) -> list[nn.Module]:
-        """None."""
-        return []
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """A cache that only counts."""

@@ -72,7 +72,7 @@ def drafter_fingerprint(engine: Engine) -> str:
             flat = tensor.reshape(-1)
             ends = mx.concatenate([flat[:WEIGHTS], flat[-WEIGHTS:]])
             digest.update(f"{path} {tensor.dtype} {tensor.shape}".encode() + _bytes(ends))
-    return f"{type(drafter).__name__} {getattr(drafter, 'name', '')} {digest.hexdigest()[:32]}"
+    return f"{type(drafter).__name__} {drafter.name} {digest.hexdigest()[:32]}"
 
 
 @dataclass(frozen=True)

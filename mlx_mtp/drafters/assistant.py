@@ -22,7 +22,7 @@ from mlx_mtp.checkpoints.checkpoint import Checkpoint, compute_dtype, load_into,
 from mlx_mtp.drafters import registry
 from mlx_mtp.errors import CheckpointError, IncompatibleDrafter
 from mlx_mtp.generation.cache import FULL, SLIDING, KVCache
-from mlx_mtp.generation.interfaces import Memory, SampleDraft, States, Target, TargetInfo
+from mlx_mtp.generation.interfaces import Drafter, Memory, SampleDraft, Target, TargetInfo
 from mlx_mtp.targets.gemma4 import Layer, Norm
 from mlx_mtp.targets.gemma4_config import MAX_SIZE, Gemma4Config
 
@@ -165,12 +165,8 @@ class AssistantModel(nn.Module):
         return tokens.reshape(shape), logits.reshape(shape).astype(mx.float32)
 
 
-class Assistant:
+class Assistant(Drafter):
     """A loaded assistant as the loop sees it (interfaces.Drafter)."""
-
-    max_depth = 8
-    reads_prompt = False
-    reads_states = False
 
     def __init__(self, model: AssistantModel, name: str = "assistant", convention: Convention = Convention.B) -> None:
         self.model = model
@@ -199,14 +195,6 @@ class Assistant:
         self.model.model.embed_tokens = table.to_quantized(group, bits)
         return True
 
-    def start(self, batch: int, capacity: int) -> Memory:
-        """Nothing: everything an assistant knows is in the target's cache."""
-        return {}
-
-    def grow(self, memory: Memory, capacity: int) -> Memory:
-        """Nothing to make room for."""
-        return memory
-
     def view(self, cache: KVCache) -> tuple[mx.array, SharedKV, Masks]:
         """Query position [B], the target's K/V per kind, and which of it may be seen; the same for a whole round."""
         assert self._target is not None, "attach() comes first"
@@ -233,14 +221,6 @@ class Assistant:
             token = sample(logits, scored)
             drafts.append(token)
         return mx.concatenate(drafts, axis=1), memory
-
-    def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:
-        """Nothing to remember."""
-        return memory
-
-    def rewind(self, memory: Memory, length: int, states: States | None) -> Memory:
-        """Nothing to forget."""
-        return memory
 
 
 def mismatch(config: AssistantConfig, info: TargetInfo, name: str) -> None:

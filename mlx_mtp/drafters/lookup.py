@@ -1,10 +1,8 @@
 """Lookup: what followed the last time the same words were written, found on the device; needs no weights.
 
-What it does: keeps the tokens of prompt and reply, finds the longest match of their end (n-grams up to 8, the most
-recent of the longest), proposes its continuation; alone, or in front of another drafter where the match is long
-enough to be trusted. What it does not do: verify; a wrong continuation costs a round, never the answer.
-
-The idea is prompt lookup decoding (Saxena 2023; LLMA, arXiv 2304.04487).
+Keeps the tokens of prompt and reply, finds the longest match of their end (n-grams up to 8, the most recent of the
+longest) and proposes its continuation; alone, or in front of another drafter where the match is long enough to be
+trusted. The idea is prompt lookup decoding (Saxena 2023; LLMA, arXiv 2304.04487).
 
 Shapes: B batch, S places for tokens, K drafts, n length of a match.
 """
@@ -26,23 +24,10 @@ TRUSTED = 6
 NOTHING = -1
 
 
-class Lookup:
+class Lookup(Drafter):
     """Drafts from the text itself; fits every target."""
 
-    max_depth = 8
     reads_prompt = True
-    reads_states = False
-
-    def attach(self, target: Target) -> None:
-        """Fits every target."""
-
-    def modules(self) -> list[nn.Module]:
-        """None."""
-        return []
-
-    def quantise_head(self, bits: int) -> bool:
-        """There is none."""
-        return False
 
     def start(self, batch: int, capacity: int) -> Memory:
         """No tokens yet."""
@@ -90,14 +75,14 @@ class Lookup:
         return mx.where(size > 0, found, token), size[:, 0]
 
 
-class LookupFirst:
-    """Another drafter, overruled for a whole round where a long match is found."""
+class LookupFirst(Drafter):
+    """Another drafter, whose drafts a lookup replaces for a whole round where a long match is found."""
 
     def __init__(self, drafter: Drafter) -> None:
         self.drafter, self.lookup = drafter, Lookup()
         self.max_depth = drafter.max_depth
         self.reads_prompt, self.reads_states = True, drafter.reads_states
-        self.name = f"in front of {type(drafter).__name__} {getattr(drafter, 'name', '')}"
+        self.name = f"in front of {type(drafter).__name__} {drafter.name}"
 
     def attach(self, target: Target) -> None:
         """Binds the drafter."""
@@ -125,9 +110,9 @@ class LookupFirst:
     def draft(
         self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
     ) -> tuple[mx.array, Memory]:
-        """The drafter's chain, with every token overruled where the match is long."""
+        """The drafter's chain, with the lookup's token in the place of every one where the match is long."""
         found, size = self.lookup.continuation(memory["lookup"], token, depth)
-        overridden = _Overruled(sample, (size >= TRUSTED)[:, None], found)
+        overridden = _Override(sample, (size >= TRUSTED)[:, None], found)
         drafts, inner = self.drafter.draft(memory["drafter"], token, hidden, cache, depth, overridden)
         return drafts, {**memory, "drafter": inner}
 
@@ -146,18 +131,18 @@ class LookupFirst:
         }
 
 
-class _Overruled:
-    """Passes a drafter's choices on, with the lookup's token of the same step wherever its mask [B, 1] is set."""
+class _Override:
+    """A SampleDraft that takes the lookup's token of the same step wherever its mask [B, 1] is set."""
 
     def __init__(self, sample: SampleDraft, mask: mx.array, found: mx.array) -> None:
-        self._choose, self._mask, self._found, self._step = sample, mask, found, 0
+        self._sample, self._mask, self._found, self._step = sample, mask, found, 0
 
     def __call__(self, logits: mx.array, tokens: mx.array | None = None, forced: Forced | None = None) -> mx.array:
         """The next draft [B, 1]."""
         at = self._step
         self._step += 1
-        return self._choose(logits, tokens, forced or (self._mask, self._found[:, at : at + 1]))
+        return self._sample(logits, tokens, forced or (self._mask, self._found[:, at : at + 1]))
 
     def point_mass(self, tokens: mx.array) -> mx.array:
         """Drafts [B, K] proposed without scores."""
-        return self._choose.point_mass(mx.where(self._mask, self._found, tokens))
+        return self._sample.point_mass(mx.where(self._mask, self._found, tokens))

@@ -23,7 +23,7 @@ from mlx_mtp.drafters import registry
 from mlx_mtp.drafters.layers import ChainedRows, OwnLayers, build_layers, check_sizes
 from mlx_mtp.errors import CheckpointError, IncompatibleDrafter
 from mlx_mtp.generation.cache import CAPACITY_STEP, KVCache
-from mlx_mtp.generation.interfaces import Memory, SampleDraft, States, Target
+from mlx_mtp.generation.interfaces import Drafter, Memory, SampleDraft, States, Target
 
 MOST_HEADS = 16
 READS = ("trunk", "hidden")
@@ -92,7 +92,7 @@ class ParallelModel(nn.Module):
         return found
 
 
-class Parallel:
+class Parallel(Drafter):
     """Loaded heads as the loop sees them (interfaces.Drafter).
 
     Row r of every head's K/V is the state of the row before: it is known when the token at r is drafted behind.
@@ -119,10 +119,6 @@ class Parallel:
     def modules(self) -> list[nn.Module]:
         """The heads."""
         return [self.model]
-
-    def quantise_head(self, bits: int) -> bool:
-        """There is none: the unembedding is the target's."""
-        return False
 
     def start(self, batch: int, capacity: int) -> Memory:
         """Empty K/V, and no state before the first row."""

@@ -27,7 +27,7 @@ from mlx_mtp.drafters import registry
 from mlx_mtp.drafters.layers import ChainedRows, OwnLayers, build_layers, check_sizes
 from mlx_mtp.errors import CheckpointError
 from mlx_mtp.generation.cache import KVCache
-from mlx_mtp.generation.interfaces import Memory, SampleDraft, States, Target
+from mlx_mtp.generation.interfaces import Drafter, Memory, SampleDraft, States, Target
 
 MOST_MODULES = 8
 READS = ("hidden", "residual")
@@ -109,13 +109,12 @@ class SequentialModel(nn.Module):
         return found
 
 
-class Sequential:
+class Sequential(Drafter):
     """Loaded modules as the loop sees them (interfaces.Drafter).
 
     memory["states"][k] [B, 1, D] is what module k (0 = the target) left at the last committed row.
     """
 
-    max_depth = 8
     reads_prompt = True
     reads_states = True
 
@@ -135,10 +134,6 @@ class Sequential:
     def modules(self) -> list[nn.Module]:
         """The modules of the checkpoint."""
         return [self.model]
-
-    def quantise_head(self, bits: int) -> bool:
-        """There is none: the unembedding is the target's."""
-        return False
 
     def start(self, batch: int, capacity: int) -> Memory:
         """Empty K/V, and no states before the first row."""

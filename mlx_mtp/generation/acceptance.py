@@ -44,7 +44,7 @@ class Odds:
 def greedy(drafts: mx.array | None, logits: mx.array) -> Accepted:
     """Temperature 0: the longest prefix of drafts [B, K] equal to the target's own best tokens (logits [B, M, V]).
 
-    Row i's best token is right whenever drafts 0..i-1 were; so the row behind the last accepted draft gives the
+    Row i's best token is right whenever drafts 0..i-1 were; so the row after the last accepted draft gives the
     next token, and the tokens to emit are simply the rows' best ones.
     """
     best = mx.argmax(logits, axis=-1).astype(mx.int32)
@@ -68,8 +68,8 @@ def block_odds(drafts: mx.array, q: TokenDistribution, p: TokenDistribution) -> 
     """Block verification (Sun et al. 2024, arXiv 2403.10444, algorithm 2): the block as a whole, never fewer tokens.
 
     weight_i = min(1, weight_(i-1) * p/q of draft i). Draft i < K passes with s / (s + 1 - weight_i), where s is the
-    sum of the excess max(weight_i * p - q, 0) behind it; the last one with its weight. The last draft to pass stands
-    together with all before it.
+    sum of the excess max(weight_i * p - q, 0) after it; the last one with its weight. The last draft to pass is
+    accepted together with all before it.
     """
     depth = drafts.shape[1]
     before = p.rows(0, depth)
@@ -80,13 +80,13 @@ def block_odds(drafts: mx.array, q: TokenDistribution, p: TokenDistribution) -> 
     weight = mx.stack(weights, axis=1)
     excess = mx.maximum(weight[:, :depth, None] * before.probabilities - q.on(before), 0.0)
     total = excess.sum(axis=-1)
-    # 0 / 0 where p and q agree and the weight is 1: then a later draft, at the latest the last, passes for certain.
+    # 0 / 0 where p and q agree and the weight is 1: then a later draft, at the latest the last, surely passes.
     passes = total / mx.maximum(total + 1.0 - weight[:, :depth], 1e-30)
     return Odds(mx.concatenate([passes[:, 1:], weight[:, depth:]], axis=1), _residual(excess, p, depth), False)
 
 
 def _residual(excess: mx.array, p: TokenDistribution, depth: int) -> TokenDistribution:
-    """Excess [B, K, N] normalised, and p itself behind all K drafts. Without any excess (rounding) p stands in."""
+    """Excess [B, K, N] normalised, and p itself after all K drafts. Without any excess (rounding) p takes its place."""
     total = excess.sum(axis=-1, keepdims=True)
     rest = mx.where(total > 0, excess / mx.maximum(total, 1e-30), p.probabilities[:, :depth])
     return TokenDistribution(p.tokens, mx.concatenate([rest, p.probabilities[:, depth:]], axis=1))
@@ -101,7 +101,7 @@ def sampled(
 ) -> Accepted:
     """Temperature above 0: drafts [B, K] drawn from q [B, K, N], verified against p [B, M, N].
 
-    keys [2, 2]: one for acceptance, one for the token behind the last draft that stands.
+    keys [2, 2]: one for acceptance, one for the token after the last accepted draft.
     """
     batch = p.probabilities.shape[0]
     if drafts is None or q is None:
@@ -121,6 +121,6 @@ def sampled(
         None if tokens is None else mx.take_along_axis(tokens, row, axis=1),
         mx.take_along_axis(found.residual.probabilities, row, axis=1),
     ).draw(keys[1])
-    stands = mx.arange(depth + 1) < accepted[:, None]
+    kept = mx.arange(depth + 1) < accepted[:, None]
     padded = mx.concatenate([drafts, last], axis=1)
-    return Accepted(accepted, mx.where(stands, padded, last), last)
+    return Accepted(accepted, mx.where(kept, padded, last), last)

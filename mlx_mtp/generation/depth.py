@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -58,21 +59,38 @@ class DepthPolicy(Protocol):
     deepest: int
 
     @property
+    @abstractmethod
     def reason(self) -> str:
         """One sentence: how much it drafts, and why."""
 
+    @property
+    def plain_seconds(self) -> float | None:
+        """Seconds a round without drafts is expected to take; None where that is not known."""
+        return None
+
+    def for_seed(self, most: int) -> DepthPolicy:
+        """The policy of a request whose reply must not depend on a clock: at most `most` drafts, always as many."""
+        return self
+
     def begin(self) -> None:
         """A new request."""
+        return None
 
+    @abstractmethod
     def next(self) -> int:
         """Depth of the next round."""
 
     def learn(self, depth: int, accepted: int, seconds: float | None) -> None:
         """A round of `depth` drafts was read; seconds None = its time says nothing about this depth."""
+        return None
+
+    def save(self) -> None:
+        """The request is over: keeps what was learned, where anything was."""
+        return None
 
 
 @dataclass
-class FixedDepth:
+class FixedDepth(DepthPolicy):
     """Always the same."""
 
     deepest: int
@@ -84,15 +102,9 @@ class FixedDepth:
             return "Not drafting: the depth is fixed at 0."
         return f"Drafting {_drafts(self.deepest)} a round: the depth is fixed."
 
-    def begin(self) -> None:
-        """Nothing to prepare."""
-
     def next(self) -> int:
         """The depth."""
         return self.deepest
-
-    def learn(self, depth: int, accepted: int, seconds: float | None) -> None:
-        """Nothing to learn."""
 
 
 def _drafts(count: int) -> str:
@@ -273,7 +285,7 @@ def best_depth(cost: Callable[[int], float], rates: Sequence[float], allowed: Se
 
 
 @dataclass
-class DepthController:
+class DepthController(DepthPolicy):
     """Chooses among `allowed` depths, 0 among them. kept: where what it learns stays for the next start."""
 
     allowed: Sequence[int]
@@ -289,6 +301,15 @@ class DepthController:
         self._rounds, self._tried_at = 0, dict.fromkeys(self.allowed, 0)
         self._saved = CREDIT  # rounds' worth of time that may be lost on tries
         self.begin()
+
+    @property
+    def plain_seconds(self) -> float | None:
+        """An estimate that follows the machine, never a measurement; None before any round was timed."""
+        return self.costs.plain_seconds
+
+    def for_seed(self, most: int) -> DepthPolicy:
+        """The deepest of up to `most` drafts that is allowed."""
+        return FixedDepth(max(depth for depth in self.allowed if depth <= most))
 
     def begin(self) -> None:
         """Starts from the long run, ready to be convinced otherwise within a few rounds."""

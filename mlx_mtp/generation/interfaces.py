@@ -1,4 +1,4 @@
-"""The seams: what the loop knows of a target and of a drafter, and nothing else.
+"""What the loop knows of a target and of a drafter, and nothing else.
 
 Shape legend, used in every file:
     B batch   M rows of one pass (= K + 1)   K drafts (the depth)   D hidden   V vocabulary
@@ -9,6 +9,7 @@ Adding a target is one file in targets/, adding a drafter family one file in dra
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,26 +56,32 @@ class TargetInfo:
 
 
 class Target(Protocol):
-    """A model that answers. `forward` writes behind the cache's length and never moves it: committing is the loop's."""
+    """A model that answers. `forward` writes after the cache's length and never moves it: committing is the loop's."""
 
     info: TargetInfo
     path: Path | None  # local folder of the checkpoint
 
     def modules(self) -> Sequence[nn.Module]:
         """The modules that hold its weights; for reports."""
+        return ()
 
+    @abstractmethod
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """An empty cache for `capacity` positions."""
 
+    @abstractmethod
     def embed(self, tokens: mx.array) -> mx.array:
         """Token ids [B, M] -> [B, M, D]."""
 
+    @abstractmethod
     def forward(self, tokens: mx.array, cache: KVCache, keep: int | None = None) -> States:
-        """Tokens [B, M] behind the length; `keep` = last rows whose state is wanted (None all, 0 none)."""
+        """Tokens [B, M] after the length; `keep` = last rows whose state is wanted (None all, 0 none)."""
 
+    @abstractmethod
     def head(self, hidden: mx.array) -> mx.array:
         """Hidden [B, M, D] -> float32 logits [B, M, V]."""
 
+    @abstractmethod
     def logits(self, tokens: mx.array) -> mx.array:
         """Tokens [B, M] -> float32 logits [B, M, V], without a cache."""
 
@@ -85,7 +92,7 @@ Memory = dict[str, Any]
 
 
 class SampleDraft(Protocol):
-    """How a draft is picked from scores: greedily or by the request's sampling; made anew for each round."""
+    """Picks a draft from scores: greedily or by the request's sampling; made anew for each round."""
 
     def __call__(self, logits: mx.array, tokens: mx.array | None = None, forced: Forced | None = None) -> mx.array:
         """The next draft [B, 1] from logits [B, 1, N] of `tokens` (None = the whole vocabulary)."""
@@ -95,35 +102,45 @@ class SampleDraft(Protocol):
 
 
 class Drafter(Protocol):
-    """A family of draft heads. It may read the target's cache, never write it."""
+    """A family of draft heads. It may read the target's cache, never write it.
 
-    max_depth: int
+    A family says what it needs and writes only what differs from the defaults here, those of one that knows nothing
+    but the target's K/V: no weights of its own, no memory, and nothing to hear of what was accepted.
+    """
+
+    name: str = "drafter"  # in messages; the checkpoint's folder where there is one
+    max_depth: int = 8
     # Whether `observe` must hear the prompt too, and whether it needs the states of it; others save that work.
-    reads_prompt: bool
-    reads_states: bool
+    reads_prompt: bool = False
+    reads_states: bool = False
 
     def attach(self, target: Target) -> None:
         """Binds the drafter to the target it will read; raises IncompatibleDrafter where the two differ."""
+        return None
 
     def modules(self) -> Sequence[nn.Module]:
         """The modules that hold weights of its own, the target's not among them; for reports."""
+        return ()
 
     def quantise_head(self, bits: int) -> bool:
-        """Stores the family's own output head in `bits` bits, so that proposals cost less; False where it has no
-        dense one."""
+        """Stores the family's own output head in `bits` bits; False where it has no dense one."""
+        return False
 
     def start(self, batch: int, capacity: int) -> Memory:
         """Memory of a new request."""
+        return {}
 
     def grow(self, memory: Memory, capacity: int) -> Memory:
         """The same memory with room for `capacity` positions."""
+        return memory
 
+    @abstractmethod
     def draft(
         self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
     ) -> tuple[mx.array, Memory]:
-        """Proposes K = depth tokens [B, K] behind `token` [B, 1], the one that is not in the cache yet.
+        """Proposes K = depth tokens [B, K] after `token` [B, 1], the one that is not in the cache yet.
 
-        hidden [B, 1, D] is the target's state that produced `token`. Every draft is picked by `choose`, which keeps
+        hidden [B, 1, D] is the target's state that produced `token`. Every draft is picked by `sample`, which keeps
         what acceptance needs to know. Lazy: no value may be read.
         """
 
@@ -132,9 +149,11 @@ class Drafter(Protocol):
 
         Of the prompt there are fewer states than tokens unless the family reads_states.
         """
+        return memory
 
     def rewind(self, memory: Memory, length: int, states: States | None) -> Memory:
         """The same memory as it was when `length` rows were committed, for the next turn of a conversation.
 
         states: of the last of these rows, [B, 1, D], for a family that reads_states; else None.
         """
+        return memory

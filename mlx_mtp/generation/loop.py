@@ -1,7 +1,6 @@
 """The decode loop: chunked prefill, then rounds, the next one in flight while one is read that cannot be the last.
 
-What it does: keeps the device busy and turns outcomes into runs of tokens. What it does not do: text, stop
-conditions (engine.py), acceptance (verify.py), the graph of a round (speculate.py).
+Rounds come back as chunks of tokens; text and stop conditions are the engine's.
 
 Invariant: the device is read in one place (`_Reader`), once per round; everything a request changes belongs to that
 request, so stopping early, cancelling or an exception in the consumer leave nothing behind.
@@ -12,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,8 @@ from mlx_mtp.generation.depth import DepthPolicy
 from mlx_mtp.generation.exactness import WIDEST, Exactness, Probes
 from mlx_mtp.generation.interfaces import Drafter, Memory, States, Target
 from mlx_mtp.generation.prefix import Lease, Pair, Session
-from mlx_mtp.generation.round import LogitsProcessor, RoundOutput, Rounds, SequenceState, SoFar
+from mlx_mtp.generation.request import GenerationRequest
+from mlx_mtp.generation.round import RoundOutput, Rounds, SequenceState, SoFar
 from mlx_mtp.generation.sampling import SamplingSpec
 from mlx_mtp.generation.types import NEUTRAL, Sampling, Stats
 
@@ -33,26 +34,6 @@ log = logging.getLogger(__name__)
 CHUNK_BYTES, MAX_CHUNK, MIN_CHUNK = 256_000_000, 512, 16
 # The time between two reads is what a round costs, unless the consumer of the tokens took more than this share of it.
 PAUSED = 0.1
-
-PrefillProgress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationRequest:
-    """What one request wants of the loop. sampling has no None left; budget is the most tokens to emit.
-
-    session: what an earlier request of the same conversation left, and where this one leaves its own.
-    """
-
-    ids: list[int]
-    budget: int
-    sampling: Sampling = NEUTRAL
-    seed: int = 0
-    logprobs: int = 0
-    processors: Sequence[LogitsProcessor] = ()
-    on_prefill: PrefillProgress | None = None
-    session: Session | None = None
-
 
 @dataclass
 class Chunk:
@@ -75,7 +56,7 @@ class _Reader:
     stats: Stats
 
     def read(self, output: RoundOutput) -> tuple[Chunk, int]:
-        """The whole round as a run, and how many of its drafts stand; the run is not cut to them yet."""
+        """The whole round as a chunk, not cut to the accepted drafts yet, and how many these are."""
         self.stats.host_syncs += 1
         *tokens, accepted = _first(output.tokens)
         if output.logprobs is None or output.top is None:
@@ -92,42 +73,60 @@ def _first(array: mx.array) -> list[Any]:
     return values[0]
 
 
-@dataclass
-class _Decoding:
-    """Host side of one request: an upper bound of the device's length, and a clock.
+class RoundClock:
+    """What a round took: the time between two reads of the device, where that says something about a round.
 
-    newest: the furthest row that was or will be written. paused: seconds the consumer took since the last read.
-    so_far: prompt and emitted tokens where Python functions ask for them.
-    disturbed: whether the time since the last read, or that before it, says nothing about a round: a graph or buffer
-    was made, or the consumer was slow and the device ahead.
+    It says nothing next to a round whose graph or buffers were made, or where the consumer of the tokens was slow, so
+    that the device was ahead.
     """
 
+    def __init__(self) -> None:
+        self._read_at = time.perf_counter()
+        self._paused, self._disturbed, self._before = 0.0, True, True
+
+    def disturb(self) -> None:
+        """The interval that runs holds more than a round."""
+        self._disturbed = True
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """While the consumer has the tokens."""
+        given = time.perf_counter()
+        yield
+        self._paused = time.perf_counter() - given
+
+    def lap(self) -> float | None:
+        """Seconds since the last read, None where they say nothing; starts the next interval."""
+        now = time.perf_counter()
+        seconds = now - self._read_at
+        disturbed = self._disturbed or self._paused > PAUSED * seconds
+        found = None if disturbed or self._before else seconds
+        self._read_at, self._paused, self._before, self._disturbed = now, 0.0, disturbed, False
+        return found
+
+
+@dataclass
+class _Decoding:
+    """Host side of one request: its tokens so far, and an upper bound of the device's length.
+
+    newest: the furthest row that was or will be written. so_far: prompt and emitted tokens on the device, where Python
+    functions ask for them.
+    """
+
+    request: GenerationRequest
     state: SequenceState
     stats: Stats
     bound: int
     newest: int
-    request: GenerationRequest
     so_far: SoFar | None = None
     emitted: list[int] = field(default_factory=list)
-    read_at: float = 0.0
-    paused: float = 0.0
-    disturbed: bool = True
-    disturbed_before: bool = True
+    clock: RoundClock = field(default_factory=RoundClock)
 
-    def take(self, tokens: list[int]) -> None:
+    def add(self, tokens: list[int]) -> None:
         """Tokens that were read."""
         self.emitted += tokens
         if self.so_far is not None:
             self.so_far.add(mx.array(tokens))
-
-    def round_seconds(self) -> float | None:
-        """Wall time since the last read, None where that says nothing; starts the next interval."""
-        now = time.perf_counter()
-        seconds = now - self.read_at
-        self.disturbed |= self.paused > PAUSED * seconds
-        found = None if self.disturbed or self.disturbed_before else seconds
-        self.read_at, self.paused, self.disturbed_before, self.disturbed = now, 0.0, self.disturbed, False
-        return found
 
 
 @dataclass
@@ -159,23 +158,23 @@ class Decoder:
     def decode(
         self, request: GenerationRequest, stats: Stats, policy: DepthPolicy | None = None
     ) -> Generator[Chunk, None, None]:
-        """Runs of new tokens, at most the budget in all: the first from the prefill, then one run a round."""
+        """Chunks of new tokens, at most the budget in all: the first from the prefill, then one a round."""
         policy = policy or self.policy
         policy.begin()
         session, decoding = request.session, None
-        reused = self._kept(session, request.ids) if session is not None else None
+        reused = self._reused(session, request.ids) if session is not None else None
         try:
             began = time.perf_counter()
             state, newest = self._prefill(request, policy.deepest, reused, stats)
             so_far = SoFar(request.ids) if request.processors else None
-            decoding = _Decoding(state, stats, len(request.ids), newest, request, so_far)
+            decoding = _Decoding(request, state, stats, len(request.ids), newest, so_far)
             yield from self._rounds(decoding, policy, began)
         finally:
             if session is not None:
                 _leave(session, decoding, self.exact is not None)
 
     def _rounds(self, decoding: _Decoding, policy: DepthPolicy, began: float) -> Iterator[Chunk]:
-        """The tokens behind the prompt; one round in flight while the one before is read."""
+        """The tokens after the prompt; one round in flight while the one before is read."""
         request, stats, reader = decoding.request, decoding.stats, _Reader(decoding.stats)
         first = self.rounds.first(decoding.state, decoding.so_far, request.processors)
         stats.head_passes += 1
@@ -183,15 +182,15 @@ class Decoder:
         # Read before a round is submitted: where that waits for the device (MLX on a CPU), the token would be late.
         chunk, _ = reader.read(first)
         stats.prefill_seconds = time.perf_counter() - began
-        decoding.round_seconds()
-        decoding.take(chunk.tokens)
+        decoding.clock.lap()
+        decoding.add(chunk.tokens)
         yield chunk
         pending: tuple[int, RoundOutput] | None = None
         while len(decoding.emitted) < request.budget:
             alone = pending is None
             if pending is None:
                 pending = self._submit(decoding, policy)
-            # Behind a round that may be the last none is submitted: it would be for nothing, and on a CPU waited for.
+            # After a round that may be the last none is submitted: it would be for nothing, and on a CPU waited for.
             ahead = None
             if len(decoding.emitted) + pending[0] + 1 < request.budget and not serial:
                 ahead = self._submit(decoding, policy)
@@ -199,9 +198,8 @@ class Decoder:
             # meanwhile, is one like it: with nothing to build it looks far too short, with two of them too long.
             alike = serial or (not alone and ahead is not None and ahead[0] == pending[0])
             chunk = self._collect(decoding, reader, *pending, policy, alike)
-            given = time.perf_counter()
-            yield chunk
-            decoding.paused = time.perf_counter() - given
+            with decoding.clock.pause():
+                yield chunk
             pending = ahead
 
     def _collect(
@@ -209,13 +207,13 @@ class Decoder:
     ) -> Chunk:
         """Reads a round and cuts it to what was accepted and to the budget."""
         chunk, accepted = reader.read(output)
-        seconds = decoding.round_seconds()
+        seconds = decoding.clock.lap()
         policy.learn(depth, accepted, seconds if alike else None)
         decoding.bound -= depth - accepted
         upto = min(accepted + 1, decoding.request.budget - len(decoding.emitted))
         logprobs, top = chunk.logprobs and chunk.logprobs[:upto], chunk.top and chunk.top[:upto]
         chunk = Chunk(chunk.tokens[:upto], logprobs, top, depth, accepted)
-        decoding.take(chunk.tokens)
+        decoding.add(chunk.tokens)
         return chunk
 
     def _submit(self, decoding: _Decoding, policy: DepthPolicy) -> tuple[int, RoundOutput]:
@@ -225,7 +223,8 @@ class Decoder:
         rows = decoding.bound + max(depth + 1, (state.exact and state.exact.width) or 0)
         decoding.newest = max(decoding.newest, rows - 1)
         grown = self._reserve(state, rows)
-        decoding.disturbed |= grown or self.rounds.is_new(state, depth)
+        if grown or self.rounds.is_new(state, depth):
+            decoding.clock.disturb()
         decoding.bound += depth + 1
         if decoding.so_far is not None:
             output = self.rounds.submit_processed(state, depth, decoding.so_far, request.processors)
@@ -253,14 +252,14 @@ class Decoder:
     def _prefill(
         self, request: GenerationRequest, deepest: int, reused: _Reused | None, stats: Stats
     ) -> tuple[SequenceState, int]:
-        """The request behind its prompt, and the furthest row written; `kept` = what is there of it already."""
+        """The sequence after its prompt, and the furthest row written; `reused` = what is there of it already."""
         target, drafter, ids = self.target, self.drafter, request.ids
         # In exact mode room for the whole reply: the kernels may depend on the size of the buffers, and when those
         # grow must not depend on how many drafts are in flight.
         rows = len(ids) + (request.budget + 4 * WIDEST if self.exact else deepest + 1)
         capacity = max(capacity_for(rows), reused.lease.cache.capacity if reused else 0)
         exact = self._exactness(capacity)  # before there are buffers: the probe has some of its own
-        cache, memory, states, begin, newest = self._begin(ids, capacity, reused)
+        cache, memory, states, begin, newest = self._start(ids, capacity, reused)
         # In exact mode every family goes the same way, plain decoding too: the same rows through every layer.
         wants_all = self.exact is not None or (drafter is not None and drafter.reads_states)
         rows_at_once = self._rows_at_once(cache)
@@ -299,7 +298,7 @@ class Decoder:
                         "decoding plainly where that much is needed.", capacity)  # fmt: skip
         return found
 
-    def _kept(self, session: Session, ids: list[int]) -> _Reused | None:
+    def _reused(self, session: Session, ids: list[int]) -> _Reused | None:
         """What a session has of a prompt."""
         if self.exact is not None:
             found = session.acquire_snapshot(ids, self.pair)
@@ -312,7 +311,7 @@ class Decoder:
         """Rows of a kept conversation that are run again, for a drafter that needs the last one's state."""
         return int(self.drafter is not None and self.drafter.reads_states)
 
-    def _begin(
+    def _start(
         self, ids: list[int], capacity: int, reused: _Reused | None
     ) -> tuple[KVCache, Memory, States | None, int, int]:
         """Cache and drafter's memory to start from, the last token's states, how many tokens these hold, and the

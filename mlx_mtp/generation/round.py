@@ -1,9 +1,9 @@
-"""One round: draft, verify, accept, commit. Names no model and no drafter family.
+"""One round: draft, verify, accept, commit (`Rounds._round`). Names no model and no drafter family.
 
-What it does: builds the round as one lazy graph (compiled once per depth, capacity and kind of sampling) and submits
-it without waiting. What it does not do: read a value, stop, or know text.
+A round is one lazy graph, compiled once per depth, capacity and kind of sampling, and submitted without waiting: no
+value is read here.
 
-Invariant: whatever the round wrote behind the committed length is dead; committing is `length += accepted + 1`.
+Invariant: whatever the round wrote after the committed length is dead; committing is `length += accepted + 1`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from mlx_mtp.generation import acceptance, sampling
 from mlx_mtp.generation.cache import KVCache
 from mlx_mtp.generation.exactness import Exactness, TargetPass
 from mlx_mtp.generation.interfaces import Drafter, Memory, States, Target
+from mlx_mtp.generation.request import LogitsProcessor
 from mlx_mtp.generation.sampling import DraftSampler, History, SamplingArrays, SamplingSpec, TokenDistribution
 
-# mlx-lm's convention: (all tokens so far [T], logits [1, V]) -> logits [1, V].
-LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 # Compiled rounds kept: a server meets every kind of sampling there is, and each graph takes memory.
 MOST_COMPILED = 128
-# Random keys a round spends besides one a draft: the next round's, acceptance, the token behind the drafts.
+# Random keys a round spends besides one a draft: the next round's, acceptance, the token after the drafts.
 SPARE_KEYS = 3
 
 
@@ -34,8 +33,8 @@ SPARE_KEYS = 3
 class RoundOutput:
     """What the host learns of a round, still on the device.
 
-    tokens int32 [B, M + 1]: the tokens of the round and, last, how many drafts stand. logprobs float32 [B, M] of
-    those tokens, top ids and values [B, M, n]; None unless asked for.
+    tokens int32 [B, M + 1]: the tokens of the round and, last, how many drafts were accepted. logprobs float32 [B, M]
+    of those tokens, top ids and values [B, M, n]; None unless asked for.
     """
 
     tokens: mx.array
@@ -56,7 +55,7 @@ class SoFar:
         self._length += tokens.size
 
     def rows(self, drafts: mx.array | None) -> list[mx.array]:
-        """The tokens in front of each row of a round: all so far, then one more of drafts [1, depth] each time."""
+        """The tokens before each row of a round: all so far, then one more of drafts [1, depth] each time."""
         if drafts is not None:
             self._write(drafts[0])
         depth = 0 if drafts is None else drafts.shape[1]
@@ -71,7 +70,7 @@ class SoFar:
 
 @dataclass
 class SequenceState:
-    """The device state of one request.
+    """The device state of one sequence.
 
     token [B, 1] is the newest token, whose K/V is not in the cache yet; hidden [B, 1, D] the state that produced it.
     exact: how passes over this cache are kept exact; None for the fast mode.
@@ -134,14 +133,14 @@ class Rounds:
         return (depth, state.cache.capacity, state.spec) not in self._compiled
 
     def submit(self, state: SequenceState, depth: int) -> RoundOutput:
-        """Starts a round on the device and moves `request` behind it.
+        """Starts a round on the device and moves `state` past it.
 
-        Reading the outcome is the only wait there is, and the caller may submit the next round first.
+        Reading the output is the only wait there is, and the caller may submit the next round first.
         """
         return _started(state, self.build(state, depth))
 
     def build(self, state: SequenceState, depth: int) -> RoundOutput:
-        """A round that nobody has asked the device for yet; `request` stands behind it."""
+        """A round that nobody has asked the device for yet; `state` is past it."""
         key = (depth, state.cache.capacity, state.spec)
         compiled = self._compiled.pop(key, None)
         if compiled is None:
@@ -166,10 +165,12 @@ class Rounds:
     def first(
         self, state: SequenceState, so_far: SoFar | None = None, processors: Sequence[LogitsProcessor] = ()
     ) -> RoundOutput:
-        """The token behind the prompt, from `request.hidden`: a round without a pass of its own."""
-        logits = _shaped(state.spec, state.tree, state.arrays, None, self._target.head(state.hidden),
-                         so_far, processors)  # fmt: skip
-        state.tree, output = self._accept(state.spec, state.tree, state.arrays, None, None, logits)
+        """The token after the prompt, from `state.hidden`: a round without a pass of its own."""
+        spec, tree, keys = state.spec, state.tree, mx.random.split(state.key, SPARE_KEYS)
+        head = self._target.head(state.hidden)
+        logits = _processed(spec, tree, state.arrays, None, head, so_far, processors)
+        tree = {**tree, "key": keys[0]}
+        state.tree, output = _accept(spec, tree, state.arrays, keys[1:], None, None, logits)
         return _started(state, RoundOutput(*output))
 
     def _forward(self, rows: mx.array, cache: KVCache) -> tuple[States, mx.array]:
@@ -185,27 +186,28 @@ class Rounds:
         processors: Sequence[LogitsProcessor] = (),
         compiled: Callable[[Part], Part] = _as_it_is,
     ) -> Callable[..., Any]:
-        """The round as a pure function of arrays, for one cache layout, one set of rules and one depth.
+        """The round as a pure function of arrays, for one cache layout, one SamplingSpec and one depth.
 
         compiled: what is done to each of its parts, the pass excepted.
         """
         layout, spec = state.cache.layout(), state.spec
         width = state.exact.width if state.exact else None
-        draft, settle = compiled(self._drafting(layout, spec, depth)), compiled(self._settling(spec))
+        draft, accept = compiled(self._drafting(layout, spec, depth)), compiled(self._accepting(spec))
         process = compiled(spec.processed)
 
         def one_round(tree: dict[str, Any], arrays: SamplingArrays) -> tuple[dict[str, Any], tuple[Any, ...]]:
-            tree = {**tree, "key": mx.random.split(tree["key"], depth + SPARE_KEYS)}
-            rows, drafts, distribution = tree["token"], None, None
-            if self._drafter is not None and depth:
-                drafts, tree["memory"], distribution = draft(tree, arrays)
-                rows = mx.concatenate([rows, drafts], axis=1)
-            cache = layout.around(tree.pop("cache"))
-            states, logits = self._pass(_padded(rows, width), cache)
+            keys = mx.random.split(tree["key"], depth + SPARE_KEYS)
+            tree, tokens, drafts, q = {**tree, "key": keys[0]}, tree["token"], None, None
+            if self._drafter is not None and depth:  # draft
+                drafts, tree["memory"], q = draft(tree, arrays, keys[SPARE_KEYS:])
+                tokens = mx.concatenate([tokens, drafts], axis=1)
+            cache = layout.around(tree.pop("cache"))  # verify
+            states, logits = self._pass(_padded(tokens, width), cache)
             states, logits = states.first(depth + 1), logits[:, : depth + 1]
-            logits = _shaped(spec, tree, arrays, drafts, logits, so_far, processors, process)
-            tree, output = settle(tree, arrays, rows, drafts, distribution, states.hidden, states.trunk, logits)
-            cache.advance(output[0][:, -1] + 1)
+            logits = _processed(spec, tree, arrays, drafts, logits, so_far, processors, process)
+            left = states.hidden, states.trunk, logits
+            tree, output = accept(tree, arrays, keys[1:SPARE_KEYS], tokens, drafts, q, *left)
+            cache.advance(output[0][:, -1] + 1)  # commit
             return {**tree, "cache": cache.arrays}, output
 
         return one_round
@@ -214,52 +216,52 @@ class Rounds:
         """From a round's state to drafts [B, K], the drafter's memory, and the distribution they were drawn from."""
         drafter = self._drafter
 
-        def draft(tree: dict[str, Any], arrays: SamplingArrays) -> tuple[mx.array, Memory, TokenDistribution | None]:
+        def draft(
+            tree: dict[str, Any], arrays: SamplingArrays, keys: mx.array
+        ) -> tuple[mx.array, Memory, TokenDistribution | None]:
             assert drafter is not None
-            sample = DraftSampler(spec, arrays, tree["history"], tree["key"][SPARE_KEYS:])
+            sample = DraftSampler(spec, arrays, tree["history"], keys)
             cache = layout.around(tree["cache"])
             drafts, memory = drafter.draft(tree["memory"], tree["token"], tree["hidden"], cache, depth, sample)
             return drafts, memory, sample.distribution
 
         return draft
 
-    def _settling(self, spec: SamplingSpec) -> Callable[..., Any]:
-        """From rows, their states and logits to the state of the next round and what the host learns."""
+    def _accepting(self, spec: SamplingSpec) -> Callable[..., Any]:
+        """From the pass's tokens, states and logits to the state of the next round and what the host learns."""
 
-        def settle(
-            tree: dict[str, Any], arrays: SamplingArrays, rows: mx.array, drafts: mx.array | None,
-            distribution: TokenDistribution | None, hidden: mx.array, trunk: mx.array | None, logits: mx.array,
+        def accept(
+            tree: dict[str, Any], arrays: SamplingArrays, keys: mx.array, tokens: mx.array, drafts: mx.array | None,
+            q: TokenDistribution | None, hidden: mx.array, trunk: mx.array | None, logits: mx.array,
         ) -> tuple[dict[str, Any], tuple[Any, ...]]:  # fmt: skip
-            tree, output = self._accept(spec, tree, arrays, drafts, distribution, logits)
+            tree, output = _accept(spec, tree, arrays, keys, drafts, q, logits)
             accepted = output[0][:, -1]
             if self._drafter is not None:
-                memory = self._drafter.observe(tree["memory"], rows, States(hidden, trunk), accepted)
+                memory = self._drafter.observe(tree["memory"], tokens, States(hidden, trunk), accepted)
                 tree = {**tree, "memory": memory}
             return {**tree, "hidden": mx.take_along_axis(hidden, accepted[:, None, None], axis=1)}, output
 
-        return settle
+        return accept
 
-    @staticmethod
-    def _accept(
-        spec: SamplingSpec, tree: dict[str, Any], arrays: SamplingArrays, drafts: mx.array | None,
-        distribution: TokenDistribution | None, logits: mx.array,
-    ) -> tuple[dict[str, Any], tuple[Any, ...]]:  # fmt: skip
-        """Judges drafts by logits [B, M, V]; returns the state with the newest token and the fields of an Outcome."""
-        history, key = tree["history"], tree["key"]
-        if spec.greedy:
-            found = acceptance.greedy(drafts, logits)
-            key = key[0] if key.ndim == 2 else key
-        else:
-            keys = key if key.ndim == 2 else mx.random.split(key, SPARE_KEYS)
-            target = spec.distribution(logits, None, arrays)
-            found = acceptance.sampled(drafts, distribution, target, keys[1:SPARE_KEYS])
-            key = keys[0]
-        if spec.penalties:
-            counts = sampling.counted(history["generated"], found.tokens, found.accepted + 1)
-            history = {**history, "generated": counts}
-        output = mx.concatenate([found.tokens, found.accepted[:, None]], axis=1)
-        tree = {**tree, "token": found.last, "history": history, "key": key}
-        return tree, (output, *_logprobs(logits, found.tokens, spec.logprobs))
+
+def _accept(
+    spec: SamplingSpec, tree: dict[str, Any], arrays: SamplingArrays, keys: mx.array, drafts: mx.array | None,
+    q: TokenDistribution | None, logits: mx.array,
+) -> tuple[dict[str, Any], tuple[Any, ...]]:  # fmt: skip
+    """Verifies drafts by logits [B, M, V]: the state with the newest token, and the fields of a RoundOutput.
+
+    keys [2, 2]: for acceptance, and for the token after the accepted drafts.
+    """
+    if spec.greedy:
+        found = acceptance.greedy(drafts, logits)
+    else:
+        found = acceptance.sampled(drafts, q, spec.distribution(logits, None, arrays), keys)
+    history = tree["history"]
+    if spec.penalties:
+        counts = sampling.counted(history["generated"], found.tokens, found.accepted + 1)
+        history = {**history, "generated": counts}
+    output = mx.concatenate([found.tokens, found.accepted[:, None]], axis=1)
+    return {**tree, "token": found.last, "history": history}, (output, *_logprobs(logits, found.tokens, spec.logprobs))
 
 
 _alive: WeakSet[Rounds] = WeakSet()
@@ -273,19 +275,19 @@ def _forget_all() -> None:
 
 
 def _padded(rows: mx.array, width: int | None) -> mx.array:
-    """Rows [B, M], repeated up to the width of the exact mode; what is beyond the drafts is never committed."""
+    """Tokens [B, M], repeated up to the width of the exact mode; what is beyond the drafts is never committed."""
     if width is None or rows.shape[1] >= width:
         return rows
     return mx.concatenate([rows, mx.repeat(rows[:, :1], width - rows.shape[1], axis=1)], axis=1)
 
 
-def _shaped(
+def _processed(
     spec: SamplingSpec, tree: dict[str, Any], arrays: SamplingArrays, drafts: mx.array | None, logits: mx.array,
     so_far: SoFar | None, processors: Sequence[LogitsProcessor], process: Callable[..., mx.array] | None = None,
 ) -> mx.array:  # fmt: skip
     """Logits [B, M, V] after Python's processors, penalties and bias, each row with the history of its own."""
     if so_far is not None:
-        logits = _processed(logits, so_far.rows(drafts), processors)
+        logits = _by_functions(logits, so_far.rows(drafts), processors)
     if not spec.penalties and not spec.bias:
         return logits
     history = dict(tree["history"])
@@ -304,15 +306,15 @@ def _logprobs(logits: mx.array, tokens: mx.array, most: int) -> tuple[Any, ...]:
     """Logarithms of the probabilities of tokens [B, M], and the `most` likeliest alternatives; nothing for 0."""
     if not most:
         return ()
-    distributions = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    best = mx.argpartition(-distributions, kth=most - 1, axis=-1)[..., :most]
-    values = mx.take_along_axis(distributions, best, axis=-1)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    best = mx.argpartition(-logprobs, kth=most - 1, axis=-1)[..., :most]
+    values = mx.take_along_axis(logprobs, best, axis=-1)
     order = mx.argsort(-values, axis=-1)
     top = mx.take_along_axis(best, order, axis=-1), mx.take_along_axis(values, order, axis=-1)
-    return mx.take_along_axis(distributions, tokens[..., None], axis=-1)[..., 0], top
+    return mx.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0], top
 
 
-def _processed(logits: mx.array, before: Sequence[mx.array], processors: Sequence[LogitsProcessor]) -> mx.array:
+def _by_functions(logits: mx.array, before: Sequence[mx.array], processors: Sequence[LogitsProcessor]) -> mx.array:
     """Every row of logits [1, M, V] through the processors, with the tokens before it."""
     rows = []
     for i, tokens in enumerate(before):

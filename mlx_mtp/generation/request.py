@@ -1,0 +1,58 @@
+"""What one generation is asked for: checked once, by the engine, and handed down to the loop as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import mlx.core as mx
+
+from mlx_mtp.generation.prefix import Session
+from mlx_mtp.generation.types import NEUTRAL, Sampling
+
+# mlx-lm's convention: (all tokens so far [T], logits [1, V]) -> logits [1, V].
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+# Tokens of the prompt that were run, and how many there are to run.
+PrefillProgress = Callable[[int, int], None]
+
+
+class RequestOptions(TypedDict, total=False):
+    """The keywords of `Engine.request`, `stream`, `generate`, `Chat.send` and `Chat.retry`; see `Engine.request`."""
+
+    max_tokens: int
+    sampling: Sampling | None
+    stop: str | Sequence[str] | None
+    seed: int | None
+    logprobs: int
+    raw: bool
+    thinking: bool
+    ignore_end: bool
+    logits_processors: Sequence[LogitsProcessor]
+    on_prefill: PrefillProgress | None
+    session: Session | None
+    tools: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """A checked request. sampling has no None left; budget is the most tokens to emit.
+
+    seeded: whether the caller gave the seed, so that the same seed must give the same reply. session: what an earlier
+    request of the same conversation left, and where this one leaves its own. stop, stop_tokens: strings and tokens that
+    end the reply. raw, tools: whether its text is all answer, and whether calls of tools are told apart from it.
+    """
+
+    ids: list[int]
+    budget: int
+    sampling: Sampling = NEUTRAL
+    seed: int = 0
+    seeded: bool = False
+    logprobs: int = 0
+    processors: Sequence[LogitsProcessor] = ()
+    on_prefill: PrefillProgress | None = None
+    session: Session | None = None
+    stop: Sequence[str] = ()
+    stop_tokens: frozenset[int] = frozenset()
+    raw: bool = False
+    tools: bool = True
