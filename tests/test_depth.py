@@ -12,7 +12,7 @@ import pytest
 from simulation import CPU, FLAT, GPU, MACHINES, Machine, Text, always, best_fixed, simulate, switching
 
 import mlx_mtp
-from mlx_mtp.generation.depth import HOLD, Curve, DepthController, FixedDepth, RoundCosts
+from mlx_mtp.generation.depth import HOLD, Curve, DepthController, DepthPolicy, FixedDepth, RoundCosts
 from mlx_mtp.generation.depth_profile import Profile, ProfileFile, forget, possible
 from mlx_mtp.generation.loop import Decoder
 
@@ -285,7 +285,7 @@ def test_forgetting(tmp_path: Path) -> None:
 
 
 @dataclass
-class Recorded:
+class Recorded(DepthPolicy):
     """Depths by turns; what was asked of it and what it heard."""
 
     deepest: int = 2
@@ -294,8 +294,9 @@ class Recorded:
         self.asked: list[int] = []
         self.learned: list[tuple[int, float | None]] = []
 
-    def begin(self) -> None:
-        """Nothing."""
+    @property
+    def reason(self) -> str:
+        return "By turns."
 
     def next(self) -> int:
         self.asked.append((0, 0, 0, 1, 1, 2, 1)[len(self.asked) % 7])

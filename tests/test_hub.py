@@ -24,13 +24,10 @@ from mlx_mtp import (
     DoesNotFit,
     ModelNotFound,
     OptionError,
-    checkpoint,
-    fetch,
-    hub,
     loading,
-    memory,
-    pairs,
 )
+from mlx_mtp.checkpoints import checkpoint, hub, memory, pairs
+from mlx_mtp.checkpoints import download as fetch
 from mlx_mtp.cli import app
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -23,6 +23,7 @@ from servers import until as _until
 from thinking import TOKENS, thinking_engine
 
 import mlx_mtp
+import mlx_mtp.serving
 from mlx_mtp.cli import app as cli
 from mlx_mtp.generation.prefix import Session
 from mlx_mtp.loading import EMBEDDED
@@ -755,7 +756,7 @@ def test_what_the_command_refuses(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     for name in ("mlx_mtp.serving.app", "mlx_mtp.serving.connections"):
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(mlx_mtp, "server")
+    monkeypatch.delattr(mlx_mtp.serving, "app")
     assert "pip install 'mlx-mtp[serve]'" in refused()
 
 
