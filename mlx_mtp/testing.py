@@ -48,7 +48,7 @@ class ScriptedDrafter(Drafter):
     def draft(
         self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
     ) -> tuple[mx.array, Memory]:
-        """The script's tokens behind `token`, whose position is the committed length."""
+        """The script's tokens after `token`, whose position is the committed length."""
         places = cache.length[:, None] + 1 + mx.arange(depth, dtype=mx.int32)
         return sample.point_mass(self._script[mx.minimum(places, self._script.size - 1)]), memory
 

@@ -1,7 +1,4 @@
 """Attention over the cache's buffers: MLX's kernel on a GPU, and a form that suits MLX's CPU backend.
-
-What it does: one function from queries, K/V and a mask to the result. What it does not do: projections, positions, or
-know where the K/V come from.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Gemma 4 assistant: four small layers that read the target's K/V, embedding and hidden state (gemma4.md, section 2).
 
-What it does: one draft step = project [target embedding of the token, state], run the layers over the target's K/V,
-choose a token, project back to the next state. What it does not do: keep anything between rounds; it has no cache.
+One draft step: project [target embedding of the token, state], run the layers over the target's K/V, sample a token,
+project back to the next state. There is no cache of its own, and nothing is kept between rounds.
 
 Invariant: it reads only rows below the committed length, so a rejected draft is never seen again.
 
-Where the query stands is disputed between engines (gemma4.md, 2.4); both rules live in `Convention`, nowhere else.
+The position of the query is disputed between engines (gemma4.md, 2.4); both rules live in `Convention`, nowhere else.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ class Assistant(Drafter):
     def draft(
         self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
     ) -> tuple[mx.array, Memory]:
-        """A chain of `depth` tokens [B, K] behind `token`; one lazy graph."""
+        """A chain of `depth` tokens [B, K] after `token`; one lazy graph."""
         assert self._target is not None, "attach() comes first"
         position, shared, masks = self.view(cache)
         drafts, state = [], hidden

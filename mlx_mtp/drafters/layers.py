@@ -1,9 +1,9 @@
 """Transformer layers that a drafter has of its own, of any architecture mlx-lm knows, each with its own K/V.
 
-What it does: builds decoder layers from an mlx-lm config, runs them behind K/V buffers whose length lives on the
-device, and over whole sequences in training. What it does not do: know a drafter family, or choose tokens.
+Decoder layers are built from an mlx-lm config and run over K/V buffers whose length lives on the device, or over whole
+sequences in training.
 
-Invariant: as in cache.py, rows at or beyond the length are dead, so rolling back is a smaller length. Row r of a layer
+Invariant: as in generation/cache.py, rows at or beyond the length are dead, so rolling back is a smaller length. Row r of a layer
 belongs to the token at position r and is fed the state of the row before it; so the first rows of a sequence, which
 have no row before them, are never seen by any other (`first` below). Layers attend to all rows before; a window that
 their config names is not kept.
@@ -55,7 +55,7 @@ class ChainedRows:
     """K/V of one layer over whole sequences in training, in the form in which mlx-lm's layers ask for a cache.
 
     The layer may run several times, each time on its own last results, as when the last module of a chain drafts
-    again and again: row t of pass j is then the j-th token behind place t. It sees what it would see in decoding:
+    again and again: row t of pass j is then the j-th token after place t. It sees what it would see in decoding:
     of the first pass the rows up to t, and of the later ones only its own chain's.
     """
 
@@ -118,10 +118,10 @@ class OwnLayers:
         return layout.around(memory)
 
     def run(self, layer: int, x: mx.array, cache: KVCache, ahead: int = 0) -> mx.array:
-        """Layer i over rows x [B, M, D] that stand `ahead` rows behind the cache's length -> [B, M, D]."""
-        behind = copy.copy(cache)
-        behind.length = cache.length + ahead
-        step = behind.plan(x.shape[1])
+        """Layer i over rows x [B, M, D] that come `ahead` rows after the cache's length -> [B, M, D]."""
+        later = copy.copy(cache)
+        later.length = cache.length + ahead
+        step = later.plan(x.shape[1])
         slots = mx.arange(cache.capacity, dtype=mx.int32)
         itself = slots == step.slots[FULL][:, None, :, None]  # a row that sees nothing would be no number
         mask = step.masks[FULL] & ((slots >= self._first[layer]) | itself)

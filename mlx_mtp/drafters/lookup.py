@@ -19,7 +19,7 @@ from mlx_mtp.generation.interfaces import Drafter, Memory, SampleDraft, States, 
 from mlx_mtp.generation.sampling import Forced
 
 LONGEST = 8
-# From this length on a match is worth more than the drafter it stands before (measured; benchmarks/acceptance.py).
+# From this length on a match is worth more than the drafter it comes before (measured; benchmarks/acceptance.py).
 TRUSTED = 6
 NOTHING = -1
 
@@ -57,7 +57,7 @@ class Lookup(Drafter):
 
     @staticmethod
     def continuation(memory: Memory, token: mx.array, depth: int) -> tuple[mx.array, mx.array]:
-        """Proposals [B, K] behind `token` [B, 1], and the length n [B] of the match they rest on."""
+        """Proposals [B, K] after `token` [B, 1], and the length n [B] of the match they rest on."""
         length = memory["length"][:, None]  # the place of `token`
         text = mx.put_along_axis(memory["tokens"], length, token, axis=1)
         places = mx.arange(text.shape[1], dtype=mx.int32)[None]

@@ -1,11 +1,11 @@
 """Parallel heads (Gloeckle et al. 2024, arXiv 2404.19737, section 2): n heads on one trunk, one unembedding.
 
-What it does: from the trunk's state at one position, head i (one transformer layer and a norm of its own) proposes
-the token i + 1 places further on; the first head is the target itself. All drafts of a round come from one state, so
-none of them knows another. What it does not do: hold the trunk or the unembedding, which are the target's.
+From the trunk's state at one position, head i (one transformer layer and a norm of its own) proposes the token i + 1
+places further on; the first head is the target itself. All drafts of a round come from one state, so none of them knows
+another. Trunk and unembedding are the target's.
 
 Checkpoint: config.json with model_type "parallel_heads", `heads` (drafts, n - 1), `reads` ("trunk" = the residual
-stream before the target's last layer, as in the paper; "hidden" = behind its final norm, for heads on a finished
+stream before the target's last layer, as in the paper; "hidden" = after its final norm, for heads on a finished
 target) and `block` (an mlx-lm config of one layer); tensors `heads.<i>.layer.*`, `heads.<i>.norm.weight`.
 """
 
@@ -95,7 +95,7 @@ class ParallelModel(nn.Module):
 class Parallel(Drafter):
     """Loaded heads as the loop sees them (interfaces.Drafter).
 
-    Row r of every head's K/V is the state of the row before: it is known when the token at r is drafted behind.
+    Row r of every head's K/V is the state of the row before: it is known when the token after r is drafted.
     """
 
     reads_prompt = True

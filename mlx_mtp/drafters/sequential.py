@@ -1,14 +1,14 @@
 """Sequential modules (DeepSeek-V3, arXiv 2412.19437, section 2.2): each drafts one token further and feeds the next.
 
-What it does: module k takes the state of module k - 1 (the target for k = 1) at the row before and the embedding of
-the token at this row, projects both to one vector, runs a transformer layer over K/V of its own, and proposes the
-next token through the target's unembedding. Beyond the last module that one is used again, on its own state. What it
-does not do: hold embedding and unembedding, which are the target's.
+Module k takes the state of module k - 1 (the target for k = 1) at the row before and the embedding of the token at
+this row, projects both to one vector, runs a transformer layer over K/V of its own, and proposes the next token through
+the target's unembedding. Beyond the last module that one is used again, on its own state. Embedding and unembedding are
+the target's.
 
 Checkpoint: config.json with model_type "sequential_modules", `modules` (D), `block` (an mlx-lm config of one layer);
 tensors `blocks.<k>.{enorm,hnorm,eh_proj,norm}.weight` and `blocks.<k>.layer.*`: DeepSeek's names with
 `shared_head.norm` as `norm`. eh_proj reads [embedding, state] in this order, as DeepSeek's and vLLM's code does.
-`reads` says which of the target's states the first module takes: "hidden" (the default: behind its final norm) or
+`reads` says which of the target's states the first module takes: "hidden" (the default: after its final norm) or
 "residual" (in front of it, as MiMo's); for the latter `unnorm` [D] holds one over the weight of that norm. What is left
 is the state over its size, and as the module's own norm takes the size out again that is all it needs.
 """
@@ -89,7 +89,7 @@ class SequentialModel(nn.Module):
             self.unnorm = mx.ones(config.hidden_size)
 
     def read(self, hidden: mx.array) -> mx.array:
-        """The target's states behind its final norm [B, M, D] -> what the first module takes."""
+        """The target's states after its final norm [B, M, D] -> what the first module takes."""
         return hidden * self.unnorm if self.config.reads == "residual" else hidden
 
     def __call__(self, states: mx.array, embedded: mx.array, steps: int) -> list[mx.array]:

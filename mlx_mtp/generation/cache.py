@@ -1,7 +1,7 @@
 """K/V buffers of fixed capacity whose length lives on the device.
 
-What it does: holds one pair of buffers for every layer that stores K/V, writes new rows at an offset that is an
-array, and says which rows a query may see. What it does not do: know a model, or decide what is accepted.
+One pair of buffers for every layer that stores K/V; new rows are written at an offset that is an array, and masks say
+which rows a query may see.
 
 Invariant: a row at a position >= `length` is dead. Accepting n rows is `length += n`, rolling back is a smaller
 `length`; nothing is ever copied or cleared. Full layers keep every position. Sliding layers are rings of
@@ -184,7 +184,7 @@ class KVCache:
         return keys, values, seen[:, None, None, :]
 
     def advance(self, rows: mx.array | int) -> None:
-        """Commits `rows` (int or [B]) of what was written behind the length."""
+        """Commits `rows` (int or [B]) of what was written after the length."""
         self.length = self.length + rows
 
     @property
@@ -219,7 +219,7 @@ class LayerView:
         self._seen: tuple[mx.array, mx.array] | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Writes rows [B, G, M, d] behind the length; returns the buffers [B, G, S, d] that the masks speak of."""
+        """Writes rows [B, G, M, d] after the length; returns the buffers [B, G, S, d] that the masks speak of."""
         self.offset = self.offset + keys.shape[2]  # as mlx-lm's caches do; the committed length stays
         self._seen = self._cache.update(self._layer, keys, values, self._step)
         return self._seen

@@ -220,12 +220,12 @@ class RoundCosts:
             surprise = time - sum(mean[part] for part in parts)
         noise = self.scatter or NOISE
         covariance[0][0] += max(0.0, abs(surprise) - USUAL * noise) ** 2
-        shares = [sum(row[part] for part in parts) for row in covariance]
-        variance = sum(shares[part] for part in parts) + noise**2
+        gains = [sum(row[part] for part in parts) for row in covariance]
+        variance = sum(gains[part] for part in parts) + noise**2
         for i in range(size):
-            mean[i] += shares[i] / variance * surprise
+            mean[i] += gains[i] / variance * surprise
             for j in range(size):
-                covariance[i][j] -= shares[i] * shares[j] / variance
+                covariance[i][j] -= gains[i] * gains[j] / variance
         self.timed[depth] += 1
 
 

@@ -30,7 +30,7 @@ CALM = 0.2
 class Profile:
     """costs: of a round of 0, 1, ... drafts, in plain rounds; None where they are not known well.
 
-    noise: by what share the rounds behind them scattered. verified, accepted: drafts at each position, older ones
+    noise: by what share the rounds they come from scattered. verified, accepted: drafts at each position, older ones
     counting less.
     """
 

@@ -1,12 +1,9 @@
 """Exact mode: greedy output that is bit-equal with and without a drafter, where this device can do it.
 
-What it does: holds the pass that exact rounds take through the target, and finds out how many rows of it give a row
-the same bits. What it does not do: decode.
-
 Kernels for one row and for several round differently (performance.md, D1), and so do kernels for buffers of different
 sizes; so equality is found out, never assumed, for each capacity of the cache by itself, with the very pass that
 rounds take. Two ways, tried in order: widths whose rows all equal the one-row result; or a canonical width that every
-pass is filled up to, plain ones included, so that every row goes through the same kernels.
+pass is padded to, plain ones included, so that every row goes through the same kernels.
 """
 
 from __future__ import annotations
@@ -67,7 +64,7 @@ class TargetPass:
         self._compiled.clear()
 
     def __call__(self, rows: mx.array, cache: KVCache) -> tuple[States, mx.array]:
-        """Rows [B, M] written behind the cache's length: their states, and float32 logits [B, M, V]."""
+        """Rows [B, M] written after the cache's length: their states, and float32 logits [B, M, V]."""
         if cache.capacity not in self._compiled:
             self._compiled[cache.capacity] = mx.compile(self._pass(cache.layout()))
         hidden, trunk, logits, cache.arrays = self._compiled[cache.capacity](rows, cache.arrays)
@@ -148,7 +145,7 @@ class _Trial:
         tokens = [(7919 * (start + i) + 13) % self._vocabulary for i in range(PROBE_TOKENS + width)]
         cache.length = mx.array([start], dtype=mx.int32)
         for count in commits:
-            # Passes of plain decoding that are filled up hold their only token again and again (speculate.py).
+            # Padded passes of plain decoding hold their only token again and again (round.py).
             wrong = [tokens[at] if sum(commits) == len(commits) else (31 * token + 7) % self._vocabulary
                      for token in tokens[at + count : at + width]]  # fmt: skip
             _, logits = self._pass(mx.array([[*tokens[at : at + count], *wrong]], dtype=mx.int32), cache)

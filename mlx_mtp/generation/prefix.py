@@ -1,14 +1,14 @@
 """What a conversation has computed: the K/V of its tokens, kept from one request to the next.
 
-What it does: finds how much of a new prompt is there already, rolls back to it, and remembers the sliding layers at
-the ends of prompts, so that undoing and retrying are cheap too. What it does not do: run a model, or know messages
-(chat.py).
+A new prompt begins where it first differs from what is there, and snapshots of the sliding layers at the ends of
+prompts make undoing and retrying cheap too.
 
-Invariant: `ids` are tokens whose K/V rows stand in the cache, in order. A session that a request has taken is empty
-until that request gives it back; so whatever happens to a request, a session never holds rows it does not know.
+Invariant: `ids` are tokens whose K/V rows are in the cache, in order. A session that a request has acquired is empty
+until that request releases it; so whatever happens to a request, a session never holds rows it does not know.
 
 Rolling a full layer back is a smaller length. A ring has forgotten what its newest rows overwrote: it can only go
-back by its slack. Beyond that the session goes back to the last mark, a copy of the rings made where a prompt ended.
+back by its slack. Beyond that the session goes back to the last snapshot, a copy of the rings made where a
+prompt ended.
 
 In exact mode a session only ever goes on from such an end of a prompt: which rows a reply leaves, and with how many
 others they were computed, depends on the drafter, and so would everything after them.
@@ -110,7 +110,7 @@ class Session:
     def acquire(self, ids: Sequence[int], back: int, pair: Pair | None = None) -> tuple[Lease, int] | None:
         """The cache rolled back to as many tokens of `ids` as it can, and that number; None where there are none.
 
-        back: rows before that number which the caller runs again (and whose windows must stand too). At least the
+        back: rows before that number which the caller runs again (and whose windows must be intact too). At least the
         last token of `ids` is left to run. pair: who asks. OptionError as for `check`.
         """
         lease = self._claim(pair)
@@ -160,7 +160,7 @@ class Session:
         lease.newest = snapshot.newest
 
     def _reach(self, lease: Lease, wanted: int, back: int) -> int | None:
-        """The furthest of up to `wanted` tokens whose rows all stand, after bringing old rings back if it must."""
+        """The furthest of up to `wanted` tokens whose rows are all there, after bringing old rings back if it must."""
         if wanted <= back:
             return None
         if _intact(lease.cache, wanted - back, lease.newest):
@@ -192,7 +192,7 @@ class Session:
         del self.ids[length:]
 
     def release(self, lease: Lease | None, ids: Sequence[int]) -> None:
-        """Ends a request: `ids` are the tokens whose rows stand in its cache. None = it came to nothing."""
+        """Ends a request: `ids` are the tokens whose rows are in its cache. None = it came to nothing."""
         self.busy, self.lease, self.ids = False, lease, list(ids) if lease is not None else []
 
 

@@ -33,7 +33,7 @@ class Detokenizer(Protocol):
 
 
 class Reply:
-    """Builds one reply. tokens, logprobs, top: what is certain to belong to it. stop_token: the one that ended it.
+    """Builds one reply. tokens, logprobs, top: what surely belongs to it. stop_token: the one that ended it.
     stopped: whether a stop string did.
 
     detokenizer: None = there is no text. channels: None = all text is answer. While a stop string is looked for, tokens

@@ -56,13 +56,13 @@ class TokenDistribution:
         return mx.take_along_axis(self.tokens, index[..., None], axis=-1)[..., 0].astype(mx.int32)
 
     def overridden(self, mask: mx.array, tokens: mx.array) -> TokenDistribution:
-        """This distribution, but certain of `tokens` [...] where mask [...] is set."""
+        """This distribution, with all weight on `tokens` [...] where mask [...] is set."""
         mask, tokens = mask[..., None], tokens[..., None]
         if self.tokens is None:
             sure = (mx.arange(self.probabilities.shape[-1]) == tokens).astype(mx.float32)
             return TokenDistribution(None, mx.where(mask, sure, self.probabilities))
         first = mx.arange(self.probabilities.shape[-1]) == 0
-        # The token may stand in the support a second time, with weight 0: weights of equal tokens are added up.
+        # The token may be in the support a second time, with weight 0: weights of equal tokens are added up.
         support = mx.where(mask & first, tokens, self.tokens)
         return TokenDistribution(support, mx.where(mask, first.astype(mx.float32), self.probabilities))
 
@@ -127,7 +127,7 @@ class SamplingSpec:
         )
 
     def arrays(self, sampling: Sampling, vocab_size: int) -> SamplingArrays:
-        """The values behind the rules, as arrays, so that other values need no other graph."""
+        """The values that go with the spec, as arrays, so that other values need no other graph."""
         names = ["temperature"] * (not self.greedy) + ["top_p"] * self.top_p + ["min_p"] * self.min_p
         if self.penalties:
             names += ["repetition_penalty", "presence_penalty", "frequency_penalty"]
@@ -227,7 +227,7 @@ class DraftSampler:
     def __call__(self, logits: mx.array, tokens: mx.array | None = None, forced: Forced | None = None) -> mx.array:
         """The next draft [B, 1] from logits [B, 1, N] of `tokens` (None = the whole vocabulary).
 
-        forced: where its mask [B, 1] is set, its token [B, 1] is taken instead, for certain.
+        forced: where its mask [B, 1] is set, its token [B, 1] is taken instead, as a point mass.
         """
         logits = self._spec.processed(logits.astype(mx.float32), tokens, self._arrays, self._history)
         if self._spec.greedy:

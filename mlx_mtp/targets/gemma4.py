@@ -1,8 +1,7 @@
 """Gemma 4 text model, all five shapes: E2B, E4B, 12B unified, 26B-A4B (mixture of experts) and 31B.
 
-What it does: the forward pass over a cache with device-side lengths, and the map from the published, the
-mlx-lm and the mlx-vlm checkpoint layouts to one set of names. What it does not do: images, audio, sampling, or read a
-config.json (gemma4_config.py).
+The forward pass over a cache with device-side lengths, and the map from the published, the mlx-lm and the mlx-vlm
+checkpoint layouts to one set of names. Images and audio are not implemented.
 
 Parameter names are those of the published checkpoints below `model.language_model.` (Hugging Face
 `Gemma4ForConditionalGeneration`), except that experts are split in three as in MLX conversions.
@@ -257,14 +256,14 @@ class Gemma4Model(nn.Module):
     def __call__(
         self, tokens: mx.array, cache: KVCache | NoCache, keep: int | None = None
     ) -> tuple[mx.array, dict[str, tuple[mx.array, mx.array]]]:
-        """Tokens [B, M] behind the cache's length -> hidden after the final norm [B, keep, D], and K/V per kind."""
+        """Tokens [B, M] after the cache's length -> hidden after the final norm [B, keep, D], and K/V per kind."""
         states, working = self.run(tokens, cache, keep)
         return states.hidden, working
 
     def run(
         self, tokens: mx.array, cache: KVCache | NoCache, keep: int | None = None
     ) -> tuple[States, dict[str, tuple[mx.array, mx.array]]]:
-        """Tokens [B, M] behind the cache's length -> the states of the last `keep` rows, and K/V per kind.
+        """Tokens [B, M] after the cache's length -> the states of the last `keep` rows, and K/V per kind.
 
         keep: how many of the last rows the caller needs (None = all). The layers that store no K/V run on those
         rows only, and not at all for 0: in E2B that is 20 of 35 layers of a prefill (gemma4.md, 1.6).
@@ -334,7 +333,7 @@ class Gemma4Target:
         return self.model.embed(tokens)
 
     def forward(self, tokens: mx.array, cache: KVCache, keep: int | None = None) -> States:
-        """Runs tokens [B, M] behind the cache's length and writes their K/V; does not move the length."""
+        """Runs tokens [B, M] after the cache's length and writes their K/V; does not move the length."""
         states, _ = self.model.run(tokens, cache, keep)
         return states
 

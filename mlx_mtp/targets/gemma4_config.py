@@ -1,7 +1,7 @@
 """The shape of a Gemma 4 text model: its config.json, read and checked, in every form that is about.
 
-What it does: turns the published form, the newer one of transformers and those of MLX conversions into one
-Gemma4Config, and refuses what the model does not implement. What it does not do: build or load anything.
+The published form, the newer one of transformers and those of MLX conversions become one Gemma4Config; what the model
+does not implement is refused.
 """
 
 from __future__ import annotations

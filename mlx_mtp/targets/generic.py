@@ -1,8 +1,8 @@
 """Any causal language model of mlx-lm as a target: its own forward pass over our cache.
 
-What it does: loads a checkpoint with mlx-lm, gives the model's layers views of our cache in place of mlx-lm's, and
-reads the states between trunk and head. What it does not do: know an architecture, or take models whose past is
-anything but plain or sliding K/V; a running state (Mamba, linear attention) has no way back from a rejected draft.
+A checkpoint is loaded with mlx-lm, the model's layers get views of our cache in place of mlx-lm's, and the states
+between trunk and head are read. No architecture is known by name. Models whose past is anything but plain or sliding
+K/V are refused: a running state (Mamba, linear attention) has no way back from a rejected draft.
 
 Invariant: a model that loads here was compared at load with itself over mlx-lm's own cache, one rejected row
 included; one that differs is refused.
@@ -203,7 +203,7 @@ class GenericTarget:
         )
 
     def forward(self, tokens: mx.array, cache: KVCache, keep: int | None = None) -> States:
-        """Runs tokens [B, M] behind the cache's length and writes their K/V; does not move the length."""
+        """Runs tokens [B, M] after the cache's length and writes their K/V; does not move the length."""
         rows = tokens.shape[1]
         step = cache.plan(rows)
         states, _ = self._run(tokens, [LayerView(cache, layer, step) for layer in range(len(cache.shapes))])

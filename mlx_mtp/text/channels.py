@@ -1,7 +1,6 @@
 """What a model writes besides its answer: thoughts and calls of tools, told apart while the text streams.
 
-What it does: splits streamed text at the markers of the checkpoint formats below, and reads Gemma's tool calls. What
-it does not do: hold back answers longer than a marker needs, run tools, or change what the model saw.
+Streamed text is split at the markers of the formats below; an answer is never held back longer than a marker needs.
 
 Formats: Gemma 4 `<|channel>thought\\n...<channel|>` and `<|tool_call>call:NAME{key:value,...}<tool_call|>` with strings
 between `<|"|>` (gemma4.md, section 5); `<think>...</think>` (Qwen 3, DeepSeek R1 and others).

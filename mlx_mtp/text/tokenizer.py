@@ -1,8 +1,4 @@
-"""Between text and tokens: prompts to ids, ids to text as they come, stop strings.
-
-What it does: wraps mlx-lm's tokenizer. What it does not do: run a model, read templates (template.py), or spell tokens
-(detokenizer.py).
-"""
+"""Between text and tokens: prompts to ids, ids to text as they come, stop strings; over mlx-lm's tokenizer."""
 
 from __future__ import annotations
 
@@ -132,7 +128,7 @@ class Tokenizer:
 def prompt_ids(prompt: Prompt, tokenizer: Tokenizer | None, raw: bool = False, thinking: bool = False) -> list[int]:
     """Any prompt to token ids: a list of ids as it is, messages by template, a string as one user message.
 
-    raw: a string is continued as it stands, without the chat template. thinking: as for Tokenizer.chat. Raises
+    raw: a string is continued as it is, without the chat template. thinking: as for Tokenizer.chat. Raises
     PromptError for an empty prompt, OptionError for thinking where nothing can ask for it.
     """
     if not prompt:
