@@ -2,7 +2,7 @@
 
 MLX's Linux CPU wheel brings the reference BLAS, which makes float32 products 15 to 50 times slower than they need to
 be. Loading a fast BLAS with global symbols before MLX is imported makes MLX's calls land in the fast one, because the
-dynamic linker takes the first library that offers a name. On macOS nothing is done: MLX uses Accelerate and Metal there.
+dynamic linker takes the first library that offers a name. On macOS nothing is done: MLX uses Accelerate and Metal.
 
 `python -P mlx_mtp/backend/blas.py` prints what was found and exits 1 if that is nothing (tools/setup.sh asks this way).
 """

@@ -3,10 +3,10 @@
 Decoder layers are built from an mlx-lm config and run over K/V buffers whose length lives on the device, or over whole
 sequences in training.
 
-Invariant: as in generation/cache.py, rows at or beyond the length are dead, so rolling back is a smaller length. Row r of a layer
-belongs to the token at position r and is fed the state of the row before it; so the first rows of a sequence, which
-have no row before them, are never seen by any other (`first` below). Layers attend to all rows before; a window that
-their config names is not kept.
+Invariant: as in generation/cache.py, rows at or beyond the length are dead, so rolling back is a smaller length. Row r
+of a layer belongs to the token at position r and is fed the state of the row before it; so the first rows of a
+sequence, which have no row before them, are never seen by any other (`first` below). Layers attend to all rows before;
+a window that their config names is not kept.
 """
 
 from __future__ import annotations

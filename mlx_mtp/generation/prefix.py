@@ -75,7 +75,7 @@ class Session:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all K/V kept, marks included."""
+        """Bytes of all K/V kept, snapshots included."""
         buffers = [] if self.lease is None else [*self.lease.cache.keys, *self.lease.cache.values]
         return sum(buffer.nbytes for buffer in buffers) + sum(snapshot.nbytes for snapshot in self.snapshots)
 
@@ -146,7 +146,7 @@ class Session:
         return self.lease
 
     def _clear_above(self, length: int) -> None:
-        """Forgets all but the marks of up to `length` tokens: the rest is the request's."""
+        """Forgets all but the snapshots of up to `length` tokens: the rest is the request's."""
         self.lease, self.ids = None, []
         self.snapshots = [snapshot for snapshot in self.snapshots if snapshot.length <= length]
 
