@@ -12,9 +12,9 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import mlx.core as mx
 
@@ -31,7 +31,7 @@ from mlx_mtp.generation.prefix import Pair, Session
 from mlx_mtp.generation.reply import Reply
 from mlx_mtp.generation.request import GenerationRequest, LogitsProcessor, PrefillProgress, RequestOptions
 from mlx_mtp.generation.types import NEUTRAL, Event, Result, Sampling, Stats
-from mlx_mtp.text.channels import Channels
+from mlx_mtp.text.channels import CallFormat, Channels
 from mlx_mtp.text.tokenizer import Prompt, Tokenizer, prompt_ids
 
 log = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ class Engine:
         logits_processors: Sequence[LogitsProcessor] = (),
         on_prefill: PrefillProgress | None = None,
         session: Session | None = None,
-        tools: bool = True,
+        tools: bool | Sequence[Mapping[str, Any]] = True,
     ) -> GenerationRequest:
         """Checks a prompt and its options, for `run`; PromptError or OptionError where something is wrong.
 
@@ -182,7 +182,8 @@ class Engine:
         (tokens so far [T], logits [1, V]) -> logits [1, V]; they run on every row, and rounds are then read one by one.
         on_prefill(done, total) is called after every chunk.
         session: keeps the K/V of this prompt and reply; what the next prompt has in common with them is not run again.
-        tools: whether calls of tools are told apart from the answer.
+        tools: whether calls of tools are told apart from the answer; or what was declared to the model, in OpenAI's
+        form, for formats whose arguments carry no types.
         """
         max_tokens = checks.whole("max_tokens", max_tokens, 1)
         logprobs = checks.whole("logprobs", logprobs, 0, min(MOST_LOGPROBS, self.target.info.vocab_size))
@@ -191,8 +192,8 @@ class Engine:
         if stops and self.tokenizer is None:
             raise OptionError("stop strings need a tokenizer to compare with, and this checkpoint has none.")
         checks.instance("session", session, Session)
-        flags = {"raw": raw, "ignore_end": ignore_end, "thinking": thinking, "tools": tools}
-        raw, ignore_end, thinking, tools = (checks.flag(name, value) for name, value in flags.items())
+        flags = {"raw": raw, "ignore_end": ignore_end, "thinking": thinking}
+        raw, ignore_end, thinking = (checks.flag(name, value) for name, value in flags.items())
         ids = self._checked(prompt_ids(checks.prompt(prompt), self.tokenizer, raw, thinking))
         if session is not None:
             session.check(self.pair)
@@ -209,7 +210,7 @@ class Engine:
             stop=stops,
             stop_tokens=frozenset() if ignore_end else self.stop_tokens,
             raw=raw,
-            tools=tools,
+            tools=checks.declarations("tools", tools),
         )
 
     def run(self, request: GenerationRequest) -> Generator[Event, None, None]:
@@ -244,8 +245,14 @@ class Engine:
         if tokenizer is None:
             return Reply(None, (), None)
         told_apart = tokenizer.has_chat_template and not request.raw
-        channels = Channels(tokenizer.opened_thought(request.ids), request.tools) if told_apart else None
+        channels = Channels(tokenizer.opened_thought(request.ids), self._calls(request)) if told_apart else None
         return Reply(tokenizer.stream(), request.stop, channels)
+
+    def _calls(self, request: GenerationRequest) -> CallFormat | None:
+        """How calls of tools are told apart from the answer; None where they are not."""
+        if not request.tools or self.tokenizer is None:
+            return None
+        return self.tokenizer.call_format(None if request.tools is True else request.tools)
 
     def _events(self, request: GenerationRequest) -> Generator[Event, None, None]:
         decoder, reply = self._decoder, self._reply(request)

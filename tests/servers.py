@@ -19,7 +19,7 @@ import uvicorn
 import mlx_mtp
 from mlx_mtp.generation.types import Event, Result, Stats
 from mlx_mtp.serving.app import EngineThread, ServerOptions, create_app, listen, make_server
-from mlx_mtp.text.channels import Channels, Pieces
+from mlx_mtp.text.channels import GEMMA, Channels, Pieces
 
 JSON = {"Content-Type": "application/json"}
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
@@ -146,7 +146,7 @@ class ScriptedEngine:
     def _events(self, ids: list[int], options: dict[str, Any]) -> Iterator[Event]:
         self.asked.append({"ids": ids, **options})
         options["on_prefill"](len(ids), len(ids))
-        channels = None if options["raw"] else Channels()
+        channels = None if options["raw"] else Channels(calls=GEMMA)
         stats = Stats(prompt_tokens=len(ids), prefilled_tokens=len(ids), tokens=len(self.script))
         try:
             for i, text in enumerate(self.script):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_mtp.text.channels import Channels, Pieces, ToolCall
+from mlx_mtp.text.channels import GEMMA, CallFormat, Channels, Pieces, ToolCall, joined, parsed_by
 
 MARKERS = ["<|channel>", "<channel|>", "<think>", "</think>", "<|tool_call>", "<tool_call|>", "thought\n", '<|"|>']
 WORDS = ["a", "answer ", "\n", "\n\n", "<", "<|", "|>", "call:f{", "}", "x:1", ",", "ö", "[", "]", "NaN", "<chan"]
@@ -21,7 +22,7 @@ def whole(text: str, thinking: str | None = None, calls: bool = True) -> Pieces:
 
 
 def pieces(parts: list[str], thinking: str | None = None, calls: bool = True) -> Pieces:
-    channels = Channels(thinking, calls)
+    channels = Channels(thinking, GEMMA if calls else None)
     found = [*(channels.feed(part) for part in parts), channels.flush()]
     return Pieces(
         "".join(piece.text for piece in found),
@@ -67,7 +68,7 @@ def test_a_thought_that_the_prompt_opened() -> None:
 
 
 def test_what_cannot_be_a_marker_is_not_held_back() -> None:
-    channels = Channels()
+    channels = Channels(calls=GEMMA)
     assert channels.feed("One <").text == "One "
     assert channels.feed("b> two").text == "<b> two"
     assert channels.feed("<think>so").thinking == "so"
@@ -112,3 +113,48 @@ def test_where_no_tools_were_offered_calls_are_text() -> None:
     text = "Yes. " + CALL
     assert whole(text, calls=False) == Pieces(text)
     assert whole(THOUGHT + CALL, calls=False).thinking == "First this.\nThen that."
+
+
+# Other formats, read by mlx-lm's parsers
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {
+    "n": {"type": "integer"}, "s": {"type": "string"}, "on": {"type": "boolean"}}}}}]  # fmt: skip
+FIRST, SECOND = ToolCall("f", {"n": 3, "s": "a b", "on": True}), ToolCall("f", {"n": 4})
+CALLS = {
+    "json_tools": ('<tool_call>\n{"name": "f", "arguments": {"n": 3, "s": "a b", "on": true}}\n</tool_call>', [FIRST]),
+    "qwen3_coder": ("<tool_call>\n<function=f>\n<parameter=n>\n3\n</parameter>\n<parameter=s>\na b\n</parameter>\n"
+                    "<parameter=on>\ntrue\n</parameter>\n</function>\n</tool_call>", [FIRST]),
+    "glm47": ("<tool_call>f<arg_key>n</arg_key><arg_value>3</arg_value><arg_key>s</arg_key><arg_value>a b</arg_value>"
+              "<arg_key>on</arg_key><arg_value>true</arg_value></tool_call>", [FIRST]),
+    "mistral": ('[TOOL_CALLS][{"name": "f", "arguments": {"n": 3, "s": "a b", "on": true}}, '
+                '{"name": "f", "arguments": {"n": 4}}]', [FIRST, SECOND]),
+    "pythonic": ("<|tool_call_start|>[f(n=3, s='a b', on=True), f(n=4)]<|tool_call_end|>", [FIRST, SECOND]),
+    "minicpm5": ('<function name="f"><param name="n">3</param><param name="s">a b</param><param name="on">true</param>'
+                 "</function>", [FIRST]),
+}  # fmt: skip
+
+
+def of_mlx_lm(name: str) -> CallFormat:
+    parser = importlib.import_module(f"mlx_lm.tool_parsers.{name}")
+    return CallFormat(parser.tool_call_start, parser.tool_call_end, parsed_by(parser.parse_tool_call, TOOLS))
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_in_other_formats(name: str, size: int) -> None:
+    text, expected = CALLS[name]
+    channels, text = Channels(calls=of_mlx_lm(name)), "Well. " + text
+    found = joined([*(channels.feed(text[i : i + size]) for i in range(0, len(text), size)), channels.flush()])
+    assert (found.text, found.calls) == ("Well. ", expected)
+    assert found.raw == text
+
+
+@pytest.mark.parametrize(("name", "body"), [
+    ("json_tools", '{"name": 3, "arguments": {}}'), ("json_tools", '["f"]'), ("json_tools", "{"),
+    ("qwen3_coder", "<function=f>\n<parameter=n>\nmany\n</parameter>\n</function>"), ("pythonic", "f(*x)"),
+])  # fmt: skip
+def test_what_is_no_call_stays_text(name: str, body: str) -> None:
+    form = of_mlx_lm(name)
+    channels, text = Channels(calls=form), form.opening + body + form.closing
+    found = joined([channels.feed(text), channels.flush()])
+    assert (found.text, found.calls) == (text, [])

@@ -313,6 +313,6 @@ PARTS = [*itertools.chain(*THOUGHTS), "thought\n", "a", "b ", "\n", "\n\n", "<",
 @settings(max_examples=300, **PROPERTY)
 @given(st.lists(st.sampled_from(PARTS), max_size=16), st.data())
 def test_channels_like_a_search(parts: list[str], data: st.DataObject) -> None:
-    channels, text = Channels(calls=False), "".join(parts)
+    channels, text = Channels(), "".join(parts)
     found = [*(channels.feed(part) for part in cut(text, data)), channels.flush()]
     assert ("".join(piece.text for piece in found), "".join(piece.thinking for piece in found)) == told_apart(text)

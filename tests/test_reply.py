@@ -25,7 +25,7 @@ import mlx_mtp
 from mlx_mtp.generation.loop import Chunk
 from mlx_mtp.generation.reply import Reply
 from mlx_mtp.testing import MarkovDrafter, MarkovTarget
-from mlx_mtp.text.channels import CALL, CLOSING, Channels, ToolCall
+from mlx_mtp.text.channels import CALL, CLOSING, GEMMA, Channels, ToolCall
 
 PROPERTY = {"deadline": None, "derandomize": True}
 GREEDY = mlx_mtp.Sampling(temperature=0.0)
@@ -162,7 +162,7 @@ def test_any_reply_like_a_search(
 ) -> None:
     size = len(parts)
     cuts = sorted(data.draw(st.sets(st.integers(0, size), max_size=6))) if data else list(range(size))
-    reply = Reply(Stream(parts), stops, None if raw else Channels(opened, calls=False))
+    reply = Reply(Stream(parts), stops, None if raw else Channels(opened))
     events = []
     for begin, end in itertools.pairwise([0, *cuts, size]):
         ids = list(range(begin, end))
@@ -187,7 +187,7 @@ def test_no_stop_in_a_call() -> None:
     for body, calls in (("call:f{a:1}", [ToolCall("f", {"a": 1})]), ("call:f{a:1", [])):
         text = f"Well. {CALL[0]}{body}{CALL[1]} Then f{{a:1 again."
         parts = [character.encode() for character in text]
-        reply = Reply(Stream(parts), ["f{a", ". <"], Channels())
+        reply = Reply(Stream(parts), ["f{a", ". <"], Channels(calls=GEMMA))
         reply.extend(Chunk(list(range(len(parts)))), ())
         event = reply.event()
         assert reply.stopped and reply.text == text[: text.rindex("f{a")] and event.calls == calls
@@ -200,7 +200,7 @@ def test_text_is_shown_at_once() -> None:
     parts = [b"ab", b"<", b"thx", b"\xe2", b"\x82\xac", b"<|tool_call>", b"call:f{", b"}<tool", b"_call|>"]
 
     def shown(stops: list[str]) -> list[tuple[str, int]]:
-        reply, found = Reply(Stream(parts), stops, Channels()), []
+        reply, found = Reply(Stream(parts), stops, Channels(calls=GEMMA)), []
         for i in range(len(parts)):
             reply.extend(Chunk([i]), ())
             event = reply.event()

@@ -100,6 +100,15 @@ def instance(name: str, value: object, kind: type) -> None:
         raise OptionError(f"{name} must be a {kind.__name__}, not {shown(value)}.")
 
 
+def declarations(name: str, value: object) -> bool | list[Mapping[str, Any]]:
+    """True, False, or a list of tools in OpenAI's form."""
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if not isinstance(value, Sequence) or not all(isinstance(one, Mapping) for one in value):
+        raise OptionError(f"{name} must be True, False or a list of declared tools, not {shown(value)}.")
+    return list(value)
+
+
 def stop_strings(value: object) -> list[str]:
     """What ends a reply: a string, some strings, or None for none; an empty one would end every reply at once."""
     given = [] if value is None else [value] if isinstance(value, str) else value

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import mlx.core as mx
 
@@ -31,7 +31,7 @@ class RequestOptions(TypedDict, total=False):
     logits_processors: Sequence[LogitsProcessor]
     on_prefill: PrefillProgress | None
     session: Session | None
-    tools: bool
+    tools: bool | Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class GenerationRequest:
 
     seeded: whether the caller gave the seed, so that the same seed must give the same reply. session: what an earlier
     request of the same conversation left, and where this one leaves its own. stop, stop_tokens: strings and tokens that
-    end the reply. raw, tools: whether its text is all answer, and whether calls of tools are told apart from it.
+    end the reply. raw: its text is all answer. tools: whether calls of tools are told apart from it, or those declared.
     """
 
     ids: list[int]
@@ -55,4 +55,4 @@ class GenerationRequest:
     stop: Sequence[str] = ()
     stop_tokens: frozenset[int] = frozenset()
     raw: bool = False
-    tools: bool = True
+    tools: bool | Sequence[Mapping[str, Any]] = True

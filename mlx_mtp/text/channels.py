@@ -1,23 +1,22 @@
 """What a model writes besides its answer: thoughts and calls of tools, told apart while the text streams.
 
-Streamed text is split at the markers of the formats below; an answer is never held back longer than a marker needs.
+Streamed text is split at the markers of the formats; an answer is never held back longer than a marker needs.
 
-Formats: Gemma 4 `<|channel>thought\\n...<channel|>` and `<|tool_call>call:NAME{key:value,...}<tool_call|>` with strings
-between `<|"|>` (gemma4.md, section 5); `<think>...</think>` (Qwen 3, DeepSeek R1 and others).
+Thoughts: Gemma 4 `<|channel>thought\\n...<channel|>`; `<think>...</think>` (Qwen 3, DeepSeek R1 and others). Calls:
+Gemma 4 `<|tool_call>call:NAME{key:value,...}<tool_call|>` with strings between `<|"|>` (gemma4.md, section 5), read
+here; every other format by mlx-lm's parser of it.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 QUOTE = '<|"|>'
-CALL = "<|tool_call>", "<tool_call|>"
 THOUGHTS = (("<|channel>", "<channel|>"), ("<think>", "</think>"))
-CLOSING = {opening: closing for opening, closing in (*THOUGHTS, CALL)}
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,42 @@ class ToolCall:
 
     name: str
     arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CallFormat:
+    """How a checkpoint writes calls of tools: between two markers, the second "" where a call ends with the reply.
+
+    parse: what stands between them as calls; any Exception where it is none.
+    """
+
+    opening: str
+    closing: str
+    parse: Callable[[str], Sequence[ToolCall]]
+
+    def read(self, body: str) -> list[ToolCall]:
+        """The calls of a body; empty where it is none, or not all of it can be read."""
+        try:
+            return list(self.parse(body))
+        except Exception:  # parsers of other people's, over whatever a model wrote
+            return []
+
+
+def parsed_by(parser: Callable[[str, Any], Any], tools: Sequence[Mapping[str, Any]] | None) -> Callable[[str], Any]:
+    """A parser of mlx-lm's (body, declared tools -> one call or several, as dicts) as that of a CallFormat."""
+
+    def parse(body: str) -> list[ToolCall]:
+        found = parser(body, None if tools is None else list(tools))
+        calls = []
+        for call in found if isinstance(found, list) else [found]:
+            arguments = call["arguments"]
+            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+            if not isinstance(call["name"], str) or not isinstance(arguments, dict):
+                raise ValueError("a call needs a name and arguments by name")
+            calls.append(ToolCall(call["name"], arguments))
+        return calls
+
+    return parse
 
 
 @dataclass(frozen=True)
@@ -44,13 +79,13 @@ class Pieces:
 
 
 class Channels:
-    """Splits one reply. `thinking`: the prompt has opened a thought already (templates that end in `<think>`).
-
-    calls: whether calls of tools are told apart; where none were offered, what looks like one is text.
+    """Splits one reply. `thinking`: the marker of a thought that the prompt has opened (templates that end in
+    `<think>`). calls: how calls of tools are written; None where what looks like one is text.
     """
 
-    def __init__(self, thinking: str | None = None, calls: bool = True) -> None:
-        self._markers = [marker for marker in CLOSING if calls or marker != CALL[0]]
+    def __init__(self, thinking: str | None = None, calls: CallFormat | None = None) -> None:
+        self._calls = calls
+        self._closing = dict(THOUGHTS) | ({calls.opening: calls.closing} if calls else {})
         self._open = thinking  # the marker that opened what is being read, None in the answer
         self._held = ""  # never longer than a marker
         self._naming = False  # a channel's name, up to the end of its line, is no thought
@@ -69,7 +104,7 @@ class Channels:
         """The same stretch by stretch: all `raw` in order is the text but for what is held back; final: nothing is."""
         self._held += text
         while self._held:
-            markers = self._markers if self._open is None else [CLOSING[self._open]]
+            markers = [*self._closing] if self._open is None else [*filter(None, [self._closing[self._open]])]
             at, marker = _first(self._held, markers)
             if taken := self._held[:at] if marker else self._cut(markers, final):
                 yield self._answer(taken) if self._open is None else self._inside(taken)
@@ -77,9 +112,20 @@ class Channels:
                 break
             self._held = self._held[at + len(marker) :]
             yield self._marked(marker)
-        if final and self._open == CALL[0]:
-            self._open = None
-            yield Pieces(text=CALL[0] + "".join(self._body))
+        if final and self._in_call:
+            yield self._called(ended=not self._closing[str(self._open)])
+
+    @property
+    def _in_call(self) -> bool:
+        return self._calls is not None and self._open == self._calls.opening
+
+    def _called(self, ended: bool) -> Pieces:
+        """The open call, once it is over; text that is none is shown as it was written."""
+        assert self._calls is not None
+        self._open, body = None, "".join(self._body)
+        if ended and (calls := self._calls.read(body)):
+            return Pieces(calls=calls)
+        return Pieces(text=self._calls.opening + body + (self._calls.closing if ended else ""))
 
     def _answer(self, text: str) -> Pieces:
         """Answer text; the empty lines between a thought and the answer belong to neither."""
@@ -92,7 +138,7 @@ class Channels:
     def _inside(self, text: str) -> Pieces:
         """A part of a thought, without its channel's name, or of a call."""
         raw = text
-        if self._open == CALL[0]:
+        if self._in_call:
             self._body.append(text)
             text = ""
         elif self._naming:
@@ -105,12 +151,14 @@ class Channels:
         if self._open is None:
             self._open, self._naming, self._body = marker, marker == THOUGHTS[0][0], []
             return Pieces(raw=marker)
-        closed, self._open = self._open, None
-        return replace(_called("".join(self._body)) if closed == CALL[0] else Pieces(), raw=marker)
+        if self._in_call:
+            return replace(self._called(ended=True), raw=marker)
+        self._open = None
+        return Pieces(raw=marker)
 
     def _cut(self, markers: list[str], final: bool) -> str:
         """Takes the held text but for an end that may begin a marker."""
-        keep = 0 if final else max(overlap(self._held, marker) for marker in markers)
+        keep = 0 if final else max((overlap(self._held, marker) for marker in markers), default=0)
         at = len(self._held) - keep
         taken, self._held = self._held[:at], self._held[at:]
         return taken
@@ -135,17 +183,13 @@ def overlap(text: str, marker: str) -> int:
     return next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if text.endswith(marker[:n])), 0)
 
 
-def _called(body: str) -> Pieces:
-    """A finished call; text that is none is shown as it was written."""
+def _gemma_call(body: str) -> list[ToolCall]:
+    """ValueError where a body is no call in Gemma's notation."""
     matched = re.fullmatch(r"\s*call:([\w.\-/]+)\s*(\{.*\})\s*", body, re.DOTALL)
-    if matched:
-        try:
-            arguments, rest = _value(matched[2])
-            if isinstance(arguments, dict) and not rest.strip():
-                return Pieces(calls=[ToolCall(matched[1], arguments)])
-        except (ValueError, RecursionError):
-            pass
-    return Pieces(text=CALL[0] + body + CALL[1])
+    arguments, rest = _value(matched[2]) if matched else (None, "")
+    if matched is None or not isinstance(arguments, dict) or rest.strip():
+        raise ValueError("no call")
+    return [ToolCall(matched[1], arguments)]
 
 
 def _value(text: str) -> tuple[Any, str]:
@@ -190,3 +234,6 @@ def _container(opening: str, text: str) -> tuple[Any, str]:
         elif not text.startswith(closing):
             raise ValueError("neither a comma nor an end")
     return fields if named else items, text[1:]
+
+
+GEMMA = CallFormat("<|tool_call>", "<tool_call|>", _gemma_call)

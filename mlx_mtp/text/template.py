@@ -72,8 +72,11 @@ class ChatTemplate:
     def can_think(self) -> bool:
         """Whether it can ask for thoughts, or the model is one that opens them by itself."""
         on, off = (self._text(QUESTION, **self._options(thinking, None, None)) for thinking in (True, False))
-        template = str(getattr(self._wrapped, "chat_template", None) or "")
-        return on != off or any(opening in template for opening, _ in THOUGHTS)
+        return on != off or any(self.writes(opening) for opening, _ in THOUGHTS)
+
+    def writes(self, marker: str) -> bool:
+        """Whether a marker is in the template's source."""
+        return marker in str(getattr(self._wrapped, "chat_template", None) or "")
 
     def reply_opening(self) -> list[int]:
         """Ids that a prompt has after the last message's own; empty where they cannot be told apart, as without it a

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mtp.errors import CheckpointError, OptionError, PromptError, brief
-from mlx_mtp.text.channels import THOUGHTS, overlap
+from mlx_mtp.text.channels import GEMMA, THOUGHTS, CallFormat, overlap, parsed_by
 from mlx_mtp.text.detokenizer import Detokenizer, TokenBytes
 from mlx_mtp.text.template import ChatTemplate
 
@@ -98,6 +98,16 @@ class Tokenizer:
         """The marker of a thought that a prompt has opened and not closed, None where it has not."""
         end = self.decode(ids[-THOUGHT_TAIL:])
         return next((opening for opening, closing in THOUGHTS if end.rfind(opening) > end.rfind(closing)), None)
+
+    def call_format(self, tools: Sequence[Mapping[str, Any]] | None = None) -> CallFormat | None:
+        """How the checkpoint writes calls of tools; None where nobody can read them.
+
+        tools: declarations in OpenAI's form, for formats whose arguments carry no types.
+        """
+        opening = getattr(self._wrapped, "tool_call_start", None)  # mlx-lm's wrapper finds it in the template
+        if opening is None or opening == GEMMA.opening:
+            return GEMMA if self.template.writes(GEMMA.opening) else None
+        return CallFormat(opening, self._wrapped.tool_call_end, parsed_by(self._wrapped.tool_parser, tools))
 
     @property
     def has_chat_template(self) -> bool:
