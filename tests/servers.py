@@ -19,7 +19,7 @@ import uvicorn
 import mlx_mtp
 from mlx_mtp.generation.types import Event, Result, Stats
 from mlx_mtp.serving.app import EngineThread, ServerOptions, create_app, listen, make_server
-from mlx_mtp.text.channels import GEMMA, Channels, Pieces
+from mlx_mtp.text.channels import GEMMA, CallFormat, Channels, Pieces
 
 JSON = {"Content-Type": "application/json"}
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
@@ -106,6 +106,9 @@ class FakeTokenizer:
 
     def spell(self, token: int) -> tuple[str, bytes | None]:
         return chr(token), chr(token).encode()
+
+    def call_format(self, tools: Any = None) -> CallFormat:
+        return GEMMA
 
     def opened_thought(self, ids: Sequence[int]) -> str | None:
         return None

@@ -25,7 +25,10 @@ import mlx_mtp
 from mlx_mtp.generation.loop import Chunk
 from mlx_mtp.generation.reply import Reply
 from mlx_mtp.testing import MarkovDrafter, MarkovTarget
-from mlx_mtp.text.channels import CALL, CLOSING, GEMMA, Channels, ToolCall
+from mlx_mtp.text.channels import GEMMA, THOUGHTS, CallFormat, Channels, ToolCall
+
+CALL = GEMMA.opening, GEMMA.closing
+CLOSING = dict([*THOUGHTS, CALL])
 
 PROPERTY = {"deadline": None, "derandomize": True}
 GREEDY = mlx_mtp.Sampling(temperature=0.0)
@@ -58,6 +61,9 @@ class Spelling:
 
     def stream(self) -> Stream:
         return Stream(self.bytes_of)
+
+    def call_format(self, tools: object = None) -> CallFormat:
+        return GEMMA
 
     def opened_thought(self, ids: Sequence[int]) -> str | None:
         return self.opened
