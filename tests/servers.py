@@ -100,6 +100,7 @@ class FakeTokenizer:
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Any]] = []
+        self.calls: CallFormat | None = GEMMA
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         return [ord(character) % 1000 for character in text]
@@ -107,8 +108,8 @@ class FakeTokenizer:
     def spell(self, token: int) -> tuple[str, bytes | None]:
         return chr(token), chr(token).encode()
 
-    def call_format(self, tools: Any = None) -> CallFormat:
-        return GEMMA
+    def call_format(self, tools: Any = None) -> CallFormat | None:
+        return self.calls
 
     def opened_thought(self, ids: Sequence[int]) -> str | None:
         return None

@@ -225,7 +225,7 @@ def test_embedded_target_is_stock_mlx_lm() -> None:
     model, _ = load_model(EMBEDDED / "target")
     model.set_dtype(mx.float32)
     tokens = mx.array([engine.tokenizer.encode("import os\nclass A:\n    def f(self):\n")])
-    assert mx.abs(model(tokens).astype(mx.float32) - engine.target.logits(tokens)).max().item() < 2e-4
+    assert mx.abs(model(tokens).astype(mx.float32) - engine.target.logits(tokens)).max().item() < 1e-3
 
 
 def test_a_round_traced_again_does_not_follow_a_cache_that_grew() -> None:

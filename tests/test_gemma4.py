@@ -12,7 +12,7 @@ import pytest
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.targets import load_target
 
-TOLERANCE = 2e-4
+TOLERANCE = 1e-3
 
 
 def difference(found: mx.array, expected: np.ndarray) -> float:
@@ -98,7 +98,7 @@ def test_last_rows_only_are_the_same_rows(golden) -> None:
     target = load_target(Checkpoint.open(folder / "target"))
     tokens = mx.array(arrays["input_ids"])
     whole = target.forward(tokens, target.new_cache(256)).hidden
-    assert difference(target.forward(tokens, target.new_cache(256), keep=2).hidden, np.array(whole[:, -2:])) < 1e-5
+    assert difference(target.forward(tokens, target.new_cache(256), keep=2).hidden, np.array(whole[:, -2:])) < 1e-4
 
 
 class Spy:
@@ -126,4 +126,4 @@ def test_the_trunk_is_what_the_last_layer_is_given(golden) -> None:
         kept = target.forward(tokens, target.new_cache(256), keep)
         assert kept.trunk.shape == kept.hidden.shape
         if keep == 2:
-            assert difference(kept.trunk, np.array(whole[:, -2:])) < 1e-5
+            assert difference(kept.trunk, np.array(whole[:, -2:])) < 1e-4

@@ -22,7 +22,7 @@ from mlx_mtp.targets import load_target
 from mlx_mtp.targets.generic import GenericTarget
 from mlx_mtp.testing import ScriptedDrafter
 
-TOLERANCE = 2e-4
+TOLERANCE = 1e-3
 VOCABULARY, WINDOW, LENGTH = 96, 8, 60
 
 BASE: dict[str, Any] = {
@@ -158,12 +158,12 @@ def test_states(name: str, folders: dict[str, Path]) -> None:
     tokens = tokens_of(7)
     states = target.forward(tokens, target.new_cache(256))
     last, trunk = model.layers[-1], states.trunk
-    assert difference(model.model.norm(last(trunk, mx.tril(mx.ones((7, 7), dtype=mx.bool_)))), states.hidden) < 1e-4
+    assert difference(model.model.norm(last(trunk, mx.tril(mx.ones((7, 7), dtype=mx.bool_)))), states.hidden) < 1e-3
     for keep in (0, 1, 3, 7, 9):
         kept = target.forward(tokens, target.new_cache(256), keep)
         rows = min(keep, 7)
         assert kept.hidden.shape[1] == kept.trunk.shape[1] == rows
-        assert not rows or difference(kept.hidden, states.hidden[:, -rows:]) < 1e-5
+        assert not rows or difference(kept.hidden, states.hidden[:, -rows:]) < 1e-4
     scale = 32**0.5 if name.startswith("gemma") else 1.0
     assert difference(target.embed(tokens), model.model.embed_tokens(tokens) * scale) < 5e-2
     assert target.info.vocab_size == VOCABULARY and target.info.hidden_size == 32

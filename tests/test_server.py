@@ -159,6 +159,17 @@ CALLS = ('Let me see.<|tool_call>call:get_weather{city:<|"|>Z', 'ürich, "Old', 
 ARGUMENTS = {"city": 'Zürich, "Old Town"', "days": 3, "hourly": True}
 
 
+def test_tools_that_nobody_could_read_are_refused() -> None:
+    fake = ScriptedEngine(CALLS)
+    fake.tokenizer.calls = None
+    with running(lambda: fake) as server, server.openai() as client:
+        with pytest.raises(openai.BadRequestError, match="calls of tools") as refused:
+            client.chat.completions.create(model="test", messages=QUESTION, tools=[TOOL])
+        assert refused.value.param == "tools" and not fake.asked
+        fake.script = ("Rain.",)
+        assert client.chat.completions.create(model="test", messages=QUESTION).choices[0].finish_reason == "stop"
+
+
 def test_tools_both_ways() -> None:
     """Gemma's calls become OpenAI's, whole and streamed; what comes back has objects and names for the template."""
     fake = ScriptedEngine(CALLS)
@@ -180,6 +191,7 @@ def test_tools_both_ways() -> None:
         one = ask(model="test", messages=QUESTION, tools=[TOOL], parallel_tool_calls=False).choices[0]
         assert [call.function.name for call in one.message.tool_calls] == ["get_weather"]
 
+        assert fake.asked[-1]["tools"] == fake.tokenizer.seen[-1]["tools"]
         fake.script = ("Rain.",)
         answers = [{"role": "tool", "tool_call_id": call.id, "content": "rain"} for call in (first, second)]
         messages = [*QUESTION, whole.message.model_dump(), *answers]

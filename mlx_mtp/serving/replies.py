@@ -156,6 +156,11 @@ class Replier:
                 raise RequestError(str(error), param=error.part, code="unsupported_value") from None
             except MLXMTPError as error:
                 raise RequestError(str(error)[:1000], param="messages") from None
+            if asked.tools and tokenizer.call_format() is None:
+                raise RequestError(
+                    "This checkpoint writes calls of tools in a form that cannot be read here; leave out tools.",
+                    param="tools", code="unsupported_value",
+                )  # fmt: skip
         if len(ids) >= engine.max_context:
             raise _too_long(engine.max_context, str(len(ids)), field_name)
         return ids
@@ -183,6 +188,7 @@ def _options(asked: Generation) -> dict[str, Any]:
     return {
         "max_tokens": asked.max_tokens, "sampling": asked.sampling, "stop": asked.stop, "seed": asked.seed,
         "logprobs": 0 if asked.logprobs is None else max(1, asked.logprobs), "raw": asked.messages is None,
+        "tools": asked.tools or True,
     }  # fmt: skip
 
 
