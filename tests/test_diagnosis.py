@@ -225,7 +225,9 @@ def test_exactness_per_width(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_probe_that_the_engine_has_made_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = mlx_mtp.load(GOLDEN / "keqv" / "target", drafter=GOLDEN / "keqv" / "assistant_tied", mode="exact", depth=0)
-    assert engine.exactness is not None and list(engine.exactness.found) == [256]
+    assert engine.exactness is not None and not engine.exactness.found  # nothing is probed before the first request
+    engine.generate([5, 6], max_tokens=2)
+    assert list(engine.exactness.found) == [256]
     real = exactness.probe
     monkeypatch.setattr(exactness, "probe", lambda t, size: real(t, size) if size > 256 else pytest.fail("twice"))
     found = diagnosis.diagnose(engine, Effort(repeats=2))

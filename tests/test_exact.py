@@ -176,7 +176,9 @@ def test_a_device_says_where_it_decodes_plainly(caplog: pytest.LogCaptureFixture
     assert caplog.text.count("decoding plainly") == caplog.text.count("512 tokens") == 1
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        assert engine_of(Device(NO_WAY), ScriptedDrafter([]), 3).depth == 3
+        engine = engine_of(Device(NO_WAY), ScriptedDrafter([]), 3)
+        assert engine.depth == 3 and not caplog.text  # nothing is probed before the first request
+        assert engine.generate([5], max_tokens=20).stats.drafted == 0
     assert "decoding plainly" in caplog.text
 
 
