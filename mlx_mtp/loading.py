@@ -1,8 +1,7 @@
 """From a name to an Engine: local folders, the hub, the embedded pair; which drafter belongs to which target.
 
-What it does: finds both models, refuses what does not fit before anything is downloaded or read, loads them, checks
-that they belong together. What it does not do: know the hub (hub.py), the table of pairs (pairs.py) or a family
-(targets/, drafters/), or read tensors (checkpoint.py).
+Finds both models, refuses what does not fit before anything is downloaded or read, loads them, checks
+that they belong together. The hub, the table of pairs and the reading of tensors are in checkpoints/.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Files and folders that are written beside their place and then take it, so that a reader never sees half of one.
-
-What has taken its place is on the disk: a power cut leaves the old file or the new one.
-"""
+"""Files and folders that are written beside their place and then take it, so that a reader never sees half of one."""
 
 from __future__ import annotations
 
@@ -23,11 +20,14 @@ HEADER_BYTES = 1 << 20  # more than any safetensors header of ours
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
     """A path to write a file or a folder to, which becomes `path` where the block ends well and vanishes otherwise.
 
     It lies in the same folder and keeps the suffix; an earlier `path` stays whole until it is replaced, and a link
     keeps pointing to what is replaced. A device or a pipe is given as it is, to be written into. Raises OSError.
+
+    durable: waits until a file is on the disk, so that a power cut leaves the old one or the new one; for what took
+    long to make, not for what every request writes.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not (path.is_file() or path.is_dir()):
@@ -47,9 +47,11 @@ def replacing(path: Path) -> Iterator[Path]:
                 raise
             shutil.rmtree(old, ignore_errors=True)
         else:
-            _sync(fresh)
+            if durable:
+                _sync(fresh)
             os.replace(fresh, path)
-        _sync(path.parent)
+            if durable:
+                _sync(path.parent)
     finally:
         if fresh.is_dir():
             shutil.rmtree(fresh, ignore_errors=True)
@@ -89,9 +91,9 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def replacing_or_refused(file: Path, advice: str) -> Iterator[Path]:
-    """As `replacing`, but what goes wrong is a CheckpointError that ends in the `advice`."""
+    """As `replacing`, durable, but what goes wrong is a CheckpointError that ends in the `advice`."""
     try:
-        with replacing(file) as fresh:
+        with replacing(file, durable=True) as fresh:
             yield fresh
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{file}: could not be written ({error}); {advice}.") from error

@@ -298,7 +298,7 @@ def prepare(folder: Path, recipe: Recipe, documents: Documents, tokenizer_folder
     assert tokenizer_folder is not None
     try:
         tokenizer = load_tokenizer(tokenizer_folder)
-    except Exception as error:  # as in tokens.py
+    except Exception as error:  # as in text/tokenizer.py
         raise CheckpointError(
             f"{tokenizer_folder}: expected a tokenizer to read the data with, found none that loads ({error}); "
             "use a target that has one."
