@@ -15,6 +15,7 @@ import numpy as np
 from conftest import GOLDEN
 
 import mlx_mtp
+from mlx_mtp.generation.interfaces import Target
 from mlx_mtp.targets.gemma4 import Gemma4Target
 
 # More than rounding explains on any device, and far less than what one wrong row of K/V changes.
@@ -51,7 +52,10 @@ def lively(variant: str, drafter: Any = None, **options: Any) -> mlx_mtp.Engine:
     With their own head, the embedding, these random models repeat one token for good, whatever came before; so no test
     of what they write would notice an error. With this one every token depends on all that it can see.
     """
-    return enlivened(mlx_mtp.load(GOLDEN / variant / "target", drafter=drafter, **options))
+    engine = mlx_mtp.load(GOLDEN / variant / "target", drafter=drafter, **options)
+    enlivened(engine.target)
+    engine.max_context = 4096
+    return engine
 
 
 def random_head(size: int, vocabulary: int) -> np.ndarray:
@@ -59,15 +63,13 @@ def random_head(size: int, vocabulary: int) -> np.ndarray:
     return np.random.default_rng(0).normal(scale=4 * size**-0.5, size=(size, vocabulary)).astype(np.float32)
 
 
-def enlivened(engine: mlx_mtp.Engine) -> mlx_mtp.Engine:
-    """The engine of a golden target, with the head of `lively`."""
-    target = engine.target
+def enlivened(target: Target) -> Target:
+    """A golden target with the head of `lively`."""
     assert isinstance(target, Gemma4Target)
     table = mx.array(random_head(target.info.hidden_size, target.info.vocab_size))
     target.model.head = lambda hidden: hidden.astype(mx.float32) @ table
     target.info = replace(target.info, max_context=4096)
-    engine.max_context = 4096
-    return engine
+    return target
 
 
 def reference(plain: mlx_mtp.Engine, ids: list[int], count: int) -> list[int]:
