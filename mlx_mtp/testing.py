@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_mtp.engine import DEEPEST, Engine
-from mlx_mtp.generation import acceptance, exactness
+from mlx_mtp.generation import acceptance, exactness, loop
 from mlx_mtp.generation.cache import CAPACITY_STEP, KVCache
 from mlx_mtp.generation.depth import FixedDepth
 from mlx_mtp.generation.interfaces import Drafter, Memory, SampleDraft, States, Target, TargetInfo
@@ -32,9 +32,8 @@ from mlx_mtp.generation.types import NEUTRAL, Result, Sampling, Stats
 # Kernels round differently for one row and for several. This is more than rounding explains on any device, and far
 # less than what one wrong row of K/V changes.
 NEAR_TIE = 1e-3
-# Where a script is right: everywhere, nowhere, and so that rounds are cut at every draft.
+# Where a script is right, so that rounds are cut at every draft.
 MIXED = [bool(int(digit)) for digit in "101111110101100"]
-SCRIPTS = ([True], [False], MIXED)
 NEWEST_DRAFTS = 16
 # The probe for exact mode takes seconds and says the same of one target every time.
 _probe = functools.lru_cache(maxsize=64)(exactness.probe)
@@ -294,20 +293,21 @@ class Conformance:
 
     def every_depth(self) -> None:
         """Whatever is accepted and rejected, greedy tokens are the likeliest ones, over wraps and growing buffers."""
-        for begin, count in ((4, 56), (CAPACITY_STEP - 28, 48)):
+        for begin, count in ((4, 48), (CAPACITY_STEP - 20, 32)):
             ids = self.prompt(begin)
             plain = self._reply(self.plain(), ids, count)
             self._check_greedy(ids, plain)
             _require(len(set(plain.tokens)) > count // 5, True, "varied text, or an error would not be seen")
-            for depth in sorted({1, 2, self.depth} - {d for d in (1, 2) if d > self.depth}):
-                for right in (MIXED,) if depth == 2 else SCRIPTS:
-                    script = self._script(ids, plain.tokens, right)
+            few, most = min(3, self.depth), self.depth
+            for depth, right in ((1, [False]), (1, MIXED), (few, MIXED), (most, [True]), (most, MIXED)):
+                script = self._script(ids, plain.tokens, right)
+                with mock.patch.object(loop, "MAX_CHUNK", 100):  # the longer prompt in pieces
                     result = self._reply(self.scripted(depth), ids, count)
-                    self._check_greedy(ids, result)
-                    rounds = script.accepted(begin, count, depth)
-                    if result.tokens == plain.tokens:
-                        found = result.stats.rounds, result.stats.drafted, result.stats.accepted
-                        _require(found, (len(rounds), depth * len(rounds), sum(rounds)), "rounds, drafted, accepted")
+                self._check_greedy(ids, result)
+                rounds = script.accepted(begin, count, depth)
+                if result.tokens == plain.tokens:
+                    found = result.stats.rounds, result.stats.drafted, result.stats.accepted
+                    _require(found, (len(rounds), depth * len(rounds), sum(rounds)), "rounds, drafted, accepted")
 
     def budgets(self) -> None:
         """A reply is as long as was asked for, and ends at a stop token inside a draft."""
@@ -375,20 +375,24 @@ class Conformance:
 
     def sessions(self) -> None:
         """A second turn, a retry and an edit run only what is new, and continue as a fresh conversation does."""
-        engine, session, first = self.scripted(self.depth), Session(), self.prompt(50)
-        said = self._reply(self.plain(), first, 60).tokens
-        second, edited = [*first, *said, *self.prompt(9, 3)], [*first[:45], *self.prompt(12, 4)]
-        for ids, most in ((first, 50), (second, 10), (second, len(second)), (first, 50), (edited, len(edited))):
-            self._script(ids, self._reply(self.plain(), ids, 40).tokens, MIXED)
+        engine, session, first = self.scripted(min(3, self.depth)), Session(), self.prompt(50)
+        said = self._reply(self.plain(), first, 44).tokens
+        second, edited = [*first, *said, *self.prompt(9, 3)], [*first, *self.prompt(12, 4)]
+        before: list[int] = []
+        for ids, most in ((first, 50), (second, 10), (second, len(second)), (edited, len(edited))):
+            count = 44 if ids is first else 16
+            self._script(ids, said if ids is first else self._reply(self.plain(), ids, count).tokens, MIXED)
             other = Session()
-            result, fresh = (self._reply(engine, ids, 60 if ids is first else 40, session=one, logprobs=1)
+            result, fresh = (self._reply(engine, ids, count, session=one, logprobs=1)
                              for one in (session, other))  # fmt: skip
             self._check_greedy(ids, result)
             _require(result.stats.prefilled_tokens <= most, True, f"at most {most} tokens of a prompt to be run")
             _require(fresh.stats.prefilled_tokens, len(ids), "tokens that a new session runs")
-            drafts = [np.array(one.lease.memory["drafts"]) for one in (session, other) if one.lease is not None]
-            if result.tokens == fresh.tokens:  # of near ties some may differ
-                _require(float((drafts[0] == drafts[1]).mean()) > 0.8, True, "drafts of a fresh conversation")
+            drafts = [one.lease.memory["drafts"].tolist() for one in (session, other) if one.lease is not None]
+            # A family may draft better where it has seen the reply once; and tokens may be near ties.
+            if ids is not before and result.tokens == fresh.tokens:
+                _require(drafts[0], drafts[1], "the drafts of a fresh conversation")
+            before = ids
 
     def exact(self) -> None:
         """In exact mode tokens and logprobs are bit-equal to plain decoding, in sessions too, or nothing is drafted."""

@@ -13,9 +13,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_mtp.drafters.parallel import ParallelConfig, ParallelModel
 from mlx_mtp.drafters.sequential import SequentialConfig, SequentialModel
-from mlx_mtp.generation.cache import KVCache
-from mlx_mtp.generation.interfaces import Drafter, Memory, SampleDraft, States, Target
-from mlx_mtp.testing import ScriptedDrafter
+from mlx_mtp.generation.interfaces import Drafter, States, Target
 
 HEAD_DIM, EPS = 8, 1e-5
 MODELS = {"parallel_heads": (ParallelConfig, ParallelModel), "sequential_modules": (SequentialConfig, SequentialModel)}
@@ -70,28 +68,6 @@ class Scripted:
         assert tokens is None and forced is None
         self.logits.append(np.array(logits)[0, 0])
         return mx.array([[self.script[len(self.logits) - 1]]])
-
-
-class Guided(ScriptedDrafter):
-    """A family's drafter that drafts, hears and rolls back as ever, but what is proposed is a script's.
-
-    So rounds accept and reject known drafts, which a random drafter on a random target never does.
-    """
-
-    def __init__(self, drafter: Drafter, script: list[int], right: list[bool]) -> None:
-        super().__init__(script, right)
-        self.max_depth = drafter.max_depth
-        self.reads_prompt, self.reads_states = drafter.reads_prompt, drafter.reads_states
-        self.drafter = drafter
-        self.attach, self.modules, self.quantise_head = drafter.attach, drafter.modules, drafter.quantise_head
-        self.start, self.grow, self.observe, self.rewind = drafter.start, drafter.grow, drafter.observe, drafter.rewind
-
-    def draft(
-        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
-    ) -> tuple[mx.array, Memory]:
-        own, memory = self.drafter.draft(memory, token, hidden, cache, depth, sample)
-        proposed, _ = super().draft(memory, token, hidden, cache, depth, sample)
-        return proposed + 0 * own, memory  # its drafts are computed
 
 
 def drafted(

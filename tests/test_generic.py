@@ -224,35 +224,6 @@ def test_every_depth_equals_mlx_lm(name: str, folders: dict[str, Path]) -> None:
         assert result.stats.accepted > 30 and result.stats.drafted - result.stats.accepted > 10
 
 
-@pytest.mark.parametrize("name", ["llama-sliding", "deepseek_v3"])
-def test_the_rest_of_the_engine(name: str, folders: dict[str, Path]) -> None:
-    """Penalties, logprobs, seeded sampling, the automatic depth; with drafts as without."""
-    plain = mlx_mtp.load(folders[name], drafter=None)
-    engine = mlx_mtp.load(folders[name], drafter="lookup", depth=3)
-    ids = tokens_of(12)[0].tolist() * 2
-    penalties = mlx_mtp.Sampling(temperature=0.0, repetition_penalty=1.3, frequency_penalty=0.4)
-    expected = plain.generate(ids, max_tokens=40, sampling=penalties, logprobs=2)
-    found = engine.generate(ids, max_tokens=40, sampling=penalties, logprobs=2)
-    assert found.tokens == expected.tokens
-    assert np.allclose(found.logprobs, expected.logprobs, atol=1e-3)
-    warm = mlx_mtp.Sampling(temperature=1.0, top_k=20)
-    again = [engine.generate(ids, max_tokens=20, sampling=warm, seed=5).tokens for _ in range(2)]
-    assert again[0] == again[1]
-    auto = mlx_mtp.load(folders[name], drafter="lookup")
-    assert len(auto.generate(ids, max_tokens=20).tokens) == 20
-
-
-@pytest.mark.parametrize("name", ["llama-sliding", "deepseek_v3"])
-def test_exact_mode(name: str, folders: dict[str, Path]) -> None:
-    """Bit-equal with and without drafts where the probe finds a way; plain where it finds none."""
-    ids = tokens_of(12)[0].tolist() * 2
-    plain = mlx_mtp.load(folders[name], drafter=None, mode="exact").generate(ids, max_tokens=60, logprobs=1)
-    engine = mlx_mtp.load(folders[name], drafter="lookup", depth=4, mode="exact")
-    found = engine.generate(ids, max_tokens=60, logprobs=1)
-    assert (found.tokens, found.logprobs) == (plain.tokens, plain.logprobs)
-    assert found.stats.mode == "exact"
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_checkpoints(bits: int, tmp_path: Path) -> None:
     folder = written(tmp_path / "quantised", BASE | CONFIGS["llama"], bits)

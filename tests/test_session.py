@@ -11,7 +11,6 @@ from families import config_of, written
 from greedy import assert_greedy, lively
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import log_softmax
 
 import mlx_mtp
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
@@ -44,40 +43,6 @@ def reply(engine: mlx_mtp.Engine, prompt: list[int], session: Session | None = N
     return result
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("length", [5, 70])
-def test_a_second_turn_runs_only_what_is_new(engines: dict[str, mlx_mtp.Engine], family: str, length: int) -> None:
-    engine, session = engines[family], Session()
-    first = reply(engine, ids(length), session)
-    assert first.stats.prefilled_tokens == length
-    said = [*ids(length), *first.tokens]
-    for seed in (1, 2):
-        prompt = [*said, *ids(9, seed)]
-        again = reply(engine, prompt, session)
-        # The last token of the reply has no row yet: it counts as new.
-        assert again.stats.prefilled_tokens == 9 + 1
-        assert again.stats.prompt_tokens == len(prompt)
-        said = [*prompt, *again.tokens]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_edits_beyond_the_ring(engines: dict[str, mlx_mtp.Engine], family: str) -> None:
-    """Windows of 8 and rings of 40 slots: after 60 new tokens nothing of the last prompt's window is left in them."""
-    engine, session = engines[family], Session()
-    one = ids(50)
-    first = reply(engine, one, session, 60)
-    again = reply(engine, one, session, 60)  # retry: the mark at the prompt's end
-    assert again.stats.prefilled_tokens <= 50
-    two = [*one, *first.tokens, *ids(20, 1)]
-    second = reply(engine, two, session, 60)
-    assert second.stats.prefilled_tokens < 30
-    other = [*one, *first.tokens, *ids(20, 2)]  # undo, and say something else: the mark of the first prompt
-    third = reply(engine, other, session, 60)
-    assert third.stats.prefilled_tokens == len(other) - 50
-    fourth = reply(engine, ids(70, 9), session)  # another conversation
-    assert fourth.stats.prefilled_tokens == 70
-
-
 @pytest.mark.parametrize("family", ["none", "assistant"])
 def test_marks_are_not_written_into(engines: dict[str, mlx_mtp.Engine], family: str) -> None:
     """Rounds with logits processors are not compiled: they write into the very arrays that Python holds."""
@@ -88,21 +53,6 @@ def test_marks_are_not_written_into(engines: dict[str, mlx_mtp.Engine], family: 
         again = engine.generate(other, session=session, **processed)
         assert_greedy(engine, other, again.tokens)
         assert again.stats.prefilled_tokens == (5 * seed or 50)
-
-
-def test_every_kind_of_target_and_edit(engines: dict[str, mlx_mtp.Engine]) -> None:
-    """Chance edits: cut anywhere, add, generate; tokens and logprobs are those of a pass without a cache."""
-    engine, session, chance = engines["assistant"], Session(), np.random.default_rng(3)
-    said = ids(30)
-    for turn in range(12):
-        kept = said[: int(chance.integers(1, len(said) + 1))][-150:]
-        prompt = [*kept, *ids(int(chance.integers(0, 30)), turn)]
-        count = int(chance.integers(1, 50))
-        mine = engine.generate(prompt, max_tokens=count, ignore_end=True, session=session, logprobs=1)
-        assert_greedy(engine, prompt, mine.tokens)
-        logits = np.array(engine.target.logits(mx.array([[*prompt, *mine.tokens]])))[0, len(prompt) - 1 : -1]
-        assert np.abs(log_softmax(logits)[np.arange(count), mine.tokens] - mine.logprobs).max() < 1e-3
-        said = [*prompt, *mine.tokens]
 
 
 def test_a_reply_that_is_dropped_leaves_what_it_had(engines: dict[str, mlx_mtp.Engine]) -> None:
@@ -128,18 +78,6 @@ def test_a_prompt_that_fails_leaves_an_empty_session(engines: dict[str, mlx_mtp.
         list(engine.stream([*ids(40), *ids(40, 1)], session=session, on_prefill=stop))
     assert not session.busy and session.ids == [] and session.lease is None
     assert reply(engine, ids(40), session).stats.prefilled_tokens == 40
-
-
-def test_exact_mode_keeps_its_promise_in_a_session(probed_once: None) -> None:
-    folder = GOLDEN / "ple"
-    plain, exact = (mlx_mtp.load(folder / "target", drafter=drafter, mode="exact", depth=depth)
-                    for drafter, depth in (("none", "auto"), (folder / "assistant_tied", 2)))  # fmt: skip
-    sessions = Session(), Session()
-    said = ids(60)
-    for turn in range(3):
-        results = [reply(engine, said, session) for engine, session in zip((plain, exact), sessions, strict=True)]
-        assert results[0].tokens == results[1].tokens
-        said = [*said, *results[0].tokens, *ids(7, turn)]
 
 
 def test_marks_stay_within_their_bytes(monkeypatch: pytest.MonkeyPatch, engines: dict[str, mlx_mtp.Engine]) -> None:
