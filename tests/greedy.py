@@ -63,11 +63,12 @@ def random_head(size: int, vocabulary: int) -> np.ndarray:
     return np.random.default_rng(0).normal(scale=4 * size**-0.5, size=(size, vocabulary)).astype(np.float32)
 
 
-def enlivened(target: Target) -> Target:
-    """A golden target with the head of `lively`."""
+def enlivened(target: Target, silent: int = 0) -> Target:
+    """A golden target with the head of `lively`, which never writes the first `silent` tokens by itself."""
     assert isinstance(target, Gemma4Target)
     table = mx.array(random_head(target.info.hidden_size, target.info.vocab_size))
-    target.model.head = lambda hidden: hidden.astype(mx.float32) @ table
+    bias = mx.where(mx.arange(table.shape[1]) < silent, -50.0, 0.0)
+    target.model.head = lambda hidden: hidden.astype(mx.float32) @ table + bias
     target.info = replace(target.info, max_context=4096)
     return target
 

@@ -181,9 +181,12 @@ def batch_of_rounds(sampling: Sampling, depth: int, batch: int, length: int) -> 
 
 
 @pytest.mark.parametrize("sampling", FILTERS)
-@pytest.mark.parametrize("depth", [0, 1, 4])
+@pytest.mark.parametrize("depth", [0, 1, 6])
 def test_rounds_follow_the_distribution(sampling: Sampling, depth: int) -> None:
-    """20,000 tokens of compiled rounds against the exact distribution of a Markov target."""
+    """20,000 tokens of compiled rounds against the exact distribution of a Markov target.
+
+    At depth 6 acceptance wants as many random numbers as the token after it: of one key they would be the same.
+    """
     tokens = batch_of_rounds(sampling, depth, 2000, 10)
     assert worst_deviation(tokens, filtered(markov_pair()[0], sampling)) < 5
 
@@ -193,11 +196,10 @@ def test_rounds_notice_a_wrong_residual(monkeypatch: pytest.MonkeyPatch) -> None
     assert worst_deviation(batch_of_rounds(FILTERS[0], 2, 2000, 10), filtered(markov_pair()[0], FILTERS[0])) > 20
 
 
-@pytest.mark.parametrize("depth", [0, 4])
-def test_long_runs_follow_the_distribution(depth: int) -> None:
-    """One sequence through the whole pipelined loop, where draws that depend on each other would show."""
+def test_a_long_run_follows_the_distribution() -> None:
+    """One sequence through the whole pipelined loop."""
     table, target, drafter = markov_pair()
-    engine = mlx_mtp.Engine(target, drafter, None, depth=depth)
+    engine = mlx_mtp.Engine(target, drafter, None, depth=4)
     tokens = engine.generate([0], max_tokens=2500, sampling=FILTERS[0], seed=3).tokens
     assert worst_deviation([tokens], filtered(table, FILTERS[0])) < 5
 

@@ -1,7 +1,8 @@
-"""Sessions: what a prompt has in common with the last one is not run again, and the tokens are greedy all the same."""
+"""Sessions beyond what every pair promises (conformance.py): snapshots of rings, cut replies, whose K/V they are."""
 
 import gc
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -11,25 +12,20 @@ from families import config_of, written
 from greedy import assert_greedy, lively
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thinking import thinking_engine
 
 import mlx_mtp
-from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.generation.cache import FULL, SLIDING, KVCache, LayerShape
 from mlx_mtp.generation.prefix import Lease, Session, _intact
-from mlx_mtp.targets import load_target
-
-FAMILIES = ("none", "assistant", "lookup", "parallel", "sequential")
 
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, mlx_mtp.Engine]:
-    """One target with windows of 8 tokens, and a drafter of every family."""
-    folder, target = tmp_path_factory.mktemp("drafters"), GOLDEN / "ple" / "target"
-    info = load_target(Checkpoint.open(target)).info
-    drafters = {"none": "none", "lookup": "lookup", "assistant": GOLDEN / "ple" / "assistant_tied"}
-    for name, family in (("parallel", "parallel_heads"), ("sequential", "sequential_modules")):
-        drafters[name] = written(folder / name, config_of(family, info.hidden_size, info.vocab_size, 2))
-    return {name: lively("ple", drafter, depth="auto" if name == "none" else 2) for name, drafter in drafters.items()}
+    """One target with windows of 8 tokens; decoding plainly, and with drafters without and with K/V of their own."""
+    folder = tmp_path_factory.mktemp("drafters")
+    sequential = written(folder / "sequential", config_of("sequential_modules", 32, 128, 2))
+    drafters = {"none": None, "assistant": GOLDEN / "ple" / "assistant_tied", "sequential": sequential}
+    return {name: lively("ple", drafter, depth=2 if drafter else "auto") for name, drafter in drafters.items()}
 
 
 def ids(count: int, seed: int = 0) -> list[int]:
@@ -43,11 +39,22 @@ def reply(engine: mlx_mtp.Engine, prompt: list[int], session: Session | None = N
     return result
 
 
+def test_edits_beyond_the_ring(engines: dict[str, mlx_mtp.Engine]) -> None:
+    """Windows of 8 and rings of 40 slots: after 44 new tokens nothing of the last prompt's window is left in them."""
+    engine, session, one = engines["sequential"], Session(), ids(50)
+    first = reply(engine, one, session, 44)
+    assert reply(engine, one, session, 44).stats.prefilled_tokens <= 50  # retry: the snapshot at the prompt's end
+    reply(engine, [*one, *first.tokens, *ids(20, 1)], session, 44)
+    other = [*one, *first.tokens, *ids(20, 2)]  # undo, and say something else: the snapshot of the first prompt
+    assert reply(engine, other, session).stats.prefilled_tokens == len(other) - 50
+    assert reply(engine, ids(70, 9), session).stats.prefilled_tokens == 70  # another conversation
+
+
 @pytest.mark.parametrize("family", ["none", "assistant"])
-def test_marks_are_not_written_into(engines: dict[str, mlx_mtp.Engine], family: str) -> None:
+def test_snapshots_are_not_written_into(engines: dict[str, mlx_mtp.Engine], family: str) -> None:
     """Rounds with logits processors are not compiled: they write into the very arrays that Python holds."""
     engine, session, one = engines[family], Session(), ids(50)
-    processed = {"max_tokens": 60, "ignore_end": True, "logits_processors": [lambda tokens, logits: logits]}
+    processed = {"max_tokens": 44, "ignore_end": True, "logits_processors": [lambda tokens, logits: logits]}
     for seed in range(3):
         other = [*one, *ids(5 * seed, seed)]
         again = engine.generate(other, session=session, **processed)
@@ -80,7 +87,7 @@ def test_a_prompt_that_fails_leaves_an_empty_session(engines: dict[str, mlx_mtp.
     assert reply(engine, ids(40), session).stats.prefilled_tokens == 40
 
 
-def test_marks_stay_within_their_bytes(monkeypatch: pytest.MonkeyPatch, engines: dict[str, mlx_mtp.Engine]) -> None:
+def test_snapshots_stay_within_their_bytes(monkeypatch: pytest.MonkeyPatch, engines: dict[str, mlx_mtp.Engine]) -> None:
     engine, session = engines["none"], Session()
     reply(engine, ids(50), session)
     one = session.snapshots[0].nbytes
@@ -95,7 +102,7 @@ def test_marks_stay_within_their_bytes(monkeypatch: pytest.MonkeyPatch, engines:
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 9), st.integers(0, 12), st.lists(st.integers(1, 20), min_size=1, max_size=8), st.data())
-def test_what_stands_in_a_ring(window: int, slack: int, writes: list[int], data: st.DataObject) -> None:
+def test_what_a_ring_holds(window: int, slack: int, writes: list[int], data: st.DataObject) -> None:
     """Against a plain list that remembers who wrote last into every slot."""
     cache = KVCache((LayerShape(SLIDING, 1, 1), LayerShape(FULL, 1, 1)), window, 256, mx.float32, slack=slack)
     size, last, newest, length = cache.slots(SLIDING), {}, -1, 0
@@ -105,12 +112,12 @@ def test_what_stands_in_a_ring(window: int, slack: int, writes: list[int], data:
         newest, length = max(newest, length + count - 1), length + count
         length = data.draw(st.integers(max(0, length - 3), length))
     wanted = data.draw(st.integers(0, length))
-    stands = all(last.get(p % size, p) == p for p in range(max(0, wanted - window + 1), wanted))
+    intact = all(last.get(p % size, p) == p for p in range(max(0, wanted - window + 1), wanted))
     # A row that was overwritten by one that rolled back still counts as lost: the rule knows only the newest row.
-    assert not _intact(cache, wanted, newest) or stands
+    assert not _intact(cache, wanted, newest) or intact
 
 
-def test_held_is_only_what_was_given_back() -> None:
+def test_only_what_was_released_is_held() -> None:
     session = Session()
     assert session.acquire([1, 2], 0) is None
     session.release(Lease(KVCache((), 1, 256, mx.float32), {}, 4), [1, 2, 3])
@@ -182,14 +189,14 @@ def test_two_threads_cannot_have_one_session(engines: dict[str, mlx_mtp.Engine])
     assert reply(engine, ids(40), session).tokens == reply(engine, ids(40)).tokens
 
 
-def test_a_chat_with_the_session_of_another_engine(engines: dict[str, mlx_mtp.Engine]) -> None:
-    one, other = (mlx_mtp.load(drafter=name, depth=2) for name in ("assistant", "lookup"))
+def test_a_chat_with_the_session_of_another_engine(tmp_path: Path) -> None:
+    one, other = (thinking_engine(tmp_path / str(depth), depth) for depth in (1, 2))
     chat = one.chat()
-    list(chat.send("Why?", max_tokens=8))
+    list(chat.send("Why?"))
     stolen = other.chat()
     stolen.session = chat.session
     with pytest.raises(mlx_mtp.OptionError, match="another engine"):
         stolen.send("Why?")
     moved = chat.moved(other)
-    list(moved.send("And?", max_tokens=8))
+    list(moved.send("And?"))
     assert moved.last is not None and moved.last.stats.prefilled_tokens == moved.last.stats.prompt_tokens
