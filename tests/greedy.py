@@ -71,15 +71,3 @@ def enlivened(target: Target, silent: int = 0) -> Target:
     target.model.head = lambda hidden: hidden.astype(mx.float32) @ table + bias
     target.info = replace(target.info, max_context=4096)
     return target
-
-
-def reference(plain: mlx_mtp.Engine, ids: list[int], count: int) -> list[int]:
-    """`count` tokens after the prompt, none of them a near tie, and varied: a run that differs in one of them is wrong.
-
-    The caller picks a prompt for which this holds; rounding cannot change whether it does.
-    """
-    tokens = plain.generate(ids, max_tokens=count, ignore_end=True).tokens
-    below, clear = gaps(plain, ids, tokens)
-    assert len(tokens) == count and below.max() == 0 and clear.min() > 2 * NEAR_TIE, "a near tie; choose another prompt"
-    assert len(set(tokens)) > count // 4, "too little variety to notice an error; choose another prompt"
-    return tokens
