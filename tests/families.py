@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from conftest import GOLDEN
+from greedy import enlivened
 from mlx.utils import tree_flatten, tree_map_with_path
+from thinking import PLAIN_TEMPLATE, TOKENS, write_tokenizer
 
+import mlx_mtp
 from mlx_mtp.drafters.parallel import ParallelConfig, ParallelModel
 from mlx_mtp.drafters.sequential import SequentialConfig, SequentialModel
-from mlx_mtp.generation.cache import KVCache
-from mlx_mtp.generation.interfaces import Drafter, Memory, SampleDraft, States, Target
-from mlx_mtp.testing import ScriptedDrafter
+from mlx_mtp.generation.interfaces import Drafter, States, Target
 
 HEAD_DIM, EPS = 8, 1e-5
 MODELS = {"parallel_heads": (ParallelConfig, ParallelModel), "sequential_modules": (SequentialConfig, SequentialModel)}
@@ -72,28 +75,6 @@ class Scripted:
         return mx.array([[self.script[len(self.logits) - 1]]])
 
 
-class Guided(ScriptedDrafter):
-    """A family's drafter that drafts, hears and rolls back as ever, but what is proposed is a script's.
-
-    So rounds accept and reject known drafts, which a random drafter on a random target never does.
-    """
-
-    def __init__(self, drafter: Drafter, script: list[int], right: list[bool]) -> None:
-        super().__init__(script, right)
-        self.max_depth = drafter.max_depth
-        self.reads_prompt, self.reads_states = drafter.reads_prompt, drafter.reads_states
-        self.drafter = drafter
-        self.attach, self.modules, self.quantise_head = drafter.attach, drafter.modules, drafter.quantise_head
-        self.start, self.grow, self.observe, self.rewind = drafter.start, drafter.grow, drafter.observe, drafter.rewind
-
-    def draft(
-        self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
-    ) -> tuple[mx.array, Memory]:
-        own, memory = self.drafter.draft(memory, token, hidden, cache, depth, sample)
-        proposed, _ = super().draft(memory, token, hidden, cache, depth, sample)
-        return proposed + 0 * own, memory  # its drafts are computed
-
-
 def drafted(
     drafter: Drafter, target: Target, tokens: np.ndarray, states: States, first: int, depth: int, seed: int
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
@@ -127,3 +108,31 @@ def drafted(
         rows = cut(at, at + accepted + 1, depth - accepted)
         memory = drafter.observe(memory, *rows, mx.array([accepted]))
         at += accepted + 1
+
+
+# Conversations: 128 tokens, of which the target only writes those that stand for themselves.
+WORDS = [*TOKENS, *(f"w{i:03}," for i in range(len(TOKENS), 128))]
+
+
+def copy_with_tokenizer(variant: str, folder: Path, tokens: list[str] = WORDS) -> Path:
+    """A golden target with a tokenizer and a chat template."""
+    shutil.copytree(GOLDEN / variant / "target", folder, copy_function=shutil.copyfile)
+    return write_tokenizer(folder, tokens, PLAIN_TEMPLATE)
+
+
+def chat_folder(place: Path) -> Path:
+    """A target with windows of 8 tokens and a tokenizer, and drafters that have weights."""
+    copy_with_tokenizer("ple", place / "target")
+    shutil.copytree(GOLDEN / "ple" / "assistant_tied", place / "assistant")
+    for name, family in (("parallel", "parallel_heads"), ("sequential", "sequential_modules")):
+        written(place / name, config_of(family, 32, 128, 2))
+    return place
+
+
+def talking(folder: Path, family: str = "none", **options: Any) -> mlx_mtp.Engine:
+    """The target of a `chat_folder` with one of its drafters, or with one that `load` takes."""
+    drafter = folder / family if (folder / family).is_dir() else family
+    options = {"depth": 0 if family == "none" else 2, **options}
+    engine = mlx_mtp.load(folder / "target", drafter=drafter, **options)
+    enlivened(engine.target, silent=len(TOKENS))
+    return engine

@@ -5,7 +5,7 @@ import dataclasses
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import HEADS
+from conftest import GOLDEN, HEADS
 
 import mlx_mtp
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
@@ -57,9 +57,7 @@ def test_four_steps(golden, head: str, convention: Convention) -> None:
     ("target", "drafter", "named"),
     [("ple", "keqv", "K/V heads"), ("keqv", "ple", "K/V heads"), ("unified", "ple", "K/V heads")],
 )
-def test_a_drafter_of_another_target_is_refused(target: str, drafter: str, named: str, request) -> None:
-    from conftest import GOLDEN
-
+def test_a_drafter_of_another_target_is_refused(target: str, drafter: str, named: str) -> None:
     with pytest.raises(mlx_mtp.IncompatibleDrafter, match=named):
         mlx_mtp.load(GOLDEN / target / "target", drafter=GOLDEN / drafter / "assistant_tied")
 
@@ -81,16 +79,7 @@ def test_a_quantised_head_scores_like_its_own_rounding(bits: int) -> None:
     assert drafter.model.model.embed_tokens.bits == bits
 
 
-def test_a_quantised_head_leaves_the_answer() -> None:
-    found = []
-    for options in ({"drafter": None}, {"depth": 3}, {"depth": 3, "draft_head_bits": 4}):
-        engine = mlx_mtp.load(**options)
-        found.append(engine.generate("import os\n", raw=True, max_tokens=60, ignore_end=True))
-    assert found[0].tokens == found[1].tokens == found[2].tokens
-    assert found[2].stats.accepted > 0
-
-
-@pytest.mark.parametrize("last", [1, 40, 100, 255])
+@pytest.mark.parametrize("last", [1, 40, 255])
 def test_reading_the_last_rows_is_a_window_over_all(last: int) -> None:
     """`reads_last` against a mask over the whole buffer, behind 130 rows of which the newest 2 were rejected."""
     engine = mlx_mtp.load()

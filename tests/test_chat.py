@@ -10,26 +10,30 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from conftest import GOLDEN
+from families import chat_folder, talking
 from greedy import assert_greedy
 from thinking import ANSWER, THOUGHT, thinking_engine
 
 import mlx_mtp
 from mlx_mtp.generation.depth import DepthController
-from mlx_mtp.loading import EMBEDDED, FAMILIES
 
-ONE, TWO, THREE = "What does `shutil.copytree` do?", "And what does os.walk do?", "Write a class for a queue."
-THERE = [family for family in FAMILIES if (EMBEDDED / family).is_dir()]
-
-
-@pytest.fixture(scope="module", params=["none", "lookup", *THERE])
-def engine(request: pytest.FixtureRequest) -> mlx_mtp.Engine:
-    """The embedded model with each of its drafters."""
-    return mlx_mtp.load(drafter=request.param, depth="auto" if request.param == "none" else 3)
+ONE, TWO, THREE = "Why?", "And?", "x"
 
 
 @pytest.fixture(scope="module")
-def plain() -> mlx_mtp.Engine:
-    return mlx_mtp.load(drafter=None)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return chat_folder(tmp_path_factory.mktemp("chats"))
+
+
+@pytest.fixture(scope="module", params=["none", "lookup", "sequential"])
+def engine(request: pytest.FixtureRequest, folder: Path) -> mlx_mtp.Engine:
+    """Drafters without and with a memory of their own."""
+    return talking(folder, request.param)
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> mlx_mtp.Engine:
+    return talking(folder)
 
 
 def said(chat: mlx_mtp.Chat, text: str | None = None, tokens: int = 24, **options) -> mlx_mtp.Result:
@@ -57,40 +61,40 @@ def common(one: list[int], other: list[int]) -> int:
 
 
 def test_turns_run_only_what_is_new_and_equal_fresh_runs(engine: mlx_mtp.Engine) -> None:
-    """180 tokens go beyond the rings of 128 + 32 slots."""
+    """48 tokens go beyond the rings of 8 + 32 slots."""
     chat = engine.chat()
     ids = ids_of(chat, ONE)
-    first = said(chat, ONE, 180)
-    assert first.stats.prefilled_tokens == len(ids) and first.stats.tokens > 160
-    same_as_fresh(engine, ids, first.tokens, 180)
+    first = said(chat, ONE, 48)
+    assert first.stats.prefilled_tokens == len(ids) and first.stats.tokens == 48
+    same_as_fresh(engine, ids, first.tokens, 48)
     held = [*ids, *first.tokens[:-1]]
     for question in (TWO, THREE):
         ids = ids_of(chat, question)
-        result = said(chat, question, 32)
-        assert result.stats.prompt_tokens == len(ids) > 180
+        result = said(chat, question, 24)
+        assert result.stats.prompt_tokens == len(ids) > 48
         assert result.stats.prefilled_tokens == len(ids) - common(ids, held)
         # The question, the marks of a turn around it, and the last token of the reply before.
         assert result.stats.prefilled_tokens <= len(engine.tokenizer.encode(question)) + 12
-        same_as_fresh(engine, ids, result.tokens, 32)
+        same_as_fresh(engine, ids, result.tokens, 24)
         held = [*ids, *result.tokens[:-1]]
     roles = [message["role"] for message in chat.messages]
     assert roles == ["user", "assistant"] * 3 and chat.messages[-1]["content"] == result.text
 
 
 def test_edits_equal_fresh_runs(engine: mlx_mtp.Engine) -> None:
-    chat = engine.chat(system="Answer about Python.")
+    chat = engine.chat(system="Be brief.")
     first_ids = ids_of(chat, ONE)
-    said(chat, ONE, 170)
+    said(chat, ONE, 44)
     messages = list(chat.messages)
     ids = ids_of(chat, TWO)
-    second = said(chat, TWO, 60)
-    again = said(chat, None, 60)
+    second = said(chat, TWO, 30)
+    again = said(chat, None, 30)
     assert again.tokens == second.tokens and again.stats.prefilled_tokens < len(ids) and len(chat.messages) == 5
     assert chat.undo() == TWO and chat.messages == messages
     ids = ids_of(chat, THREE)
     third = said(chat, THREE)
     same_as_fresh(engine, ids, third.tokens, 24)
-    assert third.stats.prefilled_tokens <= len(ids) - len(first_ids)  # the first question, at least, still stands
+    assert third.stats.prefilled_tokens <= len(ids) - len(first_ids)  # the first question, at least, is still there
     chat.set_system("Answer in one word.")
     ids = ids_of(chat, TWO)
     fourth = said(chat, TWO)
@@ -163,7 +167,7 @@ def test_a_conversation_too_long_is_refused_and_stays(plain: mlx_mtp.Engine) -> 
     said(chat, TWO, 20)
     kept = list(chat.messages)
     with pytest.raises(mlx_mtp.PromptError, match="shorter than the context of 60"):
-        chat.send(ONE * 5)
+        chat.send("x" * 60)
     assert chat.messages == kept
     said(chat, "More?", 4)
 
@@ -176,18 +180,18 @@ def test_checkpoints_without_a_template(plain: mlx_mtp.Engine) -> None:
         plain.chat().moved(bare)
 
 
-def test_a_conversation_moves_to_another_engine(plain: mlx_mtp.Engine) -> None:
+def test_a_conversation_moves_to_another_engine(plain: mlx_mtp.Engine, folder: Path) -> None:
     chat = plain.chat(system="Be brief.")
     said(chat, ONE)
-    other = chat.moved(mlx_mtp.load(depth=2))
+    other = chat.moved(talking(folder, "sequential"))
     assert other.messages == chat.messages and other.messages is not chat.messages
     result = said(other, TWO)
     assert result.stats.prefilled_tokens == result.stats.prompt_tokens and len(chat.messages) == 3
 
 
-def test_expected_seconds_of_plain_decoding(plain: mlx_mtp.Engine) -> None:
-    assert plain.plain_seconds_per_token is None and mlx_mtp.load(depth=2).plain_seconds_per_token is None
-    automatic = mlx_mtp.load()
+def test_expected_seconds_of_plain_decoding(plain: mlx_mtp.Engine, folder: Path) -> None:
+    assert plain.plain_seconds_per_token is None and talking(folder, "lookup").plain_seconds_per_token is None
+    automatic = talking(folder, "lookup", depth="auto")
     automatic._decoder.policy = control = DepthController(range(3))
     assert automatic.plain_seconds_per_token is None  # nothing was timed yet
     for _ in range(9):
@@ -220,7 +224,6 @@ def test_thinking_is_asked_for_only_where_it_is_wanted(tmp_path: Path) -> None:
     assert not any(event.thinking for event in events) and chat.last.text == ANSWER
     # Left to the template, whose own default is not to think.
     assert "<|think|>" not in engine.tokenizer.decode(engine.tokenizer.chat(chat.messages))
-    assert not mlx_mtp.load(drafter=None).tokenizer.can_think
 
 
 def test_only_thoughts_are_no_answer(tmp_path: Path) -> None:
@@ -231,32 +234,26 @@ def test_only_thoughts_are_no_answer(tmp_path: Path) -> None:
 
 
 def test_kv_is_right_where_a_thought_was_taken_out(engine: mlx_mtp.Engine) -> None:
-    """A real model that is made to think for 170 tokens, beyond its rings; then its thought leaves the history."""
+    """A model that is made to think for 60 tokens, beyond its rings; then its thought leaves the history."""
     chat = engine.chat()
     prompt = ids_of(chat, ONE)
-    thought = "<|channel>thought\n" + " ".join(f"step{i}" for i in range(40)) + "<channel|>"
-    forced = engine.tokenizer.encode(thought, special=False)
-    assert len(forced) > 170
+    forced = engine.tokenizer.encode("<|channel>thought\n" + "Hm" * 60 + "<channel|>", special=False)
+    assert len(forced) == 63
 
     def force(tokens: mx.array, logits: mx.array) -> mx.array:
         at = tokens.size - len(prompt)
         return logits if at >= len(forced) else mx.where(mx.arange(logits.shape[-1]) == forced[at], 100.0, logits)
 
     first = said(chat, ONE, len(forced) + 30, logits_processors=[force])
-    assert first.tokens[: len(forced)] == forced and first.text and "step1" not in chat.messages[-1]["content"]
+    assert first.tokens[: len(forced)] == forced and first.text and "Hm" not in chat.messages[-1]["content"]
     ids = ids_of(chat, TWO)
-    second = said(chat, TWO, 32)
-    same_as_fresh(engine, ids, second.tokens, 32)
+    second = said(chat, TWO, 24)
+    same_as_fresh(engine, ids, second.tokens, 24)
     assert len(ids) < len(forced) and second.stats.prefilled_tokens == len(ids) - len(prompt)
-    same_as_fresh(engine, ids_of(chat, THREE), said(chat, THREE, 32).tokens, 32)
+    same_as_fresh(engine, ids_of(chat, THREE), said(chat, THREE).tokens, 24)
 
 
 # While a reply runs
-
-
-@pytest.fixture(scope="module")
-def talker() -> mlx_mtp.Engine:
-    return mlx_mtp.load(drafter="none")
 
 
 def begun(chat: mlx_mtp.Chat, text: str | None = ONE) -> tuple[Any, str]:
@@ -278,8 +275,8 @@ def works(chat: mlx_mtp.Chat) -> None:
     assert said(chat, THREE, 12).text == said(fresh, THREE, 12).text and chat.messages == fresh.messages
 
 
-def test_a_second_question_while_one_is_answered_is_refused(talker: mlx_mtp.Engine) -> None:
-    chat = talker.chat()
+def test_a_second_question_while_one_is_answered_is_refused(plain: mlx_mtp.Engine) -> None:
+    chat = plain.chat()
     events, heard = begun(chat)
     with pytest.raises(mlx_mtp.OptionError, match="still runs"):
         chat.send(TWO)
@@ -288,9 +285,9 @@ def test_a_second_question_while_one_is_answered_is_refused(talker: mlx_mtp.Engi
     works(chat)
 
 
-def test_whatever_changes_the_conversation_ends_the_reply(talker: mlx_mtp.Engine, tmp_path: Path) -> None:
+def test_whatever_changes_the_conversation_ends_the_reply(plain: mlx_mtp.Engine, tmp_path: Path) -> None:
     def after(change: Callable[[mlx_mtp.Chat], object]) -> tuple[mlx_mtp.Chat, str, object]:
-        chat = talker.chat(system="Be brief.")
+        chat = plain.chat(system="Be brief.")
         events, heard = begun(chat)
         found = change(chat)
         assert list(events) == []
@@ -311,15 +308,15 @@ def test_whatever_changes_the_conversation_ends_the_reply(talker: mlx_mtp.Engine
     assert chat.messages == [*system, *turn(ONE, heard)]
     works(chat)
     chat, heard, file = after(lambda chat: chat.save(tmp_path / "chat"))
-    assert talker.load_chat(file).messages == chat.messages == [*system, *turn(ONE, heard)]
-    works(talker.load_chat(file))
-    chat, heard, moved = after(lambda chat: chat.moved(talker))
+    assert plain.load_chat(file).messages == chat.messages == [*system, *turn(ONE, heard)]
+    works(plain.load_chat(file))
+    chat, heard, moved = after(lambda chat: chat.moved(plain))
     assert moved.messages == chat.messages == [*system, *turn(ONE, heard)]
     works(moved)
 
 
-def test_a_repeated_reply_that_is_ended(talker: mlx_mtp.Engine) -> None:
-    chat = talker.chat()
+def test_a_repeated_reply_that_is_ended(plain: mlx_mtp.Engine) -> None:
+    chat = plain.chat()
     said(chat, ONE)
     events, heard = begun(chat, None)
     with pytest.raises(mlx_mtp.OptionError, match="still runs"):
@@ -330,8 +327,8 @@ def test_a_repeated_reply_that_is_ended(talker: mlx_mtp.Engine) -> None:
     assert chat.undo() == ONE and chat.messages == []
 
 
-def test_a_question_that_has_no_answer_yet_is_the_one_taken_back(talker: mlx_mtp.Engine) -> None:
-    chat = talker.chat()
+def test_a_question_that_has_no_answer_yet_is_the_one_taken_back(plain: mlx_mtp.Engine) -> None:
+    chat = plain.chat()
     first = said(chat, ONE)
     taken = []
     list(chat.send(TWO, on_prefill=lambda done, total: taken.append(chat.undo())))
@@ -339,10 +336,10 @@ def test_a_question_that_has_no_answer_yet_is_the_one_taken_back(talker: mlx_mtp
     works(chat)
 
 
-def test_edited_messages_win_over_the_reply(talker: mlx_mtp.Engine) -> None:
+def test_edited_messages_win_over_the_reply(plain: mlx_mtp.Engine) -> None:
     mine = turn("x", "y")
     for edit in (lambda chat: setattr(chat, "messages", list(mine)), lambda chat: chat.messages.extend(mine)):
-        chat = talker.chat()
+        chat = plain.chat()
         events, _ = begun(chat)
         edit(chat)
         list(events)
@@ -350,10 +347,10 @@ def test_edited_messages_win_over_the_reply(talker: mlx_mtp.Engine) -> None:
         works(chat)
 
 
-def test_a_change_from_another_thread(talker: mlx_mtp.Engine) -> None:
+def test_a_change_from_another_thread(plain: mlx_mtp.Engine) -> None:
     """A window's button, while the reply is at work in another thread; here in the middle of its prompt."""
     for change in ("reset", "undo", "stop"):
-        chat = talker.chat()
+        chat = plain.chat()
 
         def elsewhere(done: int, total: int, chat: mlx_mtp.Chat = chat, change: str = change) -> None:
             thread = threading.Thread(target=getattr(chat, change))
@@ -364,8 +361,8 @@ def test_a_change_from_another_thread(talker: mlx_mtp.Engine) -> None:
         works(chat)
 
 
-def test_replies_that_nobody_reads_lock_nothing(talker: mlx_mtp.Engine) -> None:
-    chat = talker.chat()
+def test_replies_that_nobody_reads_lock_nothing(plain: mlx_mtp.Engine) -> None:
+    chat = plain.chat()
     forgotten = chat.send(ONE)  # never read
     first = said(chat, TWO)
     with pytest.raises(mlx_mtp.OptionError, match="never read"):
@@ -378,8 +375,8 @@ def test_replies_that_nobody_reads_lock_nothing(talker: mlx_mtp.Engine) -> None:
     works(chat)
 
 
-def test_an_exception_in_the_consumer(talker: mlx_mtp.Engine) -> None:
-    chat, heard = talker.chat(), []
+def test_an_exception_in_the_consumer(plain: mlx_mtp.Engine) -> None:
+    chat, heard = plain.chat(), []
 
     def consume() -> None:
         for event in chat.send(ONE, max_tokens=60):

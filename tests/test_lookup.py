@@ -1,10 +1,6 @@
 """Lookup against a brute-force search in plain Python, alone and in front of another drafter."""
 
 import mlx.core as mx
-import numpy as np
-import pytest
-from conftest import GOLDEN
-from greedy import assert_greedy, lively
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,16 +37,6 @@ def test_like_a_search_by_hand(text: list[int], depth: int, chunk: int) -> None:
         memory = lookup.observe(memory, mx.array([rows + rejected]), NO_STATES, mx.array([len(rows) - 1]))
     found, size = lookup.continuation(memory, mx.array([text[-1:]]), depth)
     assert (found.tolist()[0], size.item()) == by_hand(text, depth)
-
-
-@pytest.mark.parametrize("drafter", ["lookup", "lookup+assistant"])
-def test_right_and_wrong_guesses_leave_the_answer(drafter: str) -> None:
-    """A target that repeats itself now and then; alone, and in front of a drafter that is always wrong."""
-    engine = lively("ple", drafter.replace("assistant", str(GOLDEN / "ple" / "assistant_tied")), depth=4)
-    prompt = np.random.default_rng(0).integers(3, 128, 30).tolist() * 4
-    found = engine.generate(prompt, max_tokens=300, ignore_end=True)
-    assert_greedy(engine, prompt, found.tokens)
-    assert len(set(found.tokens)) > 30 and 0 < found.stats.accepted < found.stats.drafted
 
 
 def test_it_drafts_what_was_written_before() -> None:

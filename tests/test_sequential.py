@@ -1,7 +1,6 @@
 """Sequential modules against DeepSeek-V3's equations in NumPy, chains beyond the last module included.
 
-And what both families with layers of their own promise in the whole loop: the same tokens at every depth and the
-target's distribution, on a Gemma 4 and on a llama target.
+And the target's distribution through the loop with both families that have layers of their own.
 """
 
 from pathlib import Path
@@ -11,20 +10,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import GOLDEN
-from families import Guided, config_of, drafted, model_of, written
-from greedy import assert_greedy, enlivened
+from families import config_of, drafted, model_of, written
 from mlx.utils import tree_flatten, tree_map
 from references import Equations, float64
-from test_generic import BASE, CONFIGS
-from test_generic import written as written_target
-from test_sampling import RIGHT, filtered, markov_pair, worst_deviation
+from test_sampling import filtered, markov_pair, worst_deviation
 
 import mlx_mtp
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters
-from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.parallel import Parallel
 from mlx_mtp.drafters.sequential import Sequential
-from mlx_mtp.generation import loop
 from mlx_mtp.generation.types import Sampling
 from mlx_mtp.targets import load_target
 
@@ -59,52 +53,8 @@ def test_chains_follow_the_equations(modules: int, depth: int) -> None:
 # Both families in the whole loop
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Targets of both kinds, and drafters of both families for each; three heads, two modules."""
-    root = tmp_path_factory.mktemp("families")
-    found = {"gemma": GEMMA, "llama": written_target(root / "llama", BASE | CONFIGS["llama"])}
-    for name, vocabulary in (("gemma", 128), ("llama", 96)):
-        for reads in ("trunk", "hidden"):
-            config = config_of("parallel_heads", WIDTH, vocabulary, 3, reads=reads)
-            found[f"{name} {reads}"] = written(root / f"{name}-{reads}", config)
-        config = config_of("sequential_modules", WIDTH, vocabulary, 2)
-        found[f"{name} modules"] = written(root / f"{name}-modules", config)
-    return found
-
-
-@pytest.mark.parametrize("drafter", ["trunk", "hidden", "modules"])
-@pytest.mark.parametrize("target", ["gemma", "llama"])
-def test_every_depth_equals_plain(
-    target: str, drafter: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Prompts in chunks and of one token; rounds that accept all drafts, some and none."""
-    monkeypatch.setattr(loop, "MAX_CHUNK", 16)
-    plain = mlx_mtp.load(folders[target], drafter=None)
-    if target == "gemma":
-        enlivened(plain)
-    most = load_drafter(Checkpoint.open(folders[f"{target} {drafter}"])).max_depth
-    for length, depth in ((40, 1), (40, 2), (40, most), (1, most)):
-        ids = np.random.default_rng(2).integers(3, 96, length).tolist()
-        script = ids + plain.generate(ids, max_tokens=80 + depth, ignore_end=True).tokens
-        guided = Guided(load_drafter(Checkpoint.open(folders[f"{target} {drafter}"])), script, RIGHT)
-        result = mlx_mtp.Engine(plain.target, guided, None, depth=depth).generate(ids, max_tokens=80, ignore_end=True)
-        assert_greedy(plain, ids, result.tokens)
-        assert len(set(result.tokens)) > 10
-        assert result.stats.accepted > 20 and result.stats.drafted - result.stats.accepted > 10
-
-
-@pytest.mark.parametrize("drafter", ["trunk", "modules"])
-def test_exact_mode(drafter: str, folders: dict[str, Path], probed_once: None) -> None:
-    ids = np.random.default_rng(2).integers(3, 96, 20).tolist()
-    plain = mlx_mtp.load(folders["gemma"], drafter=None, mode="exact")
-    engine = mlx_mtp.load(folders["gemma"], drafter=folders[f"gemma {drafter}"], depth=3, mode="exact")
-    one, other = (e.generate(ids, max_tokens=40, ignore_end=True, logprobs=1) for e in (plain, engine))
-    assert (one.tokens, one.logprobs) == (other.tokens, other.logprobs)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_long_runs_follow_the_law(family: str) -> None:
+def test_long_runs_follow_the_distribution(family: str) -> None:
     """A Markov target, whose state is its last token: the drafter's distribution differs everywhere."""
     table, target, _ = markov_pair()
     config = config_of(family, 1, 6, 2)
@@ -114,8 +64,8 @@ def test_long_runs_follow_the_law(family: str) -> None:
         part.norm.weight = part.norm.weight * 3.0  # of one number the norm leaves the sign: row 3 or -3 of the table
     drafter = (Parallel if family == "parallel_heads" else Sequential)(model, mx.float32)
     sampling = Sampling(temperature=1.0)
-    result = mlx_mtp.Engine(target, drafter, None, depth=2).generate([0], max_tokens=2500, sampling=sampling, seed=3)
-    assert worst_deviation(result.tokens, filtered(table, sampling)) < 5
+    result = mlx_mtp.Engine(target, drafter, None, depth=2).generate([0], max_tokens=1500, sampling=sampling, seed=3)
+    assert worst_deviation([result.tokens], filtered(table, sampling)) < 5
     assert 0.1 < result.stats.accepted / result.stats.drafted < 0.9
 
 

@@ -15,14 +15,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from greedy import enlivened, random_head
-from test_sampling import RIGHT
 
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.assistant import Convention
 from mlx_mtp.generation.sampling import DraftSampler, SamplingSpec
 from mlx_mtp.targets import load_target
-from mlx_mtp.testing import ScriptedDrafter
+from mlx_mtp.testing import MIXED, ScriptedDrafter
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -59,8 +58,8 @@ CASES: dict[str, tuple[bool, list[str], int, int, dict[str, Any]]] = {
     "unified, window 33": (True, [S, S, S, S, S, F], 33, 5, K_EQUALS_V),
 }  # fmt: skip
 CENTROIDS = (20, 6)
-# Drafts a round in long runs: every case plainly and with two depths, every depth in two cases.
-DEPTHS = {case: (0, (1, 2, 3, 5, 8)[i], (3, 5, 8, 1, 2)[i]) for i, case in enumerate(CASES)}
+# Drafts a round in long runs: another depth for every case.
+DEPTHS = dict(zip(CASES, (1, 2, 3, 5, 8), strict=True))
 
 
 def randomise(model: Any, seed: int) -> Any:
@@ -143,7 +142,7 @@ def in_chunks(target: Any, tokens: np.ndarray, sizes: list[int]) -> np.ndarray:
     return np.concatenate(found, axis=1)
 
 
-@pytest.mark.parametrize("windows", [1, 3, 5])
+@pytest.mark.parametrize("windows", [1, 3])
 def test_logits_whole_by_token_and_in_chunks(made: tuple[str, Any, Path], windows: int) -> None:
     case, model, folder = made
     tokens = prompt_of(case, windows)
@@ -240,22 +239,23 @@ def test_assistant_steps(
         assert drafts[0, step].item() == token.item()
 
 
-def test_greedy_decoding_of_300_tokens(made: tuple[str, Any, Path]) -> None:
+def test_greedy_decoding_of_100_tokens(made: tuple[str, Any, Path]) -> None:
     """Every token is transformers' best after all those before it; another one is forgiven only in a tie.
 
-    With drafts that are right and wrong at known places, over wraps of the rings and into larger buffers. Both models
-    get a head with which what they write depends on all that they read.
+    With drafts that are right and wrong at known places, over wraps of the rings. Both models get a head with which
+    what they write depends on all that they read.
     """
     case, model, folder = made
     prompt, checked = prompt_of(case, 1)[0].tolist(), []
-    plain = enlivened(mlx_mtp.load(folder / "target", drafter=None))
+    target = enlivened(load_target(Checkpoint.open(folder / "target")))
     head = torch.tensor(random_head(COMMON["hidden_size"], VOCABULARY))
-    script = prompt + plain.generate(prompt, max_tokens=300, ignore_end=True).tokens
-    for depth in DEPTHS[case]:
-        engine = mlx_mtp.Engine(plain.target, ScriptedDrafter(script, RIGHT), None, depth=depth)
-        result = engine.generate(prompt, max_tokens=300, ignore_end=True)
-        assert len(result.tokens) == 300 and len(set(result.tokens)) > 30
-        assert not depth or 60 < result.stats.accepted < result.stats.drafted - 60
+    plain = mlx_mtp.Engine(target, None, None)
+    script = prompt + plain.generate(prompt, max_tokens=100, ignore_end=True).tokens
+    drafting = mlx_mtp.Engine(target, ScriptedDrafter(script, MIXED), None, depth=DEPTHS[case])
+    for engine in (plain, drafting):
+        result = engine.generate(prompt, max_tokens=100, ignore_end=True)
+        assert len(result.tokens) == 100 and len(set(result.tokens)) > 20
+        assert engine is plain or 20 < result.stats.accepted < result.stats.drafted - 10
         if result.tokens in checked:
             continue
         checked.append(result.tokens)
@@ -264,4 +264,4 @@ def test_greedy_decoding_of_300_tokens(made: tuple[str, Any, Path]) -> None:
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
             logits = hidden[0, len(prompt) - 1 : -1] @ head
         after = logits.max(-1).values - logits.gather(-1, ids[0, len(prompt) :, None])[:, 0]
-        assert after.max() < TIE, f"token {int(after.argmax())}, depth {depth}"
+        assert after.max() < TIE, f"token {int(after.argmax())}"

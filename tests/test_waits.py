@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from families import config_of, written
+from greedy import lively
 from waits import Waits
 
 import mlx_mtp
 from mlx_mtp.generation.interfaces import Memory, States
-from mlx_mtp.generation.types import Stats
 from mlx_mtp.testing import ScriptedDrafter
-
-TEXT = "import os\nimport sys\n\n\ndef main():\n"
 
 
 @pytest.fixture
@@ -24,53 +24,50 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
     return Waits(monkeypatch)
 
 
-def counted(engine: mlx_mtp.Engine, waits: Waits, **options: Any) -> Stats:
-    """Statistics of a short reply, after a look at every wait behind its prompt."""
-    prompt = engine.tokenizer.encode(TEXT) if engine.tokenizer else [5, 6, 7, 8] * 3
+@pytest.fixture(scope="module")
+def drafters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path | None]:
+    folder, assistant = tmp_path_factory.mktemp("drafters"), GOLDEN / "ple" / "assistant_tied"
+    parallel = written(folder / "parallel", config_of("parallel_heads", 32, 128, 2))
+    sequential = written(folder / "sequential", config_of("sequential_modules", 32, 128, 2))
+    return {"none": None, "assistant": assistant, "parallel": parallel, "sequential": sequential, "lookup": "lookup",
+            "lookup+assistant": f"lookup+{assistant}"}  # fmt: skip
+
+
+def counted(engine: mlx_mtp.Engine, waits: Waits, ids: list[int], **options: Any) -> mlx_mtp.Result:
+    """A short reply, after a look at every wait behind its prompt."""
     # Rounds of every size are compiled before: `mx.compile` runs them once to see them, and waits for nothing.
-    stats = engine.generate(prompt, max_tokens=40, ignore_end=True, on_prefill=waits.begin, **options).stats
-    assert stats.rounds > 5
-    assert len(waits.seen) == stats.host_syncs <= stats.rounds + 2, waits.seen
-    return stats
+    result = engine.generate(ids, max_tokens=24, ignore_end=True, on_prefill=waits.begin, **options)
+    assert result.stats.rounds > 5
+    assert len(waits.seen) == result.stats.host_syncs <= result.stats.rounds + 2, waits.seen
+    return result
 
 
-@pytest.mark.parametrize("depth", [3, "auto"])
-@pytest.mark.parametrize("drafter", [None, "assistant", "parallel", "sequential", "lookup", "lookup+assistant"])
-def test_one_wait_a_round_for_every_family(drafter: str | None, depth: int | str, waits: Waits) -> None:
-    engine = mlx_mtp.load(drafter=drafter, depth=depth if drafter else "auto")
-    stats = counted(engine, waits)
-    if drafter and depth != "auto":  # the automatic depth may find that drafts do not pay here
-        assert 0 < stats.accepted < stats.drafted
-
-
-OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
-    "sampled": lambda: {"temperature": 1.0, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "seed": 1},
-    "penalties": lambda: {"temperature": 0.0, "repetition_penalty": 1.2, "frequency_penalty": 0.2},
+OPTIONS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"sampling": mlx_mtp.Sampling(temperature=1.0, top_k=40, top_p=0.9, min_p=0.01), "seed": 1},
+    "penalties": {"sampling": mlx_mtp.Sampling(repetition_penalty=1.2, frequency_penalty=0.2)},
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_one_wait_a_round_for_every_kind_of_sampling(name: str, waits: Waits) -> None:
-    options = OPTIONS[name]()
-    seed = options.pop("seed", None)
-    counted(mlx_mtp.load(depth=3), waits, sampling=mlx_mtp.Sampling(**options), seed=seed)
+@pytest.mark.parametrize("depth", [2, "auto"])
+@pytest.mark.parametrize("drafter", ["none", "assistant", "parallel", "sequential", "lookup", "lookup+assistant"])
+def test_one_wait_a_round_for_every_family(
+    drafter: str, depth: int | str, drafters: dict[str, Path | None], waits: Waits
+) -> None:
+    """Greedy and sampled, in a session and where buffers grow."""
+    named = drafters[drafter]
+    engine, session = lively("ple", named, depth=depth if named else "auto"), mlx_mtp.Session()
+    ids = [5, 6, 7, 8] * 58
+    for options in OPTIONS.values() if depth == 2 and drafter == "assistant" else [OPTIONS["greedy"]]:
+        ids = [*ids, *counted(engine, waits, ids, session=session, **options).tokens]
+    assert len(ids) >= 256
 
 
-def test_one_wait_a_round_in_a_session_and_where_buffers_grow(waits: Waits) -> None:
-    engine, session = mlx_mtp.load(depth=3), mlx_mtp.Session()
-    prompt = engine.tokenizer.encode(TEXT)
-    for _ in range(3):
-        prompt = prompt * 2
-        result = engine.generate(prompt, max_tokens=120, ignore_end=True, session=session, on_prefill=waits.begin)
-        assert len(waits.seen) == result.stats.host_syncs <= result.stats.rounds + 2, waits.seen
-        prompt = [*prompt, *result.tokens]
-    assert len(prompt) > 256
-
-
-@pytest.mark.parametrize("variant", ["ple", "moe"])
+@pytest.mark.parametrize("variant", ["keqv", "moe"])
 def test_one_wait_a_round_for_other_targets(variant: str, waits: Waits) -> None:
     folder = GOLDEN / variant
-    counted(mlx_mtp.load(folder / "target", drafter=folder / "assistant_centroid", depth=3), waits)
+    engine = mlx_mtp.load(folder / "target", drafter=folder / "assistant_centroid", depth=3)
+    counted(engine, waits, [5, 6, 7, 8] * 3)
 
 
 class Reading(ScriptedDrafter):

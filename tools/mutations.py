@@ -45,7 +45,7 @@ class Fault:
 ENUMERATION = ("tests/test_sampling.py", "-k", "enumeration")
 CACHE = ("tests/test_cache.py",)
 EXACT = ("tests/test_exact.py", "-k", "device or probe or traced")
-LOOP = ("tests/test_engine.py", "-k", "every_depth and ple or full_acceptance or full_rejection")
+LOOP = ("tests/conformance.py", "-k", "ple and lookup and every_depth")
 REPLY = ("tests/test_reply.py", "-k", "like_a_search or every_depth")
 FAULTS = (
     Fault("acceptance, token by token: q / p in place of p / q", "mlx_mtp/generation/acceptance.py",
@@ -56,7 +56,7 @@ FAULTS = (
     Fault("acceptance: one random key for two draws", "mlx_mtp/generation/acceptance.py",
           "mx.random.uniform(shape=(batch, depth), key=keys[0])",
           "mx.random.uniform(shape=(batch, depth), key=keys[1])",
-          ("tests/test_sampling.py", "-k", "long_runs_follow")),
+          ("tests/test_sampling.py", "-k", "rounds_follow")),
     Fault("residual: p in place of p - q", "mlx_mtp/generation/acceptance.py",
           "excess = mx.maximum(before.probabilities - q.on(before), 0.0)", "excess = before.probabilities",
           ENUMERATION),
@@ -66,7 +66,7 @@ FAULTS = (
     Fault("block verification: every draft by itself", "mlx_mtp/generation/acceptance.py",
           "mx.minimum(weights[-1] * ratio[:, i], 1.0)", "mx.minimum(ratio[:, i], 1.0)", ENUMERATION),
     Fault("sampled: greedy in place of the distribution", "mlx_mtp/generation/sampling.py",
-          "greedy=not filtered,", "greedy=True,", ("tests/test_sampling.py", "-k", "long_runs_follow")),
+          "greedy=not filtered,", "greedy=True,", ("tests/test_sampling.py", "-k", "rounds_follow")),
     Fault("penalties: a draft does not count for the next but one", "mlx_mtp/generation/sampling.py",
           "mx.concatenate([start, start + mx.cumsum(found, axis=1)], axis=1)",
           "mx.concatenate([start, start + found], axis=1)",
@@ -105,7 +105,7 @@ FAULTS = (
           ("tests/test_properties.py", "-k", "round")),
     Fault("cache length: a kept conversation begins one row late", "mlx_mtp/generation/prefix.py",
           "mx.array([found - back], dtype=mx.int32)", "mx.array([found], dtype=mx.int32)",
-          ("tests/test_session.py", "-k", "second_turn or edit")),
+          ("tests/conformance.py", "-k", "ple and sessions")),
     Fault("exact mode: the canonical width forced where the probe says no", "mlx_mtp/generation/exactness.py",
           "    return Exactness((0,), None)\n", "    return Exactness(tuple(range(CANONICAL)), CANONICAL)\n", EXACT),
     Fault("exact mode: a prefill that differs by family", "mlx_mtp/generation/loop.py",

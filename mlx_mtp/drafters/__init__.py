@@ -1,4 +1,5 @@
-"""Drafter families. Each file registers itself here; nothing else lists them.
+"""Drafter families. Each file registers itself here, and nothing else lists them; another distribution names its
+loaders as entry points of the group `mlx_mtp.drafters`.
 
 A family is one function `load(checkpoint) -> Drafter` for some values of config.json's `model_type`.
 """
@@ -9,7 +10,7 @@ from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.checkpoints.registry import Registry
 from mlx_mtp.generation.interfaces import Drafter
 
-registry: Registry[Drafter] = Registry("drafter", __name__, __path__)
+registry: Registry[Drafter] = Registry("drafter", __name__, __path__, "mlx_mtp.drafters")
 
 
 def load_drafter(checkpoint: Checkpoint) -> Drafter:

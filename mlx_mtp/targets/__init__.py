@@ -1,4 +1,5 @@
-"""Target families. Each file registers itself here; nothing else lists them.
+"""Target families. Each file registers itself here, and nothing else lists them; another distribution names its loaders
+as entry points of the group `mlx_mtp.targets`.
 
 A family is one function `load(checkpoint) -> Target` for some values of config.json's `model_type`.
 """
@@ -9,7 +10,7 @@ from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.checkpoints.registry import Registry
 from mlx_mtp.generation.interfaces import Target
 
-registry: Registry[Target] = Registry("target", __name__, __path__)
+registry: Registry[Target] = Registry("target", __name__, __path__, "mlx_mtp.targets")
 
 
 def load_target(checkpoint: Checkpoint) -> Target:
