@@ -15,7 +15,7 @@ from typing import Any
 Results = Mapping[str, Any]
 Rows = tuple[Sequence[str], Sequence[Sequence[str]]]
 
-PLAIN = "depth 0"  # the arm of unfriendly.py that the others are compared with
+PLAIN = "depth 0"  # the configuration of unfriendly.py that the others are compared with
 ALL = "all"  # of a bench report: every category
 CHARTED = {"plain": "#7aa6d6", "mtp@4": "#1f5fa8", "mlx-vlm@4": "#d08a3c"}
 ARMS = {"stock": "stock mlx-lm", "plain": "mlx_mtp, plain", "mtp@2": "mlx_mtp, 2 drafts", "mtp@4": "mlx_mtp, 4 drafts",

@@ -16,10 +16,8 @@ from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.cli import app
 from mlx_mtp.converting.quantise import quantise
 from mlx_mtp.loading import EMBEDDED
-from mlx_mtp.measuring import run
-from mlx_mtp.measuring.arms import BenchArm
-from mlx_mtp.measuring.report import DEFINITIONS
-from mlx_mtp.measuring.summary import markdown
+from mlx_mtp.measuring import bench
+from mlx_mtp.measuring.report import DEFINITIONS, bench_markdown
 
 SPREAD = {"median", "low", "high"}
 ROW = {
@@ -27,7 +25,7 @@ ROW = {
     "acceptance", "drafted_by_position", "verified_by_position", "accepted_by_position", "depth_counts",
     "milliseconds_per_round", "first_token_milliseconds", "run_bytes", "joules_per_token", "output",
 }  # fmt: skip
-ARMS = ["stock", "plain", "mtp@2", "mtp@auto", "lookup@2"]
+NAMES = ["stock", "plain", "mtp@2", "mtp@auto", "lookup@2"]
 
 
 def command(*args: str) -> int:
@@ -73,7 +71,7 @@ def test_the_json_holds_everything(outputs: tuple[Path, dict[str, Any]]) -> None
     for sampling in (greedy, own):
         assert [group["category"] for group in sampling["groups"]] == ["all", "code"]
         for group in sampling["groups"]:
-            assert [row["arm"] for row in group["arms"]] == ARMS and group["prompts"] == 1
+            assert [row["arm"] for row in group["arms"]] == NAMES and group["prompts"] == 1
             for row in group["arms"]:
                 assert set(row) == ROW
                 assert set(row["tokens_per_second"]) == set(row["first_token_milliseconds"]) == SPREAD
@@ -118,15 +116,15 @@ def test_greedy_outputs_are_compared(outputs: tuple[Path, dict[str, Any]]) -> No
 def test_the_markdown_is_of_that_report_alone(outputs: tuple[Path, dict[str, Any]]) -> None:
     folder, report = outputs
     text = (folder / "report.md").read_text()
-    assert markdown(report) == text
+    assert bench_markdown(report) == text
     assert text.splitlines()[2] == report["verdict"] and report["verdict"].startswith("At T = 0 ")
-    assert "12 tokens each, 2 turns" in text and "128 tokens at most" in text and "{" not in text
-    for words in (*ARMS, *DEFINITIONS, report["machine"]["mlx"], report["command"]):
+    assert "128 tokens at most" in text and "{" not in text
+    for words in (*NAMES, *DEFINITIONS, report["machine"]["mlx"], report["command"]):
         assert words in text
     for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         assert len({line.count(" | ") for line in block.splitlines() if "---" not in line}) == 1, block
     report["interrupted"] = True
-    assert "**Interrupted" in markdown(report)
+    assert "**Interrupted" in bench_markdown(report)
 
 
 def test_the_plot_is_a_picture(outputs: tuple[Path, dict[str, Any]]) -> None:
@@ -134,67 +132,53 @@ def test_the_plot_is_a_picture(outputs: tuple[Path, dict[str, Any]]) -> None:
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
 
 
-def ends_after_a_turn(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    """Every bench is ended by the error once one prompt has been through all arms."""
-    whole = run.Bench.run
+SHORT = ("--arms", "plain", "--max-tokens", "8", "--cool-down", "0")
 
-    def cut(self: run.Bench) -> Iterator[str]:
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [(KeyboardInterrupt(), 130, "Interrupted."),
+     (RuntimeError("[metal] out of memory"), 2, "Stopped by an error: [metal] out of memory.")],
+)  # fmt: skip
+def test_what_was_measured_before_an_end_is_reported(
+    error: BaseException, code: int, words: str, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    whole = bench.Bench.run
+
+    def cut(self: bench.Bench) -> Iterator[str]:
+        """Ends once one prompt has been through all configurations."""
         for what in whole(self):
             yield what
             if any(measured.turns for done in self.results.values() for measured in done):
                 raise error
 
-    monkeypatch.setattr(run.Bench, "run", cut)
-
-
-def test_ctrl_c_leaves_what_was_measured(
-    prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ends_after_a_turn(monkeypatch, KeyboardInterrupt())
+    monkeypatch.setattr(bench.Bench, "run", cut)
     file = tmp_path / "report.json"
-    options = ("--prompts", str(prompt_file), "--arms", "plain", "--max-tokens", "8", "--cool-down", "0")
-    assert command(*options, "--json", str(file)) == 130
+    assert command("--prompts", str(prompt_file), *SHORT, "--json", str(file)) == code
     out, err = capsys.readouterr()
     report = json.loads(file.read_text())
-    assert report["interrupted"] and "Interrupted" in err and "Interrupted" in out
+    assert report["interrupted"] and words in report["notes"] and words in err and "**Interrupted" in out
     (sampling,) = report["samplings"]
-    (prompt,) = sampling["prompts"]
-    assert len(prompt["runs"]["plain"]) == 1 and sampling["groups"][0]["arms"][0]["over_stock"] is None
+    assert len(sampling["prompts"][0]["runs"]["plain"]) == 1
+    assert sampling["groups"][0]["arms"][0]["over_stock"] is None
+    assert code == 130 or ("[metal] out of memory" in err.splitlines()[-1] and "Traceback" not in err)
 
 
-def test_arms_take_turns_after_a_warm_up(
-    prompt_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_ctrl_c_before_anything_was_measured(
+    prompt_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ran: list[str] = []
+    def cut(self: bench.Bench) -> Iterator[str]:
+        raise KeyboardInterrupt
+        yield ""
 
-    def timed(self: run.Bench, arm: BenchArm) -> Any:
-        watched = watch(self, arm)
-        return lambda job: (ran.append(arm.name), watched(job))[1]
-
-    watch = run.Bench._watched
-    monkeypatch.setattr(run.Bench, "_watched", timed)
-    options = ("--prompts", str(prompt_file), "--arms", "stock,plain", "--max-tokens", "8", "--cool-down", "0")
-    assert command(*options, "--temperature", "0", "--repeats", "3", "--json", str(tmp_path / "report.json")) == 0
-    forth, back = ["stock", "plain"], ["plain", "stock"]
-    assert ran == forth + forth + back + forth
-
-
-def test_an_error_on_the_way_costs_nothing_that_was_measured(
-    prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ends_after_a_turn(monkeypatch, RuntimeError("[metal] out of memory"))
-    file = tmp_path / "report.json"
-    options = ("--prompts", str(prompt_file), "--arms", "plain", "--max-tokens", "8", "--cool-down", "0")
-    assert command(*options, "--json", str(file)) == 2
-    out, err = capsys.readouterr()
-    report = json.loads(file.read_text())
-    assert "Stopped by an error: [metal] out of memory." in report["notes"] and "**Interrupted" in out
-    assert len(report["samplings"][0]["prompts"][0]["runs"]["plain"]) == 1
-    assert "[metal] out of memory" in err.splitlines()[-1] and "Traceback" not in err
+    monkeypatch.setattr(bench.Bench, "run", cut)
+    assert command("--prompts", str(prompt_file), "--arms", "plain", "--json", "-") == 130
+    assert json.loads(capsys.readouterr().out)["samplings"] == []
 
 
 def test_one_run_of_one_prompt_has_no_interval(prompt_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--prompts", str(prompt_file), "--arms", "plain,lookup@2", "--max-tokens", "8", "--repeats", "1")
+    options = ("--prompts", str(prompt_file), *SHORT, "--arms", "plain,lookup@2", "--repeats", "1")
     assert command(*options, "--temperature", "0", "--repetition-penalty", "1.3", "--json", "-") == 0
     (sampling,) = json.loads(capsys.readouterr().out)["samplings"]
     rows = {row["arm"]: row for row in sampling["groups"][0]["arms"]}
@@ -218,34 +202,21 @@ def test_mlx_vlm_takes_part_with_a_quantised_pair(
     assert all(abs(place["logit_gap"]) < 0.05 for place in vlm["output"]["differences"])
 
 
-def test_ctrl_c_before_anything_was_measured(
-    prompt_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def cut(self: run.Bench) -> Iterator[str]:
-        raise KeyboardInterrupt
-        yield ""
-
-    monkeypatch.setattr(run.Bench, "run", cut)
-    assert command("--prompts", str(prompt_file), "--arms", "plain", "--json", "-") == 130
-    assert json.loads(capsys.readouterr().out)["samplings"] == []
-
-
 @pytest.mark.parametrize(
     ("args", "words"),
     [
         (("--category", "poetry"), "'code', 'edit'"),
         (("--prompts", "/no/such/file.jsonl"), "/no/such/file.jsonl"),
-        (("--depth", "2", "--depths", "2,4"), "found both"),
-        (("--depths", "two"), "found 'two'"),
+        (("--depth", "2", "--depths", "2,4"), "leave one out"),
+        (("--depths", "two"), "'two'"),
         (("--depths", "9"), "0 to 8, not 9"),
         (("--arms", "stock,oracle"), "'oracle'"),
-        (("--arms", ","), "at least one arm"),
+        (("--arms", ","), "no configuration"),
         (("--arms", "plain,mlx-vlm@auto"), "mlx-vlm@auto"),
-        (("--json", "same.txt", "--markdown", "./same.txt"), "found one twice"),
-        (("--cool-down", "nan"), "cool_down of at least 0"),
-        (("--json", "-", "--markdown", "-"), "found it elsewhere or twice"),
+        (("--json", "same.txt", "--markdown", "./same.txt"), "named twice"),
+        (("--plot", "-"), "name a file"),
         (("--json", "/no/such/folder/a.json"), "/no/such/folder/a.json"),
-        (("--max-tokens", "1"), "max_tokens of at least 8"),
+        (("--max-tokens", "1"), "max_tokens must be 8"),
         (("--per-category", "0"), "--per-category"),
         (("--max-context", "300", "--category", "long context"), "at most 172 tokens"),
     ],
@@ -258,13 +229,6 @@ def test_bad_input_is_one_sentence(
     assert (code, out) == (2, "")
     last = err.splitlines()[-1]
     assert words in last and last.endswith(".") and "Traceback" not in err
-
-
-def test_a_bad_line_of_a_prompt_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "bad.jsonl"
-    file.write_text('{"prompt": "good"}\n{"prompt": \n')
-    assert command("--prompts", str(file)) == 2
-    assert f"{file}, line 2" in capsys.readouterr().err
 
 
 def test_without_matplotlib_nothing_is_measured(
