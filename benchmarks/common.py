@@ -8,12 +8,15 @@ import mlx_mtp  # isort: skip  # noqa: F401  (before MLX: on Linux it brings the
 import argparse
 import json
 import random
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from mlx_mtp.measuring.engines import Decode, Job, mlx_lm_model
+from mlx_mtp.measuring.turns import Runs, fair_turns
 from mlx_mtp.training.corpus import is_held_out, standard_library
 
 CHARACTERS_APART = 4000
@@ -58,11 +61,27 @@ def line(row: dict[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in row.items())
 
 
+def interleave(decoders: Mapping[str, Decode], jobs: Sequence[Job], repeats: int) -> Iterator[dict[str, Runs]]:
+    """Takes turns with every job, once untimed first: kernels are built, files are read; yields all runs so far."""
+    found = {name: Runs() for name in decoders}
+    for job in jobs:
+        for name, decode in decoders.items():
+            decode(job)
+            found[name].by_job.append([])
+        for turn, name in fair_turns(decoders, repeats):
+            found[name].by_job[-1].append(decoders[name](job.of_turn(turn)))
+        yield found
+
+
+def rate(runs: Runs) -> float:
+    """Tokens per second over all jobs: each job's tokens over its median time."""
+    seconds = [statistics.median(run.seconds for run in turns) for turns in runs.by_job]
+    return sum(len(turns[0].tokens) - 1 for turns in runs.by_job) / sum(seconds)
+
+
 def mlx_lm_step(folder: Path, prompt: Sequence[int]) -> Callable[[], Any]:
     """One plain step of mlx-lm after a prompt, to be evaluated: token and cache."""
     from mlx_lm.models.cache import make_prompt_cache
-
-    from mlx_mtp.measuring.engines import mlx_lm_model
 
     model = mlx_lm_model(folder)
     cache = make_prompt_cache(model)

@@ -173,7 +173,7 @@ def rows_of(found: Found) -> dict[str, dict[str, Any]]:
         # Stock's own time is measured; over plain decoding the model has to foretell both.
         against = found.predicted[PLAIN] if base == PLAIN else found.measured[base]
         measured, low, high = found.measured[name].ratio(found.measured[base])
-        predicted = runs.speed_up(against)
+        predicted, _, _ = runs.ratio(against)
         parts = {f"{part}_milliseconds": 1e3 * statistics.fmean(getattr(one, part) for one in found.parts[name])
                  for part in COUNTED}  # fmt: skip
         rows[name] = {**parts, "over": base, "measured": measured, "interval": [low, high], "predicted": predicted,

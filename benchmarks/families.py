@@ -25,11 +25,12 @@ from verify_cost import round_seconds
 
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.generation.exactness import WIDEST
+from mlx_mtp.generation.types import acceptance
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.measuring import tables
 from mlx_mtp.measuring.engines import Job, with_engine, with_mlx_lm
 from mlx_mtp.measuring.timing import Passes
-from mlx_mtp.measuring.turns import differences, interleave
+from mlx_mtp.measuring.turns import differences
 from mlx_mtp.targets.gemma4 import Gemma4Target
 from mlx_mtp.training.data import Batches
 from mlx_mtp.training.families import DrafterShape
@@ -56,17 +57,18 @@ def compare(depth: int, context: int, prompts: int, repeats: int, runs: Path | N
     decoders |= {name: with_engine(engine) for name, engine in engines.items()}
     ids = common.held_out_code(context, prompts, plain.tokenizer.encode)
     jobs = [Job(prompt, 128) for prompt in ids]
-    *_, everything = interleave(decoders, jobs, repeats)
+    *_, everything = common.interleave(decoders, jobs, repeats)
     passes = [one.device for one in Passes(plain.target).alone(ids[0], range(1, WIDEST + 1), 15)]
     found: dict[str, dict[str, Any]] = {}
     for name, runs_of in everything.items():
         faster, low, high = runs_of.ratio(everything["stock mlx-lm"])
-        row = found[name] = {"tokens_per_second": runs_of.rate, "ratio": faster, "interval": [low, high]}
+        row = found[name] = {"tokens_per_second": common.rate(runs_of), "ratio": faster, "interval": [low, high]}
         row["same_tokens_as_plain"] = not differences(plain.target, jobs, everything["plain"], runs_of)
         if name in engines:
             used = min(depth, engines[name].drafter.max_depth)  # type: ignore[union-attr]
             alone = round_seconds(engines[name], ids[0], used, 15)["device_milliseconds"]
-            row |= {"depth": used, "tokens_per_round": runs_of.tokens_per_round, "acceptance": runs_of.acceptance(),
+            row |= {"depth": used, "tokens_per_round": runs_of.tokens_per_round,
+                    "acceptance": acceptance(runs_of.stats),
                     "draft_milliseconds": alone - 1e3 * passes[used]}  # fmt: skip
         if (EMBEDDED / name / "config.json").exists():
             row["parameters"] = sum(w.size for w in Checkpoint.open(EMBEDDED / name).weights().values())

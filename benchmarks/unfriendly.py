@@ -24,7 +24,7 @@ from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.measuring import machine
 from mlx_mtp.measuring.configurations import GEMMA, sampling_name
 from mlx_mtp.measuring.engines import Decode, Job, with_engine
-from mlx_mtp.measuring.turns import Runs, differences, interleave
+from mlx_mtp.measuring.turns import Runs, differences
 
 PLAIN = "depth 0"
 
@@ -51,14 +51,15 @@ def printed(engine: mlx_mtp.Engine, jobs: list[Job], found_runs: dict[str, Runs]
     for name, runs in found_runs.items():
         over, low, high = runs.ratio(found_runs[PLAIN])
         row: dict[str, Any] = {
-            "tokens_per_second": runs.rate, "ratio": over, "interval": [low, high], "drafted_rounds": drafted(runs)
+            "tokens_per_second": common.rate(runs), "ratio": over, "interval": [low, high],
+            "drafted_rounds": drafted(runs),
         }  # fmt: skip
-        line = f"  {name:22} {runs.rate:7.1f} tokens/s  {over:5.2f} [{low:.2f}, {high:.2f}] of plain"
+        line = f"  {name:22} {row['tokens_per_second']:7.1f} tokens/s  {over:5.2f} [{low:.2f}, {high:.2f}] of plain"
         line += f"  {row['drafted_rounds']:.1%} of rounds drafted"
         if not jobs[0].sampling.temperature:
             differing = differences(engine.target, jobs, found_runs[PLAIN], runs)
             row["same_tokens"] = not differing
-            line += f"  ({differing[0]})" if differing else ""
+            line += f"  (differs at token {differing[0].token + 1})" if differing else ""
         print(line, flush=True)
         found[name] = row
     return found
@@ -79,7 +80,7 @@ def main() -> None:
             title = f"{name}, {sampling_name(sampling)}"
             print(title)
             jobs = [Job(ids, args.tokens, sampling)]
-            *_, found = interleave(decoders, jobs, args.repeats)
+            *_, found = common.interleave(decoders, jobs, args.repeats)
             results[title] = printed(engine, jobs, found)
             every_job += jobs
             for each, runs in found.items():

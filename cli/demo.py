@@ -17,11 +17,12 @@ from rich.text import Text
 
 import mlx_mtp
 from mlx_mtp.backend import blas
-from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.measuring import tables
-from mlx_mtp.measuring.engines import Job, with_engine, with_mlx_lm
+from mlx_mtp.measuring.bench import Bench
+from mlx_mtp.measuring.configurations import MTP, PLAIN, STOCK, Plan, line_up
+from mlx_mtp.measuring.prompts import BenchPrompt
+from mlx_mtp.measuring.report import build, compared
 from mlx_mtp.measuring.tables import Part, Table
-from mlx_mtp.measuring.turns import differences, interleave
 
 SHOWN_PROMPT = "What does `shutil.copytree` do?"
 PROMPTS = (
@@ -30,7 +31,7 @@ PROMPTS = (
     "import os\nimport sys\n\ndef main():\n",
 )
 SHOWN_TOKENS, TOKENS, REPEATS = 192, 128, 5
-STOCK, PLAIN, MTP = "stock mlx-lm", "plain", "MTP"
+SHOWN = ("arm", "tokens_per_second", "over_stock", "tau", "acceptance", "output")
 
 
 def main() -> None:
@@ -56,7 +57,7 @@ def side_by_side(console: Console, plain: mlx_mtp.Engine, mtp: mlx_mtp.Engine) -
     def panels() -> Columns:
         width = max(38, console.width // 2 - 2)
         return Columns([Panel(Text(text), title=f"{name} · {seconds:.1f} s", width=width)
-                        for name, text, seconds in zip((PLAIN, MTP), texts, spent, strict=True)])  # fmt: skip
+                        for name, text, seconds in zip(("plain", "MTP"), texts, spent, strict=True)])  # fmt: skip
 
     with Live(panels(), console=console, refresh_per_second=12) as live:
         while running:
@@ -72,23 +73,16 @@ def side_by_side(console: Console, plain: mlx_mtp.Engine, mtp: mlx_mtp.Engine) -
 
 
 def measured(console: Console, plain: mlx_mtp.Engine, mtp: mlx_mtp.Engine) -> list[Part]:
-    """Speed and output of all three, in fair turns."""
-    assert plain.tokenizer is not None
-    jobs = [Job(plain.tokenizer.encode(prompt), TOKENS) for prompt in PROMPTS]
-    decoders = {STOCK: with_mlx_lm(EMBEDDED / "target"), PLAIN: with_engine(plain), MTP: with_engine(mtp)}
-    turns = interleave(decoders, jobs, REPEATS)
-    *_, runs = track(turns, "measuring", total=len(jobs), console=console, transient=True)
-    rows = []
-    for name, its in runs.items():
-        where = differences(plain.target, jobs, runs[PLAIN], its)
-        rows.append({
-            "": name, "tokens/s": its.rate, "ratio": its.speed_up(runs[STOCK]),
-            "tokens per round": its.tokens_per_round if name == MTP else 1.0,
-            "output": "the reference" if name == PLAIN else str(where[0]) if where else "identical",
-        })  # fmt: skip
-    title = f"{len(jobs)} code prompts, {TOKENS} tokens, greedy, median of {REPEATS} runs each"
-    rates = "  ".join(f"{i}: {rate:.0%}" for i, rate in enumerate(runs[MTP].acceptance(), start=1))
-    return [Table.of(title, rows), f"Drafts accepted, by position: {rates}"]
+    """Speed and output of all three, in fair turns: a bench of a few prompts."""
+    plan = Plan(names=(STOCK, PLAIN, f"{MTP}@{mtp.depth}"), samplings=(mlx_mtp.Sampling(temperature=0.0),),
+                max_tokens=TOKENS, tokens_for_acceptance=TOKENS, repeats=REPEATS, cool_down=0.0)  # fmt: skip
+    bench = Bench(line_up(plan, lambda *_, **__: mtp), [BenchPrompt("code", text, True, "") for text in PROMPTS])
+    for _ in track(bench.run(), "measuring", total=bench.steps, console=console, transient=True):
+        pass
+    found = build(bench)
+    title = f"{len(PROMPTS)} code prompts, {TOKENS} tokens, greedy, {REPEATS} runs each"
+    rows = [row | {"output": compared(row["output"])} for row in found["samplings"][0]["groups"][0]["arms"]]
+    return [Table.of(title, rows, SHOWN), found["verdict"]]
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ def test_both_replies_and_what_was_measured(
     reply = mlx_mtp.load(drafter=None).generate(demo.SHOWN_PROMPT, max_tokens=32).text
     short = [line for line in reply.splitlines() if 10 < len(line) < 50]
     assert short and all(any(row.count(line) == 2 for row in shown.splitlines()) for line in short)  # both boxes
-    assert "1 code prompts, 12 tokens, greedy, median of 1 runs each" in " ".join(shown.split())
-    for name, end in (("stock mlx-lm", ""), ("plain", "the reference"), ("MTP", "")):
+    assert "1 code prompts, 12 tokens, greedy, 1 runs each" in " ".join(shown.split())
+    for name in ("stock", "plain", "mtp@auto"):
         row = next(line for line in shown.splitlines() if re.search(rf"^\W {name}\s.*\d\.\d\d\s", line))
-        assert len(re.findall(r"\d+\.\d\d\b", row)) >= 3 and end in row  # rate, ratio, tokens per round
-    assert re.search(r"Drafts accepted, by position: 1: \d+%", shown)
+        assert len(re.findall(r"\d+\.\d\d\b", row)) >= 2  # rate and ratio
+    assert re.search(r"identical to plain|differs in 1 of 1", shown) and "At T = 0 " in shown

@@ -94,13 +94,13 @@ CHECK = {"tokens": 192, "share_a": 0.9, "share_b": 0.6, "only_a": 60, "only_b": 
         ("passes", "token by token", facts(CPU, ratios=M1_ULTRA)),
         ("drafter", "--drafter lookup", facts(pair={"family": None})),
         ("outlook", "does not pay here even where 90%", facts(ratios=tuple(map(float, range(1, 25, 3))))),
-        ("outlook", "from 90% acceptance on", facts(OLD, ratios=M1_ULTRA)),
-        ("outlook", "Drafting pays: ", facts(ratios=M5_MAX)),
+        ("outlook", "only with a good drafter: from 90%", facts(OLD, ratios=M1_ULTRA)),
+        ("outlook", "Drafting pays: from 70%", facts(ratios=M5_MAX)),
         ("draft", "mlx-mtp convert", facts(draft_step_milliseconds=10.0)),
         ("compile", "MLX_DISABLE_COMPILE", facts({"compile_works": False})),
         ("compile", "g++", facts({**CPU, "compile_works": False})),
         ("noise", "scatter by 40%", facts(scatter=0.4)),
-        ("noise", "Low Power Mode", facts({"low_power_mode": True})),
+        ("power", "Low Power Mode", facts({"low_power_mode": True})),
         ("convention", "Convention A of the query position fits", facts(convention=CHECK)),
     ],
 )  # fmt: skip
@@ -270,7 +270,7 @@ def test_conventions_are_compared_on_the_replies_of_the_target(monkeypatch: pyte
     assistant: Any = engine.drafter
     prompts = [engine.tokenizer.encode(text) for text in ("import os\n\ndef main(", "class Queue:\n")]
     decoder = Decoder(engine.target, assistant, FixedDepth(0))
-    found = diagnosis.compare_conventions(decoder, assistant, prompts, tokens=10)
+    found = diagnosis.compare_conventions(decoder, assistant, prompts, (), 10)
     right = {"A": [], "B": []}
     for ids in prompts:
         reply = engine.generate(ids, max_tokens=11, ignore_end=True).tokens

@@ -17,7 +17,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from mlx_mtp.checkpoints import memory
 from mlx_mtp.drafters.lookup import Lookup
@@ -39,13 +38,6 @@ LIMITS = {"max_tokens": (8, 2**31), "tokens_for_acceptance": (8, 2**31), "repeat
 # Where more of the cores than this were busy before anything was loaded, figures are rough.
 BUSY = 0.25
 TRIED_TOKENS = 4  # of another engine, before it may take part
-
-
-class Load(Protocol):
-    """`mlx_mtp.load`, or the command line's with bars."""
-
-    def __call__(self, model: str | None, drafter: str, *, depth: str, mode: str, max_context: int | None) -> Engine:
-        """The loaded pair."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,8 +157,7 @@ class Lineup:
                 ) from error
         drafter = made[called]
         if drafter is None:
-            self.notes.append(f"{name} is left out: no drafter is loaded.")
-            return
+            return self.leave_out(name, "no drafter is loaded")
         for depth in self.depths(asked, drafter):
             self.add_own(f"{called}@{depth}", drafter, called, depth)
 
@@ -174,43 +165,42 @@ class Lineup:
         """mlx-vlm with the assistant of the pair."""
         drafter = self.engine.drafter
         if drafter is None or family_of(drafter) != "assistant":
-            self.notes.append(f"{VLM} is left out: it drafts with a Gemma 4 assistant, and none is loaded.")
-            return
+            return self.leave_out(VLM, "it drafts with a Gemma 4 assistant, and none is loaded")
         if any((sampling.repetition_penalty or 1.0) != 1.0 for sampling in self.samplings()):
-            self.notes.append(f"{VLM} is left out: it drops penalties while it drafts.")
-            return
+            return self.leave_out(VLM, "it drops penalties while it drafts")
         if asked in ("auto", 0):
             raise OptionError(f"{VLM} drafts a fixed number of tokens, so {VLM}@{asked} is none; take {VLM}@4.")
         fixed = [depth for depth in self.depths(asked, drafter) if isinstance(depth, int) and depth]
         depth = max(fixed, default=min(4, drafter.max_depth))
         assistant = drafter_folder(self.plan.model, self.plan.drafter)
-        self.add_other(f"{VLM}@{depth}", lambda folder: with_mlx_vlm(folder, assistant, depth))
+        return self.add_other(f"{VLM}@{depth}", lambda folder: with_mlx_vlm(folder, assistant, depth))
 
     def add_other(self, name: str, make: Callable[[Path], Decode]) -> None:
         """Another engine with a copy of the weights of its own; a sentence in its place where that cannot be had."""
         if self.engine.target.path is None:
-            self.notes.append(f"{name} is left out: the target has no folder that it could load.")
-            return
+            return self.leave_out(name, "the target has no folder that it could load")
         folder = Path(self.engine.target.path)
-        others = sum(one.engine is None for one in self.configurations.values())
+        size, others = memory.folder_bytes(folder), sum(one.engine is None for one in self.configurations.values())
+        if not memory.fits(size * (2 + others)):
+            return self.leave_out(name, "another copy of the weights does not fit in memory")
         try:
-            if not memory.fits(memory.folder_bytes(folder) * (2 + others)):
-                self.notes.append(f"{name} is left out: another copy of the weights does not fit in memory.")
-                return
             decode = make(folder)
             # A pair that it cannot run is noticed now, and not when others have been timed for minutes.
             decode(Job(list(range(2, 10)), TRIED_TOKENS))
-            self.configurations[name] = Configuration(name=name, decode=decode)
-            memory.wired.add(decode, memory.folder_bytes(folder))  # as resident as this engine's own copy
         except ImportError as error:
-            package = VLM if name.startswith(VLM) else "mlx-lm"
-            self.notes.append(f"{name} is left out: {package} is not installed ({error}).")
+            return self.leave_out(name, f"it is not installed ({error})")
         except Exception as error:  # another project's loader may raise anything
-            self.notes.append(f"{name} is left out: it could not run this pair ({brief(error)}).")
+            return self.leave_out(name, f"it could not run this pair ({brief(error)})")
+        self.configurations[name] = Configuration(name=name, decode=decode)
+        return memory.wired.add(decode, size)  # as resident as this engine's own copy
+
+    def leave_out(self, name: str, why: str) -> None:
+        """Says so."""
+        self.notes.append(f"{name} is left out: {why}.")
 
 
-def line_up(plan: Plan, load: Load) -> Lineup:
-    """Loads the pair and makes every configuration; raises OptionError for a name nobody knows."""
+def line_up(plan: Plan, load: Callable[..., Engine]) -> Lineup:
+    """Loads the pair (load: as `mlx_mtp.load`) and makes every configuration; OptionError for a name nobody knows."""
     busy, cores = os.getloadavg()[0], os.cpu_count() or 1
     engine = load(plan.model, plan.drafter, depth="0", mode=plan.mode, max_context=plan.max_context)
     lineup = Lineup(plan, engine, busy)

@@ -27,11 +27,11 @@ from mlx_mtp.generation.loop import Decoder, GenerationRequest
 from mlx_mtp.generation.sampling import DraftSampler
 from mlx_mtp.generation.types import NEUTRAL, Sampling
 from mlx_mtp.measuring import machine
+from mlx_mtp.measuring.prompts import read_prompts
 from mlx_mtp.measuring.timing import WARM, Passes, PieceTime, pipelined_rounds, rounds_alone
-from mlx_mtp.text.tokenizer import prompt_ids
 
 WIDEST_TIMED = 8  # tokens of the widest pass in the curve
-CONTEXT = 200
+CONTEXT, SAMPLES = 200, 4
 # The depth whose rounds are timed for the cost of a draft step: deep enough to divide by, within every chip's reach.
 TIMED_DEPTH = 4
 ACCEPTANCES = (0.5, 0.7, 0.9)
@@ -39,14 +39,6 @@ PROBED_CAPACITIES = (CAPACITY_STEP, 1024, 3840)  # for which `doctor --mode exac
 COMPARED_TOKENS = 48  # of each reply on which the two conventions are compared
 # Two conventions differ by more than noise where so lopsided a split would come by chance less often than this.
 SIGNIFICANT = 0.05
-
-QUESTIONS = (
-    "Write a Python function that reads a text file and returns its longest line. Explain how it works.",
-    "What is the difference between a list and a tuple in Python? Give an example of each.",
-    "Describe in one paragraph how a bicycle stays upright, and what a rider does to turn.",
-    "Explain what `shutil.copytree` does and show how to leave some files out.",
-)
-
 
 @dataclass(frozen=True)
 class Effort:
@@ -234,11 +226,17 @@ def _quantisation(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
     return [{"bits": bits, "group_size": group, "mode": mode, "bytes": size} for (bits, group, mode), size in kinds]
 
 
+def sample_texts(engine: Engine) -> list[list[int]]:
+    """Some of the built-in prompts, as far as this checkpoint can be asked; none without a tokenizer."""
+    tokenizer, asked = engine.tokenizer, read_prompts(per_category=1)[:SAMPLES]
+    return [prompt.ids(tokenizer) for prompt in asked if prompt.fits(tokenizer)] if tokenizer else []
+
+
 def sample_prompt(engine: Engine) -> list[int]:
-    """Text of about CONTEXT tokens to measure after, or made-up ids where there is no tokenizer."""
+    """About CONTEXT tokens of text to measure after, or made-up ids where there is no tokenizer."""
     info = engine.target.info
     length = min(CONTEXT, info.max_context // 2)
-    ids = engine.tokenizer.encode("\n\n".join(QUESTIONS)) if engine.tokenizer else []
+    ids = [token for text in sample_texts(engine) for token in text]
     ids = ids or [(31 * i + 5) % info.vocab_size for i in range(length)]
     return (ids * (1 + length // len(ids)))[:length]
 
@@ -248,14 +246,12 @@ def _convention(engine: Engine, decoder: Decoder, on_step: Callable[[str], None]
     if not isinstance(drafter, Assistant) or engine.tokenizer is None:
         return None
     on_step("comparing positions of the assistant's query")
-    prompts = [prompt_ids(question, engine.tokenizer) for question in QUESTIONS]
-    return compare_conventions(decoder, drafter, prompts, engine.stop_tokens)
+    return compare_conventions(decoder, drafter, sample_texts(engine), engine.stop_tokens, COMPARED_TOKENS)
 
 
 def compare_conventions(
-    decoder: Decoder, assistant: Assistant, prompts: Iterable[list[int]], stop: Collection[int] = (),
-    tokens: int = COMPARED_TOKENS,
-) -> dict[str, Any]:  # fmt: skip
+    decoder: Decoder, assistant: Assistant, prompts: Iterable[list[int]], stop: Collection[int], tokens: int
+) -> dict[str, Any]:
     """First drafts under both conventions against the target's own next token, all along its greedy replies.
 
     tokens: places compared. share_a, share_b: of the first drafts that were right. only_a, only_b: places where one

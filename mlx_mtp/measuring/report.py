@@ -220,7 +220,7 @@ def bench_parts(report: dict[str, Any]) -> list[Part]:
             parts.append("No turn was finished.")
             continue
         everything, *groups = sampling["groups"]
-        rows = [row | {"output": _compared(row["output"])} for row in everything["arms"]]
+        rows = [row | {"output": compared(row["output"])} for row in everything["arms"]]
         parts += [f"Prompts: {everything['prompts']}", Table.of("Speed", rows, SPEED), Table.of("Cost", rows, COST)]
         base = base_of(rows)
         by_category = [{"arm": row["arm"], **{group["category"]: group["arms"][at][base] for group in groups}}
@@ -235,11 +235,12 @@ def bench_markdown(report: dict[str, Any]) -> str:
     return markdown(["## mlx-mtp bench", *bench_parts(report), "Definitions:", *meanings])
 
 
-def _compared(found: dict[str, Any] | None) -> str | None:
+def compared(found: dict[str, Any] | None) -> str | None:
+    """What a row's "output" means in words."""
     if found is None:
         return None
     if found["identical"]:
-        return "as plain"
+        return "identical to plain"
     places = found["differences"]
     gaps = [abs(place["logit_gap"]) for place in places if place["logit_gap"] is not None]
     widest = f", logit gap up to {max(gaps):.1e}" if gaps else ""

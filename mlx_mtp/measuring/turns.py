@@ -5,17 +5,16 @@ Speeds are only ever compared within a run: what slows the machine down slows al
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_mtp.generation.interfaces import Target
-from mlx_mtp.generation.types import Stats, acceptance
-from mlx_mtp.measuring.engines import Decode, Job, TimedRun
+from mlx_mtp.generation.types import Stats
+from mlx_mtp.measuring.engines import Job, TimedRun
 
 RESAMPLES = 400
 
@@ -49,31 +48,19 @@ class Runs:
         return [run.stats for run in self.all if run.stats]
 
     @property
-    def rate(self) -> float:
-        """Tokens per second over all jobs: each job's tokens over its median time."""
-        seconds = [statistics.median(run.seconds for run in runs) for runs in self.by_job]
-        return sum(len(runs[0].tokens) - 1 for runs in self.by_job) / sum(seconds)
-
-    @property
     def tokens_per_round(self) -> float:
         """Emitted tokens after the first over passes of the target."""
         return sum(s.tokens - 1 for s in self.stats) / max(1, sum(s.rounds for s in self.stats))
 
-    def acceptance(self) -> list[float]:
-        """Share of the drafts at each position that were accepted once those before them were."""
-        return acceptance(self.stats)
-
-    def speed_up(self, base: Runs) -> float:
-        """How much faster this is than `base`.
+    def ratio(self, base: Runs) -> tuple[float, float, float]:
+        """How much faster this is than `base`, and a 95 % interval by bootstrap over the jobs and turns.
 
         Of a job the median over its turns of base over this counts, since the runs of one turn met the same machine.
         All jobs together: seconds a token of the base, each the median of the turns, over what this would take.
         """
-        return _speed_up(self._beside(base))
-
-    def ratio(self, base: Runs) -> tuple[float, float, float]:
-        """The speed-up and a 95 % interval by bootstrap over the jobs and turns."""
-        seconds, chance = self._beside(base), np.random.default_rng(0)
+        # Seconds a token by job: [2, turns], the base's and these.
+        pairs, chance = zip(base.by_job, self.by_job, strict=True), np.random.default_rng(0)
+        seconds = [np.array([[run.seconds_per_token for run in runs] for runs in pair]) for pair in pairs]
 
         def drawn() -> Iterator[np.ndarray]:
             for job in chance.integers(len(seconds), size=len(seconds)):
@@ -83,27 +70,10 @@ class Runs:
         low, high = np.quantile([_speed_up(drawn()) for _ in range(RESAMPLES)], (0.025, 0.975))
         return _speed_up(seconds), float(low), float(high)
 
-    def _beside(self, base: Runs) -> list[np.ndarray]:
-        """Seconds a token by job: [2, turns], the base's and these."""
-        pairs = zip(base.by_job, self.by_job, strict=True)
-        return [np.array([[run.seconds_per_token for run in runs] for runs in pair]) for pair in pairs]
-
 
 def _speed_up(seconds: Iterable[np.ndarray]) -> float:
     medians = np.array([(np.median(theirs), np.median(theirs / mine)) for theirs, mine in seconds])
     return float(medians[:, 0].sum() / (medians[:, 0] / medians[:, 1]).sum())
-
-
-def interleave(decoders: Mapping[str, Decode], jobs: Sequence[Job], repeats: int) -> Iterator[dict[str, Runs]]:
-    """Takes turns with every job, once untimed first: kernels are built, files are read; yields all runs so far."""
-    found = {name: Runs() for name in decoders}
-    for job in jobs:
-        for name, decode in decoders.items():
-            decode(job)
-            found[name].by_job.append([])
-        for turn, name in fair_turns(decoders, repeats):
-            found[name].by_job[-1].append(decoders[name](job.of_turn(turn)))
-        yield found
 
 
 @dataclass(frozen=True)
@@ -117,10 +87,6 @@ class Difference:
     job: int
     token: int
     gap: float
-
-    def __str__(self) -> str:
-        gap = "" if np.isnan(self.gap) else f", the two tokens' logits {self.gap:.1e} apart"
-        return f"differs at token {self.token + 1}{gap}"
 
 
 def differences(target: Target, jobs: Sequence[Job], expected: Runs, found: Runs) -> list[Difference]:
