@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp.measuring.engines import Decode, Job, mlx_lm_model
+from mlx_mtp.measuring.engines import Decode, DecodeJob, mlx_lm_model
 from mlx_mtp.measuring.turns import Runs, fair_turns
 from mlx_mtp.training.corpus import is_held_out, standard_library
 
@@ -61,7 +61,7 @@ def line(row: dict[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in row.items())
 
 
-def interleave(decoders: Mapping[str, Decode], jobs: Sequence[Job], repeats: int) -> Iterator[dict[str, Runs]]:
+def interleave(decoders: Mapping[str, Decode], jobs: Sequence[DecodeJob], repeats: int) -> Iterator[dict[str, Runs]]:
     """Takes turns with every job, once untimed first: kernels are built, files are read; yields all runs so far."""
     found = {name: Runs() for name in decoders}
     for job in jobs:

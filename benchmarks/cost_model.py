@@ -5,7 +5,7 @@
 Speed-up over plain decoding = rounds that plain decoding takes x its round / (rounds needed x the drafted round).
 A drafted round = verify(depth + 1) + depth x draft step + host gap. Rounds are pipelined: the gap is what a round
 takes in the loop beside passes and drafts, the waiting that Python could not hide and accepting included; it is
-measured at one depth and may be below zero where one round's beginning hides behind the end of the one before.
+measured at one depth and may be below zero where one round begins before the one before ends.
 
 Nothing of the run that is foretold is used beyond its acceptance and its depths. The prompts and the configurations
 are those of `mlx-mtp bench`.
@@ -29,7 +29,7 @@ from mlx_mtp.generation.loop import Decoder
 from mlx_mtp.generation.types import Sampling, Stats
 from mlx_mtp.measuring.configurations import PLAIN, STOCK, Configuration, Lineup, Plan, line_up, sampling_name
 from mlx_mtp.measuring.diagnosis import WIDEST_TIMED, Costs, Effort, measure
-from mlx_mtp.measuring.engines import Job, TimedRun
+from mlx_mtp.measuring.engines import DecodeJob, TimedRun
 from mlx_mtp.measuring.prompts import read_prompts
 from mlx_mtp.measuring.timing import Passes
 from mlx_mtp.measuring.turns import Runs, fair_turns
@@ -119,7 +119,7 @@ class Foretold:
             for name, each in {"": lineup.engine, **self.drafting}.items()
         }
 
-    def pieces(self, job: Job) -> dict[str, Costs]:
+    def pieces(self, job: DecodeJob) -> dict[str, Costs]:
         """The verify curve, then rounds of every drafter ("" = without), all after this prompt and so sampled."""
         ids = list(job.prompt)
         passes = self.passes.alone(ids, range(1, WIDEST_TIMED + 1), PIECES.repeats, PIECES.warm)
@@ -134,11 +134,11 @@ class Foretold:
         every = self.lineup.configurations
         ours = [one for one in every.values() if one.engine]
         found = Found({name: Runs() for name in every}, {one.name: Runs() for one in ours})
-        contenders: dict[str, Callable[[Job], Any]] = {
+        contenders: dict[str, Callable[[DecodeJob], Any]] = {
             "": self.pieces, **{name: one.decode for name, one in every.items()}
         }  # fmt: skip
         for i, ids in enumerate(self.prompts):
-            job = Job(ids, self.plan.max_tokens, sampling, seed + i)
+            job = DecodeJob(ids, self.plan.max_tokens, sampling, seed + i)
             runs: dict[str, list[Any]] = {name: [] for name in contenders}
             for run in contenders.values():  # warm
                 run(job)

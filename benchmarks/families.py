@@ -28,7 +28,7 @@ from mlx_mtp.generation.exactness import WIDEST
 from mlx_mtp.generation.types import acceptance
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.measuring import tables
-from mlx_mtp.measuring.engines import Job, with_engine, with_mlx_lm
+from mlx_mtp.measuring.engines import DecodeJob, with_engine, with_mlx_lm
 from mlx_mtp.measuring.timing import Passes
 from mlx_mtp.measuring.turns import differences
 from mlx_mtp.targets.gemma4 import Gemma4Target
@@ -56,7 +56,7 @@ def compare(depth: int, context: int, prompts: int, repeats: int, runs: Path | N
     decoders = {"stock mlx-lm": with_mlx_lm(EMBEDDED / "target"), "plain": with_engine(plain)}
     decoders |= {name: with_engine(engine) for name, engine in engines.items()}
     ids = common.held_out_code(context, prompts, plain.tokenizer.encode)
-    jobs = [Job(prompt, 128) for prompt in ids]
+    jobs = [DecodeJob(prompt, 128) for prompt in ids]
     *_, everything = common.interleave(decoders, jobs, repeats)
     passes = [one.device for one in Passes(plain.target).alone(ids[0], range(1, WIDEST + 1), 15)]
     found: dict[str, dict[str, Any]] = {}

@@ -23,7 +23,7 @@ from mlx_mtp.generation.types import NEUTRAL
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.measuring import machine
 from mlx_mtp.measuring.configurations import GEMMA, sampling_name
-from mlx_mtp.measuring.engines import Decode, Job, with_engine
+from mlx_mtp.measuring.engines import Decode, DecodeJob, with_engine
 from mlx_mtp.measuring.turns import Runs, differences
 
 PLAIN = "depth 0"
@@ -45,7 +45,7 @@ def drafted(runs: Runs) -> float:
     return 1.0 - sum(one.get(0, 0) for one in counts) / sum(sum(one.values()) for one in counts)
 
 
-def printed(engine: mlx_mtp.Engine, jobs: list[Job], found_runs: dict[str, Runs]) -> dict[str, Any]:
+def printed(engine: mlx_mtp.Engine, jobs: list[DecodeJob], found_runs: dict[str, Runs]) -> dict[str, Any]:
     """Prints a line a configuration and returns them."""
     found: dict[str, Any] = {}
     for name, runs in found_runs.items():
@@ -79,7 +79,7 @@ def main() -> None:
         for name, ids in sets.items():
             title = f"{name}, {sampling_name(sampling)}"
             print(title)
-            jobs = [Job(ids, args.tokens, sampling)]
+            jobs = [DecodeJob(ids, args.tokens, sampling)]
             *_, found = common.interleave(decoders, jobs, args.repeats)
             results[title] = printed(engine, jobs, found)
             every_job += jobs

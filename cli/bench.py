@@ -119,7 +119,7 @@ def _measure(run: Bench, files: dict[str, Path | None]) -> None:
     contents = {"--json": json.dumps(report, indent=2) + "\n", "--markdown": bench_markdown(report)}
     if STDOUT not in files.values():  # tables on a terminal, Markdown in a pipe
         if sys.stdout.isatty():
-            tables.show(Console(), bench_parts(report))
+            tables.print_parts(Console(), bench_parts(report))
         else:
             print(contents["--markdown"], end="")
     for option, content in contents.items():

@@ -45,7 +45,7 @@ def main() -> None:
     for engine in (plain, mtp):  # compile before anything is timed
         engine.generate(SHOWN_PROMPT, max_tokens=48, ignore_end=True)
     side_by_side(console, plain, mtp)
-    tables.show(console, measured(console, plain, mtp))
+    tables.print_parts(console, measured(console, plain, mtp))
 
 
 def side_by_side(console: Console, plain: mlx_mtp.Engine, mtp: mlx_mtp.Engine) -> None:

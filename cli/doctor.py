@@ -39,7 +39,7 @@ def doctor(
         print(json.dumps(found | {"advice": advice}))
     else:
         parts = tables.parts_of("measured", found)
-        tables.show(Console(), [*parts, *(f"{one['topic']}: {one['text']}" for one in advice)])
+        tables.print_parts(Console(), [*parts, *(f"{one['topic']}: {one['text']}" for one in advice)])
 
 
 def _forget(as_json: bool) -> None:

@@ -18,10 +18,9 @@ import mlx_mtp
 from mlx_mtp.drafters.lookup import Lookup
 from mlx_mtp.errors import DataError, OptionError, PromptError
 from mlx_mtp.generation.types import NEUTRAL, Sampling, Stats, acceptance
-from mlx_mtp.loading import EMBEDDED, another_drafter, drafter_folder
 from mlx_mtp.measuring import energy, machine, prompts
 from mlx_mtp.measuring.configurations import DEFAULT_DEPTHS, GEMMA, Lineup, Plan, name_and_depth, sampling_name
-from mlx_mtp.measuring.engines import Job, TimedRun
+from mlx_mtp.measuring.engines import DecodeJob, TimedRun
 from mlx_mtp.measuring.report import verdict
 from mlx_mtp.measuring.turns import Runs, differences, fair_turns
 
@@ -144,7 +143,7 @@ def test_files_that_are_none(name: str, content: bytes | None, words: str, tmp_p
 
 def test_turns_go_forth_and_back() -> None:
     assert list(fair_turns("AB", 3)) == [(0, "A"), (0, "B"), (1, "B"), (1, "A"), (2, "A"), (2, "B")]
-    seeds = [[Job([1], 2, seed=seed).of_turn(turn).seed for turn in range(3)] for seed in (7, 8)]
+    seeds = [[DecodeJob([1], 2, seed=seed).of_turn(turn).seed for turn in range(3)] for seed in (7, 8)]
     assert seeds[0][0] == 7 and len({*seeds[0], *seeds[1]}) == 6  # every turn and every job draws otherwise
 
 
@@ -171,7 +170,7 @@ def test_the_ratio_and_its_interval_are_numpys() -> None:
 
 def test_the_first_difference_is_found_with_its_logit_gap() -> None:
     target = mlx_mtp.load(GOLDEN / "ple" / "target", drafter=None).target
-    job = Job([2, 10, 20], 3)
+    job = DecodeJob([2, 10, 20], 3)
     logits = target.logits(mx.array([[2, 10, 20]]))[0, -1]
     best, second = (int(i) for i in np.argsort(-np.array(logits))[:2])
     same, other = TimedRun([best, 5, 6], 1.0), TimedRun([second, 5, 6], 1.0)
@@ -180,7 +179,7 @@ def test_the_first_difference_is_found_with_its_logit_gap() -> None:
     assert (found.job, found.token) == (0, 0)
     assert found.gap == pytest.approx(float(logits[best] - logits[second]), rel=1e-4) and found.gap > 0
     # With a penalty the logits are no measure.
-    penalised = Job([2, 10, 20], 3, Sampling(repetition_penalty=1.1).over(NEUTRAL))
+    penalised = DecodeJob([2, 10, 20], 3, Sampling(repetition_penalty=1.1).over(NEUTRAL))
     (found,) = differences(target, [penalised], Runs([[same]]), Runs([[other]]))
     assert np.isnan(found.gap)
 
@@ -221,12 +220,6 @@ def test_the_usual_depths_end_where_the_drafter_does() -> None:
     assert list(usual.depths(None, Short())) == [2, 3, "auto"]
     assert list(asked.depths(None, Short())) == [1, 8]
     assert list(usual.depths("auto", Short())) == ["auto"]
-
-
-def test_second_drafters_are_loaded_by_name() -> None:
-    assert isinstance(another_drafter(None, "lookup"), Lookup) and another_drafter(None, "none") is None
-    assert drafter_folder(None, "auto") == EMBEDDED / "assistant" and drafter_folder(None, "lookup") is None
-    assert not isinstance(another_drafter(None, "assistant"), Lookup)
 
 
 class Monitor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import math
@@ -16,7 +15,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from conftest import GOLDEN
-from rich.console import Console
 
 import mlx_mtp
 from mlx_mtp.backend import blas
@@ -34,16 +32,15 @@ from mlx_mtp.generation.sampling import DraftSampler
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.measuring import advice, diagnosis, machine
 from mlx_mtp.measuring.diagnosis import Costs, Effort
-from mlx_mtp.measuring.tables import parts_of, show
 from mlx_mtp.measuring.timing import PieceTime, timed_in_turns
 from mlx_mtp.testing import MarkovTarget
 
 # Passes of 1 to 8 rows over one row, as others measured them (performance.md, A2), and made-up ones of known kinds.
-M5_MAX = (1.0, 1.03, 1.09, 1.13, 1.22, 1.39, 1.55, 1.73)
 M4_PRO = (1.0, 1.03, 1.22, 1.47, 1.75, 2.07, 2.4, 2.69)
 M1_ULTRA = tuple(1.0 + 0.7 * i for i in range(8))
 PADDED = (1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.1, 2.1)
 
+QUICK = Effort(repeats=2, warm=1, pipelined=2, turns=1)
 FOUR_BITS = {"bits": 4, "group_size": 64, "mode": "affine", "bytes": 15_000_000_000}
 HEALTHY = {
     "name": "Apple M5 Max", "system": "Darwin 26.2", "cores": 16, "device": "gpu", "metal": True,
@@ -95,7 +92,7 @@ CHECK = {"tokens": 192, "share_a": 0.9, "share_b": 0.6, "only_a": 60, "only_b": 
         ("drafter", "--drafter lookup", facts(pair={"family": None})),
         ("outlook", "does not pay here even where 90%", facts(ratios=tuple(map(float, range(1, 25, 3))))),
         ("outlook", "only with a good drafter: from 90%", facts(OLD, ratios=M1_ULTRA)),
-        ("outlook", "Drafting pays: from 70%", facts(ratios=M5_MAX)),
+        ("outlook", "Drafting pays: from 70%", facts(ratios=(1.0,) * 8)),
         ("draft", "mlx-mtp convert", facts(draft_step_milliseconds=10.0)),
         ("compile", "MLX_DISABLE_COMPILE", facts({"compile_works": False})),
         ("compile", "g++", facts({**CPU, "compile_works": False})),
@@ -128,35 +125,23 @@ def test_what_nobody_can_act_on_is_no_advice(found: dict[str, Any]) -> None:
     assert [one["topic"] for one in advice.advise(found)] == ["outlook"]
 
 
-def best_by_enumeration(seconds: dict[int, float], acceptance: float) -> tuple[int, float]:
-    """Depth and tokens a round: every way in which the drafts of a round can be accepted, with its chance."""
-    def tokens(depth: int) -> float:
-        total = 0.0
-        for accepted in itertools.product((True, False), repeat=depth):
-            chance = math.prod(acceptance if one else 1.0 - acceptance for one in accepted)
-            total += chance * ((*accepted, False).index(False) + 1)
-        return total
-
-    rates = {depth: tokens(depth) / time * (1.0 if depth else GAIN) for depth, time in seconds.items()}
-    best = max(rates, key=lambda depth: rates[depth])
-    return best, tokens(best)
-
-
-@pytest.mark.parametrize("ratios", [M5_MAX, M4_PRO, M1_ULTRA, PADDED])
+@pytest.mark.parametrize("ratios", [M4_PRO, M1_ULTRA, PADDED])
 def test_the_depth_table_against_enumeration(ratios: tuple[float, ...]) -> None:
-    curve = costs(ratios).curve()
-    allowed = [0, 1, 2, 3, 4, 6, 7]
-    found = diagnosis.choices(curve, allowed, (0.0, 0.5, 0.7, 0.9, 1.0))
-    assert [one["acceptance"] for one in found] == [0.0, 0.5, 0.7, 0.9, 1.0]
-    assert found[0]["depth"] == 0 and found[-1]["depth"] in (4, 7)
-    for one in found:
-        depth, tokens = best_by_enumeration({d: curve.at(d) for d in allowed}, one["acceptance"])
-        assert (one["depth"], one["tokens_per_round"]) == (depth, pytest.approx(tokens))
-        assert one["speed_up"] == pytest.approx(tokens * curve.at(0) / curve.at(depth))
+    """Every way in which the drafts of a round can be accepted, with its chance."""
+    curve, allowed = costs(ratios).curve(), [0, 1, 2, 3, 4, 6, 7]
+    for one in diagnosis.choices(curve, allowed, (0.0, 0.7, 1.0)):
+        tokens = {depth: sum(
+            math.prod(one["acceptance"] if yes else 1.0 - one["acceptance"] for yes in accepted)
+            * ((*accepted, False).index(False) + 1)
+            for accepted in itertools.product((True, False), repeat=depth)
+        ) for depth in allowed}  # fmt: skip
+        best = max(allowed, key=lambda depth: tokens[depth] / curve.at(depth) * (1.0 if depth else GAIN))
+        assert (one["depth"], one["tokens_per_round"]) == (best, pytest.approx(tokens[best]))
+        assert one["speed_up"] == pytest.approx(tokens[best] * curve.at(0) / curve.at(best))
 
 
 def test_the_curve_goes_through_what_was_measured() -> None:
-    measured = costs(M5_MAX)
+    measured = costs(M4_PRO)
     curve = measured.curve()
     assert curve.at(0) == measured.plain and curve.at(4) == pytest.approx(measured.drafted)
     row_and_draft = measured.verify[6] - measured.verify[5] + measured.draft_step
@@ -182,14 +167,6 @@ def test_turns_and_medians() -> None:
     assert timing.scatter == pytest.approx(1.0)
 
 
-def test_the_sign_test_against_enumeration() -> None:
-    for one, other in ((0, 0), (5, 0), (0, 6), (2, 7), (4, 4)):
-        splits = list(itertools.product((0, 1), repeat=one + other))
-        lopsided = [s for s in splits if abs(2 * sum(s) - len(s)) >= abs(one - other)]
-        assert diagnosis.sign_test(one, other) == pytest.approx(len(lopsided) / len(splits))
-    assert diagnosis.sign_test(0, 6) < diagnosis.SIGNIFICANT < diagnosis.sign_test(0, 5)
-
-
 def test_exactness_per_width(monkeypatch: pytest.MonkeyPatch) -> None:
     """A target without a product, whose rows are equal on any BLAS, but for one bit in passes of some widths."""
     target = MarkovTarget(mx.random.normal((50, 50), key=mx.random.key(0)))
@@ -203,7 +180,7 @@ def test_exactness_per_width(monkeypatch: pytest.MonkeyPatch) -> None:
         return logits * (1.0 + 2.0**-22 * mx.arange(1, rows + 1)[:, None]) if rows in odd else logits
 
     monkeypatch.setattr(target, "head", uneven)
-    found = diagnosis.diagnose(engine, Effort(repeats=2))
+    found = diagnosis.diagnose(engine, QUICK)
     assert found["exactness"]["depths"] == (0, 1, 3, 4, 6, 7, 8)
     assert [row["rows"] for row in found["verify"] if row["exact"]] == [1, 2, 4, 5, 7, 8]
     assert found["exactness_by_capacity"] == []  # of use in exact mode alone
@@ -216,21 +193,26 @@ def test_a_probe_that_the_engine_has_made_is_not_made_again(monkeypatch: pytest.
     assert engine.exactness is not None and list(engine.exactness.found) == [256]
     real = exactness.probe
     monkeypatch.setattr(exactness, "probe", lambda t, size: real(t, size) if size > 256 else pytest.fail("twice"))
-    found = diagnosis.diagnose(engine, Effort(repeats=2))
+    found = diagnosis.diagnose(engine, QUICK)
     assert found["exactness"]["depths"] == engine.exactness.at(256).depths and found["mode"] == "exact"
     assert found["exactness_by_capacity"][0] == {"capacity": 256, **found["exactness"]}
     assert found["convention"] is None  # no tokenizer, no text to compare on
 
 
-def test_what_is_loaded() -> None:
-    engine = mlx_mtp.load(depth=0)
+@pytest.fixture(scope="module")
+def engine() -> mlx_mtp.Engine:
+    """The embedded pair."""
+    return mlx_mtp.load(depth=0)
+
+
+def test_what_is_loaded(engine: mlx_mtp.Engine) -> None:
     pair = diagnosis.describe_pair(engine.target, engine.drafter)
     for size, folder in ((pair["bytes"], "target"), (pair["drafter_bytes"], "assistant")):
         weights = Checkpoint.open(EMBEDDED / folder).weights()
         assert size == sum(w.size for w in weights.values()) * 4  # float16 in the file, float32 on a CPU
     assert pair["path"] == str(EMBEDDED / "target")
     assert (pair["family"], pair["max_depth"], pair["mixture"], pair["quantisation"]) == ("assistant", 8, False, [])
-    assert diagnosis.family_of(LookupFirst(engine.drafter)) == "lookup+assistant"
+    assert diagnosis.family_name(LookupFirst(engine.drafter)) == "lookup+assistant"
     assert diagnosis.describe_pair(engine.target, None)["family"] is None
     assert diagnosis.describe_pair(engine.target, Lookup())["drafter_bytes"] == 0
 
@@ -259,35 +241,34 @@ def test_quantisation_as_found_and_experts() -> None:
     assert diagnosis.describe_pair(moe.target, None)["mixture"]
 
 
-def test_conventions_are_compared_on_the_replies_of_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conventions_are_compared_on_the_replies_of_the_target(
+    engine: mlx_mtp.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against single prefills of every beginning of the reply; A is made a bad position, so that the two differ."""
     def position(self: Convention, length: mx.array) -> mx.array:
         return length + 3000 if self is Convention.A else length - 1
 
     monkeypatch.setattr(Convention, "position", position)
-    engine = mlx_mtp.load(depth=0)
     assert engine.tokenizer is not None
     assistant: Any = engine.drafter
     prompts = [engine.tokenizer.encode(text) for text in ("import os\n\ndef main(", "class Queue:\n")]
-    decoder = Decoder(engine.target, assistant, FixedDepth(0))
+    decoder, right = Decoder(engine.target, assistant, FixedDepth(0)), []
     found = diagnosis.compare_conventions(decoder, assistant, prompts, (), 10)
-    right = {"A": [], "B": []}
+    drafters = [type(assistant)(assistant.model, convention=convention) for convention in Convention]
+    for drafter in drafters:
+        drafter.attach(engine.target)
     for ids in prompts:
         reply = engine.generate(ids, max_tokens=11, ignore_end=True).tokens
         for at in range(10):
-            request = decoder.prefill(GenerationRequest(ids=ids + reply[:at], budget=1), 4)
-            decoder.rounds.first(request)
-            for convention in Convention:
-                drafter = type(assistant)(assistant.model, convention=convention)
-                drafter.attach(engine.target)
-                sample = DraftSampler(request.spec, {}, {}, mx.random.split(request.key, 1))
-                draft, _ = drafter.draft({}, request.token, request.hidden, request.cache, 1, sample)
-                right[convention.value].append(draft.item() == reply[at + 1])
-    assert found["tokens"] == 20 and found["used"] == "B"
-    assert found["share_a"] == sum(right["A"]) / 20 and found["share_b"] == sum(right["B"]) / 20 > 0.2
-    pairs = list(zip(right["A"], right["B"], strict=True))
-    assert (found["only_a"], found["only_b"]) == (pairs.count((True, False)), pairs.count((False, True)))
-    assert found["only_a"] != found["only_b"]
+            state = decoder.prefill(GenerationRequest(ids=ids + reply[:at], budget=1), 4)
+            decoder.rounds.first(state)
+            sample = DraftSampler(state.spec, {}, {}, mx.random.split(state.key, 1))
+            drafts = [one.draft({}, state.token, state.hidden, state.cache, 1, sample)[0] for one in drafters]
+            right.append(tuple(draft.item() == reply[at + 1] for draft in drafts))
+    a, b = (sum(column) for column in zip(*right, strict=True))
+    assert (found["tokens"], found["used"], found["share_a"], found["share_b"]) == (20, "B", a / 20, b / 20) and b > 4
+    assert (found["only_a"], found["only_b"]) == (right.count((True, False)), right.count((False, True)))
+    assert found["only_a"] != found["only_b"] and found["better"] in (None, "B")
 
 
 def test_facts_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,20 +295,14 @@ def test_facts_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_facts_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
     """What MLX's Metal device says, in its words; the wired limit is read by setting it, and put back."""
     limits = [7_000_000]
-
-    def set_wired_limit(limit: int) -> int:
-        limits.append(limit)
-        return limits[-2]
-
-    info = {
-        "device_name": "Apple M3 Max", "architecture": "applegpu_g15s", "memory_size": 64 * 2**30,
-        "max_recommended_working_set_size": 48 * 2**30, "max_buffer_length": 36 * 2**30, "resource_limit": 499000,
-    }  # fmt: skip
-    monkeypatch.setattr(mx, "device_info", lambda: info)
-    monkeypatch.setattr(memory, "CGROUP_FILES", ())  # of the container this runs in
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    monkeypatch.setattr(mx, "set_wired_limit", set_wired_limit)
+    info = {"device_name": "Apple M3 Max", "architecture": "applegpu_g15s", "memory_size": 64 * 2**30,
+            "max_recommended_working_set_size": 48 * 2**30}  # fmt: skip
+    for place, name, value in (
+        (mx, "device_info", lambda: info), (mx, "default_device", lambda: mx.Device(mx.gpu)),
+        (mx.metal, "is_available", lambda: True), (memory, "CGROUP_FILES", ()),  # of the container this runs in
+        (mx, "set_wired_limit", lambda limit: (limits[-1], limits.append(limit))[0]),
+    ):  # fmt: skip
+        monkeypatch.setattr(place, name, value)
     here = machine.describe()
     assert (here["name"], here["architecture"], here["gpu_generation"]) == ("Apple M3 Max", "applegpu_g15s", 15)
     assert (here["device"], here["metal"]) == ("gpu", True)
@@ -338,7 +313,7 @@ def test_facts_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
     """`mlx-mtp doctor ARGS` in this process, every measurement taken twice: exit code, stdout, stderr."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(doctor, "diagnose", partial(diagnosis.diagnose, effort=Effort(repeats=2)))
+    monkeypatch.setattr(doctor, "diagnose", partial(diagnosis.diagnose, effort=QUICK))
     monkeypatch.setattr(sys, "argv", ["mlx-mtp", "doctor", *args])
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
@@ -351,32 +326,26 @@ def test_json_of_the_embedded_pair(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
+    monkeypatch.setattr(diagnosis, "COMPARED_TOKENS", 8)
     code, out, _ = command(monkeypatch, capsys, "--json")
     assert code == 0 and out.count("\n") == 1
     found = json.loads(out)
-    assert set(found) >= {
-        "machine", "mode", "pair", "context", "verify", "plain_round_milliseconds", "drafted_depth",
-        "drafted_round_milliseconds", "draft_step_milliseconds", "host_build_milliseconds",
-        "host_submit_milliseconds", "scatter", "exactness", "choices", "convention", "depth_reason",
-        "advice",
+    times = ["plain_round", "drafted_round", "draft_step", "host_build", "host_submit"]
+    assert set(found) == {
+        "machine", "mode", "pair", "context", "verify", "drafted_depth", "scatter", "exactness", "choices",
+        "exactness_by_capacity", "convention", "depth_reason", "advice", *(f"{name}_milliseconds" for name in times),
     }  # fmt: skip
-    assert set(found["machine"]) == set(HEALTHY)
-    assert set(found["pair"]) == set(PAIR)
+    assert (set(found["machine"]), set(found["pair"])) == (set(HEALTHY), set(PAIR))
     assert (found["mode"], found["context"], found["pair"]["family"]) == ("fast", 200, "assistant")
-    assert [row["rows"] for row in found["verify"]] == list(range(1, 9))
-    assert all(set(row) == {"rows", "milliseconds", "ratio", "exact"} for row in found["verify"])
-    assert found["verify"][0]["ratio"] == 1.0 and found["verify"][0]["exact"]
+    assert [row["rows"] for row in found["verify"]] == list(range(1, 9)) and found["verify"][0]["exact"]
     for row in found["verify"]:
+        assert set(row) == {"rows", "milliseconds", "ratio", "exact"}
         assert row["ratio"] == pytest.approx(row["milliseconds"] / found["verify"][0]["milliseconds"])
-    times = [value for name, value in found.items() if name.endswith("_milliseconds")]
-    assert len(times) == 5 and all(value >= 0 for value in times) and found["plain_round_milliseconds"] > 0
+    assert all(found[f"{name}_milliseconds"] >= 0 for name in times) and found["plain_round_milliseconds"] > 0
     assert [one["acceptance"] for one in found["choices"]] == [0.5, 0.7, 0.9]
-    assert all(set(one) == {"acceptance", "depth", "tokens_per_round", "speed_up"} for one in found["choices"])
-    assert all(0 <= one["depth"] <= 8 and one["speed_up"] > 0 for one in found["choices"])
+    assert set(found["choices"][0]) == {"acceptance", "depth", "tokens_per_round", "speed_up"}
     assert set(found["exactness"]) == {"depths", "width", "possible"} and found["exactness"]["depths"][0] == 0
-    check = found["convention"]
-    assert set(check) == {"tokens", "share_a", "share_b", "only_a", "only_b", "used", "better"}
-    assert check["tokens"] > 50 and check["share_b"] > 0.3
+    assert set(found["convention"]) == set(CHECK) and 8 <= found["convention"]["tokens"] <= 32
     assert found["depth_reason"] == "Not enough rounds yet to say whether drafting pays."
     assert "outlook" in {one["topic"] for one in found["advice"]}
     assert all(set(one) == {"topic", "text"} for one in found["advice"])
@@ -384,9 +353,11 @@ def test_json_of_the_embedded_pair(
 
 def test_the_report_without_drafter(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     target = str(GOLDEN / "unified" / "target")
+    monkeypatch.setenv("COLUMNS", "40")
     code, out, err = command(monkeypatch, capsys, "--model", target, "--drafter", "none")
     assert code == 0 and "Traceback" not in err
-    for words in ("machine", "passes over the target", "exactness", "--drafter lookup", mlx_mtp.__version__):
+    assert max(map(len, out.splitlines())) <= 40
+    for words in ("machine", "passes over the target", "exactness", "lookup", mlx_mtp.__version__):
         assert words in out
 
 
@@ -405,27 +376,14 @@ def test_forget(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert (code, out) == (2, "") and err.count("\n") == 1 and "remove" in err
 
 
-def test_the_report_fits_a_narrow_terminal() -> None:
-    output = io.StringIO()
-    show(Console(file=output, width=40, no_color=True), parts_of("measured", facts(CPU, convention=CHECK)))
-    assert max(map(len, output.getvalue().splitlines())) <= 40
-    for words in ("affine", "16.0 GB", "90%", "times", "plain"):
-        assert words in output.getvalue()
-
-
 @pytest.mark.parametrize(
     ("args", "words"),
-    [
-        (("--model", "/no/such/folder"), "/no/such/folder"),
-        (("--model", str(EMBEDDED / "target"), "--drafter", str(GOLDEN / "ple" / "target")), "gemma4"),
-        (("--mode", "quick"), "exact"),
-        (("--forget", "--drafter", "lookup"), "--forget drops all"),
-    ],
+    [(("--model", "/no/such/folder"), "/no/such/folder"), (("--mode", "quick", "--json"), "exact"),
+     (("--forget", "--drafter", "lookup"), "--forget drops all")],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(
     args: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for more in ((), ("--json",)):
-        code, out, err = command(monkeypatch, capsys, *args, *more)
-        assert (code, out) == (2, "")
-        assert err.endswith(".\n") and err.count("\n") == 1 and words in err and "Traceback" not in err
+    code, out, err = command(monkeypatch, capsys, *args)
+    assert (code, out) == (2, "")
+    assert err.endswith(".\n") and err.count("\n") == 1 and words in err and "Traceback" not in err

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from mlx_mtp.measuring.tables import Part, Table, markdown, parts_of, show, shown
+from mlx_mtp.measuring.tables import Part, Table, cell, markdown, parts_of, print_parts
 
 PARTS: list[Part] = [
     "### T = 0", "Two prompts.", *parts_of("", {
@@ -53,7 +53,7 @@ Notes:
 @pytest.mark.parametrize("width", [80, 20])
 def test_a_terminal_of_any_width_shows_every_cell(width: int) -> None:
     output = io.StringIO()
-    show(Console(file=output, width=width, no_color=True), PARTS)
+    print_parts(Console(file=output, width=width, no_color=True), PARTS)
     lines = output.getvalue().splitlines()
     assert max(map(len, lines)) <= width and lines[0] == "T = 0"
     for words in ("chip", "M9", "x|y", "[bold]z", "1.00", "- two"):
@@ -62,7 +62,7 @@ def test_a_terminal_of_any_width_shows_every_cell(width: int) -> None:
 
 
 def test_ranges_and_tables_of_some_values() -> None:
-    assert shown("", {"ratio": 2.0, "low": 1.8, "high": 2.25}) == "2.00 [1.80, 2.25]"
-    assert shown("", {"ratio": 2.0, "low": None, "high": None}) == "2.00"
+    assert cell("", {"ratio": 2.0, "low": 1.8, "high": 2.25}) == "2.00 [1.80, 2.25]"
+    assert cell("", {"ratio": 2.0, "low": None, "high": None}) == "2.00"
     table = Table.of("t", [{"a": 1, "b": 0.5, "rows": 3}], ("rows", "a"))
     assert (table.heads, table.rows) == (["tokens of a pass", "a"], [["3", "1"]])

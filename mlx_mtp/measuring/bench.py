@@ -20,7 +20,7 @@ from mlx_mtp.generation.types import Stats
 from mlx_mtp.measuring import machine
 from mlx_mtp.measuring.configurations import Lineup, sampling_name
 from mlx_mtp.measuring.energy import EnergyMeter
-from mlx_mtp.measuring.engines import Decode, Job, TimedRun
+from mlx_mtp.measuring.engines import Decode, DecodeJob, TimedRun
 from mlx_mtp.measuring.prompts import BenchPrompt
 from mlx_mtp.measuring.turns import fair_turns
 
@@ -36,7 +36,7 @@ class Measured:
     """
 
     prompt: BenchPrompt
-    job: Job
+    job: DecodeJob
     replies: dict[str, Stats] = field(default_factory=dict)
     runs: dict[str, list[TimedRun]] = field(default_factory=dict)
 
@@ -94,7 +94,7 @@ class Bench:
             done = self.results.setdefault(name, [])
             for i, (prompt, ids) in enumerate(zip(self.prompts, self._ids, strict=True)):
                 seed = self.plan.seed + at * BETWEEN_SAMPLINGS + i
-                done.append(Measured(prompt, Job(ids, self.plan.max_tokens, sampling, seed)))
+                done.append(Measured(prompt, DecodeJob(ids, self.plan.max_tokens, sampling, seed)))
                 for _ in self._measure(done[-1]):
                     yield f"{prompt.category}, {name}"
 
@@ -115,7 +115,7 @@ class Bench:
             measured.runs[name].append(self._timed(configurations[name].decode, job.of_turn(turn)))
             yield
 
-    def _timed(self, decode: Decode, job: Job) -> TimedRun:
+    def _timed(self, decode: Decode, job: DecodeJob) -> TimedRun:
         """A run with what it takes of memory and, where a meter is there, of energy."""
         held = mx.get_active_memory()
         run, joules = self.meter.of(lambda: decode(job)) if self.meter else (decode(job), None)

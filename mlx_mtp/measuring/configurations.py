@@ -25,8 +25,8 @@ from mlx_mtp.errors import MLXMTPError, OptionError, brief
 from mlx_mtp.generation.interfaces import Drafter
 from mlx_mtp.generation.types import NEUTRAL, Sampling
 from mlx_mtp.loading import another_drafter, drafter_folder
-from mlx_mtp.measuring.diagnosis import family_of
-from mlx_mtp.measuring.engines import Decode, Job, with_engine, with_mlx_lm, with_mlx_vlm
+from mlx_mtp.measuring.diagnosis import family_name
+from mlx_mtp.measuring.engines import Decode, DecodeJob, with_engine, with_mlx_lm, with_mlx_vlm
 
 STOCK, PLAIN, MTP, LOOKUP, VLM = "stock", "plain", "mtp", "lookup", "mlx-vlm"
 DEFAULT_NAMES = (STOCK, PLAIN, MTP, "lookup@auto", VLM)
@@ -164,7 +164,7 @@ class Lineup:
     def add_mlx_vlm(self, asked: int | str | None) -> None:
         """mlx-vlm with the assistant of the pair."""
         drafter = self.engine.drafter
-        if drafter is None or family_of(drafter) != "assistant":
+        if drafter is None or family_name(drafter) != "assistant":
             return self.leave_out(VLM, "it drafts with a Gemma 4 assistant, and none is loaded")
         if any((sampling.repetition_penalty or 1.0) != 1.0 for sampling in self.samplings()):
             return self.leave_out(VLM, "it drops penalties while it drafts")
@@ -186,7 +186,7 @@ class Lineup:
         try:
             decode = make(folder)
             # A pair that it cannot run is noticed now, and not when others have been timed for minutes.
-            decode(Job(list(range(2, 10)), TRIED_TOKENS))
+            decode(DecodeJob(list(range(2, 10)), TRIED_TOKENS))
         except ImportError as error:
             return self.leave_out(name, f"it is not installed ({error})")
         except Exception as error:  # another project's loader may raise anything

@@ -37,8 +37,7 @@ TIMED_DEPTH = 4
 ACCEPTANCES = (0.5, 0.7, 0.9)
 PROBED_CAPACITIES = (CAPACITY_STEP, 1024, 3840)  # for which `doctor --mode exact` says how passes are exact
 COMPARED_TOKENS = 48  # of each reply on which the two conventions are compared
-# Two conventions differ by more than noise where so lopsided a split would come by chance less often than this.
-SIGNIFICANT = 0.05
+DEVIATIONS = 2.0  # of the standard kind, from which on two conventions differ by more than noise
 
 @dataclass(frozen=True)
 class Effort:
@@ -197,17 +196,17 @@ def describe_pair(target: Target, drafter: Drafter | None) -> dict[str, Any]:
         "bytes": _bytes(modules),
         "quantisation": _quantisation(modules),
         "mixture": any(isinstance(part, (SwitchLinear, QuantizedSwitchLinear)) for part in parts),
-        "family": family_of(drafter) if drafter else None,
+        "family": family_name(drafter) if drafter else None,
         "drafter_bytes": _bytes(drafting),
         "drafter_quantisation": _quantisation(drafting),
         "max_depth": min(DEEPEST, drafter.max_depth) if drafter else 0,
     }
 
 
-def family_of(drafter: Drafter) -> str:
+def family_name(drafter: Drafter) -> str:
     """'assistant', 'parallel', 'sequential', 'lookup', or 'lookup+' one of them."""
     if isinstance(drafter, LookupFirst):
-        return "lookup+" + family_of(drafter.drafter)
+        return "lookup+" + family_name(drafter.drafter)
     return type(drafter).__name__.lower()
 
 
@@ -275,14 +274,9 @@ def compare_conventions(
             a, b = (draft[0, 0].item() == token for draft in drafts)
             right.append((a, b))
     only_a, only_b, both = (right.count(case) for case in ((True, False), (False, True), (True, True)))
-    better = None if sign_test(only_a, only_b) >= SIGNIFICANT else "A" if only_a > only_b else "B"
+    # A split by chance alone is so lopsided less than once in twenty times.
+    lopsided = abs(only_a - only_b) > DEVIATIONS * math.sqrt(only_a + only_b)
+    better = None if not lopsided else "A" if only_a > only_b else "B"
     count = max(1, len(right))
     return {"tokens": len(right), "share_a": (only_a + both) / count, "share_b": (only_b + both) / count,
             "only_a": only_a, "only_b": only_b, "used": assistant.convention.value, "better": better}  # fmt: skip
-
-
-def sign_test(one: int, other: int) -> float:
-    """Chance of a split at least so lopsided if both sides were equally likely; two-sided."""
-    count = one + other
-    tail = sum(math.comb(count, i) for i in range(min(one, other) + 1))
-    return min(1.0, 2.0 * tail / 2**count)

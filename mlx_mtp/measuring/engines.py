@@ -23,7 +23,7 @@ SEED_STEP = 100_003
 
 
 @dataclass(frozen=True)
-class Job:
+class DecodeJob:
     """One prompt to decode: token ids, how many new tokens, how they are drawn."""
 
     prompt: Sequence[int]
@@ -31,7 +31,7 @@ class Job:
     sampling: Sampling = NEUTRAL
     seed: int = 0
 
-    def of_turn(self, turn: int) -> Job:
+    def of_turn(self, turn: int) -> DecodeJob:
         """The same with this turn's seed: where tokens are drawn, no single text decides."""
         return replace(self, seed=self.seed + turn * SEED_STEP)
 
@@ -58,13 +58,13 @@ class TimedRun:
         return self.seconds / (len(self.tokens) - 1)
 
 
-Decode = Callable[[Job], TimedRun]
+Decode = Callable[[DecodeJob], TimedRun]
 
 
 def with_engine(engine: Engine) -> Decode:
     """This engine as it was loaded."""
 
-    def run(job: Job) -> TimedRun:
+    def run(job: DecodeJob) -> TimedRun:
         # No seed with depth auto: it would fix the depth.
         seed = None if engine.depth == "auto" else job.seed
         result = engine.generate(job.prompt, max_tokens=job.tokens, sampling=job.sampling, seed=seed, ignore_end=True)
@@ -81,7 +81,7 @@ def with_mlx_lm(folder: Path) -> Decode:
 
     model = mlx_lm_model(folder)
 
-    def run(job: Job) -> TimedRun:
+    def run(job: DecodeJob) -> TimedRun:
         s = job.sampling
         sampler = make_sampler(s.temperature or 0.0, s.top_p or 1.0, s.min_p or 0.0, top_k=s.top_k or 0)
         # A penalty is over everything so far, as this engine takes it.
@@ -120,7 +120,7 @@ def with_mlx_vlm(target: Path, assistant: Path | None, depth: int) -> Decode:
         drafter, kind = load_drafter(str(assistant))
         extra = {"draft_model": _as_here(drafter), "draft_kind": kind, "draft_block_size": depth + 1}
 
-    def run(job: Job) -> TimedRun:
+    def run(job: DecodeJob) -> TimedRun:
         s = job.sampling
         mx.random.seed(job.seed)
         steps = generate_step(

@@ -17,7 +17,7 @@ from mlx_mtp.generation.types import acceptance, total
 from mlx_mtp.measuring.bench import Bench, Measured
 from mlx_mtp.measuring.configurations import PLAIN, STOCK, Configuration
 from mlx_mtp.measuring.diagnosis import describe_pair
-from mlx_mtp.measuring.tables import Part, Table, markdown, parts_of, shown
+from mlx_mtp.measuring.tables import Part, Table, cell, markdown, parts_of
 from mlx_mtp.measuring.turns import Difference, Runs, differences
 
 FORMAT = 2
@@ -95,7 +95,7 @@ def _fastest(rows: Sequence[dict[str, Any]]) -> str:
         return f"{best['arm']} decoded {best['tokens_per_second']['median']:.1f} tokens/s"
     best = max(others, key=lambda row: row[base]["ratio"])
     over, low = best[base]["ratio"], best[base]["low"]
-    interval = shown("", best[base]).removeprefix(f"{over:.2f}")
+    interval = cell("", best[base]).removeprefix(f"{over:.2f}")
     if (over if low is None else low) > 1.0:
         return f"{best['arm']} is fastest, {over:.2f} times {name}{interval}"
     return f"nothing is faster than {name} beyond chance (the best is {best['arm']}, {over:.2f} times{interval})"

@@ -36,7 +36,7 @@ class Table:
     def of(cls, title: str, rows: Sequence[Mapping[str, Any]], names: Iterable[str] = ()) -> Table:
         """A row an object; names: of the values that are shown, all of them by default."""
         names = list(names or rows[0])
-        return cls(title, [label(name) for name in names], [[shown(name, row[name]) for name in names] for row in rows])
+        return cls(title, [label(name) for name in names], [[cell(name, row[name]) for name in names] for row in rows])
 
 
 # A paragraph is a string; one that begins with "#" is a heading, as in Markdown, one that begins with "- " of a list.
@@ -51,12 +51,12 @@ def parts_of(title: str, found: Mapping[str, Any]) -> list[Part]:
             parts += parts_of(label(name), value)
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             parts.append(Table.of(label(name), value))
-        elif text := shown(name, value):
+        elif text := cell(name, value):
             facts.append((label(name), text))
     return [Table(title, (), facts), *parts] if facts else parts
 
 
-def shown(name: str, value: Any) -> str:
+def cell(name: str, value: Any) -> str:
     """A value as its name wants it: bytes as MB or GB, shares in %, a median or ratio with its range."""
     match value:
         case None:
@@ -68,7 +68,7 @@ def shown(name: str, value: Any) -> str:
         case float():
             return f"{value:.0%}" if name in SHARES else f"{value:.2f}"
         case list() | tuple():
-            return " ".join(shown(name, one) for one in value)
+            return " ".join(cell(name, one) for one in value)
         case {"low": low, "high": high, **middle}:
             (value,) = middle.values()
             return f"{value:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
@@ -96,7 +96,7 @@ def _markdown_table(table: Table) -> str:
     return "\n".join([*title, first, "|" + " --- |" * len(heads), *lines])
 
 
-def show(console: Console, parts: Iterable[Part]) -> None:
+def print_parts(console: Console, parts: Iterable[Part]) -> None:
     """Prints all parts; cells are folded where the terminal is narrow."""
     for part in parts:
         if isinstance(part, str):

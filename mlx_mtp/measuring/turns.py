@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_mtp.generation.interfaces import Target
 from mlx_mtp.generation.types import Stats
-from mlx_mtp.measuring.engines import Job, TimedRun
+from mlx_mtp.measuring.engines import DecodeJob, TimedRun
 
 RESAMPLES = 400
 
@@ -89,7 +89,7 @@ class Difference:
     gap: float
 
 
-def differences(target: Target, jobs: Sequence[Job], expected: Runs, found: Runs) -> list[Difference]:
+def differences(target: Target, jobs: Sequence[DecodeJob], expected: Runs, found: Runs) -> list[Difference]:
     """The first difference of every job whose greedy tokens differ in any turn; empty = identical output."""
     differing = []
     for at, (job, one, other) in enumerate(zip(jobs, expected.by_job, found.by_job, strict=True)):
@@ -103,7 +103,7 @@ def differences(target: Target, jobs: Sequence[Job], expected: Runs, found: Runs
     return differing
 
 
-def _logit_gap(target: Target, job: Job, said: list[int], mine: int, its: int) -> float:
+def _logit_gap(target: Target, job: DecodeJob, said: list[int], mine: int, its: int) -> float:
     """Of two tokens after these; the head is run on the last of them only, since a vocabulary can be large."""
     asked, ids = job.sampling, [*job.prompt, *said]
     if asked.logit_bias or (asked.repetition_penalty, asked.presence_penalty, asked.frequency_penalty) != (1, 0, 0):
