@@ -167,6 +167,8 @@ def test_mlx_vlm_takes_part_with_a_quantised_pair(
 ) -> None:
     pytest.importorskip("mlx_vlm")
     quantise(Checkpoint.open(EMBEDDED / "target"), tmp_path / "target", bits=4, group=32)
+    file = tmp_path / "target" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vision_config": None}))  # as the embedded one has it
     options = ("--prompts", str(prompt_file), "--arms", "plain,mlx-vlm@1", "--max-tokens", "8", "--repeats", "1")
     pair = ("--model", str(tmp_path / "target"), "--drafter", str(EMBEDDED / "assistant"))
     assert command(*options, *pair, "--temperature", "0", "--cool-down", "0", "--json", "-") == 0
