@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
 
-import argparse
 import json
 import shutil
 import time
 from pathlib import Path
 
+import common
 import mlx.core as mx
 import numpy as np
 
@@ -63,13 +63,9 @@ def drifted(folder: Path, texts: Path, steps: int) -> Path:
 
 def main() -> None:
     """Parses options, runs, prints, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=200, help="of the target on the headers")
-    parser.add_argument("--family", default="assistant")
-    parser.add_argument("--label-share", type=float, default=Adapting.label_share)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = common.options(__doc__, out=Path, steps=200, family="assistant", label_share=Adapting.label_share)
+    if args.out is None:
+        raise SystemExit("Name a folder with --out.")
     texts = headers(args.out)
     target = drifted(args.out, texts, args.steps)
     began, stages = time.perf_counter(), adapt(target, EMBEDDED / args.family, args.out / args.family, [str(texts)],

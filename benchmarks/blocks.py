@@ -1,7 +1,4 @@
-"""What the marked blocks of README.md and docs/ show: one function a block, from a result file to Markdown or SVG.
-
-What it does: turns the JSON of one benchmark into rows. What it does not do: read or write files (tables.py), or
-measure anything.
+"""What the marked blocks of README.md and docs/ show: one function a block, from a result file to rows or SVG.
 
 A new block is a function here and an entry in TABLES (Markdown, between the marks) or CHARTS (an SVG file).
 """
@@ -15,7 +12,7 @@ from typing import Any
 Results = Mapping[str, Any]
 Rows = tuple[Sequence[str], Sequence[Sequence[str]]]
 
-PLAIN = "depth 0"  # the arm of unfriendly.py that the others are compared with
+PLAIN = "depth 0"  # the configuration of unfriendly.py that the others are compared with
 ALL = "all"  # of a bench report: every category
 CHARTED = {"plain": "#7aa6d6", "mtp@4": "#1f5fa8", "mlx-vlm@4": "#d08a3c"}
 ARMS = {"stock": "stock mlx-lm", "plain": "mlx_mtp, plain", "mtp@2": "mlx_mtp, 2 drafts", "mtp@4": "mlx_mtp, 4 drafts",
@@ -48,7 +45,7 @@ def shares(values: Sequence[float]) -> str:
 
 
 def arms_of(sampling: Results, category: str = ALL) -> dict[str, Results]:
-    """A bench report's arms by name, of one category or of all."""
+    """A bench report's rows by configuration, of one category or of all."""
     (group,) = (group for group in sampling["groups"] if group["category"] == category)
     return {arm["arm"]: arm for arm in group["arms"]}
 
@@ -59,9 +56,9 @@ def temperature(sampling: Results) -> str:
 
 
 def speed(results: Results) -> Rows:
-    """A row for every arm: over stock and tokens a pass, by temperature."""
+    """A row for every configuration: over stock and tokens a pass, by temperature."""
     samplings = results["samplings"]
-    heads = ["arm", *(f"speed, {temperature(s)}" for s in samplings),
+    heads = ["configuration", *(f"speed, {temperature(s)}" for s in samplings),
              *(f"tokens a pass, {temperature(s)}" for s in samplings)]  # fmt: skip
     found = [arms_of(s) for s in samplings]
     rows = []
@@ -109,7 +106,7 @@ def cost_model(results: Results) -> Rows:
 
 
 def unfriendly(results: Results) -> Rows:
-    """A row for every text: each arm's speed over plain decoding."""
+    """A row for every text: each configuration's speed over plain decoding."""
     found = {name: arms for name, arms in results.items() if name not in ("about", "command")}
     arms = [name for name in next(iter(found.values())) if name != PLAIN]
     rows = [[name, f"1.00 ({row[PLAIN]['tokens_per_second']:.0f} tokens/s)", *(ratio(row[arm]) for arm in arms),
@@ -118,12 +115,12 @@ def unfriendly(results: Results) -> Rows:
 
 
 def verify_cost(results: Results) -> Rows:
-    """Milliseconds of a pass of M rows."""
+    """Milliseconds of a pass of M tokens."""
     times = results["verify_milliseconds"]
     rows = [[str(m), f"{time:.2f}", f"{time / times[0]:.2f}"] for m, time in enumerate(times, 1)]
     rows.append(["1, stock mlx-lm", f"{results['mlx_lm_step_milliseconds']:.2f}",
                  f"{results['mlx_lm_step_milliseconds'] / times[0]:.2f}"])  # fmt: skip
-    return ("rows of the pass", "ms", "over one row"), rows
+    return ("tokens of the pass", "ms", "over one token"), rows
 
 
 def rounds(results: Results) -> Rows:
@@ -152,7 +149,7 @@ def memory(results: Results) -> Rows:
 
 
 def context(results: Results) -> Rows:
-    """What a round costs behind a short and a long context."""
+    """What a round costs after a short and a long context."""
     short, long = ((n, results["context"][n]) for n in sorted(results["context"], key=int))
     rows = [[name, f"{short[1][name]:.2f}", f"{long[1][name]:.2f}", f"{long[1][name] / short[1][name]:.2f}"]
             for name in short[1]]  # fmt: skip

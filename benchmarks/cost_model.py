@@ -5,7 +5,7 @@
 Speed-up over plain decoding = rounds that plain decoding takes x its round / (rounds needed x the drafted round).
 A drafted round = verify(depth + 1) + depth x draft step + host gap. Rounds are pipelined: the gap is what a round
 takes in the loop beside passes and drafts, the waiting that Python could not hide and accepting included; it is
-measured at one depth and may be below zero where one round's beginning hides behind the end of the one before.
+measured at one depth and may be below zero where one round begins before the one before ends.
 
 Nothing of the run that is foretold is used beyond its acceptance and its depths. The prompts and the configurations
 are those of `mlx-mtp bench`.
@@ -13,27 +13,26 @@ are those of `mlx-mtp bench`.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
+
+import common
 
 from mlx_mtp.cli.loading import load
 from mlx_mtp.generation.cache import CAPACITY_STEP
 from mlx_mtp.generation.depth import Curve, FixedDepth
 from mlx_mtp.generation.loop import Decoder
 from mlx_mtp.generation.types import Sampling, Stats
-from mlx_mtp.measuring.arms import PLAIN, STOCK, BenchArm, Lineup, Plan, line_up, sampling_name
-from mlx_mtp.measuring.diagnosis import ROWS, Costs, Effort, Passes, measure
+from mlx_mtp.measuring.configurations import PLAIN, STOCK, Configuration, Lineup, Plan, line_up, sampling_name
+from mlx_mtp.measuring.diagnosis import WIDEST_TIMED, Costs, Effort, measure
+from mlx_mtp.measuring.engines import DecodeJob, TimedRun
 from mlx_mtp.measuring.prompts import read_prompts
-from mlx_mtp.measuring.turns import Job, Record, Timing, ratio, speed_up, take_turns
+from mlx_mtp.measuring.timing import Passes
+from mlx_mtp.measuring.turns import Runs, fair_turns
 
 # Pipelined rounds above all, for those decide; by their mean, since a run's time is the sum of its rounds.
 PIECES = Effort(repeats=3, warm=1, pipelined=16, turns=1, middle=statistics.fmean)
@@ -98,31 +97,33 @@ def seconds_per_token(
 class Found:
     """One sampling: of every configuration its runs and what the model makes of the same turns, by job and turn."""
 
-    measured: dict[str, Record]
-    predicted: dict[str, Record]
+    measured: dict[str, Runs]
+    predicted: dict[str, Runs]
     parts: dict[str, list[Parts]] = field(default_factory=dict)
 
 
 class Foretold:
     """The configurations of a bench beside the pieces of their rounds."""
 
-    def __init__(self, plan: Plan, lineup: Lineup, prompts: Sequence[Sequence[int]]) -> None:
-        self.plan, self.lineup, self.prompts = plan, lineup, prompts
+    def __init__(self, lineup: Lineup, prompts: Sequence[Sequence[int]]) -> None:
+        self.plan, self.lineup, self.prompts = lineup.plan, lineup, prompts
         probes = lineup.engine.exactness
         exact = probes.at(CAPACITY_STEP) if probes else None
         self.padded = exact.width if exact else None
+        every = lineup.configurations.values()
+        self.drafting = {one.drafter: one.engine for one in every if one.drafter and one.engine}
         # Made once: each holds the graphs that it has compiled.
         self.passes = Passes(lineup.engine.target)
         self.decoders = {
             name: Decoder(each.target, each.drafter if name else None, FixedDepth(0), each.exactness)
-            for name, each in {"": lineup.engine, **lineup.drafters}.items()
+            for name, each in {"": lineup.engine, **self.drafting}.items()
         }
 
-    def pieces(self, job: Job) -> dict[str, Costs]:
+    def pieces(self, job: DecodeJob) -> dict[str, Costs]:
         """The verify curve, then rounds of every drafter ("" = without), all after this prompt and so sampled."""
         ids = list(job.prompt)
-        passes = self.passes.alone(ids, range(1, ROWS + 1), PIECES.repeats, PIECES.warm)
-        deepest = {name: max(engine.allowed_depths) for name, engine in self.lineup.drafters.items()}
+        passes = self.passes.alone(ids, range(1, WIDEST_TIMED + 1), PIECES.repeats, PIECES.warm)
+        deepest = {name: max(engine.allowed_depths) for name, engine in self.drafting.items()}
         return {
             name: measure(decoder, ids, deepest.get(name, 0), PIECES, job.sampling, passes)
             for name, decoder in self.decoders.items()
@@ -130,45 +131,49 @@ class Foretold:
 
     def run(self, sampling: Sampling, seed: int) -> Iterator[Found]:
         """Times everything; yields what there is so far after every prompt."""
-        ours = [arm for arm in self.lineup.arms.values() if arm.engine]
-        found = Found({name: Record() for name in self.lineup.arms}, {arm.name: Record() for arm in ours})
-        contenders: dict[str, Callable[[Job], Any]] = {
-            "": self.pieces, **{name: arm.run for name, arm in self.lineup.arms.items()}
+        every = self.lineup.configurations
+        ours = [one for one in every.values() if one.engine]
+        found = Found({name: Runs() for name in every}, {one.name: Runs() for one in ours})
+        contenders: dict[str, Callable[[DecodeJob], Any]] = {
+            "": self.pieces, **{name: one.decode for name, one in every.items()}
         }  # fmt: skip
-        pause = partial(time.sleep, self.plan.cool_down)
         for i, ids in enumerate(self.prompts):
-            job = Job(ids, self.plan.max_tokens, sampling, seed + i)
+            job = DecodeJob(ids, self.plan.max_tokens, sampling, seed + i)
             runs: dict[str, list[Any]] = {name: [] for name in contenders}
-            for name, one in take_turns(contenders, job, self.plan.repeats, pause=pause):
-                runs[name].append(one)
-            for name, record in found.measured.items():
-                record.timings.append(runs[name])
-            for arm in ours:
-                self._foretell(found, arm, runs[""], runs[arm.name])
+            for run in contenders.values():  # warm
+                run(job)
+            for turn, name in fair_turns(contenders, self.plan.repeats, self.plan.cool_down):
+                runs[name].append(contenders[name](job.of_turn(turn)))
+            for name, its in found.measured.items():
+                its.by_job.append(runs[name])
+            for one in ours:
+                self._foretell(found, one, runs[""], runs[one.name])
             yield found
 
-    def _foretell(self, found: Found, arm: BenchArm, pieces: list[dict[str, Costs]], runs: list[Timing]) -> None:
+    def _foretell(
+        self, found: Found, one: Configuration, pieces: list[dict[str, Costs]], runs: list[TimedRun]
+    ) -> None:
         turns = []
         for costs, run in zip(pieces, runs, strict=True):
-            stats, own = run.stats or Stats(rounds=1, depth_counts={0: 1}), costs[arm.drafter or ""]
+            stats, own = run.stats or Stats(rounds=1, depth_counts={0: 1}), costs[one.drafter or ""]
             chances = tokens_distribution(stats.rounds, stats.accepted_by_position)
             each = seconds_per_token(own, stats.depth_counts, chances, len(run.tokens), self.padded)
             turns.append(replace(run, seconds=each * (len(run.tokens) - 1)))
-            found.parts.setdefault(arm.name, []).append(round_parts(own, stats.depth_counts, self.padded))
-        found.predicted[arm.name].timings.append(turns)
+            found.parts.setdefault(one.name, []).append(round_parts(own, stats.depth_counts, self.padded))
+        found.predicted[one.name].by_job.append(turns)
 
 
 def rows_of(found: Found) -> dict[str, dict[str, Any]]:
     """By configuration: parts of its average round, its speed over stock mlx-lm (else over plain), and the model's."""
     base = STOCK if STOCK in found.measured else PLAIN
     rows = {}
-    for name, record in found.predicted.items():
+    for name, runs in found.predicted.items():
         if name == base:
             continue
         # Stock's own time is measured; over plain decoding the model has to foretell both.
         against = found.predicted[PLAIN] if base == PLAIN else found.measured[base]
-        measured, low, high = ratio(found.measured[name], found.measured[base])
-        predicted = speed_up(record, against)
+        measured, low, high = found.measured[name].ratio(found.measured[base])
+        predicted, _, _ = runs.ratio(against)
         parts = {f"{part}_milliseconds": 1e3 * statistics.fmean(getattr(one, part) for one in found.parts[name])
                  for part in COUNTED}  # fmt: skip
         rows[name] = {**parts, "over": base, "measured": measured, "interval": [low, high], "predicted": predicted,
@@ -178,34 +183,27 @@ def rows_of(found: Found) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     """Parses options, runs, prints, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model")
-    parser.add_argument("--drafter", default="auto")
-    parser.add_argument("--arms", default="stock,plain,mtp,lookup@auto", help="as mlx-mtp bench takes them")
-    parser.add_argument("--category", action="append", default=[], help="only this one; may be repeated")
-    parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=6)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = common.options(
+        __doc__, model=str, drafter="auto", arms="stock,plain,mtp,lookup@auto", category=(), max_tokens=64, repeats=6
+    )
     if not {STOCK, PLAIN} & set(args.arms.split(",")):
-        parser.error(f"Expected '{STOCK}' or '{PLAIN}' among --arms, found neither; add one.")
-    plan = Plan(model=args.model, drafter=args.drafter, arms=tuple(args.arms.split(",")), max_tokens=args.max_tokens,
+        raise SystemExit(f"--arms needs '{STOCK}' or '{PLAIN}' to compare with; add one.")
+    plan = Plan(model=args.model, drafter=args.drafter, names=tuple(args.arms.split(",")), max_tokens=args.max_tokens,
                 repeats=args.repeats)  # fmt: skip
     lineup = line_up(plan, load)
     chosen = read_prompts(categories=args.category, per_category=1)
     tokenizer = lineup.engine.tokenizer
     prompts = [prompt.ids(tokenizer) for prompt in chosen if prompt.fits(tokenizer)]
     results: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "samplings": {}}
-    for sampling in lineup.samplings(plan):
-        for found in Foretold(plan, lineup, prompts).run(sampling, plan.seed):
-            done = len(next(iter(found.measured.values())).timings)
+    for sampling in lineup.samplings():
+        for found in Foretold(lineup, prompts).run(sampling, plan.seed):
+            done = len(next(iter(found.measured.values())).by_job)
             print(f"{sampling_name(sampling)}: {done} of {len(prompts)} prompts", file=sys.stderr)
         rows = results["samplings"][sampling_name(sampling)] = rows_of(found)
         for name, row in rows.items():
             print(f"{sampling_name(sampling)}, {name}: measured {row['measured']:.2f} over {row['over']}, predicted "
                   f"{row['predicted']:.2f} ({row['deviation']:+.0%})")  # fmt: skip
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+    common.save(args.json, results)
 
 
 if __name__ == "__main__":

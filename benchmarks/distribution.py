@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
 
-import argparse
-import json
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 
 PROMPT = "import os\n\n"
@@ -37,7 +35,7 @@ def replies(depth: int, count: int, length: int, first_seed: int) -> list[list[i
 
 
 def cells(found: Sequence[Sequence[int]], pairs: bool) -> Counter[tuple[int, ...]]:
-    """How often each token, or each pair of neighbours, stands at each place."""
+    """How often each token, or each pair of neighbours, is at each place."""
     if pairs:
         return Counter((i, a, b) for row in found for i, (a, b) in enumerate(zip(row, row[1:], strict=False)))
     return Counter((i, a) for row in found for i, a in enumerate(row))
@@ -60,12 +58,7 @@ def distance(one: Counter[tuple[int, ...]], other: Counter[tuple[int, ...]]) -> 
 
 def main() -> None:
     """Parses options, runs, prints, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=100_000, help="of each arm")
-    parser.add_argument("--length", type=int, default=20, help="tokens a reply")
-    parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = common.options(__doc__, tokens=100_000, length=20, depth=4)
     count = args.tokens // args.length
     plain = replies(0, count, args.length, 0)
     drafted = replies(args.depth, count, args.length, 10**6)
@@ -79,9 +72,8 @@ def main() -> None:
             "halves, plain against plain": distance(cells(plain[:half], pairs), cells(plain[half:], pairs)),
         }
         for what, row in found[name].items():
-            print(f"{name}, {what}: " + ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in row.items()))
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+            print(f"{name}, {what}: {common.line(row)}")
+    common.save(args.json, found)
 
 
 if __name__ == "__main__":

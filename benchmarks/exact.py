@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
 
-import argparse
 import json
 import shutil
 import tempfile
@@ -22,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import common
 import mlx.core as mx
 import numpy as np
 
@@ -122,16 +122,12 @@ def compare(engines: dict[str, mlx_mtp.Engine], capacity: int, count: int, token
 
 def main() -> None:
     """Parses options, runs, prints, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=50)
-    parser.add_argument("--tokens", type=int, default=8)
-    parser.add_argument("--depth", type=int, default=3)
-    parser.add_argument("--capacities", type=int, nargs="+", default=[256, 512, 1024, 2048, 4608])
-    parser.add_argument("--form", choices=list(FORMS), default="float32")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    capacities = (256, 512, 1024, 2048, 4608)
+    args = common.options(__doc__, prompts=50, tokens=8, depth=3, capacities=capacities, form="float32")
     if wrong := [size for size in args.capacities if capacity_for(size) != size]:
-        parser.error(f"Expected sizes that caches have, found {wrong[0]}; take {capacity_for(wrong[0])}.")
+        raise SystemExit(f"No cache has a capacity of {wrong[0]}; take {capacity_for(wrong[0])}.")
+    if args.form not in FORMS:
+        raise SystemExit(f"--form is one of {', '.join(FORMS)}, not {args.form}.")
     engines, figures = loaded(args.form, args.depth), []
     for capacity in args.capacities:
         began = time.perf_counter()
@@ -142,8 +138,7 @@ def main() -> None:
                   f"{row['accepted']} of {row['drafted']} drafts accepted")  # fmt: skip
         print(f"{capacity}: depths {found[0]['depths']}, width {found[0]['width']}; "
               f"{time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
-        if args.json:
-            args.json.write_text(json.dumps({"form": args.form, "blas": blas.name(), "rows": figures}, indent=2) + "\n")
+        common.save(args.json, {"form": args.form, "blas": blas.name(), "rows": figures})
     print(f"{sum(row['differing'] for row in figures)} of {sum(row['logprobs'] for row in figures)} logprobs differ")
 
 

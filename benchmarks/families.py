@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/families.py [--runs DIR] [--joint-runs DIR --joint-steps 150] \
         [--json FILE --markdown FILE --plot FILE.png]
 
-Arms: stock mlx_lm (1.00), plain, lookup, assistant, lookup in front of it, parallel heads, sequential module; greedy,
-interleaved. Draft cost: a round evaluated alone, less a pass over as many rows. --runs: the folder in which the
+Stock mlx_lm (1.00), plain, lookup, assistant, lookup in front of it, parallel heads, sequential module; greedy, in fair
+turns. Draft cost: a round evaluated alone, less a pass of as many tokens. --runs: the folder in which the
 drafters were trained, for their training times. Jointly: the same small target is trained for --joint-steps without
 and with each auxiliary objective; the loss is that of the main head alone on held-out modules.
 """
@@ -13,24 +13,24 @@ from __future__ import annotations
 
 import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import blocks
+import common
 import mlx.core as mx
 import numpy as np
-from prompts import held_out_code
 from verify_cost import round_seconds
 
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.generation.exactness import WIDEST
-from mlx_mtp.generation.types import NEUTRAL
+from mlx_mtp.generation.types import acceptance
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.measuring import tables
-from mlx_mtp.measuring.diagnosis import Passes
-from mlx_mtp.measuring.turns import Job, differences, engine_arm, interleave, mlx_lm_arm, ratio
+from mlx_mtp.measuring.engines import DecodeJob, with_engine, with_mlx_lm
+from mlx_mtp.measuring.timing import Passes
+from mlx_mtp.measuring.turns import differences
 from mlx_mtp.targets.gemma4 import Gemma4Target
 from mlx_mtp.training.data import Batches
 from mlx_mtp.training.families import DrafterShape
@@ -48,27 +48,27 @@ def training_minutes(runs: Path, family: str) -> float | None:
 
 
 def compare(depth: int, context: int, prompts: int, repeats: int, runs: Path | None) -> dict[str, dict[str, Any]]:
-    """Speed, acceptance and cost of every arm."""
+    """Speed, acceptance and cost of every configuration."""
     deepest = {name: mlx_mtp.load(drafter=name).drafter.max_depth for name in DRAFTERS}  # type: ignore[union-attr]
     engines = {name: mlx_mtp.load(drafter=name, depth=min(depth, deepest[name])) for name in DRAFTERS}
     plain = mlx_mtp.load(drafter=None)
     assert plain.tokenizer is not None
-    arms = {"stock mlx-lm": mlx_lm_arm(EMBEDDED / "target"), "plain": engine_arm(plain)}
-    arms |= {name: engine_arm(engine) for name, engine in engines.items()}
-    ids = held_out_code(context, prompts, plain.tokenizer.encode)
-    greedy = mlx_mtp.Sampling(temperature=0.0).over(NEUTRAL)
-    jobs = [Job(prompt, 128, greedy) for prompt in ids]
-    *_, records = interleave(arms, jobs, repeats)
-    passes = [timing.device for timing in Passes(plain.target).alone(ids[0], range(1, WIDEST + 1), 15)]
+    decoders = {"stock mlx-lm": with_mlx_lm(EMBEDDED / "target"), "plain": with_engine(plain)}
+    decoders |= {name: with_engine(engine) for name, engine in engines.items()}
+    ids = common.held_out_code(context, prompts, plain.tokenizer.encode)
+    jobs = [DecodeJob(prompt, 128) for prompt in ids]
+    *_, everything = common.interleave(decoders, jobs, repeats)
+    passes = [one.device for one in Passes(plain.target).alone(ids[0], range(1, WIDEST + 1), 15)]
     found: dict[str, dict[str, Any]] = {}
-    for name, record in records.items():
-        faster, low, high = ratio(record, records["stock mlx-lm"])
-        row = found[name] = {"tokens_per_second": record.rate, "ratio": faster, "interval": [low, high]}
-        row["same_tokens_as_plain"] = not differences(plain.target, jobs, records["plain"], record)
+    for name, runs_of in everything.items():
+        faster, low, high = runs_of.ratio(everything["stock mlx-lm"])
+        row = found[name] = {"tokens_per_second": common.rate(runs_of), "ratio": faster, "interval": [low, high]}
+        row["same_tokens_as_plain"] = not differences(plain.target, jobs, everything["plain"], runs_of)
         if name in engines:
             used = min(depth, engines[name].drafter.max_depth)  # type: ignore[union-attr]
             alone = round_seconds(engines[name], ids[0], used, 15)["device_milliseconds"]
-            row |= {"depth": used, "tokens_per_round": record.tokens_per_round, "acceptance": record.acceptance(),
+            row |= {"depth": used, "tokens_per_round": runs_of.tokens_per_round,
+                    "acceptance": acceptance(runs_of.stats),
                     "draft_milliseconds": alone - 1e3 * passes[used]}  # fmt: skip
         if (EMBEDDED / name / "config.json").exists():
             row["parameters"] = sum(w.size for w in Checkpoint.open(EMBEDDED / name).weights().values())
@@ -96,7 +96,7 @@ def main_head_losses(folder: Path, steps: int) -> dict[str, float]:
 
 
 def plot(found: dict[str, dict[str, Any]], file: Path) -> None:
-    """Speed of every arm with its interval, and acceptance by position."""
+    """Speed of every configuration with its interval, and acceptance by position."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -123,17 +123,10 @@ def plot(found: dict[str, dict[str, Any]], file: Path) -> None:
 
 def main() -> None:
     """Parses options, runs, prints, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--context", type=int, default=500)
-    parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--runs", type=Path)
-    parser.add_argument("--joint-runs", type=Path)
-    parser.add_argument("--joint-steps", type=int, default=150)
-    for name in ("json", "markdown", "plot"):
-        parser.add_argument(f"--{name}", type=Path)
-    args = parser.parse_args()
+    args = common.options(
+        __doc__, depth=4, context=500, prompts=4, repeats=5, runs=Path, joint_runs=Path, joint_steps=150, markdown=Path,
+        plot=Path,
+    )
     results: dict[str, Any] = {"depth": args.depth, "context": args.context}
     if args.joint_runs:
         losses = main_head_losses(args.joint_runs, args.joint_steps)
@@ -141,8 +134,7 @@ def main() -> None:
     found = results["arms"] = compare(args.depth, args.context, args.prompts, args.repeats, args.runs)
     table = tables.markdown([tables.Table("", *blocks.families(results))])
     print(table)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+    common.save(args.json, results)
     if args.markdown:
         args.markdown.write_text(table)
     if args.plot:

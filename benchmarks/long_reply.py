@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
 
-import argparse
-import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+import common
 import mlx.core as mx
 
 from mlx_mtp.testing import MarkovDrafter, MarkovTarget
@@ -53,11 +51,7 @@ def rates(events: Iterator[mlx_mtp.Event], tokens: int) -> dict[str, float]:
 
 def main() -> None:
     """Parses options, runs, prints, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=MARKS[-1])
-    parser.add_argument("--depth", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = common.options(__doc__, tokens=MARKS[-1], depth=3)
     engine = circle(args.depth)
     kinds: dict[str, dict[str, Any]] = {
         "text": {}, "stop strings": {"stop": ["\n\n\n\n", "never said"]}, "raw": {"raw": True},
@@ -67,8 +61,7 @@ def main() -> None:
     for name, options in kinds.items():
         found[name] = rates(engine.stream([FIRST], max_tokens=args.tokens, **options), args.tokens)
         print(name + ": " + ", ".join(f"{mark} {rate:,.0f}/s" for mark, rate in found[name].items()), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+    common.save(args.json, found)
 
 
 if __name__ == "__main__":

@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
 
-import argparse
-import json
 import statistics
-import time
-from pathlib import Path
 from typing import Any
 
+import common
 import mlx.core as mx
-from prompts import held_out_code
 
 from mlx_mtp.generation.depth import FixedDepth
-from mlx_mtp.generation.loop import Decoder, GenerationRequest
+from mlx_mtp.generation.loop import Decoder
 from mlx_mtp.loading import EMBEDDED
-from mlx_mtp.measuring.turns import mlx_lm_step
+from mlx_mtp.measuring.timing import rounds_alone, timed_in_turns
+from mlx_mtp.measuring.turns import fair_turns
 
 
 def long_replies(engine: mlx_mtp.Engine, tokens: int, replies: int) -> list[dict[str, float]]:
@@ -53,46 +50,25 @@ def many_requests(engine: mlx_mtp.Engine, count: int) -> list[float]:
     return found
 
 
-def round_milliseconds(engine: mlx_mtp.Engine, prompt: list[int], depth: int, repeats: int = 21) -> float:
-    """Median of a round evaluated alone behind a prompt."""
-    decoder = Decoder(engine.target, engine.drafter, FixedDepth(depth))
-    request = decoder.prefill(GenerationRequest(ids=prompt, budget=1), (repeats + 4) * (depth + 1))
-    decoder.rounds.first(request)
-    times = []
-    for _ in range(repeats + 3):
-        output = decoder.rounds.build(request, depth)
-        began = time.perf_counter()
-        mx.eval(output.tokens, request.tree)
-        times.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(times[3:])
-
-
-def stock_milliseconds(prompt: list[int], repeats: int = 21) -> float:
-    """Median of mlx-lm's plain step behind the same prompt."""
-    step, times = mlx_lm_step(EMBEDDED / "target", prompt), []
-    for _ in range(repeats + 3):
-        arrays = step()
-        began = time.perf_counter()
-        mx.eval(arrays)
-        times.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(times[3:])
-
-
-def context_cost(engine: mlx_mtp.Engine, turns: int = 5) -> dict[str, dict[str, float]]:
+def context_cost(engine: mlx_mtp.Engine, turns: int = 5, repeats: int = 21) -> dict[str, dict[str, float]]:
     """Milliseconds at both contexts and their ratio; medians over turns, so that a slow minute falls on all alike."""
     assert engine.tokenizer is not None
-    prompts = [held_out_code(n, 1, engine.tokenizer.encode)[0] for n in (500, 8000)]
-    arms = {
-        "round, depth 0": lambda ids: round_milliseconds(engine, ids, 0),
-        "round, depth 3": lambda ids: round_milliseconds(engine, ids, 3),
-        "mlx-lm step": stock_milliseconds,
-    }
-    booked: dict[str, list[list[float]]] = {name: [] for name in arms}
-    for turn in range(turns):
-        for name in list(arms) if turn % 2 == 0 else list(arms)[::-1]:
-            booked[name].append([arms[name](ids) for ids in prompts])
+    prompts = [common.held_out_code(n, 1, engine.tokenizer.encode)[0] for n in (500, 8000)]
+
+    def ours(ids: list[int], depth: int) -> float:
+        decoder = Decoder(engine.target, engine.drafter, FixedDepth(depth))
+        return 1e3 * rounds_alone(decoder, ids, [depth], repeats)[0].device
+
+    def stock(ids: list[int]) -> float:
+        return 1e3 * timed_in_turns([common.mlx_lm_step(EMBEDDED / "target", ids)], repeats)[0].device
+
+    measured = {"round, depth 0": lambda ids: ours(ids, 0), "round, depth 3": lambda ids: ours(ids, 3),
+                "mlx-lm step": stock}  # fmt: skip
+    times: dict[str, list[list[float]]] = {name: [] for name in measured}
+    for _, name in fair_turns(measured, turns):
+        times[name].append([measured[name](ids) for ids in prompts])
     found = {}
-    for name, rows in booked.items():
+    for name, rows in times.items():
         columns = zip(*((short, long, long / short) for short, long in rows), strict=True)
         short, long, ratio = map(statistics.median, columns)
         found[name] = {"at 500": short, "at 8000": long, "ratio": ratio}
@@ -101,25 +77,19 @@ def context_cost(engine: mlx_mtp.Engine, turns: int = 5) -> dict[str, dict[str, 
 
 def main() -> None:
     """Parses options, runs, prints, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=7000, help="of a long reply")
-    parser.add_argument("--replies", type=int, default=3)
-    parser.add_argument("--requests", type=int, default=500)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = common.options(__doc__, tokens=7000, replies=3, requests=500)
     engine = mlx_mtp.load(depth=3)
     assert engine.tokenizer is not None
     found: dict[str, Any] = {"long": long_replies(engine, args.tokens, args.replies)}
     for row in found["long"]:
-        print(", ".join(f"{key.replace('_', ' ')} {value:.1f}" for key, value in row.items()), flush=True)
+        print(common.line(row), flush=True)
     memory = many_requests(engine, args.requests)
     found["requests"] = {"first 50": max(memory[:50]), "last 50": max(memory[-50:])}
     print("active megabytes over", args.requests, "requests:", found["requests"], flush=True)
     found["context"] = context_cost(engine)
     for name, row in found["context"].items():
         print(f"{name}: {row['at 500']:.2f} ms at 500, {row['at 8000']:.2f} ms at 8,000, ratio {row['ratio']:.2f}")
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+    common.save(args.json, found)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,15 @@
 
     .venv/bin/python benchmarks/training.py [--turns 6] [--steps 4] [--json FILE]
 
-Full fine-tuning of the embedded target in float32 with AdamW, 4 x 512 tokens a step, on the standard library. The arms
-take turns (A B B A ...); a turn builds its step anew, so its first step is not booked. Medians of all booked steps.
+Full fine-tuning of the embedded target in float32 with AdamW, 4 x 512 tokens a step, on the standard library. Both take
+turns (A B B A ...); a turn builds its step anew, so its first step does not count. Medians of all other steps.
 """
 
 from __future__ import annotations
 
 import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
 
-import argparse
 import contextlib
-import json
 import os
 import statistics
 import tempfile
@@ -21,11 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import common
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 
 from mlx_mtp.loading import EMBEDDED
+from mlx_mtp.measuring.turns import fair_turns
 from mlx_mtp.targets.gemma4 import Gemma4Target
 from mlx_mtp.training.corpus import standard_library
 from mlx_mtp.training.data import Batches, fingerprint, pack
@@ -43,7 +43,7 @@ def packed(most: int) -> np.ndarray:
     return pack(documents, load(EMBEDDED / "target"))[:most]
 
 
-def our_arm(ids: np.ndarray, steps: int) -> Callable[[], list[float]]:
+def ours(ids: np.ndarray, steps: int) -> Callable[[], list[float]]:
     """Seconds of every step of a turn of ours."""
     target = mlx_mtp.load(drafter=None).target
     assert isinstance(target, Gemma4Target)
@@ -64,7 +64,7 @@ def our_arm(ids: np.ndarray, steps: int) -> Callable[[], list[float]]:
     return turn
 
 
-def mlx_lm_arm(ids: np.ndarray, steps: int) -> Callable[[], list[float]]:
+def mlx_lms(ids: np.ndarray, steps: int) -> Callable[[], list[float]]:
     """The same of mlx_lm.tuner.trainer.train."""
     from mlx_lm import load
     from mlx_lm.tuner.trainer import TrainingArgs, TrainingCallback, train
@@ -101,25 +101,19 @@ def mlx_lm_arm(ids: np.ndarray, steps: int) -> Callable[[], list[float]]:
 
 def main() -> None:
     """Parses options, runs, prints, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=6, help="of each arm")
-    parser.add_argument("--steps", type=int, default=4, help="of a turn; the first is not booked")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = common.options(__doc__, turns=6, steps=4)
     ids = packed(64 * LENGTH + 1)
-    arms = {"mlx-mtp": our_arm(ids, args.steps), "mlx-lm": mlx_lm_arm(ids, args.steps)}
-    booked: dict[str, list[float]] = {name: [] for name in arms}
-    for turn in range(args.turns):
-        for name in list(arms) if turn % 2 == 0 else list(arms)[::-1]:
-            booked[name] += arms[name]()[1:]
-    speed = {name: BATCH * LENGTH / statistics.median(times) for name, times in booked.items()}
+    trainers = {"mlx-mtp": ours(ids, args.steps), "mlx-lm": mlx_lms(ids, args.steps)}
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    for _, name in fair_turns(trainers, args.turns):
+        seconds[name] += trainers[name]()[1:]
+    speed = {name: BATCH * LENGTH / statistics.median(times) for name, times in seconds.items()}
     ratio = speed["mlx-mtp"] / speed["mlx-lm"]
     for name, tokens in speed.items():
-        low, high = min(booked[name]), max(booked[name])
-        print(f"{name}: {tokens:,.0f} tokens/s, a step {low:.2f} to {high:.2f} s over {len(booked[name])} steps")
+        low, high = min(seconds[name]), max(seconds[name])
+        print(f"{name}: {tokens:,.0f} tokens/s, a step {low:.2f} to {high:.2f} s over {len(seconds[name])} steps")
     print(f"ratio {ratio:.2f}")
-    if args.json:
-        args.json.write_text(json.dumps({"tokens_per_second": speed, "ratio": ratio}, indent=2) + "\n")
+    common.save(args.json, {"tokens_per_second": speed, "ratio": ratio})
 
 
 if __name__ == "__main__":

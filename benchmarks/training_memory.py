@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import mlx_mtp  # isort: skip  # noqa: F401  (before MLX: on Linux it brings the fast BLAS)
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 
+import common
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
@@ -70,13 +68,7 @@ def peak(heads: int, vocabulary: int, batch: int, rows: int, in_order: bool) -> 
 
 def main() -> None:
     """Parses options, measures, prints, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--heads", default="1,2,4")
-    parser.add_argument("--vocabulary", type=int, default=32_768)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--rows", type=int, default=128)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = common.options(__doc__, heads="1,2,4", vocabulary=32_768, batch=2, rows=128)
     mx.set_memory_limit(1)
     counts = [int(count) for count in args.heads.split(",")]
     found: dict[str, Any] = {"vocabulary": args.vocabulary, "batch": args.batch, "rows": args.rows, "peak_bytes": {}}
@@ -85,8 +77,7 @@ def main() -> None:
         found["peak_bytes"][name] = peaks
         first = peaks[counts[0]]
         print(f"{name}: " + ", ".join(f"{n} heads {p / 1e6:.0f} MB ({p / first:.2f}x)" for n, p in peaks.items()))
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+    common.save(args.json, found)
 
 
 if __name__ == "__main__":

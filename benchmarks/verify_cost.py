@@ -1,4 +1,4 @@
-"""What a round is made of: passes of 1 to 9 rows, draft steps, the host's time, memory, and how long the device idles.
+"""What a round is made of: passes of 1 to 9 tokens, draft steps, the host's time, memory, how long the device idles.
 
     .venv/bin/python benchmarks/verify_cost.py [--model DIR --drafter DIR] [--context 500] [--json FILE]
 
@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
 
-import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
+import common
 import mlx.core as mx
-from prompts import held_out_code
 
 from mlx_mtp.generation.depth import FixedDepth
 from mlx_mtp.generation.exactness import WIDEST
 from mlx_mtp.generation.loop import Decoder
 from mlx_mtp.loading import EMBEDDED
-from mlx_mtp.measuring.diagnosis import Passes, rounds_alone, timed_in_turns
-from mlx_mtp.measuring.turns import mlx_lm_step
+from mlx_mtp.measuring.timing import Passes, rounds_alone, timed_in_turns
 
 
 def round_seconds(engine: mlx_mtp.Engine, prompt: list[int], depth: int, repeats: int) -> dict[str, float]:
@@ -47,22 +44,15 @@ def round_seconds(engine: mlx_mtp.Engine, prompt: list[int], depth: int, repeats
 
 def main() -> None:
     """Parses options, runs, prints, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model")
-    parser.add_argument("--drafter", default="auto")
-    parser.add_argument("--context", type=int, default=500)
-    parser.add_argument("--repeats", type=int, default=21)
-    parser.add_argument("--depths", default="0,1,2,3,4,6,8")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = common.options(__doc__, model=str, drafter="auto", context=500, repeats=21, depths="0,1,2,3,4,6,8")
     engine = mlx_mtp.load(args.model, drafter=args.drafter, depth=1)
     assert engine.tokenizer is not None
-    (prompt,) = held_out_code(args.context, 1, engine.tokenizer.encode)
+    (prompt,) = common.held_out_code(args.context, 1, engine.tokenizer.encode)
     passes = Passes(engine.target).alone(prompt, range(1, WIDEST + 1), args.repeats)
-    verify = [timing.device for timing in passes]
-    print(f"context {args.context}: pass of M rows in ms, and over one row")
+    verify = [one.device for one in passes]
+    print(f"context {args.context}: pass of M tokens in ms, and over one row")
     print("  " + "  ".join(f"{m}: {1e3 * t:.2f} ({t / verify[0]:.2f})" for m, t in enumerate(verify, 1)))
-    step = mlx_lm_step(Path(args.model or EMBEDDED / "target"), prompt)
+    step = common.mlx_lm_step(Path(args.model or EMBEDDED / "target"), prompt)
     stock = timed_in_turns([step], args.repeats)[0].device
     print(f"stock mlx-lm's step: {1e3 * stock:.2f} ms")
     found: dict[str, Any] = {"context": args.context, "verify_milliseconds": [1e3 * t for t in verify],
@@ -73,9 +63,8 @@ def main() -> None:
             (row["device_milliseconds"] - 1e3 * verify[depth]) / depth if depth else 0.0
         )
         found["rounds"][depth] = row
-        print(f"depth {depth}: " + ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in row.items()))
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+        print(f"depth {depth}: {common.line(row)}")
+    common.save(args.json, found)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -20,34 +19,33 @@ from mlx_mtp.cli import options
 from mlx_mtp.cli.loading import load
 from mlx_mtp.errors import MLXMTPError, OptionError, brief
 from mlx_mtp.measuring import tables
-from mlx_mtp.measuring.arms import DEFAULT_ARMS, DEFAULT_DEPTHS, Plan, line_up
+from mlx_mtp.measuring.bench import Bench
+from mlx_mtp.measuring.configurations import DEFAULT_DEPTHS, DEFAULT_NAMES, Plan, line_up
 from mlx_mtp.measuring.energy import open_meter
 from mlx_mtp.measuring.plots import check_matplotlib, plot
 from mlx_mtp.measuring.prompts import read_prompts
-from mlx_mtp.measuring.report import Setting, build
-from mlx_mtp.measuring.run import Bench
-from mlx_mtp.measuring.summary import markdown, summary
+from mlx_mtp.measuring.report import bench_markdown, bench_parts, build
 
 DEFAULTS = Plan()
 STDOUT = Path("-")
-OUTPUT, PROMPTS, ARMS = "Output", "Prompts", "Configurations"
+OUTPUT, PROMPTS, CONFIGURATIONS = "Output", "Prompts", "Configurations"
 
 
 def bench(
     model: options.Model = None,
     drafter: options.Drafter = "auto",
     depth: Annotated[
-        str | None, typer.Option(help="One depth for all drafters, 'auto' or 0 to 8.", rich_help_panel=ARMS)
+        str | None, typer.Option(help="One depth for all drafters, 'auto' or 0 to 8.", rich_help_panel=CONFIGURATIONS)
     ] = None,
     depths: Annotated[
         str | None,
         typer.Option(help="Their depths, with commas.", show_default=",".join(map(str, DEFAULT_DEPTHS)),
-                     rich_help_panel=ARMS),
+                     rich_help_panel=CONFIGURATIONS),
     ] = None,
     arms: Annotated[
         str, typer.Option(help="stock, plain, mtp, lookup, mlx-vlm or any drafter's name; NAME@3 and NAME@auto set a "
-                          "depth.", rich_help_panel=ARMS)
-    ] = ",".join(DEFAULT_ARMS),
+                          "depth.", rich_help_panel=CONFIGURATIONS)
+    ] = ",".join(DEFAULT_NAMES),
     mode: options.Mode = "fast",
     prompts: Annotated[
         list[Path] | None,
@@ -85,119 +83,86 @@ def bench(
 ) -> None:  # fmt: skip
     """Measure this machine: stock mlx-lm, plain, and every drafter, on the same prompts in turns."""
     files = {"--json": as_json, "--markdown": as_markdown, "--plot": as_plot}
-    _check_files(files)
+    _check_files({option: file for option, file in files.items() if file is not None})
     asked = mlx_mtp.Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
     plan = Plan(
-        model=model, drafter=drafter, arms=tuple(name.strip() for name in arms.split(",") if name.strip()),
+        model=model, drafter=drafter, names=tuple(name.strip() for name in arms.split(",") if name.strip()),
         depths=_depths(depth, depths), mode=mode, max_tokens=max_tokens, repeats=repeats, cool_down=cool_down,
         seed=seed, max_context=max_context, samplings=None if asked == mlx_mtp.Sampling() else (asked,),
     )  # fmt: skip
     if per_category < 1:
-        raise OptionError(f"Expected --per-category of at least 1, found {per_category}; raise it.")
+        raise OptionError(f"--per-category must be at least 1, not {per_category}.")
     chosen = read_prompts(prompts or (), category or (), per_category, raw)
     if as_plot:
         check_matplotlib()
-    setting = Setting(["mlx-mtp", *sys.argv[1:]])
     meter, why_not = open_meter()
-    setting.notes += [why_not] if why_not else []
-    _measure(Bench(plan, line_up(plan, load), chosen, meter), setting, files)
-
-
-def _measure(run: Bench, setting: Setting, files: dict[str, Path | None]) -> None:
-    """Runs everything; Ctrl-C leaves what was measured so far in all outputs."""
-    for sentence in run.lineup.left_out:
+    run = Bench(line_up(plan, load), chosen, meter, ["mlx-mtp", *sys.argv[1:]])
+    for sentence in run.notes:
         print(sentence, file=sys.stderr)
-    ended = _followed(run.run(), run.steps)
-    setting.notes += [ended.sentence] if ended.error else []
-    report = build(run, setting, ended.early)
-    contents = {"--json": json.dumps(report, indent=2) + "\n", "--markdown": markdown(report)}
+    run.notes += [why_not] if why_not else []
+    _measure(run, files)
+
+
+def _measure(run: Bench, files: dict[str, Path | None]) -> None:
+    """Runs everything; Ctrl-C and errors, of MLX or of another engine, cost nothing that was measured before."""
+    ended: BaseException | None = None
+    try:
+        _follow(run.run(), run.steps)
+    except (KeyboardInterrupt, Exception) as error:
+        ended = error
+        sentence = f"Stopped by an error: {brief(error)}." if isinstance(error, Exception) else "Interrupted."
+        print(sentence, "What was measured so far follows.", file=sys.stderr)
+        run.notes.append(sentence)
+    report = build(run, ended is not None)
+    contents = {"--json": json.dumps(report, indent=2) + "\n", "--markdown": bench_markdown(report)}
     if STDOUT not in files.values():  # tables on a terminal, Markdown in a pipe
         if sys.stdout.isatty():
-            tables.show(Console(), summary(report))
+            tables.print_parts(Console(), bench_parts(report))
         else:
             print(contents["--markdown"], end="")
     for option, content in contents.items():
-        _write(files[option], content)
+        if files[option] == STDOUT:
+            print(content, end="")
+        elif file := files[option]:
+            with replacing(file) as fresh:
+                fresh.write_text(content, encoding="utf-8")
     if picture := files["--plot"]:
         with replacing(picture) as fresh:
             plot(report, fresh)
-    ended.leave()
+    if isinstance(ended, Exception):
+        raise MLXMTPError(f"The bench stopped ({brief(ended)}); what was measured before is in the report.") from ended
+    if ended:
+        raise typer.Exit(130)
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a run ended: by itself, by Ctrl-C, or by an error, which costs no figure that was recorded before it."""
-
-    interrupted: bool = False
-    error: Exception | None = None
-
-    @property
-    def early(self) -> bool:
-        """Whether something is missing."""
-        return self.interrupted or self.error is not None
-
-    @property
-    def sentence(self) -> str:
-        """For the report's notes and for the user."""
-        return f"Stopped by an error: {brief(self.error)}." if self.error else "Interrupted."
-
-    def leave(self) -> None:
-        """Exit code 130 after Ctrl-C, one sentence and exit code 2 after an error; otherwise nothing."""
-        if self.error is not None:
-            raise MLXMTPError(
-                f"Expected the bench to run to its end, found an error ({brief(self.error)}); what was measured before "
-                "it is in the report."
-            ) from self.error
-        if self.interrupted:
-            raise typer.Exit(130)
-
-
-def _followed(steps: Iterator[str], total: int) -> Ended:
+def _follow(steps: Iterator[str], total: int) -> None:
     """Takes all steps under a bar with the time left, on a terminal."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     # Steps differ in length, so the time left goes by all of them and not by the last few.
-    bar = Progress(*columns, console=console, transient=True, speed_estimate_period=24 * 3600.0,
-                   disable=not console.is_interactive)  # fmt: skip
-    try:
-        with bar:
-            task = bar.add_task("measuring", total=total)
-            for what in steps:
-                bar.update(task, advance=1, description=what)
-    except KeyboardInterrupt:
-        print("Interrupted; what was measured so far follows.", file=sys.stderr)
-        return Ended(interrupted=True)
-    except Exception as error:  # of MLX or of another engine: what was measured must not be lost with it
-        print(f"Stopped by an error ({brief(error)}); what was measured so far follows.", file=sys.stderr)
-        return Ended(error=error)
-    return Ended()
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=24 * 3600.0,
+                  disable=not console.is_interactive) as bar:  # fmt: skip
+        task = bar.add_task("measuring", total=total)
+        for what in steps:
+            bar.update(task, advance=1, description=what)
 
 
-def _write(file: Path | None, content: str) -> None:
-    if file == STDOUT:
-        print(content, end="")
-    elif file is not None:
-        with replacing(file) as fresh:
-            fresh.write_text(content, encoding="utf-8")
-
-
-def _check_files(files: dict[str, Path | None]) -> None:
+def _check_files(files: dict[str, Path]) -> None:
     """Before anything is measured."""
-    given = {option: file for option, file in files.items() if file is not None}
-    if list(given.values()).count(STDOUT) > 1 or given.get("--plot") == STDOUT:
-        raise OptionError("Expected '-' for --json or for --markdown, found it elsewhere or twice; name a file.")
-    places = [file.resolve() for file in given.values() if file != STDOUT]
+    places = [file.resolve() for file in files.values()]
     if len(set(places)) < len(places):
-        raise OptionError("Expected a file of its own for each of --json, --markdown and --plot, found one twice.")
-    for option, file in given.items():
+        raise OptionError("--json, --markdown and --plot need a file each, and one is named twice.")
+    for option, file in files.items():
+        if file == STDOUT and option == "--plot":
+            raise OptionError("--plot writes a picture, which stdout is no place for; name a file.")
         if file != STDOUT and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
-            raise OptionError(f"Expected {option} as a file in a writable folder, found '{file}'; change it.")
+            raise OptionError(f"{option} must be a file in a writable folder, not '{file}'.")
 
 
 def _depths(depth: str | None, depths: str | None) -> tuple[int | str, ...] | None:
     if depth is not None and depths is not None:
-        raise OptionError("Expected --depth or --depths, found both; leave one out.")
+        raise OptionError("--depth and --depths mean the same drafts; leave one out.")
     given = depth if depths is None else depths
     return None if given is None else tuple(options.depth_value(one.strip()) for one in given.split(","))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import re
 import sys
@@ -16,10 +17,8 @@ from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.cli import app
 from mlx_mtp.converting.quantise import quantise
 from mlx_mtp.loading import EMBEDDED
-from mlx_mtp.measuring import run
-from mlx_mtp.measuring.arms import BenchArm
-from mlx_mtp.measuring.report import DEFINITIONS
-from mlx_mtp.measuring.summary import markdown
+from mlx_mtp.measuring import bench, configurations
+from mlx_mtp.measuring.report import DEFINITIONS, bench_markdown
 
 SPREAD = {"median", "low", "high"}
 ROW = {
@@ -27,7 +26,7 @@ ROW = {
     "acceptance", "drafted_by_position", "verified_by_position", "accepted_by_position", "depth_counts",
     "milliseconds_per_round", "first_token_milliseconds", "run_bytes", "joules_per_token", "output",
 }  # fmt: skip
-ARMS = ["stock", "plain", "mtp@2", "mtp@auto", "lookup@2"]
+NAMES = ["stock", "plain", "mtp@2", "lookup@auto"]
 
 
 def command(*args: str) -> int:
@@ -49,11 +48,13 @@ def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def outputs(prompt_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A folder with report.json, report.md and report.png of one small run, and the JSON."""
-    folder = tmp_path_factory.mktemp("bench")
+    folder, plan = tmp_path_factory.mktemp("bench"), configurations.Plan
     files = [f"--{name}={folder / 'report'}.{end}" for name, end in
              (("json", "json"), ("markdown", "md"), ("plot", "png"))]  # fmt: skip
-    code = command("--prompts", str(prompt_file), "--arms", "stock,plain,mtp,lookup@2", "--depths", "2,auto",
-                   "--max-tokens", "12", "--repeats", "2", "--cool-down", "0", *files)  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlx_mtp.cli.bench.Plan", lambda **asked: plan(**asked, tokens_for_acceptance=16))
+        code = command("--prompts", str(prompt_file), "--arms", "stock,plain,mtp@2,lookup@auto", "--max-tokens", "12",
+                       "--repeats", "2", "--cool-down", "0", *files)  # fmt: skip
     assert code == 0
     assert sorted(file.name for file in folder.iterdir()) == ["report.json", "report.md", "report.png"]
     return folder, json.loads((folder / "report.json").read_text())
@@ -68,39 +69,32 @@ def test_the_json_holds_everything(outputs: tuple[Path, dict[str, Any]]) -> None
     assert (report["format"], report["interrupted"], report["pair"]["family"]) == (2, False, "assistant")
     assert report["command"].startswith("mlx-mtp bench --prompts ") and report["settings"]["tokens"] == 12
     assert {"power_source", "low_power_mode", "blas", "load_average", "python"} <= set(report["machine"])
-    greedy, own = report["samplings"]
-    assert (greedy["name"], own["name"]) == ("T = 0", "T = 1, top-k 64, top-p 0.95")
-    for sampling in (greedy, own):
+    assert [sampling["name"] for sampling in report["samplings"]] == ["T = 0", "T = 1, top-k 64, top-p 0.95"]
+    for sampling in report["samplings"]:
         assert [group["category"] for group in sampling["groups"]] == ["all", "code"]
-        for group in sampling["groups"]:
-            assert [row["arm"] for row in group["arms"]] == ARMS and group["prompts"] == 1
-            for row in group["arms"]:
-                assert set(row) == ROW
-                assert set(row["tokens_per_second"]) == set(row["first_token_milliseconds"]) == SPREAD
-                assert 0 < row["tokens_per_second"]["low"] <= row["tokens_per_second"]["high"]
-                assert row["run_bytes"] > 1e5 and row["over_stock"]["low"] <= row["over_stock"]["high"]
-                assert (row["milliseconds_per_round"] is None) == (row["arm"] == "stock")
+        for row in (row for group in sampling["groups"] for row in group["arms"]):
+            assert set(row) == ROW and set(row["tokens_per_second"]) == set(row["first_token_milliseconds"]) == SPREAD
+            assert row["run_bytes"] > 1e5 and row["over_stock"]["low"] <= row["over_stock"]["high"]
 
 
 def test_the_figures_agree_with_the_raw_runs(outputs: tuple[Path, dict[str, Any]]) -> None:
     for sampling in outputs[1]["samplings"]:
         (prompt,) = sampling["prompts"]
         rows = {row["arm"]: row for row in sampling["groups"][0]["arms"]}
+        assert list(rows) == NAMES
         assert rows["stock"]["over_stock"] == {"ratio": 1.0, "low": 1.0, "high": 1.0}
-        assert rows["plain"]["over_plain"]["ratio"] == 1.0
         for name, runs in prompt["runs"].items():
-            assert [one["tokens"] for one in runs] == [12, 12]  # the ending is ignored, the budget is met
-            speeds = sorted(11 / one["seconds"] for one in runs)
-            assert rows[name]["tokens_per_second"]["median"] == pytest.approx(sum(speeds) / 2)
-        drafted = rows["mtp@2"]
+            assert [one["tokens"] for one in runs] == [12, 12]  # stop tokens are ignored, the budget is met
+            speeds, row = [11 / one["seconds"] for one in runs], rows[name]
+            assert row["tokens_per_second"]["median"] == pytest.approx(sum(speeds) / 2)
+            # A plain round gives one token: 11 of them between the first token and the last.
+            assert (row["milliseconds_per_round"] is None) == (name == "stock")
+            if name == "plain":
+                assert row["milliseconds_per_round"] == pytest.approx(sum(1e3 / speed for speed in speeds) / 2)
+        drafted, reply = rows["mtp@2"], prompt["replies"]["mtp@2"]
         assert drafted["depth_counts"] == {"2": sum(one["depth_counts"]["2"] for one in prompt["runs"]["mtp@2"])}
-        assert len(drafted["acceptance"]) == 2 and 1.0 <= drafted["tau"] <= 3.0
-        reply = prompt["replies"]["mtp@2"]
         assert drafted["tau"] == pytest.approx((reply["tokens"] - 1) / reply["rounds"])
         assert drafted["acceptance"][0] == reply["accepted_by_position"][0] / reply["verified_by_position"][0]
-        # A plain round gives one token: 11 of them between the first token and the last.
-        each = sorted(1e3 * one["seconds"] / 11 for one in prompt["runs"]["plain"])
-        assert rows["plain"]["milliseconds_per_round"] == pytest.approx(sum(each) / 2)
 
 
 def test_greedy_outputs_are_compared(outputs: tuple[Path, dict[str, Any]]) -> None:
@@ -115,86 +109,52 @@ def test_greedy_outputs_are_compared(outputs: tuple[Path, dict[str, Any]]) -> No
     assert all(row["output"] is None for row in own["groups"][0]["arms"])
 
 
-def test_the_markdown_is_of_that_report_alone(outputs: tuple[Path, dict[str, Any]]) -> None:
+def test_the_markdown_and_the_plot_are_of_that_report_alone(outputs: tuple[Path, dict[str, Any]]) -> None:
     folder, report = outputs
     text = (folder / "report.md").read_text()
-    assert markdown(report) == text
+    assert bench_markdown(report) == text
     assert text.splitlines()[2] == report["verdict"] and report["verdict"].startswith("At T = 0 ")
-    assert "12 tokens each, 2 turns" in text and "128 tokens at most" in text and "{" not in text
-    for words in (*ARMS, *DEFINITIONS, report["machine"]["mlx"], report["command"]):
+    assert "16 tokens at most" in text and "{" not in text
+    for words in (*NAMES, *DEFINITIONS, report["machine"]["mlx"], report["command"]):
         assert words in text
     for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         assert len({line.count(" | ") for line in block.splitlines() if "---" not in line}) == 1, block
-    report["interrupted"] = True
-    assert "**Interrupted" in markdown(report)
-
-
-def test_the_plot_is_a_picture(outputs: tuple[Path, dict[str, Any]]) -> None:
-    picture = (outputs[0] / "report.png").read_bytes()
+    picture = (folder / "report.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
+    report["interrupted"] = True
+    assert "**Interrupted" in bench_markdown(report)
 
 
-def ends_after_a_turn(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    """Every bench is ended by the error once one prompt has been through all arms."""
-    whole = run.Bench.run
-
-    def cut(self: run.Bench) -> Iterator[str]:
-        for what in whole(self):
-            yield what
-            if any(measured.turns for done in self.results.values() for measured in done):
-                raise error
-
-    monkeypatch.setattr(run.Bench, "run", cut)
+SHORT = ("--arms", "plain", "--max-tokens", "8", "--cool-down", "0")
 
 
-def test_ctrl_c_leaves_what_was_measured(
-    prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ends_after_a_turn(monkeypatch, KeyboardInterrupt())
+@pytest.mark.parametrize(
+    ("error", "code", "words", "turns"),
+    [(KeyboardInterrupt(), 130, "Interrupted.", 0), (KeyboardInterrupt(), 130, "Interrupted.", 1),
+     (RuntimeError("[metal] out of memory"), 2, "Stopped by an error: [metal] out of memory.", 1)],
+)  # fmt: skip
+def test_what_was_measured_before_an_end_is_reported(
+    error: BaseException, code: int, words: str, turns: int, prompt_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def cut(self: bench.Bench) -> Iterator[str]:
+        yield from itertools.islice(whole(self), turns)
+        raise error
+
+    whole = bench.Bench.run
+    monkeypatch.setattr(bench.Bench, "run", cut)
     file = tmp_path / "report.json"
-    options = ("--prompts", str(prompt_file), "--arms", "plain", "--max-tokens", "8", "--cool-down", "0")
-    assert command(*options, "--json", str(file)) == 130
+    assert command("--prompts", str(prompt_file), *SHORT, "--json", str(file)) == code
     out, err = capsys.readouterr()
     report = json.loads(file.read_text())
-    assert report["interrupted"] and "Interrupted" in err and "Interrupted" in out
-    (sampling,) = report["samplings"]
-    (prompt,) = sampling["prompts"]
-    assert len(prompt["runs"]["plain"]) == 1 and sampling["groups"][0]["arms"][0]["over_stock"] is None
-
-
-def test_arms_take_turns_after_a_warm_up(
-    prompt_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    ran: list[str] = []
-
-    def timed(self: run.Bench, arm: BenchArm) -> Any:
-        watched = watch(self, arm)
-        return lambda job: (ran.append(arm.name), watched(job))[1]
-
-    watch = run.Bench._watched
-    monkeypatch.setattr(run.Bench, "_watched", timed)
-    options = ("--prompts", str(prompt_file), "--arms", "stock,plain", "--max-tokens", "8", "--cool-down", "0")
-    assert command(*options, "--temperature", "0", "--repeats", "3", "--json", str(tmp_path / "report.json")) == 0
-    forth, back = ["stock", "plain"], ["plain", "stock"]
-    assert ran == forth + forth + back + forth
-
-
-def test_an_error_on_the_way_costs_nothing_that_was_measured(
-    prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ends_after_a_turn(monkeypatch, RuntimeError("[metal] out of memory"))
-    file = tmp_path / "report.json"
-    options = ("--prompts", str(prompt_file), "--arms", "plain", "--max-tokens", "8", "--cool-down", "0")
-    assert command(*options, "--json", str(file)) == 2
-    out, err = capsys.readouterr()
-    report = json.loads(file.read_text())
-    assert "Stopped by an error: [metal] out of memory." in report["notes"] and "**Interrupted" in out
-    assert len(report["samplings"][0]["prompts"][0]["runs"]["plain"]) == 1
-    assert "[metal] out of memory" in err.splitlines()[-1] and "Traceback" not in err
+    assert report["interrupted"] and words in report["notes"] and words in err and "**Interrupted" in out
+    runs = [prompt["runs"]["plain"] for sampling in report["samplings"] for prompt in sampling["prompts"]]
+    assert list(map(len, runs)) == [1] * turns
+    assert code == 130 or ("[metal] out of memory" in err.splitlines()[-1] and "Traceback" not in err)
 
 
 def test_one_run_of_one_prompt_has_no_interval(prompt_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--prompts", str(prompt_file), "--arms", "plain,lookup@2", "--max-tokens", "8", "--repeats", "1")
+    options = ("--prompts", str(prompt_file), *SHORT, "--arms", "plain,lookup@2", "--repeats", "1")
     assert command(*options, "--temperature", "0", "--repetition-penalty", "1.3", "--json", "-") == 0
     (sampling,) = json.loads(capsys.readouterr().out)["samplings"]
     rows = {row["arm"]: row for row in sampling["groups"][0]["arms"]}
@@ -207,6 +167,8 @@ def test_mlx_vlm_takes_part_with_a_quantised_pair(
 ) -> None:
     pytest.importorskip("mlx_vlm")
     quantise(Checkpoint.open(EMBEDDED / "target"), tmp_path / "target", bits=4, group=32)
+    file = tmp_path / "target" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vision_config": None}))  # as the embedded one has it
     options = ("--prompts", str(prompt_file), "--arms", "plain,mlx-vlm@1", "--max-tokens", "8", "--repeats", "1")
     pair = ("--model", str(tmp_path / "target"), "--drafter", str(EMBEDDED / "assistant"))
     assert command(*options, *pair, "--temperature", "0", "--cool-down", "0", "--json", "-") == 0
@@ -218,34 +180,19 @@ def test_mlx_vlm_takes_part_with_a_quantised_pair(
     assert all(abs(place["logit_gap"]) < 0.05 for place in vlm["output"]["differences"])
 
 
-def test_ctrl_c_before_anything_was_measured(
-    prompt_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def cut(self: run.Bench) -> Iterator[str]:
-        raise KeyboardInterrupt
-        yield ""
-
-    monkeypatch.setattr(run.Bench, "run", cut)
-    assert command("--prompts", str(prompt_file), "--arms", "plain", "--json", "-") == 130
-    assert json.loads(capsys.readouterr().out)["samplings"] == []
-
-
 @pytest.mark.parametrize(
     ("args", "words"),
     [
         (("--category", "poetry"), "'code', 'edit'"),
-        (("--prompts", "/no/such/file.jsonl"), "/no/such/file.jsonl"),
-        (("--depth", "2", "--depths", "2,4"), "found both"),
-        (("--depths", "two"), "found 'two'"),
+        (("--depth", "2", "--depths", "2,4"), "leave one out"),
         (("--depths", "9"), "0 to 8, not 9"),
         (("--arms", "stock,oracle"), "'oracle'"),
-        (("--arms", ","), "at least one arm"),
+        (("--arms", ","), "no configuration"),
         (("--arms", "plain,mlx-vlm@auto"), "mlx-vlm@auto"),
-        (("--json", "same.txt", "--markdown", "./same.txt"), "found one twice"),
-        (("--cool-down", "nan"), "cool_down of at least 0"),
-        (("--json", "-", "--markdown", "-"), "found it elsewhere or twice"),
+        (("--json", "same.txt", "--markdown", "./same.txt"), "named twice"),
+        (("--plot", "-"), "name a file"),
         (("--json", "/no/such/folder/a.json"), "/no/such/folder/a.json"),
-        (("--max-tokens", "1"), "max_tokens of at least 8"),
+        (("--max-tokens", "1"), "max_tokens must be 8"),
         (("--per-category", "0"), "--per-category"),
         (("--max-context", "300", "--category", "long context"), "at most 172 tokens"),
     ],
@@ -258,13 +205,6 @@ def test_bad_input_is_one_sentence(
     assert (code, out) == (2, "")
     last = err.splitlines()[-1]
     assert words in last and last.endswith(".") and "Traceback" not in err
-
-
-def test_a_bad_line_of_a_prompt_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "bad.jsonl"
-    file.write_text('{"prompt": "good"}\n{"prompt": \n')
-    assert command("--prompts", str(file)) == 2
-    assert f"{file}, line 2" in capsys.readouterr().err
 
 
 def test_without_matplotlib_nothing_is_measured(

@@ -11,9 +11,10 @@ from documents import ROOT
 
 from mlx_mtp.generation.depth import expected_tokens
 from mlx_mtp.generation.types import Stats
-from mlx_mtp.measuring.arms import BenchArm
+from mlx_mtp.measuring.configurations import Configuration
 from mlx_mtp.measuring.diagnosis import Costs
-from mlx_mtp.measuring.turns import Record, Timing
+from mlx_mtp.measuring.engines import TimedRun
+from mlx_mtp.measuring.turns import Runs
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import cost_model  # noqa: E402
@@ -70,21 +71,21 @@ def test_exact_mode_pays_for_padded_passes() -> None:
 def test_every_turn_is_foretold_by_its_own_pieces() -> None:
     """Plain decoding whose rounds take what its pieces say is foretold exactly, also when a turn is twice as slow."""
     engine: Any = object()
-    arms = {name: BenchArm(name=name, run=lambda job: pytest.fail("not run"), engine=engine, drafter=drafter)
-            for name, drafter in (("plain", None), ("mtp@2", "mtp"))}  # fmt: skip
+    every = {name: Configuration(name=name, decode=lambda job: pytest.fail("not run"), engine=engine, drafter=drafter)
+             for name, drafter in (("plain", None), ("mtp@2", "mtp"))}  # fmt: skip
     tokens, slow = 64, replace(COSTS, **{name: 2 * getattr(COSTS, name) for name in ("plain", "drafted", "draft_step")},
                                verify=tuple(2 * time for time in COSTS.verify))  # fmt: skip
     pieces = [{"": costs, "mtp": costs} for costs in (COSTS, slow)]
     stats = {"plain": Stats(rounds=63, depth_counts={0: 63}),
              "mtp@2": Stats(rounds=30, depth_counts={2: 30}, accepted_by_position=[24, 12])}  # fmt: skip
     seconds = {"plain": (63 * 0.0105, 63 * 0.021), "mtp@2": (0.5, 1.0)}
-    runs = {name: [Timing([1] * tokens, time, 0, stats[name]) for time in seconds[name]] for name in arms}
+    runs = {name: [TimedRun([1] * tokens, time, 0, stats[name]) for time in seconds[name]] for name in every}
     bench: Any = cost_model.Foretold.__new__(cost_model.Foretold)
     bench.padded = None
-    found = cost_model.Found({name: Record([runs[name]]) for name in arms}, {name: Record() for name in arms})
-    for arm in arms.values():
-        bench._foretell(found, arm, pieces, runs[arm.name])
-    for mine, real in zip(found.predicted["plain"].timings[0], runs["plain"], strict=True):
+    found = cost_model.Found({name: Runs([runs[name]]) for name in every}, {name: Runs() for name in every})
+    for one in every.values():
+        bench._foretell(found, one, pieces, runs[one.name])
+    for mine, real in zip(found.predicted["plain"].by_job[0], runs["plain"], strict=True):
         assert mine.seconds == pytest.approx(real.seconds)
     (name, row), = cost_model.rows_of(found).items()
     needed = cost_model.rounds_needed([0.2, 0.4, 0.4], 63)

@@ -1,16 +1,20 @@
-"""mlx_mtp/measuring/tables.py: the same parts for a terminal and as Markdown."""
+"""mlx_mtp/measuring/tables.py: one JSON object for a terminal and as Markdown."""
 
 from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
-from mlx_mtp.measuring.tables import Part, Table, facts, markdown, show
+from mlx_mtp.measuring.tables import Part, Table, cell, markdown, parts_of, print_parts
 
 PARTS: list[Part] = [
-    "### T = 0", "Two prompts.", facts("", {"chip": "M9", "power": None, "cores": 3}),
-    Table("Speed", ("name", "tokens/s"), [["x|y", "two\nlines"], ["[bold]z", "1.0"]]),
+    "### T = 0", "Two prompts.", *parts_of("", {
+        "chip": "M9", "power": None, "free_bytes": 3_000_000_000, "works": True,
+        "Speed": [{"arm": "x|y", "tokens_per_second": "two\nlines"}, {"arm": "[bold]z", "tokens_per_second": 1.0}],
+        "inner": {"acceptance": [0.5, 0.25]},
+    }),
     "Notes:", "- one", "- two",
 ]  # fmt: skip
 
@@ -23,14 +27,21 @@ Two prompts.
 |  |  |
 | --- | --- |
 | chip | M9 |
-| cores | 3 |
+| free bytes | 3.0 GB |
+| works | yes |
 
 Speed:
 
-| name | tokens/s |
+| configuration | tokens/s [range] |
 | --- | --- |
 | x\\|y | two lines |
-| [bold]z | 1.0 |
+| [bold]z | 1.00 |
+
+inner:
+
+|  |  |
+| --- | --- |
+| drafts accepted | 50% 25% |
 
 Notes:
 
@@ -39,12 +50,19 @@ Notes:
 """
 
 
-def test_a_terminal_of_any_width_shows_every_cell() -> None:
-    for width in (80, 20):
-        output = io.StringIO()
-        show(Console(file=output, width=width, no_color=True), PARTS)
-        lines = output.getvalue().splitlines()
-        assert max(map(len, lines)) <= width and lines[0] == "T = 0"
-        for words in ("chip", "M9", "x|y", "[bold]z", "1.0", "- two"):
-            assert words in output.getvalue()
-        assert "power" not in output.getvalue()
+@pytest.mark.parametrize("width", [80, 20])
+def test_a_terminal_of_any_width_shows_every_cell(width: int) -> None:
+    output = io.StringIO()
+    print_parts(Console(file=output, width=width, no_color=True), PARTS)
+    lines = output.getvalue().splitlines()
+    assert max(map(len, lines)) <= width and lines[0] == "T = 0"
+    for words in ("chip", "M9", "x|y", "[bold]z", "1.00", "- two"):
+        assert words in output.getvalue()
+    assert "power" not in output.getvalue()
+
+
+def test_ranges_and_tables_of_some_values() -> None:
+    assert cell("", {"ratio": 2.0, "low": 1.8, "high": 2.25}) == "2.00 [1.80, 2.25]"
+    assert cell("", {"ratio": 2.0, "low": None, "high": None}) == "2.00"
+    table = Table.of("t", [{"a": 1, "b": 0.5, "rows": 3}], ("rows", "a"))
+    assert (table.heads, table.rows) == (["tokens of a pass", "a"], [["3", "1"]])

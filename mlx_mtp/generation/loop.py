@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +26,7 @@ from mlx_mtp.generation.prefix import Lease, Pair, Session
 from mlx_mtp.generation.request import GenerationRequest
 from mlx_mtp.generation.round import RoundOutput, Rounds, SequenceState, SoFar
 from mlx_mtp.generation.sampling import SamplingSpec
-from mlx_mtp.generation.types import NEUTRAL, Sampling, Stats
+from mlx_mtp.generation.types import Stats
 
 log = logging.getLogger(__name__)
 
@@ -333,39 +333,6 @@ class Decoder:
         """Rows of the prompt that one pass may take."""
         score_bytes = 4 * self.target.info.attention_heads * cache.capacity
         return max(MIN_CHUNK, min(MAX_CHUNK, CHUNK_BYTES // score_bytes))
-
-    def seconds_by_depth(
-        self,
-        depths: Sequence[int],
-        repeats: int = 7,
-        ids: Sequence[int] | None = None,
-        sampling: Sampling = NEUTRAL,
-        middle: Callable[[Sequence[float]], float] = min,
-    ) -> dict[int, float]:
-        """Seconds of a pipelined round of each depth, one after the other behind a prompt, None = a short made-up one.
-
-        Of a depth that is named twice the last time counts. middle: which of the times counts; the fastest, for
-        whatever else runs only ever makes a round slower.
-        """
-        made_up = [i % self.target.info.vocab_size for i in range(1, 17)]
-        room = (repeats + 4) * sum(depth + 1 for depth in depths)  # nothing makes room between these rounds
-        prompt = made_up if ids is None else list(ids)
-        state = self.prefill(GenerationRequest(ids=prompt, budget=room, sampling=sampling), room)
-        self.rounds.first(state)
-        found = {}
-        for depth in depths:
-            outputs = [self.rounds.submit(state, depth) for _ in range(2)]
-            mx.eval([output.tokens for output in outputs])
-            times, pending, began = [], self.rounds.submit(state, depth), time.perf_counter()
-            for _ in range(repeats):
-                ahead = self.rounds.submit(state, depth)
-                mx.eval(pending.tokens)
-                now = time.perf_counter()
-                times.append(now - began)
-                pending, began = ahead, now
-            mx.eval(pending.tokens)
-            found[depth] = middle(times)
-        return found
 
 
 def _last(states: States) -> States:

@@ -1,7 +1,4 @@
-"""Joules of a stretch of time, where the machine tells: Apple silicon, through the package zeus-apple-silicon.
-
-What it does: sums what CPU, GPU, memory and Neural Engine took between two moments. What it does not do: need root,
-or guess where nothing can be read.
+"""Joules of a stretch of time on Apple silicon, through the package zeus-apple-silicon; needs no root.
 
 All that runs on the chip is measured, by the chip's own model of itself, and neither display nor disk: compare on one
 Mac only, with nothing else running.
@@ -41,11 +38,11 @@ def open_meter() -> tuple[EnergyMeter | None, str | None]:
         return None, "Energy is not measured: zeus-apple-silicon reads it on Apple silicon only."
     try:
         from zeus_apple_silicon import AppleEnergyMonitor
-    except ImportError:
-        return None, "Energy is not measured: `pip install zeus-apple-silicon` would make it so."
-    try:
+
         meter = EnergyMeter(AppleEnergyMonitor())
         meter.of(lambda: None)
+    except ImportError:
+        return None, "Energy is not measured: `pip install zeus-apple-silicon` would make it so."
     except Exception as error:  # nanobind passes C++ errors on as RuntimeError, ValueError, ...
         return None, f"Energy is not measured: zeus-apple-silicon does not run here ({error})."
     return meter, None

@@ -1,8 +1,5 @@
 """Prompts to measure with: the built-in set, and files as others publish them.
 
-What it does: reads prompts with their category and turns them into token ids. What it does not do: download
-anything, or answer one turn of a conversation to ask the next.
-
     built-in          prompts.jsonl beside this file, written for this project
     Spec-Bench        question.jsonl: `turns` (the first is asked), `category`
     HumanEval         jsonl or jsonl.gz: `prompt`
@@ -17,7 +14,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +38,7 @@ class BenchPrompt:
     def ids(self, tokenizer: Tokenizer | None) -> list[int]:
         """Its token ids; PromptError where the model cannot be asked so."""
         if tokenizer is None:
-            raise PromptError("Expected a checkpoint with a tokenizer, found none; these prompts are text.")
+            raise PromptError("This checkpoint has no tokenizer, and these prompts are text; name another model.")
         try:
             return prompt_ids(self.text, tokenizer, self.raw)
         except PromptError as error:
@@ -66,82 +63,63 @@ def read_prompts(
             found.setdefault(prompt.category, []).append(prompt)
     wanted = {name.casefold() for name in categories}
     if missing := wanted - {name.casefold() for name in found}:
-        raise OptionError(
-            f"Expected --category as one of {', '.join(map(repr, found))}, "
-            f"found {', '.join(map(repr, sorted(missing)))}; change it."
-        )
+        there, asked = (", ".join(map(repr, names)) for names in (found, sorted(missing)))
+        raise OptionError(f"There is no category {asked} among the prompts; --category takes {there}.")
     groups = [prompts for name, prompts in found.items() if not wanted or name.casefold() in wanted]
-    return [prompt for group in groups for prompt in evenly(group, per_category)]
+    return [prompt for group in groups for prompt in _evenly(group, per_category)]
 
 
-def evenly(prompts: Sequence[BenchPrompt], most: int | None) -> list[BenchPrompt]:
-    """At most so many of them, spread over the whole."""
+def _evenly(prompts: list[BenchPrompt], most: int | None) -> list[BenchPrompt]:
     if most is None or len(prompts) <= most:
-        return list(prompts)
+        return prompts
     return [prompts[i * len(prompts) // most] for i in range(most)]
 
 
 def _read(file: Path, raw: bool) -> Iterator[BenchPrompt]:
-    count = 0
-    unpacked = Path(file.name[:-3] if file.suffix.lower() == ".gz" else file.name)
-    suffix, name = unpacked.suffix.lower(), unpacked.stem
-    if suffix in JSON_LINES:
-        for number, line in enumerate(_content(file).split(b"\n"), start=1):
-            text = decode_text(line, file, number)
-            if text.strip():
-                count += 1
-                yield _record(json_object(text, f"{file}, line {number}"), name, raw, f"{file}, line {number}")
-    elif suffix == JSON:
-        for record, where in json_rows(decode_text(_content(file), file), file):
-            count += 1
-            yield _record(record, name, raw, where)
-    elif text := decode_text(_content(file), file).strip("\n"):
-        count += 1
-        yield BenchPrompt(file.stem, text, raw, str(file))
+    unpacked, count = file.with_suffix("") if file.suffix.lower() == ".gz" else file, 0
+    for count, (record, where) in enumerate(_records(file, unpacked.suffix.lower()), start=1):  # noqa: B007
+        text = _text(record, where)
+        category = string_of(record, "category", where) if "category" in record else unpacked.stem
+        yield BenchPrompt(category, text, isinstance(text, str) and (raw or record.get("raw") is True), where)
     if not count:
-        raise DataError(f"{file}: expected at least one prompt, found an empty file; write one into it.")
+        raise DataError(f"{file}: there is no prompt in this file; write one into it.")
 
 
-def _content(file: Path) -> bytes:
+def _records(file: Path, suffix: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """The objects of a file and where each is; a text is the `prompt` of one."""
     try:
         content = file.read_bytes()
-        return gzip.decompress(content) if file.suffix.lower() == ".gz" else content
+        content = gzip.decompress(content) if file.suffix.lower() == ".gz" else content
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{file}: expected a whole gzip file, found another ({error}); fetch it again.") from error
+        raise DataError(f"{file}: this is no whole gzip file ({error}); fetch it again.") from error
     except OSError as error:
-        raise DataError(f"{file}: expected a readable file, found '{error.strerror}'; check the path.") from error
+        raise DataError(f"{file}: the file cannot be read ({error.strerror}); check the path.") from error
+    if suffix in JSON_LINES:
+        for number, line in enumerate(content.split(b"\n"), start=1):
+            if (text := decode_text(line, file, number)).strip():
+                yield json_object(text, f"{file}, line {number}"), f"{file}, line {number}"
+    elif suffix == JSON:
+        yield from json_rows(decode_text(content, file), file)
+    elif text := decode_text(content, file).strip("\n"):
+        yield {"prompt": text}, str(file)
 
 
-def _record(record: dict[str, Any], name: str, raw: bool, where: str) -> BenchPrompt:
-    category = string_of(record, "category", where) if "category" in record else name
-    if "turns" in record:
-        return BenchPrompt(category, _filled(_first_turn(record["turns"], where), where), raw, where)
+def _text(record: dict[str, Any], where: str) -> Prompt:
     if "messages" in record:
         messages = turns_of(record["messages"], where)
         while messages and messages[-1]["role"] != "user":
             messages.pop()
         if not messages:
-            raise DataError(f"{where}: expected `messages` with a turn of the user's, found none; write one.")
-        return BenchPrompt(category, messages, False, where)
-    if "prompt" in record:
-        text = _filled(string_of(record, "prompt", where), where)
-        return BenchPrompt(category, text, raw or record.get("raw") is True, where)
-    keys = ", ".join(map(repr, record)) or "no keys"
-    raise DataError(f"{where}: expected `turns`, `prompt` or `messages`, found {keys}; rename the keys.")
-
-
-def _first_turn(turns: object, where: str) -> str:
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"{where}: expected `turns` as a list of questions, found {turns!r:.60}; write a list.")
-    return string_of({"turns": turns[0]}, "turns", where)
-
-
-def _filled(text: str, where: str) -> str:
+            raise DataError(f"{where}: `messages` has no turn of the user's; write one.")
+        return messages
+    if "turns" in record:
+        if not isinstance(record["turns"], list) or not record["turns"]:
+            raise DataError(f"{where}: `turns` is no list of questions but {record['turns']!r:.60}; write a list.")
+        record = {"prompt": record["turns"][0]}
+    if "prompt" not in record:
+        keys = ", ".join(map(repr, record)) or "no keys"
+        raise DataError(f"{where}: a prompt needs `turns`, `prompt` or `messages`, not {keys}; rename the keys.")
+    text = string_of(record, "prompt", where)
     if not text.strip():
-        raise DataError(f"{where}: expected a prompt, found an empty text; write one or delete the line.")
+        raise DataError(f"{where}: this prompt is an empty text; write one or delete the line.")
     return text
-
-
-def categories_of(prompts: Iterable[BenchPrompt]) -> list[str]:
-    """Each category once, in order."""
-    return list(dict.fromkeys(prompt.category for prompt in prompts))

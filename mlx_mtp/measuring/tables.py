@@ -1,14 +1,27 @@
-"""What `doctor` and `bench` found, as tables for a terminal and as Markdown: the same parts, rendered either way."""
+"""One way to show what was measured: any JSON object as facts and tables, on a terminal or as Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+SHARES = ("acceptance", "scatter", "share_a", "share_b")
+# Names of the JSON objects that say too little by themselves.
+LABELS = {
+    "arm": "configuration", "rows": "tokens of a pass", "tau": "tokens per round", "output": "greedy output",
+    "tokens_per_second": "tokens/s [range]", "over_stock": "over stock [95 %]", "over_plain": "over plain [95 %]",
+    "acceptance": "drafts accepted", "milliseconds_per_round": "ms a round", "run_bytes": "memory",
+    "first_token_milliseconds": "first token ms", "joules_per_token": "J/token", "exact": "same bits as one token",
+    "verify": "passes over the target", "choices": "depth it would choose (estimate)", "speed_up": "times plain",
+    "convention": "position of the assistant's query",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -19,14 +32,53 @@ class Table:
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
 
+    @classmethod
+    def of(cls, title: str, rows: Sequence[Mapping[str, Any]], names: Iterable[str] = ()) -> Table:
+        """A row an object; names: of the values that are shown, all of them by default."""
+        names = list(names or rows[0])
+        return cls(title, [label(name) for name in names], [[cell(name, row[name]) for name in names] for row in rows])
+
 
 # A paragraph is a string; one that begins with "#" is a heading, as in Markdown, one that begins with "- " of a list.
 Part = Table | str
 
 
-def facts(title: str, values: Mapping[str, object]) -> Table:
-    """Names and values; those that are None are left out."""
-    return Table(title, (), [(name, str(value)) for name, value in values.items() if value is not None])
+def parts_of(title: str, found: Mapping[str, Any]) -> list[Part]:
+    """A JSON object: its values as facts, lists of objects as tables, objects within it as parts of their own."""
+    facts, parts = [], []
+    for name, value in found.items():
+        if isinstance(value, dict):
+            parts += parts_of(label(name), value)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            parts.append(Table.of(label(name), value))
+        elif text := cell(name, value):
+            facts.append((label(name), text))
+    return [Table(title, (), facts), *parts] if facts else parts
+
+
+def cell(name: str, value: Any) -> str:
+    """A value as its name wants it: bytes as MB or GB, shares in %, a median or ratio with its range."""
+    match value:
+        case None:
+            return ""
+        case bool():
+            return "yes" if value else "no"
+        case int() if name.endswith("bytes"):
+            return f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
+        case float():
+            return f"{value:.0%}" if name in SHARES else f"{value:.2f}"
+        case list() | tuple():
+            return " ".join(cell(name, one) for one in value)
+        case {"low": low, "high": high, **middle}:
+            (value,) = middle.values()
+            return f"{value:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
+        case _:
+            return str(value)
+
+
+def label(name: str) -> str:
+    """What people read in place of a JSON object's name."""
+    return LABELS.get(name, name.replace("_", " "))
 
 
 def markdown(parts: Iterable[Part]) -> str:
@@ -44,24 +96,18 @@ def _markdown_table(table: Table) -> str:
     return "\n".join([*title, first, "|" + " --- |" * len(heads), *lines])
 
 
-def show(console: Console, parts: Iterable[Part]) -> None:
+def print_parts(console: Console, parts: Iterable[Part]) -> None:
     """Prints all parts; cells are folded where the terminal is narrow."""
-    from rich import box
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
     for part in parts:
         if isinstance(part, str):
             console.print(Text(part.lstrip("# "), style="bold" if part.startswith("#") else ""))
             continue
-        heads = part.heads or ("", "")
-        shown = RichTable(
-            title=part.title or None, title_justify="left", show_header=bool(part.heads),
-            box=box.HEAVY_HEAD if part.heads else None, pad_edge=bool(part.heads),
-        )  # fmt: skip
-        for at, head in enumerate(heads):
-            shown.add_column(head, overflow="fold", justify="right" if part.heads and at else "left")
+        if part.title:
+            console.print(Text(part.title, style="italic"))
+        style = box.HEAVY_HEAD if part.heads else None
+        table = RichTable(show_header=bool(part.heads), box=style, pad_edge=bool(part.heads))
+        for at, head in enumerate(part.heads or ("", "")):
+            table.add_column(head, overflow="fold", justify="right" if part.heads and at else "left")
         for row in part.rows:
-            shown.add_row(*map(Text, row))
-        console.print(shown)
-        console.print()
+            table.add_row(*map(Text, row))
+        console.print(table, "")
