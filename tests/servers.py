@@ -18,7 +18,10 @@ import uvicorn
 
 import mlx_mtp
 from mlx_mtp.generation.types import Event, Result, Stats
-from mlx_mtp.serving.app import EngineThread, ServerOptions, create_app, listen, make_server
+from mlx_mtp.serving.app import create_app
+from mlx_mtp.serving.options import ServerOptions
+from mlx_mtp.serving.queue import ReplyQueue
+from mlx_mtp.serving.server import Server, listen
 from mlx_mtp.text.channels import Channels, Pieces
 
 JSON = {"Content-Type": "application/json"}
@@ -30,7 +33,7 @@ class Running:
     """A server under test."""
 
     port: int
-    worker: EngineThread
+    queue: ReplyQueue
     server: uvicorn.Server
     stop: Callable[[], None]
     key: str = "-"
@@ -44,7 +47,7 @@ class Running:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=300)
 
     def http(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=300, trust_env=False, **options)
+        return httpx.Client(base_url=self.url, timeout=300, trust_env=False, verify=False, **options)
 
     def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
         with self.http() as client:
@@ -56,7 +59,7 @@ class Running:
 
     def idle(self) -> bool:
         """Whether nothing runs or waits, after a while for what is ending."""
-        return eventually(lambda: not self.worker.running and not self.worker.waiting)
+        return eventually(lambda: not self.queue.running and not self.queue.waiting)
 
 
 def eventually(true: Callable[[], object], seconds: float = 120.0) -> bool:
@@ -74,20 +77,19 @@ def running(
     load: Callable[[], Any] = mlx_mtp.load, places: int = 32, grace: float = 5.0, **options: Any
 ) -> Iterator[Running]:
     """A server of `load`'s engine until the end of the block."""
-    worker = EngineThread(load, places)
-    worker.start()
+    app = create_app(load(), ServerOptions(model="test", **options), places)
     listener = listen("127.0.0.1", 0)
-    server = make_server(create_app(worker, ServerOptions(model="test", **options)), grace=grace)
+    server = Server(app, grace=grace)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
 
     def stop() -> None:
         server.should_exit = True
         thread.join(60)
-        assert not thread.is_alive() and not worker.alive
+        assert not thread.is_alive() and not app.state.queue.alive
 
     try:
-        yield Running(listener.getsockname()[1], worker, server, stop, options.get("api_key") or "-")
+        yield Running(listener.getsockname()[1], app.state.queue, server, stop, options.get("api_key") or "-")
     finally:
         stop()
 

@@ -9,7 +9,7 @@ import pytest
 from servers import CHAT, COMPLETION, FakeTokenizer, Running, ScriptedEngine, eventually, raw_request, running, until
 
 import mlx_mtp
-from mlx_mtp.serving.app import ServerOptions
+from mlx_mtp.serving.options import ServerOptions
 
 PAGE = "https://app.example"
 FORM = {"message", "type", "param", "code"}
@@ -132,7 +132,7 @@ def test_a_bug_in_an_endpoint_has_the_form_of_all_errors(
         raise RuntimeError("a secret of the inside")
 
     with running(ScriptedEngine, origins=[PAGE]) as server, server.http(headers={"Origin": PAGE}) as http:
-        monkeypatch.setattr(server.worker, "reserve", broken)
+        monkeypatch.setattr(server.queue, "reserve", broken)
         response = http.post(COMPLETION, json={"prompt": "x"})
         assert response.status_code == 500 and set(response.json()["error"]) == FORM
         assert response.headers["Access-Control-Allow-Origin"] == PAGE and "secret" not in response.text
@@ -159,7 +159,7 @@ def test_origins_that_no_browser_sends() -> None:
 
 
 def test_too_many_connections(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlx_mtp.serving.app, "MOST_CONNECTIONS", 2)
+    monkeypatch.setattr(mlx_mtp.serving.guards, "MOST_CONNECTIONS", 2)
     fake = ScriptedEngine(gate=threading.Semaphore(0))
     with running(lambda: fake, origins=[PAGE]) as server, server.http(headers={"Origin": PAGE}) as http:
         with ExitStack() as open_ones:

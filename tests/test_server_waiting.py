@@ -94,8 +94,8 @@ def test_who_leaves_a_long_prompt_ends_it_at_the_next_chunk() -> None:
     with running(lambda: fake, quiet_seconds=ALWAYS) as server, server.http() as http:
         with http.stream("POST", COMPLETION, json=PROMPT) as response:
             assert any(line.startswith(": prefill 1024") for line in islice(response.iter_lines(), 1000))
-            ticket = server.worker._running
-        assert ticket is not None and eventually(lambda: ticket.cancelled)
+            ticket = server.queue._running
+        assert ticket is not None and eventually(lambda: ticket.over)
         fake.gate.release(1)
         assert server.idle() and fake.written == 0
 
@@ -113,10 +113,10 @@ def test_what_is_wrong_is_said_before_the_headers() -> None:
     with running(lambda: fake) as server, server.http() as http, http.stream("POST", COMPLETION, json=PROMPT):
         assert eventually(lambda: fake.written)
         for change, said in (({"prompt": "x" * 60}, "context of 50"), ({"stop": "none"}, "another stop"),
-                             ({"model": "other"}, "one model")):  # fmt: skip
+                             ({"model": "other"}, "has no model")):  # fmt: skip
             response = http.post(COMPLETION, json=PROMPT | change)
             assert response.status_code in (400, 404) and said in response.json()["error"]["message"]
-        assert server.worker.waiting == 0
+        assert server.queue.waiting == 0
         fake.gate.release(100)
 
 
@@ -132,7 +132,7 @@ def test_nobody_waits_for_a_prompt_that_is_tokenised(path: str, monkeypatch: pyt
 
     with running(lambda: fake, places=7) as server, ThreadPoolExecutor(6) as pool:
         long = [pool.submit(server.post, path, body("long" * 100)) for _ in range(6)]
-        assert eventually(lambda: server.worker.waiting == 6) and eventually(lambda: tokenizer.begun)
+        assert eventually(lambda: server.queue.waiting == 6) and eventually(lambda: tokenizer.begun)
         for text in ("a", "b", "c"):
             assert server.post(path, body(text)).status_code == 200
         with server.http() as http:
@@ -150,7 +150,7 @@ def test_who_leaves_while_its_prompt_is_tokenised_costs_the_engine_nothing() -> 
             leaving.sendall(raw_request(COMPLETION, {"prompt": "a long one"}))
             assert eventually(lambda: tokenizer.begun)
             assert server.post(COMPLETION, {"prompt": "x"}).status_code == 429
-        assert eventually(lambda: not server.worker.waiting)
+        assert eventually(lambda: not server.queue.waiting)
         assert server.post(COMPLETION, {"prompt": "x"}).status_code == 200
         tokenizer.free.set()
         assert server.idle()
@@ -202,7 +202,7 @@ def test_a_reply_that_is_not_streamed_waits_in_silence() -> None:
         assert b": generating\n\n" in until(first, b": generating\n\n")
         second = threading.Thread(target=lambda: replies.append(server.post(COMPLETION, {"prompt": "x"})))
         second.start()
-        assert eventually(lambda: server.worker.waiting == 1)
+        assert eventually(lambda: server.queue.waiting == 1)
         fake.gate.release(100)
         second.join()
     assert replies[0].json()["choices"][0]["text"] == "Hello!"
