@@ -24,7 +24,6 @@ from mlx_mtp.serving.queue import ReplyQueue
 from mlx_mtp.serving.server import Server, listen
 from mlx_mtp.text.channels import Channels, Pieces
 
-JSON = {"Content-Type": "application/json"}
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -17,16 +14,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from servers import CHAT, COMPLETION, Running, ScriptedEngine, contents, eventually, running
-from servers import raw_request as _request
-from servers import until as _until
+from servers import CHAT, COMPLETION, Running, ScriptedEngine, contents, eventually, raw_request, running, until
 from thinking import TOKENS, thinking_engine
 
 import mlx_mtp
 from mlx_mtp.cli import app as cli
 from mlx_mtp.generation.prefix import Session
 from mlx_mtp.loading import EMBEDDED
-from mlx_mtp.serving.body import parsed
 from mlx_mtp.serving.options import is_loopback
 from mlx_mtp.serving.server import Connection, listen
 from mlx_mtp.serving.sessions import SessionPool
@@ -411,15 +405,6 @@ def test_metrics_count(server: Running) -> None:
     assert after["mlx_mtp_session_bytes"] > 0 < after["mlx_mtp_sessions"]
 
 
-def test_strict_json() -> None:
-    assert parsed(b'{"a": [1, 2.5, null, "\xc3\xa9"]}') == {"a": [1, 2.5, None, "é"]}
-    for bad in (b"", b"{", b"[1,]", b"NaN", b'{"a": Infinity}', b"1e999", b"-1e999", b"9" * 5000, b'"\xff"',
-                b'"\\ud800"', b"[" * 101 + b"]" * 101, b"[" * 100_000, b'{"\\udfff": 1}',
-                b"\xef\xbb\xbf{}"):  # fmt: skip
-        with pytest.raises(mlx_mtp.MLXMTPError, match="The body"):
-            parsed(bad)
-
-
 def test_the_pool_of_sessions() -> None:
     class Sized(Session):
         nbytes = 10
@@ -454,7 +439,7 @@ def test_a_full_queue(server: Running) -> None:
         assert eventually(lambda: server.queue.running)
         asking[1].start()
         leaving = server.connect()
-        leaving.sendall(_request(COMPLETION, {"prompt": "x"}))
+        leaving.sendall(raw_request(COMPLETION, {"prompt": "x"}))
         assert eventually(lambda: server.queue.waiting == 2)
         refused = server.post(COMPLETION, {"prompt": "x"})
         assert refused.status_code == 429 and 1 <= int(refused.headers["Retry-After"]) <= 120
@@ -475,9 +460,9 @@ def test_a_full_queue(server: Running) -> None:
 def test_who_leaves_frees_the_engine(stream: bool, half: bool) -> None:
     fake = ScriptedEngine(gate=threading.Semaphore(0))
     with running(lambda: fake) as server, server.connect() as leaving:
-        leaving.sendall(_request(COMPLETION, {"prompt": "x", "stream": stream}))
+        leaving.sendall(raw_request(COMPLETION, {"prompt": "x", "stream": stream}))
         if stream:
-            assert b"Hel" in _until(leaving, b"Hel")
+            assert b"Hel" in until(leaving, b"Hel")
         assert eventually(lambda: fake.written)  # before its first event a reply has nothing to close
         ticket = server.queue._running
         if half:
@@ -533,7 +518,7 @@ def test_a_prompt_is_dropped_between_chunks(engine: mlx_mtp.Engine) -> None:
         return found
 
     with running(load) as server, server.connect() as leaving:
-        leaving.sendall(_request(COMPLETION, {"prompt": [7] * 1200}))
+        leaving.sendall(raw_request(COMPLETION, {"prompt": [7] * 1200}))
         assert began.wait(30)
         ticket = server.queue._running
         leaving.close()
@@ -572,84 +557,43 @@ def test_a_failure_leaves_no_session() -> None:
                 assert f"mlx_mtp_sessions {kept}\n" in http.get("/metrics").text
 
 
-def test_the_api_key() -> None:
-    with running(ScriptedEngine, api_key="s3cret", hosts=None) as server:
-        with server.openai() as client:
-            assert client.models.list().data[0].id == "test"
-        with server.http() as http:
-            for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cret"},
-                            {"Authorization": "Bearer s3cret\xe9"}):  # fmt: skip
-                for path in ("/v1/models", "/metrics", "/v1/nothing"):
-                    raw = {name: value.encode("latin-1") for name, value in headers.items()}
-                    response = http.get(path, headers=raw)
-                    assert response.status_code == 401 and response.headers["WWW-Authenticate"] == "Bearer"
-                    assert response.json()["error"]["code"] == "invalid_api_key"
-            assert http.get("/health").status_code == 200
-            assert http.get("/health", headers={"Host": "any.example"}).status_code == 200
-    with pytest.raises(mlx_mtp.OptionError):
-        next(iter([mlx_mtp.serving.options.ServerOptions(api_key="")]))
-
-
-def test_other_names_and_other_pages() -> None:
-    page = {"Origin": "https://app.example"}
-    with running(ScriptedEngine, origins=["https://app.example"]) as server, server.http() as http:
-        for host, status in (("127.0.0.1:1", 200), ("localhost", 200), ("LOCALHOST:80", 200), ("[::1]:80", 200),
-                             ("evil.example", 403), ("localhost.evil.example", 403), ("", 403)):  # fmt: skip
-            assert http.get("/v1/models", headers={"Host": host}).status_code == status, host
-        asked = {**page, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
-        assert http.options(CHAT, headers=asked).headers["Access-Control-Allow-Origin"] == "https://app.example"
-        assert http.options(CHAT, headers={**asked, "Origin": "https://evil.example"}).status_code == 400
-        assert "Access-Control-Allow-Origin" in http.get("/health", headers=page).headers
-    with running(ScriptedEngine) as server, server.http() as http:
-        assert "Access-Control-Allow-Origin" not in http.get("/health", headers=page).headers
-
-
 def test_connections_that_never_finish(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Connection, "head_seconds", 0.5)
-    good = _request(COMPLETION, {"prompt": "x"})
+    good = raw_request(COMPLETION, {"prompt": "x"})
     with (
         running(ScriptedEngine, body_seconds=1.0) as server, server.connect() as late, server.connect() as silent,
         server.connect() as half, server.connect() as cut,
     ):  # fmt: skip
-        late.sendall(_request(COMPLETION, b'{"prompt"', length=50))
+        late.sendall(raw_request(COMPLETION, b'{"prompt"', length=50))
+        assert b"Hello!" in server.post(COMPLETION, {"prompt": "x"}).content  # nobody waits for it
         silent.sendall(b"POST /v1/completions HTT")
         half.sendall(good)
         half.shutdown(socket.SHUT_WR)
         cut.sendall(good[: len(good) // 2])
         cut.shutdown(socket.SHUT_WR)
-        answer = _until(late, b"too_slow")
+        answer = until(late, b"too_slow")
         assert answer.startswith(b"HTTP/1.1 408") and b"connection: close" in answer.lower()
-        assert _until(silent, b"nothing") == b""  # closed
-        assert b" 200 OK" not in _until(cut, b"nothing")
+        assert until(silent, b"nothing") == b""  # closed
+        assert b" 200 OK" not in until(cut, b"nothing")
 
 
-def test_slow_and_broken_connections() -> None:
-    good = _request(COMPLETION, {"prompt": "x"})
+def test_slow_and_large_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlx_mtp.serving.body, "LINGER", 0.1)
+    good = raw_request(COMPLETION, {"prompt": "x"})
     with running(ScriptedEngine, body_bytes=1000) as server:
         with server.connect() as drip:  # slow, but in time
             for start in range(0, len(good), 20):
                 drip.sendall(good[start : start + 20])
-            assert b"Hello!" in _until(drip, b"Hello!")
+            assert b"Hello!" in until(drip, b"Hello!")
             sockets = [one.transport.get_extra_info("socket") for one in server.server.server_state.connections]
             assert [one.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for one in sockets] == [1]
-        with server.connect() as late, server.connect() as silent:
-            late.sendall(_request(COMPLETION, b'{"prompt"', length=50))
-            silent.sendall(b"POST /v1/completions HTT")
-            assert b"Hello!" in server.post(COMPLETION, {"prompt": "x"}).content  # nobody waits for them
         with server.connect() as large:
-            large.sendall(_request(COMPLETION, b"x" * 100, length=10**12))
-            assert _until(large, b"body_too_large").startswith(b"HTTP/1.1 413")
+            large.sendall(raw_request(COMPLETION, b"x" * 100, length=10**12))
+            assert until(large, b"body_too_large").startswith(b"HTTP/1.1 413")
         with server.connect() as chunked:
-            head = _request(COMPLETION, b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+            head = raw_request(COMPLETION, b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
             chunked.sendall(head + b"400\r\n" + b" " * 1024 + b"\r\n")
-            assert _until(chunked, b"body_too_large").startswith(b"HTTP/1.1 413")
-        for garbage in (b"\x16\x03\x01\x02\x00\x01", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n",
-                        b"GET / HTTP/1.1\r\n\r\n", good.replace(b"Length: ", b"Length: -"),
-                        b"\r\n" * 9 + b"\0"):  # fmt: skip
-            with server.connect() as broken:
-                broken.sendall(garbage)
-                broken.shutdown(socket.SHUT_WR)
-                assert _until(broken, b"\r\n\r\n").startswith((b"HTTP/1.1 400", b"HTTP/1.1 403")), garbage
+            assert until(chunked, b"body_too_large").startswith(b"HTTP/1.1 413")
         assert b"Hello!" in server.post(COMPLETION, {"prompt": "x"}).content
 
 
@@ -661,7 +605,7 @@ def test_a_reader_that_takes_nothing() -> None:
         stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         with stuck:
             stuck.connect(("127.0.0.1", server.port))
-            stuck.sendall(_request(COMPLETION, {"prompt": "x", "stream": True}))
+            stuck.sendall(raw_request(COMPLETION, {"prompt": "x", "stream": True}))
             assert eventually(lambda: fake.asked) and server.idle()
             with server.http() as http:
                 assert eventually(lambda: "mlx_mtp_dropped_total 1" in http.get("/metrics").text)
@@ -707,27 +651,6 @@ def test_replies_that_take_too_long_are_told_so() -> None:
         fake.gate.release(5)
         ending.join()
     assert waiting[0].status_code == 503 and waiting[0].json()["error"]["code"] == "stopping"
-
-
-def test_sigterm_ends_the_command_in_good_order() -> None:
-    """The command itself, on the embedded model: the reply under way comes to its end, then the process does."""
-    command = [sys.executable, "-m", "mlx_mtp.cli.app", "serve", "--port", "0", "--depth", "2"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ)) as process:
-        try:
-            line = process.stderr.readline()
-            assert line.startswith("Serving standard-library at http://127.0.0.1:"), line
-            url = line.split()[3]
-            body = {"prompt": "import os\n", "max_tokens": 120, "stream": True}
-            with httpx.stream("POST", f"{url}/completions", json=body, timeout=300, trust_env=False) as response:
-                lines = response.iter_lines()
-                next(lines)
-                process.send_signal(signal.SIGTERM)
-                rest = list(lines)
-            assert rest[-2] == "data: [DONE]" and '"finish_reason":"length"' in rest[-4]
-            assert process.wait(60) == 0
-            assert process.stderr.read() == ""
-        finally:
-            process.kill()
 
 
 def test_what_the_command_refuses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import CHAT, COMPLETION, JSON, ScriptedEngine, running
+from servers import CHAT, COMPLETION, ScriptedEngine, running
 
 import mlx_mtp
+from mlx_mtp.serving.body import parsed
+from mlx_mtp.serving.errors import RequestError
 
 SAID = [{"role": "user", "content": "x"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
@@ -169,21 +170,22 @@ def test_what_would_do_nothing_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("text", "said"), [
-    ('{"prompt": "x", "max_tokens": 1, "max_tokens": 2}', "'max_tokens' appears twice"),
-    ('{"prompt": "x", "temperature": 0, "temperature": 0}', "'temperature' appears twice"),
-    ('{"prompt": "x", "logit_bias": {"5": 1, "\\u0035": 2}}', "'5' appears twice"),
-    ('{"prompt": "x", "user": null, "user": null}', "'user' appears twice"),
-    ('{"prompt": "x", "metadata": {"a": [{"b": {"c": 1, "c": 1}}]}}', "'c' appears twice"),
-    ('{"prompt": "x", "temperature": NaN}', "NaN"),
-    ('{"prompt": "x", "temperature": -Infinity}', "Infinity"),
-    ('{"prompt": "x", "temperature": 1e400}', "1e400"),
-    ('{"prompt": "x", "seed": ' + "9" * 5000 + "}", "digits"),
-    ('{"prompt": "x", "user": ' + "[" * 500 + "]" * 500 + "}", "levels"),
-    ('{"prompt": "x", "user": ' + "[" * 100_000 + "]" * 100_000 + "}", "levels"),
+    (b'{"max_tokens": 1, "max_tokens": 2}', "'max_tokens' appears twice"),
+    (b'{"logit_bias": {"5": 1, "\\u0035": 2}}', "'5' appears twice"),
+    (b'{"user": null, "user": null}', "'user' appears twice"),
+    (b'{"metadata": {"a": [{"b": {"c": 1, "c": 1}}]}}', "'c' appears twice"),
+    (b'{"temperature": NaN}', "nan"), (b'{"temperature": -Infinity}', "inf"), (b"1e400", "1e400"), (b"-1e999", "1e999"),
+    (b"9" * 5000, "digits"), (b"[" * 101 + b"]" * 101, "levels"), (b"[" * 500 + b"]" * 500, "levels"),
+    (b"[" * 100_000 + b"]" * 100_000, "levels"), (b"[" * 100_000, "levels"),
+    (b"", "not JSON"), (b"{", "not JSON"), (b"[1,]", "not JSON"), (b"\xef\xbb\xbf{}", "not JSON"),
+    (b'"\xff"', "UTF-8"), (b'"\\ud800"', "UTF-8"), (b'{"\\udfff": 1}', "UTF-8"),
 ])  # fmt: skip
-def test_json_that_means_nothing(text: str, said: str) -> None:
-    with running(ScriptedEngine) as server, server.http(headers=JSON) as http:
-        response = http.post(COMPLETION, content=text)
-        error = response.json()["error"]
-        assert response.status_code == 400 and error["code"] == "bad_json" and said in error["message"], error
-        assert http.post(COMPLETION, content=json.dumps({"prompt": "x", "metadata": [{"a": 1}, {"a": 1}]})).is_success
+def test_json_that_means_nothing(text: bytes, said: str) -> None:
+    with pytest.raises(RequestError, match=f"(?i){said}") as error:
+        parsed(text)
+    assert error.value.body["error"]["code"] == "bad_json" and error.value.status == 400
+
+
+def test_json_that_means_something() -> None:
+    assert parsed(b'{"a": [1, 2.5, null, "\xc3\xa9"]}') == {"a": [1, 2.5, None, "é"]}
+    assert parsed(b'[{"a": 1}, {"a": 1}]') == [{"a": 1}, {"a": 1}]

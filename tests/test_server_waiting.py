@@ -5,6 +5,8 @@ The engine writes what it is told to, and only once the test lets it: nothing he
 
 from __future__ import annotations
 
+import signal
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -192,6 +194,22 @@ def test_the_longest_token_of_a_real_tokenizer() -> None:
     tokenizer = mlx_mtp.load(drafter=None).tokenizer
     spelled = [tokenizer.decode([token]) for token in range(4096)]
     assert tokenizer.longest_token >= max(len(text) for text in spelled if "\ufffd" not in text)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_the_server_at_once(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mlx_mtp.serving.server.os, "_exit", sys.exit)
+    fake = ScriptedEngine(gate=threading.Semaphore(0))
+    with running(lambda: fake) as server, server.http() as http, http.stream("POST", COMPLETION, json=PROMPT):
+        assert eventually(lambda: fake.written)
+        server.server.handle_exit(number, None)
+        with pytest.raises(SystemExit, match="130"):
+            server.server.handle_exit(number, None)
+        fake.gate.release(100)
+    said = "finishing 1 reply, Ctrl-C again ends now\n"
+    assert capfd.readouterr().err == (said if number == signal.SIGINT else "")
 
 
 def test_a_reply_that_is_not_streamed_waits_in_silence() -> None:
