@@ -73,25 +73,24 @@ def serve(
 ) -> None:
     """Serve an OpenAI-compatible API: chat completions, completions, models, /health, /metrics."""
     try:
-        from mlx_mtp.serving import app as server
+        from mlx_mtp.serving import app, server
+        from mlx_mtp.serving import options as serving
     except ModuleNotFoundError as error:
         raise mlx_mtp.OptionError(
-            f"Expected the packages of the server, found no '{error.name}'; install them: pip install 'mlx-mtp[serve]'."
+            f"The server needs the package '{error.name}', which is missing; install it: pip install 'mlx-mtp[serve]'."
         ) from error
-    loopback = server.is_loopback(host)
-    if not loopback and api_key is None:
+    if not serving.is_loopback(host) and api_key is None:
         raise mlx_mtp.OptionError(
-            f"Expected --api-key (or MLX_MTP_API_KEY) for {host}, which others can reach, found none; give one, or "
-            "listen on 127.0.0.1."
+            f"Others can reach {host}: give a key with --api-key (or MLX_MTP_API_KEY), or listen on 127.0.0.1."
         )
     if queue < 0 or grace < 0:
         name, value = ("queue", queue) if queue < 0 else ("grace", grace)
-        raise mlx_mtp.OptionError(f"Expected --{name} of at least 0, found {value}.")
+        raise mlx_mtp.OptionError(f"--{name} must be at least 0, not {value}.")
     name = model_name or _name(model)
     any_host = api_key is not None and not allow_host
-    wanted = server.ServerOptions(
+    wanted = serving.ServerOptions(
         model=name, others=[model] if model else [], api_key=api_key, origins=cors or [],
-        hosts=None if any_host else [*server.LOOPBACK_NAMES, host, *(allow_host or [])], tokens=max_tokens,
+        hosts=None if any_host else [*serving.LOOPBACK_NAMES, host, *(allow_host or [])], tokens=max_tokens,
         most_tokens=most_tokens, seed=seed, session_bytes=int(session_memory * 1e9), body_bytes=int(body_size * 1e6),
         sampling=mlx_mtp.Sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
@@ -101,14 +100,10 @@ def serve(
         notices.say_more("mlx_mtp", "uvicorn")
     with server.listen(host, port) as listener:
         with notices.held_back():
-            worker = server.EngineThread(
-                lambda: load(
-                    model, drafter, depth=depth, mode=mode, draft_head_bits=draft_head_bits, max_context=max_context
-                ),
-                queue,
+            engine = load(
+                model, drafter, depth=depth, mode=mode, draft_head_bits=draft_head_bits, max_context=max_context
             )
-            worker.start()
-        running = server.make_server(server.create_app(worker, wanted), grace=grace, access_log=verbose)
+            running = server.Server(app.create_app(engine, wanted, queue), grace=grace, access_log=verbose)
         address = f"[{host}]" if ":" in host else host
         Console(stderr=True).print(
             f"Serving {name} at http://{address}:{listener.getsockname()[1]}/v1 (Ctrl-C stops).",

@@ -17,11 +17,14 @@ import openai
 import uvicorn
 
 import mlx_mtp
+from mlx_mtp.generation.request import GenerationRequest
 from mlx_mtp.generation.types import Event, Result, Stats
-from mlx_mtp.serving.app import EngineThread, ServerOptions, create_app, listen, make_server
+from mlx_mtp.serving.app import create_app
+from mlx_mtp.serving.options import ServerOptions
+from mlx_mtp.serving.queue import ReplyQueue
+from mlx_mtp.serving.server import Server, listen
 from mlx_mtp.text.channels import GEMMA, CallFormat, Channels, Pieces
 
-JSON = {"Content-Type": "application/json"}
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 
 
@@ -30,7 +33,7 @@ class Running:
     """A server under test."""
 
     port: int
-    worker: EngineThread
+    queue: ReplyQueue
     server: uvicorn.Server
     stop: Callable[[], None]
     key: str = "-"
@@ -44,7 +47,7 @@ class Running:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=300)
 
     def http(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=300, trust_env=False, **options)
+        return httpx.Client(base_url=self.url, timeout=300, trust_env=False, verify=False, **options)
 
     def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
         with self.http() as client:
@@ -56,7 +59,7 @@ class Running:
 
     def idle(self) -> bool:
         """Whether nothing runs or waits, after a while for what is ending."""
-        return eventually(lambda: not self.worker.running and not self.worker.waiting)
+        return eventually(lambda: not self.queue.running and not self.queue.waiting)
 
 
 def eventually(true: Callable[[], object], seconds: float = 120.0) -> bool:
@@ -74,20 +77,19 @@ def running(
     load: Callable[[], Any] = mlx_mtp.load, places: int = 32, grace: float = 5.0, **options: Any
 ) -> Iterator[Running]:
     """A server of `load`'s engine until the end of the block."""
-    worker = EngineThread(load, places)
-    worker.start()
+    app = create_app(load(), ServerOptions(model="test", **options), places)
     listener = listen("127.0.0.1", 0)
-    server = make_server(create_app(worker, ServerOptions(model="test", **options)), grace=grace)
+    server = Server(app, grace=grace)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
 
     def stop() -> None:
         server.should_exit = True
         thread.join(60)
-        assert not thread.is_alive() and not worker.alive
+        assert not thread.is_alive() and not app.state.queue.alive
 
     try:
-        yield Running(listener.getsockname()[1], worker, server, stop, options.get("api_key") or "-")
+        yield Running(listener.getsockname()[1], app.state.queue, server, stop, options.get("api_key") or "-")
     finally:
         stop()
 
@@ -128,7 +130,7 @@ class ScriptedEngine:
 
     Waits for the gate before each but the first where there is one.
 
-    asked: the options of every request; written: how many events there were; closed: how many replies ended before
+    asked: every request that was run; written: how many events there were; closed: how many replies ended before
     their time; fails_at: the event in whose place it raises.
     """
 
@@ -137,21 +139,23 @@ class ScriptedEngine:
     fails_at: int | None = None
     max_context: int = 1000
     tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
-    asked: list[dict[str, Any]] = field(default_factory=list)
+    asked: list[GenerationRequest] = field(default_factory=list)
     written: int = 0
     closed: int = 0
     target: Any = field(default_factory=lambda: SimpleNamespace(path=None))
     depth_reason: str = "Not drafting: no drafter is loaded."
 
-    def stream(self, ids: list[int], **options: Any) -> Iterator[Event]:
-        """Checks nothing; `asked` gets what is run."""
-        return self._events(ids, options)
+    def request(self, ids: list[int], *, max_tokens: int, **options: Any) -> GenerationRequest:
+        """Checks nothing."""
+        return GenerationRequest(ids=ids, budget=max_tokens, **options)
 
-    def _events(self, ids: list[int], options: dict[str, Any]) -> Iterator[Event]:
-        self.asked.append({"ids": ids, **options})
-        options["on_prefill"](len(ids), len(ids))
-        channels = None if options["raw"] else Channels(calls=GEMMA)
-        stats = Stats(prompt_tokens=len(ids), prefilled_tokens=len(ids), tokens=len(self.script))
+    def run(self, request: GenerationRequest) -> Iterator[Event]:
+        """The script as events."""
+        self.asked.append(request)
+        prompt = len(request.ids)
+        request.on_prefill(prompt, prompt)
+        channels = None if request.raw else Channels(calls=GEMMA)
+        stats = Stats(prompt_tokens=prompt, prefilled_tokens=prompt, tokens=len(self.script))
         try:
             for i, text in enumerate(self.script):
                 if self.gate is not None and i:

@@ -26,7 +26,7 @@ import typer
 from documents import PROGRAMS, ROOT, Command, blocks, commands, inline_commands, links
 from layouts import DEEPSEEK, deepseek_arrays, meta_arrays, meta_folder, write_folder
 
-from mlx_mtp import drafters
+from mlx_mtp import drafters, targets
 from mlx_mtp.cli import app as cli
 from mlx_mtp.cli import doctor
 from mlx_mtp.cli.command_line import COMMANDS, application
@@ -34,7 +34,7 @@ from mlx_mtp.generation import exactness
 from mlx_mtp.loading import EMBEDDED, FAMILIES
 
 PATIENCE = 300  # seconds; a backstop
-LANGUAGES = ("bash", "python", "text")
+LANGUAGES = ("bash", "python", "text", "toml")
 TARGET, ASSISTANT = str(EMBEDDED / "target"), str(EMBEDDED / "assistant")
 # Options whose value is a name of the reader's own, and what stands for it here.
 NAMES = {"--model": TARGET, "--target": TARGET, "--start": ASSISTANT, "--drafter": ASSISTANT, "--data": "texts"}
@@ -295,6 +295,11 @@ def test_every_snippet_runs(
     assert out.strip()
     if page == "drafters.md":
         assert out.rstrip().endswith("True")  # the family's output is that of plain decoding
+
+
+def test_entry_points_are_those_that_are_read() -> None:
+    groups = [tomllib.loads(text)["project"]["entry-points"] for _, _, text in blocks("toml")]
+    assert {name for group in groups for name in group} == {targets.registry.group, drafters.registry.group}
 
 
 def test_every_block_has_a_language_that_is_checked() -> None:

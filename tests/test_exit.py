@@ -7,9 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -17,7 +16,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import GOLDEN
-from servers import eventually
 
 import mlx_mtp
 from mlx_mtp.backend import threads
@@ -26,9 +24,10 @@ from mlx_mtp.generation.prefix import Session
 TARGET, DRAFTER = GOLDEN / "ple" / "target", GOLDEN / "ple" / "assistant_tied"
 PATIENCE = 60
 BEGIN = """
-import asyncio, queue, sys, threading, time
+import asyncio, os, queue, sys, threading
 from concurrent.futures import ThreadPoolExecutor
 import mlx_mtp
+from mlx_mtp.backend import threads
 
 def load():
     return mlx_mtp.load(sys.argv[1], drafter=sys.argv[2], depth=2)
@@ -38,90 +37,76 @@ def say(tokens=30, engine=None, told=None):
         if told is not None:
             told.set()
 
-def for_ever(told):
-    while True:
-        say(200, told=told)
+def thread(work):
+    found = []
+    begun = threading.Thread(target=lambda: found.append(work()))
+    begun.start(), begun.join()
+    return found[0]
 
 one = load()
 """
-SHAPES = {
-    "two threads": """
+# Whatever threads that have ended may leave behind: each of these once aborted the process at its end, or could.
+ENDED = """
 both = [threading.Thread(target=say) for _ in range(2)]
-[thread.start() for thread in both], [thread.join() for thread in both]
-""",
-    "a pool": """
-pool = ThreadPoolExecutor(3)
-list(pool.map(say, [20] * 6))
-""",
-    "asyncio": """
+[each.start() for each in both], [each.join() for each in both]
+with ThreadPoolExecutor(3) as pool:
+    list(pool.map(say, [20] * 6))
+unjoined = ThreadPoolExecutor(2)
+list(unjoined.map(say, [20] * 2))
+
 async def main():
     await asyncio.gather(*(asyncio.to_thread(say) for _ in range(3)))
 asyncio.run(main())
-""",
-    "a daemon in the middle of a reply": """
-told = threading.Event()
-threading.Thread(target=for_ever, args=(told,), daemon=True).start()
-told.wait()
-""",
-    "daemons in the middle of replies": """
-all_told = [threading.Event() for _ in range(3)]
-for told in all_told:
-    threading.Thread(target=for_ever, args=(told,), daemon=True).start()
-[told.wait() for told in all_told]
-""",
-    "a daemon that looks for work all the time": """
-work, done = queue.Queue(), threading.Event()
-def serve():
-    while True:
-        try:
-            work.get(timeout=0.0005)()
-        except queue.Empty:
-            pass
-for _ in range(3):
-    threading.Thread(target=serve, daemon=True).start()
-for _ in range(3):
-    work.put(say)
-work.put(done.set)
-done.wait()
-""",
-    "a daemon in the middle of a long prompt": """
-import mlx_mtp.generation.loop
-mlx_mtp.generation.loop.MAX_CHUNK, told = 16, threading.Event()
-def read():
-    while True:
-        one.generate(list(range(3, 103)) * 2, max_tokens=1, on_prefill=lambda done, total: told.set())
-threading.Thread(target=read, daemon=True).start()
-told.wait()
-""",
-    "a thread that loads": """
-found = []
-thread = threading.Thread(target=lambda: found.append(load()))
-thread.start(), thread.join()
-say(engine=found[0])
-thread = threading.Thread(target=say, args=(20, found[0]))
-thread.start(), thread.join()
-""",
-    "a daemon that loads": """
-def loads():
-    while True:
-        load()
-threading.Thread(target=loads, daemon=True).start()
-load()
-""",
-    "a generator that went from thread to thread": """
+
+other = thread(load)
+say(engine=other)
+thread(lambda: say(20, other))
 events = one.stream([1, 2, 3], max_tokens=100, ignore_end=True)
 next(events)
-thread = threading.Thread(target=lambda: next(events))
-thread.start(), thread.join()
+thread(lambda: next(events))
 next(events)
-""",
-    "a session filled in a thread": """
 session = mlx_mtp.Session()
-thread = threading.Thread(target=lambda: one.generate([1, 2, 3], session=session))
-thread.start(), thread.join()
-""",
-}
-ENDS = {"": 0, "sys.exit(3)": 3, "raise SystemExit('sentence')": 1}
+thread(lambda: one.generate([1, 2, 3], session=session))
+
+class Holder: pass
+holder = Holder()  # only the end of the process collects it
+holder.self, holder.engine = holder, one
+if child := os.fork():
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+else:
+    os._exit(thread(lambda: threads.run(lambda: 7)))  # a child has none of its parent's threads
+"""
+# Daemons in the middle of replies, of a long prompt, of loading, and looking for work.
+DAEMONS = """
+import mlx_mtp.generation.loop
+mlx_mtp.generation.loop.MAX_CHUNK = 16
+begun, work = [threading.Event() for _ in range(5)], queue.Queue()
+
+def replies(told):
+    say(200, told=told)
+
+def reads(told):
+    one.generate(list(range(3, 103)) * 2, max_tokens=1, on_prefill=lambda done, total: told.set())
+
+def loads(told):
+    load()
+    told.set()
+
+def serves(told):
+    try:
+        work.get(timeout=0.0005)()
+    except queue.Empty:
+        told.set()
+
+def daemon(work, told):
+    while True:
+        work(told)
+
+for kind, told in zip((replies, replies, reads, loads, serves), begun):
+    threading.Thread(target=daemon, args=(kind, told), daemon=True).start()
+work.put(say)
+[told.wait() for told in begun]
+"""
 
 
 def left(code: str) -> tuple[int, str]:
@@ -131,21 +116,20 @@ def left(code: str) -> tuple[int, str]:
     return found.returncode, found.stderr
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_leaving_is_clean(shape: str) -> None:
-    ends = ENDS if "daemon in the middle of a reply" in shape else {"": 0}
-    for end, code in ends.items():
-        for _ in range(2):
-            assert left(SHAPES[shape] + end) == (code, "sentence\n" if "sentence" in end else "")
+def test_threads_that_have_ended() -> None:
+    assert left(ENDED) == (0, "")
 
 
-def test_an_exception_in_the_main_thread_is_all_that_is_said() -> None:
-    code, err = left(SHAPES["a daemon in the middle of a reply"] + "1 / 0")
-    assert code == 1 and err.strip().endswith("ZeroDivisionError: division by zero") and "terminate" not in err
+@pytest.mark.parametrize("end", ["raise SystemExit('sentence')", "1 / 0"])
+def test_daemons_in_the_middle_of_work(end: str) -> None:
+    code, err = left(DAEMONS + end)
+    assert code == 1 and "terminate" not in err
+    assert err == "sentence\n" if "sentence" in end else err.endswith("ZeroDivisionError: division by zero\n")
 
 
 def test_an_interrupt_while_another_thread_decodes() -> None:
-    code = SHAPES["a daemon in the middle of a reply"] + "print('now', flush=True); threading.Event().wait()"
+    code = "threading.Thread(target=say, args=(10**6, one, told := threading.Event()), daemon=True).start()\n"
+    code += "told.wait(); print('now', flush=True); threading.Event().wait()"
     process = subprocess.Popen([sys.executable, "-c", BEGIN + code, str(TARGET), str(DRAFTER)], text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
@@ -247,90 +231,28 @@ def test_work_is_done_in_the_main_thread_or_one_other() -> None:
     assert len(others) == 1 and main not in others
 
 
-def test_a_child_process_has_a_thread_of_its_own() -> None:
-    code = """
-thread = threading.Thread(target=say)
-thread.start(), thread.join()
-import os
-from mlx_mtp.backend import threads
-if child := os.fork():
-    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-found = []
-thread = threading.Thread(target=lambda: found.append(threads.run(lambda: 7)))
-thread.start(), thread.join()
-os._exit(found[0])
-"""
-    assert left(code) == (7, "")
-
-
-def test_an_engine_in_a_cycle() -> None:
-    """A script may end while its own engine is in a cycle of references that only the end collects."""
-    code = "class Holder: pass\nholder = Holder()\nholder.self, holder.engine = holder, one\n" + SHAPES["two threads"]
-    assert left(code) == (0, "")
-
-
 # The server
 
 
-@contextmanager
-def serving() -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`mlx-mtp serve` and its address."""
-    command = [sys.executable, "-m", "mlx_mtp.cli.app", "serve", "--port", "0", "--depth", "2"]
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_lets_the_reply_finish(number: signal.Signals, code: int) -> None:
+    """The command itself; a second signal is in test_server_waiting.py."""
+    command = [sys.executable, "-m", "mlx_mtp.cli.app", "serve", "--port", "0", "--depth", "2", "--model", str(TARGET),
+               "--drafter", str(DRAFTER)]  # fmt: skip
     handlers = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=handlers) as process:
         try:
             assert process.stderr is not None
             line = process.stderr.readline()
-            assert line.startswith("Serving "), line + process.stderr.read()
-            yield process, line.split()[3]
+            assert line.startswith("Serving target at http://127.0.0.1:"), line + process.stderr.read()
+            url, body = f"{line.split()[3]}/completions", {"prompt": [1, 2, 3], "max_tokens": 60, "stream": True}
+            with httpx.stream("POST", url, json=body, timeout=PATIENCE, trust_env=False) as response:
+                lines = response.iter_lines()
+                next(lines)
+                process.send_signal(number)
+                assert list(lines)[-2] == "data: [DONE]"
+            assert process.wait(PATIENCE) == code
+            said = process.stderr.read()  # nothing where the reply was done already
+            assert said in ("", "finishing 1 reply, Ctrl-C again ends now\n"[: 100 * (number == signal.SIGINT)])
         finally:
             process.kill()
-
-
-@contextmanager
-def replying(url: str, tokens: int) -> Iterator[Iterator[str]]:
-    """The lines of a streamed reply that has begun."""
-    body = {"prompt": "import os\n", "max_tokens": tokens, "stream": True}
-    with httpx.stream("POST", f"{url}/completions", json=body, timeout=PATIENCE, trust_env=False) as response:
-        lines = response.iter_lines()
-        next(lines)
-        yield lines
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_ends_the_server_at_once(number: signal.Signals) -> None:
-    with serving() as (process, url), replying(url, 4000):
-        assert process.stderr is not None
-        process.send_signal(number)
-        if number == signal.SIGINT:
-            assert process.stderr.readline() == "finishing 1 reply, Ctrl-C again ends now\n"
-        else:
-            assert eventually(lambda: refuses(url))
-        process.send_signal(number)
-        assert process.wait(PATIENCE) == 130 and process.stderr.read() == ""
-
-
-def refuses(url: str) -> bool:
-    """Whether no new connection is taken any more, which is the first that the end of a server does."""
-    try:
-        httpx.get(f"{url}/models", timeout=5, trust_env=False)
-    except httpx.HTTPError:
-        return True
-    return False
-
-
-def test_one_signal_lets_the_reply_finish() -> None:
-    with serving() as (process, url), replying(url, 60) as lines:
-        process.send_signal(signal.SIGINT)
-        rest = list(lines)
-        assert rest[-2] == "data: [DONE]" and process.stderr is not None
-        assert process.wait(PATIENCE) == 130
-        assert process.stderr.read() in ("finishing 1 reply, Ctrl-C again ends now\n", "")  # "" where it was done
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
-def test_a_server_with_nothing_to_do_ends_at_once(number: signal.Signals, code: int) -> None:
-    with serving() as (process, url):
-        assert httpx.get(f"{url}/models", timeout=PATIENCE, trust_env=False).status_code == 200
-        process.send_signal(number)
-        assert process.wait(PATIENCE) == code and process.stderr is not None and process.stderr.read() == ""

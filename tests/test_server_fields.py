@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import CHAT, COMPLETION, JSON, ScriptedEngine, running
+from servers import CHAT, COMPLETION, ScriptedEngine, running
 
 import mlx_mtp
+from mlx_mtp.serving.body import parsed
+from mlx_mtp.serving.errors import RequestError
 
 SAID = [{"role": "user", "content": "x"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
@@ -44,13 +45,13 @@ def test_every_field_is_known(path: str, names: list[str]) -> None:
             if response.status_code != 200:
                 error = response.json()["error"]
                 assert response.status_code == 400 and str(error["param"]).startswith(name), (name, error)
-                assert error["code"] != "unknown_field", name
+                assert (error["code"], error["param"]) != ("unknown_field", name)
         error = server.post(path, needed | {"colour": "red"}).json()["error"]
         assert error["code"] == "unknown_field" and error["param"] == "colour"
 
 
 TAKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    ({}, {"max_tokens": 1024, "stop": [], "seed": None, "logprobs": 0}),
+    ({}, {"budget": 1024, "stop": [], "seed": None, "logprobs": 0}),
     ({"seed": -1}, {"seed": 2**64 - 1}),
     ({"seed": -(2**63)}, {"seed": 2**63}),
     ({"seed": 2**63 - 1}, {"seed": 2**63 - 1}),
@@ -59,10 +60,10 @@ TAKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"stop": None}, {"stop": []}),
     ({"stop": []}, {"stop": []}),
     ({"stop": "a"}, {"stop": ["a"]}),
-    ({"max_tokens": 1000}, {"max_tokens": 1000}),
-    ({"max_tokens": 10**9}, {"max_tokens": 10**9}),
-    ({"max_tokens": 2**63 - 1}, {"max_tokens": 2**63 - 1}),
-    ({"max_tokens": 5.0}, {"max_tokens": 5}),
+    ({"max_tokens": 1000}, {"budget": 1000}),
+    ({"max_tokens": 10**9}, {"budget": 10**9}),
+    ({"max_tokens": 2**63 - 1}, {"budget": 2**63 - 1}),
+    ({"max_tokens": 5.0}, {"budget": 5}),
     ({"n": 1}, {}),
     ({"user": "me", "store": False, "service_tier": "auto", "metadata": {}, "cache_control": CACHED}, {}),
 ]
@@ -85,10 +86,10 @@ def test_what_openai_takes_reaches_the_engine(path: str) -> None:
         for body, expected in TAKEN:
             response = server.post(path, needed | body)
             assert response.status_code == 200, (body, response.text)
-            assert {name: fake.asked[-1][name] for name in expected} == expected, body
+            assert {name: getattr(fake.asked[-1], name) for name in expected} == expected, body
         for body, expected in SAMPLED:
             assert server.post(path, needed | body).status_code == 200, body
-            sampling = fake.asked[-1]["sampling"]
+            sampling = fake.asked[-1].sampling
             assert {name: getattr(sampling, name) for name in expected} == expected, body
 
 
@@ -107,7 +108,7 @@ def test_a_reply_is_cut_where_the_context_ends() -> None:
             response = server.post(COMPLETION, {"prompt": "x", "max_tokens": most})
             assert response.status_code == status
         assert "1 to 20" in response.json()["error"]["message"]
-        assert server.post(COMPLETION, {"prompt": "x"}).status_code == 200 and fake.asked[-1]["max_tokens"] == 20
+        assert server.post(COMPLETION, {"prompt": "x"}).status_code == 200 and fake.asked[-1].budget == 20
 
 
 MESSAGES: list[tuple[dict[str, Any], str]] = [
@@ -144,10 +145,10 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [{**TOOL, "function": {"name": "f", "strict": "yes"}}]}, "tools[0].function.strict", "schema"),
     ({"verbosity": "low"}, "verbosity", "dial"),
     ({"verbosity": "high"}, "verbosity", "dial"),
-    ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "a string"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "required"),
     ({"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "b"}]}]},
      "messages[0].content[0].type", "text"),
-    ({"messages": [{"role": "system"}]}, "messages[0].content", "a string"),
+    ({"messages": [{"role": "system"}]}, "messages[0].content", "required"),
     ({"web_search_options": {}}, "web_search_options", "searches nothing"),
     ({"messages": [*SAID, {"role": "assistant", "tool_calls": [
         {**CALL, "function": {"name": "f", "arguments": '{"a": 1, "a": 2}'}}]}]},
@@ -169,21 +170,22 @@ def test_what_would_do_nothing_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("text", "said"), [
-    ('{"prompt": "x", "max_tokens": 1, "max_tokens": 2}', "'max_tokens' appears twice"),
-    ('{"prompt": "x", "temperature": 0, "temperature": 0}', "'temperature' appears twice"),
-    ('{"prompt": "x", "logit_bias": {"5": 1, "\\u0035": 2}}', "'5' appears twice"),
-    ('{"prompt": "x", "user": null, "user": null}', "'user' appears twice"),
-    ('{"prompt": "x", "metadata": {"a": [{"b": {"c": 1, "c": 1}}]}}', "'c' appears twice"),
-    ('{"prompt": "x", "temperature": NaN}', "NaN"),
-    ('{"prompt": "x", "temperature": -Infinity}', "Infinity"),
-    ('{"prompt": "x", "temperature": 1e400}', "1e400"),
-    ('{"prompt": "x", "seed": ' + "9" * 5000 + "}", "digits"),
-    ('{"prompt": "x", "user": ' + "[" * 500 + "]" * 500 + "}", "levels"),
-    ('{"prompt": "x", "user": ' + "[" * 100_000 + "]" * 100_000 + "}", "levels"),
+    (b'{"max_tokens": 1, "max_tokens": 2}', "'max_tokens' appears twice"),
+    (b'{"logit_bias": {"5": 1, "\\u0035": 2}}', "'5' appears twice"),
+    (b'{"user": null, "user": null}', "'user' appears twice"),
+    (b'{"metadata": {"a": [{"b": {"c": 1, "c": 1}}]}}', "'c' appears twice"),
+    (b'{"temperature": NaN}', "nan"), (b'{"temperature": -Infinity}', "inf"), (b"1e400", "1e400"), (b"-1e999", "1e999"),
+    (b"9" * 5000, "digits"), (b"[" * 101 + b"]" * 101, "levels"), (b"[" * 500 + b"]" * 500, "levels"),
+    (b"[" * 100_000 + b"]" * 100_000, "levels"), (b"[" * 100_000, "levels"),
+    (b"", "not JSON"), (b"{", "not JSON"), (b"[1,]", "not JSON"), (b"\xef\xbb\xbf{}", "not JSON"),
+    (b'"\xff"', "UTF-8"), (b'"\\ud800"', "UTF-8"), (b'{"\\udfff": 1}', "UTF-8"),
 ])  # fmt: skip
-def test_json_that_means_nothing(text: str, said: str) -> None:
-    with running(ScriptedEngine) as server, server.http(headers=JSON) as http:
-        response = http.post(COMPLETION, content=text)
-        error = response.json()["error"]
-        assert response.status_code == 400 and error["code"] == "bad_json" and said in error["message"], error
-        assert http.post(COMPLETION, content=json.dumps({"prompt": "x", "metadata": [{"a": 1}, {"a": 1}]})).is_success
+def test_json_that_means_nothing(text: bytes, said: str) -> None:
+    with pytest.raises(RequestError, match=f"(?i){said}") as error:
+        parsed(text)
+    assert error.value.body["error"]["code"] == "bad_json" and error.value.status == 400
+
+
+def test_json_that_means_something() -> None:
+    assert parsed(b'{"a": [1, 2.5, null, "\xc3\xa9"]}') == {"a": [1, 2.5, None, "é"]}
+    assert parsed(b'[{"a": 1}, {"a": 1}]') == [{"a": 1}, {"a": 1}]

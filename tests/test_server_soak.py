@@ -24,7 +24,6 @@ pytestmark = pytest.mark.slow
 NEAR_TIE = 1e-3
 STARTS = (
     "import os\n\n\ndef walk(", "class Reader:\n    def ", "def binary_search(", "import json\nimport sys\n\n",
-    "async def fetch(", "try:\n    import ", "class Error(Exception):\n", "for key, value in ",
 )  # fmt: skip
 SESSION_BYTES = 4_000_000
 
@@ -62,7 +61,7 @@ def requests(engine: mlx_mtp.Engine) -> list[Asked]:
     for subject in ("zip", "os.walk"):
         said = [{"role": "user", "content": f"What does {subject} do?"}]
         ask(CHAT, {"messages": said}, tokenizer.chat(said, thinking=False), 10)
-    assert len(found) >= 22 and len({text for *_, text in found}) >= 18
+    assert len(found) >= 12 and len({text for *_, text in found}) >= 10
     return found
 
 
@@ -93,29 +92,29 @@ def ask(client: httpx.Client, number: int, asked: Asked) -> str:
     return kind
 
 
-def test_two_hundred_requests_sixteen_at_a_time(server: Running, engine: mlx_mtp.Engine) -> None:
+def test_many_requests_at_a_time(server: Running, engine: mlx_mtp.Engine) -> None:
     chance, known, memory = random.Random(5), requests(engine), []
-    asked = [chance.choice(known) for _ in range(200)]
+    asked = [chance.choice(known) for _ in range(36)]
 
     def go(number: int) -> str:
         with server.http() as client:  # a connection of its own, as clients come and go
             return ask(client, number, asked[number])
 
     kinds: Counter[str] = Counter()
-    with ThreadPoolExecutor(16) as pool:
-        for start in range(0, 200, 50):
-            kinds.update(pool.map(go, range(start, start + 50)))
+    with ThreadPoolExecutor(12) as pool:
+        for start in range(0, 36, 12):
+            kinds.update(pool.map(go, range(start, start + 12)))
             assert server.idle()
             gc.collect()
             memory.append(mx.get_active_memory())
-    assert kinds == {"dropped": 67, "streamed": 67, "whole": 66}
-    # The pool of sessions fills up in the first quarter and stays within its bound.
+    assert kinds == {"dropped": 12, "streamed": 12, "whole": 12}
+    # The pool of sessions fills up in the first third and stays within its bound.
     assert max(memory[1:]) <= memory[0] + 2_000_000, memory
     with server.http() as client:
         figures = client.get("/metrics").text
     answered = [line for line in figures.splitlines() if 'route="/v1/c' in line]
     assert len(answered) == 2 and all('status="200"' in line for line in answered)
-    assert sum(int(line.split()[1]) for line in answered) == 200
+    assert sum(int(line.split()[1]) for line in answered) == 36
     assert "mlx_mtp_dropped_total 0\n" not in figures
     bytes_kept = next(line for line in figures.splitlines() if line.startswith("mlx_mtp_session_bytes "))
     assert SESSION_BYTES / 2 < float(bytes_kept.split()[1]) <= SESSION_BYTES

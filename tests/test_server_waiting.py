@@ -5,6 +5,8 @@ The engine writes what it is told to, and only once the test lets it: nothing he
 
 from __future__ import annotations
 
+import signal
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +20,7 @@ import pytest
 from servers import CHAT, COMPLETION, FakeTokenizer, ScriptedEngine, eventually, raw_request, running, until
 
 import mlx_mtp
+from mlx_mtp.generation.request import GenerationRequest
 from mlx_mtp.generation.types import Event
 
 PROMPT = {"prompt": "x", "stream": True}
@@ -27,12 +30,12 @@ ALWAYS = 0.02  # seconds of silence before a comment
 class Prefilling(ScriptedEngine):
     """Reads a prompt in four chunks, each after the gate has opened for it."""
 
-    def _events(self, ids: list[int], options: dict[str, Any]) -> Iterator[Event]:
+    def run(self, request: GenerationRequest) -> Iterator[Event]:
         assert self.gate is not None
         for done in (1024, 2048, 3072, 4096):
-            options["on_prefill"](done, 4096)
+            request.on_prefill(done, 4096)
             self.gate.acquire()
-        yield from super()._events(ids, options)
+        yield from super().run(request)
 
 
 @dataclass
@@ -94,8 +97,8 @@ def test_who_leaves_a_long_prompt_ends_it_at_the_next_chunk() -> None:
     with running(lambda: fake, quiet_seconds=ALWAYS) as server, server.http() as http:
         with http.stream("POST", COMPLETION, json=PROMPT) as response:
             assert any(line.startswith(": prefill 1024") for line in islice(response.iter_lines(), 1000))
-            ticket = server.worker._running
-        assert ticket is not None and eventually(lambda: ticket.cancelled)
+            ticket = server.queue._running
+        assert ticket is not None and eventually(lambda: ticket.over)
         fake.gate.release(1)
         assert server.idle() and fake.written == 0
 
@@ -104,19 +107,19 @@ def test_what_is_wrong_is_said_before_the_headers() -> None:
     """While another reply runs: a stream that can be refused gets a status, not an event, and waits for nobody."""
 
     class Strict(ScriptedEngine):
-        def stream(self, ids: list[int], **options: Any) -> Iterator[Event]:
+        def request(self, ids: list[int], *, max_tokens: int, **options: Any) -> GenerationRequest:
             if options["stop"] == ["none"]:
                 raise mlx_mtp.OptionError("Expected another stop.")
-            return super().stream(ids, **options)
+            return super().request(ids, max_tokens=max_tokens, **options)
 
     fake = Strict(gate=threading.Semaphore(0), max_context=50)
     with running(lambda: fake) as server, server.http() as http, http.stream("POST", COMPLETION, json=PROMPT):
         assert eventually(lambda: fake.written)
         for change, said in (({"prompt": "x" * 60}, "context of 50"), ({"stop": "none"}, "another stop"),
-                             ({"model": "other"}, "one model")):  # fmt: skip
+                             ({"model": "other"}, "has no model")):  # fmt: skip
             response = http.post(COMPLETION, json=PROMPT | change)
             assert response.status_code in (400, 404) and said in response.json()["error"]["message"]
-        assert server.worker.waiting == 0
+        assert server.queue.waiting == 0
         fake.gate.release(100)
 
 
@@ -132,7 +135,7 @@ def test_nobody_waits_for_a_prompt_that_is_tokenised(path: str, monkeypatch: pyt
 
     with running(lambda: fake, places=7) as server, ThreadPoolExecutor(6) as pool:
         long = [pool.submit(server.post, path, body("long" * 100)) for _ in range(6)]
-        assert eventually(lambda: server.worker.waiting == 6) and eventually(lambda: tokenizer.begun)
+        assert eventually(lambda: server.queue.waiting == 6) and eventually(lambda: tokenizer.begun)
         for text in ("a", "b", "c"):
             assert server.post(path, body(text)).status_code == 200
         with server.http() as http:
@@ -150,7 +153,7 @@ def test_who_leaves_while_its_prompt_is_tokenised_costs_the_engine_nothing() -> 
             leaving.sendall(raw_request(COMPLETION, {"prompt": "a long one"}))
             assert eventually(lambda: tokenizer.begun)
             assert server.post(COMPLETION, {"prompt": "x"}).status_code == 429
-        assert eventually(lambda: not server.worker.waiting)
+        assert eventually(lambda: not server.queue.waiting)
         assert server.post(COMPLETION, {"prompt": "x"}).status_code == 200
         tokenizer.free.set()
         assert server.idle()
@@ -194,6 +197,22 @@ def test_the_longest_token_of_a_real_tokenizer() -> None:
     assert tokenizer.longest_token >= max(len(text) for text in spelled if "\ufffd" not in text)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_the_server_at_once(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mlx_mtp.serving.server.os, "_exit", sys.exit)
+    fake = ScriptedEngine(gate=threading.Semaphore(0))
+    with running(lambda: fake) as server, server.http() as http, http.stream("POST", COMPLETION, json=PROMPT):
+        assert eventually(lambda: fake.written)
+        server.server.handle_exit(number, None)
+        with pytest.raises(SystemExit, match="130"):
+            server.server.handle_exit(number, None)
+        fake.gate.release(100)
+    said = "finishing 1 reply, Ctrl-C again ends now\n"
+    assert capfd.readouterr().err == (said if number == signal.SIGINT else "")
+
+
 def test_a_reply_that_is_not_streamed_waits_in_silence() -> None:
     fake = ScriptedEngine(gate=threading.Semaphore(0))
     replies: list[httpx.Response] = []
@@ -202,7 +221,7 @@ def test_a_reply_that_is_not_streamed_waits_in_silence() -> None:
         assert b": generating\n\n" in until(first, b": generating\n\n")
         second = threading.Thread(target=lambda: replies.append(server.post(COMPLETION, {"prompt": "x"})))
         second.start()
-        assert eventually(lambda: server.worker.waiting == 1)
+        assert eventually(lambda: server.queue.waiting == 1)
         fake.gate.release(100)
         second.join()
     assert replies[0].json()["choices"][0]["text"] == "Hello!"

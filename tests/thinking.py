@@ -46,6 +46,7 @@ def thinking_engine(folder: Path, depth: int = 0) -> mlx_mtp.Engine:
     table = mx.full((len(TOKENS), len(TOKENS)), -20.0)
     for one, next_one in zip(REPLY, REPLY[1:], strict=False):
         table[TOKENS.index(one), TOKENS.index(next_one)] = 20.0
+    mx.eval(table)  # for other threads than this one
     target = MarkovTarget(table)
     drafter = MarkovDrafter(table) if depth else None
     return mlx_mtp.Engine(target, drafter, tokenizer, stop_tokens=[TOKENS.index("<turn|>")], depth=depth)

@@ -26,7 +26,7 @@ class Registry(Generic[Loaded]):
     """
 
     def __init__(self, what: str, package: str, path: Iterable[str], group: str) -> None:
-        self._what, self._package, self._path, self._group = what, package, path, group
+        self._what, self._package, self._path, self.group = what, package, path, group
         self._loaders: dict[str, Loader[Loaded]] = {}
         self._imported = False
         self._fallback: tuple[Accepts, Loader[Loaded], str] | None = None
@@ -75,7 +75,7 @@ class Registry(Generic[Loaded]):
         return model_type in self._loaders or model_type in self._plugins().names
 
     def _plugins(self) -> importlib.metadata.EntryPoints:
-        return importlib.metadata.entry_points(group=self._group)
+        return importlib.metadata.entry_points(group=self.group)
 
     def _plugged_in(self, model_type: str) -> Loader[Loaded]:
         """The loader of the first plug-in that names this model type; CheckpointError where it cannot be imported."""

@@ -192,7 +192,9 @@ class Assistant(Drafter):
         group = next((size for size in (64, 32) if width % size == 0), None)
         if type(table) is not nn.Embedding or self.model.config.centroids or not group:
             return False
-        self.model.model.embed_tokens = table.to_quantized(group, bits)
+        quantised = table.to_quantized(group, bits)
+        mx.eval(quantised.parameters())  # only the thread that made a lazy array can compute it
+        self.model.model.embed_tokens = quantised
         return True
 
     def view(self, cache: KVCache) -> tuple[mx.array, SharedKV, Masks]:

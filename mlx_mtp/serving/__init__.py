@@ -1,1 +1,1 @@
-"""The server: app.py and its parts: requests in OpenAI's form, the engine's thread, kept sessions, guards, metrics."""
+"""The HTTP server: app.py and its parts; cli/serve.py starts it."""

@@ -1,12 +1,11 @@
-"""What a client did wrong, or the server could not do, in the form in which OpenAI's API says so.
-
-What it does: one exception with a status and the JSON object of the response. What it does not do: decide anything.
-"""
+"""What a client did wrong, or the server could not do: one exception with the status and the JSON of OpenAI's API."""
 
 from __future__ import annotations
 
 import logging
 from typing import Any
+
+from starlette.responses import JSONResponse
 
 from mlx_mtp.errors import MLXMTPError
 
@@ -14,7 +13,6 @@ log = logging.getLogger(__name__)
 
 MOST_MESSAGE = 1000
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-
 # Statuses of bodies that were not read to their end: nothing else can follow on such a connection.
 UNREAD = (408, 413, 415)
 
@@ -23,41 +21,34 @@ class RequestError(MLXMTPError):
     """A request that gets an error in place of a reply.
 
     status: HTTP status. param: the field of the request that is to blame. code: a short name for programs.
-    retry_after: seconds after which the same request may succeed.
+    retry_after: seconds after which the same request may succeed. close: whether the connection ends with it.
     """
 
     def __init__(
-        self,
-        message: str,
-        *,
-        status: int = 400,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after: int | None = None,
-    ) -> None:
+        self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None,
+        retry_after: int | None = None, close: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(message)
-        self.message, self.status, self.param, self.code, self.retry_after = message, status, param, code, retry_after
+        self.status, self._retry_after, self._close = status, retry_after, close or status in UNREAD
+        kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        self.body: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
-    @property
-    def body(self) -> dict[str, Any]:
-        """The response's JSON object."""
-        kind = KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """Headers that belong to the status."""
-        found = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+    def response(self) -> JSONResponse:
+        """The error as a response."""
+        response = JSONResponse(self.body, self.status)
+        if self._retry_after is not None:
+            response.headers["Retry-After"] = str(self._retry_after)
         if self.status == 401:
-            found["WWW-Authenticate"] = "Bearer"
-        if self.status in UNREAD:
-            found["Connection"] = "close"
-        return found
+            response.headers["WWW-Authenticate"] = "Bearer"
+        if self._close:
+            response.headers["Connection"] = "close"
+        return response
 
 
 def failed() -> RequestError:
-    """A failure of the server's own; what it was stands in the log and nowhere else."""
-    return RequestError("The server failed at this request; its log says why.", status=500, code="internal_error")
+    """A failure of the server's own; what it was is in the log and nowhere else."""
+    return RequestError("The server failed at this request; its log says why.", status=500, code="internal_error",
+                        close=True)  # fmt: skip
 
 
 def told(error: BaseException) -> RequestError:

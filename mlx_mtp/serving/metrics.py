@@ -1,16 +1,15 @@
-"""Counters in Prometheus' text form.
-
-What it does: adds up what was served. What it does not do: time anything itself, or keep a history.
-"""
+"""Counters of what was served, in Prometheus' text form."""
 
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Mapping
 
+from mlx_mtp.generation.types import Stats
+
 PREFIX = "mlx_mtp_"
-COUNTERS = {
+TEXTS = {
     "prompt_tokens_total": "Tokens of prompts taken up.",
     "cached_tokens_total": "Tokens of prompts that a kept session had and that were not run again.",
     "generated_tokens_total": "Tokens generated, those of dropped replies included.",
@@ -19,8 +18,6 @@ COUNTERS = {
     "prefill_seconds_total": "Seconds from taking up a request to its first token, in finished replies.",
     "decode_seconds_total": "Seconds from the first to the last token, in finished replies.",
     "dropped_total": "Requests whose client left before the end.",
-}
-GAUGES = {
     "queue_length": "Requests that wait.",
     "running": "Requests that run.",
     "session_bytes": "Bytes of K/V kept between requests.",
@@ -34,13 +31,21 @@ class Metrics:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts = dict.fromkeys(COUNTERS, 0.0)
-        self._requests: dict[tuple[str, int], int] = defaultdict(int)
+        self._counts = {name: 0.0 for name in TEXTS if name.endswith("_total")}
+        self._requests = Counter[tuple[str, int]]()
 
-    def add(self, name: str, amount: float) -> None:
-        """Adds to one of COUNTERS."""
+    def add(self, name: str, amount: float = 1) -> None:
+        """Adds to a counter."""
         with self._lock:
             self._counts[name] += amount
+
+    def finished(self, stats: Stats) -> None:
+        """One whole reply; its tokens were counted as they came."""
+        self.add("cached_tokens_total", stats.prompt_tokens - stats.prefilled_tokens)
+        self.add("drafted_tokens_total", stats.drafted)
+        self.add("accepted_tokens_total", stats.accepted)
+        self.add("prefill_seconds_total", stats.prefill_seconds)
+        self.add("decode_seconds_total", stats.decode_seconds)
 
     def answered(self, route: str, status: int) -> None:
         """One response of a route of this server's ("other" = no such route)."""
@@ -48,18 +53,14 @@ class Metrics:
             self._requests[route, status] += 1
 
     def render(self, gauges: Mapping[str, float]) -> str:
-        """All of it; gauges: today's values of GAUGES."""
+        """All of it; gauges: today's values of what is not counted."""
         with self._lock:
-            requests, counts = sorted(self._requests.items()), dict(self._counts)
-        lines = [*_head("requests_total", "HTTP responses.", "counter")]
+            requests, values = sorted(self._requests.items()), {**self._counts, **gauges}
+        lines = [f"# HELP {PREFIX}requests_total HTTP responses.", f"# TYPE {PREFIX}requests_total counter"]
         for (route, status), count in requests:
             lines.append(f'{PREFIX}requests_total{{route="{route}",status="{status}"}} {count}')
-        for name, value in counts.items():
-            lines += [*_head(name, COUNTERS[name], "counter"), f"{PREFIX}{name} {value:.17g}"]
-        for name, value in gauges.items():
-            lines += [*_head(name, GAUGES[name], "gauge"), f"{PREFIX}{name} {value:.17g}"]
+        for name, value in values.items():
+            kind = "counter" if name in self._counts else "gauge"
+            lines += [f"# HELP {PREFIX}{name} {TEXTS[name]}", f"# TYPE {PREFIX}{name} {kind}",
+                      f"{PREFIX}{name} {value:.17g}"]  # fmt: skip
         return "\n".join(lines) + "\n"
-
-
-def _head(name: str, text: str, kind: str) -> tuple[str, str]:
-    return f"# HELP {PREFIX}{name} {text}", f"# TYPE {PREFIX}{name} {kind}"

@@ -1,9 +1,6 @@
 """Sessions kept between requests: whoever goes on with a conversation finds its K/V.
 
-What it does: picks the session a prompt has most in common with, keeps the most recently used ones within a bound of
-bytes. What it does not do: run anything, or copy K/V (a session has one owner at a time).
-
-Invariant: only the engine's thread touches a pool; `nbytes` and `count` are plain numbers that others may read.
+Only the engine's thread touches a pool; `nbytes` and `count` are plain numbers that others may read.
 """
 
 from __future__ import annotations
@@ -33,10 +30,10 @@ class SessionPool:
         Whoever gets a session loses what it holds beyond the common tokens. That is worth it where more is saved than
         lost: two conversations that share a short instruction do not take each other's place.
         """
-        best, most = None, 0
+        best, most = None, 1
         for session in self._kept:
             common = session.common(ids)
-            if common >= most and common > 0 and 2 * common >= len(session.ids):
+            if common >= most and 2 * common >= len(session.ids):
                 best, most = session, common
         if best is None:
             return Session()
@@ -46,8 +43,7 @@ class SessionPool:
 
     def keep(self, session: Session) -> bool:
         """Takes a session back as the most recently used one; whether anything was let go of for it."""
-        if session.ids:
-            self._kept.append(session)
+        self._kept += [session] if session.ids else []
         before = len(self._kept)
         self._count()
         while self._kept and (self.nbytes > self.most_bytes or self.count > MOST_SESSIONS or not self.most_bytes):

@@ -1,0 +1,121 @@
+"""A request's body: its type, size and speed, and JSON in the strict sense.
+
+Refused are NaN, numbers beyond a float, lone surrogates, a name twice in one object, and more nesting than any request
+needs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import reprlib
+from collections import Counter
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+
+from mlx_mtp.serving.errors import RequestError
+
+# Seconds for which the rest of a body that was refused is still read, so that its sender gets to see the answer.
+LINGER = 2.0
+DEEPEST = 100
+NAMES = {dict: "an object", list: "a list", type(None): "null"}
+
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = _brief.maxlong = 60
+
+
+def shown(value: object) -> str:
+    """A value as a short part of a sentence, whatever its size."""
+    return NAMES.get(type(value)) or _brief.repr(value)
+
+
+async def read_body(request: Request, most_bytes: int, seconds: float) -> bytes:
+    """A JSON body of at most so many bytes that arrives within so many seconds; else RequestError.
+
+    The type is checked because a web page may send text, but not JSON, to another server without asking it first.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    length = request.headers.get("content-length", "0")
+    too_large = RequestError(
+        f"The body has more than {most_bytes} bytes; shorten it.", status=413, code="body_too_large"
+    )
+    if length.isdigit() and (len(length) > 20 or int(length) > most_bytes):
+        await _linger(request)
+        raise too_large
+    if kind != "application/json":
+        await _linger(request)
+        raise RequestError("The header 'Content-Type: application/json' is missing.", status=415,
+                           code="bad_content_type")  # fmt: skip
+    body, more = bytearray(), True
+    try:
+        async with asyncio.timeout(seconds):
+            while more and len(body) <= most_bytes:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                body += message.get("body", b"")
+                more = message.get("more_body", False)
+    except TimeoutError:
+        raise RequestError(
+            f"The whole body did not arrive within {seconds:g} seconds.", status=408, code="too_slow"
+        ) from None
+    if len(body) > most_bytes:
+        await _linger(request)
+        raise too_large
+    return bytes(body)
+
+
+async def _linger(request: Request) -> None:
+    """Reads and forgets what a client is still sending, for a moment."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER):
+            while (await request.receive()).get("more_body"):
+                pass
+
+
+def parsed(body: bytes) -> object:
+    """The JSON value of a body; RequestError for anything that is not strictly JSON in UTF-8."""
+    try:
+        return strict(body.decode())
+    except UnicodeError:
+        raise RequestError("The body has bytes or escapes that are not UTF-8.", code="bad_json") from None
+    except ValueError as error:
+        raise RequestError(f"The body is not JSON ({error}).", code="bad_json") from None
+
+
+def strict(text: str) -> object:
+    """The value of a JSON text; ValueError that says what is not JSON in it, UnicodeError for lone surrogates."""
+    try:
+        value: object = json.loads(
+            text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_unique
+        )  # numbers of thousands of digits are a ValueError too
+        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate, escaped as \\ud800, is no text
+        if _depth(value) <= DEEPEST:
+            return value
+    except RecursionError:
+        pass
+    raise ValueError(f"more than {DEEPEST} levels of lists and objects")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; which of two values under one name was meant, nobody can know."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the name {shown(name)} appears twice in one object")
+    return found
+
+
+def _finite(text: str) -> float:
+    """A float; NaN and Infinity are no JSON."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"the number {shown(text)} is out of range")
+    return number
+
+
+def _depth(value: object) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max((_depth(one) for one in inner if isinstance(one, (dict, list))), default=0)
