@@ -95,8 +95,9 @@ class Hub:
         return hashlib.sha1(b"".join(key.encode() + hashlib.sha256(files[key]).digest() for key in files)).hexdigest()
 
     def gets(self, file: str = "") -> list[Request]:
-        """Requests for the content of files whose name contains this."""
-        return [r for r in self.requests if r.method == "GET" and r.path.startswith("/content/") and file in r.path]
+        """Requests for the content of files whose name contains this; not those for a header alone."""
+        asked = [r for r in self.requests if r.method == "GET" and r.path.startswith("/content/") and file in r.path]
+        return [r for r in asked if r.span is None or r.span.endswith("-")]
 
     def asked(self, path: str) -> list[Request]:
         return [request for request in self.requests if path in request.path]
@@ -204,7 +205,9 @@ def _handler(hub: Hub, first: bool) -> type[BaseHTTPRequestHandler]:
             for key, value in {"Content-Length": str(end - start), **headers}.items():
                 self.send_header(key, value)
             self.end_headers()
-            if self.command == "GET":
+            if asked and asked[2]:  # a header, which comes whole
+                self.wfile.write(content[start:end])
+            elif self.command == "GET":
                 self.body(file, content[start:end])
 
         def body(self, file: str, content: bytes) -> None:

@@ -21,7 +21,7 @@ from conftest import GOLDEN
 from mlx.utils import tree_map
 
 from mlx_mtp.chat.saved import fingerprint
-from mlx_mtp.checkpoints import hub, memory
+from mlx_mtp.checkpoints import checkpoint, memory
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.loading import EMBEDDED
@@ -286,4 +286,4 @@ def test_files_that_macos_leaves_on_foreign_disks(tmp_path: Path, name: str) -> 
     copy = shutil.copytree(tmp_path / "target", tmp_path / "copy", ignore=shutil.ignore_patterns("._*"))
     assert fingerprint(copy) == fingerprint(tmp_path / "target")
     assert memory.folder_bytes(tmp_path / "target") == memory.folder_bytes(source / "target") > 0
-    assert hub.lacking(copy) == hub.lacking(tmp_path / "target") == []
+    assert checkpoint.lacking(copy) == hub.lacking(tmp_path / "target") == []

@@ -22,17 +22,13 @@ class Registry(Generic[Loaded]):
     def __init__(self, what: str, package: str, path: Iterable[str]) -> None:
         self._what, self._package, self._path = what, package, path
         self._loaders: dict[str, Loader[Loaded]] = {}
-        self._imported = False
         self._fallback: tuple[Accepts, Loader[Loaded], str] | None = None
 
     def register(self, *model_types: str) -> Callable[[Loader[Loaded]], Loader[Loaded]]:
-        """Decorator for a loader. Two loaders for one model type are a programming error."""
+        """Decorator for the loader of these model types."""
 
         def add(loader: Loader[Loaded]) -> Loader[Loaded]:
-            for model_type in model_types:
-                if model_type in self._loaders:
-                    raise ValueError(f"two {self._what} families claim model_type '{model_type}'")
-                self._loaders[model_type] = loader
+            self._loaders |= dict.fromkeys(model_types, loader)
             return loader
 
         return add
@@ -40,46 +36,37 @@ class Registry(Generic[Loaded]):
     def register_fallback(self, accepts: Accepts, names: str) -> Callable[[Loader[Loaded]], Loader[Loaded]]:
         """Decorator for the loader of every config.json that no family claims and `accepts` takes.
 
-        names: what it takes, in words. There can be one: a second is a programming error.
+        names: what it takes, in words.
         """
 
         def add(loader: Loader[Loaded]) -> Loader[Loaded]:
-            if self._fallback is not None:
-                raise ValueError(f"two fallbacks for {self._what} families")
             self._fallback = accepts, loader, names
             return loader
 
         return add
 
-    def _import_siblings(self) -> None:
-        if not self._imported:
-            self._imported = True
-            for module in pkgutil.iter_modules(self._path):
-                importlib.import_module(f"{self._package}.{module.name}")
-
     def knows(self, model_type: str) -> bool:
         """Whether some file implements this very model type."""
-        self._import_siblings()
+        for module in pkgutil.iter_modules(self._path):
+            importlib.import_module(f"{self._package}.{module.name}")
         return model_type in self._loaders
 
-    def loader(self, checkpoint: Checkpoint) -> Loader[Loaded]:
-        """The loader for a checkpoint; UnsupportedModel names what there is instead."""
-        model_type = checkpoint.config["model_type"]
+    def loader(self, config: Mapping[str, Any], where: str) -> Loader[Loaded]:
+        """The loader for a config.json; UnsupportedModel names what there is instead."""
+        model_type = config["model_type"]
         if self.knows(model_type):
             return self._loaders[model_type]
-        expected = f"expected one of {', '.join(sorted(self._loaders))}"
+        known = f"known are {', '.join(sorted(self._loaders))}"
         if self._fallback is not None:
             accepts, loader, names = self._fallback
-            if accepts(checkpoint.config):
+            if accepts(config):
                 return loader
-            expected += f", or {names}"
-        raise UnsupportedModel(
-            f"{checkpoint.path}: no {self._what} family for model_type {reprlib.repr(model_type)}; {expected}."
-        )
+            known += f", and {names}"
+        raise UnsupportedModel(f"{where}: no {self._what} family for model_type {reprlib.repr(model_type)}; {known}.")
 
     def load(self, checkpoint: Checkpoint) -> Loaded:
         """The loaded model; a complaint about config.json says which one."""
-        loader = self.loader(checkpoint)
+        loader = self.loader(checkpoint.config, checkpoint.name)
         try:
             return loader(checkpoint)
         except CheckpointError as error:
