@@ -286,4 +286,4 @@ def test_files_that_macos_leaves_on_foreign_disks(tmp_path: Path, name: str) -> 
     copy = shutil.copytree(tmp_path / "target", tmp_path / "copy", ignore=shutil.ignore_patterns("._*"))
     assert fingerprint(copy) == fingerprint(tmp_path / "target")
     assert memory.folder_bytes(tmp_path / "target") == memory.folder_bytes(source / "target") > 0
-    assert checkpoint.lacking(copy) == hub.lacking(tmp_path / "target") == []
+    assert checkpoint.lacking(copy) == checkpoint.lacking(tmp_path / "target") == []

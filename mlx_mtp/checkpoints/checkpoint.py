@@ -81,7 +81,7 @@ class Checkpoint:
         names = weight_files(self.path)
         if missing := [name for name in names if not os.path.isfile(self.path / name)]:
             raise CheckpointError(
-                f"{self.path} lacks {len(missing)} of {len(names)} weight files: '{missing[0]}' is missing; "
+                f"{self.path} must have {len(names)} weight files, but of '{missing[0]}' there was found none; "
                 "download the weights again."
             )
         return {self.path / name: header_of(self.path / name) for name in names}

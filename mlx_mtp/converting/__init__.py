@@ -1,11 +1,10 @@
 """Brings checkpoints of other layouts into ours, and quantises: what `mlx-mtp convert` does.
 
-What it does: tells the layout of a folder by its files, and writes whole folders of checkpoints that `mlx_mtp.load`
-takes. What it does not do: run a model, or touch the source.
-
     Meta's `.pth` with extra heads  -> target/ and parallel/     (meta.py, read by pth.py)
     modules inside a checkpoint     -> sequential/, and target/ where asked for     (modules.py)
     any checkpoint, with bits       -> the same, quantised     (quantise.py)
+
+The source is never touched.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, check_finite, visible
 from mlx_mtp.converting import meta, modules
-from mlx_mtp.converting.files import whole_folder
+from mlx_mtp.converting.output import whole_folder
 from mlx_mtp.converting.quantise import check_options, quantise
 from mlx_mtp.errors import CheckpointError, ModelNotFound, OptionError
 
@@ -48,7 +47,7 @@ def plan(
     Raises a subclass of MLXMTPError whose message says what to do.
     """
     if what not in WHAT:
-        raise OptionError(f"Expected --what to be one of {', '.join(WHAT)}, found '{what}'.")
+        raise OptionError(f"--what is '{what}', but must be one of {', '.join(WHAT)}.")
     if bits is not None:
         check_options(bits, group_size)
     folder = Path(os.path.expanduser(source))
@@ -56,23 +55,22 @@ def plan(
         folder = folder.parent
     if meta.files_of(folder):
         if what != "auto":
-            raise OptionError(f"Expected --what auto for Meta's .pth files in '{folder}', found '{what}'.")
+            raise OptionError(f"'{folder}' holds Meta's .pth, for which --what must be auto, not '{what}'.")
         return Conversion(source=folder, layout=META, bits=bits, group_size=group_size, with_target=True)
     if folder.is_dir() and not (folder / "config.json").exists() and visible(folder.glob("*.pth")):
-        raise ModelNotFound(f"Expected {meta.PARAMS} and consolidated*.pth in '{folder}', found other .pth files; "
+        raise ModelNotFound(f"'{folder}' holds .pth files without {meta.PARAMS} and consolidated.pth; "
                             "point to a checkpoint of facebook/multi-token-prediction.")  # fmt: skip
     checkpoint = Checkpoint.open(folder)
     found = None if what == "quantise" else modules.Modules.find(checkpoint)
     if what == "split" and found is None:
-        raise CheckpointError(
-            f"{folder}: expected MTP modules in the weights (model.layers.N.eh_proj or model.mtp_layers), found none; "
-            "conversions often leave them out: use the checkpoint as it was published."
-        )
+        raise CheckpointError(f"{folder} has no MTP modules in its weights (model.layers.N.eh_proj or "
+                              "model.mtp_layers); conversions often leave them out: use the checkpoint as it was "
+                              "published.")  # fmt: skip
     if found is None and bits is None:
-        raise OptionError(f"Expected --bits 4 or 8, found none; '{folder}' holds no MTP modules to split off, "
-                          "so it can only be quantised.")  # fmt: skip
+        raise OptionError(f"'{folder}' holds no MTP modules to split off, so it can only be quantised: "
+                          "say --bits 4 or 8.")  # fmt: skip
     if found is None and with_target:
-        raise OptionError(f"Expected --with-target only where modules are split off, found it with '{folder}'.")
+        raise OptionError(f"--with-target is for modules that are split off, and '{folder}' has none; leave it out.")
     layout = QUANTISE if found is None else SPLIT
     return Conversion(
         source=folder, layout=layout, bits=bits, group_size=group_size, with_target=with_target, modules=found
@@ -92,11 +90,13 @@ def convert(conversion: Conversion, out: Path | str, *, force: bool = False) -> 
             quantise(Checkpoint.open(conversion.source), folder, conversion.bits, conversion.group_size)
             _check_weights(folder, conversion.source)
             return [out]
-        names = meta.bring_in(conversion.source, folder) if conversion.layout == META else _split(conversion, folder)
+        names = _split(conversion, folder) if conversion.modules else meta.bring_in(conversion.source, folder)
         for name in names:
             _check_weights(folder / name, conversion.source)
             if conversion.bits is not None:
-                _quantise_in_place(folder / name, conversion.bits, conversion.group_size)
+                whole = (folder / name).rename(folder / f"{name}-whole")
+                quantise(Checkpoint.open(whole), folder / name, conversion.bits, conversion.group_size)
+                shutil.rmtree(whole)
                 _check_weights(folder / name, conversion.source)
     return [out / name for name in names]
 
@@ -113,17 +113,11 @@ def _check_weights(folder: Path, source: Path) -> None:
 
 def _split(conversion: Conversion, folder: Path) -> list[str]:
     assert conversion.modules is not None, "plan() found some"
-    modules.split(conversion.modules, folder / "sequential")
+    conversion.modules.write_drafter(folder / "sequential")
     if not conversion.with_target:
         return ["sequential"]
-    modules.without(conversion.modules, folder / "target")
+    conversion.modules.write_target(folder / "target")
     return ["target", "sequential"]
-
-
-def _quantise_in_place(folder: Path, bits: int, group: int) -> None:
-    whole = folder.rename(folder.with_name(f"{folder.name}-whole"))
-    quantise(Checkpoint.open(whole), folder, bits, group)
-    shutil.rmtree(whole)
 
 
 __all__ = ["META", "QUANTISE", "SPLIT", "Conversion", "convert", "plan"]
