@@ -91,10 +91,12 @@ def test_a_download_is_whole_and_stays(online: Hub, cache: Path) -> None:
     assert [(r.method, r.path) for r in online.requests] == [("GET", f"/api/models/{NAME}")]
 
 
-def test_a_break_in_mid_file_is_mended_in_the_same_run(online: Hub) -> None:
-    online.faults.breaks["model.safetensors"] = [CUT, 0, 0, 30_000]
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_break_in_mid_file_is_mended_in_the_same_run(online: Hub, ranges: bool) -> None:
+    online.faults.breaks["model.safetensors"] = [CUT, 0, 0, 30 * CHUNK] if ranges else [CUT, CHUNK]
+    online.faults.no_ranges = not ranges
     assert same_files(fetched())
-    assert [r.start for r in online.gets("model")] == [0, CUT, CUT, CUT, CUT + 30_000]
+    assert [r.start for r in online.gets("model")] == [0, CUT, *([CUT, CUT, CUT + 30 * CHUNK] if ranges else [CHUNK])]
 
 
 def test_after_a_break_for_good_the_next_run_asks_only_for_the_rest(online: Hub, cache: Path) -> None:
@@ -105,8 +107,7 @@ def test_after_a_break_for_good_the_next_run_asks_only_for_the_rest(online: Hub,
     assert not hub.cached(NAME) and hub.started(NAME)
     listing = hub.find(NAME)
     assert isinstance(listing, hub.Listing)
-    small = sum(len(content) for file, content in online.repositories[NAME].items() if file.endswith(".json"))
-    assert listing.bytes_to_come == len(WEIGHTS) - CUT + small
+    assert listing.bytes_to_come == len(WEIGHTS) - CUT
     online.faults.breaks.clear()
     online.requests.clear()
     assert same_files(fetched())
@@ -126,8 +127,7 @@ def test_an_interrupt_keeps_what_has_come(online: Hub, cache: Path) -> None:
     assert arrived(cache, CUT) and hub.cached(NAME) is None
 
 
-@pytest.mark.parametrize("left", [b"x" * CUT, WEIGHTS[: CUT - 1] + b"\0", b"x" * len(WEIGHTS), WEIGHTS[:-1] + b"\0",
-                                  WEIGHTS + b"x", b""])  # fmt: skip
+@pytest.mark.parametrize("left", [WEIGHTS[: CUT - 1] + b"\0", b"x" * len(WEIGHTS), WEIGHTS + b"x", b""])
 def test_a_spoilt_rest_is_fetched_again(online: Hub, cache: Path, left: bytes) -> None:
     """A power cut leaves zeros at the end of a file, another program leaves anything."""
     part = cache / "blobs" / f"{hashlib.sha256(WEIGHTS).hexdigest()}.incomplete"
@@ -141,13 +141,6 @@ def test_content_that_is_not_the_announced_one_never_gets_a_name(online: Hub, ca
     online.faults.other_content.add("model.safetensors")
     assert "model.safetensors" in refusal(fetched, CheckpointError)
     assert hub.cached(NAME) is None and hashlib.sha256(WEIGHTS).hexdigest() not in os.listdir(cache / "blobs")
-
-
-def test_a_network_without_ranges(online: Hub) -> None:
-    online.faults.no_ranges = True
-    online.faults.breaks["model.safetensors"] = [CUT, CHUNK]
-    assert same_files(fetched())
-    assert [r.start for r in online.gets("model")] == [0, CUT, CHUNK]
 
 
 def test_the_token_goes_to_the_hub_and_nowhere_else(online: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,12 +170,12 @@ def test_progress_tells_bytes_and_ends_at_all(online: Hub, tmp_path: Path) -> No
 
 
 def test_reading_is_told_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 20_000)
+    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 40_000)
     seen: list[hub.Progress] = []
     mlx_mtp.load(TARGET, drafter=TIED, depth=2, on_progress=seen.append)
     for name in (str(TARGET), "its drafter"):
         steps = [at for at in seen if at.name == name]
-        assert len(steps) > 2 and {at.what for at in steps} == {"load"} and len({at.total for at in steps}) == 1
+        assert len(steps) > 1 and {at.what for at in steps} == {"load"} and len({at.total for at in steps}) == 1
         assert [at.done for at in steps] == sorted({at.done for at in steps}) and steps[-1].done == steps[-1].total
 
 
@@ -203,13 +196,9 @@ def test_the_hubs_own_spelling_of_a_name(online: Hub) -> None:
 # Refusals
 
 
-def test_no_such_name(online: Hub) -> None:
-    assert "is neither" in refusal(lambda: fetched("google/nothing")) and "google/nothing" in online.requests[0].path
-
-
-@pytest.mark.parametrize("name", ["a--b/c", "a/b..c", "a/" + "x" * 200])
-def test_names_the_hub_does_not_allow(online: Hub, name: str) -> None:
-    assert "is neither" in refusal(lambda: fetched(name)) and not online.requests
+@pytest.mark.parametrize("name", ["google/nothing", "a--b/c", "a/b..c", "a/" + "x" * 200])
+def test_names_of_no_model_and_names_the_hub_does_not_allow(online: Hub, name: str) -> None:
+    assert "is neither" in refusal(lambda: fetched(name)) and len(online.requests) == (name == "google/nothing")
 
 
 @pytest.mark.parametrize("token", [None, "hf_other"])
@@ -226,13 +215,11 @@ def test_a_token_that_is_no_longer_valid(online: Hub, monkeypatch: pytest.Monkey
     assert "token (401)" in refusal(fetched)
 
 
-@pytest.mark.parametrize(("status", "said"), [(503, "its own (503)"), (500, "its own (500)"), (403, "token (403)")])
-@pytest.mark.parametrize("place", ["/api/models/", "/resolve/"])
+@pytest.mark.parametrize(("status", "said"), [(503, "its own (503)"), (403, "token (403)"), (429, "no more requests")])
+@pytest.mark.parametrize("place", ["/api/models/", "/content/"])
 def test_errors_of_the_hub(online: Hub, status: int, said: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if place == "/resolve/":  # huggingface_hub asks for small files again and again, with pauses
-        online.faults.status["model.safetensors"] = status
-    else:
-        online.faults.status[place] = status
+    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda _: None)
+    online.faults.status[place] = status
     assert said in refusal(fetched)
 
 
@@ -258,26 +245,25 @@ def test_a_listing_cannot_name_places_outside_the_cache(online: Hub, monkeypatch
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", odd)
     listing = hub.find(NAME)
-    assert isinstance(listing, hub.Listing) and listing.name == NAME and not listing.large_files()
+    assert isinstance(listing, hub.Listing) and listing.name == NAME and not listing.large
 
 
 # Without a hub
 
 
-@pytest.fixture(params=["offline", "gone", "silent", "broken"])
-def without(request: pytest.FixtureRequest, online: Hub, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+@pytest.fixture
+def without(online: Hub, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Takes the hub away, in one of four ways."""
 
-    def take() -> None:
+    def take(how: str) -> None:
         online.requests.clear()
-        if request.param == "offline":
+        if how == "offline":
             monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        elif request.param == "gone":
+        elif how == "gone":
             online.close()
             huggingface_hub.close_session()
-        elif request.param == "silent":
+        elif how == "silent":
             monkeypatch.setattr(hub, "PATIENCE", 0.2)
-            monkeypatch.setattr(hub, "LONG_PATIENCE", 0.2)
             online.faults.silent = True
         else:
             online.faults.status["/"] = 502
@@ -285,28 +271,30 @@ def without(request: pytest.FixtureRequest, online: Hub, monkeypatch: pytest.Mon
     return take
 
 
-def test_a_whole_copy_serves_without_the_hub(without: Callable[[], None]) -> None:
+@pytest.mark.parametrize("how", ["offline", "gone", "silent", "broken"])
+def test_a_whole_copy_serves_without_the_hub(without: Callable[[str], None], how: str) -> None:
     folder = fetched()
-    without()
+    without(how)
     assert fetched() == folder
 
 
-def test_half_a_copy_does_not(online: Hub, without: Callable[[], None], cache: Path) -> None:
+@pytest.mark.parametrize("how", ["offline", "gone"])
+def test_half_a_copy_does_not(online: Hub, without: Callable[[str], None], cache: Path, how: str) -> None:
     online.faults.breaks["model.safetensors"] = [CUT] + [0] * 50
     refusal(fetched)
-    without()
+    without(how)
     assert NAME in refusal(fetched)
     assert (cache / "blobs").is_dir()
 
 
-def test_an_update_that_broke_off_leaves_the_older_copy(online: Hub, without: Callable[[], None]) -> None:
+def test_an_update_that_broke_off_leaves_the_older_copy(online: Hub, without: Callable[[str], None]) -> None:
     old = fetched()
     online.repositories[NAME]["model.safetensors"] = WEIGHTS[:-4] + b"1234"
     online.repositories[NAME]["config.json"] += b" "
     online.faults.status["/resolve/" + online.commit(NAME) + "/generation_config"] = 404
     refusal(fetched)
     assert len(list(old.parent.iterdir())) == 2
-    without()
+    without("broken")
     assert fetched() == old
 
 
@@ -327,8 +315,8 @@ def spoilt(folder: Path, how: str) -> None:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize("listed", [True, False])
-@pytest.mark.parametrize("how", ["weights", "blob", "config", "shard", "index"])
+@pytest.mark.parametrize(("how", "listed"), [("weights", True), ("weights", False), ("blob", True), ("config", False),
+                                             ("shard", False), ("index", True)])  # fmt: skip
 def test_half_a_snapshot_is_never_taken_for_whole(online: Hub, cache: Path, how: str, listed: bool) -> None:
     """With and without the listing that newer versions of huggingface_hub keep beside the snapshot."""
     folder = fetched()
@@ -356,17 +344,6 @@ def test_no_disk(online: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     mlx_mtp.load(NAME, drafter=None)  # the target alone takes less
 
 
-def test_a_part_counts_as_there(online: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    online.faults.breaks["model.safetensors"] = [CUT] + [0] * 50
-    refusal(fetched)
-    online.faults.breaks.clear()
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, len(WEIGHTS) - CUT + 10_000))
-    listing = hub.find(NAME)
-    assert isinstance(listing, hub.Listing)
-    hub.check_disk(NAME, listing.bytes_to_come)
-
-
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """A machine with so many bytes for a model, and no fixed head-room."""
@@ -386,17 +363,12 @@ def test_no_memory_for_a_name_nothing_is_downloaded(online: Hub, small: Callable
 
 
 def test_no_memory_for_a_folder_no_weight_is_read(small: Callable[[float], None], monkeypatch) -> None:
-    small(100_000)
-    monkeypatch.setattr(targets, "load_target", lambda _: pytest.fail("the weights were read"))
-    assert str(TARGET) in refusal(lambda: mlx_mtp.load(TARGET), DoesNotFit)
-    assert "with its drafter" in refusal(lambda: mlx_mtp.load(TARGET, drafter=TIED), DoesNotFit)
-
-
-def test_what_fits_instead_is_named(online: Hub, small: Callable[[float], None], monkeypatch) -> None:
     small(9e9)
+    monkeypatch.setattr(targets, "load_target", lambda _: pytest.fail("the weights were read"))
     monkeypatch.setattr(memory, "held_bytes", lambda _: 40 * 10**9)
     sentence = refusal(lambda: mlx_mtp.load(TARGET), DoesNotFit)
-    assert "'mlx-community/gemma-4-e4b-it-4bit' fits" in sentence and "44.0 GB" in sentence
+    assert str(TARGET) in sentence and "'mlx-community/gemma-4-e4b-it-4bit' fits" in sentence and "44.0 GB" in sentence
+    assert "with its drafter" in refusal(lambda: mlx_mtp.load(TARGET, drafter=TIED), DoesNotFit)
 
 
 def test_memory_may_be_ignored(small: Callable[[float], None], monkeypatch, caplog) -> None:
@@ -406,13 +378,21 @@ def test_memory_may_be_ignored(small: Callable[[float], None], monkeypatch, capl
     assert "expect swapping" in caplog.text
 
 
-def test_the_headers_decide_what_the_sizes_leave_open(online: Hub, small: Callable[[float], None]) -> None:
-    """Towers are in the files, but not in memory."""
-    exact = memory.folder_bytes(TARGET)
+def test_what_is_wrong_is_known_before_weights_are_downloaded(online: Hub) -> None:
+    """A model type that nobody implements, and a drafter for another width."""
+    online.repositories[NAME]["config.json"] = b'{"model_type": "abacus"}'
+    assert "abacus" in refusal(lambda: mlx_mtp.load(NAME), mlx_mtp.UnsupportedModel)
+    config = json.loads((TIED / "config.json").read_text()) | {"backbone_hidden_size": 48}
+    online.repositories[DRAFTER]["config.json"] = json.dumps(config).encode()
+    said = refusal(lambda: mlx_mtp.load(TARGET, drafter=DRAFTER), mlx_mtp.IncompatibleDrafter)
+    assert "size 48" in said and "hidden size 32" in said and not online.gets()
+
+
+def test_the_headers_on_the_hub_tell_the_size(online: Hub) -> None:
     listing = hub.find(NAME)
-    assert isinstance(listing, hub.Listing) and memory.held_bytes(listing.tensors()) == exact
-    small(exact * 1.2)
-    assert mlx_mtp.load(NAME, drafter=None).target.path == hub.cached(NAME)
+    assert isinstance(listing, hub.Listing) and memory.held_bytes(listing.tensors()) == memory.folder_bytes(TARGET)
+    online.faults.status["/resolve/"] = 500  # an upper bound without them
+    assert memory.held_bytes(listing.tensors()) >= len(WEIGHTS)
 
 
 def test_a_drafter_that_nobody_asked_for_gives_way(online: Hub, small: Callable[[float], None], caplog) -> None:
@@ -483,11 +463,12 @@ def test_auto_finds_the_assistant_on_the_hub(online: Hub) -> None:
     assert snapshot and mlx_mtp.load(snapshot, depth=2).drafter is not None  # the cache's folder has the name in it
 
 
-@pytest.mark.parametrize("place", ["target/assistant", "target-assistant", "assistant"])
-def test_auto_finds_the_assistant_next_to_a_folder(tmp_path: Path, place: str) -> None:
+def test_auto_finds_the_assistant_next_to_a_folder(tmp_path: Path) -> None:
     shutil.copytree(TARGET, tmp_path / "target", copy_function=shutil.copyfile)
     assert mlx_mtp.load(tmp_path / "target", depth=2).drafter is None
-    shutil.copytree(TIED, tmp_path / place, copy_function=shutil.copyfile)
+    for place in ("assistant", "target-assistant", "target/assistant"):  # the later ones are preferred
+        shutil.copytree(TIED, tmp_path / place, copy_function=shutil.copyfile)
+        assert pairs.beside(tmp_path / "target") == tmp_path / place
     assert mlx_mtp.load(tmp_path / "target", depth=2).drafter is not None
 
 
@@ -664,8 +645,8 @@ def start(home: Path, endpoint: str, *args: str, **more: str) -> subprocess.Pope
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_killed_in_mid_file_resumed_and_then_offline(tmp_path: Path) -> None:
-    """HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE as a user sets them; the process dies as in a power cut."""
+def test_killed_in_mid_file_and_resumed(tmp_path: Path) -> None:
+    """HF_ENDPOINT, HF_HOME and HF_TOKEN as a user sets them; the process dies as in a power cut."""
     home = tmp_path / "elsewhere"
     with Hub() as server:
         server.add(NAME, TARGET)
@@ -683,10 +664,5 @@ def test_killed_in_mid_file_resumed_and_then_offline(tmp_path: Path) -> None:
         assert second.returncode == 0 and err == "", err
         assert [r.start for r in server.gets(f"{NAME}/")] == [CUT]
         assert (home / "hub" / "models--google--gemma-4-tiny-it" / "snapshots" / server.commit(NAME)).is_dir()
-        endpoint = server.endpoint
     expected = mlx_mtp.load(TARGET, drafter=None).generate(IDS, max_tokens=6).tokens
-    third = start(home, endpoint, HF_HUB_OFFLINE="1")
-    again, err = third.communicate(timeout=PATIENCE)
-    assert third.returncode == 0 and err == "", err
-    for printed in (out, again):
-        assert json.loads(printed)["tokens"] == expected and json.loads(printed)["stats"]["drafted"] > 0
+    assert json.loads(out)["tokens"] == expected and json.loads(out)["stats"]["drafted"] > 0

@@ -288,20 +288,13 @@ def _quantize_like(module: nn.Module, weights: Mapping[str, mx.array], source: P
     def settings(path: str, layer: nn.Module) -> bool | dict[str, Any]:
         if f"{path}.scales" not in weights or not hasattr(layer, "to_quantized"):
             return False
-        try:
-            found: dict[str, Any] = infer_quant_config(path, layer, dict(weights))
-        except (ValueError, KeyError, IndexError, TypeError, ZeroDivisionError) as error:
-            raise CheckpointError(
-                f"{source}: cannot tell how '{path}' is quantised ({brief(error)}); download the weights again."
-            ) from error
-        if f"{path}.global_scale" in weights:
-            found["global_scale"] = True
-        return found
+        found: dict[str, Any] = infer_quant_config(path, layer, dict(weights))
+        return found | ({"global_scale": True} if f"{path}.global_scale" in weights else {})
 
     if any(name.endswith(".scales") for name in weights):
         try:
             nn.quantize(module, class_predicate=settings)
-        except ValueError as error:  # scales of a shape that no bits and no group size give
+        except (ValueError, KeyError, IndexError, TypeError, ZeroDivisionError) as error:
             raise CheckpointError(
                 f"{source}: cannot tell how the weights are quantised ({brief(error)}); download them again."
             ) from error

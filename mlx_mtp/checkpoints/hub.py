@@ -54,26 +54,26 @@ OnProgress = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
-class RemoteFile:
-    """A file on the hub; sha256 for large ones, which the hub keeps by their content."""
-
-    name: str
-    size: int
-    sha256: str | None
-
-
-@dataclass(frozen=True)
 class Listing:
-    """A source on the hub: the files that a model needs, at one commit. `name` is the hub's own spelling."""
+    """A source on the hub: the files that a model needs, at one commit. `name` is the hub's own spelling.
+
+    large: those of `files` that the hub keeps by their content; the others are small, and in git.
+    """
 
     name: str
     commit: str
-    files: tuple[RemoteFile, ...]
+    files: tuple[str, ...]
+    large: tuple[LargeFile, ...]
 
     @property
     def snapshot(self) -> Path:
         """The folder in the local cache where these files are or will be."""
         return _storage(self.name) / "snapshots" / self.commit
+
+    @property
+    def bytes_to_come(self) -> int:
+        """Bytes a download would fetch: without whole files and without what an interrupted one left."""
+        return sum(file.size - file.bytes_here() for file in self.large)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -83,38 +83,11 @@ class Listing:
         with _explaining(self.name):
             return read_config(Path(hf_hub_download(self.name, "config.json", revision=self.commit)))
 
-    def missing(self) -> list[RemoteFile]:
-        """Files that are not in the cache yet."""
-        blobs = _storage(self.name) / "blobs"
-        return [
-            file for file in self.files
-            if not (self.snapshot / file.name).is_file() and not (file.sha256 and (blobs / file.sha256).is_file())
-        ]  # fmt: skip
-
-    def large_files(self) -> list[LargeFile]:
-        """The missing files that can go on where they broke off: not small ones, which are in git."""
-        from huggingface_hub import hf_hub_url
-
-        storage = _storage(self.name)
-        locks = storage.parent / ".locks" / storage.name
-        return [
-            LargeFile(
-                file.name, hf_hub_url(self.name, file.name, revision=self.commit), file.size, file.sha256,
-                storage / "blobs" / file.sha256, locks / f"{file.sha256}.lock",
-            )
-            for file in self.missing() if file.sha256 and file.size <= LARGEST_BY_HTTP
-        ]  # fmt: skip
-
-    @property
-    def bytes_to_come(self) -> int:
-        """Bytes a download would fetch: without whole files and without what an interrupted one left."""
-        return sum(file.size for file in self.missing()) - sum(file.bytes_here() for file in self.large_files())
-
     def tensors(self) -> Iterator[tuple[str, str, int]]:
         """Name, type and bytes of every stored tensor, by the headers of the files; at least as much without them."""
         from huggingface_hub import HfApi
 
-        for file in self.files:
+        for file in self.large:
             if file.name.endswith(".safetensors"):
                 try:
                     with _quiet():
@@ -145,7 +118,7 @@ class Listing:
                 on_progress(Progress("download", self.name, done, total))
 
         with _explaining(self.name):
-            fetch_all(self.large_files(), tell)
+            fetch_all([file for file in self.large if file.size <= LARGEST_BY_HTTP], tell)
             folder = snapshot_download(  # the small files, and the snapshot's layout around the large ones
                 self.name, allow_patterns=FILES, ignore_patterns=NO_FILES, tqdm_class=Silent,
                 library_name="mlx-mtp", library_version=__version__,
@@ -174,7 +147,7 @@ def find(name: str) -> Source:
             raise _explained(name, error) from error
         log.info("'%s': the hub could not be asked (%s); using the copy in %s.", name, type(error).__name__, local)
         return Checkpoint.open(local)
-    here = not listing.missing() and _whole(listing.name, listing.commit)
+    here = all((listing.snapshot / file).is_file() for file in listing.files) and not lacking(listing.snapshot)
     return Checkpoint.open(listing.snapshot) if here else listing
 
 
@@ -234,7 +207,7 @@ def check_disk(names: str, needed: int) -> None:
 
 
 def _listing(name: str) -> Listing:
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, hf_hub_url
     from huggingface_hub.utils import filter_repo_objects
 
     with _quiet():
@@ -248,12 +221,15 @@ def _listing(name: str) -> Listing:
             f"'{name}' on the hub has no config.json with model*.safetensors; choose a repository in safetensors or "
             "MLX format (no GGUF, no adapter alone)."
         )
-    files = []
+    name, commit = info.id if NAME.fullmatch(info.id) else name, str(info.sha)
+    large = []
     for file in wanted:
-        content = getattr(siblings[file].lfs, "sha256", None)  # None for a small file; names a path, so no other form
-        digest = content if isinstance(content, str) and SHA256.fullmatch(content) else None
-        files.append(RemoteFile(file, int(siblings[file].size or 0), digest))
-    return Listing(info.id if NAME.fullmatch(info.id) else name, str(info.sha), tuple(files))
+        content = siblings[file].lfs
+        if content and SHA256.fullmatch(sha256 := content.sha256):  # it names a path
+            url, blob = hf_hub_url(name, file, revision=commit), _storage(name) / "blobs" / sha256
+            lock = _storage(name).parent / ".locks" / _storage(name).name / f"{sha256}.lock"
+            large.append(LargeFile(file, url, int(siblings[file].size or 0), sha256, blob, lock))
+    return Listing(name, commit, tuple(wanted), tuple(large))
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ Format: torch.save's zip archive, `<name>/data.pkl` and `<name>/data/<key>`, ent
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
 import reprlib
@@ -115,7 +116,7 @@ class _Unpickler(pickle.Unpickler):
             raise _unreadable(file, "numbers in big-endian order")
         if entries[names[0]].file_size > MAX_PICKLE_BYTES:
             raise _unreadable(file, f"a pickle of {entries[names[0]].file_size} bytes")
-        super().__init__(archive.open(names[0]))
+        super().__init__(io.BytesIO(archive.read(names[0])))
 
     def find_class(self, module: str, name: str) -> Any:
         """The stand-in for a name of PyTorch's."""
