@@ -64,15 +64,13 @@ def draft_logits(target: Path, drafter: Path, depth: int) -> Iterator[tuple[int,
 
 
 def decodes_alike(target: Path, drafter: Path) -> None:
-    """The drafter changes nothing about the answer, at any depth."""
+    """The drafter changes nothing about the answer."""
     plain = mlx_mtp.load(target, drafter=None)
     expected = plain.generate(TOKENS[:6].tolist(), max_tokens=24, ignore_end=True).tokens
-    for depth in (1, 2):
-        found = mlx_mtp.load(target, drafter=drafter, depth=depth).generate(
-            TOKENS[:6].tolist(), max_tokens=24, ignore_end=True
-        )
-        assert found.stats.drafted > 0
-        same_or_tie(plain, TOKENS[:6].tolist(), expected, found.tokens)
+    engine = mlx_mtp.load(target, drafter=drafter, depth=2)
+    found = engine.generate(TOKENS[:6].tolist(), max_tokens=24, ignore_end=True)
+    assert found.stats.drafted > 0
+    same_or_tie(plain, TOKENS[:6].tolist(), expected, found.tokens)
 
 
 # Meta
@@ -92,10 +90,7 @@ def test_metas_heads_give_the_releases_logits(tmp_path: Path, params: dict[str, 
         rounds += 1
     assert rounds > 3
     assert np.abs(expected[0] - expected[1]).max() > 0.5  # heads that differ, or the order would not matter
-
-
-def test_metas_heads_decode_like_their_target(tmp_path: Path) -> None:
-    decodes_alike(*converted(meta_folder(tmp_path / "in", meta_arrays()), tmp_path / "out"))
+    decodes_alike(target, heads)
 
 
 def test_weights_in_several_files_are_refused(tmp_path: Path) -> None:
@@ -157,7 +152,6 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"n_layers": 6}, "6 layers"),
         ({"n_future_tokens": 4}, "3 are extra heads"),
         ({"dim": 40}, "shape"),
         ({"dim": "wide"}, "'dim'"),
@@ -219,11 +213,8 @@ def test_deepseeks_module_gives_its_own_logits(with_target: bool, tmp_path: Path
     if with_target:
         assert Checkpoint.open(target).weights().keys() == {n for n in arrays if not n.startswith("model.layers.2.")}
     module_agrees(target, written[-1], deepseek_reference(arrays))
-
-
-def test_deepseeks_module_decodes_like_its_target(tmp_path: Path) -> None:
-    source = write_folder(tmp_path / "in", DEEPSEEK, deepseek_arrays())
-    decodes_alike(source, *converted(source, tmp_path / "out"))
+    if not with_target:
+        decodes_alike(source, written[-1])
 
 
 def test_two_modules_stay_in_order(tmp_path: Path) -> None:
@@ -289,10 +280,9 @@ def test_modules_that_are_not_whole_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["embed_tokens", "shared_head.head"])
-def test_an_embedding_of_its_own_is_refused(name: str, tmp_path: Path) -> None:
+def test_an_embedding_of_its_own_is_refused(tmp_path: Path) -> None:
     arrays = deepseek_arrays()
-    key = f"model.layers.2.{name}.weight"
+    key = "model.layers.2.shared_head.head.weight"
     with pytest.raises(mlx_mtp.UnsupportedModel, match="copy"):
         converted(write_folder(tmp_path / "in", DEEPSEEK, {**arrays, key: arrays[key] + 1}), tmp_path / "out")
 
@@ -307,8 +297,8 @@ def within_a_step(whole: mx.array, packed: dict[str, mx.array], path: str, bits:
     return bool(mx.all(mx.abs(found - whole) <= step * 1.001).item())
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_target_and_its_heads_are_quantised(bits: int, tmp_path: Path) -> None:
+def test_a_target_and_its_heads_are_quantised(tmp_path: Path) -> None:
+    bits = 4
     source = meta_folder(tmp_path / "in", meta_arrays())
     sentencepiece_model(source / "tokenizer.model")
     whole = converted(source, tmp_path / "whole")
@@ -339,10 +329,9 @@ def test_the_embedded_pair_is_quantised(tmp_path: Path) -> None:
     assert stats.accepted > 0.3 * stats.drafted  # what it drafts still makes sense
 
 
-@pytest.mark.parametrize("heads", ["tied", "centroid"])
-def test_a_quantised_assistant_keeps_its_order(heads: str, tmp_path: Path) -> None:
+def test_a_quantised_assistant_keeps_its_order(tmp_path: Path) -> None:
     """A centroid head's table is reordered at load; the files must hold it in the order of tokens."""
-    source = GOLDEN / "ple" / f"assistant_{heads}"
+    source = GOLDEN / "ple" / "assistant_centroid"
     (out,) = converted(source, tmp_path / "out", bits=8, group_size=32)
     weights, packed = Checkpoint.open(source).weights(), Checkpoint.open(out).weights()
     assert "pre_projection.scales" in packed
@@ -462,8 +451,7 @@ def test_misuse_is_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("value", [mx.nan, mx.inf])
-@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize(("value", "bits"), [(mx.nan, None), (mx.inf, 4)])
 def test_weights_that_are_not_finite_are_never_written(value: float, bits: int | None, tmp_path: Path) -> None:
     """A module's, which is split off, and a drafter's, which is quantised: one spoiled number in either."""
     arrays = deepseek_arrays()
