@@ -39,9 +39,9 @@ from layouts import (
 from references import below, float64
 
 import mlx_mtp
-from mlx_mtp import converting
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.cli import app
+from mlx_mtp.converting import convert as converted
 from mlx_mtp.converting import meta
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.loading import EMBEDDED
@@ -49,10 +49,6 @@ from mlx_mtp.targets import load_target
 
 TOLERANCE = 2e-4
 TOKENS = np.random.default_rng(8).integers(3, 90, 24)
-
-
-def converted(source: Path, out: Path, force: bool = False, **options: Any) -> list[Path]:
-    return converting.convert(converting.plan(source, **options), out, force=force)
 
 
 def draft_logits(target: Path, drafter: Path, depth: int) -> Iterator[tuple[int, list[np.ndarray]]]:

@@ -80,8 +80,9 @@ class Checkpoint:
         """
         names = weight_files(self.path)
         if missing := [name for name in names if not os.path.isfile(self.path / name)]:
+            which = f"the {len(names)} of {INDEX}" if (self.path / INDEX).exists() else "model*.safetensors"
             raise CheckpointError(
-                f"{self.path} must have {len(names)} weight files, but of '{missing[0]}' there was found none; "
+                f"{self.path}: of its weight files, {which}, there was found none named {reprlib.repr(missing[0])}; "
                 "download the weights again."
             )
         return {self.path / name: header_of(self.path / name) for name in names}

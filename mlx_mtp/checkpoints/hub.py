@@ -81,7 +81,9 @@ class Listing:
         from huggingface_hub import hf_hub_download
 
         with _explaining(self.name):
-            return read_config(Path(hf_hub_download(self.name, "config.json", revision=self.commit)))
+            return read_config(Path(hf_hub_download(
+                self.name, "config.json", revision=self.commit, tqdm_class=_no_bar(),
+            )))  # fmt: skip
 
     def tensors(self) -> Iterator[tuple[str, str, int]]:
         """Name, type and bytes of every stored tensor, by the headers of the files; at least as much without them."""
@@ -107,11 +109,6 @@ class Listing:
         came is not what the hub announced.
         """
         from huggingface_hub import snapshot_download
-        from huggingface_hub.utils import tqdm
-
-        class Silent(tqdm):
-            def __init__(self, *arguments: Any, **named: Any) -> None:
-                super().__init__(*arguments, **{**named, "disable": True})
 
         def tell(done: int, total: int) -> None:
             if on_progress is not None:
@@ -120,7 +117,7 @@ class Listing:
         with _explaining(self.name):
             fetch_all([file for file in self.large if file.size <= LARGEST_BY_HTTP], tell)
             folder = snapshot_download(  # the small files, and the snapshot's layout around the large ones
-                self.name, allow_patterns=FILES, ignore_patterns=NO_FILES, tqdm_class=Silent,
+                self.name, allow_patterns=FILES, ignore_patterns=NO_FILES, tqdm_class=_no_bar(),
                 library_name="mlx-mtp", library_version=__version__,
             )  # fmt: skip
         if missing := lacking(Path(folder)):
@@ -300,6 +297,17 @@ def _whole(name: str, commit: str) -> bool:
     except (LocalEntryNotFoundError, ValueError):
         return False
     return not lacking(Path(found))
+
+
+def _no_bar() -> Any:
+    """A progress bar of huggingface_hub that is never shown: what matters comes by on_progress."""
+    from huggingface_hub.utils import tqdm
+
+    class Hidden(tqdm):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **{**named, "disable": True})
+
+    return Hidden
 
 
 @contextlib.contextmanager

@@ -156,8 +156,8 @@ class Modules:
         check_shapes(layer, own, where)
         return clean
 
-    def write_drafter(self, folder: Path) -> None:
-        """The modules as a drafter."""
+    def write(self, out: Path, with_target: bool) -> list[str]:
+        """Writes out/sequential, the drafter, and out/target, the target as it is; the names of what was written."""
         config, where = self.checkpoint.config, str(self.checkpoint.path / "config.json")
         width = number(config, "hidden_size", int, 1, MAX_SIZE, where=where)
         vocabulary = number(config, "vocab_size", int, 2, MAX_SIZE, where=where)
@@ -169,9 +169,9 @@ class Modules:
             "model_type": "sequential_modules", "modules": len(self.of), "reads": self.layout.reads,
             "hidden_size": width, "vocab_size": vocabulary, "block": block,
         }  # fmt: skip
-        write_tensors(folder, drafter, self.tensors(block))
-
-    def write_target(self, folder: Path) -> None:
-        """The target as it is, without its modules."""
-        write_tensors(folder, {**self.checkpoint.config, COUNT: 0}, self.rest.items())
-        copy_companions(self.checkpoint.path, folder)
+        write_tensors(out / "sequential", drafter, self.tensors(block))
+        if not with_target:
+            return ["sequential"]
+        write_tensors(out / "target", {**config, COUNT: 0}, self.rest.items())
+        copy_companions(self.checkpoint.path, out / "target")
+        return ["target", "sequential"]
