@@ -82,7 +82,7 @@ class Checkpoint:
         if missing := [name for name in names if not os.path.isfile(self.path / name)]:
             which = f"the {len(names)} of {INDEX}" if (self.path / INDEX).exists() else "model*.safetensors"
             raise CheckpointError(
-                f"{self.path}: of its weight files, {which}, there was found none named {reprlib.repr(missing[0])}; "
+                f"{self.path}: of its weight files, {which}, there was found none named {missing[0]!r:.90}; "
                 "download the weights again."
             )
         return {self.path / name: header_of(self.path / name) for name in names}

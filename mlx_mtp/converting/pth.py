@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -60,15 +60,7 @@ class StoredTensor:
         return array.view(dtype) if dtype == mx.bfloat16 else array
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """What the pickle calls torch.FloatStorage and the like. No class, so that the pickle cannot call it."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class _Storage:
+class _Storage(NamedTuple):
     entry: str
     kind: str
     items: int
@@ -119,9 +111,9 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(io.BytesIO(archive.read(names[0])))
 
     def find_class(self, module: str, name: str) -> Any:
-        """The stand-in for a name of PyTorch's."""
+        """The stand-in for a name of PyTorch's; for the type of a storage its name, which a pickle cannot call."""
         if module == "torch" and name in STORAGES:
-            return _Kind(name)
+            return name
         known = {
             ("collections", "OrderedDict"): OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
@@ -135,14 +127,14 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> _Storage:
         """A storage: ("storage", kind, key, device, items)."""
         word, kind, key, _, items = pid
-        if word != "storage" or not isinstance(kind, _Kind) or not isinstance(key, str) or type(items) is not int:
+        if word != "storage" or kind not in STORAGES or not isinstance(key, str) or type(items) is not int:
             raise ValueError(f"storage {reprlib.repr(pid)}")
         entry = self._entries.get(f"{self._folder}data/{key}")
         if entry is None or entry.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"storage {reprlib.repr(key)} is missing or compressed")
-        if not 0 <= items * STORAGES[kind.name][0].itemsize <= entry.file_size:
+        if not 0 <= items * STORAGES[kind][0].itemsize <= entry.file_size:
             raise ValueError(f"storage {reprlib.repr(key)} has {entry.file_size} bytes for {items} numbers")
-        return _Storage(entry.filename, kind.name, items)
+        return _Storage(entry.filename, kind, items)
 
     def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
         if not isinstance(storage, _Storage) or not isinstance(shape, tuple) or not isinstance(stride, tuple):
