@@ -40,7 +40,7 @@ def models(
             print("\t".join(_cells(row)))
 
 
-def _row(pair: pairs.Pair, available: int) -> dict[str, Any]:
+def _row(pair: pairs.KnownPair, available: int) -> dict[str, Any]:
     """A pair as JSON. fits: null where its size is unknown. downloaded: "yes", "partly" or "no", of both together."""
     names = [name for name in (pair.target, pair.assistant) if name and hub.NAME.fullmatch(name)]
     whole = [name for name in names if hub.cached(name)]

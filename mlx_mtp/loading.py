@@ -1,8 +1,4 @@
-"""From a name to an Engine: local folders, the hub, the embedded pair; which drafter belongs to which target.
-
-Finds both models, refuses what does not fit before anything is downloaded or read, loads them, checks
-that they belong together. The hub, the table of pairs and the reading of tensors are in checkpoints/.
-"""
+"""From a name to an Engine, straight down: resolve both models, check them, fetch what is on the hub, read."""
 
 from __future__ import annotations
 
@@ -11,28 +7,25 @@ import logging
 import os
 import platform
 import reprlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp import assets
+from mlx_mtp import assets, drafters, targets
 from mlx_mtp.backend import blas, threads
 from mlx_mtp.checkpoints import hub, memory, pairs
-from mlx_mtp.checkpoints.checkpoint import Checkpoint, on_read, read_json, section
-from mlx_mtp.checkpoints.hub import Listing, OnProgress, Progress
-from mlx_mtp.drafters import load_drafter
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, read_json, section
+from mlx_mtp.checkpoints.hub import Listing, OnProgress, Progress, Source
 from mlx_mtp.drafters.lookup import Lookup, LookupFirst
 from mlx_mtp.engine import MODES, Engine
-from mlx_mtp.errors import CheckpointError, ModelNotFound, OptionError
+from mlx_mtp.errors import CheckpointError, IncompatibleDrafter, ModelNotFound, OptionError
 from mlx_mtp.generation import checks
 from mlx_mtp.generation.depth_profile import profile_path
 from mlx_mtp.generation.interfaces import Drafter
 from mlx_mtp.generation.types import Sampling
-from mlx_mtp.targets import load_target
 from mlx_mtp.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -40,8 +33,6 @@ log = logging.getLogger(__name__)
 EMBEDDED = Path(assets.__path__[0]) / "standard-library"
 FAMILIES = ("assistant", "parallel", "sequential")  # drafters of the embedded model, by folder; the first is "auto"
 LOOKUP_FIRST = "lookup+"  # in front of a drafter's name: the lookup overrules it where it has a long match
-
-Place = Path | Listing  # where a model is, or what the hub will send of it
 
 
 @threads.device_work
@@ -76,25 +67,20 @@ def load(
     drafter = None if drafter is None else checks.place("drafter", drafter)
     checks.one_of("mode", mode, MODES)
     checks.function("on_progress", on_progress)
+    head_bits = _head_bits(draft_head_bits)
     _ensure_compile_works()
     if blas.name() == blas.TOO_LATE:
         log.warning("MLX was imported before mlx_mtp and is bound to its slow BLAS: import mlx_mtp first.")
-    head_bits = _head_bits(draft_head_bits)
-    target_place = EMBEDDED / "target" if model is None else _place(model)
-    _check_folder(target_place)
-    plan = _plan_drafter(model, target_place, drafter)
-    for place in plan.places():
-        _check_folder(place)
-    if model is not None:
-        plan = _checked_memory(model, target_place, plan)
-    hub.check_disk([place for place in (target_place, *plan.places()) if isinstance(place, Listing)])
-    checkpoint = Checkpoint.open(_folder(target_place, on_progress))
-    others = _drafter_folders(plan, on_progress)
-    with _telling(str(model or "the embedded model"), on_progress):
-        target = load_target(checkpoint)
-    with _telling("its drafter", on_progress):
-        loaded = _load_drafter(plan, others)
-    _quantise_head(loaded, head_bits, chosen=draft_head_bits != "auto")
+
+    source = _resolve(model)
+    plan = _plan_drafter(model, source, drafter)
+    plan = _checked(model, source, plan)
+    checkpoint = source.fetch(on_progress)
+    plan = plan.fetched(on_progress)
+    checkpoint.on_read = _telling(str(model or "the embedded model"), on_progress)
+    target = targets.load_target(checkpoint)
+    loaded = _read_drafter(plan, draft_head_bits, on_progress)
+
     if loaded is None and plan.wanted:
         depth = "auto"  # that no drafter was found has been said; a depth for one is then without object
     generation, tokenizer = _generation_config(checkpoint), Tokenizer.load(checkpoint.path)
@@ -109,7 +95,7 @@ def load(
         defaults=_default_sampling(generation, checkpoint.path),
         profile=(profile_path(), _profile_key(checkpoint.path, drafter, loaded, mode, head_bits)),
     )
-    memory.wired.add(engine, sum(memory.folder_bytes(each) for each in (checkpoint.path, *others)))
+    memory.wired.add(engine, sum(memory.held_bytes(each.tensors()) for each in (checkpoint, *plan.sources())))
     return engine
 
 
@@ -120,21 +106,170 @@ def another_drafter(
     on_progress: OnProgress | None = None,
 ) -> Drafter | None:
     """A second drafter for a target that is loaded already, named as `load` takes it; None where none is known."""
-    bits = _head_bits(draft_head_bits)
-    plan = _drafter_plan(model, drafter)
-    loaded = _load_drafter(plan, _drafter_folders(plan, on_progress))
-    _quantise_head(loaded, bits, chosen=draft_head_bits != "auto")
-    return loaded
+    plan = _plan_drafter(model, _resolve(model), drafter)
+    return _read_drafter(plan.fetched(on_progress), draft_head_bits, on_progress)
 
 
 def drafter_folder(model: str | Path | None, drafter: str | Path | None) -> Path | None:
     """Where the files of the drafter are that `load` takes under this name; None for one without files."""
-    folders = _drafter_folders(_drafter_plan(model, drafter), None)
-    return folders[0] if folders else None
+    source = _plan_drafter(model, _resolve(model), drafter).fetched(None).source
+    return source.path if isinstance(source, Checkpoint) else None
 
 
-def _drafter_plan(model: str | Path | None, drafter: str | Path | None) -> DrafterPlan:
-    return _plan_drafter(model, EMBEDDED / "target" if model is None else _place(model), drafter)
+# Resolve: what a name stands for
+
+
+def _resolve(name: str | Path | None) -> Source:
+    """A folder; of a hub name the copy in the cache, or what is to be downloaded; None = the embedded target."""
+    folder = EMBEDDED / "target" if name is None else Path(os.path.expanduser(name))
+    if os.path.exists(folder) or not hub.NAME.fullmatch(str(name)):
+        return Checkpoint.open(folder)
+    return hub.find(str(name))
+
+
+@dataclass(frozen=True)
+class DrafterPlan:
+    """Which drafter, before any is loaded. lookup: alone or in front of the one of `source`.
+
+    chosen: the user named it, so that failing is better than going without. wanted: plain decoding was not asked for.
+    """
+
+    lookup: bool = False
+    source: Source | None = None
+    chosen: bool = True
+    wanted: bool = True
+
+    def sources(self) -> list[Source]:
+        """The source as a list, empty without one."""
+        return [] if self.source is None else [self.source]
+
+    def having(self, get: Callable[[], Source | None]) -> DrafterPlan:
+        """With what `get` gives; without a drafter where that is not to be had and nobody asked for it by name."""
+        try:
+            return replace(self, source=get())
+        except ModelNotFound as error:
+            if self.chosen:
+                raise
+            log.warning("Decoding plainly, since the drafter could not be had: %s", error)
+            return replace(self, source=None)
+
+    def fetched(self, on_progress: OnProgress | None) -> DrafterPlan:
+        """With its files here."""
+        return self.having(lambda: self.source and self.source.fetch(on_progress))
+
+
+def _plan_drafter(model: str | Path | None, target: Source, drafter: str | Path | None) -> DrafterPlan:
+    if drafter is None or drafter == "none":
+        return DrafterPlan(wanted=False)
+    if drafter == "lookup":
+        return DrafterPlan(lookup=True)
+    if isinstance(drafter, str) and drafter.startswith(LOOKUP_FIRST):
+        name = drafter.removeprefix(LOOKUP_FIRST)
+        if name in ("", "none") or name.startswith("lookup"):
+            raise OptionError(f"drafter '{drafter}' names none after 'lookup+'; 'lookup' alone needs no other.")
+        return replace(_plan_drafter(model, target, name), lookup=True)
+    if model is None and drafter in ("auto", *FAMILIES):
+        family = FAMILIES[0] if drafter == "auto" else str(drafter)
+        return DrafterPlan(source=Checkpoint.open(_embedded_drafter(family)))
+    if drafter == "auto":
+        return _known_drafter(model, target)
+    if drafter in FAMILIES:
+        raise OptionError(f"Expected a drafter's folder or hub name, 'auto', 'lookup' or 'none', found '{drafter}'.")
+    return DrafterPlan(source=_resolve(drafter))
+
+
+def _known_drafter(model: str | Path | None, target: Source) -> DrafterPlan:
+    """The assistant beside a local target, or the table's for its name; plain decoding where none is to be had."""
+    if isinstance(target, Checkpoint) and (found := pairs.beside(target.path)):
+        return DrafterPlan(source=Checkpoint.open(found))
+    in_cache = target.name if isinstance(target, Listing) else pairs.hub_name_of(target.path)
+    name = pairs.assistant_of(str(model)) or (in_cache and pairs.assistant_of(in_cache))
+    if not name:
+        log.warning("No drafter is known for '%s': decoding plainly. Name one with --drafter.", model)
+        return DrafterPlan()
+    return DrafterPlan(chosen=False).having(lambda: _resolve(name))
+
+
+def _embedded_drafter(family: str) -> Path:
+    folder = EMBEDDED / family
+    if not folder.is_dir():
+        there = [f"'{name}'" for name in FAMILIES if (EMBEDDED / name).is_dir()]
+        raise OptionError(
+            f"Expected a drafter that comes with the embedded model ({' or '.join(there) or 'none does'}), found "
+            f"'{family}', which this installation does not hold; name another one, a folder, 'lookup' or 'none'."
+        )
+    return folder
+
+
+# Check: before anything large is downloaded or read
+
+
+def _checked(model: str | Path | None, target: Source, plan: DrafterPlan) -> DrafterPlan:
+    """The plan, or one without a drafter that nobody asked for and that is not to be had or does not fit.
+
+    Raises what is wrong: a family that is not implemented, sizes that do not go together, too little memory or disk.
+    """
+    targets.registry.loader(target.config, target.name)
+    plan = plan.having(lambda: plan.source and _supported(plan.source, target))
+    if model is not None:
+        plan = _fitting(model, target, plan)
+    coming = [source for source in (target, *plan.sources()) if source.bytes_to_come]
+    hub.check_disk(" with ".join(f"'{each.name}'" for each in coming), sum(each.bytes_to_come for each in coming))
+    return plan
+
+
+def _fitting(model: str | Path, target: Source, plan: DrafterPlan) -> DrafterPlan:
+    """The plan, without a drafter that nobody asked for where only the target fits; DoesNotFit where not even that."""
+    available = memory.available_bytes()
+    alone, *more = (memory.held_bytes(source.tensors()) for source in (target, *plan.sources()))
+    if memory.fits(alone + sum(more), available):
+        return plan
+    if more and not plan.chosen and memory.fits(alone, available):
+        log.warning("Decoding plainly: '%s' fits in memory, but not with its drafter.", model)
+        return replace(plan, source=None)
+    what = f"'{model}' with its drafter" if more else f"'{model}'"
+    memory.refuse(alone + sum(more), what, pairs.instead(available, alone))
+    return plan
+
+
+def _supported(drafter: Source, target: Source) -> Source:
+    drafters.registry.loader(drafter.config, drafter.name)
+    reads = drafter.config.get("backbone_hidden_size", drafter.config.get("hidden_size"))
+    size = (section(target.config, "text_config") or target.config).get("hidden_size")
+    coming = target.bytes_to_come or drafter.bytes_to_come  # else the drafter itself says so, once it is read
+    if coming and type(reads) is type(size) is int and reads != size:
+        raise IncompatibleDrafter(
+            f"The drafter {drafter.name} reads states of size {reads}, but the target {target.name} has hidden size "
+            f"{size}; use a drafter that was made for this target."
+        )
+    return drafter
+
+
+# Read
+
+
+def _telling(name: str, on_progress: OnProgress | None) -> Callable[[int, int], None] | None:
+    """What a checkpoint calls while it is read."""
+    return on_progress and (lambda done, total: on_progress(Progress("load", name, done, total)))
+
+
+def _read_drafter(plan: DrafterPlan, head_bits: int | str, on_progress: OnProgress | None) -> Drafter | None:
+    """The drafter of a plan whose files are here, its own output head stored in fewer bits.
+
+    OptionError where somebody chose so and it has none.
+    """
+    loaded: Drafter | None = None
+    if isinstance(plan.source, Checkpoint):
+        plan.source.on_read = _telling("its drafter", on_progress)
+        loaded = drafters.load_drafter(plan.source)
+    if plan.lookup:
+        loaded = Lookup() if loaded is None else LookupFirst(loaded)
+    bits = _head_bits(head_bits)
+    done = bits and loaded is not None and loaded.quantise_head(bits)
+    if bits and not done and head_bits != "auto":
+        what = "there is no drafter" if loaded is None else "this drafter has no dense head of its own"
+        raise OptionError(f"draft_head_bits {bits} would change nothing: {what}; leave the option out.")
+    return loaded
 
 
 def _head_bits(asked: int | str) -> int:
@@ -143,16 +278,6 @@ def _head_bits(asked: int | str) -> int:
     if isinstance(asked, bool) or asked not in (0, 4, 8):
         raise OptionError(f"draft_head_bits must be 'auto', 0, 4 or 8, not {checks.shown(asked)}.")
     return int(asked)
-
-
-def _quantise_head(drafter: Drafter | None, bits: int, chosen: bool) -> None:
-    """Stores the drafter's own output head in fewer bits; OptionError where somebody chose so and it has none."""
-    if not bits:
-        return
-    done = drafter is not None and drafter.quantise_head(bits)
-    if chosen and not done:
-        what = "there is no drafter" if drafter is None else "this drafter has no dense head of its own"
-        raise OptionError(f"draft_head_bits {bits} would change nothing: {what}; leave the option out.")
 
 
 def _profile_key(path: Path, named: object, drafter: Drafter | None, mode: str, head_bits: int) -> str:
@@ -176,140 +301,6 @@ def _ensure_compile_works() -> None:
         except RuntimeError:
             log.warning("MLX cannot compile kernels here (g++ or its folder in the temporary directory): slower.")
             mx.disable_compile()
-
-
-def _place(name: str | Path) -> Place:
-    """A folder as it is; of a hub name the folder in the cache, or what is to be downloaded."""
-    folder = Path(os.path.expanduser(name))
-    if os.path.exists(folder) or not hub.NAME.fullmatch(str(name)):
-        return folder
-    return hub.find(str(name))
-
-
-def _check_folder(place: Place) -> None:
-    """Tells of a wrong path before anything is downloaded or read."""
-    if isinstance(place, Path):
-        Checkpoint.open(place)
-
-
-def _folder(place: Place, on_progress: OnProgress | None) -> Path:
-    return hub.download(place, on_progress) if isinstance(place, Listing) else place
-
-
-@contextmanager
-def _telling(name: str, on_progress: OnProgress | None) -> Iterator[None]:
-    """Within, reading weights is reported."""
-
-    def tell(done: int, total: int) -> None:
-        if on_progress is not None:
-            on_progress(Progress("load", name, done, total))
-
-    token = on_read.set(tell)
-    try:
-        yield
-    finally:
-        on_read.reset(token)
-
-
-@dataclass(frozen=True)
-class DrafterPlan:
-    """Which drafter, before any is loaded. lookup: alone or in front of the one at `place`.
-
-    chosen: the user named it, so that failing is better than going without. wanted: plain decoding was not asked for.
-    """
-
-    lookup: bool = False
-    place: Place | None = None
-    chosen: bool = True
-    wanted: bool = True
-
-    def places(self) -> list[Place]:
-        """The place as a list, empty without one."""
-        return [] if self.place is None else [self.place]
-
-
-def _plan_drafter(model: str | Path | None, target: Place, drafter: str | Path | None) -> DrafterPlan:
-    if drafter is None or drafter == "none":
-        return DrafterPlan(wanted=False)
-    if drafter == "lookup":
-        return DrafterPlan(lookup=True)
-    if isinstance(drafter, str) and drafter.startswith(LOOKUP_FIRST):
-        name = drafter.removeprefix(LOOKUP_FIRST)
-        if name in ("", "none") or name.startswith("lookup"):
-            raise OptionError(f"drafter '{drafter}' names none after 'lookup+'; 'lookup' alone needs no other.")
-        inner = _plan_drafter(model, target, name)
-        return DrafterPlan(True, inner.place, inner.chosen)
-    if model is None and drafter in ("auto", *FAMILIES):
-        return DrafterPlan(place=_embedded_drafter(FAMILIES[0] if drafter == "auto" else str(drafter)))
-    if drafter == "auto":
-        return _known_drafter(model, target)
-    if drafter in FAMILIES:
-        raise OptionError(f"Expected a drafter's folder or hub name, 'auto', 'lookup' or 'none', found '{drafter}'.")
-    return DrafterPlan(place=_place(drafter))
-
-
-def _known_drafter(model: str | Path | None, target: Place) -> DrafterPlan:
-    """The assistant beside a local target, or the table's for its name; plain decoding where none is to be had."""
-    if isinstance(target, Path) and (found := pairs.beside(target)):
-        return DrafterPlan(place=found)
-    in_cache = pairs.hub_name_of(target) if isinstance(target, Path) else target.name
-    name = pairs.assistant_of(str(model)) or (in_cache and pairs.assistant_of(in_cache))
-    if not name:
-        log.warning("No drafter is known for '%s': decoding plainly. Name one with --drafter.", model)
-        return DrafterPlan()
-    try:
-        return DrafterPlan(place=_place(name), chosen=False)
-    except ModelNotFound as error:
-        log.warning("Decoding plainly, since the drafter could not be had: %s", error)
-        return DrafterPlan()
-
-
-def _checked_memory(model: str | Path, target: Place, plan: DrafterPlan) -> DrafterPlan:
-    """The plan, without a drafter that nobody asked for where only the target fits; DoesNotFit where not even that."""
-    available = memory.available_bytes()
-    places = [target, *plan.places()]
-    if memory.fits(sum(_weights(place, exact=False) for place in places), available):
-        return plan
-    alone, *more = (_weights(place, exact=True) for place in places)
-    if more and not plan.chosen and memory.fits(alone, available) and not memory.fits(alone + sum(more), available):
-        log.warning("Decoding plainly: '%s' fits in memory, but not with its drafter.", model)
-        return DrafterPlan(plan.lookup)
-    what = f"'{model}' with its drafter" if more else f"'{model}'"
-    memory.check(alone + sum(more), what, pairs.instead(available, alone))
-    return plan
-
-
-def _weights(place: Place, exact: bool) -> int:
-    return place.weight_bytes(exact) if isinstance(place, Listing) else memory.folder_bytes(place)
-
-
-def _drafter_folders(plan: DrafterPlan, on_progress: OnProgress | None) -> list[Path]:
-    """The drafter's folder, empty without one, and where one that nobody asked for by name cannot be downloaded."""
-    try:
-        return [_folder(place, on_progress) for place in plan.places()]
-    except ModelNotFound as error:
-        if plan.chosen:
-            raise
-        log.warning("Decoding plainly, since the drafter could not be had: %s", error)
-        return []
-
-
-def _load_drafter(plan: DrafterPlan, folders: Sequence[Path]) -> Drafter | None:
-    inner = load_drafter(Checkpoint.open(folders[0])) if folders else None
-    if not plan.lookup:
-        return inner
-    return Lookup() if inner is None else LookupFirst(inner)
-
-
-def _embedded_drafter(family: str) -> Path:
-    folder = EMBEDDED / family
-    if not folder.is_dir():
-        there = [f"'{name}'" for name in FAMILIES if (EMBEDDED / name).is_dir()]
-        raise OptionError(
-            f"Expected a drafter that comes with the embedded model ({' or '.join(there) or 'none does'}), found "
-            f"'{family}', which this installation does not hold; name another one, a folder, 'lookup' or 'none'."
-        )
-    return folder
 
 
 def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:

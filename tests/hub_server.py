@@ -43,6 +43,7 @@ class Faults:
     gated: set[str] = field(default_factory=set)  # repositories whose files need a token that was granted access
     status: dict[str, int] = field(default_factory=dict)  # part of a path -> the answer
     breaks: dict[str, list[int]] = field(default_factory=dict)  # file -> bytes sent before each request breaks off
+    busy: dict[str, list[int]] = field(default_factory=dict)  # file -> answers in place of its content, in turn
     stall: dict[str, int] = field(default_factory=dict)  # file -> bytes sent before the server falls silent
     no_ranges: bool = False
     other_content: set[str] = field(default_factory=set)  # files that are sent with a bit turned
@@ -95,8 +96,9 @@ class Hub:
         return hashlib.sha1(b"".join(key.encode() + hashlib.sha256(files[key]).digest() for key in files)).hexdigest()
 
     def gets(self, file: str = "") -> list[Request]:
-        """Requests for the content of files whose name contains this."""
-        return [r for r in self.requests if r.method == "GET" and r.path.startswith("/content/") and file in r.path]
+        """Requests for the content of files whose name contains this; not those for a header alone."""
+        asked = [r for r in self.requests if r.method == "GET" and r.path.startswith("/content/") and file in r.path]
+        return [r for r in asked if r.span is None or r.span.endswith("-")]
 
     def asked(self, path: str) -> list[Request]:
         return [request for request in self.requests if path in request.path]
@@ -192,6 +194,8 @@ def _handler(hub: Hub, first: bool) -> type[BaseHTTPRequestHandler]:
 
         def content(self, path: str) -> None:
             name, _, file = path.removeprefix("/content/").rpartition("/")
+            if self.command == "GET" and (answers := hub.faults.busy.get(file)):
+                return self.refuse(answers.pop(0))
             content = hub.repositories[name][file]
             if file in hub.faults.other_content:
                 content = content[:-1] + bytes([content[-1] ^ 1])
@@ -204,7 +208,9 @@ def _handler(hub: Hub, first: bool) -> type[BaseHTTPRequestHandler]:
             for key, value in {"Content-Length": str(end - start), **headers}.items():
                 self.send_header(key, value)
             self.end_headers()
-            if self.command == "GET":
+            if asked and asked[2]:  # a header, which comes whole
+                self.wfile.write(content[start:end])
+            elif self.command == "GET":
                 self.body(file, content[start:end])
 
         def body(self, file: str, content: bytes) -> None:

@@ -17,33 +17,29 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("before", [None, "old"])
-def test_a_file_appears_whole(before: str | None, tmp_path: Path) -> None:
+def test_a_file_appears_whole(tmp_path: Path) -> None:
     file = tmp_path / "report.json"
-    if before:
-        file.write_text(before)
-    with replacing(file) as fresh:
-        assert fresh.suffix == ".json" and fresh.parent == tmp_path
-        fresh.write_text("new")
-        assert (file.read_text() if file.exists() else None) == before
-    assert file.read_text() == "new" and names(tmp_path) == ["report.json"]
+    for before, after in ((None, "old"), ("old", "new")):
+        with replacing(file) as fresh:
+            assert fresh.suffix == ".json" and fresh.parent == tmp_path
+            fresh.write_text(after)
+            assert (file.read_text() if file.exists() else None) == before
+        assert file.read_text() == after and names(tmp_path) == ["report.json"]
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_what_breaks_off_leaves_the_old_one(error: type[BaseException], tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("old")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "one").write_text("old")
-    for name in ("file", "folder"):
-        with pytest.raises(error), replacing(tmp_path / name) as fresh:
-            if name == "folder":
-                fresh.mkdir()
-                (fresh / "one").write_text("half")
-            else:
-                fresh.write_text("half")
-            raise error
-    assert names(tmp_path) == ["file", "folder"]
-    assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "one").read_text() == "old"
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_breaks_off_leaves_the_old_one(kind: str, error: type[BaseException], tmp_path: Path) -> None:
+    inside = "." if kind == "file" else "one"
+    if kind == "folder":
+        (tmp_path / kind).mkdir()
+    (tmp_path / kind / inside).write_text("old")
+    with pytest.raises(error), replacing(tmp_path / kind) as fresh:
+        if kind == "folder":
+            fresh.mkdir()
+        (fresh / inside).write_text("half")
+        raise error
+    assert names(tmp_path) == [kind] and (tmp_path / kind / inside).read_text() == "old"
 
 
 def test_a_folder_replaces_another_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,35 +64,28 @@ def test_a_folder_replaces_another_whole(tmp_path: Path, monkeypatch: pytest.Mon
     assert names(out) == ["new"] and names(tmp_path) == ["model-4.5"]
 
 
-def test_a_link_keeps_pointing_to_what_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / "real").write_text("old")
+def test_a_link_keeps_pointing_to_what_is_replaced_and_threads_do_not_meet(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("real")
-    with replacing(tmp_path / "link") as fresh:
-        fresh.write_text("new")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
-
-
-def test_two_threads_do_not_meet(tmp_path: Path) -> None:
     seen: list[Path] = []
 
     def other() -> None:
-        with replacing(tmp_path / "file") as fresh:
+        with replacing(tmp_path / "link") as fresh:
             seen.append(fresh)
             fresh.write_text("second")
 
-    with replacing(tmp_path / "file") as fresh:
+    with replacing(tmp_path / "link") as fresh:
         fresh.write_text("first")
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
-        assert seen != [fresh] and (tmp_path / "file").read_text() == "second"
-    assert (tmp_path / "file").read_text() == "first" and names(tmp_path) == ["file"]
+        assert seen != [fresh] and (tmp_path / "link").read_text() == "second"
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "first"
+    assert names(tmp_path) == ["link", "real"]
 
 
 def test_a_pipe_is_written_into(tmp_path: Path) -> None:
-    pipe = tmp_path / "pipe"
+    pipe, heard = tmp_path / "pipe", list[str]()
     os.mkfifo(pipe)
-    heard: list[str] = []
     reader = threading.Thread(target=lambda: heard.append(pipe.read_text()))
     reader.start()
     with replacing(pipe) as given:
@@ -106,12 +95,11 @@ def test_a_pipe_is_written_into(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone = subprocess.Popen([sys.executable, "-S", "-c", ""])
     gone.wait()
-    (tmp_path / f".state.partial-{gone.pid}-1.json").write_text("half")
-    (tmp_path / f".state.partial-{os.getpid()}-1.json").write_text("being written by another thread")
-    (tmp_path / f".other.partial-{gone.pid}-1.json").write_text("not of this file")
+    others = f".other.partial-{gone.pid}-1.json", f".state.partial-{os.getpid()}-1.json"
+    for name in (f".state.partial-{gone.pid}-1.json", *others):
+        (tmp_path / name).write_text("half")
     with replacing(tmp_path / "state.json") as fresh:
         fresh.write_text("whole")
-    others = f".other.partial-{gone.pid}-1.json", f".state.partial-{os.getpid()}-1.json"
     assert names(tmp_path) == [*others, "state.json"]

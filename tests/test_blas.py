@@ -33,31 +33,19 @@ def has_fast_blas() -> bool:
     return LINUX and any(blas._open(path) for path in blas._candidates())
 
 
+linux = pytest.mark.skipif(not LINUX, reason="Linux only")
 needs_fast_blas = pytest.mark.skipif(not has_fast_blas(), reason="no OpenBLAS or MKL on this machine")
 
 
-def test_does_not_import_mlx() -> None:
-    assert run("blas.load_fast_blas(); print('mlx' in sys.modules, 'mlx.core' in sys.modules)") == ["False False"]
-
-
 @needs_fast_blas
-def test_second_call_returns_the_same_name_without_looking_again() -> None:
-    lines = run(
+def test_mlx_calls_land_in_the_library_that_was_loaded_before_it() -> None:
+    """dlsym over the global scope answers as the linker does when it binds MLX."""
+    loaded, again, imported, same, product = run(
+        "import ctypes\n"
         "print(blas.load_fast_blas())\n"
         "blas._candidates = None\n"  # would raise if it were called
         "print(blas.load_fast_blas())\n"
-        "print(blas.name())"
-    )
-    assert len(set(lines)) == 1
-    assert lines[0].startswith(("OpenBLAS ", "MKL ")) and lines[0].endswith(")")
-
-
-@needs_fast_blas
-def test_mlx_calls_land_in_the_loaded_library() -> None:
-    """dlsym over the global scope answers as the linker does when it binds MLX."""
-    lines = run(
-        "import ctypes\n"
-        "blas.load_fast_blas()\n"
+        "print('mlx' in sys.modules or 'mlx.core' in sys.modules)\n"
         "import mlx.core as mx\n"
         "path = blas.name().rsplit('(', 1)[1].rstrip(')')\n"
         "address = lambda library: ctypes.cast(library.cblas_sgemm, ctypes.c_void_p).value\n"
@@ -65,24 +53,25 @@ def test_mlx_calls_land_in_the_loaded_library() -> None:
         "ones = mx.ones((64, 64))\n"
         "print(bool(mx.all(mx.matmul(ones, ones, stream=mx.cpu) == 64)))"
     )
-    assert lines == ["True", "True"]
+    assert loaded == again and loaded.startswith(("OpenBLAS ", "MKL ")) and loaded.endswith(")")
+    assert (imported, same, product) == ("False", "True", "True")
 
 
-@pytest.mark.skipif(not LINUX, reason="Linux only")
+@linux
 def test_says_so_when_mlx_came_first() -> None:
     lines = run("import mlx.core\nprint(blas.load_fast_blas())\nprint(blas.name())")
     assert lines == ["None", blas.TOO_LATE if has_fast_blas() else blas.REFERENCE]
 
 
-@pytest.mark.skipif(not LINUX, reason="Linux only")
-def test_nothing_to_find() -> None:
-    lines = run(
-        "blas._candidates = lambda: iter(['/nowhere/libopenblas.so.0'])\nprint(blas.load_fast_blas(), blas.name())"
-    )
-    assert lines == [f"None {blas.REFERENCE}"]
+@linux
+def test_nothing_to_find(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blas, "_loaded", None)
+    monkeypatch.delitem(sys.modules, "mlx.core")
+    monkeypatch.setattr(blas, "_candidates", lambda: iter(["/nowhere/libopenblas.so.0"]))
+    assert blas.load_fast_blas() is None and blas.name() == blas.REFERENCE
 
 
-@pytest.mark.skipif(not LINUX, reason="Linux only")
+@linux
 def test_a_library_without_cblas_is_refused() -> None:
     assert isinstance(ctypes.CDLL("libm.so.6"), ctypes.CDLL)
     assert blas._open("libm.so.6") is None
@@ -96,7 +85,7 @@ def test_nothing_is_loaded_outside_linux(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "Accelerate" in blas.name()
 
 
-@pytest.mark.skipif(not LINUX, reason="Linux only")
+@linux
 def test_where_it_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The threaded builds of distributions first, then the environment's OpenBLAS, then MKL, the newest first."""
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
@@ -124,7 +113,7 @@ def test_names_of_libraries() -> None:
     assert blas._version(object()) == "BLAS"  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(not LINUX, reason="Linux only")
+@linux
 def test_run_by_its_path_it_prints_what_it_found() -> None:
     """tools/setup.sh asks this way."""
     done = subprocess.run([sys.executable, "-P", str(FILE)], capture_output=True, text=True, timeout=300)

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlx_mtp.checkpoints.pairs import Pair
+from mlx_mtp.checkpoints.pairs import KnownPair
 from mlx_mtp.cli import chat
 
-BEST = Pair(target="org/best-it", assistant="org/best-it-assistant", download_bytes=3 * 10**9, weight_bytes=1)
+BEST = KnownPair(target="org/best-it", assistant="org/best-it-assistant", download_bytes=3 * 10**9, weight_bytes=1)
 
 
 class Notes:
@@ -24,7 +24,7 @@ class Notes:
 def ask(monkeypatch: pytest.MonkeyPatch):
     """choose_model(None) with a terminal or none, a hub that answers or not, a copy or none, and an answer."""
 
-    def run(terminal: bool, answers: bool, cached: bool, agrees: bool, pair: Pair | None = BEST):
+    def run(terminal: bool, answers: bool, cached: bool, agrees: bool, pair: KnownPair | None = BEST):
         stream, screen, asked = SimpleNamespace(isatty=lambda: terminal), Notes(), []
         monkeypatch.setattr(chat, "sys", SimpleNamespace(stdin=stream, stdout=stream))
         monkeypatch.setattr(chat.pairs, "best_pair", lambda size: pair)
@@ -57,7 +57,7 @@ def test_whoever_declines_gets_the_embedded_model(ask) -> None:
 
 
 @pytest.mark.parametrize("pair", [BEST, None])
-def test_without_hub_or_pair_nobody_is_asked(ask, pair: Pair | None) -> None:
+def test_without_hub_or_pair_nobody_is_asked(ask, pair: KnownPair | None) -> None:
     chosen, (line,), asked = ask(True, False, False, True, pair)
     assert chosen is None and not asked and ("does not answer" in line) == (pair is not None)
 

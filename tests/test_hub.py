@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,25 +17,21 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from hub_server import Hub, arrived, wait_for
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 
 import mlx_mtp
-from mlx_mtp import (
-    CheckpointError,
-    DoesNotFit,
-    ModelNotFound,
-    OptionError,
-    loading,
-)
-from mlx_mtp.checkpoints import checkpoint, hub, memory, pairs
-from mlx_mtp.checkpoints import download as fetch
+from mlx_mtp import CheckpointError, DoesNotFit, ModelNotFound, OptionError, loading, targets
+from mlx_mtp.checkpoints import checkpoint, download, hub, memory, pairs
 from mlx_mtp.cli import app
 
 GOLDEN = Path(__file__).parent / "golden"
 TARGET, TIED = GOLDEN / "ple" / "target", GOLDEN / "ple" / "assistant_tied"
 NAME, DRAFTER = "google/gemma-4-tiny-it", "google/gemma-4-tiny-it-assistant"
 WEIGHTS = (TARGET / "model.safetensors").read_bytes()
-CUT = 40_000
+MAIN = "from mlx_mtp.cli import app; app.main()"
+CHUNK = 1000  # bytes that huggingface_hub hands on at once
+CUT = 40 * CHUNK
+RETRIES = 5  # of huggingface_hub, without a byte
 PATIENCE = 300  # seconds; a backstop
 IDS = [1, 2, 3]
 
@@ -52,8 +49,10 @@ def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.setattr(fetch, "RETRY_SECONDS", 0.0)
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)
+        monkeypatch.setattr(file_download, "time", types.SimpleNamespace(sleep=lambda _: None))  # between two attempts
         monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+        monkeypatch.setattr(download, "PAUSES", (0.0,) * 3)
         yield server
         huggingface_hub.close_session()
 
@@ -65,8 +64,7 @@ def cache(online: Hub, tmp_path: Path) -> Path:
 
 
 def fetched(name: str = NAME, on_progress: hub.OnProgress | None = None) -> Path:
-    place = hub.find(name)
-    return hub.download(place, on_progress) if isinstance(place, hub.Listing) else place
+    return hub.find(name).fetch(on_progress).path
 
 
 def refusal(call: Callable[[], object], kind: type[mlx_mtp.MLXMTPError] = ModelNotFound) -> str:
@@ -94,22 +92,35 @@ def test_a_download_is_whole_and_stays(online: Hub, cache: Path) -> None:
     assert [(r.method, r.path) for r in online.requests] == [("GET", f"/api/models/{NAME}")]
 
 
-def test_a_break_in_mid_file_is_mended_in_the_same_run(online: Hub) -> None:
-    online.faults.breaks["model.safetensors"] = [CUT, 0, 0, 30_000]
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_break_in_mid_file_is_mended_in_the_same_run(online: Hub, ranges: bool) -> None:
+    online.faults.breaks["model.safetensors"] = [CUT, 0, 0, 30 * CHUNK] if ranges else [CUT, CHUNK]
+    online.faults.no_ranges = not ranges
     assert same_files(fetched())
-    assert [r.start for r in online.gets("model")] == [0, CUT, CUT, CUT, CUT + 30_000]
+    assert [r.start for r in online.gets("model")] == [0, CUT, *([CUT, CUT, CUT + 30 * CHUNK] if ranges else [CHUNK])]
+
+
+def test_a_fault_of_the_hubs_own_is_waited_out_and_a_refusal_is_not(online: Hub, cache: Path) -> None:
+    online.faults.breaks["model.safetensors"] = [CUT]
+    online.faults.busy["model.safetensors"] = [503, 500]
+    assert same_files(fetched())
+    assert [r.start for r in online.gets("model")] == [0, 0, 0, CUT]
+    for answers, requests in (([403, 403], 1), ([502] * 9, 4)):
+        shutil.rmtree(cache)
+        online.requests.clear()
+        online.faults.busy["model.safetensors"] = answers
+        assert f"({answers[0]})" in refusal(fetched) and len(online.gets("model")) == requests
 
 
 def test_after_a_break_for_good_the_next_run_asks_only_for_the_rest(online: Hub, cache: Path) -> None:
     online.faults.breaks["model.safetensors"] = [CUT] + [0] * 50
     sentence = refusal(fetched)
     assert "network" in sentence and online.endpoint in sentence
-    assert len(online.gets("model")) == 1 + fetch.RETRIES
+    assert len(online.gets("model")) == 1 + RETRIES
     assert not hub.cached(NAME) and hub.started(NAME)
     listing = hub.find(NAME)
     assert isinstance(listing, hub.Listing)
-    small = sum(len(content) for file, content in online.repositories[NAME].items() if file.endswith(".json"))
-    assert listing.bytes_to_come() == len(WEIGHTS) - CUT + small
+    assert listing.bytes_to_come == len(WEIGHTS) - CUT
     online.faults.breaks.clear()
     online.requests.clear()
     assert same_files(fetched())
@@ -129,8 +140,7 @@ def test_an_interrupt_keeps_what_has_come(online: Hub, cache: Path) -> None:
     assert arrived(cache, CUT) and hub.cached(NAME) is None
 
 
-@pytest.mark.parametrize("left", [b"x" * CUT, WEIGHTS[: CUT - 1] + b"\0", b"x" * len(WEIGHTS), WEIGHTS[:-1] + b"\0",
-                                  WEIGHTS + b"x", b""])  # fmt: skip
+@pytest.mark.parametrize("left", [WEIGHTS[: CUT - 1] + b"\0", b"x" * len(WEIGHTS), WEIGHTS + b"x", b""])
 def test_a_spoilt_rest_is_fetched_again(online: Hub, cache: Path, left: bytes) -> None:
     """A power cut leaves zeros at the end of a file, another program leaves anything."""
     part = cache / "blobs" / f"{hashlib.sha256(WEIGHTS).hexdigest()}.incomplete"
@@ -146,13 +156,6 @@ def test_content_that_is_not_the_announced_one_never_gets_a_name(online: Hub, ca
     assert hub.cached(NAME) is None and hashlib.sha256(WEIGHTS).hexdigest() not in os.listdir(cache / "blobs")
 
 
-def test_a_network_without_ranges(online: Hub) -> None:
-    online.faults.no_ranges = True
-    online.faults.breaks["model.safetensors"] = [CUT, 100]
-    assert same_files(fetched())
-    assert [r.start for r in online.gets("model")] == [0, CUT, 100]
-
-
 def test_the_token_goes_to_the_hub_and_nowhere_else(online: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_granted")
     online.faults.gated.add(NAME)
@@ -164,7 +167,8 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(online: Hub, monkeypatch: py
 
 def test_progress_tells_bytes_and_ends_at_all(online: Hub, tmp_path: Path) -> None:
     """Three shards, fetched at once; what an earlier run brought counts from the start."""
-    online.repositories[NAME] = {"config.json": b"{}", "readme.md": b"x" * 999, "onnx/model.safetensors": b"y" * 999}
+    others = {"readme.md": b"x" * 999, "onnx/model.safetensors": b"y" * 999}
+    online.repositories[NAME] = {"config.json": b'{"model_type": "x"}'} | others
     shards = {f"model-0000{i}-of-00003.safetensors": os.urandom(50_000 + i) for i in (1, 2, 3)}
     online.repositories[NAME] |= shards
     online.faults.breaks["model-00002-of-00003.safetensors"] = [20_000] + [0] * 50
@@ -179,15 +183,13 @@ def test_progress_tells_bytes_and_ends_at_all(online: Hub, tmp_path: Path) -> No
 
 
 def test_reading_is_told_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 20_000)
+    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 40_000)
     seen: list[hub.Progress] = []
     mlx_mtp.load(TARGET, drafter=TIED, depth=2, on_progress=seen.append)
     for name in (str(TARGET), "its drafter"):
         steps = [at for at in seen if at.name == name]
-        assert len(steps) > 2 and {at.what for at in steps} == {"load"} and len({at.total for at in steps}) == 1
+        assert len(steps) > 1 and {at.what for at in steps} == {"load"} and len({at.total for at in steps}) == 1
         assert [at.done for at in steps] == sorted({at.done for at in steps}) and steps[-1].done == steps[-1].total
-    mlx_mtp.load(TARGET, drafter=None)
-    assert checkpoint.on_read.get() is None  # nobody is told of the next load
 
 
 def test_an_update_fetches_only_what_changed(online: Hub) -> None:
@@ -207,13 +209,9 @@ def test_the_hubs_own_spelling_of_a_name(online: Hub) -> None:
 # Refusals
 
 
-def test_no_such_name(online: Hub) -> None:
-    assert "found neither" in refusal(lambda: fetched("google/nothing")) and "google/nothing" in online.requests[0].path
-
-
-@pytest.mark.parametrize("name", ["a--b/c", "a/b..c", "a/" + "x" * 200])
-def test_names_the_hub_does_not_allow(online: Hub, name: str) -> None:
-    assert "found neither" in refusal(lambda: fetched(name)) and not online.requests
+@pytest.mark.parametrize("name", ["google/nothing", "a--b/c", "a/b..c", "a/" + "x" * 200])
+def test_names_of_no_model_and_names_the_hub_does_not_allow(online: Hub, name: str) -> None:
+    assert "is neither" in refusal(lambda: fetched(name)) and len(online.requests) == (name == "google/nothing")
 
 
 @pytest.mark.parametrize("token", [None, "hf_other"])
@@ -230,13 +228,11 @@ def test_a_token_that_is_no_longer_valid(online: Hub, monkeypatch: pytest.Monkey
     assert "token (401)" in refusal(fetched)
 
 
-@pytest.mark.parametrize(("status", "said"), [(503, "its own (503)"), (500, "its own (500)"), (403, "token (403)")])
-@pytest.mark.parametrize("place", ["/api/models/", "/resolve/"])
+@pytest.mark.parametrize(("status", "said"), [(503, "its own (503)"), (403, "token (403)"), (429, "no more requests")])
+@pytest.mark.parametrize("place", ["/api/models/", "/content/"])
 def test_errors_of_the_hub(online: Hub, status: int, said: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if place == "/resolve/":  # huggingface_hub asks for small files again and again, with pauses
-        online.faults.status["model.safetensors"] = status
-    else:
-        online.faults.status[place] = status
+    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda _: None)
+    online.faults.status[place] = status
     assert said in refusal(fetched)
 
 
@@ -262,26 +258,25 @@ def test_a_listing_cannot_name_places_outside_the_cache(online: Hub, monkeypatch
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", odd)
     listing = hub.find(NAME)
-    assert isinstance(listing, hub.Listing) and listing.name == NAME and not listing.jobs()
+    assert isinstance(listing, hub.Listing) and listing.name == NAME and not listing.large
 
 
 # Without a hub
 
 
-@pytest.fixture(params=["offline", "gone", "silent", "broken"])
-def without(request: pytest.FixtureRequest, online: Hub, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+@pytest.fixture
+def without(online: Hub, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Takes the hub away, in one of four ways."""
 
-    def take() -> None:
+    def take(how: str) -> None:
         online.requests.clear()
-        if request.param == "offline":
+        if how == "offline":
             monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        elif request.param == "gone":
+        elif how == "gone":
             online.close()
             huggingface_hub.close_session()
-        elif request.param == "silent":
+        elif how == "silent":
             monkeypatch.setattr(hub, "PATIENCE", 0.2)
-            monkeypatch.setattr(hub, "LONG_PATIENCE", 0.2)
             online.faults.silent = True
         else:
             online.faults.status["/"] = 502
@@ -289,28 +284,30 @@ def without(request: pytest.FixtureRequest, online: Hub, monkeypatch: pytest.Mon
     return take
 
 
-def test_a_whole_copy_serves_without_the_hub(without: Callable[[], None]) -> None:
+@pytest.mark.parametrize("how", ["offline", "gone", "silent", "broken"])
+def test_a_whole_copy_serves_without_the_hub(without: Callable[[str], None], how: str) -> None:
     folder = fetched()
-    without()
+    without(how)
     assert fetched() == folder
 
 
-def test_half_a_copy_does_not(online: Hub, without: Callable[[], None], cache: Path) -> None:
+@pytest.mark.parametrize("how", ["offline", "gone"])
+def test_half_a_copy_does_not(online: Hub, without: Callable[[str], None], cache: Path, how: str) -> None:
     online.faults.breaks["model.safetensors"] = [CUT] + [0] * 50
     refusal(fetched)
-    without()
+    without(how)
     assert NAME in refusal(fetched)
     assert (cache / "blobs").is_dir()
 
 
-def test_an_update_that_broke_off_leaves_the_older_copy(online: Hub, without: Callable[[], None]) -> None:
+def test_an_update_that_broke_off_leaves_the_older_copy(online: Hub, without: Callable[[str], None]) -> None:
     old = fetched()
     online.repositories[NAME]["model.safetensors"] = WEIGHTS[:-4] + b"1234"
     online.repositories[NAME]["config.json"] += b" "
     online.faults.status["/resolve/" + online.commit(NAME) + "/generation_config"] = 404
     refusal(fetched)
     assert len(list(old.parent.iterdir())) == 2
-    without()
+    without("broken")
     assert fetched() == old
 
 
@@ -331,8 +328,8 @@ def spoilt(folder: Path, how: str) -> None:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize("listed", [True, False])
-@pytest.mark.parametrize("how", ["weights", "blob", "config", "shard", "index"])
+@pytest.mark.parametrize(("how", "listed"), [("weights", True), ("weights", False), ("blob", True), ("config", False),
+                                             ("shard", False), ("index", True)])  # fmt: skip
 def test_half_a_snapshot_is_never_taken_for_whole(online: Hub, cache: Path, how: str, listed: bool) -> None:
     """With and without the listing that newer versions of huggingface_hub keep beside the snapshot."""
     folder = fetched()
@@ -344,7 +341,7 @@ def test_half_a_snapshot_is_never_taken_for_whole(online: Hub, cache: Path, how:
     (cache / "refs" / "main").write_text(copy.name)
     assert hub.cached(NAME) == copy
     spoilt(copy, how)
-    assert hub.lacking(copy) and hub.cached(NAME) is None
+    assert checkpoint.lacking(copy) and hub.cached(NAME) is None
     refusal(lambda: mlx_mtp.load(copy), CheckpointError)  # as a path, too
 
 
@@ -358,17 +355,6 @@ def test_no_disk(online: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert NAME in sentence and DRAFTER in sentence and "150.0 kB" in sentence and "HF_HOME" in sentence
     assert not online.gets()
     mlx_mtp.load(NAME, drafter=None)  # the target alone takes less
-
-
-def test_a_part_counts_as_there(online: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    online.faults.breaks["model.safetensors"] = [CUT] + [0] * 50
-    refusal(fetched)
-    online.faults.breaks.clear()
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, len(WEIGHTS) - CUT + 10_000))
-    listing = hub.find(NAME)
-    assert isinstance(listing, hub.Listing)
-    hub.check_disk([listing])
 
 
 @pytest.fixture
@@ -386,21 +372,16 @@ def test_no_memory_for_a_name_nothing_is_downloaded(online: Hub, small: Callable
     small(100_000)
     sentence = refusal(lambda: mlx_mtp.load(NAME, drafter=None), DoesNotFit)
     assert "100.0 kB" in sentence and NAME in sentence and "embedded model fits" in sentence
-    assert memory.IGNORE in sentence and all(r.span == "bytes=0-100000" for r in online.gets())  # headers, no weights
+    assert memory.IGNORE in sentence and not online.gets()
 
 
 def test_no_memory_for_a_folder_no_weight_is_read(small: Callable[[float], None], monkeypatch) -> None:
-    small(100_000)
-    monkeypatch.setattr(loading, "load_target", lambda _: pytest.fail("the weights were read"))
-    assert str(TARGET) in refusal(lambda: mlx_mtp.load(TARGET), DoesNotFit)
-    assert "with its drafter" in refusal(lambda: mlx_mtp.load(TARGET, drafter=TIED), DoesNotFit)
-
-
-def test_what_fits_instead_is_named(online: Hub, small: Callable[[float], None], monkeypatch) -> None:
     small(9e9)
-    monkeypatch.setattr(memory, "folder_bytes", lambda _: 40 * 10**9)
+    monkeypatch.setattr(targets, "load_target", lambda _: pytest.fail("the weights were read"))
+    monkeypatch.setattr(memory, "held_bytes", lambda _: 40 * 10**9)
     sentence = refusal(lambda: mlx_mtp.load(TARGET), DoesNotFit)
-    assert "'mlx-community/gemma-4-e4b-it-4bit' fits" in sentence and "44.0 GB" in sentence
+    assert str(TARGET) in sentence and "'mlx-community/gemma-4-e4b-it-4bit' fits" in sentence and "44.0 GB" in sentence
+    assert "with its drafter" in refusal(lambda: mlx_mtp.load(TARGET, drafter=TIED), DoesNotFit)
 
 
 def test_memory_may_be_ignored(small: Callable[[float], None], monkeypatch, caplog) -> None:
@@ -410,14 +391,21 @@ def test_memory_may_be_ignored(small: Callable[[float], None], monkeypatch, capl
     assert "expect swapping" in caplog.text
 
 
-def test_the_headers_decide_what_the_sizes_leave_open(online: Hub, small: Callable[[float], None]) -> None:
-    """Towers are in the files, but not in memory."""
-    exact = memory.folder_bytes(TARGET)
+def test_what_is_wrong_is_known_before_weights_are_downloaded(online: Hub) -> None:
+    """A model type that nobody implements, and a drafter for another width."""
+    online.repositories[NAME]["config.json"] = b'{"model_type": "abacus"}'
+    assert "abacus" in refusal(lambda: mlx_mtp.load(NAME), mlx_mtp.UnsupportedModel)
+    config = json.loads((TIED / "config.json").read_text()) | {"backbone_hidden_size": 48}
+    online.repositories[DRAFTER]["config.json"] = json.dumps(config).encode()
+    said = refusal(lambda: mlx_mtp.load(TARGET, drafter=DRAFTER), mlx_mtp.IncompatibleDrafter)
+    assert "size 48" in said and "hidden size 32" in said and not online.gets()
+
+
+def test_the_headers_on_the_hub_tell_the_size(online: Hub) -> None:
     listing = hub.find(NAME)
-    assert isinstance(listing, hub.Listing) and listing.weight_bytes(exact=True) == exact
-    assert listing.weight_bytes(exact=False) > exact  # a CPU may need three times the file
-    small(exact * 1.2)
-    assert mlx_mtp.load(NAME, drafter=None).target.path == hub.cached(NAME)
+    assert isinstance(listing, hub.Listing) and memory.held_bytes(listing.tensors()) == memory.folder_bytes(TARGET)
+    online.faults.status["/resolve/"] = 500  # an upper bound without them
+    assert memory.held_bytes(listing.tensors()) >= len(WEIGHTS)
 
 
 def test_a_drafter_that_nobody_asked_for_gives_way(online: Hub, small: Callable[[float], None], caplog) -> None:
@@ -434,7 +422,7 @@ def test_towers_cost_nothing() -> None:
 
 def test_halves_cost_more_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.held_bytes([("a", "BF16", 2), ("b", "F32", 4)]) == 3 * 2 + 4
-    pair = pairs.Pair(target="a", assistant="b", bits=4, weight_bytes=4500 * 10**6)
+    pair = pairs.KnownPair(target="a", assistant="b", bits=4, weight_bytes=4500 * 10**6)
     on_cpu = pair.memory_bytes
     monkeypatch.setattr(memory, "on_cpu", lambda: False)
     assert memory.held_bytes([("a", "BF16", 2), ("b", "F32", 4)]) == 6
@@ -456,27 +444,22 @@ def test_wired_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         limits.append(limit)
         return limits[-2]
 
-    class Engine:
+    class Owner:
         pass
 
     monkeypatch.setattr(memory.mx, "set_wired_limit", set_limit)
-    wired, first, second = memory.Wired(), Engine(), Engine()
+    wired, first, second, third = memory.Wired(), Owner(), Owner(), Owner()
     wired.add(first, 10**9)
     assert limits == [7]  # no Metal here
     monkeypatch.setattr(memory, "on_metal", lambda: True)
     monkeypatch.setattr(memory, "available_bytes", lambda: 3 * 10**9)
-    wired.add(first, 10**9)
-    wired.add(second, 10**9)
-    assert limits == [7, memory.needed_bytes(10**9), memory.needed_bytes(2 * 10**9)]
-    third = Engine()
-    wired.add(third, 2 * 10**9)
-    assert limits[-1] == 3 * 10**9  # never more than macOS recommends
-    del first, second
+    for owner, weights in ((first, 1), (second, 1), (third, 2)):
+        wired.add(owner, weights * 10**9)
+    # never more than macOS recommends
+    assert limits == [7, memory.needed_bytes(10**9), memory.needed_bytes(2 * 10**9), 3 * 10**9]
+    del first, second, owner
     wired.add(third, 2 * 10**9)
     assert limits[-1] == memory.needed_bytes(2 * 10**9)  # of those alive
-    wired.restore()
-    wired.restore()
-    assert limits[-1] == 7 and len(limits) == 6
 
 
 # Pairs
@@ -491,11 +474,12 @@ def test_auto_finds_the_assistant_on_the_hub(online: Hub) -> None:
     assert snapshot and mlx_mtp.load(snapshot, depth=2).drafter is not None  # the cache's folder has the name in it
 
 
-@pytest.mark.parametrize("place", ["target/assistant", "target-assistant", "assistant"])
-def test_auto_finds_the_assistant_next_to_a_folder(tmp_path: Path, place: str) -> None:
+def test_auto_finds_the_assistant_next_to_a_folder(tmp_path: Path) -> None:
     shutil.copytree(TARGET, tmp_path / "target", copy_function=shutil.copyfile)
     assert mlx_mtp.load(tmp_path / "target", depth=2).drafter is None
-    shutil.copytree(TIED, tmp_path / place, copy_function=shutil.copyfile)
+    for place in ("assistant", "target-assistant", "target/assistant"):  # the later ones are preferred
+        shutil.copytree(TIED, tmp_path / place, copy_function=shutil.copyfile)
+        assert pairs.beside(tmp_path / "target") == tmp_path / place
     assert mlx_mtp.load(tmp_path / "target", depth=2).drafter is not None
 
 
@@ -513,17 +497,16 @@ def test_without_its_drafter_a_target_decodes_plainly(online: Hub, caplog) -> No
 SIZES = ("E2B", "E4B", "12B", "26B-A4B", "31B")
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_names_of_google_and_mlx_community(size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_google_and_mlx_community(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    google, community = f"google/gemma-4-{size}-it", f"mlx-community/gemma-4-{size}-it"
-    assert pairs.assistant_of(google) == google + "-assistant"
-    for kind in ("4bit", "8bit", "6bit", "bf16", "mxfp4", "OptiQ-4bit"):
-        for name in (f"{community}-{kind}", f"{community.lower()}-{kind}"):
-            assert pairs.assistant_of(name) == community + "-assistant-bf16"
-    others = (google + "-assistant", community + "-assistant-4bit", f"google/gemma-3-{size}-it", "a/b", google[:-3])
-    for other in others:
-        assert pairs.assistant_of(other) is None
+    for size in SIZES:
+        google, community = f"google/gemma-4-{size}-it", f"mlx-community/gemma-4-{size}-it"
+        assert pairs.assistant_of(google) == google + "-assistant"
+        for kind in ("4bit", "mxfp4", "OptiQ-4bit"):
+            for name in (f"{community}-{kind}", f"{community.lower()}-{kind}"):
+                assert pairs.assistant_of(name) == community + "-assistant-bf16"
+        others = (google + "-assistant", community + "-assistant-4bit", f"google/gemma-3-{size}-it", google[:-3])
+        assert not any(pairs.assistant_of(other) for other in others)
 
 
 def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -538,25 +521,24 @@ def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert pair.bits in (4, 6, 8, 16)
 
 
-@pytest.mark.parametrize(("gigabytes", "best"), [(2, None), (4, "e2b"), (5.3, "e4b"), (11.4, "12B"), (17.1, "26b-a4b"),
-                                                 (22.9, "31b"), (400, "31b")])  # fmt: skip
-def test_best_pair(gigabytes: float, best: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What macOS gives the GPU of Macs with 8, 16, 24 and 32 GB, and more."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setattr(memory, "on_cpu", lambda: False)
-    pair = pairs.best_pair(int(gigabytes * 10**9))
-    assert (pair and pair.target) == (best and f"mlx-community/gemma-4-{best}-it-4bit")
+    best = {2: None, 4: "e2b", 5.3: "e4b", 11.4: "12B", 17.1: "26b-a4b", 22.9: "31b", 400: "31b"}
+    for gigabytes, name in best.items():
+        pair = pairs.best_pair(int(gigabytes * 10**9))
+        assert (pair and pair.target) == (name and f"mlx-community/gemma-4-{name}-it-4bit")
 
 
 @pytest.fixture
 def user_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str | bytes], Path]:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    file = tmp_path / "config" / "mlx-mtp" / "pairs.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
 
     def write(text: str | bytes) -> Path:
-        file.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return file
+        pairs.user_table().parent.mkdir(parents=True, exist_ok=True)
+        pairs.user_table().write_bytes(text if isinstance(text, bytes) else text.encode())
+        return pairs.user_table()
 
     return write
 
@@ -565,11 +547,11 @@ def test_the_users_own_pairs_come_first(user_table: Callable[[str | bytes], Path
     own = [
         {"target": "google/gemma-4-E2B-it", "assistant": "me/mine", "weight_bytes": 10**9, "download_bytes": 10**9},
         {"target": "me/plain", "assistant": None},
-        {"target": "~/models/x", "assistant": "~/models/y"},
+        {"target": str(TARGET), "assistant": str(TIED)},
     ]
     user_table(json.dumps({"pairs": own, "patterns": [{"target": "me/tuned-*", "assistant": "{target}-mtp"}]}))
     assert pairs.assistant_of("google/gemma-4-E2B-it") == "me/mine"
-    assert pairs.assistant_of(os.path.expanduser("~/models/x")) == "~/models/y"
+    assert mlx_mtp.load(TARGET, depth=2).drafter is not None
     assert pairs.assistant_of("me/tuned-3") == "me/tuned-3-mtp" and pairs.assistant_of("me/plain") is None
     assert pairs.assistant_of("google/gemma-4-E4B-it") == "google/gemma-4-E4B-it-assistant"
     known = pairs.known_pairs()
@@ -578,18 +560,12 @@ def test_the_users_own_pairs_come_first(user_table: Callable[[str | bytes], Path
     assert best and best.target == "google/gemma-4-E2B-it"
 
 
-def test_a_folder_of_the_users_table(user_table: Callable[[str | bytes], Path]) -> None:
-    user_table(json.dumps({"pairs": [{"target": str(TARGET), "assistant": str(TIED)}]}))
-    assert mlx_mtp.load(TARGET, depth=2).drafter is not None
-
-
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "7", b"\xff\xfe", "[" * 100_000, '{"pairs": 7}', '{"pairs": [7]}', '{"patterns": {}}',
-             '{"pairs": [{}]}', '{"pairs": [{"target": "a/b"}]}', '{"pairs": [{"target": 7, "assistant": "a/b"}]}',
-             '{"pairs": [{"target": "a/b", "assistant": 7}]}', '{"pairs": [{"target": "", "assistant": "a/b"}]}',
+    "text", ["", "[]", b"\xff\xfe", "[" * 100_000, '{"pairs": 7}', '{"pairs": [7]}', '{"pairs": [{"target": "a/b"}]}',
+             '{"pairs": [{"target": 7, "assistant": "a/b"}]}', '{"pairs": [{"target": "a/b", "assistant": 7}]}',
+             '{"patterns": [{"target": "", "assistant": "a/b"}]}',
              '{"pairs": [{"target": "a/b", "assistant": "c/d", "bits": "4"}]}',
-             '{"pairs": [{"target": "a/b", "assistant": "c/d", "weight_bytes": -1}]}',
-             '{"pairs": [{"target": "a/b", "assistant": "c/d", "download_bytes": 1e99}]}']
+             '{"pairs": [{"target": "a/b", "assistant": "c/d", "weight_bytes": -1}]}']
 )  # fmt: skip
 def test_a_corrupt_table_is_one_sentence(user_table: Callable[[str | bytes], Path], text: str | bytes) -> None:
     file = user_table(text)
@@ -625,11 +601,9 @@ def test_hub_answers(online: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["mlx-mtp", *args])
-    capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         app.main()
-    out, err = capsys.readouterr()
-    return int(end.value.code or 0), out, err
+    return int(end.value.code or 0), *capsys.readouterr()
 
 
 def test_models_as_json_and_as_lines(online: Hub, small, user_table, monkeypatch, capsys) -> None:
@@ -655,24 +629,20 @@ def test_models_as_json_and_as_lines(online: Hub, small, user_table, monkeypatch
     assert code == 2 and out == "" and err.count("\n") == 1 and "pairs.json" in err
 
 
-def test_generate_says_one_sentence_and_nothing_on_stdout(online: Hub, monkeypatch, capsys) -> None:
-    code, out, err = run(monkeypatch, capsys, "generate", "x", "--model", "google/nothing")
-    assert code == 2 and out == "" and err.count("\n") == 1 and "found neither" in err
-
-
 # The same in processes of their own, which read the environment
 
 
 def start(home: Path, endpoint: str, *args: str, **more: str) -> subprocess.Popen[str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
     environment = {**kept, "HF_HOME": str(home), "HF_ENDPOINT": endpoint, "XDG_CONFIG_HOME": str(home), **more}
-    command = [sys.executable, "-m", "mlx_mtp.cli.app", "generate", "--model", NAME, "--tokens", "1,2,3",
+    program = f"from huggingface_hub import constants as c; c.DOWNLOAD_CHUNK_SIZE = {CHUNK}; {MAIN}"
+    command = [sys.executable, "-c", program, "generate", "--model", NAME, "--tokens", "1,2,3",
                "--max-tokens", "6", "--depth", "2", "--json", *args]  # fmt: skip
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_killed_in_mid_file_resumed_and_then_offline(tmp_path: Path) -> None:
-    """HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE as a user sets them; the process dies as in a power cut."""
+def test_killed_in_mid_file_and_resumed(tmp_path: Path) -> None:
+    """HF_ENDPOINT, HF_HOME and HF_TOKEN as a user sets them; the process dies as in a power cut."""
     home = tmp_path / "elsewhere"
     with Hub() as server:
         server.add(NAME, TARGET)
@@ -690,10 +660,5 @@ def test_killed_in_mid_file_resumed_and_then_offline(tmp_path: Path) -> None:
         assert second.returncode == 0 and err == "", err
         assert [r.start for r in server.gets(f"{NAME}/")] == [CUT]
         assert (home / "hub" / "models--google--gemma-4-tiny-it" / "snapshots" / server.commit(NAME)).is_dir()
-        endpoint = server.endpoint
     expected = mlx_mtp.load(TARGET, drafter=None).generate(IDS, max_tokens=6).tokens
-    third = start(home, endpoint, HF_HUB_OFFLINE="1")
-    again, err = third.communicate(timeout=PATIENCE)
-    assert third.returncode == 0 and err == "", err
-    for printed in (out, again):
-        assert json.loads(printed)["tokens"] == expected and json.loads(printed)["stats"]["drafted"] > 0
+    assert json.loads(out)["tokens"] == expected and json.loads(out)["stats"]["drafted"] > 0

@@ -13,7 +13,7 @@ import pytest
 from layouts import meta_arrays, meta_folder, state_dict_opcodes, tensor_opcodes, write_pth, write_zip
 
 import mlx_mtp
-from mlx_mtp import converting
+from mlx_mtp.converting import convert
 from mlx_mtp.converting.pth import read_pth
 
 
@@ -119,6 +119,6 @@ def test_a_bad_pth_is_one_sentence_and_runs_nothing(case: str, tmp_path: Path) -
     source = meta_folder(tmp_path / "in", meta_arrays())
     bad_pth(case, source / "consolidated.pth")
     with pytest.raises(mlx_mtp.CheckpointError, match="consolidated.pth") as caught:
-        converting.convert(converting.plan(source), tmp_path / "out")
+        convert(source, tmp_path / "out")
     assert len(str(caught.value)) < 700 and "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["consolidated.pth", "in", "params.json"]

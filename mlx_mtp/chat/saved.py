@@ -25,7 +25,7 @@ from mlx.utils import tree_flatten
 
 from mlx_mtp.backend import threads
 from mlx_mtp.checkpoints.atomic import write_state
-from mlx_mtp.checkpoints.checkpoint import check_safetensors, visible
+from mlx_mtp.checkpoints.checkpoint import header_of, visible
 from mlx_mtp.errors import CheckpointError
 from mlx_mtp.generation.cache import FULL, SLACK, KVCache, capacity_for
 from mlx_mtp.generation.prefix import Lease, Session
@@ -212,7 +212,7 @@ def load_chat(engine: Engine, file: Path) -> Conversation:
 def _read(file: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
     if not os.path.isfile(file):
         raise CheckpointError(f"Expected a saved conversation at '{file}', found none; check the path.")
-    check_safetensors(file)
+    header_of(file)
     try:
         loaded: Any = mx.load(str(file), return_metadata=True)
         tensors, metadata = loaded

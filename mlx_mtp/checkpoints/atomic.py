@@ -53,31 +53,27 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
             if durable:
                 _sync(path.parent)
     finally:
-        if fresh.is_dir():
-            shutil.rmtree(fresh, ignore_errors=True)
-        else:
-            fresh.unlink(missing_ok=True)
+        _remove(fresh)
 
 
 def _drop_leftovers(path: Path) -> None:
     """Removes what processes that were killed had begun to write for this path."""
     for left in path.parent.glob(f".{glob.escape(path.stem)}.partial-*{glob.escape(path.suffix)}"):
         process = left.name.removeprefix(f".{path.stem}.partial-").partition("-")[0]
-        if process.isdigit() and not _runs(int(process)):
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.unlink(missing_ok=True)
+        if process.isdigit():
+            try:
+                os.kill(int(process), 0)
+            except ProcessLookupError:
+                _remove(left)
+            except OSError:
+                continue  # it runs, and is somebody else's
 
 
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True  # somebody else's
-    return True
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -1,9 +1,5 @@
 """A checkpoint folder: config.json and safetensors, read defensively, poured into a module strictly.
 
-What it does: finds the weight files, checks every header before MLX maps it, quantises a fresh module the way the
-stored tensors are quantised, and loads with nothing missing and nothing left over. What it does not do: know a
-model family, or the hub.
-
 Invariant: whatever is wrong with the files comes out as one CheckpointError that names the file.
 """
 
@@ -14,42 +10,42 @@ import math
 import os
 import re
 import reprlib
-import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from safetensors import SafetensorError, safe_open
 
 from mlx_mtp.backend import threads
 from mlx_mtp.errors import CheckpointError, ModelNotFound, brief
 
 INDEX = "model.safetensors.index.json"
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
-ITEM_BYTES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "C64": 8}
 # Parts of a multimodal checkpoint that text does not need: never read, so they cost no memory.
 TOWERS = ("vision_tower", "audio_tower", "embed_vision", "embed_audio", "vision_embedder", "multi_modal_projector")
-SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
+SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.safetensors")
 # Weights are read in pieces of so many bytes, that progress can be told in between.
 PIECE_BYTES = 256 * 2**20
-# Hears (bytes read, bytes in all) while weights are read; set around a load. A context variable, since between
-# the caller who wants to know and the reading below stand families that need not care.
-on_read: ContextVar[Callable[[int, int], None] | None] = ContextVar("on_read", default=None)
+# Small enough that a shard fits in memory beside the tensor that is being read.
+SHARD_BYTES = 4 * 10**9
 
 Number = TypeVar("Number", int, float)
 
 
-@dataclass(frozen=True)
+OnRead = Callable[[int, int], None]  # hears (bytes read, bytes in all)
+
+
+@dataclass
 class Checkpoint:
-    """An opened folder. `config` is the parsed config.json; the weights are read by `weights()`."""
+    """An opened folder: a source whose files are here. `config` is the parsed config.json; on_read hears of reading."""
 
     path: Path
     config: dict[str, Any]
+    on_read: OnRead | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -60,62 +56,75 @@ class Checkpoint:
                 f"Expected a folder with config.json and safetensors files, found "
                 f"{'a file' if os.path.exists(folder) else 'nothing'} at '{path}'; check the path."
             )
-        config = read_json(folder / "config.json")
-        if not isinstance(found := config.get("model_type"), str):
+        return cls(folder, read_config(folder / "config.json"))
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return str(self.path)
+
+    @property
+    def bytes_to_come(self) -> int:
+        """Nothing is to be downloaded."""
+        return 0
+
+    def fetch(self, on_progress: Any = None) -> Checkpoint:
+        """All is here."""
+        return self
+
+    @cached_property
+    def headers(self) -> dict[Path, dict[str, tuple[str, int]]]:
+        """Of every weight file the type ("BF16", "U32", ...) and the bytes of its tensors; read once.
+
+        CheckpointError for a shard that is missing or not whole.
+        """
+        names = weight_files(self.path)
+        if missing := [name for name in names if not os.path.isfile(self.path / name)]:
+            which = f"the {len(names)} of {INDEX}" if (self.path / INDEX).exists() else "model*.safetensors"
             raise CheckpointError(
-                f"{folder / 'config.json'}: expected a name as 'model_type', found {reprlib.repr(found)}; "
-                "use the config.json that belongs to this checkpoint."
+                f"{self.path}: of its weight files, {which}, there was found none named {missing[0]!r:.90}; "
+                "download the weights again."
             )
-        return cls(folder, config)
+        return {self.path / name: header_of(self.path / name) for name in names}
+
+    def check_files(self) -> None:
+        """CheckpointError for a weight file that mlx-lm's loader would take, and which is missing or not whole."""
+        for file in set(self.path.glob("model*.safetensors")) - self.headers.keys():
+            header_of(file)
+
+    def tensors(self) -> Iterator[tuple[str, str, int]]:
+        """Name, type and bytes of every stored tensor."""
+        for header in self.headers.values():
+            for name, (dtype, size) in header.items():
+                yield name, dtype, size
 
     def weights(self) -> dict[str, mx.array]:
         """Every tensor of every shard, memory-mapped, under the names of the files."""
         weights: dict[str, mx.array] = {}
-        for file in self._files():
-            check_safetensors(file)
+        for file in self.headers:
             try:
                 weights.update(mx.load(str(file)))  # type: ignore[arg-type]
             except (RuntimeError, ValueError) as error:
                 raise CheckpointError(f"{file}: not readable as safetensors ({error}); download it again.") from error
         return weights
 
-    def check_files(self) -> None:
-        """CheckpointError for a shard that is missing or not whole; for readers other than `weights`."""
-        for file in {*self._files(), *visible(self.path.glob("model*.safetensors"))}:
-            check_safetensors(file)
+    def read(self, module: nn.Module) -> None:
+        """Evaluates a module's parameters, that is reads them from the files, and tells how far it is.
 
-    def tensors(self) -> Iterator[tuple[str, str, int]]:
-        """Name, type ("BF16", "U32", ...) and bytes of every stored tensor, from the headers alone."""
-        for file in self._files():
-            for name, entry in check_safetensors(file).items():
-                if name != "__metadata__":
-                    yield name, entry["dtype"], entry["data_offsets"][1] - entry["data_offsets"][0]
-
-    def _files(self) -> list[Path]:
-        index = self.path / INDEX
-        if index.exists():
-            shards = section(read_json(index), "weight_map", INDEX).values()
-            if odd := [shard for shard in shards if not isinstance(shard, str)]:
-                raise CheckpointError(
-                    f"{index}: expected file names in 'weight_map', found {reprlib.repr(odd[0])}; download it again."
-                )
-            names = sorted(set(shards))
-            for name in names:
-                if not os.path.isfile(self.path / name):
-                    raise CheckpointError(
-                        f"{index} lists {len(names)} shards, but '{name}' is missing; download it into {self.path}."
-                    )
-            if names:
-                return [self.path / name for name in names]
-        files = visible(self.path.glob("model*.safetensors")) or visible(self.path.glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(f"Expected model*.safetensors in {self.path}, found none; download the weights.")
-        if missing := missing_shards(file.name for file in files):
-            raise CheckpointError(
-                f"Expected all shards of the weights in {self.path}, found none named '{missing[0]}'; "
-                "download the weights again."
-            )
-        return files
+        RuntimeError from MLX where a file cannot be read.
+        """
+        arrays = list(named_parameters(module).values())
+        total, done, waiting = sum(array.nbytes for array in arrays), 0, 0
+        piece: list[mx.array] = []
+        for i, array in enumerate(arrays):
+            piece.append(array)
+            waiting += array.nbytes
+            if waiting >= PIECE_BYTES or i + 1 == len(arrays):
+                mx.eval(piece)
+                threads.pause()
+                done, piece, waiting = done + waiting, [], 0
+                if self.on_read is not None:
+                    self.on_read(done, total)
 
 
 def visible(files: Iterable[Path]) -> list[Path]:
@@ -123,12 +132,41 @@ def visible(files: Iterable[Path]) -> list[Path]:
     return sorted(file for file in files if not file.name.startswith("."))
 
 
-def missing_shards(names: Iterable[str]) -> list[str]:
-    """Shards that the others' names ("model-00001-of-00003.safetensors") say there must be, and are not."""
-    there = set(names)
-    series = {(found[1], int(found[3])) for name in there if (found := SHARD.fullmatch(name))}
-    wanted = [f"{stem}-{i:05d}-of-{n:05d}.safetensors" for stem, n in sorted(series) for i in range(1, n + 1)]
-    return [name for name in wanted if name not in there]
+def weight_files(folder: Path) -> list[str]:
+    """Names of the weight files that a folder must have: those of its index, else those there and their series.
+
+    CheckpointError for an index that names none.
+    """
+    index = section(read_json(folder / INDEX), "weight_map", INDEX).values() if (folder / INDEX).exists() else ()
+    if odd := [name for name in index if not isinstance(name, str)]:
+        raise CheckpointError(f"{folder / INDEX} names {reprlib.repr(odd[0])} as a weight file; download it again.")
+    if index:
+        return sorted(set(index))
+    there = visible(folder.glob("model*.safetensors")) or visible(folder.glob("*.safetensors"))
+    names = {file.name for file in there}
+    for shard in filter(None, map(SHARD.fullmatch, sorted(names))):
+        names |= {f"{shard[1]}-{i:05d}-of-{shard[2]}.safetensors" for i in range(1, int(shard[2]) + 1)}
+    return sorted(names) or ["model.safetensors"]
+
+
+def lacking(folder: Path) -> list[str]:
+    """Files that a checkpoint must have, and that are not there."""
+    try:
+        wanted = ["config.json", *weight_files(folder)]
+    except CheckpointError:
+        return [INDEX]
+    return [name for name in wanted if not os.path.isfile(folder / name)]
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A config.json, which must say what it is of."""
+    config = read_json(file)
+    if not isinstance(found := config.get("model_type"), str):
+        raise CheckpointError(
+            f"{file}: expected a name as 'model_type', found {reprlib.repr(found)}; "
+            "use the config.json that belongs to this checkpoint."
+        )
+    return config
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -147,44 +185,24 @@ def read_json(file: Path) -> dict[str, Any]:
     return found
 
 
-def check_safetensors(file: Path) -> dict[str, Any]:
-    """A file's header, compared with its size: MLX reads lazily, so a short file would otherwise fail much later."""
-    found: dict[str, Any] = {}
+def header_of(file: Path) -> dict[str, tuple[str, int]]:
+    """Type ("BF16", "U32", ...) and bytes of every tensor in a safetensors file, which is found whole.
+
+    MLX reads lazily, so a short file would otherwise fail much later.
+    """
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            start = stream.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            whole = 2 <= length <= min(MAX_HEADER_BYTES, size - 8)
-            header = stream.read(length) if whole else b""
+        with safe_open(file, "numpy") as stored:
+            return {name: _type_and_bytes(stored.get_slice(name)) for name in stored.keys()}  # noqa: SIM118
     except OSError as error:
-        raise CheckpointError(f"{file}: expected a readable file, found {error.strerror}; check its rights.") from error
-    problem = f"a header of {length} bytes in a file of {size}"
-    if whole:
-        try:
-            found = json.loads(header)
-            wanted = 8 + length + _data_bytes(found)
-            problem = "" if wanted == size else f"{size} bytes where its header says {wanted}"
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            problem = "a header that is not the format's JSON"
-    if problem:
-        raise CheckpointError(f"{file}: expected a whole safetensors file, found {problem}; download it again.")
-    return found
+        raise CheckpointError(f"{file} cannot be read ({brief(error)}); check the file and its rights.") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is no whole safetensors file ({brief(error)}); download it again.") from error
 
 
-def _data_bytes(header: dict[str, Any]) -> int:
-    """Bytes behind a header; ValueError where a tensor's place and its shape disagree."""
-    ends = [0]
-    for name, entry in header.items():
-        if name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            shape, item = entry["shape"], ITEM_BYTES.get(entry["dtype"])
-            if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)) or begin > end:
-                raise ValueError(name)
-            if item and end - begin != math.prod(shape) * item:
-                raise ValueError(name)
-            ends.append(end)
-    return max(ends)
+def _type_and_bytes(tensor: Any) -> tuple[str, int]:
+    dtype = str(tensor.get_dtype())
+    bits = re.search(r"\d+", dtype)  # none in BOOL
+    return dtype, math.prod(tensor.get_shape()) * int(bits[0] if bits else 8) // 8
 
 
 def number(
@@ -232,52 +250,33 @@ def named_parameters(module: nn.Module) -> dict[str, mx.array]:
     return dict(tree_flatten(module.parameters()))
 
 
-def load_into(module: nn.Module, weights: dict[str, mx.array], dtype: mx.Dtype, source: Path) -> None:
-    """Quantises `module` like `weights`, casts floating tensors to `dtype` and loads them; nothing may be left over.
-
-    Raises CheckpointError with the first few names where tensors are missing, unknown or of another shape.
-    """
-    _quantize_like(module, weights, source)
-    wanted = named_parameters(module)
-    missing, unknown = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
-    wrong = [n for n in wanted.keys() & weights.keys() if wanted[n].shape != weights[n].shape]
-    for problem, names in (("lacks", missing), ("has unknown", unknown), ("has other shapes for", sorted(wrong))):
-        if names:
-            detail = ""
-            if names is not missing and names is not unknown:
-                detail = f" ({list(weights[names[0]].shape)} where config.json says {list(wanted[names[0]].shape)})"
-            raise CheckpointError(
-                f"{source} {problem} {len(names)} tensors: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-                f"{detail}; the weights and config.json must belong together."
-            )
+def load_into(module: nn.Module, weights: dict[str, mx.array], dtype: mx.Dtype, source: Checkpoint) -> None:
+    """Quantises `module` like `weights`, casts floating tensors to `dtype` and loads them; nothing may be left over."""
+    _quantize_like(module, weights, source.path)
+    check_shapes(module, {name: weight.shape for name, weight in weights.items()}, str(source.path))
     floating = (mx.float32, mx.bfloat16, mx.float16)
     cast = {n: w.astype(dtype) if w.dtype in floating else w for n, w in weights.items()}
     module.load_weights(list(cast.items()), strict=True)
     module.eval()
     try:
-        read_parameters(module)
+        source.read(module)
     except RuntimeError as error:
-        raise CheckpointError(f"{source}: the weights could not be read ({error}); download them again.") from error
+        raise CheckpointError(f"{source.path}: weights that cannot be read ({error}); download them again.") from error
 
 
-def read_parameters(module: nn.Module) -> None:
-    """Evaluates a module's parameters, that is reads them from their files, and tells `on_read` how far it is.
-
-    RuntimeError from MLX where a file cannot be read.
-    """
-    arrays = list(named_parameters(module).values())
-    total, done, waiting = sum(array.nbytes for array in arrays), 0, 0
-    piece: list[mx.array] = []
-    tell = on_read.get()
-    for i, array in enumerate(arrays):
-        piece.append(array)
-        waiting += array.nbytes
-        if waiting >= PIECE_BYTES or i + 1 == len(arrays):
-            mx.eval(piece)
-            threads.pause()
-            done, piece, waiting = done + waiting, [], 0
-            if tell is not None:
-                tell(done, total)
+def check_shapes(module: nn.Module, found: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """CheckpointError with the first few names where tensors are missing, unknown or of another shape than here."""
+    wanted = {name: parameter.shape for name, parameter in named_parameters(module).items()}
+    wrong = [name for name in sorted(wanted.keys() & found.keys()) if wanted[name] != found[name]]
+    for problem, names in (("lacks", wanted.keys() - found.keys()), ("has unknown", found.keys() - wanted.keys()),
+                           ("has other shapes for", wrong)):  # fmt: skip
+        if names:
+            first, *more = sorted(names)
+            detail = f" ({list(found[first])} where config.json says {list(wanted[first])})" if names is wrong else ""
+            raise CheckpointError(
+                f"{where} {problem} {len(names)} tensors: {', '.join([first, *more[:2]])}{' ...' if more[2:] else ''}"
+                f"{detail}; the weights and config.json must belong together."
+            )
 
 
 def _quantize_like(module: nn.Module, weights: Mapping[str, mx.array], source: Path) -> None:
@@ -290,20 +289,13 @@ def _quantize_like(module: nn.Module, weights: Mapping[str, mx.array], source: P
     def settings(path: str, layer: nn.Module) -> bool | dict[str, Any]:
         if f"{path}.scales" not in weights or not hasattr(layer, "to_quantized"):
             return False
-        try:
-            found: dict[str, Any] = infer_quant_config(path, layer, dict(weights))
-        except (ValueError, KeyError, IndexError, TypeError, ZeroDivisionError) as error:
-            raise CheckpointError(
-                f"{source}: cannot tell how '{path}' is quantised ({brief(error)}); download the weights again."
-            ) from error
-        if f"{path}.global_scale" in weights:
-            found["global_scale"] = True
-        return found
+        found: dict[str, Any] = infer_quant_config(path, layer, dict(weights))
+        return found | ({"global_scale": True} if f"{path}.global_scale" in weights else {})
 
     if any(name.endswith(".scales") for name in weights):
         try:
             nn.quantize(module, class_predicate=settings)
-        except ValueError as error:  # scales of a shape that no bits and no group size give
+        except (ValueError, KeyError, IndexError, TypeError, ZeroDivisionError) as error:
             raise CheckpointError(
                 f"{source}: cannot tell how the weights are quantised ({brief(error)}); download them again."
             ) from error
@@ -323,13 +315,48 @@ def check_finite(tensors: Iterable[tuple[str, mx.array]], where: Path, advice: s
 
 
 def write_checkpoint(folder: Path, config: Mapping[str, Any], weights: Mapping[str, mx.array]) -> None:
-    """Writes config.json and model.safetensors in the published layout (float16 on disk).
+    """Writes config.json and the weights in the published layout (float16 on disk).
 
     Raises CheckpointError, and writes nothing, where a weight is not finite as float16.
     """
     floating = (mx.float32, mx.bfloat16)
     halves = {k: w.astype(mx.float16) if w.dtype in floating else w for k, w in weights.items()}
     check_finite(halves.items(), folder, "nothing was written: train with a lower learning rate")
+    write_tensors(folder, config, halves.items())
+
+
+def write_tensors(folder: Path, config: Mapping[str, Any], tensors: Iterable[tuple[str, mx.array]]) -> None:
+    """config.json and model*.safetensors, with types as they come; RuntimeError or OSError where it cannot be done.
+
+    Tensors are taken one by one and may be lazy: no more than one shard of them is in memory.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    mx.save_safetensors(str(folder / "model.safetensors"), halves, {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    shards: list[list[str]] = []
+    shard: dict[str, mx.array] = {}
+    total = held = 0
+
+    def flush() -> None:
+        mx.save_safetensors(str(folder / f"part-{len(shards)}.safetensors"), shard, {"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
+        if shard and held + tensor.nbytes > SHARD_BYTES:
+            flush()
+            held = 0
+        shard[name] = tensor
+        held, total = held + tensor.nbytes, total + tensor.nbytes
+    flush()
+    places: dict[str, str] = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        (folder / f"part-{i}.safetensors").rename(folder / file)
+        places |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    write_json(folder / "config.json", config)
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """A JSON file as people like to read it."""
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,10 +1,7 @@
 """Large files of the hub into its local cache: some at once, and from where an earlier attempt broke off.
 
-What it does: HTTP requests for the rest of a file, retries, checksums, final names. What it does not do: know models
-(hub.py) or say in words what went wrong.
-
-huggingface_hub would fetch these files too, but drops what has come when its process ends half-way (its issue 4196,
-still so in 2.4). The part files are named as it named them when it could resume, and share its locks.
+huggingface_hub requests the bytes. It would also find them a place, but drops what has come when its process ends
+half-way (its issue 4196, still so in 2.4). So the part files are ours, under its locks and in its cache.
 
 Invariant: a file has its final name only when its SHA-256 is the one the hub announced.
 """
@@ -12,23 +9,26 @@ Invariant: a file has its final name only when its SHA-256 is the one the hub an
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from queue import Empty, SimpleQueue
+from typing import Any, BinaryIO, cast
 
 from mlx_mtp.errors import CheckpointError
 from mlx_mtp.version import __version__
 
 AT_ONCE = 4  # files; more do not make a fast line faster
-RETRIES, RETRY_SECONDS = 5, 1.0  # attempts in a row that brought nothing, and the pause after each
 TICK_SECONDS = 0.1  # between two reports
+PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds, one after each answer that says the hub itself has a problem
 
 
 @dataclass(frozen=True)
-class Job:
+class LargeFile:
     """A file to fetch: its address, its size in bytes, its SHA-256, its place in the cache and its lock there."""
 
     name: str
@@ -43,143 +43,111 @@ class Job:
         """What has come of it so far."""
         return self.place.with_name(self.place.name + ".incomplete")
 
-    def part_size(self) -> int:
+    def bytes_here(self) -> int:
         """Bytes that need not come again; 0 where the part is longer than the file, and so is not one of it."""
-        try:
-            size = self.part.stat().st_size
-        except OSError:
-            return 0
-        return size if size <= self.size else 0
-
-
-def fetch(jobs: Sequence[Job], tell: Callable[[int, int], None]) -> None:
-    """Fetches all files; `tell` hears (bytes there, bytes in all) in this thread, some times a second.
-
-    The first failure stops all and is raised; what has come stays for the next time, after an interrupt too.
-    """
-    stop = threading.Event()
-    running = [_Running(job, stop) for job in jobs]
-    waiting, failures = list(reversed(running)), list[Exception]()
-    total = sum(job.size for job in jobs)
-
-    def work() -> None:
-        while waiting and not stop.is_set():
+        for path in (self.part, self.place):
             try:
-                waiting.pop().run()
-            except IndexError:  # another worker took the last one
-                return
-            except Exception as error:
-                failures.append(error)
-                stop.set()
+                size = path.stat().st_size
+            except OSError:
+                continue
+            return size if size <= self.size else 0
+        return 0
 
-    # Daemons, so that Ctrl-C and the end of the program need not wait for the network.
-    workers = [threading.Thread(target=work, daemon=True) for _ in jobs[:AT_ONCE]]
-    try:
-        for worker in workers:
-            worker.start()
-        while alive := [worker for worker in workers if worker.is_alive()]:
-            tell(sum(file.done for file in running), total)
-            alive[0].join(TICK_SECONDS)
-    finally:
-        stop.set()
-    if failures:
-        raise failures[0]
-    if jobs:
-        tell(total, total)
-
-
-class _Running:
-    """One file on its way; `done` is how much of it is on the disk."""
-
-    def __init__(self, job: Job, stop: threading.Event) -> None:
-        self.job, self._stop = job, stop
-        self.done = job.part_size()
-
-    def run(self) -> None:
+    def fetch(self, stop: threading.Event) -> None:
         """Fetches the rest, compares the whole with the checksum, and gives it its final name."""
         from huggingface_hub.utils import WeakFileLock
 
-        job = self.job
-        for folder in (job.place.parent, job.lock.parent):
+        for folder in (self.place.parent, self.lock.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(job.lock):
+        with WeakFileLock(self.lock):
             for _ in range(2):  # what an earlier run left may be spoilt: then once more from the start
-                if job.place.exists():  # another process was faster
-                    break
-                if self._receive() == job.sha256:
-                    os.replace(job.part, job.place)
-                    break
-                job.part.unlink()
-            else:
-                raise CheckpointError(
-                    f"{job.name}: expected the content that the hub announces, found another one twice; try again "
-                    "later, or over another network."
-                )
-        self.done = job.size
+                if self.place.exists():  # another process was faster
+                    return
+                if self._received(stop) == self.sha256:
+                    os.replace(self.part, self.place)
+                    return
+                self.part.unlink()
+        raise CheckpointError(
+            f"{self.name} came twice with another content than the hub announces; try again later, or over another "
+            "network."
+        )
 
-    def _receive(self) -> str:
-        """Appends what is missing to the part, in as many attempts as it takes; the whole's SHA-256."""
-        failures, size = 0, self.job.size
-        with self.job.part.open("r+b" if self.job.part.exists() else "w+b") as stream:
-            digest = self._known(stream)
-            while self.done < size:
-                before = self.done
+    def _received(self, stop: threading.Event) -> str:
+        """Appends what is missing to the part; the whole's SHA-256.
+
+        A broken line (by huggingface_hub) and a fault of the hub's own are taken up again a few times.
+        """
+        from huggingface_hub.errors import HfHubHTTPError
+
+        self.part.touch()
+        with _Part(self.part, "r+b") as stream:
+            stream.stop = stop
+            stream.truncate(self.bytes_here())
+            for pause in (*PAUSES, None):
                 try:
-                    digest = self._request(stream, digest)
-                    if self.done <= before:
-                        raise ConnectionError("the hub sent nothing new")
-                except Exception as error:
-                    failures = failures + 1 if self.done <= before else 1
-                    if self._stop.is_set() or failures > RETRIES or not _passing(error):
+                    self._request_rest(stream)
+                    break
+                except HfHubHTTPError as error:
+                    if pause is None or error.response.status_code < 500 or stop.wait(pause):
                         raise
-                    self._stop.wait(RETRY_SECONDS)
-        return digest.hexdigest()
+            stream.seek(0)
+            return hashlib.file_digest(stream, "sha256").hexdigest()
 
-    def _known(self, stream: IO[bytes]) -> hashlib._Hash:
-        """The digest of what is there already."""
-        digest, self.done = hashlib.sha256(), 0
-        if self.job.part_size() == 0:
-            stream.truncate(0)
-        while piece := stream.read(2**20):
-            self._go_on()
-            digest.update(piece)
-            self.done += len(piece)
-        return digest
+    def _request_rest(self, stream: io.FileIO) -> None:
+        from huggingface_hub.file_download import http_get
+        from huggingface_hub.utils import build_hf_headers, silent_tqdm
 
-    def _request(self, stream: IO[bytes], digest: hashlib._Hash) -> hashlib._Hash:
-        """One request for the rest; what arrives is kept even if it breaks off."""
-        from huggingface_hub import constants
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+        http_get(
+            self.url, cast(BinaryIO, stream), resume_size=stream.seek(0, os.SEEK_END), expected_size=self.size,
+            headers=build_hf_headers(library_name="mlx-mtp", library_version=__version__)
+            | {"Accept-Encoding": "identity"},  # a compressed answer has no ranges
+            tqdm_class=silent_tqdm,
+        )  # fmt: skip
 
-        headers = build_hf_headers(library_name="mlx-mtp", library_version=__version__)
-        headers["Accept-Encoding"] = "identity"  # a compressed answer has no ranges
-        if self.done:
-            headers["Range"] = f"bytes={self.done}-"
-        with http_stream_backoff(
-            "GET", self.job.url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-            retry_on_exceptions=(), retry_on_status_codes=(429,), max_retries=2,
-        ) as answer:  # fmt: skip
-            hf_raise_for_status(answer)
-            if self.done and answer.status_code != 206:  # a proxy that knows no ranges sends all of it again
-                stream.seek(0)
-                stream.truncate()
-                digest, self.done = hashlib.sha256(), 0
-            for piece in answer.iter_bytes():
-                self._go_on()
-                stream.write(piece)
-                stream.flush()  # a process that is killed leaves all that `done` counts
-                digest.update(piece)
-                self.done += len(piece)
-        return digest
 
-    def _go_on(self) -> None:
-        if self._stop.is_set():
+class _Part(io.FileIO):
+    """A file without a buffer, so that a process that is killed leaves what has come; writing ends at `stop`."""
+
+    stop: threading.Event
+
+    def write(self, data: Any) -> int:
+        if self.stop.is_set():
             raise InterruptedError("the download was stopped")
+        return super().write(data)
 
 
-def _passing(error: Exception) -> bool:
-    """Whether another attempt may succeed: faults of the network and of the hub, no refusal and no full disk."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status is not None:
-        return bool(status >= 500)
-    return not (isinstance(error, OSError) and error.errno)
+def fetch_all(files: Sequence[LargeFile], tell: Callable[[int, int], None]) -> None:
+    """Fetches all; `tell` hears (bytes there, bytes in all) in this thread, some times a second.
+
+    The first failure stops all and is raised; what has come stays for the next time, after an interrupt too.
+    """
+    stop, total = threading.Event(), sum(file.size for file in files)
+    waiting: SimpleQueue[LargeFile] = SimpleQueue()
+    for file in files:
+        waiting.put(file)
+
+    def work(end: Future[None]) -> None:
+        try:
+            while not stop.is_set():
+                waiting.get_nowait().fetch(stop)
+        except Empty:
+            end.set_result(None)
+        except Exception as error:
+            stop.set()
+            end.set_exception(error)
+        else:
+            end.set_result(None)
+
+    ends = [Future[None]() for _ in files[:AT_ONCE]]
+    try:
+        for end in ends:  # daemons, so that Ctrl-C and the end of the program need not wait for the network
+            threading.Thread(target=work, args=(end,), daemon=True).start()
+        while wait(ends, TICK_SECONDS).not_done:
+            tell(sum(file.bytes_here() for file in files), total)
+    finally:
+        stop.set()
+    failures = [error for end in ends if (error := end.exception())]
+    if failures:
+        raise next((error for error in failures if not isinstance(error, InterruptedError)), failures[0])
+    if files:
+        tell(total, total)

@@ -1,11 +1,7 @@
 """The Hugging Face hub: what a name stands for, its files on this disk, and every failure as one sentence.
 
-What it does: finds a whole copy in the hub's local cache, asks the hub what is newest, downloads what is missing and
-goes on where an earlier attempt broke off. What it does not do: know pairs (pairs.py) or read tensors.
-
 Everything goes through huggingface_hub, so HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean
-elsewhere, and other programs share the cache. Only large files are fetched by fetch.py, which can go on where it
-broke off, into the places where huggingface_hub looks for them; it does the rest.
+elsewhere, and other programs share the cache.
 
 Invariant: `find` and `cached` never return a folder that lacks a file.
 """
@@ -17,15 +13,17 @@ import logging
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mlx_mtp.checkpoints import memory
-from mlx_mtp.checkpoints.checkpoint import INDEX, missing_shards, read_json, section, visible
-from mlx_mtp.checkpoints.download import Job, fetch
-from mlx_mtp.errors import CheckpointError, DoesNotFit, ModelNotFound
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, lacking, read_config
+from mlx_mtp.checkpoints.download import LargeFile, fetch_all
+from mlx_mtp.errors import CheckpointError, DoesNotFit, MLXMTPError, ModelNotFound
 from mlx_mtp.version import __version__
 
 log = logging.getLogger(__name__)
@@ -56,68 +54,82 @@ OnProgress = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
-class RemoteFile:
-    """A file on the hub; sha256 for large ones, which the hub keeps by their content."""
-
-    name: str
-    size: int
-    sha256: str | None
-
-
-@dataclass(frozen=True)
 class Listing:
-    """The files that a model on the hub needs, at one commit. `name` is the hub's own spelling."""
+    """A source on the hub: the files that a model needs, at one commit. `name` is the hub's own spelling.
+
+    large: those of `files` that the hub keeps by their content; the others are small, and in git.
+    """
 
     name: str
     commit: str
-    files: tuple[RemoteFile, ...]
+    files: tuple[str, ...]
+    large: tuple[LargeFile, ...]
 
     @property
     def snapshot(self) -> Path:
         """The folder in the local cache where these files are or will be."""
         return _storage(self.name) / "snapshots" / self.commit
 
-    def missing(self) -> list[RemoteFile]:
-        """Files that are not in the cache yet."""
-        blobs = _storage(self.name) / "blobs"
-        return [
-            file for file in self.files
-            if not (self.snapshot / file.name).is_file() and not (file.sha256 and (blobs / file.sha256).is_file())
-        ]  # fmt: skip
-
-    def jobs(self) -> list[Job]:
-        """The missing files that fetch.py takes: all but small ones, which are in git, and those no plain GET gets."""
-        from huggingface_hub import hf_hub_url
-
-        storage = _storage(self.name)
-        locks = storage.parent / ".locks" / storage.name
-        return [
-            Job(
-                file.name, hf_hub_url(self.name, file.name, revision=self.commit), file.size, file.sha256,
-                storage / "blobs" / file.sha256, locks / f"{file.sha256}.lock",
-            )
-            for file in self.missing() if file.sha256 and file.size <= LARGEST_BY_HTTP
-        ]  # fmt: skip
-
+    @property
     def bytes_to_come(self) -> int:
         """Bytes a download would fetch: without whole files and without what an interrupted one left."""
-        return sum(file.size for file in self.missing()) - sum(job.part_size() for job in self.jobs())
+        return sum(file.size - file.bytes_here() for file in self.large)
 
-    def weight_bytes(self, exact: bool) -> int:
-        """Memory of the weights: an upper bound by the files' sizes, or by their headers, which takes some requests."""
-        weights = [file for file in self.files if file.name.endswith(".safetensors")]
-        bound = sum(file.size for file in weights)
-        if exact:
-            try:
-                return memory.held_bytes(_remote_tensors(self, weights))
-            except Exception as error:  # an estimate is enough
-                log.debug("headers of '%s' were not to be had: %s", self.name, error)
-                return bound
-        return bound * memory.CPU_HALF_FACTOR if memory.on_cpu() else bound
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The parsed config.json, which is fetched for it."""
+        from huggingface_hub import hf_hub_download
+
+        with _explaining(self.name):
+            return read_config(Path(hf_hub_download(
+                self.name, "config.json", revision=self.commit, tqdm_class=_no_bar(),
+            )))  # fmt: skip
+
+    def tensors(self) -> Iterator[tuple[str, str, int]]:
+        """Name, type and bytes of every stored tensor, by the headers of the files; at least as much without them."""
+        from huggingface_hub import HfApi
+
+        for file in self.large:
+            if file.name.endswith(".safetensors"):
+                try:
+                    with _quiet():
+                        header = HfApi().parse_safetensors_file_metadata(self.name, file.name, revision=self.commit)
+                except Exception as error:  # an estimate is enough
+                    log.debug("the header of '%s' was not to be had: %s", file.name, error)
+                    yield file.name, "BF16", file.size
+                else:
+                    for name, tensor in header.tensors.items():
+                        yield name, tensor.dtype, tensor.data_offsets[1] - tensor.data_offsets[0]
+
+    def fetch(self, on_progress: OnProgress | None = None) -> Checkpoint:
+        """Fetches what is missing; `check_disk` first.
+
+        on_progress is called in the caller's thread, some times a second. Ctrl-C leaves what has come for the next
+        time. Raises ModelNotFound where the hub refuses or the network breaks for good, CheckpointError where what
+        came is not what the hub announced.
+        """
+        from huggingface_hub import snapshot_download
+
+        def tell(done: int, total: int) -> None:
+            if on_progress is not None:
+                on_progress(Progress("download", self.name, done, total))
+
+        with _explaining(self.name):
+            fetch_all([file for file in self.large if file.size <= LARGEST_BY_HTTP], tell)
+            folder = snapshot_download(  # the small files, and the snapshot's layout around the large ones
+                self.name, allow_patterns=FILES, ignore_patterns=NO_FILES, tqdm_class=_no_bar(),
+                library_name="mlx-mtp", library_version=__version__,
+            )  # fmt: skip
+        if missing := lacking(Path(folder)):
+            raise CheckpointError(f"{folder} lacks {', '.join(missing[:3])} of '{self.name}'; download it again.")
+        return Checkpoint.open(folder)
 
 
-def find(name: str) -> Path | Listing:
-    """A model's folder, or what the hub lists where its newest files are not all here.
+Source = Checkpoint | Listing  # a model whose files are here, or are to come
+
+
+def find(name: str) -> Source:
+    """A model's files here, or what the hub lists where its newest files are not all here.
 
     A whole copy in the cache is used when the hub cannot be asked (no network, HF_HUB_OFFLINE, an error of the hub).
     Raises ModelNotFound where there is neither.
@@ -131,30 +143,9 @@ def find(name: str) -> Path | Listing:
         if local is None:
             raise _explained(name, error) from error
         log.info("'%s': the hub could not be asked (%s); using the copy in %s.", name, type(error).__name__, local)
-        return local
-    return listing if listing.missing() or not _whole(listing.name, listing.commit) else listing.snapshot
-
-
-def download(listing: Listing, on_progress: OnProgress | None = None) -> Path:
-    """Fetches what is missing of a listing and returns its folder; `check_disk` first.
-
-    on_progress is called in the caller's thread, some times a second. Ctrl-C leaves what has come for the next time.
-    Raises ModelNotFound where the hub refuses or the network breaks for good, CheckpointError where what came is not
-    what the hub announced.
-    """
-
-    def tell(done: int, total: int) -> None:
-        if on_progress is not None:
-            on_progress(Progress("download", listing.name, done, total))
-
-    try:
-        with _quiet():
-            fetch(listing.jobs(), tell)
-            return _complete(listing)
-    except CheckpointError:
-        raise
-    except Exception as error:  # as in `find`
-        raise _explained(listing.name, error) from error
+        return Checkpoint.open(local)
+    here = all((listing.snapshot / file).is_file() for file in listing.files) and not lacking(listing.snapshot)
+    return Checkpoint.open(listing.snapshot) if here else listing
 
 
 def cached(name: str) -> Path | None:
@@ -194,19 +185,17 @@ def hub_answers(seconds: float = GLANCE) -> bool:
         return False
 
 
-def check_disk(listings: Sequence[Listing]) -> None:
-    """Raises DoesNotFit where the disk of the hub's cache has less room than the downloads take."""
+def check_disk(names: str, needed: int) -> None:
+    """Raises DoesNotFit where the disk of the hub's cache has less room than so many bytes of these models take."""
     from huggingface_hub import constants
 
-    needed = sum(listing.bytes_to_come() for listing in listings)
     folder = Path(constants.HF_HUB_CACHE)
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if needed > free:
-        names = " and ".join(f"'{listing.name}'" for listing in listings)
         raise DoesNotFit(
-            f"Expected {memory.readable(needed)} of free disk for {names}, found {memory.readable(free)} at {folder}; "
+            f"{names} needs {memory.readable(needed)} of free disk, more than the {memory.readable(free)} at {folder}; "
             "free some, set HF_HOME to a folder on another disk, or choose a smaller model ('mlx-mtp models')."
         )
 
@@ -215,7 +204,7 @@ def check_disk(listings: Sequence[Listing]) -> None:
 
 
 def _listing(name: str) -> Listing:
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, hf_hub_url
     from huggingface_hub.utils import filter_repo_objects
 
     with _quiet():
@@ -226,24 +215,30 @@ def _listing(name: str) -> Listing:
     wanted = list(filter_repo_objects(siblings, allow_patterns=FILES, ignore_patterns=NO_FILES))
     if "config.json" not in wanted or not any(file.endswith(".safetensors") for file in wanted):
         raise ModelNotFound(
-            f"Expected config.json and model*.safetensors in '{name}' on the hub, found none; choose a repository in "
-            "safetensors or MLX format (no GGUF, no adapter alone)."
+            f"'{name}' on the hub has no config.json with model*.safetensors; choose a repository in safetensors or "
+            "MLX format (no GGUF, no adapter alone)."
         )
-    files = []
+    name, commit = info.id if NAME.fullmatch(info.id) else name, str(info.sha)
+    large = []
     for file in wanted:
-        content = getattr(siblings[file].lfs, "sha256", None)  # None for a small file; names a path, so no other form
-        digest = content if isinstance(content, str) and SHA256.fullmatch(content) else None
-        files.append(RemoteFile(file, int(siblings[file].size or 0), digest))
-    return Listing(info.id if NAME.fullmatch(info.id) else name, str(info.sha), tuple(files))
+        content = siblings[file].lfs
+        if content and SHA256.fullmatch(sha256 := content.sha256):  # it names a path
+            url, blob = hf_hub_url(name, file, revision=commit), _storage(name) / "blobs" / sha256
+            lock = _storage(name).parent / ".locks" / _storage(name).name / f"{sha256}.lock"
+            large.append(LargeFile(file, url, int(siblings[file].size or 0), sha256, blob, lock))
+    return Listing(name, commit, tuple(wanted), tuple(large))
 
 
-def _remote_tensors(listing: Listing, files: Sequence[RemoteFile]) -> Iterator[tuple[str, str, int]]:
-    from huggingface_hub import HfApi
-
-    for file in files:
-        header = HfApi().parse_safetensors_file_metadata(listing.name, file.name, revision=listing.commit)
-        for name, tensor in header.tensors.items():
-            yield name, tensor.dtype, tensor.data_offsets[1] - tensor.data_offsets[0]
+@contextlib.contextmanager
+def _explaining(name: str) -> Iterator[None]:
+    """Whatever huggingface_hub raises within comes out as a sentence, and it says nothing by itself."""
+    try:
+        with _quiet():
+            yield
+    except MLXMTPError:
+        raise
+    except Exception as error:  # as in `find`
+        raise _explained(name, error) from error
 
 
 def _explained(name: str, error: BaseException) -> ModelNotFound:
@@ -252,35 +247,32 @@ def _explained(name: str, error: BaseException) -> ModelNotFound:
 
     while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    expected = f"Expected a folder or a model on the Hugging Face hub at '{name}', found"
-    page = f"{constants.ENDPOINT}/{name}"
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
     login = "log in with 'hf auth login' or set HF_TOKEN"
     if isinstance(error, errors.GatedRepoError):
-        return ModelNotFound(
-            f"{expected} one whose owner asks you to accept a licence first; accept it at {page} and {login}."
+        page = f"{constants.ENDPOINT}/{name}"
+        why = f"has an owner who asks you to accept a licence first; accept it at {page} and {login}"
+    elif isinstance(error, errors.RepositoryNotFoundError) or status == 404:
+        why = f"is neither a folder nor a model on the hub; check the spelling, and if the model is private {login}"
+    elif status in (401, 403):
+        why = f"is not given out for your token ({status}); {login} with a valid one"
+    elif status == 429:
+        why = f"cannot be had, since the hub takes no more requests for now; wait some minutes, or {login}"
+    elif status is not None:
+        why = f"cannot be had, since the hub has a problem of its own ({status}); try again later"
+    elif isinstance(error, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
+        why = "has no whole copy on this disk; unset HF_HUB_OFFLINE to download it"
+    elif isinstance(error, errors.HFValidationError):
+        why = "is neither a folder nor a model on the hub, which allows no such name"
+    elif isinstance(error, OSError) and error.errno:
+        place = error.filename or constants.HF_HUB_CACHE
+        why = f"cannot be had, since {place} cannot be written ({error.strerror}); check its rights and the free disk"
+    else:
+        why = (
+            f"is no folder, and there is no way to {constants.ENDPOINT} ({type(error).__name__}); check the network: "
+            "what has been downloaded is kept, and the same command goes on from there"
         )
-    if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
-        return ModelNotFound(f"{expected} neither; check the spelling, and if the model is private {login}.")
-    if status in (401, 403):
-        return ModelNotFound(f"{expected} that the hub refuses your token ({status}); {login} with a valid one.")
-    if status == 429:
-        return ModelNotFound(f"{expected} that the hub takes no more requests for now; wait some minutes, or {login}.")
-    if status is not None:
-        return ModelNotFound(f"{expected} that the hub has a problem of its own ({status}); try again later.")
-    if isinstance(error, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
-        return ModelNotFound(f"{expected} no whole copy on this disk; unset HF_HUB_OFFLINE to download it.")
-    if isinstance(error, errors.HFValidationError):
-        return ModelNotFound(f"{expected} neither; the hub allows no such name.")
-    if isinstance(error, OSError) and error.errno:
-        return ModelNotFound(
-            f"{expected} that {error.filename or constants.HF_HUB_CACHE} cannot be written ({error.strerror}); "
-            "check its rights and the free disk."
-        )
-    return ModelNotFound(
-        f"{expected} no such folder and no way to {constants.ENDPOINT} ({type(error).__name__}); check the network: "
-        "what has been downloaded is kept, and the same command goes on from there."
-    )
+    return ModelNotFound(f"'{name}' {why}.")
 
 
 # The cache
@@ -307,41 +299,15 @@ def _whole(name: str, commit: str) -> bool:
     return not lacking(Path(found))
 
 
-def lacking(folder: Path) -> list[str]:
-    """Files that a checkpoint's other files say there must be, and are not: weights, shards, config.json."""
-    weights = [file.name for file in visible(folder.glob("*.safetensors")) if file.is_file()]
-    wanted = ["config.json", *missing_shards(weights)]
-    try:
-        if (folder / INDEX).is_file():
-            wanted += [str(shard) for shard in section(read_json(folder / INDEX), "weight_map", INDEX).values()]
-    except CheckpointError:
-        wanted.append(INDEX)
-        return wanted
-    if not weights:
-        wanted.append("model.safetensors")
-    return sorted({name for name in wanted if not (folder / name).is_file()})
-
-
-def _complete(listing: Listing) -> Path:
-    """Lets huggingface_hub fetch the small files and lay out the snapshot; the large ones are in its cache already."""
-    from huggingface_hub import snapshot_download
+def _no_bar() -> Any:
+    """A progress bar of huggingface_hub that is never shown: what matters comes by on_progress."""
     from huggingface_hub.utils import tqdm
 
-    class Silent(tqdm):
+    class Hidden(tqdm):
         def __init__(self, *arguments: Any, **named: Any) -> None:
             super().__init__(*arguments, **{**named, "disable": True})
 
-    folder = Path(
-        snapshot_download(
-            listing.name, allow_patterns=FILES, ignore_patterns=NO_FILES, tqdm_class=Silent,
-            library_name="mlx-mtp", library_version=__version__,
-        )
-    )  # fmt: skip
-    if missing := lacking(folder):
-        raise CheckpointError(
-            f"{folder}: expected the whole of '{listing.name}', found no {', '.join(missing[:3])}; download it again."
-        )
-    return folder
+    return Hidden
 
 
 @contextlib.contextmanager
@@ -359,21 +325,13 @@ def _quiet() -> Iterator[None]:
 
 def _within(seconds: float, call: Callable[[], Returned]) -> Returned:
     """The call's result; TimeoutError after so many seconds, wherever it hangs (a dead name server heeds no limit)."""
-    result: list[Returned] = []
-    failure: list[Exception] = []
-    ended = threading.Event()
+    answer: Future[Returned] = Future()
 
     def run() -> None:
         try:
-            result.append(call())
+            answer.set_result(call())
         except Exception as error:
-            failure.append(error)
-        finally:
-            ended.set()
+            answer.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    if not ended.wait(seconds):
-        raise TimeoutError(f"no answer within {seconds:g} seconds")
-    if failure:
-        raise failure[0]
-    return result[0]
+    return answer.result(seconds)

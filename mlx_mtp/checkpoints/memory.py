@@ -1,8 +1,5 @@
 """How much memory this machine gives to a model, how much a model takes, and the limit of what stays resident.
 
-What it does: compares the two before weights are read, and sets MLX's wired limit on Metal. What it does not do:
-know names or the hub (pairs.py, hub.py), or bound the K/V cache (that is `max_context`).
-
 Sizes are bytes; in sentences GB are 10^9 bytes, as on a disk's label.
 """
 
@@ -17,7 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_mtp.checkpoints.checkpoint import TOWERS, Checkpoint
-from mlx_mtp.errors import CheckpointError, DoesNotFit
+from mlx_mtp.errors import DoesNotFit
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +41,7 @@ def available_bytes() -> int:
 
     A container's limit counts where it is lower. Other programs' memory does not: they can be swapped out.
     """
-    if on_metal():
-        return int(mx.device_info()["max_recommended_working_set_size"])
-    return physical_bytes()
+    return int(mx.device_info()["max_recommended_working_set_size"]) if on_metal() else physical_bytes()
 
 
 def physical_bytes() -> int:
@@ -74,11 +69,8 @@ def held_bytes(tensors: Iterable[tuple[str, str, int]]) -> int:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Memory of a local checkpoint's weights, by their headers; 0 where those are unreadable (loading says why)."""
-    try:
-        return held_bytes(Checkpoint(folder, {}).tensors())
-    except CheckpointError:
-        return 0
+    """Memory of a local checkpoint's weights, by their headers."""
+    return held_bytes(Checkpoint(folder, {}).tensors())
 
 
 def fits(weights: int, available: int | None = None) -> bool:
@@ -86,22 +78,19 @@ def fits(weights: int, available: int | None = None) -> bool:
     return needed_bytes(weights) <= (available_bytes() if available is None else available)
 
 
-def check(weights: int, what: str, instead: str) -> None:
+def refuse(weights: int, what: str, instead: str) -> None:
     """Raises DoesNotFit for weights too large for this machine; MLX_MTP_IGNORE_MEMORY=1 turns that into a warning.
 
     what: whose weights. instead: what fits, as a part of a sentence.
     """
-    available = available_bytes()
-    if fits(weights, available):
-        return
-    needed = readable(needed_bytes(weights))
+    available, needed = available_bytes(), readable(needed_bytes(weights))
     if os.environ.get(IGNORE) == "1":
         log.warning("%s needs %s of memory, %s are there: expect swapping.", what, needed, readable(available))
         return
     where = "the GPU may use" if on_metal() else "this machine has"
     raise DoesNotFit(
-        f"Expected a model that fits in the {readable(available)} of memory {where}, found that {what} needs "
-        f"{needed}; {instead}, or set {IGNORE}=1 to load it all the same."
+        f"{what} needs {needed} of memory, more than the {readable(available)} that {where}; {instead}, "
+        f"or set {IGNORE}=1 to load it all the same."
     )
 
 
@@ -117,31 +106,18 @@ class Wired:
     """MLX's wired limit, which keeps weights resident on Metal (macOS 15); elsewhere nothing happens.
 
     The limit is the process's, not an engine's: min(what macOS recommends, weights of all engines alive + head-room),
-    worked out anew at every load. Nothing lowers it in between, since it must not change while MLX computes; what
-    stood before the first load comes back with `restore`.
+    worked out anew at every load. Nothing lowers it in between, since it must not change while MLX computes.
     """
 
     def __init__(self) -> None:
         self._engines: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
-        self._before: int | None = None
 
     def add(self, engine: object, weights: int) -> None:
         """An engine with weights of so many bytes was loaded and lives as long as `engine` does."""
-        if not on_metal():
-            return
-        self._engines[engine] = weights
-        self._set(min(available_bytes(), needed_bytes(sum(self._engines.values()))))
-
-    def restore(self) -> None:
-        """Puts back the limit that stood before the first engine was loaded."""
-        if self._before is not None:
-            self._set(self._before)
-            self._before = None
-
-    def _set(self, limit: int) -> None:
-        mx.synchronize()  # another engine may have a round in flight
-        before = mx.set_wired_limit(limit)
-        self._before = before if self._before is None else self._before
+        if on_metal():
+            self._engines[engine] = weights
+            mx.synchronize()  # another engine may have a round in flight
+            mx.set_wired_limit(min(available_bytes(), needed_bytes(sum(self._engines.values()))))
 
 
 wired = Wired()

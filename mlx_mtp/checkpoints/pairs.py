@@ -1,10 +1,7 @@
 """Known pairs of target and assistant: which drafter belongs to which name, how large both are, what fits.
 
-What it does: reads the table (pairs.json beside this file, the user's own in front of it) and answers from it. What
-it does not do: reach the hub (hub.py), or trust the table's sizes where the hub can be asked.
-
-The user's table is mlx-mtp/pairs.json in $XDG_CONFIG_HOME or ~/.config, in the same form; its entries come first, so
-that they override ours and are preferred.
+The table is pairs.json beside this file. The user's own is mlx-mtp/pairs.json in $XDG_CONFIG_HOME or ~/.config, in the
+same form; its entries come first, so that they override ours and are preferred.
 """
 
 from __future__ import annotations
@@ -16,17 +13,16 @@ import reprlib
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from mlx_mtp.checkpoints import memory
-from mlx_mtp.errors import OptionError
+from mlx_mtp.errors import OptionError, brief
 
 OURS = Path(__file__).with_name("pairs.json")
 SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
+class KnownPair:
     """A target and its assistant (None: the user wants none), by hub name or folder.
 
     bits: of the target's weights, 16 = not quantised. download_bytes: both folders. weight_bytes: what both hold in
@@ -39,6 +35,14 @@ class Pair:
     download_bytes: int = 0
     weight_bytes: int = 0
     source: str = ""
+
+    def __post_init__(self) -> None:
+        """ValueError for what a table must not hold."""
+        if not isinstance(self.target, str) or not self.target or not isinstance(self.assistant, str | None):
+            raise ValueError(f"{reprlib.repr(self.target)} with {reprlib.repr(self.assistant)}")
+        for size, high in ((self.bits, 32), (self.download_bytes, 2**60), (self.weight_bytes, 2**60)):
+            if type(size) is not int or not 0 <= size <= high:
+                raise ValueError(f"{reprlib.repr(size)} as a size of '{self.target}'")
 
     @property
     def memory_bytes(self) -> int:
@@ -56,16 +60,16 @@ class Pair:
         return memory.needed_bytes(int(self.weight_bytes * factor))
 
 
-def known_pairs() -> list[Pair]:
+def known_pairs() -> list[KnownPair]:
     """Every pair with a name of its own, in order of preference; OptionError for a user's table that is unusable."""
-    found: dict[str, Pair] = {}
-    for table, file in _tables():
-        for entry in table["pairs"]:
-            found.setdefault(entry["target"].casefold(), _pair(entry, file))
+    found: dict[str, KnownPair] = {}
+    for pairs, _ in _tables():
+        for pair in pairs:
+            found.setdefault(pair.target.casefold(), pair)
     return list(found.values())
 
 
-def best_pair(memory_bytes: int) -> Pair | None:
+def best_pair(memory_bytes: int) -> KnownPair | None:
     """The first pair of the table that runs in so much memory (`memory.available_bytes()`), None where none does.
 
     What `chat` offers when no model is named. Nothing is downloaded and nobody is asked.
@@ -78,12 +82,11 @@ def assistant_of(target: str) -> str | None:
     """The drafter made for a target's name (case does not matter), None where none is known."""
     if "assistant" in target.rpartition("/")[2].casefold():
         return None
-    for table, _ in _tables():
-        for entry in (*table["pairs"], *table["patterns"]):
-            wanted = os.path.expanduser(entry["target"]).casefold()
+    for pairs, patterns in _tables():
+        for pair in (*pairs, *patterns):
+            wanted = os.path.expanduser(pair.target).casefold()
             if target.casefold() == wanted or fnmatchcase(target.casefold(), wanted):
-                assistant = entry["assistant"]
-                return assistant.replace("{target}", target) if assistant else None
+                return pair.assistant and pair.assistant.replace("{target}", target)
     return None
 
 
@@ -114,39 +117,16 @@ def user_table() -> Path:
     return Path(config) / "mlx-mtp" / "pairs.json"
 
 
-def _tables() -> list[tuple[dict[str, list[dict[str, Any]]], Path]]:
-    files = [user_table(), OURS] if user_table().is_file() else [OURS]
-    return [(_read(file), file) for file in files]
+def _tables() -> list[tuple[list[KnownPair], list[KnownPair]]]:
+    return [_read(file) for file in (user_table(), OURS) if file.is_file()]
 
 
-def _read(file: Path) -> dict[str, list[dict[str, Any]]]:
+def _read(file: Path) -> tuple[list[KnownPair], list[KnownPair]]:
+    """The pairs of a table, and those whose target is a pattern."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise _unusable(file, f"something else ({error})") from error
-    if not isinstance(found, dict):
-        raise _unusable(file, f"a {type(found).__name__}")
-    table = {key: found.get(key, []) for key in ("pairs", "patterns")}
-    for key, entries in table.items():
-        if not isinstance(entries, list):
-            raise _unusable(file, f"{reprlib.repr(entries)} as '{key}'")
-        for entry in entries:
-            names = isinstance(entry, dict) and isinstance(entry.get("target"), str) and "assistant" in entry
-            if not names or not isinstance(entry["assistant"], str | None) or not entry["target"]:
-                raise _unusable(file, f"{reprlib.repr(entry)} in '{key}'")
-            _pair(entry, file)
-    return table
-
-
-def _pair(entry: dict[str, Any], file: Path) -> Pair:
-    numbers = {"bits": 16, "download_bytes": 0, "weight_bytes": 0}
-    numbers = {key: entry.get(key, default) for key, default in numbers.items()}
-    for key, value in numbers.items():
-        if type(value) is not int or not 0 <= value < 2**60 or (key == "bits" and not 1 <= value <= 32):
-            raise _unusable(file, f"{reprlib.repr(value)} as '{key}' of '{entry['target']}'")
-    return Pair(target=entry["target"], assistant=entry["assistant"], source=str(entry.get("source", "")), **numbers)
-
-
-def _unusable(file: Path, found: str) -> OptionError:
-    form = '{"pairs": [{"target": "NAME", "assistant": "NAME"}]}'
-    return OptionError(f"{file}: expected a table of pairs like {form}, found {found}; correct the file or remove it.")
+        table = json.loads(file.read_text(encoding="utf-8-sig"))
+        pairs, patterns = ([KnownPair(**entry) for entry in table.get(key, [])] for key in ("pairs", "patterns"))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        form = '{"pairs": [{"target": "NAME", "assistant": "NAME"}]}'
+        raise OptionError(f"{file} is no table of pairs like {form} ({brief(error)}); correct or remove it.") from error
+    return pairs, patterns

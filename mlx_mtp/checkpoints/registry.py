@@ -28,17 +28,15 @@ class Registry(Generic[Loaded]):
     def __init__(self, what: str, package: str, path: Iterable[str], group: str) -> None:
         self._what, self._package, self._path, self.group = what, package, path, group
         self._loaders: dict[str, Loader[Loaded]] = {}
-        self._imported = False
         self._fallback: tuple[Accepts, Loader[Loaded], str] | None = None
 
     def register(self, *model_types: str) -> Callable[[Loader[Loaded]], Loader[Loaded]]:
         """Decorator for a loader. Two loaders for one model type are a programming error."""
 
         def add(loader: Loader[Loaded]) -> Loader[Loaded]:
-            for model_type in model_types:
-                if model_type in self._loaders:
-                    raise ValueError(f"two {self._what} families claim model_type '{model_type}'")
-                self._loaders[model_type] = loader
+            if twice := self._loaders.keys() & set(model_types):
+                raise ValueError(f"two {self._what} families claim model_type {', '.join(twice)}")
+            self._loaders |= dict.fromkeys(model_types, loader)
             return loader
 
         return add
@@ -46,33 +44,25 @@ class Registry(Generic[Loaded]):
     def register_fallback(self, accepts: Accepts, names: str) -> Callable[[Loader[Loaded]], Loader[Loaded]]:
         """Decorator for the loader of every config.json that no family claims and `accepts` takes.
 
-        names: what it takes, in words. There can be one: a second is a programming error.
+        names: what it takes, in words.
         """
 
         def add(loader: Loader[Loaded]) -> Loader[Loaded]:
-            if self._fallback is not None:
-                raise ValueError(f"two fallbacks for {self._what} families")
             self._fallback = accepts, loader, names
             return loader
 
         return add
 
-    def _import_siblings(self) -> None:
-        if not self._imported:
-            self._imported = True
-            for module in pkgutil.iter_modules(self._path):
-                importlib.import_module(f"{self._package}.{module.name}")
-
     @property
     def model_types(self) -> list[str]:
         """All that have a loader of their own, those of plug-ins among them."""
-        self._import_siblings()
+        for module in pkgutil.iter_modules(self._path):
+            importlib.import_module(f"{self._package}.{module.name}")
         return sorted({*self._loaders, *self._plugins().names})
 
     def knows(self, model_type: str) -> bool:
         """Whether some file or plug-in implements this very model type."""
-        self._import_siblings()
-        return model_type in self._loaders or model_type in self._plugins().names
+        return model_type in self.model_types
 
     def _plugins(self) -> importlib.metadata.EntryPoints:
         return importlib.metadata.entry_points(group=self.group)
@@ -89,24 +79,22 @@ class Registry(Generic[Loaded]):
             ) from error
         return self._loaders.setdefault(model_type, loader)
 
-    def loader(self, checkpoint: Checkpoint) -> Loader[Loaded]:
-        """The loader for a checkpoint; UnsupportedModel names what there is instead."""
-        model_type = checkpoint.config["model_type"]
+    def loader(self, config: Mapping[str, Any], where: str) -> Loader[Loaded]:
+        """The loader for a config.json; UnsupportedModel names what there is instead."""
+        model_type = config["model_type"]
         if self.knows(model_type):
             return self._loaders.get(model_type) or self._plugged_in(model_type)
-        expected = f"expected one of {', '.join(self.model_types)}"
+        known = f"known are {', '.join(self.model_types)}"
         if self._fallback is not None:
             accepts, loader, names = self._fallback
-            if accepts(checkpoint.config):
+            if accepts(config):
                 return loader
-            expected += f", or {names}"
-        raise UnsupportedModel(
-            f"{checkpoint.path}: no {self._what} family for model_type {reprlib.repr(model_type)}; {expected}."
-        )
+            known += f", and {names}"
+        raise UnsupportedModel(f"{where}: no {self._what} family for model_type {reprlib.repr(model_type)}; {known}.")
 
     def load(self, checkpoint: Checkpoint) -> Loaded:
         """The loaded model; a complaint about config.json says which one."""
-        loader = self.loader(checkpoint)
+        loader = self.loader(checkpoint.config, checkpoint.name)
         try:
             return loader(checkpoint)
         except CheckpointError as error:

@@ -1,104 +1,89 @@
 """Brings checkpoints of other layouts into ours, and quantises: what `mlx-mtp convert` does.
 
-What it does: tells the layout of a folder by its files, and writes whole folders of checkpoints that `mlx_mtp.load`
-takes. What it does not do: run a model, or touch the source.
-
     Meta's `.pth` with extra heads  -> target/ and parallel/     (meta.py, read by pth.py)
     modules inside a checkpoint     -> sequential/, and target/ where asked for     (modules.py)
     any checkpoint, with bits       -> the same, quantised     (quantise.py)
+
+The source is never touched.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, check_finite, visible
-from mlx_mtp.converting import meta, modules
-from mlx_mtp.converting.files import whole_folder
+from mlx_mtp.converting import meta
+from mlx_mtp.converting.modules import Modules
+from mlx_mtp.converting.output import whole_folder
 from mlx_mtp.converting.quantise import check_options, quantise
 from mlx_mtp.errors import CheckpointError, ModelNotFound, OptionError
 
 WHAT = ("auto", "quantise", "split")
-META, SPLIT, QUANTISE = "Meta's multi-token heads", "modules in a checkpoint", "a checkpoint to quantise"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Conversion:
-    """What is to be done: `layout` is one of META, SPLIT, QUANTISE."""
+def convert(
+    source: Path | str,
+    out: Path | str,
+    *,
+    what: str = "auto",
+    bits: int | None = None,
+    group_size: int = 64,
+    with_target: bool = False,
+    force: bool = False,
+) -> list[Path]:
+    """Converts a checkpoint; the folders that were written, all of them or none.
 
-    source: Path
-    layout: str
-    bits: int | None
-    group_size: int
-    with_target: bool
-    modules: modules.Modules | None = None
-
-
-def plan(
-    source: Path | str, *, what: str = "auto", bits: int | None = None, group_size: int = 64, with_target: bool = False
-) -> Conversion:
-    """Looks at `source` and says what will be done; writes nothing.
-
-    source: a folder, or a `.pth` file in it. what: "auto" tells by the files; "quantise" or "split" insist. bits: 4 or
-    8 quantises what is written, in groups of group_size. with_target: write the target without its modules too.
-
-    Raises a subclass of MLXMTPError whose message says what to do.
+    source: a folder, or a `.pth` file in it. out: a new folder, or with `force` a checkpoint to replace. what: "auto"
+    tells by the files; "quantise" or "split" insist. bits: 4 or 8 quantises what is written, in groups of group_size.
+    with_target: write the target without its modules too. Raises a subclass of MLXMTPError that says what to do.
     """
     if what not in WHAT:
-        raise OptionError(f"Expected --what to be one of {', '.join(WHAT)}, found '{what}'.")
+        raise OptionError(f"--what is '{what}', but must be one of {', '.join(WHAT)}.")
     if bits is not None:
         check_options(bits, group_size)
-    folder = Path(os.path.expanduser(source))
+    folder, out = Path(os.path.expanduser(source)), Path(os.path.expanduser(out))
     if folder.suffix == ".pth" and folder.is_file():
         folder = folder.parent
-    if meta.files_of(folder):
-        if what != "auto":
-            raise OptionError(f"Expected --what auto for Meta's .pth files in '{folder}', found '{what}'.")
-        return Conversion(source=folder, layout=META, bits=bits, group_size=group_size, with_target=True)
+    of_meta = bool(meta.files_of(folder))
+    if of_meta and what != "auto":
+        raise OptionError(f"'{folder}' holds Meta's .pth, for which --what must be auto, not '{what}'.")
+    modules = None if of_meta else _modules_of(folder, what, bits, with_target)
+    with whole_folder(out, folder, force) as place:
+        if bits is not None and not of_meta and modules is None:
+            _check_weights(folder, folder)
+            quantise(Checkpoint.open(folder), place, bits, group_size)
+            _check_weights(place, folder)
+            return [out]
+        names = modules.write(place, with_target) if modules else meta.bring_in(folder, place)
+        for name in names:
+            _check_weights(place / name, folder)
+            if bits is not None:
+                whole = (place / name).rename(place / f"{name}-whole")
+                quantise(Checkpoint.open(whole), place / name, bits, group_size)
+                shutil.rmtree(whole)
+                _check_weights(place / name, folder)
+    return [out / name for name in names]
+
+
+def _modules_of(folder: Path, what: str, bits: int | None, with_target: bool) -> Modules | None:
+    """The MTP modules to split off, None where the checkpoint is only quantised; an error where neither is possible."""
     if folder.is_dir() and not (folder / "config.json").exists() and visible(folder.glob("*.pth")):
-        raise ModelNotFound(f"Expected {meta.PARAMS} and consolidated*.pth in '{folder}', found other .pth files; "
+        raise ModelNotFound(f"'{folder}' holds .pth files without {meta.PARAMS} and consolidated.pth; "
                             "point to a checkpoint of facebook/multi-token-prediction.")  # fmt: skip
     checkpoint = Checkpoint.open(folder)
-    found = None if what == "quantise" else modules.Modules.find(checkpoint)
+    found = None if what == "quantise" else Modules.find(checkpoint)
     if what == "split" and found is None:
-        raise CheckpointError(
-            f"{folder}: expected MTP modules in the weights (model.layers.N.eh_proj or model.mtp_layers), found none; "
-            "conversions often leave them out: use the checkpoint as it was published."
-        )
+        raise CheckpointError(f"{folder} has no MTP modules in its weights (model.layers.N.eh_proj or "
+                              "model.mtp_layers); conversions often leave them out: use the checkpoint as it was "
+                              "published.")  # fmt: skip
     if found is None and bits is None:
-        raise OptionError(f"Expected --bits 4 or 8, found none; '{folder}' holds no MTP modules to split off, "
-                          "so it can only be quantised.")  # fmt: skip
+        raise OptionError(f"'{folder}' holds no MTP modules to split off, so it can only be quantised: "
+                          "say --bits 4 or 8.")  # fmt: skip
     if found is None and with_target:
-        raise OptionError(f"Expected --with-target only where modules are split off, found it with '{folder}'.")
-    layout = QUANTISE if found is None else SPLIT
-    return Conversion(
-        source=folder, layout=layout, bits=bits, group_size=group_size, with_target=with_target, modules=found
-    )
-
-
-def convert(conversion: Conversion, out: Path | str, *, force: bool = False) -> list[Path]:
-    """Does it; the folders of the checkpoints that were written, all of them or none.
-
-    Raises OptionError where `out` exists (a checkpoint is replaced with `force`).
-    """
-    out = Path(os.path.expanduser(out))
-    with whole_folder(out, conversion.source, force) as folder:
-        if conversion.layout == QUANTISE:
-            assert conversion.bits is not None, "plan() saw to it"
-            _check_weights(conversion.source, conversion.source)
-            quantise(Checkpoint.open(conversion.source), folder, conversion.bits, conversion.group_size)
-            _check_weights(folder, conversion.source)
-            return [out]
-        names = meta.bring_in(conversion.source, folder) if conversion.layout == META else _split(conversion, folder)
-        for name in names:
-            _check_weights(folder / name, conversion.source)
-            if conversion.bits is not None:
-                _quantise_in_place(folder / name, conversion.bits, conversion.group_size)
-                _check_weights(folder / name, conversion.source)
-    return [out / name for name in names]
+        raise OptionError(f"--with-target is for modules that are split off, and '{folder}' has none; leave it out.")
+    return found
 
 
 def _check_weights(folder: Path, source: Path) -> None:
@@ -109,21 +94,3 @@ def _check_weights(folder: Path, source: Path) -> None:
     weights = Checkpoint.open(folder).weights()
     one_by_one = (weights.popitem() for _ in range(len(weights)))  # so that no more than one is in memory
     check_finite(one_by_one, source, "nothing was written: use a checkpoint that is whole")
-
-
-def _split(conversion: Conversion, folder: Path) -> list[str]:
-    assert conversion.modules is not None, "plan() found some"
-    modules.split(conversion.modules, folder / "sequential")
-    if not conversion.with_target:
-        return ["sequential"]
-    modules.without(conversion.modules, folder / "target")
-    return ["target", "sequential"]
-
-
-def _quantise_in_place(folder: Path, bits: int, group: int) -> None:
-    whole = folder.rename(folder.with_name(f"{folder.name}-whole"))
-    quantise(Checkpoint.open(whole), folder, bits, group)
-    shutil.rmtree(whole)
-
-
-__all__ = ["META", "QUANTISE", "SPLIT", "Conversion", "convert", "plan"]

@@ -1,9 +1,8 @@
-"""Llama 2's sentencepiece tokenizer in the form that transformers and mlx-lm load with the ids of sentencepiece.
+"""Llama 2's sentencepiece tokenizer in the form that transformers and mlx-lm load, with the ids of sentencepiece.
 
-What it does: writes tokenizer.json with the vocabulary and merges that transformers reads out of tokenizer.model, and
-sentencepiece's own rule for spaces: one is put in front of every text, also of one that begins with a space, as code
-often does (transformers' own LlamaTokenizer puts none there). Compares ids with sentencepiece before it is believed.
-What it does not do: other kinds of tokenizer, such as Llama 3's.
+tokenizer.json gets the vocabulary and merges that transformers reads out of tokenizer.model, and sentencepiece's own
+rule for spaces: one is put before every text, also before one that begins with a space, as code often does
+(transformers' own LlamaTokenizer puts none there). Ids are compared with sentencepiece's before it is believed.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 import sentencepiece
 from tokenizers import Tokenizer, normalizers
 
-from mlx_mtp.converting.files import write_json
+from mlx_mtp.checkpoints.checkpoint import write_json
 from mlx_mtp.errors import CheckpointError, brief
 
 SPACE = "\u2581"
@@ -40,10 +39,8 @@ def write_tokenizer(model: Path, folder: Path, vocabulary: int, context: int) ->
             raise ValueError(f"other ids than sentencepiece's for {wrong[0]!r}")
     # sentencepiece, transformers and tokenizers raise RuntimeError, OSError, ValueError, plain Exception, ...
     except Exception as error:
-        raise CheckpointError(
-            f"{model}: expected a sentencepiece tokenizer like Llama 2's, found one that cannot be converted "
-            f"({brief(error)}); use the tokenizer.model of this checkpoint."
-        ) from error
+        raise CheckpointError(f"{model} is no sentencepiece tokenizer like Llama 2's ({brief(error)}); "
+                              "use the tokenizer.model of this checkpoint.") from error  # fmt: skip
     special = {"bos_token": pieces.bos_id(), "eos_token": pieces.eos_id(), "unk_token": pieces.unk_id()}
     fast.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", {

@@ -1,8 +1,6 @@
 """MTP modules inside a target's checkpoint (DeepSeek-V3's layout, and MiMo's): split off as a drafter of ours.
 
-What it does: finds the modules by the names of their tensors, brings their transformer layer into mlx-lm's form by
-mlx-lm's own `sanitize`, and writes them as "sequential_modules". What it does not do: change a module's numbers, or
-take one whose embedding or unembedding is not the target's.
+Numbers stay as they are; a module whose embedding or unembedding is not the target's is refused.
 
 Layouts, N = num_hidden_layers:
     DeepSeek V3, GLM 4.5 and their like: `model.layers.<N + k>.{enorm,hnorm,eh_proj,shared_head.norm}` and a layer's
@@ -10,8 +8,8 @@ Layouts, N = num_hidden_layers:
     MiMo: `model.mtp_layers.<k>.{token_layernorm,hidden_layernorm,input_proj,final_layernorm}` and a layer's own
     tensors. input_proj reads [state, embedding], as vLLM's and SGLang's mimo_mtp.py say; ours [embedding, state].
 
-The state that a module reads is DeepSeek's target's behind its final norm (vLLM, SGLang) and MiMo's in front of it
-(vLLM, also Xiaomi's branch; SGLang gives it the other); for that the drafter keeps one over the weight of the norm.
+The state that a module reads is DeepSeek's target's after its final norm (vLLM, SGLang) and MiMo's before it (vLLM,
+also Xiaomi's branch; SGLang gives it the other); for that the drafter keeps one over the weight of the norm.
 """
 
 from __future__ import annotations
@@ -27,8 +25,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.utils import _get_classes
 
-from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters, number
-from mlx_mtp.converting.files import copy_companions, write_model
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, check_shapes, number, write_tensors
+from mlx_mtp.converting.output import copy_companions
 from mlx_mtp.drafters.layers import build_layers
 from mlx_mtp.drafters.sequential import MOST_MODULES
 from mlx_mtp.errors import CheckpointError, UnsupportedModel, brief
@@ -107,19 +105,16 @@ class Modules:
                     rest[name] = weight
             if of:
                 if sorted(of) != list(range(wanted)):
-                    raise CheckpointError(
-                        f"{checkpoint.path}: expected the {wanted} modules that '{COUNT}' of config.json counts, "
-                        f"found those numbered {sorted(of)}; the weights and config.json must belong together."
-                    )
+                    raise CheckpointError(f"{checkpoint.path}: '{COUNT}' of config.json is {wanted}, but there are "
+                                          f"the modules {sorted(of)}; both must belong together.")  # fmt: skip
                 return cls(checkpoint, layout, tuple(of[k] for k in range(wanted)), rest)
         return None
 
-    def drafter(self) -> Iterator[tuple[str, mx.array]]:
-        """The drafter's tensors under our names, lazy."""
-        block = self.block()
+    def tensors(self, block: dict[str, Any]) -> Iterator[tuple[str, mx.array]]:
+        """The drafter's tensors under our names, lazy. block: the config of one layer."""
         if self.layout.reads == "residual":
             if NORM not in self.rest:
-                raise CheckpointError(f"{self.checkpoint.path}: expected '{NORM}', found none; download it again.")
+                raise CheckpointError(f"{self.checkpoint.path} lacks '{NORM}'; download it again.")
             norm = self.rest[NORM].astype(mx.float32)
             yield "unnorm", mx.where(norm == 0, 0, 1 / norm)
         for k, found in enumerate(self.of):
@@ -134,83 +129,49 @@ class Modules:
     def _check(self, k: int, found: Mapping[str, mx.array]) -> None:
         """Nothing may be missing beside the layer, and copies must be copies."""
         if missing := sorted(self.layout.names.keys() - found.keys()):
-            raise CheckpointError(
-                f"{self.checkpoint.path}: expected '{missing[0]}' in module {k}, found none; download it again."
-            )
+            raise CheckpointError(f"{self.checkpoint.path} lacks '{missing[0]}' in module {k}; download it again.")
         for name, original in self.layout.copies.items():
             theirs = self.rest.get(original)
             if original == UNEMBEDDING and theirs is None:
                 theirs = self.rest.get(EMBEDDING)
             if name in found and theirs is not None and not mx.array_equal(found[name], theirs).item():
-                raise UnsupportedModel(
-                    f"{self.checkpoint.path}: expected '{name}' of module {k} to be a copy of the target's "
-                    f"'{original}', found other numbers; a module with one of its own is not implemented."
-                )
-
-    def block(self) -> dict[str, Any]:
-        """The mlx-lm config of one layer of the modules: an ordinary one behind the dense ones."""
-        config = {name: value for name, value in self.checkpoint.config.items() if name not in NOT_OF_A_LAYER}
-        config["num_hidden_layers"] = 1
-        if "first_k_dense_replace" in config:
-            config["first_k_dense_replace"] = 0
-        return config
+                raise UnsupportedModel(f"{self.checkpoint.path}: '{name}' of module {k} is no copy of the target's "
+                                       f"'{original}'; a module with one of its own is not implemented.")  # fmt: skip
 
     def _in_mlx_form(self, k: int, found: Mapping[str, mx.array], block: dict[str, Any]) -> dict[str, mx.array]:
-        """A module's tensors as mlx-lm keeps them: experts stacked, fp8 and attention unpacked by its `sanitize`.
-
-        UnsupportedModel where what comes out is not one layer of that architecture.
-        """
-        prefix = "model.layers.0."
+        """A module's tensors as mlx-lm keeps them: experts stacked, fp8 and attention unpacked by its `sanitize`."""
+        prefix, where = "model.layers.0.", f"{self.checkpoint.path}: module {k}"
         named = {prefix + name: weight for name, weight in found.items() if name not in self.layout.copies}
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 model_class, args_class = _get_classes(block)
             model = model_class(args_class.from_dict(block))
             clean = model.sanitize(named) if hasattr(model_class, "sanitize") else named
-            (layer,) = build_layers(block, 1, self.width)
+            (layer,) = build_layers(block, 1, block["hidden_size"])
         except (Exception, SystemExit) as error:  # another project's code on any checkpoint
-            raise UnsupportedModel(
-                f"{self.checkpoint.path}: mlx-lm cannot bring module {k} of this {block['model_type']} model into its "
-                f"form ({brief(error)}); use a checkpoint as it was published."
-            ) from error
+            raise UnsupportedModel(f"{where}, of a {block['model_type']} model, cannot be brought into mlx-lm's form "
+                                   f"({brief(error)}); use a checkpoint as it was published.") from error  # fmt: skip
         clean = {name.removeprefix(prefix): weight for name, weight in clean.items()}
-        wanted = {name: weight.shape for name, weight in named_parameters(layer).items()}
-        have = {name: weight.shape for name, weight in clean.items() if name not in self.layout.names}
-        for name in sorted(wanted.keys() | have.keys()):
-            if wanted.get(name) != have.get(name):
-                raise UnsupportedModel(
-                    f"{self.checkpoint.path}: expected '{name}' of module {k} as in mlx-lm's layer, "
-                    f"{_shape(wanted.get(name))}, found {_shape(have.get(name))}; use a checkpoint as it was published."
-                )
+        own = {name: weight.shape for name, weight in clean.items() if name not in self.layout.names}
+        check_shapes(layer, own, where)
         return clean
 
-    @property
-    def width(self) -> int:
-        """Numbers in a state."""
-        where = str(self.checkpoint.path / "config.json")
-        return number(self.checkpoint.config, "hidden_size", int, 1, MAX_SIZE, where=where)
-
-    def config(self) -> dict[str, Any]:
-        """config.json of the drafter."""
-        where = str(self.checkpoint.path / "config.json")
-        vocabulary = number(self.checkpoint.config, "vocab_size", int, 2, MAX_SIZE, where=where)
-        return {
+    def write(self, out: Path, with_target: bool) -> list[str]:
+        """Writes out/sequential, the drafter, and out/target, the target as it is; the names of what was written."""
+        config, where = self.checkpoint.config, str(self.checkpoint.path / "config.json")
+        width = number(config, "hidden_size", int, 1, MAX_SIZE, where=where)
+        vocabulary = number(config, "vocab_size", int, 2, MAX_SIZE, where=where)
+        # One ordinary layer, as they are after the dense ones.
+        block = {name: value for name, value in config.items() if name not in NOT_OF_A_LAYER} | {"num_hidden_layers": 1}
+        if "first_k_dense_replace" in block:
+            block["first_k_dense_replace"] = 0
+        drafter = {
             "model_type": "sequential_modules", "modules": len(self.of), "reads": self.layout.reads,
-            "hidden_size": self.width, "vocab_size": vocabulary, "block": self.block(),
+            "hidden_size": width, "vocab_size": vocabulary, "block": block,
         }  # fmt: skip
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "nothing" if shape is None else f"shape {list(shape)}"
-
-
-def split(modules: Modules, folder: Path) -> None:
-    """Writes the modules as a drafter."""
-    write_model(folder, modules.config(), modules.drafter())
-
-
-def without(modules: Modules, folder: Path) -> None:
-    """Writes the target as it is, without its modules."""
-    config = {**modules.checkpoint.config, COUNT: 0}
-    write_model(folder, config, iter(modules.rest.items()))
-    copy_companions(modules.checkpoint.path, folder)
+        write_tensors(out / "sequential", drafter, self.tensors(block))
+        if not with_target:
+            return ["sequential"]
+        write_tensors(out / "target", {**config, COUNT: 0}, self.rest.items())
+        copy_companions(self.checkpoint.path, out / "target")
+        return ["target", "sequential"]

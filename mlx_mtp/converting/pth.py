@@ -1,35 +1,32 @@
 """PyTorch's `.pth` files without PyTorch: a zip of one pickle, which names the tensors, and one entry per storage.
 
-What it does: reads the pickle with an unpickler that knows six harmless names and refuses every other, so that a
-file cannot run code; gives tensors that read themselves, one at a time, from their place in the file. What it does
-not do: files older than PyTorch 1.6 (no zip), or anything but a flat dictionary of dense tensors.
-
-Invariant: no tensor is handed out whose bytes are not all inside its own storage entry.
+The pickle is read by an unpickler that knows a few harmless names and refuses every other, so that a file cannot run
+code; tensors read themselves, one at a time. Files older than PyTorch 1.6 (no zip) and anything but a flat dictionary
+of dense tensors are refused.
 
 Format: torch.save's zip archive, `<name>/data.pkl` and `<name>/data/<key>`, entries stored and not compressed.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
 import reprlib
-import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.errors import CheckpointError
+from mlx_mtp.errors import CheckpointError, brief
 
 # A state dict's pickle takes some 200 bytes a tensor; no model has so many.
 MAX_PICKLE_BYTES = 64_000_000
-LOCAL_HEADER_BYTES = 30
 # NumPy has no bfloat16: its bits are read as whole numbers.
 STORAGES: dict[str, tuple[np.dtype[Any], mx.Dtype]] = {
     "FloatStorage": (np.dtype("<f4"), mx.float32),
@@ -41,37 +38,31 @@ STORAGES: dict[str, tuple[np.dtype[Any], mx.Dtype]] = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: `shape`, and where its bytes are. float64 is read as float32."""
+    """A tensor in a file: `shape`, and which numbers of which entry it is. float64 is read as float32."""
 
     file: Path
-    start: int  # bytes from the beginning of the file
+    entry: str
+    offset: int  # numbers of the entry before the first
     kind: str  # a key of STORAGES
     shape: tuple[int, ...]
 
     def read(self) -> mx.array:
         """The tensor, alone in memory; CheckpointError where the file has become unreadable."""
         stored, dtype = STORAGES[self.kind]
+        size = math.prod(self.shape)
         try:
-            numbers = np.fromfile(self.file, stored, math.prod(self.shape), offset=self.start)
-        except OSError as error:
-            raise _unreadable(self.file, error.strerror or "an error") from error
-        if numbers.size != math.prod(self.shape):
-            raise _unreadable(self.file, "fewer bytes than before")
+            with zipfile.ZipFile(self.file) as archive, archive.open(self.entry) as stream:
+                stream.seek(self.offset * stored.itemsize)
+                numbers = np.frombuffer(stream.read(size * stored.itemsize), stored, size)
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            raise _unreadable(self.file, f"'{self.entry}' that cannot be read ({brief(error)})") from error
         array = mx.array(numbers.astype(np.float32) if stored.itemsize == 8 else numbers).reshape(self.shape)
         return array.view(dtype) if dtype == mx.bfloat16 else array
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """What the pickle calls torch.FloatStorage and the like. No class, so that the pickle cannot call it."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class _Storage:
+class _Storage(NamedTuple):
+    entry: str
     kind: str
-    start: int
     items: int
 
 
@@ -81,17 +72,13 @@ def read_pth(file: Path) -> dict[str, StoredTensor]:
     Raises CheckpointError where the file is no such zip, cut short, or holds anything but dense tensors.
     """
     try:
-        with file.open("rb") as stream, zipfile.ZipFile(stream) as archive:
-            found = _Unpickler(file, stream, archive).load()
-    except (zipfile.BadZipFile, struct.error, EOFError) as error:
-        raise _unreadable(file, f"none ({error})") from error
-    except OSError as error:
-        raise _unreadable(file, error.strerror or "an error") from error
+        with zipfile.ZipFile(file) as archive:
+            found = _Unpickler(file, archive).load()
     except CheckpointError:
         raise
     # A pickle can be wrong in every way there is, and raises whatever the first wrong opcode leads to.
     except Exception as error:
-        raise _unreadable(file, f"a pickle that is not one of tensors ({type(error).__name__}: {error})") from error
+        raise _unreadable(file, f"something else ({type(error).__name__}: {brief(error)})") from error
     if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
         raise _unreadable(file, f"a {type(found).__name__}")
     if odd := [name for name, value in found.items() if not isinstance(value, StoredTensor)]:
@@ -109,24 +96,24 @@ def _unreadable(file: Path, found: str) -> CheckpointError:
 class _Unpickler(pickle.Unpickler):
     """Reads `data.pkl`. Every name but those below is refused before anything of that name is imported."""
 
-    def __init__(self, file: Path, stream: IO[bytes], archive: zipfile.ZipFile) -> None:
+    def __init__(self, file: Path, archive: zipfile.ZipFile) -> None:
         entries = {entry.filename: entry for entry in archive.infolist()}
         names = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(names) != 1:
             raise _unreadable(file, "a zip without one data.pkl")
-        self._file, self._stream, self._entries = file, stream, entries
+        self._file, self._entries = file, entries
         self._folder = names[0].removesuffix("data.pkl")
         byteorder = entries.get(self._folder + "byteorder")
         if byteorder and byteorder.file_size < 16 and archive.read(byteorder) == b"big":
             raise _unreadable(file, "numbers in big-endian order")
         if entries[names[0]].file_size > MAX_PICKLE_BYTES:
             raise _unreadable(file, f"a pickle of {entries[names[0]].file_size} bytes")
-        super().__init__(archive.open(names[0]))
+        super().__init__(io.BytesIO(archive.read(names[0])))
 
     def find_class(self, module: str, name: str) -> Any:
-        """The stand-in for a name of PyTorch's."""
+        """The stand-in for a name of PyTorch's; for the type of a storage its name, which a pickle cannot call."""
         if module == "torch" and name in STORAGES:
-            return _Kind(name)
+            return name
         known = {
             ("collections", "OrderedDict"): OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
@@ -140,19 +127,14 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> _Storage:
         """A storage: ("storage", kind, key, device, items)."""
         word, kind, key, _, items = pid
-        if word != "storage" or not isinstance(kind, _Kind) or not isinstance(key, str) or type(items) is not int:
+        if word != "storage" or kind not in STORAGES or not isinstance(key, str) or type(items) is not int:
             raise ValueError(f"storage {reprlib.repr(pid)}")
         entry = self._entries.get(f"{self._folder}data/{key}")
         if entry is None or entry.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"storage {reprlib.repr(key)} is missing or compressed")
-        self._stream.seek(entry.header_offset)
-        header = self._stream.read(LOCAL_HEADER_BYTES)
-        name, extra = struct.unpack_from("<HH", header, 26)
-        start = entry.header_offset + LOCAL_HEADER_BYTES + name + extra
-        size = STORAGES[kind.name][0].itemsize
-        if not 0 <= items * size <= entry.file_size or start + entry.file_size > self._file.stat().st_size:
+        if not 0 <= items * STORAGES[kind][0].itemsize <= entry.file_size:
             raise ValueError(f"storage {reprlib.repr(key)} has {entry.file_size} bytes for {items} numbers")
-        return _Storage(kind.name, start, items)
+        return _Storage(entry.filename, kind, items)
 
     def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
         if not isinstance(storage, _Storage) or not isinstance(shape, tuple) or not isinstance(stride, tuple):
@@ -164,5 +146,4 @@ class _Unpickler(pickle.Unpickler):
             raise ValueError(f"a tensor of shape {shape} that is not stored row after row")
         if offset + math.prod(shape) > storage.items:
             raise ValueError(f"a tensor of shape {reprlib.repr(shape)} in {storage.items} numbers")
-        size = STORAGES[storage.kind][0].itemsize
-        return StoredTensor(self._file, storage.start + offset * size, storage.kind, shape)
+        return StoredTensor(self._file, storage.entry, offset, storage.kind, shape)

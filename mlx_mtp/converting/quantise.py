@@ -1,24 +1,23 @@
-"""Quantises a checkpoint that the engine loads: targets by mlx-lm, drafters tensor by tensor.
+"""Quantises a checkpoint that the engine loads (mlx's affine form): targets by mlx-lm, drafters tensor by tensor.
 
-What it does: cuts rows into groups and stores every group in few bits (mlx's affine quantisation); what has no such
-form, like norms, stays as it is. What it does not do: quantise what is quantised, or choose bits per layer, except as
-the model class of mlx-lm does.
+What has no such form, like norms, stays as it is. Bits are the same for every layer, unless the model's class in
+mlx-lm says otherwise.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
-from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters, number, section
-from mlx_mtp.converting.files import copy_companions, unwritten, write_model
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters, number, section, write_tensors
+from mlx_mtp.converting.output import copy_companions
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters import registry as drafters
 from mlx_mtp.errors import CheckpointError, OptionError, UnsupportedModel, brief
@@ -36,9 +35,9 @@ class _HasModel(Protocol):
 def check_options(bits: int, group: int) -> None:
     """OptionError for bits or groups that are not offered."""
     if bits not in BITS:
-        raise OptionError(f"Expected --bits 4 or 8, found {bits}.")
+        raise OptionError(f"--bits is {bits}, but must be 4 or 8.")
     if group not in GROUPS:
-        raise OptionError(f"Expected --group-size 32, 64 or 128, found {group}.")
+        raise OptionError(f"--group-size is {group}, but must be 32, 64 or 128.")
 
 
 def quantise(checkpoint: Checkpoint, folder: Path, bits: int, group: int) -> None:
@@ -48,25 +47,19 @@ def quantise(checkpoint: Checkpoint, folder: Path, bits: int, group: int) -> Non
     checkpoint that is quantised already, OptionError where no row can be cut into such groups.
     """
     model_type = checkpoint.config["model_type"]
-    if section(checkpoint.config, "quantization") or any(n.endswith(".scales") for n in checkpoint.weights()):
-        raise CheckpointError(
-            f"{checkpoint.path}: expected weights in full precision, found quantised ones; "
-            "quantise the checkpoint they were made from."
-        )
+    if section(checkpoint.config, "quantization") or any(name.endswith(".scales") for name, *_ in checkpoint.tensors()):
+        raise CheckpointError(f"{checkpoint.path} is not in full precision but quantised already; "
+                              "quantise the checkpoint it was made from.")  # fmt: skip
     if drafters.knows(model_type):
         quantised = _drafter(checkpoint, folder, bits, group)
     elif generic.has_model(checkpoint.config):
         quantised = _target(checkpoint, folder, bits, group)
     else:
-        raise UnsupportedModel(
-            f"{checkpoint.path}: expected a model type of mlx-lm or of a drafter here, found '{model_type}'; "
-            "quantise another checkpoint."
-        )
+        raise UnsupportedModel(f"{checkpoint.path}: '{model_type}' is a model type neither of mlx-lm nor of a drafter "
+                               "here; quantise another checkpoint.")  # fmt: skip
     if not quantised:
-        raise OptionError(
-            f"Expected matrices in {checkpoint.path} whose rows can be cut into groups of {group}, found none; "
-            "use a smaller --group-size."
-        )
+        raise OptionError(f"{checkpoint.path} has no matrix whose rows can be cut into groups of {group}; "
+                          "use a smaller --group-size.")  # fmt: skip
     copy_companions(checkpoint.path, folder)
 
 
@@ -89,10 +82,7 @@ def _target(checkpoint: Checkpoint, folder: Path, bits: int, group: int) -> bool
         ) from error
     if not any(name.endswith(".scales") for name in named_parameters(model)):
         return False
-    try:
-        save_model(folder, model, donate_model=True)
-    except RuntimeError as error:
-        raise unwritten(folder, error) from error
+    save_model(folder, model, donate_model=True)
     save_config(config, folder / "config.json")
     return True
 
@@ -106,18 +96,15 @@ def _drafter(checkpoint: Checkpoint, folder: Path, bits: int, group: int) -> boo
         if hasattr(layer, "to_quantized") and layer.weight.shape[-1] % group == 0
     }
     settings = {"group_size": group, "bits": bits, "mode": "affine"}
-    config = {**checkpoint.config, "quantization": settings}
-    write_model(folder, config, _quantised(checkpoint.weights(), layers, settings))
+
+    def quantised() -> Iterator[tuple[str, mx.array]]:
+        for name, weight in checkpoint.weights().items():
+            if name in layers:
+                packed, scales, biases = mx.quantize(weight, group, bits)
+                path = name.removesuffix("weight")
+                yield from ((name, packed), (f"{path}scales", scales), (f"{path}biases", biases))
+            else:
+                yield name, weight
+
+    write_tensors(folder, {**checkpoint.config, "quantization": settings}, quantised())
     return bool(layers)
-
-
-def _quantised(
-    weights: Mapping[str, mx.array], layers: set[str], settings: Mapping[str, Any]
-) -> Iterator[tuple[str, mx.array]]:
-    for name, weight in weights.items():
-        if name not in layers:
-            yield name, weight
-            continue
-        path = name.removesuffix("weight")
-        packed, scales, biases = mx.quantize(weight, settings["group_size"], settings["bits"])
-        yield from ((name, packed), (f"{path}scales", scales), (f"{path}biases", biases))

@@ -279,5 +279,5 @@ def load(checkpoint: Checkpoint) -> Assistant:
                 "found none such; download the drafter again."
             )
         weights = in_slot_order(weights)
-    load_into(model, weights, compute_dtype(weights), checkpoint.path)
+    load_into(model, weights, compute_dtype(weights), checkpoint)
     return Assistant(model, str(checkpoint.path))

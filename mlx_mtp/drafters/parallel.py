@@ -164,5 +164,5 @@ def load(checkpoint: Checkpoint) -> Parallel:
     model = ParallelModel(ParallelConfig.from_dict(checkpoint.config))
     weights = checkpoint.weights()
     dtype = compute_dtype(weights)
-    load_into(model, weights, dtype, checkpoint.path)
+    load_into(model, weights, dtype, checkpoint)
     return Parallel(model, dtype, str(checkpoint.path))

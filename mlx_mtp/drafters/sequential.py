@@ -197,5 +197,5 @@ def load(checkpoint: Checkpoint) -> Sequential:
     model = SequentialModel(SequentialConfig.from_dict(checkpoint.config))
     weights = checkpoint.weights()
     dtype = compute_dtype(weights)
-    load_into(model, weights, dtype, checkpoint.path)
+    load_into(model, weights, dtype, checkpoint)
     return Sequential(model, dtype, str(checkpoint.path))

@@ -386,7 +386,7 @@ def load(checkpoint: Checkpoint) -> Gemma4Target:
     if towers := {part for key in stored for part in TOWERS if part in key}:
         log.warning("Text only: skipped %d tensors of %s.", skipped, ", ".join(sorted(towers)))
     dtype = compute_dtype(weights)
-    load_into(model, adapt_weights(model, weights), dtype, checkpoint.path)
+    load_into(model, adapt_weights(model, weights), dtype, checkpoint)
     return Gemma4Target(model, dtype, checkpoint.path)
 
 

@@ -28,7 +28,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.utils import _get_classes, load_model
 
 from mlx_mtp.backend import threads
-from mlx_mtp.checkpoints.checkpoint import Checkpoint, number, read_parameters, section
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, number, section
 from mlx_mtp.errors import CheckpointError, MLXMTPError, UnsupportedModel, brief
 from mlx_mtp.generation.cache import CAPACITY_STEP, FULL, SLACK, SLIDING, KVCache, LayerShape, LayerView
 from mlx_mtp.generation.interfaces import States, TargetInfo
@@ -389,7 +389,7 @@ def load(checkpoint: Checkpoint) -> GenericTarget:
         model, _ = load_model(checkpoint.path, lazy=True, get_model_classes=_classes)
         if mx.default_device() == mx.Device(mx.cpu):
             model.set_dtype(mx.float32)  # half precision is emulated there, and slow
-        read_parameters(model)
+        checkpoint.read(model)
     except Exception as error:  # mlx-lm has no error class of its own
         raise CheckpointError(
             f"{checkpoint.path}: mlx-lm cannot load this {checkpoint.config['model_type']} model ({brief(error)}); "
