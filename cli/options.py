@@ -37,6 +37,15 @@ MaxContext = Annotated[
 ]
 
 
+def is_utf8(text: str) -> bool:
+    """Whether an argument or a line was UTF-8; Python keeps other bytes as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def depth_value(text: str) -> int | str:
     """'auto' or a whole number; its range is checked where the drafter is known."""
     if text == "auto":
