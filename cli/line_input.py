@@ -10,7 +10,7 @@ import termios
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from mlx_mtp import PromptError
 from mlx_mtp.cli.options import is_utf8
@@ -29,20 +29,22 @@ class Lines(Protocol):
         """The next message; EOFError when there is none, KeyboardInterrupt for a Ctrl-C that it does not answer."""
 
 
-class PipeLines:
-    """Every line of standard input is a message. echo: shows them, for a reader of the output."""
+class PlainLines:
+    """Every line of standard input is a message, in a pipe and on a terminal that only knows text (TERM=dumb).
 
-    interactive = False
+    prompts: where somebody is asked for it. echo: shows the lines, for a reader of the output.
+    """
 
-    def __init__(self, echo: bool) -> None:
-        self._echo, self._begun = echo, False
+    def __init__(self, prompts: TextIO | None, echo: bool) -> None:
+        self.interactive = prompts is not None
+        self._prompts, self._echo, self._begun = prompts, echo, False
 
     def read(self) -> str:
         """The next line that is not empty; PromptError for one that is not UTF-8, EOFError after the last.
 
         Text in UTF-16 is refused once and as a whole: cut at line ends, some of its lines would pass for UTF-8.
         """
-        while line := sys.stdin.readline():
+        while line := self._line():
             first, self._begun = not self._begun, True
             if first and line.startswith(UTF_16):
                 sys.stdin.read()
@@ -54,6 +56,14 @@ class PipeLines:
                     print(PROMPT + line.rstrip("\n"), flush=True)
                 return line.rstrip("\n")
         raise EOFError
+
+    def _line(self) -> str:
+        if self._prompts is not None:
+            print(PROMPT, end="", file=self._prompts, flush=True)
+        line = sys.stdin.readline()
+        if self._prompts is not None and not line:
+            print(file=self._prompts)
+        return line
 
 
 class TerminalLines:
@@ -119,11 +129,12 @@ class TerminalLines:
 
 def lines(commands: Sequence[str]) -> Lines:
     """What fits standard input and output as they are."""
-    out, err = sys.stdout.isatty(), sys.stderr.isatty()
-    dumb = os.environ.get("TERM") in ("dumb", "unknown")  # there a prompt can only be on standard output
-    if sys.stdin.isatty() and (out or (err and not dumb)):
-        return TerminalLines(commands, to_stderr=not out)
-    return PipeLines(echo=out)
+    out = sys.stdout.isatty()
+    if not sys.stdin.isatty() or not (out or sys.stderr.isatty()):
+        return PlainLines(None, echo=out)
+    if os.environ.get("TERM", "dumb") in ("dumb", "unknown"):
+        return PlainLines(sys.stdout if out else sys.stderr, echo=False)
+    return TerminalLines(commands, to_stderr=not out)
 
 
 def _history() -> Any:
