@@ -28,7 +28,7 @@ def convert(
     """Quantise a checkpoint, bring in Meta's .pth heads, or split MTP modules off a target."""
     conversion = converting.plan(source, what=what, bits=bits, group_size=group_size, with_target=with_target)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    # Shown on a terminal while it lasts: an error is to stand alone.
+    # Shown on a terminal while it lasts: an error comes alone.
     with notices.held_back(), console.status(f"Converting {conversion.layout} ..."):
         written = converting.convert(conversion, out, force=force)
     console.print(f"Done: {' and '.join(map(str, written))}.", markup=False)
