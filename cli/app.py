@@ -1,8 +1,4 @@
-"""The entry point of `mlx-mtp`: Ctrl-C is exit code 130 and no traceback, from the first moment on.
-
-What it does: takes Ctrl-C over, and only then imports everything else. What it does not do: anything else; the commands
-and the errors are command_line.py's.
-"""
+"""The entry point of `mlx-mtp`: Ctrl-C is exit code 130 and no traceback, from the first moment on."""
 
 from __future__ import annotations
 

@@ -1,13 +1,8 @@
-"""`mlx-mtp chat`: a conversation on a terminal or through pipes, with a line of figures after each reply.
-
-What it does: chooses the model, reads messages and commands until there are no more. What it does not do: show replies
-(conversation.py, reply_view.py), or edit input (line_input.py).
-"""
+"""`mlx-mtp chat`: a conversation on a terminal or through pipes, with a line of figures after each reply."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,7 +10,7 @@ import typer
 import mlx_mtp
 from mlx_mtp.checkpoints import hub, memory, pairs
 from mlx_mtp.cli import commands, loading, notices, options
-from mlx_mtp.cli.conversation import Conversation, Screen, Settings, checked_thinking
+from mlx_mtp.cli.conversation import Conversation, Screen, Settings
 from mlx_mtp.cli.line_input import HINT, Lines, lines
 
 Max = Annotated[int, typer.Option(help="Most tokens of a reply.")]
@@ -52,7 +47,7 @@ def chat(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
     )  # fmt: skip
-    settings = Settings(sampling, max_tokens, seed, tuple(stop or ()), checked_thinking(thinking or "off"))
+    settings = Settings(sampling, max_tokens, seed, tuple(stop or ()), thinking or "off")
     if verbose:
         notices.say_more()
     screen = Screen(plain)
@@ -64,16 +59,15 @@ def chat(
             )
             if loaded.tokenizer is None or not loaded.tokenizer.has_chat_template:
                 raise mlx_mtp.PromptError(
-                    "Expected a checkpoint with a tokenizer and a chat template, found one without; use another model, "
-                    "or 'mlx-mtp generate --raw'."
+                    "This checkpoint has no chat template; use another model, or 'mlx-mtp generate --raw'."
                 )
             return loaded
 
     model = choose_model(model, screen)
-    conversation = Conversation(engine(model, drafter).chat(system), settings, screen, engine, model, drafter)
-    _prepare(conversation, load, system, thinking)
     source = lines(list(commands.COMMANDS))
-    conversation.interactive = source.interactive
+    chat = engine(model, drafter).chat(system)
+    conversation = Conversation(chat, settings, screen, engine, model, drafter, source.interactive)
+    _prepare(conversation, load, system, thinking)
     if source.interactive:
         _greet(conversation)
     if not converse(conversation, source):
@@ -104,7 +98,7 @@ def _prepare(conversation: Conversation, load: str | None, system: str | None, t
     settings, tokenizer = conversation.settings, conversation.chat.engine.tokenizer
     conversation.use(settings)
     if load is not None:
-        conversation.screen.note(conversation.open(Path(load).expanduser()))
+        conversation.screen.note(conversation.open(load))
         if system is not None:
             conversation.chat.set_system(system)
         if thinking is not None:
@@ -128,10 +122,10 @@ def converse(conversation: Conversation, source: Lines) -> bool:
     while True:
         try:
             text = source.read()
-            if not commands.is_command(text):
-                conversation.say(str(text))
-            elif not commands.obey(conversation, text):
-                break
+            if source.interactive and commands.is_command(text):
+                commands.obey(conversation, text)
+            else:
+                conversation.say(text)
         except EOFError:
             break
         except mlx_mtp.MLXMTPError as error:

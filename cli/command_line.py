@@ -1,7 +1,4 @@
-"""The command line `mlx-mtp`: a thin typer application over the library.
-
-What it does: one file a command, one place where errors become one sentence and exit code 2. What it does not do:
-anything a Python program could not do through `mlx_mtp`.
+"""The command line `mlx-mtp`: the commands, and the one place where errors become one sentence and exit code 2.
 
 Of the commands only the one that was asked for is imported: `mlx-mtp --help` needs no MLX and is quick.
 """
@@ -57,7 +54,7 @@ def application(arguments: Sequence[str]) -> typer.Typer:
 
 
 def _not_asked_for() -> None:
-    """Stands for a command of which only name and summary are needed."""
+    """In place of a command of which only name and summary are needed."""
 
 
 def _version(asked: bool) -> None:
@@ -98,5 +95,5 @@ def run(arguments: Sequence[str], on_begin: Callable[[], None]) -> bool:
         if error.errno not in OUTPUT_FULL:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what Python still writes at its end
-        print(f"Expected room for the output, found '{error.strerror}'; free some disk space.", file=sys.stderr)
+        print(f"The output could not be written ({error.strerror}); free some disk space.", file=sys.stderr)
         sys.exit(2)

@@ -1,7 +1,6 @@
 """What a chat understands besides messages: /help, /undo, /save and the others.
 
-What it does: reads a command, does it on the conversation, says what came of it. A command that fails leaves everything
-as it was. What it does not do: anything a Python program could not do through `mlx_mtp.Chat`.
+A command that fails leaves everything as it was.
 """
 
 from __future__ import annotations
@@ -11,13 +10,11 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.table import Table
 
 from mlx_mtp import OptionError, PromptError
 from mlx_mtp.cli.conversation import Conversation
-from mlx_mtp.cli.line_input import Verbatim
 from mlx_mtp.engine import SEEDED_DEPTH
 from mlx_mtp.generation.types import acceptance
 
@@ -30,9 +27,9 @@ SLIP = re.compile(r"/+[A-Za-z_-]*")
 
 @dataclass(frozen=True)
 class Command:
-    """run(conversation, argument) -> whether the chat goes on."""
+    """run(conversation, argument); argument: what it is called in /help, "" where there is none."""
 
-    run: Callable[[Conversation, str], bool]
+    run: Callable[[Conversation, str], None]
     argument: str
     help: str
 
@@ -43,7 +40,7 @@ def is_command(text: str) -> bool:
     A single word that only looks like one is taken for a slip; a path, or several pasted lines, are a message. Only a
     command whose argument is text of any kind may have several lines.
     """
-    if isinstance(text, Verbatim) or not text.startswith("/"):
+    if not text.startswith("/"):
         return False
     name, *rest = text.split(None, 1)
     if name in COMMANDS and COMMANDS[name].argument == TEXT:
@@ -51,119 +48,110 @@ def is_command(text: str) -> bool:
     return len(text.splitlines()) == 1 and (name in (*COMMANDS, "/") or (not rest and bool(SLIP.fullmatch(name))))
 
 
-def obey(conversation: Conversation, text: str) -> bool:
-    """Does what the command says; whether the chat goes on. MLXMTPError, and nothing done, where that cannot be."""
+def obey(conversation: Conversation, text: str) -> None:
+    """Does what the command says; EOFError for leaving. MLXMTPError, and nothing done, where that cannot be."""
     name, *rest = text.split(None, 1)
     command = COMMANDS.get(name)
     if command is None:
         near = difflib.get_close_matches(name, COMMANDS, 1)
-        raise OptionError(
-            f"Expected a command, found '{name[:SHOWN]}'; "
-            + (f"did you mean '{near[0]}'?" if near else "'/help' lists them.")
-            + " A space in front makes it a message."
-        )
+        meant = f"did you mean '{near[0]}'?" if near else "'/help' lists them."
+        raise OptionError(f"There is no command '{name[:SHOWN]}'; {meant} A space in front makes it a message.")
     argument = rest[0].strip() if rest else ""
     if argument and not command.argument:
-        raise OptionError(f"Expected nothing behind {name}, found '{argument[:SHOWN]}'.")
-    return command.run(conversation, argument)
+        raise OptionError(f"{name} takes nothing after it, but there was '{argument[:SHOWN]}'.")
+    command.run(conversation, argument)
 
 
-def _help(conversation: Conversation, _: str) -> bool:
-    table = Table.grid(padding=(0, 2))
-    for name, command in COMMANDS.items():
-        table.add_row(f"{name} {command.argument}".rstrip(), command.help)
-    conversation.screen.show(table)
-    conversation.screen.say(
+def _help(conversation: Conversation, _: str) -> None:
+    rows = [(f"{name} {command.argument}".rstrip(), command.help) for name, command in COMMANDS.items()]
+    conversation.screen.show(_table(rows))
+    conversation.screen.show(
         "Enter sends. Alt-Enter, or a backslash at the end of a line, begins a new line; pasted lines are one message. "
         "Ctrl-C stops a reply, Ctrl-D leaves."
     )
-    return True
 
 
-def _reset(conversation: Conversation, _: str) -> bool:
+def _table(rows: list[tuple[str, str]]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _reset(conversation: Conversation, _: str) -> None:
     conversation.chat.reset()
-    conversation.adopt(conversation.chat)
+    conversation.thoughts = ""
     conversation.screen.note("the conversation is empty")
-    return True
 
 
-def _undo(conversation: Conversation, _: str) -> bool:
+def _undo(conversation: Conversation, _: str) -> None:
     taken = conversation.chat.undo()
     if taken is None:
-        raise PromptError("Expected a question to take back, found an empty conversation.")
-    conversation.screen.note(f"taken back: {_short(taken)}")
-    return True
+        raise PromptError("There is no question to take back; the conversation is empty.")
+    line = " ".join(taken.split())
+    conversation.screen.note(f"taken back: {line if len(line) <= SHOWN else line[: SHOWN - 4] + ' ...'}")
 
 
-def _retry(conversation: Conversation, _: str) -> bool:
-    settings, engine = conversation.settings, conversation.chat.engine
-    greedy = settings.sampling.over(engine.defaults).temperature == 0
-    if greedy or settings.seed is not None:
-        why = "temperature is 0" if greedy else "there is a seed"
+def _retry(conversation: Conversation, _: str) -> None:
+    settings = conversation.settings
+    if not _drawn(conversation) or settings.seed is not None:
+        why = "there is a seed" if _drawn(conversation) else "temperature is 0"
         conversation.screen.note(f"{why}: the same question gives the same reply")
     conversation.retry()
-    return True
 
 
-def _system(conversation: Conversation, text: str) -> bool:
+def _drawn(conversation: Conversation) -> bool:
+    """Whether replies are drawn, not greedy."""
+    return bool(conversation.settings.sampling.over(conversation.chat.engine.defaults).temperature)
+
+
+def _system(conversation: Conversation, text: str) -> None:
     chat = conversation.chat
     if not text:
-        conversation.screen.say(chat.system or "no instruction; /system TEXT sets one")
-        return True
+        conversation.screen.show(chat.system or "no instruction; /system TEXT sets one")
+        return
     chat.set_system(None if text == "none" else text)
     conversation.screen.note("no instruction any more" if text == "none" else "instruction set")
-    return True
 
 
-def _set(conversation: Conversation, text: str) -> bool:
+def _set(conversation: Conversation, text: str) -> None:
     if not text:
-        for name, value in conversation.settings.values().items():
-            conversation.screen.say(f"{name} {_own(value)}")
-        return True
+        values = conversation.settings.values().items()
+        conversation.screen.show("\n".join(f"{name} {'default' if value is None else value}" for name, value in values))
+        return
     name, _, value = text.partition(" ")
     if not value.strip():
-        raise OptionError(f"Expected a name and a value, found '{name[:SHOWN]}' alone; '/set' shows the values.")
+        raise OptionError(f"/set needs a value after '{name[:SHOWN]}'; '/set' alone shows the values.")
     conversation.use(conversation.settings.with_value(name, value.strip()))
     conversation.screen.note(f"{name} is {value.strip()}")
-    return True
 
 
-def _own(value: object) -> str:
-    return "default" if value is None else str(value)
-
-
-def _stats(conversation: Conversation, _: str) -> bool:
-    chat = conversation.chat
-    table = Table.grid(padding=(0, 2))
-    for name, value in _figures(conversation):
-        table.add_row(name, value)
-    conversation.screen.show(table)
-    conversation.screen.say(_depth(conversation))
-    if chat.last is None:
-        conversation.screen.say("no finished reply yet")
-    return True
+def _stats(conversation: Conversation, _: str) -> None:
+    conversation.screen.show(_table(_figures(conversation)))
+    conversation.screen.show(_depth(conversation))
+    if conversation.chat.last is None:
+        conversation.screen.show("no finished reply yet")
 
 
 def _depth(conversation: Conversation) -> str:
     """Why so many tokens are drafted, as replies are asked for now."""
-    engine, settings = conversation.chat.engine, conversation.settings
-    seeded = settings.seed is not None and settings.sampling.over(engine.defaults).temperature
-    if seeded and engine.depth == "auto":
+    engine = conversation.chat.engine
+    if engine.depth == "auto" and conversation.settings.seed is not None and _drawn(conversation):
         return f"Drafting {SEEDED_DEPTH} tokens a round at most: a seed above temperature 0 fixes the depth."
     return engine.depth_reason
 
 
 def _figures(conversation: Conversation) -> list[tuple[str, str]]:
-    chat, engine = conversation.chat, conversation.chat.engine
-    turns = sum(message["role"] == "user" for message in chat.messages)
+    chat = conversation.chat
+    kept = f"{len(chat.session.ids)} of at most {chat.engine.max_context} tokens kept"
     found = [
-        ("conversation", f"{turns} turns, {len(chat.session.ids)} of at most {engine.max_context} tokens kept"),
+        ("conversation", f"{conversation.turns} turns, {kept}"),
         ("K/V kept", f"{chat.session.nbytes / 1e6:.1f} MB"),
     ]
     if chat.last is None:
         return found
     stats = chat.last.stats
-    stood = [f"{i}: {share:.0%}" for i, share in enumerate(acceptance([stats]), 1)]
+    accepted = [f"{i}: {share:.0%}" for i, share in enumerate(acceptance([stats]), 1)]
     depths = [f"{depth}: {count}" for depth, count in sorted(stats.depth_counts.items())]
     return [
         *found,
@@ -172,52 +160,41 @@ def _figures(conversation: Conversation) -> list[tuple[str, str]]:
         ("prefill", f"{stats.prefill_seconds:.2f} s"),
         ("decoding", f"{stats.decode_seconds:.2f} s, {stats.decode_tokens_per_second:.1f} tokens/s"),
         ("tokens per round", f"{stats.tokens_per_round:.2f}"),
-        ("drafts that stood", ", ".join(stood) or "none drafted"),
+        ("drafts accepted", ", ".join(accepted) or "none drafted"),
         ("rounds by depth", ", ".join(depths) or "none"),
         ("peak memory", f"{stats.peak_memory_bytes / 1e6:.0f} MB"),
     ]
 
 
-def _save(conversation: Conversation, name: str) -> bool:
-    file = conversation.chat.save(_file(name))
-    conversation.screen.note(f"saved in {file}")
-    return True
+def _save(conversation: Conversation, name: str) -> None:
+    conversation.screen.note(f"saved in {conversation.chat.save(os.path.expanduser(_named(name)))}")
 
 
-def _load(conversation: Conversation, name: str) -> bool:
-    conversation.screen.note(conversation.open(_file(name)))
-    return True
+def _load(conversation: Conversation, name: str) -> None:
+    conversation.screen.note(conversation.open(_named(name)))
 
 
-def _file(name: str) -> Path:
+def _named(name: str) -> str:
     if not name:
-        raise OptionError("Expected a file's name, found none; write one, like session.")
-    return Path(os.path.expanduser(name))
+        raise OptionError("A name for the file is missing; write one, like session.")
+    return name
 
 
-def _model(conversation: Conversation, name: str) -> bool:
+def _model(conversation: Conversation, name: str) -> None:
     if not name:
-        conversation.screen.say(conversation.model or EMBEDDED)
-        return True
-    model = None if name == EMBEDDED else name
+        conversation.screen.show(conversation.model or EMBEDDED)
+        return
     drafter = conversation.drafter if conversation.drafter in ANY_MODEL else "auto"
-    conversation.move(model, drafter)
+    conversation.move(None if name == EMBEDDED else name, drafter)
     conversation.screen.note(f"going on with {name}; the next reply runs the whole conversation")
-    return True
 
 
-def _thoughts(conversation: Conversation, _: str) -> bool:
-    conversation.screen.say(conversation.thoughts.strip("\n") or "no thoughts in the last reply")
-    return True
+def _thoughts(conversation: Conversation, _: str) -> None:
+    conversation.screen.show(conversation.thoughts.strip("\n") or "no thoughts in the last reply")
 
 
-def _quit(conversation: Conversation, _: str) -> bool:
-    return False
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= SHOWN else line[: SHOWN - 4] + " ..."
+def _quit(conversation: Conversation, _: str) -> None:
+    raise EOFError
 
 
 COMMANDS = {

@@ -1,23 +1,20 @@
-"""One chat as the command line holds it: the conversation, what replies are asked with, and where they are shown.
-
-What it does: streams a reply to the screen, lets Ctrl-C stop it, and says in one line how fast it was. What it does
-not do: read input (line_input.py), or know commands (commands.py).
-"""
+"""One chat as the command line holds it: the conversation, what replies are asked with, and where they are shown."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
+from rich.progress import MofNCompleteColumn
 
 from mlx_mtp import Chat, Engine, Event, MLXMTPError, OptionError, Result, Sampling, Session
 from mlx_mtp.cli.line_input import Interruption, no_echo
-from mlx_mtp.cli.progress import PrefillBar
+from mlx_mtp.cli.progress import PatientBar
 from mlx_mtp.cli.reply_view import THINKING, MarkdownView, PlainView, View
 
 SAMPLING = tuple(entry.name for entry in fields(Sampling) if entry.name != "logit_bias")
@@ -35,6 +32,10 @@ class Settings:
     stop: tuple[str, ...] = ()
     thinking: str = "off"
 
+    def __post_init__(self) -> None:
+        if self.thinking not in THINKING:
+            raise OptionError(f"Thinking can be 'show', 'hide' or 'off', not '{self.thinking[:60]}'.")
+
     def options(self) -> dict[str, Any]:
         """For Engine.stream."""
         return {"sampling": self.sampling, "max_tokens": self.max_tokens, "seed": self.seed, "stop": self.stop}
@@ -48,31 +49,22 @@ class Settings:
         """The same with one value changed; OptionError where there is no such setting or value."""
         name = name.lower().lstrip("-").replace("-", "_")
         if name not in self.values():
-            raise OptionError(f"Expected one of {', '.join(self.values())}, found '{name[:60]}'; '/set' shows them.")
-        if name == "thinking":
-            return replace(self, thinking=checked_thinking(text))
-        default = text == "default" and name not in NO_DEFAULT
-        changed: dict[str, Any] = {name: None if default else _number(name, text)}
+            raise OptionError(f"There is no setting '{name[:60]}'; there are {', '.join(self.values())}.")
+        value: Any = text if name == "thinking" else _number(name, text)
         if name in SAMPLING:
-            return replace(self, sampling=replace(self.sampling, **changed))
-        return replace(self, **changed)
+            return replace(self, sampling=replace(self.sampling, **{name: value}))
+        return replace(self, **{name: value})
 
 
-def checked_thinking(text: str) -> str:
-    """One of the ways to treat thoughts; OptionError for any other word."""
-    if text not in THINKING:
-        raise OptionError(f"Expected thinking as 'show', 'hide' or 'off', found '{text[:60]}'.")
-    return text
-
-
-def _number(name: str, text: str) -> float | int:
-    whole = name in WHOLE
+def _number(name: str, text: str) -> float | int | None:
+    optional = name not in NO_DEFAULT
+    if optional and text == "default":
+        return None
     try:
-        return int(text) if whole else float(text)
+        return int(text) if name in WHOLE else float(text)
     except ValueError:
-        also = "" if name in NO_DEFAULT else " or 'default'"
-        what = "a whole number" if whole else "a number"
-        raise OptionError(f"Expected {name} as {what}{also}, found '{text[:60]}'.") from None
+        what = ("a whole number" if name in WHOLE else "a number") + (" or 'default'" if optional else "")
+        raise OptionError(f"The value of {name} must be {what}, not '{text[:60]}'.") from None
 
 
 @dataclass
@@ -89,24 +81,20 @@ class Screen:
         if console.is_terminal:
             console.print(text, style="dim")
 
-    def say(self, text: str) -> None:
-        """What a command answers: beside the replies, never among replies that go elsewhere."""
-        self.show(text)
-
     def show(self, answer: RenderableType) -> None:
-        """The same for more than a line."""
+        """What a command answers: beside the replies, never among replies that go elsewhere."""
         (self.out if self.out.is_terminal else self.err).print(answer)
 
-    def refuse(self, error: Exception | str) -> None:
+    def refuse(self, error: Exception) -> None:
         """One sentence on standard error."""
         sys.stdout.flush()
         print(" ".join(str(error).split()), file=sys.stderr, flush=True)
 
-    def view(self, thinking: str, count: Callable[[str], int]) -> View:
+    def view(self, thinking: str) -> View:
         """What will show one reply."""
         if self.plain or not self.out.is_terminal or self.out.is_dumb_terminal:
-            return PlainView(sys.stdout, thinking, count, self.note)
-        return MarkdownView(self.out, thinking, count)
+            return PlainView(sys.stdout, thinking, self.note)
+        return MarkdownView(self.out, thinking)
 
 
 @dataclass
@@ -124,8 +112,11 @@ class Conversation:
     drafter: str = "auto"
     interactive: bool = True
     thoughts: str = ""
-    # Tokens of the conversation behind so many turns: tells new tokens from those that had to be run again.
-    lengths: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def turns(self) -> int:
+        """How many questions there are."""
+        return sum(message["role"] == "user" for message in self.chat.messages)
 
     def use(self, settings: Settings) -> None:
         """Other settings from here on; OptionError where this model cannot be asked with them."""
@@ -135,94 +126,72 @@ class Conversation:
 
     def say(self, text: str) -> None:
         """Sends a message and shows the reply."""
-        stop = Interruption()
-        self._show(self.chat.send(text, **self._options(stop)), stop)
+        self._reply(lambda **options: self.chat.send(text, **options))
 
     def retry(self) -> None:
         """Shows another reply to the last question."""
-        stop = Interruption()
-        self._show(self.chat.retry(**self._options(stop)), stop)
+        self._reply(self.chat.retry)
 
-    def _options(self, stop: Interruption) -> dict[str, Any]:
-        self._bar = PrefillBar(self.screen.err)
+    def _reply(self, ask: Callable[..., Generator[Event, None, None]]) -> None:
+        """Ctrl-C stops a reply: what there is then is kept, and where nobody is there to go on the program ends."""
+        stop, bar = Interruption(), PatientBar(self.screen.err, MofNCompleteColumn())
 
         def on_prefill(done: int, total: int) -> None:
             if stop.asked:
                 raise KeyboardInterrupt
-            self._bar.update(done, total)
+            bar.update("reading the prompt", done, total)
 
-        return self.settings.options() | {"on_prefill": on_prefill}
-
-    def _show(self, events: Generator[Event, None, None], stop: Interruption) -> None:
-        """Ctrl-C stops it: what there is then is kept, and where nobody is there to go on the program ends."""
-        tokenizer = self.chat.engine.tokenizer
-        assert tokenizer is not None
-        view = self.screen.view(self.settings.thinking, lambda text: len(tokenizer.encode(text, special=False)))
-        before = self.chat.messages
+        before, view = self.chat.messages, self.screen.view(self.settings.thinking)
+        events = ask(**self.settings.options(), on_prefill=on_prefill)
         try:
-            with no_echo(), stop, self._bar, contextlib.closing(events), contextlib.closing(view):
+            with no_echo(), stop, bar, contextlib.closing(events), contextlib.closing(view):
                 for event in events:
-                    self._bar.close()
+                    bar.close()
                     view.show(event)
                     if stop.asked:
                         break
         except KeyboardInterrupt:
             pass
         except (RuntimeError, MemoryError) as error:  # most often memory that the device does not have
-            raise MLXMTPError(
-                f"Expected a reply, found that it failed ({error}); take turns back with /undo, or /reset the chat."
-            ) from None
+            raise MLXMTPError(f"The reply failed ({error}); take turns back with /undo, or /reset the chat.") from None
         finally:
             self.thoughts = view.thoughts
             if self.chat.session.busy:  # broken off where nobody can say what it had written
                 self.chat.session = Session()
-        result = self.chat.last
-        if result is None:
-            kept = self.chat.messages is not before
-            self.screen.note("stopped" if kept else "stopped before there was an answer: nothing is kept of it")
+        if self.chat.last is not None:
+            self.screen.note(" · ".join(self._figures(self.chat.last)))
+        elif self.chat.messages is not before:
+            self.screen.note("stopped")
         else:
-            self.screen.note(" · ".join(self._figures(result)))
+            self.screen.note("stopped before there was an answer: nothing is kept of it")
         if stop.asked and not self.interactive:
             raise KeyboardInterrupt
 
     def _figures(self, result: Result) -> list[str]:
         """What there is to say about a reply, in short."""
         stats, plain = result.stats, self.chat.engine.plain_seconds_per_token
-        answered = bool(result.text.strip())
-        turn = sum(message["role"] == "user" for message in self.chat.messages) + (not answered)
-        new = stats.prompt_tokens - self.lengths.get(turn - 1, 0)
-        if answered:
-            self.lengths[turn] = stats.prompt_tokens + stats.tokens
         found = [f"{stats.decode_tokens_per_second:.1f} tokens/s"] if stats.tokens > 1 else [f"{stats.tokens} tokens"]
         if plain and stats.drafted and stats.tokens > 1:
             found.append(f"est. {stats.decode_tokens_per_second * plain:.2f}x plain")
         if stats.drafted:
             found.append(f"{stats.tokens_per_round:.2f} tokens per round")
-        if stats.prefilled_tokens > max(new, 0) + 1:  # 1: the last token of a reply has no K/V yet
-            found.append(f"{stats.prefilled_tokens} tokens prefilled")
         if result.finish_reason == "length":
             full = stats.prompt_tokens + stats.tokens >= self.chat.engine.max_context
             found.append("cut where the context is full" if full else "cut at max_tokens")
-        if not answered:
+        if not result.text.strip():
             found.append("no answer, so nothing is kept of it")
         return found
 
-    def adopt(self, chat: Chat) -> None:
-        """Goes on with another conversation."""
-        self.chat, self.lengths, self.thoughts = chat, {}, ""
-
-    def open(self, file: Path) -> str:
+    def open(self, name: str) -> str:
         """Goes on with a saved conversation; what it is. The one at hand stays where that one cannot be read."""
-        chat = self.chat.engine.load_chat(file)
-        self.adopt(chat)
-        if chat.thinking != (self.settings.thinking != "off"):
-            self.settings = replace(self.settings, thinking="show" if chat.thinking else "off")
-        turns = sum(message["role"] == "user" for message in chat.messages)
-        kept = f"with the K/V of {len(chat.session.ids)} tokens" if chat.session.ids else "without K/V"
-        return f"loaded {turns} turns {kept}"
+        self.chat, self.thoughts = self.chat.engine.load_chat(os.path.expanduser(name)), ""
+        if self.chat.thinking != (self.settings.thinking != "off"):
+            self.settings = replace(self.settings, thinking="show" if self.chat.thinking else "off")
+        ids = self.chat.session.ids
+        return f"loaded {self.turns} turns {f'with the K/V of {len(ids)} tokens' if ids else 'without K/V'}"
 
     def move(self, model: str | None, drafter: str) -> None:
         """Goes on with another model; everything stays where that one cannot be loaded."""
         engine = self.load(model, drafter)
-        self.adopt(self.chat.moved(engine))
+        self.chat, self.thoughts = self.chat.moved(engine), ""
         self.model, self.drafter = model, drafter

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import MofNCompleteColumn
 
 import mlx_mtp
 from mlx_mtp.cli import notices, options
 from mlx_mtp.cli.loading import load
-from mlx_mtp.cli.progress import PrefillBar
+from mlx_mtp.cli.progress import PatientBar
 from mlx_mtp.text.tokenizer import Prompt
 
 
@@ -51,16 +53,16 @@ def generate(
     )  # fmt: skip
     if verbose:
         notices.say_more()
-    bar = PrefillBar(Console(stderr=True))
+    console = Console(stderr=True)
+    bar = PatientBar(console, MofNCompleteColumn())
     with notices.held_back():
         engine = load(
             model, drafter, depth=depth, mode=mode, draft_head_bits=draft_head_bits, max_context=max_context
         )
         stream = engine.stream(
             asked, max_tokens=max_tokens, sampling=sampling, stop=stop or [], seed=seed, logprobs=logprobs, raw=raw,
-            thinking=thinking, on_prefill=bar.update,
+            thinking=thinking, on_prefill=functools.partial(bar.update, "reading the prompt"),
         )  # fmt: skip
-    console = Console(stderr=True)
     result, interrupted = None, False
     texts: list[str] = []
     ids: list[int] = []
@@ -97,12 +99,10 @@ def summary(stats: mlx_mtp.Stats) -> str:
 def _prompt(prompt: str | None, tokens: str | None) -> Prompt:
     if (prompt is None) == (tokens is None):
         found = "neither" if prompt is None else "both"
-        raise mlx_mtp.PromptError(f"Expected either a prompt or --tokens 1,2,3, found {found}.")
+        raise mlx_mtp.PromptError(f"Give either a prompt or --tokens 1,2,3; {found} came.")
     if tokens is not None:
         return options.token_ids(tokens)
-    try:
-        text = sys.stdin.read() if prompt == "-" else prompt or ""
-        text.encode()  # an argument that is no UTF-8 arrives with surrogates
-    except UnicodeError as error:
-        raise mlx_mtp.PromptError("Expected a prompt in UTF-8, found bytes that are not; convert it first.") from error
+    text = sys.stdin.read() if prompt == "-" else prompt or ""
+    if not options.is_utf8(text):
+        raise mlx_mtp.PromptError("The prompt is not UTF-8; convert it first.")
     return text

@@ -1,12 +1,7 @@
-"""What the user says: an editable prompt on a terminal, lines of a pipe elsewhere.
-
-What it does: history, several lines, pasted text as one message; and the terminal's behaviour while a reply runs. What
-it does not do: understand commands (commands.py).
-"""
+"""What the user says: an editable prompt on a terminal, lines of a pipe elsewhere; and the terminal during a reply."""
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import os
 import signal
@@ -18,16 +13,15 @@ from types import FrameType
 from typing import Any, Protocol, TextIO
 
 from mlx_mtp import PromptError
+from mlx_mtp.cli.options import is_utf8
 
-# A history beyond this is put aside at the next start.
-HISTORY_BYTES = 2_000_000
 PROMPT = "> "
-UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+UTF_16 = ("\udcff\udcfe", "\udcfe\udcff")  # its byte order marks, as Python reads what is no UTF-8
 HINT = "Ctrl-D leaves, /help shows the commands."
 
 
 class Lines(Protocol):
-    """Where messages come from. interactive: whether somebody sits there and can be asked again."""
+    """Where messages come from. interactive: whether somebody sits there, may give commands and can be asked again."""
 
     interactive: bool
 
@@ -35,62 +29,41 @@ class Lines(Protocol):
         """The next message; EOFError when there is none, KeyboardInterrupt for a Ctrl-C that it does not answer."""
 
 
-class Verbatim(str):
-    """A message, whatever it begins with."""
+class PlainLines:
+    """Every line of standard input is a message, in a pipe and on a terminal that only knows text (TERM=dumb).
 
+    prompts: where somebody is asked for it. echo: shows the lines, for a reader of the output.
+    """
 
-class PipeLines:
-    """Every line of standard input is a message. echo: shows them, for a reader of the output."""
-
-    interactive = False
-
-    def __init__(self, echo: bool) -> None:
-        self._echo, self._begun = echo, False
+    def __init__(self, prompts: TextIO | None, echo: bool) -> None:
+        self.interactive = prompts is not None
+        self._prompts, self._echo, self._begun = prompts, echo, False
 
     def read(self) -> str:
-        """The next line that is not empty; PromptError for one that is no UTF-8, EOFError behind the last.
+        """The next line that is not empty; PromptError for one that is not UTF-8, EOFError after the last.
 
         Text in UTF-16 is refused once and as a whole: cut at line ends, some of its lines would pass for UTF-8.
         """
-        while line := sys.stdin.buffer.readline():
+        while line := self._line():
             first, self._begun = not self._begun, True
             if first and line.startswith(UTF_16):
-                sys.stdin.buffer.read()
-                raise PromptError("Expected lines in UTF-8, found UTF-16; convert the input.")
-            try:
-                text = line.decode("utf-8-sig" if first else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError:
-                raise PromptError("Expected lines in UTF-8, found bytes that are not; convert the input.") from None
-            if text.strip():
+                sys.stdin.read()
+                raise PromptError("The input is UTF-16; convert it to UTF-8.")
+            if not is_utf8(line):
+                raise PromptError("A line of the input is not UTF-8; convert the input.")
+            if line.strip():
                 if self._echo:
-                    print(PROMPT + text, flush=True)
-                return Verbatim(text)
+                    print(PROMPT + line.rstrip("\n"), flush=True)
+                return line.rstrip("\n")
         raise EOFError
 
-
-class DumbLines:
-    """A terminal that only knows text (TERM=dumb): the system's own line editing."""
-
-    interactive = True
-
-    def __init__(self, prompts: TextIO) -> None:
-        self._prompts = prompts
-
-    def read(self) -> str:
-        """The next message; a backslash at the end of a line goes on in another one."""
-        message: list[str] = []
-        while True:
+    def _line(self) -> str:
+        if self._prompts is not None:
             print(PROMPT, end="", file=self._prompts, flush=True)
-            if not (line := sys.stdin.readline()):
-                print(file=self._prompts)
-                raise EOFError
-            message.append(line.rstrip("\r\n"))
-            if message[-1].endswith("\\"):
-                message[-1] = message[-1][:-1]
-            elif text := "\n".join(message).rstrip():
-                return text
-            else:
-                message = []
+        line = sys.stdin.readline()
+        if self._prompts is not None and not line:
+            print(file=self._prompts)
+        return line
 
 
 class TerminalLines:
@@ -120,7 +93,7 @@ class TerminalLines:
                 return text.rstrip()
 
     def _bindings(self) -> Any:
-        """Enter sends; Alt-Enter, or Enter behind a backslash, begins a new line; Ctrl-C clears what was typed.
+        """Enter sends; Alt-Enter, or Enter after a backslash, begins a new line; Ctrl-C clears what was typed.
 
         Where nothing was typed Ctrl-C says how to leave, inside the prompt: between two prompts the terminal would
         swallow a Ctrl-D that follows at once.
@@ -156,20 +129,16 @@ class TerminalLines:
 
 def lines(commands: Sequence[str]) -> Lines:
     """What fits standard input and output as they are."""
-    if sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty()):
-        if os.environ.get("TERM", "dumb") in ("dumb", "unknown"):
-            return DumbLines(sys.stdout if sys.stdout.isatty() else sys.stderr)
-        return TerminalLines(commands, to_stderr=not sys.stdout.isatty())
-    return PipeLines(echo=sys.stdout.isatty())
-
-
-def data_folder() -> Path:
-    """Where the history is kept: the user's data folder."""
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "mlx_mtp"
+    out = sys.stdout.isatty()
+    if not sys.stdin.isatty() or not (out or sys.stderr.isatty()):
+        return PlainLines(None, echo=out)
+    if os.environ.get("TERM", "dumb") in ("dumb", "unknown"):
+        return PlainLines(sys.stdout if out else sys.stderr, echo=False)
+    return TerminalLines(commands, to_stderr=not out)
 
 
 def _history() -> Any:
-    """What was typed in earlier chats; for this chat only where the data folder cannot be written."""
+    """What was typed in earlier chats, in the user's data folder; of this chat only where that cannot be written."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     class History(FileHistory):
@@ -180,10 +149,9 @@ def _history() -> Any:
                 super().store_string(string)
 
     try:
-        file = data_folder() / "chat_history"
+        home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+        file = home / "mlx_mtp" / "chat_history"
         file.parent.mkdir(parents=True, exist_ok=True)
-        if file.exists() and file.stat().st_size > HISTORY_BYTES:
-            file.replace(file.with_name("chat_history.old"))
         os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
     except (OSError, RuntimeError):  # RuntimeError: there is no home folder
         return InMemoryHistory()
@@ -198,7 +166,6 @@ class Interruption:
         self._before: Any = None
 
     def __enter__(self) -> Interruption:
-        self.asked = False
         self._before = signal.signal(signal.SIGINT, self._handle)
         return self
 

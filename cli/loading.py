@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.progress import DownloadColumn, TransferSpeedColumn
 
 import mlx_mtp
 import mlx_mtp.loading
 from mlx_mtp.cli import notices, options
-from mlx_mtp.cli.progress import LoadBar
+from mlx_mtp.cli.progress import PatientBar
+
+VERBS = {"download": "downloading", "load": "reading"}
 
 
 def load(
@@ -19,9 +22,10 @@ def load(
     draft_head_bits: str = "auto",
     max_context: int | None = None,
 ) -> mlx_mtp.Engine:
-    """An engine from options as they stand on the command line; bars on a terminal for what takes long."""
-    with notices.held_back(), LoadBar(Console(stderr=True)) as bar:
+    """An engine from options as they are on the command line; bars on a terminal for what takes long."""
+    with notices.held_back(), PatientBar(Console(stderr=True), DownloadColumn(), TransferSpeedColumn()) as bar:
         return mlx_mtp.loading.load(
             model, drafter=drafter, depth=options.depth_value(depth), mode=mode, max_context=max_context,
-            draft_head_bits=options.head_bits_value(draft_head_bits), on_progress=bar.update,
+            draft_head_bits=options.head_bits_value(draft_head_bits),
+            on_progress=lambda at: bar.update(f"{VERBS[at.what]} {at.name}", at.done, at.total),
         )  # fmt: skip

@@ -37,6 +37,15 @@ MaxContext = Annotated[
 ]
 
 
+def is_utf8(text: str) -> bool:
+    """Whether an argument or a line was UTF-8; Python keeps other bytes as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def depth_value(text: str) -> int | str:
     """'auto' or a whole number; its range is checked where the drafter is known."""
     if text == "auto":
@@ -44,7 +53,7 @@ def depth_value(text: str) -> int | str:
     try:
         return int(text)
     except ValueError:
-        raise OptionError(f"Expected --depth 'auto' or 0 to 8, found '{text}'.") from None
+        raise OptionError(f"--depth must be 'auto' or 0 to 8, not '{text}'.") from None
 
 
 def head_bits_value(text: str) -> int | str:
@@ -55,7 +64,6 @@ def head_bits_value(text: str) -> int | str:
 def token_ids(text: str) -> list[int]:
     """'1,2,3' -> [1, 2, 3]; PromptError for anything else."""
     try:
-        ids = [int(part) for part in text.split(",")]
+        return [int(part) for part in text.split(",")]
     except ValueError:
-        raise PromptError(f"Expected --tokens as whole numbers with commas, like 1,2,3, found '{text}'.") from None
-    return ids
+        raise PromptError(f"--tokens must be whole numbers with commas, like 1,2,3, not '{text}'.") from None

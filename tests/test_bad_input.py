@@ -295,7 +295,7 @@ def test_bytes_flipped_in_the_header_never_crash(run: Run, copy: Callable[[Path]
     whole = file.read_bytes()
     (length,) = struct.unpack("<Q", whole[:8])
     codes = []
-    for place in range(0, 8 + length, 37):
+    for place in range(0, 8 + length, 151):
         for mask in (0x01, 0x80):
             flipped = bytearray(whole)
             flipped[place] ^= mask
@@ -413,10 +413,10 @@ def test_prompts(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "both" in refused("text", "--model", TARGET, "--tokens", "1")
     assert "empty" in refused("", "--model", TARGET)
     assert "--tokens" in refused("text", "--model", TARGET)
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    assert "empty" in refused("-", "--model", TARGET)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
-    assert "UTF-8" in refused("-", "--model", TARGET)
+    bom = "\ufeff".encode()  # nothing but the mark is nothing
+    for piped, word in ((b"", "empty"), (bom, "empty"), (b"caf\xe9", "UTF-8"), ("Text".encode("utf-16"), "UTF-8")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped), encoding="utf-8"))
+        assert word in refused("-", "--model", TARGET)
     assert "UTF-8" in refused("caf\udce9", "--model", TARGET)
 
 
@@ -441,12 +441,9 @@ def test_options_out_of_range(refused: Refused, options: list[str]) -> None:
     assert options[0].removeprefix("--").replace("-", "_") in found.replace("-", "_") and options[1] in found
 
 
-@pytest.mark.parametrize(
-    "options", [["--nope"], ["--max-tokens", "x"], ["--temperature", "x"], ["--depth"], ["a", "b"]]
-)
-def test_usage_errors(run: Run, options: list[str]) -> None:
-    code, out, err = run(*options)
-    assert code == 2 and out == "" and "Traceback" not in err and err
+@pytest.mark.parametrize("args", [["--nope"], ["--max-tokens", "x"], ["--temperature", "x"], ["--depth"], ["a", "b"]])
+def test_a_command_line_that_makes_no_sense(refused: Refused, args: list[str]) -> None:
+    refused(*args)
 
 
 def test_broken_tokenizer(refused: Refused, copy: Callable[[Path], Path]) -> None:
@@ -467,13 +464,9 @@ def process(*args: object) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize(
-    "args", [["--model", "no/such", "--tokens", "1"], ["--model", TARGET, "--tokens", "128"],
-             ["--model", TARGET, "--drafter", KEQV / "assistant_tied", "--tokens", "1"]]
-)  # fmt: skip
-def test_processes_say_one_sentence(args: list[object]) -> None:
-    """The second has a warning pending (no drafter is known), which a refusal must not let through."""
-    one_sentence(*process(*args))
+def test_a_process_says_one_sentence() -> None:
+    """A warning is pending (no drafter is known), which a refusal must not let through."""
+    one_sentence(*process("--model", TARGET, "--tokens", "128"))
 
 
 def test_warnings_still_come_with_good_input() -> None:
@@ -517,12 +510,3 @@ def test_raw_takes_the_prompt_as_it_stands(run: Run) -> None:
         assert code == 0 and err == ""
         lengths.append(json.loads(out)["stats"]["prompt_tokens"])
     assert lengths[0] < lengths[1]
-
-
-@pytest.mark.parametrize("args", [["generate", "--nope"], ["generate", "a", "--max-tokens", "x"], ["nope"], ["train"]])
-def test_a_command_line_that_makes_no_sense(args: list[str], monkeypatch, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", ["mlx-mtp", *args])
-    with pytest.raises(SystemExit) as end:
-        app.main()
-    out, err = capsys.readouterr()
-    one_sentence(int(end.value.code or 0), out, err)

@@ -101,7 +101,7 @@ def test_text_of_any_kind_comes_back(folder: Path, tmp_path: Path) -> None:
 
 def test_another_model_is_refused(folder: Path, saved: tuple[mlx_mtp.Engine, Path], tmp_path: Path) -> None:
     copy_with_tokenizer("keqv", tmp_path / "target")
-    assert "with this model" in refused(mlx_mtp.load(tmp_path / "target", drafter=None), saved[1])
+    assert "with another model" in refused(mlx_mtp.load(tmp_path / "target", drafter=None), saved[1])
     other_words = [*WORDS[:-2], WORDS[-1], WORDS[-2]]
     copy_with_tokenizer("ple", tmp_path / "words" / "target", other_words)
     assert "tokenizer" in refused(mlx_mtp.load(tmp_path / "words" / "target", drafter=None), saved[1])
@@ -236,7 +236,7 @@ def test_tensors_too_few_or_too_many(saved: tuple[mlx_mtp.Engine, Path], tmp_pat
 
 def test_what_is_no_chat(saved: tuple[mlx_mtp.Engine, Path], folder: Path, tmp_path: Path) -> None:
     engine = saved[0]
-    assert "found none" in refused(engine, tmp_path / "nowhere")
+    assert "no saved conversation" in refused(engine, tmp_path / "nowhere")
     for name in ("", ".", "/", "a\0b", "x" * 300, tmp_path, "/dev/null", "no/such/\n/folder"):
         refused(engine, name)
     (tmp_path / "text.safetensors").write_text("Hello")
@@ -287,8 +287,8 @@ def test_other_files_are_not_replaced(folder: Path, saved: tuple[mlx_mtp.Engine,
     (tmp_path / "folder.safetensors").mkdir()
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()}
     for path in before:
-        assert "another file" in unsaved(chat, path)
-        assert "another file" in unsaved(chat, path.with_suffix(""))
+        assert "is not replaced" in unsaved(chat, path)
+        assert "is not replaced" in unsaved(chat, path.with_suffix(""))
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()} == before
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(saved[1].read_bytes()[:-5])

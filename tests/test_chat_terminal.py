@@ -1,16 +1,18 @@
-"""`mlx-mtp chat` in a pseudo-terminal and in pipes: typing, Ctrl-C, resize, a paste of 2,000 lines, exit codes."""
+"""`mlx-mtp chat` in a pseudo-terminal and in pipes: typing, Ctrl-C, resize, a paste, exit codes."""
 
 from __future__ import annotations
 
 import io
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pexpect
 import pyte
@@ -35,12 +37,13 @@ def environment(folder: Path, **changes: str) -> dict[str, str]:
 class Terminal:
     """A chat on a terminal that answers what terminals are asked, and remembers what left the screen."""
 
-    def __init__(self, folder: Path, *options: str, columns: int = 100, rows: int = 30, **variables: str) -> None:
+    def __init__(self, folder: Path, *options: str, columns: int = 100, into: str = "", **variables: str) -> None:
+        command = shlex.join([sys.executable, *CHAT, *options]) + into
         self.child = pexpect.spawn(
-            sys.executable, [*CHAT, *options], dimensions=(rows, columns), env=environment(folder, **variables),
+            "bash", ["-c", f"exec {command}"], dimensions=(30, columns), env=environment(folder, **variables),
             encoding="utf-8", timeout=PATIENCE,
         )  # fmt: skip
-        self.screen = pyte.HistoryScreen(columns, rows, history=20_000, ratio=0.001)
+        self.screen = pyte.HistoryScreen(columns, 30, history=20_000, ratio=0.001)
         self.screen.write_process_input = self.child.send
         self._stream, self.raw = pyte.Stream(self.screen), ""
 
@@ -62,17 +65,11 @@ class Terminal:
         self._stream.feed(found)
         return True
 
-    def wait(self, *wanted: str, times: int = 1) -> None:
-        """Until all of these are to be seen so many times."""
+    def wait(self, wanted: str) -> None:
+        """Until this is to be seen."""
         end = time.monotonic() + PATIENCE
-        while not all(self.text.count(each) >= times for each in wanted):
+        while wanted not in self.text:
             assert time.monotonic() < end and self.read(), self.text
-
-    def send(self, text: str) -> None:
-        for at in range(0, len(text), 1000):  # a terminal takes only so much at once
-            self.child.send(text[at : at + 1000])
-            if len(text) > 1000:
-                self.read()
 
     def resize(self, columns: int, rows: int) -> None:
         self.screen.resize(rows, columns)
@@ -86,107 +83,97 @@ class Terminal:
         assert "Traceback" not in self.text
         return int(self.child.exitstatus)
 
+    @property
+    def colours(self) -> bool:
+        """30 to 49 and 90 to 107 are colours, alone or before or after others."""
+        return bool(re.search(r"\x1b\[(?:[\d;]*;)?(?:[34]\d|9\d|10[0-7])(?:;[\d;]*)?m", self.raw))
+
 
 @pytest.fixture
-def terminals(tmp_path: Path) -> Iterator[list[Terminal]]:
-    """Chats that end with the test."""
-    opened: list[Terminal] = []
-    yield opened
-    for terminal in opened:
-        terminal.child.close(force=True)
+def opened(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
+    """A chat that is ready, and ends with the test."""
+    chats: list[Terminal] = []
+
+    def start(*options: str, folder: Path = tmp_path, **settings: Any) -> Terminal:
+        chats.append(Terminal(folder, *options, **settings))
+        chats[-1].wait(READY)
+        return chats[-1]
+
+    yield start
+    for chat in chats:
+        chat.child.close(force=True)
 
 
-def test_typing_stopping_and_leaving(tmp_path: Path, terminals: list[Terminal]) -> None:
-    chat = Terminal(tmp_path, *ENDLESS)
-    terminals.append(chat)
-    chat.wait(READY)
-    chat.send("one line\\\rtwo\x1b\rthree")  # a backslash, then Alt-Enter
+def test_typing_stopping_and_leaving(tmp_path: Path, opened: Callable[..., Terminal]) -> None:
+    chat = opened(*ENDLESS)
+    chat.child.send("one line\\\rtwo\x1b\rthree")  # a backslash, then Alt-Enter
     chat.wait("> one line\n  two\n  three")
-    chat.send("\x03")  # clears it
-    chat.send("What does `shutil.copytree` do?\r")
+    chat.child.send("\x03")  # clears it
+    chat.child.send("What does `shutil.copytree` do?\r")
     chat.wait("Return the file")
-    chat.child.sendintr()
-    chat.wait("stopped\n>")
-    chat.send("/stats\r")
-    chat.wait("1 turns")  # the answer so far is part of the conversation
-    chat.send("\x1b[A\x1b[A")  # up to the last but one of the history
-    chat.wait("> What does `shutil.copytree` do?", times=2)
-    chat.send("\x03\x03")  # clears it; then there is nothing to clear
-    chat.wait("> Ctrl-D leaves, /help shows the commands.")
-    chat.send("\x03\x04")  # in one breath
-    assert chat.ended() == 0
-    assert "shutil.copytree" in (tmp_path / "mlx_mtp" / "chat_history").read_text()
-    assert (tmp_path / "mlx_mtp" / "chat_history").stat().st_mode & 0o077 == 0
-
-
-def test_what_is_typed_while_a_reply_runs_waits(tmp_path: Path, terminals: list[Terminal]) -> None:
-    chat = Terminal(tmp_path, "--max-tokens", "150")
-    terminals.append(chat)
-    chat.wait(READY)
-    chat.send("What does `shutil.copytree` do?\r")
-    chat.wait("Return the file")
-    chat.send("/stats\rtyped ahead\r\x04")
-    assert chat.ended() == 0
-    assert re.search(r"tokens per round.*\n> /stats\nconversation +1 turns", chat.text)
-    assert "typed ahead" not in chat.text.partition("> /stats")[0] and chat.text.count("cut at max_tokens") == 2
-
-
-def test_resize_in_mid_reply(tmp_path: Path, terminals: list[Terminal]) -> None:
-    chat = Terminal(tmp_path, *ENDLESS)
-    terminals.append(chat)
-    chat.wait(READY)
-    chat.send("What does `shutil.copytree` do?\r")
-    for columns, rows in ((40, 30), (120, 8), (60, 24)):
+    for columns, rows in ((40, 30), (120, 8), (100, 30)):
         seen = len(chat.raw)
         chat.resize(columns, rows)
         while len(chat.raw) < seen + 300:  # goes on
             assert chat.read()
     chat.child.sendintr()
     chat.wait("stopped\n>")
-    chat.send("/save " + str(tmp_path / "kept") + "\r")
-    chat.wait("saved in")
-    chat.send("/quit\r")
-    assert chat.ended() == 0 and (tmp_path / "kept.safetensors").exists()
+    chat.child.send("/stats\r")
+    chat.wait("1 turns")  # the answer so far is part of the conversation
+    chat.child.send("\x1b[A\x1b[A")  # up to the last but one of the history
+    chat.wait("no finished reply yet\n> What does `shutil.copytree` do?")
+    chat.child.send("\x03\x03")  # clears it; then there is nothing to clear
+    chat.wait("> Ctrl-D leaves, /help shows the commands.")
+    chat.child.send("\x03\x04")  # in one breath
+    assert chat.ended() == 0 and chat.colours
+    assert "shutil.copytree" in (tmp_path / "mlx_mtp" / "chat_history").read_text()
+    assert (tmp_path / "mlx_mtp" / "chat_history").stat().st_mode & 0o077 == 0
 
 
-def test_a_paste_of_2000_lines_is_one_message(tmp_path: Path, terminals: list[Terminal]) -> None:
-    chat = Terminal(tmp_path, "--max-tokens", "4")
-    terminals.append(chat)
-    chat.wait(READY)
-    lines = [f"{i % 10}" for i in range(2000)]
-    chat.send("\x1b[200~" + "\r".join([*lines, "the last line"]) + "\x1b[201~")
+def test_what_is_typed_while_a_reply_runs_waits(opened: Callable[..., Terminal]) -> None:
+    """And a paste is one message."""
+    chat = opened("--max-tokens", "150")
+    chat.child.send("\x1b[200~" + "\r".join([*map(str, range(60)), "the last line"]) + "\x1b[201~")
     chat.wait("the last line")
     assert "tokens/s" not in chat.text  # nothing was sent yet
-    chat.send("\r")
-    chat.wait("cut at max_tokens\n>")
-    chat.send("/stats\r")
-    chat.wait("peak memory")
-    assert "1 turns" in chat.text
-    assert int(re.findall(r"(\d+) tokens, \d+ prefilled", chat.text)[0]) > 4000  # a digit and a line end each
-    chat.send("/quit\r")
+    seen = len(chat.raw)
+    chat.child.send("\r")
+    while len(chat.raw) < seen + 300:
+        assert chat.read()
+    chat.child.send("/stats\rtyped ahead\r\x04")
     assert chat.ended() == 0
+    assert re.search(r"tokens per round.*\n> /stats\nconversation +1 turns", chat.text)
+    assert int(re.findall(r"(\d+) tokens, \d+ prefilled", chat.text)[0]) > 120  # a number and a line end each
+    assert "typed ahead" not in chat.text.partition("> /stats")[0] and chat.text.count("cut at max_tokens") == 2
 
 
-@pytest.mark.parametrize(("variables", "colours"), [({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False), ({}, True)])
-def test_colours_and_40_columns(
-    tmp_path: Path, terminals: list[Terminal], variables: dict[str, str], colours: bool
+@pytest.mark.parametrize("variables", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_no_colours_and_40_columns(
+    tmp_path: Path, opened: Callable[..., Terminal], variables: dict[str, str]
 ) -> None:
     history = tmp_path / "no folder"
     history.write_text("")  # so that no history can be kept
-    chat = Terminal(history, "--max-tokens", "30", columns=40, **variables)
-    terminals.append(chat)
-    chat.wait(READY)
-    chat.send("What does os.walk do?\r")
+    chat = opened("--max-tokens", "30", folder=history, columns=40, **variables)
+    chat.child.send("What does os.walk do?\r")
     chat.wait("tokens/s")
-    chat.send("/nonsense\r")
-    chat.wait("Expected a command")
-    chat.send("\x04")
-    assert chat.ended() == 0
+    chat.child.send("/nonsense\r")
+    chat.wait("There is no command")
+    chat.child.send("\x04")
+    assert chat.ended() == 0 and not chat.colours
     assert "```python" in chat.text and "Return the current" in chat.text
-    if variables.get("TERM") == "dumb":
-        assert "\x1b" not in chat.raw
-    # 30 to 49 and 90 to 107 are colours, alone or in front of or behind others.
-    assert bool(re.search(r"\x1b\[(?:[\d;]*;)?(?:[34]\d|9\d|10[0-7])(?:;[\d;]*)?m", chat.raw)) == colours
+    assert "\x1b" not in chat.raw or "TERM" not in variables
+
+
+def test_only_standard_output_is_a_file(tmp_path: Path, opened: Callable[..., Terminal]) -> None:
+    """The prompt and the figures are on the terminal, the replies in the file."""
+    file = tmp_path / "replies"
+    chat = opened("--max-tokens", "12", into=f" > {shlex.quote(str(file))}")
+    chat.child.send("What does os.walk do?\r")
+    chat.wait("tokens/s")
+    chat.child.send("\x04")
+    assert chat.ended() == 0
+    assert file.read_bytes().startswith(b"```python\n") and b"\x1b" not in file.read_bytes()
+    assert "```python" not in chat.text
 
 
 @pytest.fixture
@@ -214,7 +201,8 @@ Piped = Callable[..., tuple[int, str, str]]
 
 def test_in_a_pipe_every_line_is_a_message(piped: Piped) -> None:
     """Replies alone on standard output, no colours, nothing on standard error."""
-    code, out, err = piped(b"What does os.walk do?\n\n/undo\r\nWhat does os.walk do?\nMore", "--max-tokens", "12")
+    text = b"\xef\xbb\xbfWhat does os.walk do?\n\n/undo\r\nWhat does os.walk do?\nMore"
+    code, out, err = piped(text, "--max-tokens", "12")
     assert (code, err) == (0, "") and "\x1b" not in out
     one, two, three, *_ = out.split("```python")[1:]
     assert one == two and three
@@ -226,6 +214,9 @@ def test_bad_lines_in_a_pipe(piped: Piped) -> None:
     sentences = err.splitlines()
     assert code == 2 and len(sentences) == 2 and all(line.endswith(".") for line in sentences)
     assert out.startswith("```python")
+    for text in (b"\xff\xfeO\0n\0e\0\n\0M\0o\0r\0e\0", b"\xfe\xff\0O\0n\0e\0\n\0M\0o\0r\0e"):
+        code, out, err = piped(text)
+        assert (code, out, err.count("\n")) == (2, "", 1) and "UTF-16" in err
 
 
 @pytest.mark.parametrize(
@@ -264,26 +255,6 @@ def test_standard_output_that_ends(tmp_path: Path) -> None:
                               env=environment(tmp_path), timeout=PATIENCE, check=False)  # fmt: skip
         assert done.returncode in (1, 2) and done.stdout == out
         assert complaint in done.stderr and done.stderr.count(b"\n") == bool(complaint)
-
-
-def test_only_standard_output_is_a_pipe(tmp_path: Path, terminals: list[Terminal]) -> None:
-    """The prompt and the figures are on the terminal, the replies in the file."""
-    file = tmp_path / "replies"
-    chat = Terminal.__new__(Terminal)
-    command = f"{sys.executable} {' '.join(CHAT)} --max-tokens 12 > '{file}'"
-    chat.child = pexpect.spawn("bash", ["-c", command], dimensions=(30, 100), env=environment(tmp_path),
-                               encoding="utf-8", timeout=PATIENCE)  # fmt: skip
-    chat.screen = pyte.HistoryScreen(100, 30, history=1000, ratio=0.001)
-    chat.screen.write_process_input = chat.child.send
-    chat._stream, chat.raw = pyte.Stream(chat.screen), ""
-    terminals.append(chat)
-    chat.wait(READY)
-    chat.send("What does os.walk do?\r")
-    chat.wait("tokens/s")
-    chat.send("\x04")
-    assert chat.ended() == 0
-    assert file.read_bytes().startswith(b"```python\n") and b"\x1b" not in file.read_bytes()
-    assert "```python" not in chat.text
 
 
 def test_an_interrupt_in_a_pipe_ends_with_130(tmp_path: Path) -> None:

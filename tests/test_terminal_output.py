@@ -1,4 +1,4 @@
-"""What commands show on a terminal and nowhere else: bars, the table of models, the line behind a reply; no times."""
+"""What commands show on a terminal and nowhere else: bars, the table of models, the line after a reply; no times."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 from conftest import GOLDEN
 from rich.console import Console
+from rich.progress import MofNCompleteColumn
 
 import mlx_mtp
-from mlx_mtp.checkpoints import hub, memory, pairs
+from mlx_mtp.checkpoints import memory, pairs
 from mlx_mtp.cli import app, progress
-from mlx_mtp.cli.progress import LoadBar, PrefillBar
+from mlx_mtp.cli.progress import PatientBar
 from mlx_mtp.engine import Engine
 
 TARGET, TIED = GOLDEN / "ple" / "target", GOLDEN / "ple" / "assistant_tied"
@@ -44,61 +45,32 @@ def console(terminal: bool = True) -> tuple[Console, io.StringIO]:
     return Console(file=file, force_terminal=terminal, force_interactive=terminal, width=100), file
 
 
-# Bars
-
-
 @pytest.mark.parametrize(("terminal", "began"), [(True, 0.5), (False, 2.0)])
-def test_a_short_prompt_and_a_pipe_have_no_bar(clock: Clock, terminal: bool, began: float) -> None:
+def test_what_is_quick_and_a_pipe_have_no_bar(clock: Clock, terminal: bool, began: float) -> None:
     shown, file = console(terminal)
-    with PrefillBar(shown) as bar:
+    with PatientBar(shown) as bar:
         clock.now = began
         for done in (10, 50, 100):
-            bar.update(done, 100)
-    with LoadBar(shown) as load:
-        clock.now += began
-        load.update(hub.Progress("load", "a/b", 10, 100))
+            bar.update("reading", done, 100)
     assert file.getvalue() == ""
 
 
-def test_a_long_prompt_has_a_bar_that_goes(clock: Clock) -> None:
+def test_bars_for_what_takes_long(clock: Clock) -> None:
     shown, file = console()
-    with PrefillBar(shown) as bar:
-        bar.update(1, 100)  # at once
-        assert file.getvalue() == ""
+    with PatientBar(shown, MofNCompleteColumn()) as bar:
+        bar.update("reading", 1, 100)  # at once
         clock.now = 2.0
-        bar.update(25, 100)
-        bar.update(50, 100)
+        bar.update("all there", 100, 100)  # nothing to wait for
+        assert file.getvalue() == ""
+        for what in ("reading", "fetching"):
+            bar.update(what, 25, 100)
+        bar.update("reading", 50, 100)
         bar.close()
         written = file.getvalue()
-        assert "reading the prompt" in written and "50/100" in written
+        assert "reading" in written and "fetching" in written and "50/100" in written and "all there" not in written
         assert written.endswith(("\x1b[2K", "\x1b[?25h")) and "\x1b[?25l" in written  # erased, the cursor back
         bar.close()
     assert file.getvalue() == written
-
-
-def test_a_prompt_that_is_just_done_has_none(clock: Clock) -> None:
-    shown, file = console()
-    with PrefillBar(shown) as bar:
-        clock.now = 2.0
-        bar.update(100, 100)
-    assert file.getvalue() == ""
-
-
-def test_a_bar_for_each_model_that_is_fetched_or_read(clock: Clock) -> None:
-    shown, file = console()
-    with LoadBar(shown) as bar:
-        clock.now = 2.0
-        bar.update(hub.Progress("load", "all/there", 100, 100))  # nothing to wait for
-        assert file.getvalue() == ""
-        bar.update(hub.Progress("download", "some/target", 40, 100))
-        bar.update(hub.Progress("download", "some/target", 80, 100))
-        bar.update(hub.Progress("load", "some/drafter", 10, 100))
-    written = file.getvalue()
-    assert "downloading some/target" in written and "reading some/drafter" in written and "80/100 bytes" in written
-    assert "all/there" not in written and "\x1b[?25h" in written
-
-
-# Commands
 
 
 class Screen(io.StringIO):
@@ -156,7 +128,7 @@ def test_generate_on_a_terminal_ends_with_a_line_of_figures(
 
 @pytest.fixture
 def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C behind the third token of every reply."""
+    """Ctrl-C after the third token of every reply."""
     whole = Engine.stream
 
     def stream(self: Engine, *args: Any, **options: Any) -> Iterator[mlx_mtp.Event]:

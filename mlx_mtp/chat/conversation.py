@@ -1,9 +1,5 @@
 """A conversation of several turns, whose K/V stay from one turn to the next.
 
-What it does: keeps the messages, sends them through the checkpoint's template, streams replies with thoughts told
-apart, takes back and repeats turns, saves and loads. What it does not do: run anything (engine.py), or talk to a
-terminal (cli/chat.py).
-
 Invariant: `messages` are always what was said and answered; a reply that was stopped stays as far as it came, one
 without any answer leaves them as they were. One reply runs at a time: whatever else changes the conversation ends it
 first (its generator then just ends), and messages that are edited meanwhile win over it. Every turn is the template
@@ -82,14 +78,14 @@ class Chat:
         Raises PromptError, and OptionError while another reply runs, before anything runs.
         """
         if not checks.text("The message", text, PromptError).strip():
-            raise PromptError("Expected something to say, found an empty message; write at least one character.")
+            raise PromptError("The message is empty; write at least one character.")
         return self._reply([*self.messages, {"role": "user", "content": text}], options)
 
     def retry(self, **options: Any) -> Generator[Event, None, None]:
         """Streams another reply to the last question, in place of the one there is once it has something to say."""
         messages = self.messages[:-1] if self.messages and self.messages[-1]["role"] == "assistant" else self.messages
         if not messages or messages[-1]["role"] != "user":
-            raise PromptError("Expected a question to answer again, found an empty conversation; say something first.")
+            raise PromptError("There is no question to answer again: an empty conversation; say something first.")
         return self._reply(list(messages), options)
 
     def undo(self) -> str | None:
@@ -115,7 +111,7 @@ class Chat:
     def moved(self, engine: Engine) -> Chat:
         """The same conversation with another engine, whose next reply runs all of it. PromptError without template."""
         if engine.tokenizer is None or not engine.tokenizer.has_chat_template:
-            raise PromptError("Expected a checkpoint with a chat template, found none; use another model.")
+            raise PromptError("The other checkpoint has no chat template; use another model.")
         self.stop()
         other = Chat(engine, thinking=self.thinking)
         other.messages = list(self.messages)
@@ -124,7 +120,7 @@ class Chat:
     def save(self, file: str | Path) -> Path:
         """Writes messages and K/V to `file` (".safetensors" is added where it is missing) and returns its path."""
         self.stop()
-        return saved.save_chat(self.engine, saved.Conversation(self.messages, self.thinking, self.session), Path(file))
+        return saved.save_chat(self.engine, saved.SavedChat(self.messages, self.thinking, self.session), Path(file))
 
     @classmethod
     def load(cls, engine: Engine, file: str | Path) -> Chat:
@@ -150,12 +146,10 @@ class Chat:
     def _reply(self, messages: list[Message], options: dict[str, Any]) -> Generator[Event, None, None]:
         """Checks what a reply to the last of `messages` needs; the generator keeps what comes of it."""
         if self._newest is not None and self._newest.before is not None:
-            raise OptionError(
-                "Expected no reply under way, found one that still runs; read it to its end, close it, or call stop()."
-            )
+            raise OptionError("A reply still runs; read it to its end, close it, or call stop().")
         tokenizer = self.engine.tokenizer
         if tokenizer is None:
-            raise PromptError("Expected a checkpoint with a tokenizer for a chat, found none; use another model.")
+            raise PromptError("A chat needs a tokenizer and this checkpoint has none; use another model.")
         ids = tokenizer.chat(messages, thinking=self.thinking)
         events = self.engine.stream(ids, session=self.session, tools=False, **options)
         reply = self._newest = _Reply(messages)
@@ -168,7 +162,7 @@ class Chat:
         if reply.over:
             return
         if self._newest is not reply:
-            raise OptionError("Expected the newest reply, found one that was never read before the next was asked for.")
+            raise OptionError("This reply was never read before the next was asked for; read the newest one.")
         reply.before, reply.copied, self.last = self.messages, list(self.messages), None
         try:
             for event in events:

@@ -1,12 +1,9 @@
 """A conversation on disk: its messages and its K/V, for the same model only.
 
-What it does: writes one safetensors file that replaces the last by a rename, and reads it defensively. What it does
-not do: keep a conversation's K/V for another model, another tokenizer or another layout of buffers.
-
 Format: safetensors; the metadata field "mlx_mtp" is JSON with `format`, `version`, `target`, `drafter` (fingerprints),
 `mode`, `messages`, `thinking`, `capacity`, `newest`, `memory` (the tree of a drafter's memory) and `digest`, the
-SHA-256 of all that and of the tensors. These are `ids` int32 [T], the rows that stand of every full layer `keys.<i>`,
-`values.<i>` [1, G, T, d], the whole rings of sliding ones, and `memory.<path>`, the leaves of the memory.
+SHA-256 of all that and of the tensors. These are `ids` int32 [T], `keys.<i>` and `values.<i>` [1, G, T, d] (committed
+positions of full layers, whole rings of sliding ones), and `memory.<path>`, the leaves of the memory.
 """
 
 from __future__ import annotations
@@ -38,7 +35,7 @@ FORMAT = 1
 SAMPLE = 1 << 16  # bytes of every weight file that a fingerprint reads at its start, middle and end
 WEIGHTS = 64  # values of every tensor of a drafter that its fingerprint reads at the start and at the end
 SUFFIX = ".safetensors"
-START = b'{"__metadata__":{"mlx_mtp":"{\\"format\\": '  # of the header, behind its length
+START = b'{"__metadata__":{"mlx_mtp":"{\\"format\\": '  # of the header, after its length
 ELSEWHERE = "free some disk space, or choose another path"
 
 
@@ -76,7 +73,7 @@ def drafter_fingerprint(engine: Engine) -> str:
 
 
 @dataclass(frozen=True)
-class Conversation:
+class SavedChat:
     """What is kept of a chat. messages: role and content each. thinking: whether the model is asked to think first."""
 
     messages: list[dict[str, Any]]
@@ -85,16 +82,14 @@ class Conversation:
 
 
 @threads.device_work
-def save_chat(engine: Engine, chat: Conversation, file: Path) -> Path:
+def save_chat(engine: Engine, chat: SavedChat, file: Path) -> Path:
     """Writes the conversation and returns its file's name, which ends in .safetensors.
 
     CheckpointError where the disk does not take it, or where another kind of file has that name; it is untouched then.
     """
     file = _named(file)
     if os.path.exists(file) and not _is_ours(file):
-        raise CheckpointError(
-            f"{file}: expected a new name or an earlier conversation, found another file; choose another name."
-        )
+        raise CheckpointError(f"{file} is no saved conversation and is not replaced; choose another name.")
     session = chat.session
     about: dict[str, Any] = {
         "format": FORMAT, "messages": chat.messages, "thinking": chat.thinking,
@@ -117,7 +112,7 @@ def save_chat(engine: Engine, chat: Conversation, file: Path) -> Path:
 def _named(file: Path) -> Path:
     """The file a conversation of this name is in; CheckpointError for what can be no file's name."""
     if not file.name or "\0" in str(file):
-        raise CheckpointError(f"Expected a file's name for the conversation, found '{file}'; write one, like session.")
+        raise CheckpointError(f"'{file}' is no file's name; write one, like session.")
     return file if file.suffix == SUFFIX else file.with_name(file.name + SUFFIX)
 
 
@@ -178,7 +173,7 @@ def unpacked(tree: Any, tensors: Mapping[str, mx.array]) -> Any:
 
 
 def _rows(cache: KVCache, length: int) -> dict[str, mx.array]:
-    """K/V without the rows that nobody committed."""
+    """K/V without positions that were not committed."""
     found = {}
     for i, shape in enumerate(cache.shapes):
         for name, buffers in (("keys", cache.keys), ("values", cache.values)):
@@ -187,7 +182,7 @@ def _rows(cache: KVCache, length: int) -> dict[str, mx.array]:
 
 
 @threads.device_work
-def load_chat(engine: Engine, file: Path) -> Conversation:
+def load_chat(engine: Engine, file: Path) -> SavedChat:
     """The conversation of a file; CheckpointError where it is another model's, damaged, or no conversation.
 
     With another drafter, mode or version of mlx_mtp than it was saved with, the K/V are computed anew when the
@@ -198,20 +193,20 @@ def load_chat(engine: Engine, file: Path) -> Conversation:
     tensors, about = _read(file)
     if about["target"] != fingerprint(engine.target.path):
         raise CheckpointError(
-            f"{file}: expected a conversation with this model, found one with another (or with other weights or "
-            "another tokenizer); load the model it was saved with."
+            f"{file}: this conversation was with another model, other weights or another tokenizer; load the model it "
+            "was saved with."
         )
     session = Session()
     if "capacity" in about and all(about[name] == mine for name, mine in _layout(engine).items()):
         ids = np.array(tensors.pop("ids")).tolist()
         if (lease := _lease(engine, tensors, about, ids, file)) is not None:
             session.fill(engine.pair, lease, ids)
-    return Conversation(about["messages"], about["thinking"], session)
+    return SavedChat(about["messages"], about["thinking"], session)
 
 
 def _read(file: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
     if not os.path.isfile(file):
-        raise CheckpointError(f"Expected a saved conversation at '{file}', found none; check the path.")
+        raise CheckpointError(f"There is no saved conversation at '{file}'; check the path.")
     header_of(file)
     try:
         loaded: Any = mx.load(str(file), return_metadata=True)
@@ -219,11 +214,11 @@ def _read(file: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
         about = json.loads(metadata["mlx_mtp"])
         mx.eval(tensors)
     except (RuntimeError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(file, "no conversation that was saved by this program") from error
+        raise _damaged(file, "was not saved by this program") from error
     if not isinstance(about, dict) or about.pop("digest", None) != _digest(about, tensors):
-        raise _damaged(file, "one that was changed or damaged")
+        raise _damaged(file, "was changed or damaged")
     if not _is_sound(about, tensors):
-        raise _damaged(file, f"one of another format than {FORMAT}")
+        raise _damaged(file, f"is not of format {FORMAT}")
     return tensors, about
 
 
@@ -246,20 +241,20 @@ def _is_sound(about: dict[str, Any], tensors: Mapping[str, mx.array]) -> bool:
 
 
 def _damaged(file: Path, found: str) -> CheckpointError:
-    return CheckpointError(f"{file}: expected a saved conversation, found {found}; use a file that 'save' has written.")
+    return CheckpointError(f"{file} {found}; use a conversation that 'save' has written.")
 
 
 def _lease(
     engine: Engine, tensors: dict[str, mx.array], about: dict[str, Any], ids: list[int], file: Path
 ) -> Lease | None:
-    """Buffers of this engine's own layout, filled with the file's rows; CheckpointError where those do not fit.
+    """Buffers of this engine's own layout, with the file's K/V in them; CheckpointError where those do not fit.
 
     None where the drafter's memory is another tree than this one's, so that all of it must be computed anew.
     """
     info, capacity = engine.target.info, about["capacity"]
     newest, most = about.get("newest", -1), capacity_for(info.max_context + 2 * SLACK)
     if not 0 < len(ids) <= min(newest + 1, info.max_context) or not newest < capacity <= most:
-        raise _damaged(file, f"{len(ids)} tokens in room for {capacity}, which this model cannot have written")
+        raise _damaged(file, f"has {len(ids)} tokens in room for {capacity}, which this model cannot have written")
     cache = engine.target.new_cache(capacity)
     memory: Any = engine.drafter.start(1, capacity) if engine.drafter else {}
     leaves: dict[str, mx.array] = {}
@@ -267,7 +262,7 @@ def _lease(
         return None
     wanted = {name: (t.shape, t.dtype) for name, t in (leaves | _rows(cache, len(ids))).items()}
     if wanted != {name: (t.shape, t.dtype) for name, t in tensors.items()}:
-        raise _damaged(file, "K/V of other shapes than this model's")
+        raise _damaged(file, "has K/V of other shapes than this model's")
     for i, shape in enumerate(cache.shapes):
         for name, buffers in (("keys", cache.keys), ("values", cache.values)):
             rows = tensors[f"{name}.{i}"]
