@@ -39,7 +39,7 @@ def ratio(row: Results) -> str:
     return f"{row['ratio']:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
 
 
-def shares(values: Sequence[float]) -> str:
+def rates(values: Sequence[float]) -> str:
     """'66 58 49 %'."""
     return " ".join(f"{100 * value:.0f}" for value in values) + " %"
 
@@ -90,7 +90,7 @@ def bench_acceptance(results: Results) -> Rows:
             rows.append([
                 f"{ARMS.get(name, name)}, {temperature(sampling)}",
                 f"{rate['median']:.0f} ({rate['low']:.0f} to {rate['high']:.0f})",
-                shares(arm["acceptance"]) if arm["acceptance"] else "",
+                rates(arm["acceptance"]) if arm["acceptance"] else "",
             ])  # fmt: skip
     return ("configuration", "tokens/s (range)", "acceptance by position"), rows
 
@@ -187,7 +187,7 @@ def families(results: Results) -> Rows:
         drafted = "tokens_per_round" in row
         rows.append([
             name, ratio(row), str(row["depth"]) if drafted else "",
-            f"{row['tokens_per_round']:.2f}" if drafted else "", shares(row["acceptance"]) if drafted else "",
+            f"{row['tokens_per_round']:.2f}" if drafted else "", rates(row["acceptance"]) if drafted else "",
             f"{row['draft_milliseconds']:.2f}" if drafted else "",
             f"{row['parameters'] / 1e6:.2f} M" if "parameters" in row else "",
             f"{row['training_minutes']:.0f} min" if "training_minutes" in row else "",

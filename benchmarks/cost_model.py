@@ -24,11 +24,11 @@ import common
 
 from mlx_mtp.cli.loading import load
 from mlx_mtp.generation.cache import CAPACITY_STEP
-from mlx_mtp.generation.depth import Curve, FixedDepth
+from mlx_mtp.generation.depth import FixedDepth
 from mlx_mtp.generation.loop import Decoder
 from mlx_mtp.generation.types import Sampling, Stats
 from mlx_mtp.measuring.configurations import PLAIN, STOCK, Configuration, Lineup, Plan, line_up, sampling_name
-from mlx_mtp.measuring.diagnosis import WIDEST_TIMED, Costs, Effort, measure
+from mlx_mtp.measuring.diagnosis import WIDEST_TIMED, Costs, Curve, Effort, measure
 from mlx_mtp.measuring.engines import DecodeJob, TimedRun
 from mlx_mtp.measuring.prompts import read_prompts
 from mlx_mtp.measuring.timing import Passes

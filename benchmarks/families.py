@@ -113,8 +113,8 @@ def plot(found: dict[str, dict[str, Any]], file: Path) -> None:
     left.set_xlabel("speed over stock mlx_lm (95 % interval)")
     for name in names:
         if found[name].get("acceptance"):
-            shares = found[name]["acceptance"]
-            right.plot(range(1, len(shares) + 1), shares, marker="o", label=name)
+            rates = found[name]["acceptance"]
+            right.plot(range(1, len(rates) + 1), rates, marker="o", label=name)
     right.set(xlabel="draft position", ylabel="share of drafts accepted", ylim=(0, 1))
     right.xaxis.get_major_locator().set_params(integer=True)
     right.legend()

@@ -64,14 +64,14 @@ class View(ABC):
 
 
 @dataclass(frozen=True)
-class Part:
+class Block:
     """A block of Markdown; item: or an item of a list."""
 
     kind: str
     text: str
     item: bool = False
 
-    def rows(self, console: Console, before: Part | None) -> list[Row]:
+    def rows(self, console: Console, before: Block | None) -> list[Row]:
         """It as rows of this terminal, below the part before; an empty row comes between most parts."""
         if self.kind == NOTE:
             return console.render_lines(Text(self.text, style="dim"), pad=False)
@@ -103,8 +103,8 @@ class MarkdownView(View):
         self._console = console
         self._live = Live(console=console, auto_refresh=False, transient=True, vertical_overflow="visible")
         self._kind, self._text = "", ""  # what comes in, and all of it that may still change
-        self._done: list[Part] = []  # finished and not printed yet
-        self._before: Part | None = None  # printed last
+        self._done: list[Block] = []  # finished and not printed yet
+        self._before: Block | None = None  # printed last
         # Of the open part: characters in rows that left the screen, which are printed already. Rows would not do, as
         # they change with the terminal's width.
         self._gone = 0
@@ -134,18 +134,18 @@ class MarkdownView(View):
 
     def _finish(self) -> None:
         """Nothing can follow what there is."""
-        self._done += [Part(NOTE, self._summary())] if self._kind == NOTE else self._parts(self._text)
+        self._done += [Block(NOTE, self._summary())] if self._kind == NOTE else self._parts(self._text)
         self._kind, self._text = "", ""
 
-    def _parts(self, text: str) -> list[Part]:
-        return [Part(self._kind, part, item) for part, item in split(text)]
+    def _parts(self, text: str) -> list[Block]:
+        return [Block(self._kind, part, item) for part, item in split(text)]
 
-    def _cut(self) -> Part:
+    def _cut(self) -> Block:
         """Moves what is finished out of the text; the part that is open."""
         if self._kind in ("", NOTE):
-            return Part(self._kind, f"thinking: {self._thought_tokens} tokens" if self._kind else "")
+            return Block(self._kind, f"thinking: {self._thought_tokens} tokens" if self._kind else "")
         whole, _, last = self._text.rpartition("\n")
-        *done, still_open = self._parts(whole) or [Part(self._kind, "")]
+        *done, still_open = self._parts(whole) or [Block(self._kind, "")]
         self._done += done
         self._text = self._text[sum(len(part.text) + 1 for part in done) :]
         return replace(still_open, text=self._text.removesuffix(last) if UNDECIDED.fullmatch(last) else self._text)
@@ -170,7 +170,7 @@ class MarkdownView(View):
                 self._console.print(_segments([*rows, []]))
             self._live.update(_segments(left[gone:]), refresh=True)
 
-    def _left(self, part: Part) -> list[Row]:
+    def _left(self, part: Block) -> list[Row]:
         """Its rows that are not printed yet."""
         rows, gone = part.rows(self._console, self._before), self._gone
         while rows and 0 < gone >= _characters(rows[:1]):

@@ -14,7 +14,7 @@ from greedy import lively
 from simulation import CPU, FLAT, GPU, MACHINES, Machine, Text, always, best_fixed, simulate, switching
 
 import mlx_mtp
-from mlx_mtp.generation.depth import HOLD, Curve, DepthController, DepthPolicy, FixedDepth, RoundCosts
+from mlx_mtp.generation.depth import HOLD, DepthController, DepthPolicy, FixedDepth, RoundCosts
 from mlx_mtp.generation.depth_profile import Profile, ProfileFile, forget, possible
 from mlx_mtp.generation.loop import Decoder
 
@@ -176,15 +176,6 @@ def test_plain_decoding_remembers_why() -> None:
     simulate(control, CPU, NEVER, 3000, 0, reply=3000)
     control.begin()
     assert control.tokens(8) < 1.2 and control.next() == 0
-
-
-def test_curves_are_straight_between_and_beyond_measurements() -> None:
-    curve = Curve({0: 10.0, 2: 12.0, 4: 16.0})
-    assert [curve.at(d) for d in (0, 1, 2, 3, 4, 6)] == [10.0, 11.0, 12.0, 14.0, 16.0, 20.0]
-    assert [Curve({0: 10.0, 2: 12.0, 4: 8.0}).at(d) for d in (0, 1, 2, 3, 4, 8)] == [10.0, 11.0, 12.0, 12.0, 12.0, 12.0]
-
-
-# Reasons
 
 
 def test_reasons() -> None:

@@ -24,14 +24,14 @@ from mlx_mtp.cli import app, doctor
 from mlx_mtp.drafters.assistant import Convention
 from mlx_mtp.drafters.lookup import Lookup, LookupFirst
 from mlx_mtp.generation import exactness
-from mlx_mtp.generation.depth import GAIN, Curve, FixedDepth
+from mlx_mtp.generation.depth import GAIN, FixedDepth
 from mlx_mtp.generation.depth_profile import Profile, ProfileFile
 from mlx_mtp.generation.exactness import Exactness
 from mlx_mtp.generation.loop import Decoder, GenerationRequest
 from mlx_mtp.generation.sampling import DraftSampler
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.measuring import advice, diagnosis, machine
-from mlx_mtp.measuring.diagnosis import Costs, Effort
+from mlx_mtp.measuring.diagnosis import Costs, Curve, Effort
 from mlx_mtp.measuring.timing import PieceTime, timed_in_turns
 from mlx_mtp.testing import MarkovTarget
 
@@ -389,3 +389,12 @@ def test_bad_input_is_one_sentence(
     code, out, err = command(monkeypatch, capsys, *args)
     assert (code, out) == (2, "")
     assert err.endswith(".\n") and err.count("\n") == 1 and words in err and "Traceback" not in err
+
+
+def test_curves_are_straight_between_and_beyond_measurements() -> None:
+    curve = Curve({0: 10.0, 2: 12.0, 4: 16.0})
+    assert [curve.at(d) for d in (0, 1, 2, 3, 4, 6)] == [10.0, 11.0, 12.0, 14.0, 16.0, 20.0]
+    assert [Curve({0: 10.0, 2: 12.0, 4: 8.0}).at(d) for d in (0, 1, 2, 3, 4, 8)] == [10.0, 11.0, 12.0, 12.0, 12.0, 12.0]
+
+
+# Reasons

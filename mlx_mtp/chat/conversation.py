@@ -13,12 +13,13 @@ import weakref
 from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from mlx_mtp.chat import saved
 from mlx_mtp.errors import OptionError, PromptError
 from mlx_mtp.generation import checks
 from mlx_mtp.generation.prefix import Session
+from mlx_mtp.generation.request import ReplyOptions
 from mlx_mtp.generation.types import Event, Result
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ Message = dict[str, Any]
 
 
 @dataclass
-class _Reply:
+class _Running:
     """A reply from `send` or `retry`. asked: the messages it answers. over: nothing of it counts any more."""
 
     asked: list[Message]
@@ -56,7 +57,7 @@ class Chat:
         self.messages: list[Message] = []
         self.session = Session()
         self.last: Result | None = None
-        self._newest: _Reply | None = None
+        self._newest: _Running | None = None
         self.set_system(system)
 
     @property
@@ -72,7 +73,7 @@ class Chat:
         said = [message for message in self.messages if message["role"] != "system"]
         self.messages = [{"role": "system", "content": text}, *said] if text else said
 
-    def send(self, text: str, **options: Any) -> Generator[Event, None, None]:
+    def send(self, text: str, **options: Unpack[ReplyOptions]) -> Generator[Event, None, None]:
         """Says `text` and streams the reply; options as for Engine.stream.
 
         Raises PromptError, and OptionError while another reply runs, before anything runs.
@@ -81,7 +82,7 @@ class Chat:
             raise PromptError("The message is empty; write at least one character.")
         return self._reply([*self.messages, {"role": "user", "content": text}], options)
 
-    def retry(self, **options: Any) -> Generator[Event, None, None]:
+    def retry(self, **options: Unpack[ReplyOptions]) -> Generator[Event, None, None]:
         """Streams another reply to the last question, in place of the one there is once it has something to say."""
         messages = self.messages[:-1] if self.messages and self.messages[-1]["role"] == "assistant" else self.messages
         if not messages or messages[-1]["role"] != "user":
@@ -143,7 +144,7 @@ class Chat:
         if self.session.busy:
             self.session = Session()
 
-    def _reply(self, messages: list[Message], options: dict[str, Any]) -> Generator[Event, None, None]:
+    def _reply(self, messages: list[Message], options: ReplyOptions) -> Generator[Event, None, None]:
         """Checks what a reply to the last of `messages` needs; the generator keeps what comes of it."""
         if self._newest is not None and self._newest.before is not None:
             raise OptionError("A reply still runs; read it to its end, close it, or call stop().")
@@ -152,12 +153,12 @@ class Chat:
             raise PromptError("A chat needs a tokenizer and this checkpoint has none; use another model.")
         ids = tokenizer.chat(messages, thinking=self.thinking)
         events = self.engine.stream(ids, session=self.session, tools=False, **options)
-        reply = self._newest = _Reply(messages)
+        reply = self._newest = _Running(messages)
         kept = self._kept(reply, events)
         reply.events = weakref.ref(kept)
         return kept
 
-    def _kept(self, reply: _Reply, events: Generator[Event, None, None]) -> Generator[Event, None, None]:
+    def _kept(self, reply: _Running, events: Generator[Event, None, None]) -> Generator[Event, None, None]:
         """The reply's events; whatever ends them, what was answered so far joins the messages."""
         if reply.over:
             return
@@ -179,7 +180,7 @@ class Chat:
             if self._newest is reply:
                 self._newest = None
 
-    def _settle(self, reply: _Reply) -> None:
+    def _settle(self, reply: _Running) -> None:
         """What was answered so far joins the messages, once; a question without any answer is as good as not asked."""
         untouched = self.messages is reply.before and self.messages == reply.copied
         if untouched and not reply.over and reply.answer.strip():

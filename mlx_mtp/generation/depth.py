@@ -111,25 +111,6 @@ def _drafts(count: int) -> str:
     return "1 token" if count == 1 else f"{count} tokens"
 
 
-@dataclass
-class Curve:
-    """Seconds of a round by depth, as measured: straight lines between and beyond, and more drafts take no less."""
-
-    seconds: dict[int, float]
-
-    def __post_init__(self) -> None:
-        depths = sorted(self.seconds)
-        self.seconds = dict(zip(depths, accumulate((self.seconds[depth] for depth in depths), max), strict=True))
-
-    def at(self, depth: int) -> float:
-        """Expected seconds of a round of this depth."""
-        known = sorted(self.seconds)
-        below = max((d for d in known[:-1] if d <= depth), default=known[0])
-        above = next((d for d in known if d > below), below)
-        slope = (self.seconds[above] - self.seconds[below]) / max(1, above - below)
-        return self.seconds[below] + slope * (depth - below)
-
-
 class RoundCosts:
     """What a round of each depth costs in plain rounds, and how fast plain rounds are now: a Kalman filter.
 

@@ -10,26 +10,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Sequence
 from itertools import repeat
-from typing import Protocol
 
 from mlx_mtp.generation.loop import Chunk
 from mlx_mtp.generation.types import Event, Result
 from mlx_mtp.text.channels import Channels, Pieces, joined
+from mlx_mtp.text.detokenizer import Detokenizer
 from mlx_mtp.text.tokenizer import StopStrings
-
-
-class Detokenizer(Protocol):
-    """Tokens to text, one after the other."""
-
-    @property
-    def last_segment(self) -> str:
-        """Text since this was last read."""
-
-    def add_token(self, token: int) -> None:
-        """One more token."""
-
-    def finalize(self) -> None:
-        """Nothing follows: what was held back is text."""
 
 
 class Reply:
@@ -64,11 +50,11 @@ class Reply:
         """Whether an ending token or a stop string ended it."""
         return self.stopped or self.stop_token is not None
 
-    def extend(self, chunk: Chunk, ends: Collection[int]) -> None:
-        """New tokens, up to one of `ends` (which belongs to no reply) or to the one that completes a stop string."""
+    def extend(self, chunk: Chunk, stop_tokens: Collection[int]) -> None:
+        """New tokens, up to a stop token (which belongs to no reply) or to the one that completes a stop string."""
         logprobs, tops = chunk.logprobs or repeat(None), chunk.top or repeat(None)
         for token, logprob, top in zip(chunk.tokens, logprobs, tops, strict=False):
-            if not self.stopped and token in ends:
+            if not self.stopped and token in stop_tokens:
                 self.stop_token = token
             if self.over:
                 return

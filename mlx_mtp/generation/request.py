@@ -17,19 +17,24 @@ LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 PrefillProgress = Callable[[int, int], None]
 
 
-class RequestOptions(TypedDict, total=False):
-    """The keywords of `Engine.request`, `stream`, `generate`, `Chat.send` and `Chat.retry`; see `Engine.request`."""
+class ReplyOptions(TypedDict, total=False):
+    """The keywords of `Chat.send` and `Chat.retry`; see `Engine.request`."""
 
     max_tokens: int
     sampling: Sampling | None
     stop: str | Sequence[str] | None
     seed: int | None
     logprobs: int
-    raw: bool
-    thinking: bool
     ignore_end: bool
     logits_processors: Sequence[LogitsProcessor]
     on_prefill: PrefillProgress | None
+
+
+class RequestOptions(ReplyOptions, total=False):
+    """The keywords of `Engine.request`, `stream` and `generate`; a chat decides these by itself."""
+
+    raw: bool
+    thinking: bool
     session: Session | None
     tools: bool | Sequence[Mapping[str, Any]]
 

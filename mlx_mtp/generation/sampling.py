@@ -101,7 +101,7 @@ def point_mass(tokens: mx.array) -> TokenDistribution:
 
 @dataclass(frozen=True)
 class SamplingSpec:
-    """What of a Sampling shapes the graph. Equal rules share compiled rounds; the values travel as `knobs`."""
+    """The part of a Sampling that shapes the graph; equal specs share compiled rounds. Values are SamplingArrays."""
 
     greedy: bool = True
     top_k: int = 0
@@ -113,7 +113,7 @@ class SamplingSpec:
 
     @classmethod
     def of(cls, sampling: Sampling, vocab_size: int, logprobs: int = 0) -> SamplingSpec:
-        """The rules of a resolved Sampling (no field None)."""
+        """The spec of a resolved Sampling (no field None)."""
         assert sampling.temperature is not None and sampling.top_k is not None
         filtered = sampling.temperature > 0
         return cls(

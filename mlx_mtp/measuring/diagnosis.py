@@ -9,6 +9,7 @@ import math
 import statistics
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -20,7 +21,7 @@ from mlx_mtp.drafters.assistant import Assistant, Convention
 from mlx_mtp.drafters.lookup import LookupFirst
 from mlx_mtp.engine import DEEPEST, Engine
 from mlx_mtp.generation.cache import CAPACITY_STEP, capacity_for
-from mlx_mtp.generation.depth import Curve, FixedDepth, best_depth, expected_tokens
+from mlx_mtp.generation.depth import FixedDepth, best_depth, expected_tokens
 from mlx_mtp.generation.exactness import Exactness, Probes
 from mlx_mtp.generation.interfaces import Drafter, Target
 from mlx_mtp.generation.loop import Decoder, GenerationRequest
@@ -38,6 +39,25 @@ ACCEPTANCES = (0.5, 0.7, 0.9)
 PROBED_CAPACITIES = (CAPACITY_STEP, 1024, 3840)  # for which `doctor --mode exact` says how passes are exact
 COMPARED_TOKENS = 48  # of each reply on which the two conventions are compared
 DEVIATIONS = 2.0  # of the standard kind, from which on two conventions differ by more than noise
+
+@dataclass
+class Curve:
+    """Seconds of a round by depth, as measured: straight lines between and beyond, and more drafts take no less."""
+
+    seconds: dict[int, float]
+
+    def __post_init__(self) -> None:
+        depths = sorted(self.seconds)
+        self.seconds = dict(zip(depths, accumulate((self.seconds[depth] for depth in depths), max), strict=True))
+
+    def at(self, depth: int) -> float:
+        """Expected seconds of a round of this depth."""
+        known = sorted(self.seconds)
+        below = max((d for d in known[:-1] if d <= depth), default=known[0])
+        above = next((d for d in known if d > below), below)
+        slope = (self.seconds[above] - self.seconds[below]) / max(1, above - below)
+        return self.seconds[below] + slope * (depth - below)
+
 
 @dataclass(frozen=True)
 class Effort:

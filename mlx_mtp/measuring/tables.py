@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-SHARES = ("acceptance", "scatter", "share_a", "share_b")
+RATES = ("acceptance", "scatter", "share_a", "share_b")
 # Names of the JSON objects that say too little by themselves.
 LABELS = {
     "arm": "configuration", "rows": "tokens of a pass", "tau": "tokens per round", "output": "greedy output",
@@ -66,7 +66,7 @@ def cell(name: str, value: Any) -> str:
         case int() if name.endswith("bytes"):
             return f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
         case float():
-            return f"{value:.0%}" if name in SHARES else f"{value:.2f}"
+            return f"{value:.0%}" if name in RATES else f"{value:.2f}"
         case list() | tuple():
             return " ".join(cell(name, one) for one in value)
         case {"low": low, "high": high, **middle}:

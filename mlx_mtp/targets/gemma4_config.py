@@ -117,7 +117,7 @@ def _kinds(text: Mapping[str, Any], layers: int, shared: int) -> list[str]:
     if missing := set(kinds) - set(kinds[: layers - shared]):
         raise CheckpointError(
             f"config.json: expected a {missing.pop()} layer among the first {layers - shared}, which the "
-            f"{shared} layers behind them could read, found none; use the config.json that belongs to this checkpoint."
+            f"{shared} layers after them could read, found none; use the config.json that belongs to this checkpoint."
         )
     return kinds
 

@@ -214,7 +214,7 @@ class GenericTarget:
         return States(states.hidden[:, rows - keep :], trunk)
 
     def head(self, hidden: mx.array) -> mx.array:
-        """Hidden [B, M, D] -> float32 logits [B, M, V], by all that the model does behind its trunk."""
+        """Hidden [B, M, D] -> float32 logits [B, M, V], by all that the model does after its trunk."""
         return self._head(hidden).astype(mx.float32)
 
     @threads.device_arrays
@@ -231,7 +231,7 @@ class GenericTarget:
         hidden, residual = trunk.returned, last.received
         if not isinstance(hidden, mx.array) or hidden.ndim != 3 or not isinstance(logits, mx.array):
             raise UnsupportedModel(
-                f"{self._name}: expected one array of states [B, M, D] behind the layers, found something else; "
+                f"{self._name}: expected one array of states [B, M, D] after the layers, found something else; "
                 "use another model."
             )
         fits = isinstance(residual, mx.array) and residual.shape == hidden.shape
@@ -361,7 +361,7 @@ def has_model(config: Mapping[str, Any]) -> bool:
 def _classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
     """mlx-lm's classes for a config.json; the model's weights lose the modules that a checkpoint carries for drafting.
 
-    DeepSeek's layout numbers those as layers behind the last. mlx-lm drops number 61 of deepseek_v3, whatever the
+    DeepSeek's layout numbers those as layers after the last. mlx-lm drops number 61 of deepseek_v3, whatever the
     model's size, and refuses any other as unknown weights.
     """
     model_class, args_class = _get_classes(config)
