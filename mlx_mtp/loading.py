@@ -73,8 +73,7 @@ def load(
         log.warning("MLX was imported before mlx_mtp and is bound to its slow BLAS: import mlx_mtp first.")
 
     source = _resolve(model)
-    plan = _plan_drafter(model, source, drafter)
-    plan = _checked(model, source, plan)
+    plan = _checked(model, source, _plan_drafter(model, source, drafter))
     checkpoint = source.fetch(on_progress)
     plan = plan.fetched(on_progress)
     checkpoint.on_read = _telling(str(model or "the embedded model"), on_progress)
