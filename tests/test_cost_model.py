@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from typing import Any
 
+import cost_model
 import pytest
-from documents import ROOT
 
 from mlx_mtp.generation.depth import expected_tokens
 from mlx_mtp.generation.types import Stats
@@ -15,9 +14,6 @@ from mlx_mtp.measuring.configurations import Configuration
 from mlx_mtp.measuring.diagnosis import Costs
 from mlx_mtp.measuring.engines import TimedRun
 from mlx_mtp.measuring.turns import Runs
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import cost_model  # noqa: E402
 
 COSTS = Costs(
     context=200, verify=(0.010, 0.011, 0.012, 0.013, 0.015, 0.018, 0.020, 0.022), plain=0.0105, drafted_depth=4,

@@ -1,8 +1,6 @@
 """Losses and their gradients against NumPy: the papers' sums row by row, and finite differences in float64."""
 
-import runpy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
@@ -17,6 +15,7 @@ from mlx.utils import tree_flatten
 from references import Equations, Gemma, Weights, below, float64, log_softmax, parallel_heads
 from test_generic import BASE, CONFIGS
 from test_generic import written as written_target
+from training_memory import peak
 
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters
 from mlx_mtp.drafters import load_drafter
@@ -193,7 +192,6 @@ def test_gradients_in_order_equal_those_at_once(family: str, monkeypatch: pytest
 
 def test_the_logits_of_one_head_at_a_time() -> None:
     """Peak memory of a step with 32,768 tokens in the vocabulary: four heads need hardly more than one."""
-    peak = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "training_memory.py"))["peak"]
     before = mx.set_memory_limit(1)  # the CPU backend waits instead of running ahead
     try:
         one, four, at_once = (peak(heads, 32_768, 1, 48, way) for heads, way in ((1, True), (4, True), (4, False)))

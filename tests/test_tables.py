@@ -9,12 +9,10 @@ import shutil
 import sys
 from pathlib import Path
 
+import blocks
 import pytest
+import tables
 from documents import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import blocks  # noqa: E402
-import tables  # noqa: E402
 
 
 def command(*options: str) -> tuple[int, list[str]]:
