@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +16,7 @@ import mlx_mtp
 from mlx_mtp.cli import notices, options
 from mlx_mtp.cli.loading import load
 from mlx_mtp.cli.progress import PatientBar
+from mlx_mtp.errors import brief
 from mlx_mtp.text.tokenizer import Prompt
 
 
@@ -39,6 +41,13 @@ def generate(
     tokens: Annotated[str | None, typer.Option(help="Token ids in place of a prompt: 1,2,3.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it stands, no chat template.")] = False,
     thinking: Annotated[bool, typer.Option("--thinking", help="Let a model that can think first.")] = False,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="File with a JSON schema that the answer keeps to.", show_default="none")
+    ] = None,
+    grammar: Annotated[
+        Path | None, typer.Option(help="File with a lark grammar that the answer keeps to.", show_default="none")
+    ] = None,
+    regex: Annotated[str | None, typer.Option(help="Regular expression that the answer matches as a whole.")] = None,
     logprobs: Annotated[int, typer.Option(help="Logprobs of every token and of the n likeliest (--json).")] = 0,
     verbose: options.Verbose = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
@@ -46,7 +55,7 @@ def generate(
     """Generate one completion."""
     if logprobs and not as_json:
         raise mlx_mtp.OptionError(f"--logprobs {logprobs} would be lost: they are printed with --json only; add it.")
-    asked = _prompt(prompt, tokens)
+    asked, schema = _prompt(prompt, tokens), None if json_schema is None else _schema(json_schema)
     sampling = mlx_mtp.Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
@@ -61,7 +70,8 @@ def generate(
         )
         stream = engine.stream(
             asked, max_tokens=max_tokens, sampling=sampling, stop=stop or [], seed=seed, logprobs=logprobs, raw=raw,
-            thinking=thinking, on_prefill=functools.partial(bar.update, "reading the prompt"),
+            thinking=thinking, json_schema=schema, grammar=None if grammar is None else _read(grammar, "--grammar"),
+            regex=regex, on_prefill=functools.partial(bar.update, "reading the prompt"),
         )  # fmt: skip
     result, interrupted = None, False
     texts: list[str] = []
@@ -106,3 +116,21 @@ def _prompt(prompt: str | None, tokens: str | None) -> Prompt:
     if not options.is_utf8(text):
         raise mlx_mtp.PromptError("The prompt is not UTF-8; convert it first.")
     return text
+
+
+def _schema(file: Path) -> dict[str, Any]:
+    """A JSON object out of a file."""
+    try:
+        found = json.loads(_read(file, "--json-schema"))
+    except (ValueError, RecursionError) as error:
+        raise mlx_mtp.OptionError(f"--json-schema: '{file}' is no JSON ({error}).") from None
+    if not isinstance(found, dict):
+        raise mlx_mtp.OptionError(f"--json-schema: '{file}' must hold an object, not a {type(found).__name__}.")
+    return found
+
+
+def _read(file: Path, option: str) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise mlx_mtp.OptionError(f"{option}: '{file}' cannot be read ({brief(error)}); check the path.") from None

@@ -6,13 +6,14 @@ consumer leave the engine as it was.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import math
 import secrets
 import threading
 import time
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -21,7 +22,7 @@ import mlx.core as mx
 from mlx_mtp.backend import threads
 from mlx_mtp.chat.conversation import Chat
 from mlx_mtp.errors import OptionError, PromptError
-from mlx_mtp.generation import checks, exactness
+from mlx_mtp.generation import checks, constraint, exactness
 from mlx_mtp.generation.cache import CAPACITY_STEP
 from mlx_mtp.generation.depth import DepthController, DepthPolicy, FixedDepth
 from mlx_mtp.generation.depth_profile import ProfileFile
@@ -29,7 +30,7 @@ from mlx_mtp.generation.interfaces import Drafter, Target
 from mlx_mtp.generation.loop import Decoder
 from mlx_mtp.generation.prefix import Pair, Session
 from mlx_mtp.generation.reply import Reply
-from mlx_mtp.generation.request import GenerationRequest, LogitsProcessor, PrefillProgress, RequestOptions
+from mlx_mtp.generation.request import GenerationRequest, LogitsProcessor, PrefillProgress, RequestOptions, SamplingFields
 from mlx_mtp.generation.types import NEUTRAL, Event, Result, Sampling, Stats
 from mlx_mtp.text.channels import CallFormat, Channels
 from mlx_mtp.text.tokenizer import Prompt, Tokenizer, prompt_ids
@@ -153,6 +154,22 @@ class Engine:
         """
         return self.run(self.request(prompt, **options))
 
+    async def astream(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> AsyncGenerator[Event, None]:
+        """`stream` for asyncio: the event loop goes on while a round runs. Leaving early ends the reply.
+
+        Raises PromptError and OptionError at the first event.
+        """
+        events = await asyncio.to_thread(self.stream, prompt, **options)
+        try:
+            while (event := await asyncio.to_thread(next, events, None)) is not None:
+                yield event
+        finally:
+            await asyncio.to_thread(events.close)
+
+    def __repr__(self) -> str:
+        drafter = "no drafter" if self.drafter is None else self.drafter.name
+        return f"<Engine of {self.target.path or 'a target'} with {drafter}, depth {self.depth}, mode {self.mode}>"
+
     def request(
         self,
         prompt: Prompt,
@@ -169,9 +186,14 @@ class Engine:
         on_prefill: PrefillProgress | None = None,
         session: Session | None = None,
         tools: bool | Sequence[Mapping[str, Any]] = True,
+        json_schema: Mapping[str, Any] | type | None = None,
+        grammar: str | None = None,
+        regex: str | None = None,
+        **fields: Unpack[SamplingFields],
     ) -> GenerationRequest:
         """Checks a prompt and its options, for `run`; PromptError or OptionError where something is wrong.
 
+        sampling, or its fields as keywords: how tokens are chosen (see Sampling).
         stop: strings that end the reply where they turn up in its answer, never in a thought or a call of a tool; the
         text ends in front of the first, the tokens with the one that completes it. Of two that the same character
         completes the longer counts. seed: the same seed gives the same reply; without one every reply is another
@@ -184,6 +206,8 @@ class Engine:
         session: keeps the K/V of this prompt and reply; what the next prompt has in common with them is not run again.
         tools: whether calls of tools are told apart from the answer; or what was declared to the model, in OpenAI's
         form, for formats whose arguments carry no types.
+        json_schema (an object or a pydantic class), regex, grammar (lark, as llguidance reads it): what the answer is
+        held to; a thought before it is free. A reply that ends by its length is not complete.
         """
         max_tokens = checks.whole("max_tokens", max_tokens, 1)
         logprobs = checks.whole("logprobs", logprobs, 0, min(MOST_LOGPROBS, self.target.info.vocab_size))
@@ -200,7 +224,7 @@ class Engine:
         return GenerationRequest(
             ids=ids,
             budget=min(max_tokens, self.max_context - len(ids)),
-            sampling=self._checked_sampling(sampling),
+            sampling=self._checked_sampling(sampling, fields),
             seed=secrets.randbits(63) if seed is None else seed,
             seeded=seed is not None,
             logprobs=logprobs,
@@ -211,15 +235,30 @@ class Engine:
             stop_tokens=frozenset() if ignore_end else self.stop_tokens,
             raw=raw,
             tools=checks.declarations("tools", tools),
+            **self._constraint(ids, thinking, {"json_schema": json_schema, "grammar": grammar, "regex": regex}),
         )
+
+    def _constraint(self, ids: list[int], thinking: bool, given: Mapping[str, object]) -> dict[str, Any]:
+        """The fields of a request that hold its answer to a grammar."""
+        wanted = constraint.wanted(given)
+        if wanted is None:
+            return {}
+        if self.tokenizer is None:
+            raise OptionError(f"{wanted[0]} needs a tokenizer, and this checkpoint has none; leave it out.")
+        vocabulary = self.target.info.vocab_size
+        table = self.tokenizer.grammar_table(vocabulary, self.stop_tokens)
+        grammar = constraint.Grammar.of(table, vocabulary, self.stop_tokens, *wanted)
+        return {"grammar": grammar, "thought": self.tokenizer.thought_tokens(ids, thinking)}
 
     def run(self, request: GenerationRequest) -> Generator[Event, None, None]:
         """Events of the reply to a request of this engine's `request`."""
         return threads.each(self._events(request))
 
-    def _checked_sampling(self, sampling: Sampling | None) -> Sampling:
+    def _checked_sampling(self, sampling: Sampling | None, fields: SamplingFields) -> Sampling:
         checks.instance("sampling", sampling, Sampling)
-        resolved = (sampling or Sampling()).over(self.defaults)
+        if sampling is not None and fields:
+            raise OptionError(f"sampling and {next(iter(fields))} are both given; put all into one of the two.")
+        resolved = (sampling or Sampling(**fields)).over(self.defaults)
         vocabulary, bias = self.target.info.vocab_size, resolved.logit_bias or {}
         if bias and max(bias) >= vocabulary:
             raise OptionError(f"logit_bias must be for token ids from 0 to {vocabulary - 1}, not {max(bias)}.")

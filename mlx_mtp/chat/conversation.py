@@ -82,6 +82,15 @@ class Chat:
             raise PromptError("The message is empty; write at least one character.")
         return self._reply([*self.messages, {"role": "user", "content": text}], options)
 
+    def ask(self, text: str, **options: Unpack[ReplyOptions]) -> Result:
+        """Says `text` and gives the whole reply; as `send` otherwise."""
+        *_, last = self.send(text, **options)
+        assert last.result is not None, "the last event has it"
+        return last.result
+
+    def __repr__(self) -> str:
+        return f"<Chat of {len(self.messages)} messages with {self.engine!r}>"
+
     def retry(self, **options: Unpack[ReplyOptions]) -> Generator[Event, None, None]:
         """Streams another reply to the last question, in place of the one there is once it has something to say."""
         messages = self.messages[:-1] if self.messages and self.messages[-1]["role"] == "assistant" else self.messages

@@ -19,12 +19,14 @@ import mlx.core as mx
 
 from mlx_mtp.backend import threads
 from mlx_mtp.generation.cache import KVCache, capacity_for
+from mlx_mtp.generation.constraint import Constraint
 from mlx_mtp.generation.depth import DepthPolicy
 from mlx_mtp.generation.exactness import WIDEST, Exactness, Probes
 from mlx_mtp.generation.interfaces import Drafter, Memory, States, Target
 from mlx_mtp.generation.prefix import Lease, Pair, Session
+from mlx_mtp.generation.processors import Processors
 from mlx_mtp.generation.request import GenerationRequest
-from mlx_mtp.generation.round import RoundOutput, Rounds, SequenceState, SoFar
+from mlx_mtp.generation.round import RoundOutput, Rounds, SequenceState
 from mlx_mtp.generation.sampling import SamplingSpec
 from mlx_mtp.generation.types import Stats
 
@@ -109,8 +111,8 @@ class RoundClock:
 class _Decoding:
     """Host side of one request: its tokens so far, and an upper bound of the device's length.
 
-    newest: the furthest row that was or will be written. so_far: prompt and emitted tokens on the device, where Python
-    functions ask for them.
+    newest: the furthest row that was or will be written. processors, constraint: what changes logits on the host
+    between a pass and its acceptance, in this order; rounds are then read one by one.
     """
 
     request: GenerationRequest
@@ -118,15 +120,27 @@ class _Decoding:
     stats: Stats
     bound: int
     newest: int
-    so_far: SoFar | None = None
+    processors: Processors | None = None
+    constraint: Constraint | None = None
     emitted: list[int] = field(default_factory=list)
     clock: RoundClock = field(default_factory=RoundClock)
 
     def add(self, tokens: list[int]) -> None:
         """Tokens that were read."""
         self.emitted += tokens
-        if self.so_far is not None:
-            self.so_far.add(mx.array(tokens))
+        for change in self.changes:
+            change.add(tokens)
+
+    @property
+    def changes(self) -> list[Processors | Constraint]:
+        """What changes logits on the host."""
+        return [change for change in (self.processors, self.constraint) if change is not None]
+
+    def change(self, drafts: mx.array | None, logits: mx.array) -> mx.array:
+        """The logits [1, M, V] of a pass over drafts [1, K] as they are to be decided by."""
+        for change in self.changes:
+            logits = change(drafts, logits)
+        return logits
 
 
 @dataclass
@@ -166,8 +180,9 @@ class Decoder:
         try:
             began = time.perf_counter()
             state, newest = self._prefill(request, policy.deepest, reused, stats)
-            so_far = SoFar(request.ids) if request.processors else None
-            decoding = _Decoding(request, state, stats, len(request.ids), newest, so_far)
+            processors = Processors(request.processors, request.ids) if request.processors else None
+            constraint = Constraint(request.grammar, request.thought) if request.grammar else None
+            decoding = _Decoding(request, state, stats, len(request.ids), newest, processors, constraint)
             yield from self._rounds(decoding, policy, began)
         finally:
             if session is not None:
@@ -176,9 +191,9 @@ class Decoder:
     def _rounds(self, decoding: _Decoding, policy: DepthPolicy, began: float) -> Iterator[Chunk]:
         """The tokens after the prompt; one round in flight while the one before is read."""
         request, stats, reader = decoding.request, decoding.stats, _Reader(decoding.stats)
-        first = self.rounds.first(decoding.state, decoding.so_far, request.processors)
+        first = self.rounds.first(decoding.state, decoding.change)
         stats.head_passes += 1
-        serial = bool(request.processors)  # Python functions want every token before the next round is built
+        serial = bool(decoding.changes)  # what is done on the host wants every token before the next round is built
         # Read before a round is submitted: where that waits for the device (MLX on a CPU), the token would be late.
         chunk, _ = reader.read(first)
         stats.prefill_seconds = time.perf_counter() - began
@@ -218,7 +233,7 @@ class Decoder:
 
     def _submit(self, decoding: _Decoding, policy: DepthPolicy) -> tuple[int, RoundOutput]:
         """Starts a round of the depth the policy chose; that depth and what the round will give."""
-        depth, state, request = policy.next(), decoding.state, decoding.request
+        depth, state = policy.next(), decoding.state
         depth = state.exact.deepest(depth) if state.exact else depth
         rows = decoding.bound + max(depth + 1, (state.exact and state.exact.width) or 0)
         decoding.newest = max(decoding.newest, rows - 1)
@@ -226,8 +241,10 @@ class Decoder:
         if grown or self.rounds.is_new(state, depth):
             decoding.clock.disturb()
         decoding.bound += depth + 1
-        if decoding.so_far is not None:
-            output = self.rounds.submit_processed(state, depth, decoding.so_far, request.processors)
+        if decoding.changes:
+            override = decoding.constraint.override(depth) if decoding.constraint and depth else None
+            output = self.rounds.submit_between(state, depth, decoding.change, override)
+            decoding.stats.host_syncs += decoding.constraint is not None  # the drafts are read
         else:
             output = self.rounds.submit(state, depth)
         stats = decoding.stats

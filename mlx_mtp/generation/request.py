@@ -8,8 +8,10 @@ from typing import Any, TypedDict
 
 import mlx.core as mx
 
+from mlx_mtp.generation.constraint import Grammar
 from mlx_mtp.generation.prefix import Session
 from mlx_mtp.generation.types import NEUTRAL, Sampling
+from mlx_mtp.text.channels import ThoughtTokens
 
 # mlx-lm's convention: (all tokens so far [T], logits [1, V]) -> logits [1, V].
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
@@ -17,7 +19,20 @@ LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 PrefillProgress = Callable[[int, int], None]
 
 
-class ReplyOptions(TypedDict, total=False):
+class SamplingFields(TypedDict, total=False):
+    """The fields of Sampling as keywords of a request."""
+
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+
+
+class ReplyOptions(SamplingFields, total=False):
     """The keywords of `Chat.send` and `Chat.retry`; see `Engine.request`."""
 
     max_tokens: int
@@ -28,6 +43,9 @@ class ReplyOptions(TypedDict, total=False):
     ignore_end: bool
     logits_processors: Sequence[LogitsProcessor]
     on_prefill: PrefillProgress | None
+    json_schema: Mapping[str, Any] | type | None
+    grammar: str | None
+    regex: str | None
 
 
 class RequestOptions(ReplyOptions, total=False):
@@ -46,6 +64,7 @@ class GenerationRequest:
     seeded: whether the caller gave the seed, so that the same seed must give the same reply. session: what an earlier
     request of the same conversation left, and where this one leaves its own. stop, stop_tokens: strings and tokens that
     end the reply. raw: its text is all answer. tools: whether calls of tools are told apart from it, or those declared.
+    grammar: what the answer is held to, after the thought where there may be one.
     """
 
     ids: list[int]
@@ -61,3 +80,5 @@ class GenerationRequest:
     stop_tokens: frozenset[int] = frozenset()
     raw: bool = False
     tools: bool | Sequence[Mapping[str, Any]] = True
+    grammar: Grammar | None = None
+    thought: ThoughtTokens | None = None

@@ -8,7 +8,7 @@ Invariant: whatever the round wrote after the committed length is dead; committi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
@@ -20,8 +20,7 @@ from mlx_mtp.generation import acceptance, sampling
 from mlx_mtp.generation.cache import KVCache
 from mlx_mtp.generation.exactness import Exactness, TargetPass
 from mlx_mtp.generation.interfaces import Drafter, Memory, States, Target
-from mlx_mtp.generation.request import LogitsProcessor
-from mlx_mtp.generation.sampling import DraftSampler, History, SamplingArrays, SamplingSpec, TokenDistribution
+from mlx_mtp.generation.sampling import DraftSampler, History, Override, SamplingArrays, SamplingSpec, TokenDistribution
 
 # Compiled rounds kept: a server meets every kind of sampling there is, and each graph takes memory.
 MOST_COMPILED = 128
@@ -40,32 +39,6 @@ class RoundOutput:
     tokens: mx.array
     logprobs: mx.array | None = None
     top: tuple[mx.array, mx.array] | None = None
-
-
-class SoFar:
-    """All tokens of a request on the device, for processors: a buffer that is written in place and doubles."""
-
-    def __init__(self, ids: Sequence[int]) -> None:
-        self._buffer, self._length = mx.zeros((2 * len(ids) + 64,), dtype=mx.int32), 0
-        self.add(mx.array(list(ids), dtype=mx.int32))
-
-    def add(self, tokens: mx.array) -> None:
-        """More tokens [T]."""
-        self._write(tokens)
-        self._length += tokens.size
-
-    def rows(self, drafts: mx.array | None) -> list[mx.array]:
-        """The tokens before each row of a round: all so far, then one more of drafts [1, depth] each time."""
-        if drafts is not None:
-            self._write(drafts[0])
-        depth = 0 if drafts is None else drafts.shape[1]
-        return [self._buffer[: self._length + i] for i in range(depth + 1)]
-
-    def _write(self, tokens: mx.array) -> None:
-        if (missing := self._length + tokens.size - self._buffer.size) > 0:
-            self._buffer = mx.pad(self._buffer, (0, max(missing, self._buffer.size)))
-        at = mx.array([self._length], dtype=mx.int32)
-        self._buffer = mx.slice_update(self._buffer, tokens.astype(mx.int32), at, axes=(0,))
 
 
 @dataclass
@@ -101,6 +74,8 @@ class SequenceState:
 
 
 Part = Callable[..., Any]
+# Drafts [B, K] (None where there are none) and logits [B, M, V] -> the logits to decide by.
+ChangeLogits = Callable[[mx.array | None, mx.array], mx.array]
 
 
 def _as_it_is(part: Part) -> Part:
@@ -141,105 +116,134 @@ class Rounds:
 
     def build(self, state: SequenceState, depth: int) -> RoundOutput:
         """A round that nobody has asked the device for yet; `state` is past it."""
-        key = (depth, state.cache.capacity, state.spec)
+
+        def one_round() -> Callable[..., Any]:
+            verify, accept = self._stages(state, depth)
+
+            def both(tree: dict[str, Any], arrays: SamplingArrays) -> tuple[dict[str, Any], tuple[Any, ...]]:
+                return accept(arrays, *verify(tree, arrays, {}))
+
+            return both if self._apart(state) else mx.compile(both)
+
+        compiled = self._kept((depth, state.cache.capacity, state.spec), one_round)
+        state.tree, output = compiled(state.tree, state.arrays)
+        return RoundOutput(*output)
+
+    def submit_between(
+        self, state: SequenceState, depth: int, change: ChangeLogits, override: Override | None = None
+    ) -> RoundOutput:
+        """A round whose logits [B, M, V] are changed on the host once its drafts are known, while the pass runs.
+
+        override: drafts that are not the drafter's.
+        """
+
+        def stages() -> tuple[Callable[..., Any], Callable[..., Any]]:
+            verify, accept = self._stages(state, depth)
+            return (verify, accept) if self._apart(state) else (mx.compile(verify), mx.compile(accept))
+
+        verify, accept = self._kept((depth, state.cache.capacity, state.spec, override is not None), stages)
+        tree, cache, verified, logits = verify(state.tree, state.arrays, override or {})
+        state.cache.arrays = cache  # nobody else may hold the buffers that the pass writes
+        mx.async_eval(verified.get("drafts"))
+        mx.async_eval(tree, cache, verified, logits)
+        logits = change(verified.get("drafts"), logits)
+        state.tree, output = accept(state.arrays, tree, cache, verified, logits)
+        return _started(state, RoundOutput(*output))
+
+    def first(self, state: SequenceState, change: ChangeLogits | None = None) -> RoundOutput:
+        """The token after the prompt, from `state.hidden`: a round without a pass of its own."""
+        spec, tree, keys = state.spec, state.tree, mx.random.split(state.key, SPARE_KEYS)
+        logits = self._target.head(state.hidden)
+        logits = change(None, logits) if change else logits
+        logits = _processed(spec, tree, state.arrays, None, logits, spec.processed)
+        tree = {**tree, "key": keys[0]}
+        state.tree, output = _accept(spec, tree, state.arrays, keys[1:], None, None, logits)
+        return _started(state, RoundOutput(*output))
+
+    def _kept(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """The compiled functions of this key, made where there are none."""
         compiled = self._compiled.pop(key, None)
         if compiled is None:
             if len(self._compiled) >= MOST_COMPILED:
                 self._compiled.pop(list(self._compiled)[0], None)  # the least recently used; two threads may be here
-            # Where bits count, the parts of a round are compiled each by itself, and the pass is one of them.
-            apart = self._exact is not None and state.spec.greedy
-            compiled = self._round(state, depth, compiled=mx.compile if apart else _as_it_is)
-            compiled = compiled if apart else mx.compile(compiled)
+            compiled = make()
         self._compiled[key] = compiled
-        state.tree, output = compiled(state.tree, state.arrays)
-        return RoundOutput(*output)
-
-    def submit_processed(
-        self, state: SequenceState, depth: int, so_far: SoFar, processors: Sequence[LogitsProcessor]
-    ) -> RoundOutput:
-        """A round whose logits pass through Python functions that need all tokens `so_far`; never compiled."""
-        one_round = self._round(state, depth, so_far, processors)
-        state.tree, output = one_round(state.tree, state.arrays)
-        return _started(state, RoundOutput(*output))
-
-    def first(
-        self, state: SequenceState, so_far: SoFar | None = None, processors: Sequence[LogitsProcessor] = ()
-    ) -> RoundOutput:
-        """The token after the prompt, from `state.hidden`: a round without a pass of its own."""
-        spec, tree, keys = state.spec, state.tree, mx.random.split(state.key, SPARE_KEYS)
-        head = self._target.head(state.hidden)
-        logits = _processed(spec, tree, state.arrays, None, head, so_far, processors)
-        tree = {**tree, "key": keys[0]}
-        state.tree, output = _accept(spec, tree, state.arrays, keys[1:], None, None, logits)
-        return _started(state, RoundOutput(*output))
+        return compiled
 
     def _forward(self, rows: mx.array, cache: KVCache) -> tuple[States, mx.array]:
         """What TargetPass gives, as part of whatever graph is being made."""
         states = self._target.forward(rows, cache)
         return states, self._target.head(states.hidden)
 
-    def _round(
-        self,
-        state: SequenceState,
-        depth: int,
-        so_far: SoFar | None = None,
-        processors: Sequence[LogitsProcessor] = (),
-        compiled: Callable[[Part], Part] = _as_it_is,
-    ) -> Callable[..., Any]:
-        """The round as a pure function of arrays, for one cache layout, one SamplingSpec and one depth.
+    def _apart(self, state: SequenceState) -> bool:
+        """Whether the parts of a round are compiled each by itself: where bits count, and the pass is one of them."""
+        return self._exact is not None and state.spec.greedy
 
-        compiled: what is done to each of its parts, the pass excepted.
+    def _stages(self, state: SequenceState, depth: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """The round as two pure functions of arrays, for one cache layout, one SamplingSpec and one depth.
+
+        The first drafts and runs the pass; the second decides by its logits, and commits.
         """
         layout, spec = state.cache.layout(), state.spec
         width = state.exact.width if state.exact else None
-        draft, accept = compiled(self._drafting(layout, spec, depth)), compiled(self._accepting(spec))
-        process = compiled(spec.processed)
+        part = mx.compile if self._apart(state) else _as_it_is
+        draft, decide = part(self._drafting(layout, spec, depth)), part(self._accepting(spec))
+        process = part(spec.processed)
 
-        def one_round(tree: dict[str, Any], arrays: SamplingArrays) -> tuple[dict[str, Any], tuple[Any, ...]]:
+        def verify(tree: dict[str, Any], arrays: SamplingArrays, override: Override) -> tuple[Any, ...]:
             keys = mx.random.split(tree["key"], depth + SPARE_KEYS)
-            tree, tokens, drafts, q = {**tree, "key": keys[0]}, tree["token"], None, None
-            if self._drafter is not None and depth:  # draft
-                drafts, tree["memory"], q = draft(tree, arrays, keys[SPARE_KEYS:])
-                tokens = mx.concatenate([tokens, drafts], axis=1)
-            cache = layout.around(tree.pop("cache"))  # verify
+            tree, tokens = {**tree, "key": keys[0]}, tree["token"]
+            verified: dict[str, Any] = {"keys": keys[1:SPARE_KEYS]}
+            if self._drafter is not None and depth:
+                verified["drafts"], tree["memory"], verified["q"] = draft(tree, arrays, keys[SPARE_KEYS:], override)
+                tokens = mx.concatenate([tokens, verified["drafts"]], axis=1)
+            cache = layout.around(tree.pop("cache"))
             states, logits = self._pass(_padded(tokens, width), cache)
-            states, logits = states.first(depth + 1), logits[:, : depth + 1]
-            logits = _processed(spec, tree, arrays, drafts, logits, so_far, processors, process)
-            left = states.hidden, states.trunk, logits
-            tree, output = accept(tree, arrays, keys[1:SPARE_KEYS], tokens, drafts, q, *left)
+            states = states.first(depth + 1)
+            verified |= {"tokens": tokens, "states": (states.hidden, states.trunk)}
+            return tree, cache.arrays, verified, logits[:, : depth + 1]
+
+        def accept(
+            arrays: SamplingArrays, tree: dict[str, Any], cached: Any, verified: dict[str, Any], logits: mx.array
+        ) -> tuple[dict[str, Any], tuple[Any, ...]]:
+            cache = layout.around(cached)
+            logits = _processed(spec, tree, arrays, verified.get("drafts"), logits, process)
+            tree, output = decide(tree, arrays, verified, logits)
             cache.advance(output[0][:, -1] + 1)  # commit
             return {**tree, "cache": cache.arrays}, output
 
-        return one_round
+        return verify, accept
 
     def _drafting(self, layout: KVCache, spec: SamplingSpec, depth: int) -> Callable[..., Any]:
         """From a round's state to drafts [B, K], the drafter's memory, and the distribution they were drawn from."""
         drafter = self._drafter
 
         def draft(
-            tree: dict[str, Any], arrays: SamplingArrays, keys: mx.array
-        ) -> tuple[mx.array, Memory, TokenDistribution | None]:
+            tree: dict[str, Any], arrays: SamplingArrays, keys: mx.array, override: Override
+        ) -> tuple[mx.array, Memory, tuple[mx.array | None, mx.array] | None]:
             assert drafter is not None
-            sample = DraftSampler(spec, arrays, tree["history"], keys)
+            sample = DraftSampler(spec, arrays, tree["history"], keys, override)
             cache = layout.around(tree["cache"])
             drafts, memory = drafter.draft(tree["memory"], tree["token"], tree["hidden"], cache, depth, sample)
-            return drafts, memory, sample.distribution
+            q = sample.distribution
+            return drafts, memory, None if q is None else (q.tokens, q.probabilities)
 
         return draft
 
     def _accepting(self, spec: SamplingSpec) -> Callable[..., Any]:
-        """From the pass's tokens, states and logits to the state of the next round and what the host learns."""
+        """From what was verified and its logits to the state of the next round and what the host learns."""
 
         def accept(
-            tree: dict[str, Any], arrays: SamplingArrays, keys: mx.array, tokens: mx.array, drafts: mx.array | None,
-            q: TokenDistribution | None, hidden: mx.array, trunk: mx.array | None, logits: mx.array,
-        ) -> tuple[dict[str, Any], tuple[Any, ...]]:  # fmt: skip
-            tree, output = _accept(spec, tree, arrays, keys, drafts, q, logits)
+            tree: dict[str, Any], arrays: SamplingArrays, verified: dict[str, Any], logits: mx.array
+        ) -> tuple[dict[str, Any], tuple[Any, ...]]:
+            drafts, q, states = verified.get("drafts"), verified.get("q"), States(*verified["states"])
+            q = None if q is None else TokenDistribution(*q)
+            tree, output = _accept(spec, tree, arrays, verified["keys"], drafts, q, logits)
             accepted = output[0][:, -1]
             if self._drafter is not None:
-                memory = self._drafter.observe(tree["memory"], tokens, States(hidden, trunk), accepted)
+                memory = self._drafter.observe(tree["memory"], verified["tokens"], states, accepted)
                 tree = {**tree, "memory": memory}
-            return {**tree, "hidden": mx.take_along_axis(hidden, accepted[:, None, None], axis=1)}, output
+            return {**tree, "hidden": mx.take_along_axis(states.hidden, accepted[:, None, None], axis=1)}, output
 
         return accept
 
@@ -283,17 +287,15 @@ def _padded(rows: mx.array, width: int | None) -> mx.array:
 
 def _processed(
     spec: SamplingSpec, tree: dict[str, Any], arrays: SamplingArrays, drafts: mx.array | None, logits: mx.array,
-    so_far: SoFar | None, processors: Sequence[LogitsProcessor], process: Callable[..., mx.array] | None = None,
+    process: Callable[..., mx.array],
 ) -> mx.array:  # fmt: skip
-    """Logits [B, M, V] after Python's processors, penalties and bias, each row with the history of its own."""
-    if so_far is not None:
-        logits = _by_functions(logits, so_far.rows(drafts), processors)
+    """Logits [B, M, V] after penalties and bias, each row with the history of its own."""
     if not spec.penalties and not spec.bias:
         return logits
     history = dict(tree["history"])
     if spec.penalties:
         history["generated"] = sampling.running_counts(history["generated"], drafts)
-    return (process or spec.processed)(logits, None, arrays, history)
+    return process(logits, None, arrays, history)
 
 
 def _started(state: SequenceState, output: RoundOutput) -> RoundOutput:
@@ -312,14 +314,3 @@ def _logprobs(logits: mx.array, tokens: mx.array, most: int) -> tuple[Any, ...]:
     order = mx.argsort(-values, axis=-1)
     top = mx.take_along_axis(best, order, axis=-1), mx.take_along_axis(values, order, axis=-1)
     return mx.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0], top
-
-
-def _by_functions(logits: mx.array, before: Sequence[mx.array], processors: Sequence[LogitsProcessor]) -> mx.array:
-    """Every row of logits [1, M, V] through the processors, with the tokens before it."""
-    rows = []
-    for i, tokens in enumerate(before):
-        row = logits[:, i]
-        for processor in processors:
-            row = processor(tokens, row)
-        rows.append(row)
-    return mx.stack(rows, axis=1).astype(mx.float32)

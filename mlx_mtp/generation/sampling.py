@@ -18,6 +18,8 @@ from mlx_mtp.generation.types import Sampling
 SamplingArrays = dict[str, mx.array]
 History = dict[str, mx.array]
 Forced = tuple[mx.array, mx.array]
+# Drafts that are not the drafter's: "tokens" [B, K] where "mask" [B, K] is set. Empty for none.
+Override = dict[str, mx.array]
 
 
 @dataclass(frozen=True)
@@ -215,8 +217,12 @@ class DraftSampler:
     Drafter families call it once a step and know nothing of sampling.
     """
 
-    def __init__(self, spec: SamplingSpec, arrays: SamplingArrays, history: History, keys: mx.array) -> None:
+    def __init__(
+        self, spec: SamplingSpec, arrays: SamplingArrays, history: History, keys: mx.array,
+        override: Override | None = None,
+    ) -> None:  # fmt: skip
         self._spec, self._arrays, self._history, self._keys = spec, arrays, dict(history), keys
+        self._override, self._steps = override or {}, 0
         self._distributions: list[TokenDistribution] = []
 
     @property
@@ -230,13 +236,16 @@ class DraftSampler:
         forced: where its mask [B, 1] is set, its token [B, 1] is taken instead, as a point mass.
         """
         logits = self._spec.processed(logits.astype(mx.float32), tokens, self._arrays, self._history)
+        taken = [one for one in (forced, self._overridden(1)) if one is not None]
         if self._spec.greedy:
             best = mx.argmax(logits, axis=-1).astype(mx.int32)
             chosen = best if tokens is None else mx.take_along_axis(tokens, best[..., None], axis=-1)[..., 0]
-            chosen = chosen if forced is None else mx.where(*forced, chosen)
+            for mask, token in taken:
+                chosen = mx.where(mask, token, chosen)
         else:
             distribution = self._spec.distribution(logits, tokens, self._arrays)
-            distribution = distribution if forced is None else distribution.overridden(*forced)
+            for mask, token in taken:
+                distribution = distribution.overridden(mask, token)
             chosen = distribution.draw(self._keys[len(self._distributions)])
             self._distributions.append(distribution)
         self._count(chosen)
@@ -244,9 +253,18 @@ class DraftSampler:
 
     def point_mass(self, tokens: mx.array) -> mx.array:
         """Drafts [B, K] that come without scores, from a lookup: q is all on each of them."""
+        if (found := self._overridden(tokens.shape[1])) is not None:
+            tokens = mx.where(*found, tokens)
         if not self._spec.greedy:
             self._distributions.append(point_mass(tokens))
         return tokens
+
+    def _overridden(self, steps: int) -> Forced | None:
+        """What is put in place of the next drafts, [B, steps] each."""
+        first, self._steps = self._steps, self._steps + steps
+        if not self._override:
+            return None
+        return self._override["mask"][:, first : self._steps], self._override["tokens"][:, first : self._steps]
 
     def _count(self, chosen: mx.array) -> None:
         if self._spec.penalties:

@@ -156,6 +156,9 @@ class Result:
     top_logprobs: list[dict[int, float]] | None = None
     stop_token: int | None = None
 
+    def __str__(self) -> str:
+        return self.text
+
     def as_dict(self) -> dict[str, Any]:
         """The JSON object of `mlx-mtp generate --json`; top_logprobs only where logprobs were asked for."""
         found = {

@@ -20,6 +20,15 @@ THOUGHTS = (("<|channel>", "<channel|>"), ("<think>", "</think>"))
 
 
 @dataclass(frozen=True)
+class ThoughtTokens:
+    """The tokens around a thought. is_open: whether the prompt has opened one."""
+
+    opening: int
+    closing: int
+    is_open: bool = False
+
+
+@dataclass(frozen=True)
 class ToolCall:
     """One call: the tool's name and its arguments."""
 

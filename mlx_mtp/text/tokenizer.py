@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mlx_mtp.errors import CheckpointError, OptionError, PromptError, brief
-from mlx_mtp.text.channels import GEMMA, THOUGHTS, CallFormat, overlap, parsed_by
+from mlx_mtp.text.channels import GEMMA, THOUGHTS, CallFormat, ThoughtTokens, overlap, parsed_by
 from mlx_mtp.text.detokenizer import Detokenizer, TokenBytes
 from mlx_mtp.text.template import ChatTemplate
 
@@ -26,6 +27,7 @@ class Tokenizer:
     def __init__(self, wrapped: Any) -> None:
         self._wrapped = wrapped
         self.template = ChatTemplate(wrapped)
+        self._making, self._table = threading.Lock(), None
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer | None:
@@ -99,6 +101,31 @@ class Tokenizer:
         end = self.decode(ids[-THOUGHT_TAIL:])
         return next((opening for opening, closing in THOUGHTS if end.rfind(opening) > end.rfind(closing)), None)
 
+    def thought_tokens(self, ids: Sequence[int], thinking: bool) -> ThoughtTokens | None:
+        """The tokens around a thought that may come before the answer to this prompt; None where none is asked for.
+
+        OptionError where a thought has no single tokens around it.
+        """
+        opened = self.opened_thought(ids)
+        if opened is None and not thinking:
+            return None
+        for opening, closing in THOUGHTS:
+            if opened == opening or (opened is None and self.template.writes(opening)):
+                tokens = [self.encode(marker, special=False) for marker in (opening, closing)]
+                if all(len(one) == 1 for one in tokens):
+                    return ThoughtTokens(tokens[0][0], tokens[1][0], opened is not None)
+        raise OptionError(
+            "This checkpoint's thoughts are not marked by tokens of their own, so an answer after them cannot be held "
+            "to a grammar; leave thinking out."
+        )
+
+    def grammar_table(self, vocab_size: int, stop_tokens: Collection[int]) -> Any:
+        """What llguidance knows of this tokenizer; made once, which may take seconds. OptionError where it cannot."""
+        with self._making:
+            if self._table is None:
+                self._table = _grammar_table(self._wrapped, vocab_size, sorted(stop_tokens))
+            return self._table
+
     def call_format(self, tools: Sequence[Mapping[str, Any]] | None = None) -> CallFormat | None:
         """How the checkpoint writes calls of tools; None where nobody can read them.
 
@@ -133,6 +160,22 @@ class Tokenizer:
     def stream(self) -> Detokenizer:
         """A fresh detokeniser."""
         return Detokenizer(self._bytes)
+
+
+def _grammar_table(wrapped: Any, vocab_size: int, stop_tokens: list[int]) -> Any:
+    try:
+        from llguidance.hf import from_tokenizer
+    except ModuleNotFoundError as error:
+        raise OptionError(
+            f"Holding answers to a grammar needs the package '{error.name}'; install it: pip install 'mlx-mtp[schema]'."
+        ) from error
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    inner = wrapped._tokenizer if isinstance(wrapped, TokenizerWrapper) else wrapped
+    if not stop_tokens or not getattr(inner, "is_fast", False):
+        lacks = "no tokenizer.json" if stop_tokens else "no stop token"
+        raise OptionError(f"This checkpoint has {lacks}, without which an answer cannot be held to a grammar.")
+    return from_tokenizer(inner, n_vocab=vocab_size, eos_token=stop_tokens)
 
 
 def prompt_ids(prompt: Prompt, tokenizer: Tokenizer | None, raw: bool = False, thinking: bool = False) -> list[int]:
