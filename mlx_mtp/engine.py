@@ -30,7 +30,13 @@ from mlx_mtp.generation.interfaces import Drafter, Target
 from mlx_mtp.generation.loop import Decoder
 from mlx_mtp.generation.prefix import Pair, Session
 from mlx_mtp.generation.reply import Reply
-from mlx_mtp.generation.request import GenerationRequest, LogitsProcessor, PrefillProgress, RequestOptions, SamplingFields
+from mlx_mtp.generation.request import (
+    GenerationRequest,
+    LogitsProcessor,
+    PrefillProgress,
+    RequestOptions,
+    SamplingFields,
+)
 from mlx_mtp.generation.types import NEUTRAL, Event, Result, Sampling, Stats
 from mlx_mtp.text.channels import CallFormat, Channels
 from mlx_mtp.text.tokenizer import Prompt, Tokenizer, prompt_ids

@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_mtp.errors import OptionError, PromptError
+from mlx_mtp.errors import OptionError, PromptError, brief
 from mlx_mtp.generation import checks
 from mlx_mtp.generation.sampling import Override
 from mlx_mtp.text.channels import ThoughtTokens
@@ -137,6 +137,9 @@ class Constraint:
                 mask[token // WORD] &= ~np.uint32(1 << token % WORD)
             return
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if self._matcher.is_error():
+            reason = brief(RuntimeError(self._matcher.get_error()))
+            raise PromptError(f"The answer cannot be held to the grammar any further: {reason}.")
         if not self._begun and self._thought is not None:
             mask[self._thought.opening // WORD] |= np.uint32(1 << self._thought.opening % WORD)
 
