@@ -147,6 +147,7 @@ class ScriptedEngine:
 
     def request(self, ids: list[int], *, max_tokens: int, **options: Any) -> GenerationRequest:
         """Checks nothing."""
+        assert options.pop("json_schema") is None
         return GenerationRequest(ids=ids, budget=max_tokens, **options)
 
     def run(self, request: GenerationRequest) -> Iterator[Event]:

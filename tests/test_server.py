@@ -10,10 +10,11 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
+import pydantic
 import pytest
 from servers import CHAT, COMPLETION, Running, ScriptedEngine, contents, eventually, raw_request, running, until
 from thinking import TOKENS, thinking_engine
@@ -153,6 +154,29 @@ TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {
 CALLS = ('Let me see.<|tool_call>call:get_weather{city:<|"|>Z', 'ürich, "Old', ' Town"<|"|>,days:3,hourly:true}',
          "<tool_call|><|tool_call>call:now{}<tool_call|>")  # fmt: skip
 ARGUMENTS = {"city": 'Zürich, "Old Town"', "days": 3, "hourly": True}
+
+
+class Weather(pydantic.BaseModel):
+    """What an answer must be."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+    city: str = pydantic.Field(max_length=8)
+    kind: Literal["rain", "sun"]
+
+
+def test_answers_by_a_schema(server: Running) -> None:
+    """By OpenAI's own helper for pydantic classes, whole and streamed; a schema that is none is a 400."""
+    ask = {"model": "test", "messages": QUESTION, "max_tokens": 120, "temperature": 1.0, "seed": 3}
+    with server.openai() as client:
+        parsed = client.chat.completions.parse(response_format=Weather, **ask).choices[0].message.parsed
+        assert isinstance(parsed, Weather)
+        kind = {"type": "json_schema", "json_schema": {"name": "weather", "schema": Weather.model_json_schema()}}
+        chunks = client.chat.completions.create(stream=True, response_format=kind, **ask)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert Weather.model_validate_json(text) == parsed
+        kind["json_schema"]["schema"] = {"type": "nonsense"}
+        with pytest.raises(openai.BadRequestError, match="nonsense"):
+            client.chat.completions.create(response_format=kind, **ask)
 
 
 def test_tools_that_nobody_could_read_are_refused() -> None:
@@ -323,7 +347,8 @@ CHAT_FAULTS: list[tuple[dict[str, Any], str | None]] = [
      "messages[0].tool_calls[0].function.arguments"),
     ({"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "late"}]}, "messages"),
     ({"n": 2}, "n"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "json_schema"}}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"tools": [TOOL]}, "tools"),  # this checkpoint's template has no place for them
     ({"tools": [{"type": "function", "function": {"name": "with space"}}]}, "tools[0].function.name"),
     ({"tool_choice": "required"}, "tool_choice"),

@@ -151,7 +151,7 @@ def wrong_value(chance: random.Random, field: str) -> bytes:
         "stream": (b"1", b'"true"', b"[]"),
         "n": (b"0", b"2", b"true", b'"1"'),
         "model": (b"1", b'"another"', b"[]"),
-        "response_format": (b'{"type":"json_object"}', b'"text"', b"{}"),
+        "response_format": (b'{"type":"json_schema"}', b'"text"', b"{}", b'{"type":"json_object","json_schema":{}}'),
         "tools": (b"1", b"[1]", b"[{}]", b'[{"type":"function","function":{"name":""}}]'),
     }  # fmt: skip
     return chance.choice([*several, *typed[field]])

@@ -161,7 +161,10 @@ class Chat:
         if tokenizer is None:
             raise PromptError("A chat needs a tokenizer and this checkpoint has none; use another model.")
         ids = tokenizer.chat(messages, thinking=self.thinking)
-        events = self.engine.stream(ids, session=self.session, tools=False, **options)
+        request = self.engine.request(ids, session=self.session, tools=False, **options)
+        if request.grammar is not None:
+            request = replace(request, thought=tokenizer.thought_tokens(ids, self.thinking))
+        events = self.engine.run(request)
         reply = self._newest = _Running(messages)
         kept = self._kept(reply, events)
         reply.events = weakref.ref(kept)

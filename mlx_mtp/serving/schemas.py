@@ -45,6 +45,7 @@ class Generation:
 
     logprobs: None = none, n = that of every token and of the n likeliest. parallel: whether a reply may hold several
     tool calls. thinking: the model shall think first. effort: the level that was named, for templates with levels.
+    json_schema: what the answer is held to.
     """
 
     messages: list[dict[str, Any]] | None = None
@@ -60,6 +61,7 @@ class Generation:
     logprobs: int | None
     stream: bool
     include_usage: bool
+    json_schema: dict[str, Any] | None = None
 
 
 def fault(message: str, code: str | None = None) -> PydanticCustomError:
@@ -220,6 +222,31 @@ class Tool(Schema):
         return {"type": "function", "function": function}
 
 
+class JsonSchema(Schema):
+    """A schema that an answer keeps to, whatever `strict` says."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.\-]{1,64}$")] = "answer"
+    description: str = ""
+    schema_: Annotated[dict[str, Any], Field(alias="schema")] = {}
+    strict: bool = True
+
+
+class ResponseFormat(Schema):
+    """What an answer is: free text, any JSON object, or JSON by a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def schema_of(self) -> dict[str, Any] | None:
+        """What the answer is held to; RequestError where the schema is missing."""
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise RequestError("response_format needs json_schema with the type 'json_schema', and only there.",
+                               param="response_format")  # fmt: skip
+        if self.json_schema is not None:
+            return self.json_schema.schema_
+        return {"type": "object"} if self.type == "json_object" else None
+
+
 class StreamOptions(Schema):
     """What a stream tells besides the reply."""
 
@@ -267,7 +294,7 @@ class GenerationBody(Schema):
         BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     ] = []  # fmt: skip
     n: Annotated[Any, only(1, because="one reply is written for a request")] = None
-    response_format: Annotated[Any, only({"type": "text"}, because="this server cannot force a format")] = None
+    response_format: ResponseFormat | None = None
 
     @field_validator(*SAMPLED)
     @classmethod
@@ -306,6 +333,7 @@ class GenerationBody(Schema):
             "max_tokens": self._most(options), "sampling": self._sampling(options), "stop": self.stop,
             "seed": options.seed if self.seed is None else self.seed % 2**64, "stream": self.stream,
             "include_usage": bool(self.stream_options and self.stream_options.include_usage),
+            "json_schema": self.response_format and self.response_format.schema_of(),
         }  # fmt: skip
 
     @abstractmethod
