@@ -93,7 +93,9 @@ class Checkpoint:
             header_of(file)
 
     def tensors(self) -> Iterator[tuple[str, str, int]]:
-        """Name, type and bytes of every stored tensor."""
+        """Name, type and bytes of every stored tensor; a family may need none."""
+        if not any(self.path.glob("*.safetensors")):
+            return
         for header in self.headers.values():
             for name, (dtype, size) in header.items():
                 yield name, dtype, size
