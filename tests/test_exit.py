@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
 import subprocess
 import sys
@@ -193,13 +192,6 @@ def test_logits_from_a_thread(engine: mlx_mtp.Engine) -> None:
     tokens = mx.array([ids(9, 1)])
     there = elsewhere(lambda: engine.target.logits(tokens + 0))
     assert there.tolist() == engine.target.logits(tokens).tolist()
-
-
-def test_asyncio(engine: mlx_mtp.Engine) -> None:
-    async def both() -> list[mlx_mtp.Result]:
-        return await asyncio.gather(*(asyncio.to_thread(reply, engine, ids(9, seed)) for seed in range(2)))
-
-    assert [each.tokens for each in asyncio.run(both())] == [reply(engine, ids(9, seed)).tokens for seed in range(2)]
 
 
 def test_errors_arrive_where_they_belong(engine: mlx_mtp.Engine) -> None:

@@ -1,4 +1,4 @@
-"""Models of mlx-lm over our cache against mlx-lm itself: whole, in chunks, after rollbacks, through the engine."""
+"""Models of mlx-lm over our cache against mlx-lm itself: whole, in chunks, after rollbacks."""
 
 import json
 import random
@@ -9,9 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from greedy import same_or_tie
 from mlx.utils import tree_flatten, tree_map_with_path
-from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes, load_model
 
 import mlx_mtp
@@ -20,7 +18,7 @@ from mlx_mtp.generation.cache import FULL, SLIDING
 from mlx_mtp.generation.interfaces import Memory, States
 from mlx_mtp.targets import load_target
 from mlx_mtp.targets.generic import GenericTarget
-from mlx_mtp.testing import MIXED, ScriptedDrafter
+from mlx_mtp.testing import ScriptedDrafter
 
 TOLERANCE = 1e-3
 VOCABULARY, WINDOW, LENGTH = 96, 8, 60
@@ -128,10 +126,8 @@ def test_logits_equal_mlx_lm(name: str, folders: dict[str, Path]) -> None:
         "uncached": target.logits(tokens),
         "whole": in_passes(target, tokens, [LENGTH]),
         "single": in_passes(target, tokens, [1] * LENGTH),
-        "chunks": in_passes(target, tokens, random_sizes(0, 9)),
         "long chunks": in_passes(target, tokens, random_sizes(1, 45)),
         "rejected": in_passes(target, tokens, random_sizes(2, 4), junk=5),
-        "rejected singles": in_passes(target, tokens, [1] * LENGTH, junk=3),
     }
     apart = {way: difference(logits, expected) for way, logits in found.items()}
     print(name, apart)
@@ -198,29 +194,6 @@ def test_layers_as_the_model_keeps_them(folders: dict[str, Path]) -> None:
     assert cache.keys[0].shape == (1, 1, 512, 24) and cache.values[0].shape == (1, 1, 512, 8)
     gemma, _ = loaded(folders["gemma3_text"])
     assert [shape.kind for shape in gemma.shapes] == [SLIDING, SLIDING, FULL, SLIDING]
-
-
-def greedy(model: nn.Module, ids: list[int], length: int) -> list[int]:
-    """mlx-lm's own decoding over its own cache."""
-    cache, rows, found = make_prompt_cache(model), mx.array([ids]), []
-    for _ in range(length):
-        found.append(mx.argmax(model(rows, cache=cache)[0, -1]).item())
-        rows = mx.array([found[-1:]])
-    return found
-
-
-@pytest.mark.parametrize("name", REQUIRED)
-def test_greedy_equals_mlx_lm(name: str, folders: dict[str, Path]) -> None:
-    """Plainly, and with drafts that are right and wrong at known places."""
-    ids = tokens_of(10)[0].tolist() * 3
-    expected = greedy(loaded(folders[name])[1], ids, 60)
-    assert len(set(expected)) > 10
-    target = mlx_mtp.load(folders[name], drafter=None).target
-    for depth in (0, 3):
-        engine = mlx_mtp.Engine(target, ScriptedDrafter(ids + expected, MIXED) if depth else None, None, depth=depth)
-        result = engine.generate(ids, max_tokens=60)
-        same_or_tie(engine, ids, expected, result.tokens)
-        assert not depth or 0 < result.stats.accepted < result.stats.drafted
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -335,24 +308,13 @@ def test_config_fields(fields: dict[str, Any], tmp_path: Path) -> None:
     refusal(folder, mlx_mtp.CheckpointError)
 
 
-def test_files(tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_or_named_otherwise(tmp_path: Path) -> None:
     folder = written(tmp_path / "model", BASE | CONFIGS["llama"])
     file = folder / "model.safetensors"
-    whole, weights = file.read_bytes(), mx.load(str(file))
-    mx.eval(weights)
-    for cut in (0, 7, 100, len(whole) // 2, len(whole) - 1):
-        file.write_bytes(whole[:cut])
-        assert "model.safetensors" in refusal(folder, mlx_mtp.CheckpointError)
-    for missing in ("lm_head.weight", "model.layers.1.self_attn.q_proj.weight"):
-        mx.save_safetensors(str(file), {name: weight for name, weight in weights.items() if name != missing})
-        assert missing in refusal(folder, mlx_mtp.CheckpointError)
-    mx.save_safetensors(str(file), weights | {"extra": mx.zeros((1,))})
-    assert "extra" in refusal(folder, mlx_mtp.CheckpointError)
-    mx.save_safetensors(str(file), weights | {"lm_head.weight": mx.full((VOCABULARY, 32), float("nan"))})
+    weights = dict(mx.load(str(file))) | {"lm_head.weight": mx.full((VOCABULARY, 32), float("nan"))}
+    mx.save_safetensors(str(file), weights)
     assert "finite" in refusal(folder, mlx_mtp.CheckpointError)
-    file.unlink()
-    assert "found none" in refusal(folder, mlx_mtp.CheckpointError)
-    mx.save_safetensors(str(folder / "weights.safetensors"), weights)
+    file.rename(folder / "weights.safetensors")
     assert "model" in refusal(folder, mlx_mtp.CheckpointError)
 
 
