@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401
 
+from mlx_mtp.engine import Engine
 from mlx_mtp.generation import exactness
 from mlx_mtp.generation.interfaces import Target
 
@@ -71,6 +72,12 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
         return ran(*args), *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Engine:
+    """The embedded pair, drafting 2 tokens a round."""
+    return mlx_mtp.load(depth=2)
 
 
 def one_sentence(code: int, out: str, err: str) -> str:

@@ -122,30 +122,6 @@ def test_the_pace_gets_the_blame_where_a_cost_is_known() -> None:
     assert new.cost(2) == pytest.approx(2.6, rel=0.05) and new.plain_seconds == pytest.approx(0.010, rel=0.05)
 
 
-def test_a_round_of_hours_changes_no_cost() -> None:
-    costs = RoundCosts(2)
-    for depth in (0, 2, 0, 2):
-        costs.learn(depth, None)
-        for _ in range(9):
-            costs.learn(depth, (0.010, 0.0115, 0.013)[depth])
-    before = costs.cost(2)
-    for seconds in (1e4, 0.013, 1e4, 1e4, 0.013, 0.013, 0.013):  # two in a row too
-        costs.learn(2, seconds)
-    assert costs.cost(2) == pytest.approx(before, rel=0.02) and costs.plain_seconds == pytest.approx(0.010, rel=0.02)
-
-
-def test_a_measured_depth_tells_of_its_neighbours() -> None:
-    """Depth 4 costs twice what was thought: so, in part, do those beside it, and all beyond it."""
-    costs = RoundCosts(8)
-    thought = [costs.cost(depth) for depth in range(9)]
-    for depth, seconds in [(0, 0.010)] * 9 + [(4, None)] + [(4, 0.040)] * 5 + [(0, None)] + [(0, 0.010)] * 5:
-        costs.learn(depth, seconds)
-    found = [costs.cost(depth) / thought[depth] for depth in range(9)]
-    assert found[4] == pytest.approx(2.0, rel=0.1) and 1.2 < found[2] < found[3] < found[4]
-    assert found[6] == pytest.approx(found[4], rel=0.05)
-    assert costs.uncertainty(4, 0) < costs.uncertainty(2, 0) and costs.uncertainty(4, 0) < costs.uncertainty(8, 0)
-
-
 def test_costs_never_fall_nor_exceed_what_can_pay() -> None:
     costs = RoundCosts(4, [1.0, 1.5, 1.2, 50.0, 60.0])
     assert [costs.cost(depth) for depth in range(5)] == pytest.approx([1.0, 1.5, 1.5, 4.0, 5.0])

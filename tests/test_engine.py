@@ -79,23 +79,22 @@ def test_context_is_respected(plain: mlx_mtp.Engine, expected: list[int]) -> Non
         engine.generate(IDS + expected[:10])
 
 
-def test_embedded_pair_drafts_well_and_exactly() -> None:
-    plain, mtp = mlx_mtp.load(drafter=None), mlx_mtp.load(depth=4)
-    ids = mtp.tokenizer.encode("def main():\n    parser = ")
-    expected, found = (engine.generate(ids, max_tokens=100, ignore_end=True) for engine in (plain, mtp))
+def test_embedded_pair_drafts_well_and_exactly(embedded: mlx_mtp.Engine) -> None:
+    plain = mlx_mtp.Engine(embedded.target, None, None)
+    ids = embedded.tokenizer.encode("def main():\n    parser = ")
+    expected, found = (engine.generate(ids, max_tokens=100, ignore_end=True) for engine in (plain, embedded))
     same_or_tie(plain, ids, expected.tokens, found.tokens)
     assert found.stats.tokens_per_round > 1.5
 
 
-def test_embedded_target_is_stock_mlx_lm() -> None:
+def test_embedded_target_is_stock_mlx_lm(embedded: mlx_mtp.Engine) -> None:
     """Other engines load the embedded target too, and see the same logits."""
     from mlx_lm.utils import load_model
 
-    engine = mlx_mtp.load(drafter=None)
     model, _ = load_model(EMBEDDED / "target")
     model.set_dtype(mx.float32)
-    tokens = mx.array([engine.tokenizer.encode("import os\nclass A:\n    def f(self):\n")])
-    assert mx.abs(model(tokens).astype(mx.float32) - engine.target.logits(tokens)).max().item() < 1e-3
+    tokens = mx.array([embedded.tokenizer.encode("import os\nclass A:\n    def f(self):\n")])
+    assert mx.abs(model(tokens).astype(mx.float32) - embedded.target.logits(tokens)).max().item() < 1e-3
 
 
 def test_a_round_traced_again_does_not_follow_a_cache_that_grew() -> None:

@@ -1,7 +1,6 @@
 """Models of mlx-lm over our cache against mlx-lm itself: whole, in chunks, after rollbacks."""
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from greedy import in_passes, random_sizes
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.utils import _get_classes, load_model
 
@@ -94,28 +94,6 @@ def difference(found: mx.array, expected: mx.array) -> float:
     return mx.abs(found - expected).max().item()
 
 
-def in_passes(target: GenericTarget, tokens: mx.array, sizes: list[int], junk: int = 0) -> mx.array:
-    """Logits of every token, `sizes` committed a pass, each pass with `junk` rows behind it that are rejected."""
-    cache, found, start = target.new_cache(256, tokens.shape[0]), [], 0
-    for size in sizes:
-        rejected = (tokens[:, start : start + 1] + 1 + mx.arange(junk)) % VOCABULARY
-        if junk:
-            target.forward(rejected, cache)  # wholly rejected
-        rows = mx.concatenate([tokens[:, start : start + size], rejected], axis=1)
-        found.append(target.head(target.forward(rows, cache).hidden)[:, :size])
-        cache.advance(size)
-        start += size
-    return mx.concatenate(found, axis=1)
-
-
-def random_sizes(seed: int, most: int) -> list[int]:
-    rng, left, sizes = random.Random(seed), LENGTH, []
-    while left:
-        sizes.append(rng.randint(1, min(left, most)))
-        left -= sizes[-1]
-    return sizes
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_equal_mlx_lm(name: str, folders: dict[str, Path]) -> None:
     """In one piece, token by token, in chunks below and above the slack, behind rejected rows; sliding ones wrap."""
@@ -124,10 +102,10 @@ def test_logits_equal_mlx_lm(name: str, folders: dict[str, Path]) -> None:
     expected = model(tokens)
     found = {
         "uncached": target.logits(tokens),
-        "whole": in_passes(target, tokens, [LENGTH]),
-        "single": in_passes(target, tokens, [1] * LENGTH),
-        "long chunks": in_passes(target, tokens, random_sizes(1, 45)),
-        "rejected": in_passes(target, tokens, random_sizes(2, 4), junk=5),
+        "whole": in_passes(target, tokens, [LENGTH])[0],
+        "single": in_passes(target, tokens, [1] * LENGTH)[0],
+        "long chunks": in_passes(target, tokens, random_sizes(LENGTH, 1, 45))[0],
+        "rejected": in_passes(target, tokens, random_sizes(LENGTH, 2, 4), junk=5)[0],
     }
     apart = {way: difference(logits, expected) for way, logits in found.items()}
     print(name, apart)
@@ -202,7 +180,7 @@ def test_quantised_checkpoints(bits: int, tmp_path: Path) -> None:
     target, model = loaded(folder)
     assert isinstance(target.model.lm_head, nn.QuantizedLinear) and target.model.lm_head.bits == bits
     tokens = tokens_of()
-    assert difference(in_passes(target, tokens, random_sizes(0, 9), junk=2), model(tokens)) < TOLERANCE
+    assert difference(in_passes(target, tokens, random_sizes(LENGTH, 0, 9), junk=2)[0], model(tokens)) < TOLERANCE
 
 
 def test_multimodal_wrappers_and_half_precision(tmp_path: Path) -> None:
@@ -216,7 +194,7 @@ def test_multimodal_wrappers_and_half_precision(tmp_path: Path) -> None:
     tokens = tokens_of()
     if mx.default_device() == mx.Device(mx.cpu):
         assert target.dtype == mx.float32
-        assert difference(in_passes(target, tokens, random_sizes(0, 9), junk=2), model(tokens)) < TOLERANCE
+        assert difference(in_passes(target, tokens, random_sizes(LENGTH, 0, 9), junk=2)[0], model(tokens)) < TOLERANCE
     assert target.info.max_context == 512 and target.info.attention_heads == 4
 
 

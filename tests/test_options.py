@@ -34,11 +34,6 @@ def engine() -> Engine:
     return Engine(MarkovTarget(table), MarkovDrafter(table), None, depth=2)
 
 
-@pytest.fixture(scope="module")
-def embedded() -> Engine:
-    return mlx_mtp.load(depth=2)
-
-
 BAD_SAMPLING: list[dict[str, Any]] = [
     *({"top_k": bad} for bad in (40.0, -1, True, "4", math.inf, [4])),
     {"temperature": 10**400},

@@ -45,13 +45,7 @@ NEAR_TIE = 1e-3
 
 
 @pytest.fixture(scope="module")
-def engine() -> mlx_mtp.Engine:
-    """The same pair as the server's, in this thread."""
-    return mlx_mtp.load(depth=2)
-
-
-@pytest.fixture(scope="module")
-def server(engine: mlx_mtp.Engine) -> Iterator[Running]:
+def server(embedded: mlx_mtp.Engine) -> Iterator[Running]:
     """The embedded pair."""
     with running(lambda: mlx_mtp.load(depth=2)) as found:
         yield found
@@ -65,8 +59,8 @@ def clear(result: mlx_mtp.Result) -> mlx_mtp.Result:
     return result
 
 
-def test_chat_is_what_generate_writes(server: Running, engine: mlx_mtp.Engine) -> None:
-    expected = clear(engine.generate(engine.tokenizer.chat(QUESTION, thinking=False), max_tokens=12, logprobs=2))
+def test_chat_is_what_generate_writes(server: Running, embedded: mlx_mtp.Engine) -> None:
+    expected = clear(embedded.generate(embedded.tokenizer.chat(QUESTION, thinking=False), max_tokens=12, logprobs=2))
     with server.openai() as client:
         first = client.chat.completions.create(model="test", messages=QUESTION, max_tokens=12, temperature=0)
         again = client.chat.completions.create(model="test", messages=QUESTION, max_completion_tokens=12)
@@ -88,24 +82,24 @@ def test_chat_is_what_generate_writes(server: Running, engine: mlx_mtp.Engine) -
     assert {chunk.id for chunk in chunks} == {chunks[0].id} and chunks[-2].model_extra["stats"]["tokens"] == 12
 
 
-def test_a_conversation_runs_only_what_is_new(server: Running, engine: mlx_mtp.Engine) -> None:
+def test_a_conversation_runs_only_what_is_new(server: Running, embedded: mlx_mtp.Engine) -> None:
     said: list[dict[str, str]] = [{"role": "system", "content": "Answer in one line."}]
     with server.openai() as client:
         for turn, question in enumerate(("What does zip do?", "And enumerate?", "And map?")):
             said.append({"role": "user", "content": question})
             reply = client.chat.completions.create(model="test", messages=said, max_tokens=8)
-            ids = engine.tokenizer.chat(said, thinking=False)
-            expected = clear(engine.generate(ids, max_tokens=8, logprobs=2))
+            ids = embedded.tokenizer.chat(said, thinking=False)
+            expected = clear(embedded.generate(ids, max_tokens=8, logprobs=2))
             assert reply.choices[0].message.content == expected.text
             assert (reply.usage.prompt_tokens_details.cached_tokens > len(ids) // 2) == (turn > 0)
             said.append({"role": "assistant", "content": reply.choices[0].message.content})
 
 
-def test_completion_of_text_and_of_tokens(server: Running, engine: mlx_mtp.Engine) -> None:
+def test_completion_of_text_and_of_tokens(server: Running, embedded: mlx_mtp.Engine) -> None:
     prompt = "import os\n\n\ndef walk("
-    expected = clear(engine.generate(prompt, max_tokens=8, raw=True, logprobs=2))
+    expected = clear(embedded.generate(prompt, max_tokens=8, raw=True, logprobs=2))
     with server.openai() as client:
-        for asked in (prompt, [prompt], engine.tokenizer.encode(prompt)):
+        for asked in (prompt, [prompt], embedded.tokenizer.encode(prompt)):
             reply = client.completions.create(model="test", prompt=asked, max_tokens=8)
             assert (reply.choices[0].text, reply.choices[0].finish_reason) == (expected.text, "length")
         chunks = list(client.completions.create(model="test", prompt=prompt, max_tokens=8, stream=True))
@@ -116,10 +110,10 @@ def test_completion_of_text_and_of_tokens(server: Running, engine: mlx_mtp.Engin
         assert cut.choices[0].finish_reason == "stop"
 
 
-def test_logprobs_in_both_forms(server: Running, engine: mlx_mtp.Engine) -> None:
-    ids = engine.tokenizer.chat(QUESTION, thinking=False)
-    expected = clear(engine.generate(ids, max_tokens=6, logprobs=3))
-    spelled = [engine.tokenizer.spell(token)[0] for token in expected.tokens]
+def test_logprobs_in_both_forms(server: Running, embedded: mlx_mtp.Engine) -> None:
+    ids = embedded.tokenizer.chat(QUESTION, thinking=False)
+    expected = clear(embedded.generate(ids, max_tokens=6, logprobs=3))
+    spelled = [embedded.tokenizer.spell(token)[0] for token in expected.tokens]
     options: dict[str, Any] = {"model": "test", "max_tokens": 6}
     with server.openai() as client:
         ask = client.chat.completions.create
@@ -143,12 +137,12 @@ def test_logprobs_in_both_forms(server: Running, engine: mlx_mtp.Engine) -> None
     assert [t for part in parts if part.choices[0].logprobs for t in part.choices[0].logprobs.tokens] == spelled
 
 
-def test_sampling_reaches_the_engine(server: Running, engine: mlx_mtp.Engine) -> None:
+def test_sampling_reaches_the_engine(server: Running, embedded: mlx_mtp.Engine) -> None:
     """Seeded and penalised replies are those of generate; a bias of 100 forces a token."""
-    ids = engine.tokenizer.chat(QUESTION, thinking=False)
+    ids = embedded.tokenizer.chat(QUESTION, thinking=False)
     sampling = {"temperature": 0.9, "top_p": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.25}
     extra = {"top_k": 20, "min_p": 0.01, "repetition_penalty": 1.1}
-    fresh = [engine.generate(ids, max_tokens=8, seed=seed, sampling=mlx_mtp.Sampling(**sampling, **extra)).text
+    fresh = [embedded.generate(ids, max_tokens=8, seed=seed, sampling=mlx_mtp.Sampling(**sampling, **extra)).text
              for seed in (3, 4)]  # fmt: skip
     with server.openai() as client:
         ask = client.chat.completions.create
@@ -156,7 +150,7 @@ def test_sampling_reaches_the_engine(server: Running, engine: mlx_mtp.Engine) ->
                    for seed in (3, 4, 3)]  # fmt: skip
         forced = ask(model="test", messages=QUESTION, max_tokens=3, logit_bias={"470": 100}, temperature=0)
     assert [reply.choices[0].message.content for reply in replies] == [*fresh, fresh[0]] and fresh[0] != fresh[1]
-    assert forced.choices[0].message.content == engine.tokenizer.spell(470)[0] * 3
+    assert forced.choices[0].message.content == embedded.tokenizer.spell(470)[0] * 3
 
 
 CALLS = ('Let me see.<|tool_call>call:get_weather{city:<|"|>Z', 'ürich, "Old', ' Town"<|"|>,days:3,hourly:true}',
@@ -588,8 +582,8 @@ def test_loopback() -> None:
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.1", "example.com", "")))
 
 
-def test_tokens_as_they_read_in_a_text() -> None:
-    tokenizer = mlx_mtp.load(drafter=None).tokenizer
+def test_tokens_as_they_read_in_a_text(embedded: mlx_mtp.Engine) -> None:
+    tokenizer = embedded.tokenizer
     ids = tokenizer.encode("import os é <|turn>", special=False)
     spelled = [tokenizer.spell(token) for token in ids]
     assert b"".join(data for _, data in spelled).decode() == tokenizer.decode(ids)

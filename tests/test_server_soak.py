@@ -29,13 +29,7 @@ SESSION_BYTES = 4_000_000
 
 
 @pytest.fixture(scope="module")
-def engine() -> mlx_mtp.Engine:
-    """The same pair as the server's, in this thread."""
-    return mlx_mtp.load(depth=2)
-
-
-@pytest.fixture(scope="module")
-def server(engine: mlx_mtp.Engine) -> Iterator[Running]:
+def server(embedded: mlx_mtp.Engine) -> Iterator[Running]:
     """Places for all at once, and room for about six conversations."""
     with running(lambda: mlx_mtp.load(depth=2), places=64, session_bytes=SESSION_BYTES, body_bytes=100_000) as found:
         yield found
@@ -44,12 +38,12 @@ def server(engine: mlx_mtp.Engine) -> Iterator[Running]:
 Asked = tuple[str, dict[str, Any], str]
 
 
-def requests(engine: mlx_mtp.Engine) -> list[Asked]:
+def requests(embedded: mlx_mtp.Engine) -> list[Asked]:
     """Paths, bodies and what generate answers: beginnings, two ways to go on after each, told apart late; and chats."""
-    tokenizer, greedy, found = engine.tokenizer, mlx_mtp.Sampling(temperature=0.0), []
+    tokenizer, greedy, found = embedded.tokenizer, mlx_mtp.Sampling(temperature=0.0), []
 
     def ask(path: str, body: dict[str, Any], ids: list[int], count: int) -> str:
-        result = engine.generate(ids, max_tokens=count, logprobs=2, sampling=greedy)
+        result = embedded.generate(ids, max_tokens=count, logprobs=2, sampling=greedy)
         if min(max(row.values()) - min(row.values()) for row in result.top_logprobs) > NEAR_TIE:
             found.append((path, {**body, "max_tokens": count, "temperature": 0}, result.text))
         return result.text
@@ -92,8 +86,8 @@ def ask(client: httpx.Client, number: int, asked: Asked) -> str:
     return kind
 
 
-def test_many_requests_at_a_time(server: Running, engine: mlx_mtp.Engine) -> None:
-    chance, known, memory = random.Random(5), requests(engine), []
+def test_many_requests_at_a_time(server: Running, embedded: mlx_mtp.Engine) -> None:
+    chance, known, memory = random.Random(5), requests(embedded), []
     asked = [chance.choice(known) for _ in range(36)]
 
     def go(number: int) -> str:
@@ -169,10 +163,10 @@ def malformed(chance: random.Random) -> Bad:
     return "POST", path, start + json.dumps(field).encode() + b": " + chance.choice(NO_VALUES) + b"}", headers
 
 
-def test_a_thousand_malformed_requests(server: Running, engine: mlx_mtp.Engine) -> None:
+def test_a_thousand_malformed_requests(server: Running, embedded: mlx_mtp.Engine) -> None:
     chance, statuses = random.Random(11), Counter[int]()
     prompt = GOOD_COMPLETION["prompt"]
-    expected = engine.generate(prompt, max_tokens=4, raw=True, sampling=mlx_mtp.Sampling(temperature=0.0)).text
+    expected = embedded.generate(prompt, max_tokens=4, raw=True, sampling=mlx_mtp.Sampling(temperature=0.0)).text
 
     def works(client: httpx.Client) -> None:
         reply = client.post(COMPLETION, json=GOOD_COMPLETION | {"temperature": 0})

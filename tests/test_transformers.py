@@ -4,13 +4,13 @@ The committed golden arrays fix one model per variant; here the shapes vary. tra
 eager attention; the checkpoint is what its own save_pretrained writes. Needs the extra `peers` (make peers).
 """
 
-import random
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from greedy import in_passes, random_sizes
 
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.drafters import load_drafter
@@ -122,17 +122,6 @@ def prompt_of(case: str) -> np.ndarray:
     return np.random.default_rng(CASES[case][3]).integers(3, VOCABULARY, (1, length))
 
 
-def in_chunks(target: Any, tokens: np.ndarray, sizes: list[int]) -> np.ndarray:
-    """Logits of a sequence fed through the cache in pieces."""
-    cache, found, at = target.new_cache(512), [], 0
-    for size in sizes:
-        states = target.forward(mx.array(tokens[:, at : at + size]), cache)
-        cache.advance(size)
-        found.append(np.array(target.head(states.hidden)))
-        at += size
-    return np.concatenate(found, axis=1)
-
-
 def test_logits_whole_by_token_and_in_chunks(made: tuple[str, Any, Path]) -> None:
     case, model, folder = made
     tokens = prompt_of(case)
@@ -141,12 +130,8 @@ def test_logits_whole_by_token_and_in_chunks(made: tuple[str, Any, Path]) -> Non
     assert 2 < np.abs(expected).max() < 30 and expected.std() > 0.5  # worth comparing
     target = load_target(Checkpoint.open(folder / "target"))
     assert np.abs(np.array(target.logits(mx.array(tokens))) - expected).max() < TOLERANCE
-    chance, left, sizes = random.Random(3), tokens.shape[1], []
-    while left:
-        sizes.append(chance.randint(1, min(left, 40)))
-        left -= sizes[-1]
-    for pieces in (sizes, [1] * tokens.shape[1]):
-        assert np.abs(in_chunks(target, tokens, pieces) - expected).max() < TOLERANCE
+    for sizes in (random_sizes(tokens.shape[1], 3, 40), [1] * tokens.shape[1]):
+        assert np.abs(np.array(in_passes(target, mx.array(tokens), sizes)[0]) - expected).max() < TOLERANCE
 
 
 def readable(model: Any, tokens: np.ndarray) -> tuple[Any, dict[str, Any]]:
