@@ -20,7 +20,7 @@ from mlx_mtp.generation.loop import Decoder
 
 NEVER, SELDOM, OFTEN, NEARLY = always(0.0), always(0.3), always(0.8), always(0.95)
 PROSE_AND_CODE = switching(0.15, 0.9, 400)
-TOKENS, SEEDS = 2000, 5
+TOKENS, SEEDS = 2000, 3
 # (depths that are remembered wrongly, by which factor)
 EVERY, DRAFTED = tuple(range(9)), tuple(range(1, 9))
 WRONG = [
@@ -63,7 +63,7 @@ def test_a_fresh_start_finds_the_best_depth(machine: Machine, text: Text) -> Non
 
 
 @pytest.mark.parametrize(("depths", "factor"), WRONG)
-@pytest.mark.parametrize(("machine", "text"), [(GPU, OFTEN), (FLAT, NEARLY), (CPU, NEVER), (CPU, NEARLY)])
+@pytest.mark.parametrize(("machine", "text"), [(GPU, OFTEN), (CPU, NEVER)])
 def test_wrong_memories_are_found_out(
     machine: Machine, text: Text, depths: Sequence[int], factor: float, tmp_path: Path
 ) -> None:
@@ -83,7 +83,7 @@ def test_what_else_the_machine_does(machine: Machine, text: Text, disturbed: dic
     assert share_of_best(fresh(), replace(machine, **disturbed), text) > 0.95
 
 
-@pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)
+@pytest.mark.parametrize("machine", [GPU, CPU], ids=lambda machine: machine.name)
 @pytest.mark.parametrize(("noise", "share"), [("uniform", 0.92), ("heavy", 0.92), ("lognormal", 0.88)])
 def test_noisy_times(machine: Machine, noise: str, share: float) -> None:
     """Times off by up to half, often late, or with a deviation of half: what 500 such rounds can tell is less sharp."""
