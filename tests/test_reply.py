@@ -161,6 +161,7 @@ STOPS = st.lists(st.text("ab <\nÃ©>", max_size=3) | st.sampled_from(["ink>", "ï¿
 @settings(max_examples=500, **PROPERTY)
 @given(written(), STOPS, st.sampled_from([None, "<think>", "<|channel>"]), st.booleans(), st.data())
 @example([b"a", b"<thx"], ["<"], None, False, None)  # known to be no marker one token later
+@example([b"a", b"<", b"x"], ["<"], None, False, None)  # and by a token that is not in the reply
 @example([b"a\xe2"], ["ï¿½"], None, True, None)  # known to be no character at the very end
 @example([b"ab<think>\n</think>b", b"\n"], ["bb", "b\n"], None, False, None)
 def test_any_reply_like_a_search(
