@@ -6,18 +6,24 @@ import mlx_mtp  # isort: skip  # noqa: F401
 import atexit
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401
 
+from mlx_mtp.engine import Engine
 from mlx_mtp.generation import exactness
 from mlx_mtp.generation.interfaces import Target
 
 GOLDEN = Path(__file__).parent / "golden"
 VARIANTS = ("ple", "keqv", "moe", "unified")
+Command = Callable[..., tuple[int, str, str]]
 HEADS = ("tied", "centroid")
 PROBED: dict[tuple[Path | None, int], exactness.Exactness] = {}
 
@@ -34,6 +40,53 @@ def commands_without_torch() -> None:
     """The commands that tests start find no torch (children/sitecustomize.py); a worker itself may need it."""
     paths = str(Path(__file__).parent / "children"), os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Rounds built anew each time: compiling kernels for sizes that are used once would take most of the time."""
+    mx.disable_compile()
+    try:
+        yield
+    finally:
+        mx.enable_compile()
+
+
+def ran(*args: object) -> int:
+    """`mlx-mtp ARGS` in this process, without a network; the exit code."""
+    from mlx_mtp.cli import app
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr(sys, "argv", ["mlx-mtp", *map(str, args)])
+        app.main()
+    return int(end.value.code or 0)
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """`ran` with what it wrote: exit code, stdout, stderr."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        return ran(*args), *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Engine:
+    """The embedded pair, drafting 2 tokens a round."""
+    return mlx_mtp.load(depth=2)
+
+
+def one_sentence(code: int, out: str, err: str) -> str:
+    """A refusal of the command line, checked."""
+    assert code == 2, (code, out, err)
+    assert out == ""
+    assert err.endswith(".\n") and err.count("\n") == 1 and 20 < len(err) < 700, err
+    assert "Traceback" not in err
+    return err
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What greedy decoding must give: one check that holds on every kernel, and references whose every token is clear.
+"""What greedy decoding must give, one check that holds on every kernel; and logits of a sequence in pieces.
 
 Kernels round differently for one row and for several, and from one processor to the next. So no test here compares
 the tokens of two runs without either allowing for a near tie or making sure that there is none.
@@ -6,6 +6,7 @@ the tokens of two runs without either allowing for a near tie or making sure tha
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from conftest import GOLDEN
 
 import mlx_mtp
+from mlx_mtp.generation.cache import KVCache
 from mlx_mtp.generation.interfaces import Target
 from mlx_mtp.targets.gemma4 import Gemma4Target
 
@@ -22,19 +24,10 @@ from mlx_mtp.targets.gemma4 import Gemma4Target
 NEAR_TIE = 1e-3
 
 
-def gaps(engine: mlx_mtp.Engine, ids: Sequence[int], tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Of each token behind the prompt, by one pass over all of them without a cache.
-
-    How far its logit is below the best one, and how far that is above the second [T].
-    """
-    logits = np.array(engine.target.logits(mx.array([[*ids, *tokens]])))[0, len(ids) - 1 : -1]
-    second, best = np.sort(logits, axis=1)[:, -2:].T
-    return best - logits[np.arange(len(tokens)), list(tokens)], best - second
-
-
 def assert_greedy(engine: mlx_mtp.Engine, ids: Sequence[int], tokens: Sequence[int]) -> None:
-    """Every token is the likeliest one after those before it, or as likely but for rounding."""
-    below, _ = gaps(engine, ids, tokens)
+    """By one pass without a cache every token is the likeliest after those before it, or as likely but for rounding."""
+    logits = np.array(engine.target.logits(mx.array([[*ids, *tokens]])))[0, len(ids) - 1 : -1]
+    below = logits.max(axis=1) - logits[np.arange(len(tokens)), list(tokens)]
     at = int(below.argmax())
     assert below[at] <= NEAR_TIE, f"token {at} is {below[at]} below the best one"
 
@@ -71,3 +64,25 @@ def enlivened(target: Target, silent: int = 0) -> Target:
     target.model.head = lambda hidden: hidden.astype(mx.float32) @ table + bias
     target.info = replace(target.info, max_context=4096)
     return target
+
+
+def in_passes(target: Target, tokens: mx.array, sizes: Sequence[int], junk: int = 0) -> tuple[mx.array, KVCache]:
+    """Logits of every token, `sizes` committed a pass, each pass with `junk` rows behind it that are rejected."""
+    cache, found, start = target.new_cache(512, tokens.shape[0]), [], 0
+    for size in sizes:
+        rejected = (tokens[:, start : start + 1] + 1 + mx.arange(junk)) % target.info.vocab_size
+        if junk:
+            target.forward(rejected, cache)  # wholly rejected
+        rows = mx.concatenate([tokens[:, start : start + size], rejected], axis=1)
+        found.append(target.head(target.forward(rows, cache).hidden)[:, :size])
+        cache.advance(size)
+        start += size
+    return mx.concatenate(found, axis=1), cache
+
+
+def random_sizes(total: int, seed: int, most: int) -> list[int]:
+    """Sizes of passes that are `total` tokens in all."""
+    chance, sizes = random.Random(seed), list[int]()
+    while total > sum(sizes):
+        sizes.append(chance.randint(1, min(total - sum(sizes), most)))
+    return sizes

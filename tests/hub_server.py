@@ -11,7 +11,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -239,18 +238,3 @@ def _handler(hub: Hub, first: bool) -> type[BaseHTTPRequestHandler]:
             self.reply(status, b"{}", {key: value for key, value in said.items() if value})
 
     return Handler
-
-
-def wait_for(condition: threading.Event, seconds: float = 120.0) -> None:
-    assert condition.wait(seconds), "the server was not asked"
-
-
-def arrived(folder: Path, size: int, seconds: float = 120.0) -> bool:
-    """Whether the folder's part file has come to `size` bytes, and no more; waits for it."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        found = sum(part.stat().st_size for part in folder.rglob("*.incomplete"))
-        if found >= size:
-            return found == size
-        time.sleep(0.05)
-    return False

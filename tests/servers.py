@@ -193,3 +193,65 @@ def until(connection: socket.socket, end: bytes) -> bytes:
     while end not in found and (part := connection.recv(65536)):
         found += part
     return found
+
+
+# Requests that are refused with 400, and the field that the refusal names
+
+TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}}  # fmt: skip
+FAULTS: dict[str, list[tuple[dict[str, Any], str | None]]] = {CHAT: [
+    ({"messages": []}, "messages"),
+    ({"messages": "hi"}, "messages"),
+    ({"messages": [{"role": "judge", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+     "messages[0].content[0].type"),
+    ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "unknown"}]}, "messages[0].tool_call_id"),
+    ({"messages": [{"role": "user", "content": "x", "colour": "red"}]}, "messages[0].colour"),
+    ({"messages": [{"role": "assistant", "tool_calls": [
+        {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{"}}]}]},
+     "messages[0].tool_calls[0].function.arguments"),
+    ({"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "late"}]}, "messages"),
+    ({"n": 2}, "n"),
+    ({"response_format": {"type": "json_schema"}}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"tools": [TOOL]}, "tools"),  # this checkpoint's template has no place for them
+    ({"tools": [{"type": "function", "function": {"name": "with space"}}]}, "tools[0].function.name"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"reasoning_effort": "vast"}, "reasoning_effort"),
+    ({"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}}, "reasoning_effort"),
+    ({"chat_template_kwargs": {"colour": "red"}}, "chat_template_kwargs.colour"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"modalities": ["text", "audio"]}, "modalities"),
+    ({"temperature": -1}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"temperature": True}, "temperature"),
+    ({"top_k": 1.5}, "top_k"),
+    ({"presence_penalty": 10**400}, "presence_penalty"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
+    ({"seed": 2**64}, "seed"),
+    ({"seed": -(2**63) - 1}, "seed"),
+    ({"stop": [""]}, "stop[0]"),
+    ({"stop": ["x"] * 17}, "stop"),
+    ({"stop": [1]}, "stop[0]"),
+    ({"logit_bias": {"x": 1}}, "logit_bias.x"),
+    ({"logit_bias": {"1": 1000}}, "logit_bias.1"),
+    ({"logit_bias": {"999999": 1}}, None),
+    ({"stream": "yes"}, "stream"),
+    ({"grammar": "root"}, "grammar"),
+    ({"functions": [{"name": "f"}]}, "functions"),
+], COMPLETION: [
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": ["a", "b"]}, "prompt"),
+    ({"prompt": [1, True]}, "prompt"),
+    ({"prompt": [1, 10**30]}, None),
+    ({"prompt": [-1]}, None),
+    ({"prompt": [7] * 9000}, "prompt"),
+    ({"echo": True}, "echo"),
+    ({"suffix": "x"}, "suffix"),
+    ({"best_of": 2}, "best_of"),
+    ({"logprobs": True}, "logprobs"),
+]}  # fmt: skip

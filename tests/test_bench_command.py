@@ -6,15 +6,14 @@ import importlib.util
 import itertools
 import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Command, one_sentence, ran
 
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
-from mlx_mtp.cli import app
 from mlx_mtp.converting.quantise import quantise
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.measuring import bench, configurations
@@ -27,15 +26,6 @@ ROW = {
     "milliseconds_per_round", "first_token_milliseconds", "run_bytes", "joules_per_token", "output",
 }  # fmt: skip
 NAMES = ["stock", "plain", "mtp@2", "lookup@auto"]
-
-
-def command(*args: str) -> int:
-    """`mlx-mtp bench ARGS` in this process; the exit code."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setattr(sys, "argv", ["mlx-mtp", "bench", *args])
-        app.main()
-    return int(end.value.code or 0)
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +43,8 @@ def outputs(prompt_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
              (("json", "json"), ("markdown", "md"), ("plot", "png"))]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mlx_mtp.cli.bench.Plan", lambda **asked: plan(**asked, tokens_for_acceptance=16))
-        code = command("--prompts", str(prompt_file), "--arms", "stock,plain,mtp@2,lookup@auto", "--max-tokens", "12",
-                       "--repeats", "2", "--cool-down", "0", *files)  # fmt: skip
+        code = ran("bench", "--prompts", prompt_file, "--arms", "stock,plain,mtp@2,lookup@auto", "--max-tokens", "12",
+                   "--repeats", "2", "--cool-down", "0", *files)  # fmt: skip
     assert code == 0
     assert sorted(file.name for file in folder.iterdir()) == ["report.json", "report.md", "report.png"]
     return folder, json.loads((folder / "report.json").read_text())
@@ -135,7 +125,7 @@ SHORT = ("--arms", "plain", "--max-tokens", "8", "--cool-down", "0")
 )  # fmt: skip
 def test_what_was_measured_before_an_end_is_reported(
     error: BaseException, code: int, words: str, turns: int, prompt_file: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, command: Command,
 ) -> None:  # fmt: skip
     def cut(self: bench.Bench) -> Iterator[str]:
         yield from itertools.islice(whole(self), turns)
@@ -144,8 +134,8 @@ def test_what_was_measured_before_an_end_is_reported(
     whole = bench.Bench.run
     monkeypatch.setattr(bench.Bench, "run", cut)
     file = tmp_path / "report.json"
-    assert command("--prompts", str(prompt_file), *SHORT, "--json", str(file)) == code
-    out, err = capsys.readouterr()
+    found, out, err = command("bench", "--prompts", prompt_file, *SHORT, "--json", file)
+    assert found == code
     report = json.loads(file.read_text())
     assert report["interrupted"] and words in report["notes"] and words in err and "**Interrupted" in out
     runs = [prompt["runs"]["plain"] for sampling in report["samplings"] for prompt in sampling["prompts"]]
@@ -153,26 +143,25 @@ def test_what_was_measured_before_an_end_is_reported(
     assert code == 130 or ("[metal] out of memory" in err.splitlines()[-1] and "Traceback" not in err)
 
 
-def test_one_run_of_one_prompt_has_no_interval(prompt_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--prompts", str(prompt_file), *SHORT, "--arms", "plain,lookup@2", "--repeats", "1")
-    assert command(*options, "--temperature", "0", "--repetition-penalty", "1.3", "--json", "-") == 0
-    (sampling,) = json.loads(capsys.readouterr().out)["samplings"]
+def test_one_run_of_one_prompt_has_no_interval(prompt_file: Path, command: Command) -> None:
+    options = ("--prompts", prompt_file, *SHORT, "--arms", "plain,lookup@2", "--repeats", "1")
+    code, out, _ = command("bench", *options, "--temperature", "0", "--repetition-penalty", "1.3", "--json", "-")
+    (sampling,) = json.loads(out)["samplings"]
+    assert code == 0
     rows = {row["arm"]: row for row in sampling["groups"][0]["arms"]}
     assert rows["lookup@2"]["over_plain"]["ratio"] > 0 and rows["lookup@2"]["over_plain"]["low"] is None
 
 
 @pytest.mark.peers
-def test_mlx_vlm_takes_part_with_a_quantised_pair(
-    prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mlx_vlm_takes_part_with_a_quantised_pair(prompt_file: Path, tmp_path: Path, command: Command) -> None:
     pytest.importorskip("mlx_vlm")
     quantise(Checkpoint.open(EMBEDDED / "target"), tmp_path / "target", bits=4, group=32)
     file = tmp_path / "target" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"vision_config": None}))  # as the embedded one has it
-    options = ("--prompts", str(prompt_file), "--arms", "plain,mlx-vlm@1", "--max-tokens", "8", "--repeats", "1")
-    pair = ("--model", str(tmp_path / "target"), "--drafter", str(EMBEDDED / "assistant"))
-    assert command(*options, *pair, "--temperature", "0", "--cool-down", "0", "--json", "-") == 0
-    out, err = capsys.readouterr()
+    options = ("--prompts", prompt_file, "--arms", "plain,mlx-vlm@1", "--max-tokens", "8", "--repeats", "1")
+    pair = ("--model", tmp_path / "target", "--drafter", EMBEDDED / "assistant")
+    code, out, err = command("bench", *options, *pair, "--temperature", "0", "--cool-down", "0", "--json", "-")
+    assert code == 0
     (sampling,) = json.loads(out)["samplings"]
     vlm = {row["arm"]: row for row in sampling["groups"][0]["arms"]}["mlx-vlm@1"]
     assert "left out" not in err
@@ -180,37 +169,9 @@ def test_mlx_vlm_takes_part_with_a_quantised_pair(
     assert all(abs(place["logit_gap"]) < 0.05 for place in vlm["output"]["differences"])
 
 
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (("--category", "poetry"), "'code', 'edit'"),
-        (("--depth", "2", "--depths", "2,4"), "leave one out"),
-        (("--depths", "9"), "0 to 8, not 9"),
-        (("--arms", "stock,oracle"), "'oracle'"),
-        (("--arms", ","), "no configuration"),
-        (("--arms", "plain,mlx-vlm@auto"), "mlx-vlm@auto"),
-        (("--json", "same.txt", "--markdown", "./same.txt"), "named twice"),
-        (("--plot", "-"), "name a file"),
-        (("--json", "/no/such/folder/a.json"), "/no/such/folder/a.json"),
-        (("--max-tokens", "1"), "max_tokens must be 8"),
-        (("--per-category", "0"), "--per-category"),
-        (("--max-context", "300", "--category", "long context"), "at most 172 tokens"),
-    ],
-)  # fmt: skip
-def test_bad_input_is_one_sentence(
-    args: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code = command(*args)
-    out, err = capsys.readouterr()
-    assert (code, out) == (2, "")
-    last = err.splitlines()[-1]
-    assert words in last and last.endswith(".") and "Traceback" not in err
-
-
 def test_without_matplotlib_nothing_is_measured(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, command: Command, tmp_path: Path
 ) -> None:
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else there(name))
-    assert command("--plot", str(tmp_path / "a.png")) == 2
-    assert "pip install 'mlx-mtp[plot]'" in capsys.readouterr().err
+    assert "pip install 'mlx-mtp[plot]'" in one_sentence(*command("bench", "--plot", tmp_path / "a.png"))

@@ -25,10 +25,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return chat_folder(tmp_path_factory.mktemp("chats"))
 
 
-@pytest.fixture(scope="module", params=["none", "lookup", "sequential"])
-def engine(request: pytest.FixtureRequest, folder: Path) -> mlx_mtp.Engine:
-    """Drafters without and with a memory of their own."""
-    return talking(folder, request.param)
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> mlx_mtp.Engine:
+    """With a drafter that has a memory of its own; sessions of every family are in conformance.py."""
+    return talking(folder, "sequential")
 
 
 @pytest.fixture(scope="module")
@@ -118,16 +118,6 @@ def test_a_stopped_reply_stays_as_far_as_it_came(engine: mlx_mtp.Engine) -> None
     same_as_fresh(engine, ids, second.tokens, 24)
 
 
-def test_the_session_is_free_whatever_the_consumer_does(plain: mlx_mtp.Engine) -> None:
-    chat = plain.chat()
-    with pytest.raises(ZeroDivisionError):
-        for event in chat.send(ONE):
-            if event.text.strip():
-                raise ZeroDivisionError
-    del event
-    assert said(chat, TWO).tokens and len(chat.messages) == 4
-
-
 def test_a_turn_without_any_answer_is_not_kept(plain: mlx_mtp.Engine) -> None:
     chat = plain.chat()
     said(chat, ONE)
@@ -152,14 +142,6 @@ def test_undo_and_retry_in_an_empty_conversation(plain: mlx_mtp.Engine) -> None:
         chat.retry()
     chat.set_system(None)
     assert chat.messages == [] and chat.system is None
-
-
-@pytest.mark.parametrize("text", ["", "  \n", "half a pair \ud800"])
-def test_messages_that_cannot_be_sent(plain: mlx_mtp.Engine, text: str) -> None:
-    chat = plain.chat()
-    with pytest.raises(mlx_mtp.PromptError):
-        chat.send(text)
-    assert chat.messages == []
 
 
 def test_a_conversation_too_long_is_refused_and_stays(plain: mlx_mtp.Engine) -> None:
@@ -202,7 +184,7 @@ def test_expected_seconds_of_plain_decoding(plain: mlx_mtp.Engine, folder: Path)
 # Thinking
 
 
-@pytest.mark.parametrize("depth", [0, 1, 3, 8])
+@pytest.mark.parametrize("depth", [0, 3])
 def test_thoughts_are_streamed_and_not_kept(tmp_path: Path, depth: int) -> None:
     engine = thinking_engine(tmp_path, depth)
     assert engine.tokenizer.can_think

@@ -73,15 +73,10 @@ class Talk:
         return err
 
 
-@pytest.fixture(scope="module")
-def engine() -> mlx_mtp.Engine:
-    return mlx_mtp.load(depth=2)
-
-
 @pytest.fixture
-def talk(engine: mlx_mtp.Engine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Talk:
+def talk(embedded: mlx_mtp.Engine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Talk:
     monkeypatch.setattr(sys, "stdin", io.StringIO())
-    return Talk(engine, capsys)
+    return Talk(embedded, capsys)
 
 
 def test_messages_and_the_quiet_line(talk: Talk) -> None:

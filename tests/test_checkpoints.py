@@ -224,16 +224,16 @@ def test_half_precision_on_disk(tmp_path: Path, dtype: mx.Dtype) -> None:
 
 
 @pytest.mark.parametrize("variant", ["ple", "keqv", "moe", "unified"])
-def test_published_form_of_the_config_with_equal_head_sizes(variant: str) -> None:
+def test_both_forms_of_the_config(variant: str) -> None:
     """Both forms describe the same shapes, also when sliding and full layers have the same ones."""
     text = json.loads((GOLDEN / variant / "target" / "config.json").read_text())["text_config"]
-    text["head_dim"] = 16
-    newer = {"model_type": "gemma4", "text_config": text}
-    older = {k: v for k, v in text.items() if k != "per_layer_config"}
     full = next(iter(text["per_layer_config"].values()))
-    older |= {"global_head_dim": full["head_dim"], "num_global_key_value_heads": full.get("num_key_value_heads")}
-    published = Gemma4Config.from_dict({"model_type": "gemma4", "text_config": older})
-    assert Gemma4Config.from_dict(newer) == published and set(published.head_dims) == {16}
+    shape = {"global_head_dim": full["head_dim"], "num_global_key_value_heads": full.get("num_key_value_heads")}
+    for head_dim, sizes in ((text["head_dim"], {text["head_dim"], 16}), (16, {16})):
+        newer = text | {"head_dim": head_dim}
+        older = {k: v for k, v in newer.items() if k != "per_layer_config"} | shape
+        one, other = (Gemma4Config.from_dict({"model_type": "gemma4", "text_config": form}) for form in (newer, older))
+        assert one == other and set(one.head_dims) == sizes
 
 
 def test_zero_padded_layer_numbers(tmp_path: Path) -> None:

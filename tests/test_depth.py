@@ -20,7 +20,7 @@ from mlx_mtp.generation.loop import Decoder
 
 NEVER, SELDOM, OFTEN, NEARLY = always(0.0), always(0.3), always(0.8), always(0.95)
 PROSE_AND_CODE = switching(0.15, 0.9, 400)
-TOKENS, SEEDS = 2000, 5
+TOKENS, SEEDS = 2000, 3
 # (depths that are remembered wrongly, by which factor)
 EVERY, DRAFTED = tuple(range(9)), tuple(range(1, 9))
 WRONG = [
@@ -63,7 +63,7 @@ def test_a_fresh_start_finds_the_best_depth(machine: Machine, text: Text) -> Non
 
 
 @pytest.mark.parametrize(("depths", "factor"), WRONG)
-@pytest.mark.parametrize(("machine", "text"), [(GPU, OFTEN), (FLAT, NEARLY), (CPU, NEVER), (CPU, NEARLY)])
+@pytest.mark.parametrize(("machine", "text"), [(GPU, OFTEN), (CPU, NEVER)])
 def test_wrong_memories_are_found_out(
     machine: Machine, text: Text, depths: Sequence[int], factor: float, tmp_path: Path
 ) -> None:
@@ -83,7 +83,7 @@ def test_what_else_the_machine_does(machine: Machine, text: Text, disturbed: dic
     assert share_of_best(fresh(), replace(machine, **disturbed), text) > 0.95
 
 
-@pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)
+@pytest.mark.parametrize("machine", [GPU, CPU], ids=lambda machine: machine.name)
 @pytest.mark.parametrize(("noise", "share"), [("uniform", 0.92), ("heavy", 0.92), ("lognormal", 0.88)])
 def test_noisy_times(machine: Machine, noise: str, share: float) -> None:
     """Times off by up to half, often late, or with a deviation of half: what 500 such rounds can tell is less sharp."""
@@ -120,30 +120,6 @@ def test_the_pace_gets_the_blame_where_a_cost_is_known() -> None:
     for depth, seconds in [(0, 0.010)] * 9 + [(2, None)] + [(2, 0.026)] * 4 + [(0, None)] + [(0, 0.010)] * 4:
         new.learn(depth, seconds)
     assert new.cost(2) == pytest.approx(2.6, rel=0.05) and new.plain_seconds == pytest.approx(0.010, rel=0.05)
-
-
-def test_a_round_of_hours_changes_no_cost() -> None:
-    costs = RoundCosts(2)
-    for depth in (0, 2, 0, 2):
-        costs.learn(depth, None)
-        for _ in range(9):
-            costs.learn(depth, (0.010, 0.0115, 0.013)[depth])
-    before = costs.cost(2)
-    for seconds in (1e4, 0.013, 1e4, 1e4, 0.013, 0.013, 0.013):  # two in a row too
-        costs.learn(2, seconds)
-    assert costs.cost(2) == pytest.approx(before, rel=0.02) and costs.plain_seconds == pytest.approx(0.010, rel=0.02)
-
-
-def test_a_measured_depth_tells_of_its_neighbours() -> None:
-    """Depth 4 costs twice what was thought: so, in part, do those beside it, and all beyond it."""
-    costs = RoundCosts(8)
-    thought = [costs.cost(depth) for depth in range(9)]
-    for depth, seconds in [(0, 0.010)] * 9 + [(4, None)] + [(4, 0.040)] * 5 + [(0, None)] + [(0, 0.010)] * 5:
-        costs.learn(depth, seconds)
-    found = [costs.cost(depth) / thought[depth] for depth in range(9)]
-    assert found[4] == pytest.approx(2.0, rel=0.1) and 1.2 < found[2] < found[3] < found[4]
-    assert found[6] == pytest.approx(found[4], rel=0.05)
-    assert costs.uncertainty(4, 0) < costs.uncertainty(2, 0) and costs.uncertainty(4, 0) < costs.uncertainty(8, 0)
 
 
 def test_costs_never_fall_nor_exceed_what_can_pay() -> None:

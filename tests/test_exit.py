@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
 import subprocess
 import sys
@@ -120,11 +119,8 @@ def test_threads_that_have_ended() -> None:
     assert left(ENDED) == (0, "")
 
 
-@pytest.mark.parametrize("end", ["raise SystemExit('sentence')", "1 / 0"])
-def test_daemons_in_the_middle_of_work(end: str) -> None:
-    code, err = left(DAEMONS + end)
-    assert code == 1 and "terminate" not in err
-    assert err == "sentence\n" if "sentence" in end else err.endswith("ZeroDivisionError: division by zero\n")
+def test_daemons_in_the_middle_of_work() -> None:
+    assert left(DAEMONS + "raise SystemExit('sentence')") == (1, "sentence\n")
 
 
 def test_an_interrupt_while_another_thread_decodes() -> None:
@@ -193,13 +189,6 @@ def test_logits_from_a_thread(engine: mlx_mtp.Engine) -> None:
     tokens = mx.array([ids(9, 1)])
     there = elsewhere(lambda: engine.target.logits(tokens + 0))
     assert there.tolist() == engine.target.logits(tokens).tolist()
-
-
-def test_asyncio(engine: mlx_mtp.Engine) -> None:
-    async def both() -> list[mlx_mtp.Result]:
-        return await asyncio.gather(*(asyncio.to_thread(reply, engine, ids(9, seed)) for seed in range(2)))
-
-    assert [each.tokens for each in asyncio.run(both())] == [reply(engine, ids(9, seed)).tokens for seed in range(2)]
 
 
 def test_errors_arrive_where_they_belong(engine: mlx_mtp.Engine) -> None:

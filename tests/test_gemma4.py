@@ -1,13 +1,9 @@
 """Gemma 4 against transformers' own numbers: whole, token by token, in chunks, after a rollback."""
 
-import json
-import random
-import shutil
-from pathlib import Path
-
 import mlx.core as mx
 import numpy as np
 import pytest
+from greedy import in_passes, random_sizes
 
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.targets import load_target
@@ -19,86 +15,47 @@ def difference(found: mx.array, expected: np.ndarray) -> float:
     return float(np.abs(np.array(found) - expected).max())
 
 
-def chunked(target, tokens: np.ndarray, sizes: list[int]):
-    cache, logits, start = target.new_cache(256), [], 0
-    for size in sizes:
-        states = target.forward(mx.array(tokens[:, start : start + size]), cache)
-        cache.advance(size)
-        logits.append(target.head(states.hidden))
-        start += size
-    return mx.concatenate(logits, axis=1), cache
-
-
-def test_whole_sequence(golden) -> None:
+@pytest.fixture
+def loaded(golden):
+    """A reference model and the arrays transformers computed for it."""
     folder, arrays = golden
-    target = load_target(Checkpoint.open(folder / "target"))
+    return load_target(Checkpoint.open(folder / "target")), arrays
+
+
+def test_whole_sequence(loaded) -> None:
+    target, arrays = loaded
     assert difference(target.logits(mx.array(arrays["input_ids"])), arrays["logits"]) < TOLERANCE
 
 
-@pytest.mark.parametrize("seed", [None, 0, 1])
-def test_through_the_cache_in_any_chunks(golden, seed) -> None:
-    folder, arrays = golden
-    target = load_target(Checkpoint.open(folder / "target"))
-    tokens = np.concatenate([arrays["input_ids"], arrays["verify_ids"]], axis=1)
-    left, sizes, rng = tokens.shape[1], [], random.Random(seed)
-    while left:
-        sizes.append(1 if seed is None else rng.randint(1, min(left, 9)))
-        left -= sizes[-1]
-    logits, _ = chunked(target, tokens, sizes)
-    prompt = arrays["input_ids"].shape[1]
-    assert difference(logits[:, :prompt], arrays["logits"]) < TOLERANCE
-    assert difference(logits[:, prompt:], arrays["verify_logits"]) < TOLERANCE
+def test_through_the_cache_in_any_chunks(loaded) -> None:
+    target, arrays = loaded
+    tokens = mx.array(np.concatenate([arrays["input_ids"], arrays["verify_ids"]], axis=1))
+    prompt, length = arrays["input_ids"].shape[1], tokens.shape[1]
+    for sizes in ([1] * length, random_sizes(length, 0, 9), random_sizes(length, 1, 9)):
+        logits, _ = in_passes(target, tokens, sizes)
+        assert difference(logits[:, :prompt], arrays["logits"]) < TOLERANCE
+        assert difference(logits[:, prompt:], arrays["verify_logits"]) < TOLERANCE
 
 
-def test_rollback_is_a_smaller_length(golden) -> None:
-    folder, arrays = golden
-    target = load_target(Checkpoint.open(folder / "target"))
-    _, cache = chunked(target, arrays["input_ids"], [arrays["input_ids"].shape[1]])
+def test_rollback_is_a_smaller_length(loaded) -> None:
+    target, arrays = loaded
+    _, cache = in_passes(target, mx.array(arrays["input_ids"]), [arrays["input_ids"].shape[1]])
     target.forward(mx.array(arrays["verify_ids"]), cache)
     cache.advance(2)  # of five rows two stand
     states = target.forward(mx.array(arrays["after_crop_id"]), cache)
     assert difference(target.head(states.hidden), arrays["after_crop_logits"]) < TOLERANCE
 
 
-def test_long_sequences_wrap_the_ring_like_no_cache(golden) -> None:
+def test_long_sequences_wrap_the_ring_like_no_cache(loaded) -> None:
     """300 tokens through a ring of 8 + 32 slots, in chunks below and above the slack, against the uncached pass.
 
     Both sides round: each may be a tolerance from the exact logits. A row that sees a wrong slot is off by about 1.
     """
-    folder, _ = golden
-    target = load_target(Checkpoint.open(folder / "target"))
-    tokens = np.random.default_rng(0).integers(3, 128, (1, 300))
-    cache_free = np.array(target.logits(mx.array(tokens)))
+    target, _ = loaded
+    tokens = mx.array(np.random.default_rng(0).integers(3, 128, (1, 300)))
+    cache_free = np.array(target.logits(tokens))
     for sizes in ([7] * 42 + [6], [100, 1, 33, 66, 5, 95], [40] * 7 + [20]):
-        cache, found, start = target.new_cache(512), [], 0
-        for size in sizes:
-            states = target.forward(mx.array(tokens[:, start : start + size]), cache)
-            cache.advance(size)
-            found.append(target.head(states.hidden))
-            start += size
-        assert difference(mx.concatenate(found, axis=1), cache_free) < 2 * TOLERANCE
-
-
-def test_published_config_form(golden, tmp_path: Path) -> None:
-    folder, arrays = golden
-    shutil.copytree(folder / "target", tmp_path / "target")
-    file = tmp_path / "target" / "config.json"
-    config = json.loads(file.read_text())
-    text = config["text_config"]
-    full = next(iter(text.pop("per_layer_config").values()))
-    text["global_head_dim"] = full["head_dim"]
-    text["num_global_key_value_heads"] = full.get("num_key_value_heads")
-    file.write_text(json.dumps(config))
-    target = load_target(Checkpoint.open(tmp_path / "target"))
-    assert difference(target.logits(mx.array(arrays["input_ids"])), arrays["logits"]) < TOLERANCE
-
-
-def test_last_rows_only_are_the_same_rows(golden) -> None:
-    folder, arrays = golden
-    target = load_target(Checkpoint.open(folder / "target"))
-    tokens = mx.array(arrays["input_ids"])
-    whole = target.forward(tokens, target.new_cache(256)).hidden
-    assert difference(target.forward(tokens, target.new_cache(256), keep=2).hidden, np.array(whole[:, -2:])) < 1e-4
+        assert difference(in_passes(target, tokens, sizes)[0], cache_free) < 2 * TOLERANCE
 
 
 class Spy:
@@ -115,15 +72,15 @@ class Spy:
         return getattr(self.layer, name)
 
 
-def test_the_trunk_is_what_the_last_layer_is_given(golden) -> None:
-    folder, arrays = golden
-    target = load_target(Checkpoint.open(folder / "target"))
+def test_the_trunk_is_what_the_last_layer_is_given_and_last_rows_are_the_same_rows(loaded) -> None:
+    target, arrays = loaded
     tokens = mx.array(arrays["input_ids"])
     spy = target.model.layers[-1] = Spy(target.model.layers[-1])
-    whole = target.forward(tokens, target.new_cache(256)).trunk
-    assert mx.array_equal(whole, spy.given).item()
+    whole = target.forward(tokens, target.new_cache(256))
+    assert mx.array_equal(whole.trunk, spy.given).item()
     for keep in (0, 2, 100):
         kept = target.forward(tokens, target.new_cache(256), keep)
         assert kept.trunk.shape == kept.hidden.shape
         if keep == 2:
-            assert difference(kept.trunk, np.array(whole[:, -2:])) < 1e-4
+            assert difference(kept.trunk, np.array(whole.trunk[:, -2:])) < 1e-4
+            assert difference(kept.hidden, np.array(whole.hidden[:, -2:])) < 1e-4

@@ -1,7 +1,6 @@
-"""Models of mlx-lm over our cache against mlx-lm itself: whole, in chunks, after rollbacks, through the engine."""
+"""Models of mlx-lm over our cache against mlx-lm itself: whole, in chunks, after rollbacks."""
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from greedy import same_or_tie
+from greedy import in_passes, random_sizes
 from mlx.utils import tree_flatten, tree_map_with_path
-from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes, load_model
 
 import mlx_mtp
@@ -20,7 +18,7 @@ from mlx_mtp.generation.cache import FULL, SLIDING
 from mlx_mtp.generation.interfaces import Memory, States
 from mlx_mtp.targets import load_target
 from mlx_mtp.targets.generic import GenericTarget
-from mlx_mtp.testing import MIXED, ScriptedDrafter
+from mlx_mtp.testing import ScriptedDrafter
 
 TOLERANCE = 1e-3
 VOCABULARY, WINDOW, LENGTH = 96, 8, 60
@@ -96,28 +94,6 @@ def difference(found: mx.array, expected: mx.array) -> float:
     return mx.abs(found - expected).max().item()
 
 
-def in_passes(target: GenericTarget, tokens: mx.array, sizes: list[int], junk: int = 0) -> mx.array:
-    """Logits of every token, `sizes` committed a pass, each pass with `junk` rows behind it that are rejected."""
-    cache, found, start = target.new_cache(256, tokens.shape[0]), [], 0
-    for size in sizes:
-        rejected = (tokens[:, start : start + 1] + 1 + mx.arange(junk)) % VOCABULARY
-        if junk:
-            target.forward(rejected, cache)  # wholly rejected
-        rows = mx.concatenate([tokens[:, start : start + size], rejected], axis=1)
-        found.append(target.head(target.forward(rows, cache).hidden)[:, :size])
-        cache.advance(size)
-        start += size
-    return mx.concatenate(found, axis=1)
-
-
-def random_sizes(seed: int, most: int) -> list[int]:
-    rng, left, sizes = random.Random(seed), LENGTH, []
-    while left:
-        sizes.append(rng.randint(1, min(left, most)))
-        left -= sizes[-1]
-    return sizes
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_equal_mlx_lm(name: str, folders: dict[str, Path]) -> None:
     """In one piece, token by token, in chunks below and above the slack, behind rejected rows; sliding ones wrap."""
@@ -126,12 +102,10 @@ def test_logits_equal_mlx_lm(name: str, folders: dict[str, Path]) -> None:
     expected = model(tokens)
     found = {
         "uncached": target.logits(tokens),
-        "whole": in_passes(target, tokens, [LENGTH]),
-        "single": in_passes(target, tokens, [1] * LENGTH),
-        "chunks": in_passes(target, tokens, random_sizes(0, 9)),
-        "long chunks": in_passes(target, tokens, random_sizes(1, 45)),
-        "rejected": in_passes(target, tokens, random_sizes(2, 4), junk=5),
-        "rejected singles": in_passes(target, tokens, [1] * LENGTH, junk=3),
+        "whole": in_passes(target, tokens, [LENGTH])[0],
+        "single": in_passes(target, tokens, [1] * LENGTH)[0],
+        "long chunks": in_passes(target, tokens, random_sizes(LENGTH, 1, 45))[0],
+        "rejected": in_passes(target, tokens, random_sizes(LENGTH, 2, 4), junk=5)[0],
     }
     apart = {way: difference(logits, expected) for way, logits in found.items()}
     print(name, apart)
@@ -200,36 +174,13 @@ def test_layers_as_the_model_keeps_them(folders: dict[str, Path]) -> None:
     assert [shape.kind for shape in gemma.shapes] == [SLIDING, SLIDING, FULL, SLIDING]
 
 
-def greedy(model: nn.Module, ids: list[int], length: int) -> list[int]:
-    """mlx-lm's own decoding over its own cache."""
-    cache, rows, found = make_prompt_cache(model), mx.array([ids]), []
-    for _ in range(length):
-        found.append(mx.argmax(model(rows, cache=cache)[0, -1]).item())
-        rows = mx.array([found[-1:]])
-    return found
-
-
-@pytest.mark.parametrize("name", REQUIRED)
-def test_greedy_equals_mlx_lm(name: str, folders: dict[str, Path]) -> None:
-    """Plainly, and with drafts that are right and wrong at known places."""
-    ids = tokens_of(10)[0].tolist() * 3
-    expected = greedy(loaded(folders[name])[1], ids, 60)
-    assert len(set(expected)) > 10
-    target = mlx_mtp.load(folders[name], drafter=None).target
-    for depth in (0, 3):
-        engine = mlx_mtp.Engine(target, ScriptedDrafter(ids + expected, MIXED) if depth else None, None, depth=depth)
-        result = engine.generate(ids, max_tokens=60)
-        same_or_tie(engine, ids, expected, result.tokens)
-        assert not depth or 0 < result.stats.accepted < result.stats.drafted
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_checkpoints(bits: int, tmp_path: Path) -> None:
     folder = written(tmp_path / "quantised", BASE | CONFIGS["llama"], bits)
     target, model = loaded(folder)
     assert isinstance(target.model.lm_head, nn.QuantizedLinear) and target.model.lm_head.bits == bits
     tokens = tokens_of()
-    assert difference(in_passes(target, tokens, random_sizes(0, 9), junk=2), model(tokens)) < TOLERANCE
+    assert difference(in_passes(target, tokens, random_sizes(LENGTH, 0, 9), junk=2)[0], model(tokens)) < TOLERANCE
 
 
 def test_multimodal_wrappers_and_half_precision(tmp_path: Path) -> None:
@@ -243,7 +194,7 @@ def test_multimodal_wrappers_and_half_precision(tmp_path: Path) -> None:
     tokens = tokens_of()
     if mx.default_device() == mx.Device(mx.cpu):
         assert target.dtype == mx.float32
-        assert difference(in_passes(target, tokens, random_sizes(0, 9), junk=2), model(tokens)) < TOLERANCE
+        assert difference(in_passes(target, tokens, random_sizes(LENGTH, 0, 9), junk=2)[0], model(tokens)) < TOLERANCE
     assert target.info.max_context == 512 and target.info.attention_heads == 4
 
 
@@ -335,24 +286,13 @@ def test_config_fields(fields: dict[str, Any], tmp_path: Path) -> None:
     refusal(folder, mlx_mtp.CheckpointError)
 
 
-def test_files(tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_or_named_otherwise(tmp_path: Path) -> None:
     folder = written(tmp_path / "model", BASE | CONFIGS["llama"])
     file = folder / "model.safetensors"
-    whole, weights = file.read_bytes(), mx.load(str(file))
-    mx.eval(weights)
-    for cut in (0, 7, 100, len(whole) // 2, len(whole) - 1):
-        file.write_bytes(whole[:cut])
-        assert "model.safetensors" in refusal(folder, mlx_mtp.CheckpointError)
-    for missing in ("lm_head.weight", "model.layers.1.self_attn.q_proj.weight"):
-        mx.save_safetensors(str(file), {name: weight for name, weight in weights.items() if name != missing})
-        assert missing in refusal(folder, mlx_mtp.CheckpointError)
-    mx.save_safetensors(str(file), weights | {"extra": mx.zeros((1,))})
-    assert "extra" in refusal(folder, mlx_mtp.CheckpointError)
-    mx.save_safetensors(str(file), weights | {"lm_head.weight": mx.full((VOCABULARY, 32), float("nan"))})
+    weights = dict(mx.load(str(file))) | {"lm_head.weight": mx.full((VOCABULARY, 32), float("nan"))}
+    mx.save_safetensors(str(file), weights)
     assert "finite" in refusal(folder, mlx_mtp.CheckpointError)
-    file.unlink()
-    assert "found none" in refusal(folder, mlx_mtp.CheckpointError)
-    mx.save_safetensors(str(folder / "weights.safetensors"), weights)
+    file.rename(folder / "weights.safetensors")
     assert "model" in refusal(folder, mlx_mtp.CheckpointError)
 
 

@@ -95,17 +95,27 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("fields", "words"), FIELDS, ids=str)
-def test_config_fields(fields: dict[str, Any], words: str, tmp_path: Path) -> None:
-    config = config_of("parallel_heads", WIDTH, VOCABULARY, 2)
+MODULES: list[tuple[dict[str, Any], str]] = [
+    ({"modules": 0}, "'modules'"), ({"modules": 9}, "'modules'"), ({"modules": 3}, "lacks"),
+    ({"modules": "x"}, "'modules'"), ({"block": 7}, "'block'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "words"),
+    [*(("parallel_heads", *row) for row in FIELDS), *(("sequential_modules", *row) for row in MODULES)], ids=str,
+)  # fmt: skip
+def test_config_fields(family: str, fields: dict[str, Any], words: str, tmp_path: Path) -> None:
+    config = config_of(family, WIDTH, VOCABULARY, 2)
     weights = dict(tree_flatten(model_of(config).parameters()))
     message = refusal(written(tmp_path / "drafter", config | fields, weights), mlx_mtp.CheckpointError)
     assert words in message and str(tmp_path) in message
 
 
-def test_sizes_of_another_target(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["parallel_heads", "sequential_modules"])
+def test_sizes_of_another_target(family: str, tmp_path: Path) -> None:
     for width, vocabulary, words in ((48, 128, "hidden size 32"), (32, 96, "vocabulary 128")):
-        folder = written(tmp_path / words, config_of("parallel_heads", width, vocabulary, 2))
+        folder = written(tmp_path / words, config_of(family, width, vocabulary, 2))
         assert words in refusal(folder, mlx_mtp.IncompatibleDrafter)
 
 

@@ -1,4 +1,4 @@
-"""Properties, against plain models: the round and its cache, acceptance on any distributions, stop strings, channels.
+"""Properties, against plain models: the round and its cache, and stop strings.
 
 The target here reads its tokens back out of the cache and nothing else: what it answers depends on every row that the
 masks show, so one slot, position or mask that is wrong anywhere changes the text.
@@ -6,26 +6,22 @@ masks show, so one slot, position or mask that is wrong anywhere changes the tex
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from unittest import mock
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from conftest import uncompiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mlx_mtp
-from mlx_mtp.generation import acceptance, loop
+from mlx_mtp.generation import loop
 from mlx_mtp.generation.cache import FULL, SLIDING, KVCache, LayerShape
 from mlx_mtp.generation.interfaces import Memory, SampleDraft, States, TargetInfo
-from mlx_mtp.generation.sampling import TokenDistribution
 from mlx_mtp.generation.types import Sampling
 from mlx_mtp.testing import ScriptedDrafter
-from mlx_mtp.text.channels import THOUGHTS, Channels
 from mlx_mtp.text.tokenizer import StopStrings
 
 VOCABULARY = 11
@@ -163,16 +159,6 @@ def expected_acceptance(story: Story, prompt: int) -> int:
     return accepted
 
 
-@contextmanager
-def uncompiled() -> Iterator[None]:
-    """Rounds built anew each time: compiling kernels for sizes that are used once would take most of the time."""
-    mx.disable_compile()
-    try:
-        yield
-    finally:
-        mx.enable_compile()
-
-
 @settings(max_examples=60, **PROPERTY)
 @given(stories())
 def test_any_round_is_the_plain_list(story: Story) -> None:
@@ -194,74 +180,7 @@ def test_any_round_is_the_plain_list(story: Story) -> None:
             prompt = [*said[: int(story.kept * len(said))], *story.added]
 
 
-# Acceptance
-
-
-@st.composite
-def weights(draw: st.DrawFn, rows: int, size: int) -> np.ndarray:
-    """Laws [rows, size] in which some tokens cannot be."""
-    table = np.array(draw(st.lists(st.integers(0, 3), min_size=rows * size, max_size=rows * size)), dtype=np.float64)
-    table = table.reshape(rows, size)
-    table[table.sum(axis=1) == 0] = 1.0
-    return table / table.sum(axis=1, keepdims=True)
-
-
-@st.composite
-def distributions(draw: st.DrawFn) -> tuple[int, list[np.ndarray], list[np.ndarray]]:
-    """p and q by the number of tokens before: [V ** i, V] each. Some rows of q are those of p."""
-    size, depth = draw(st.sampled_from([(2, 1), (2, 3), (3, 1), (3, 2), (4, 2)]))
-    p = [draw(weights(size**i, size)) for i in range(depth + 1)]
-    q = [draw(weights(size**i, size)) for i in range(depth)]
-    for i in range(depth):
-        same = np.array(draw(st.lists(st.booleans(), min_size=size**i, max_size=size**i)))
-        q[i][same] = p[i][same]
-    return size, p, q
-
-
-@settings(max_examples=80, **PROPERTY)
-@given(distributions(), st.sampled_from([acceptance.token_odds, acceptance.block_odds]))
-def test_the_law_stays_the_targets(found: tuple[int, list[np.ndarray], list[np.ndarray]], odds) -> None:
-    """Every block of drafts, every count of accepted ones: the tokens that come out have the distribution p."""
-    size, p, q = found
-    depth = len(q)
-    blocks = np.array(list(itertools.product(range(size), repeat=depth)))
-    before = [sum((blocks[:, j] * size ** (i - 1 - j) for j in range(i)), np.zeros(len(blocks), dtype=int))
-              for i in range(depth + 1)]  # fmt: skip
-
-    def distribution(tables: list[np.ndarray]) -> TokenDistribution:
-        rows = np.stack([table[before[i]] for i, table in enumerate(tables)], axis=1)
-        return TokenDistribution(None, mx.array(rows.astype(np.float32)))
-
-    judged = odds(mx.array(blocks.astype(np.int32)), distribution(q), distribution(p))
-    passes, residual = np.array(judged.pass_), np.array(judged.residual.probabilities)
-    emitted: dict[tuple[int, ...], float] = {}
-    for b, block in enumerate(blocks):
-        drawn = np.prod([q[i][before[i][b], block[i]] for i in range(depth)])
-        if drawn == 0:
-            continue
-        assert (passes[b] >= 0).all() and (passes[b] <= 1 + 1e-6).all()
-        for output in itertools.product([False, True], repeat=depth):
-            chance = np.prod([one if passed else 1 - one for one, passed in zip(passes[b], output, strict=True)])
-            if judged.prefix:
-                accepted = next((i for i, passed in enumerate(output) if not passed), depth)
-            else:
-                accepted = max((i + 1 for i, passed in enumerate(output) if passed), default=0)
-            for token in range(size):
-                start = (*block[:accepted].tolist(), token)
-                emitted[start] = emitted.get(start, 0.0) + drawn * chance * residual[b, accepted, token]
-
-    def probability(sequence: tuple[int, ...], begin: int) -> float:
-        value = 1.0
-        for i in range(begin, len(sequence)):
-            value *= p[i][int("".join(map(str, sequence[:i])) or "0", size), sequence[i]]
-        return value
-
-    for sequence in itertools.product(range(size), repeat=depth + 1):
-        got = sum(emitted.get(sequence[:i], 0.0) * probability(sequence, i) for i in range(1, depth + 2))
-        assert abs(got - probability(sequence, 0)) < 2e-6
-
-
-# Stop strings and channels
+# Stop strings
 
 
 def cut(text: str, data: st.DataObject) -> list[str]:
@@ -291,28 +210,3 @@ def test_stop_strings_like_a_search(text: str, stops: list[str], data: st.DataOb
         assert shown == expected
     whole = stopped(text, stops)
     assert shown + stream.flush() == (text if whole is None else whole)
-
-
-def told_apart(text: str) -> tuple[str, str]:
-    """Answer and thoughts of a whole text, with nothing but searches."""
-    answer, thinking = "", ""
-    while text:
-        places = [(text.find(opening), opening, closing) for opening, closing in THOUGHTS if opening in text]
-        if not places:
-            return answer + (text if answer else text.lstrip("\n")), thinking
-        at, opening, closing = min(places)
-        answer += text[:at] if answer else text[:at].lstrip("\n")
-        thought, _, text = text[at + len(opening) :].partition(closing)
-        thinking += thought.partition("\n")[2] if opening == THOUGHTS[0][0] else thought
-    return answer, thinking
-
-
-PARTS = [*itertools.chain(*THOUGHTS), "thought\n", "a", "b ", "\n", "\n\n", "<", "<|", "|>", "<th", "ink>", "ö"]
-
-
-@settings(max_examples=300, **PROPERTY)
-@given(st.lists(st.sampled_from(PARTS), max_size=16), st.data())
-def test_channels_like_a_search(parts: list[str], data: st.DataObject) -> None:
-    channels, text = Channels(), "".join(parts)
-    found = [*(channels.feed(part) for part in cut(text, data)), channels.flush()]
-    assert ("".join(piece.text for piece in found), "".join(piece.thinking for piece in found)) == told_apart(text)

@@ -9,14 +9,14 @@ import codecs
 import itertools
 import os
 import tracemalloc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
 import mlx.core as mx
 import pytest
+from conftest import uncompiled
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from thinking import TOKENS, thinking_engine
@@ -161,7 +161,7 @@ STOPS = st.lists(st.text("ab <\nÃ©>", max_size=3) | st.sampled_from(["ink>", "ï¿
 @settings(max_examples=500, **PROPERTY)
 @given(written(), STOPS, st.sampled_from([None, "<think>", "<|channel>"]), st.booleans(), st.data())
 @example([b"a", b"<thx"], ["<"], None, False, None)  # known to be no marker one token later
-@example([b"a", b"<", b"thx"], ["<"], None, False, None)  # the same: the stop is whole where a token ends
+@example([b"a", b"<", b"x"], ["<"], None, False, None)  # and by a token that is not in the reply
 @example([b"a\xe2"], ["ï¿½"], None, True, None)  # known to be no character at the very end
 @example([b"ab<think>\n</think>b", b"\n"], ["bb", "b\n"], None, False, None)
 def test_any_reply_like_a_search(
@@ -221,15 +221,6 @@ def test_text_is_shown_at_once() -> None:
 
 
 # The engine
-
-
-@contextmanager
-def uncompiled() -> Iterator[None]:
-    mx.disable_compile()
-    try:
-        yield
-    finally:
-        mx.enable_compile()
 
 
 def told_to_write(parts: Sequence[bytes], depth: int, wrong: Sequence[int] = (), end: bool = False) -> mlx_mtp.Engine:
@@ -339,7 +330,7 @@ def test_what_is_not_in_the_reply_was_not_accepted() -> None:
     assert rejected.verified_by_position == [1, 1, 1, 0, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("depth", [0, 1, 3, 8])
+@pytest.mark.parametrize("depth", [0, 8])
 def test_stop_strings_count_in_the_answer_alone(tmp_path: Path, depth: int) -> None:
     """thinking.py's checkpoint writes "<|channel>thought\\nHm, so<channel|>Yes, sure."."""
     engine = thinking_engine(tmp_path, depth)
@@ -365,7 +356,7 @@ def test_stop_strings_count_in_the_answer_alone(tmp_path: Path, depth: int) -> N
     assert raw.text == "<|channel>thought" and TOKENS[raw.tokens[-1]] == "thought\n"
 
 
-@pytest.mark.parametrize("depth", [0, 3, 8])
+@pytest.mark.parametrize("depth", [0, 8])
 def test_a_turn_after_a_stop_is_that_of_a_fresh_run(depth: int) -> None:
     """Rows that were written beyond the stop are not part of the conversation."""
     engine = mlx_mtp.load(drafter="none" if depth == 0 else "auto", depth=depth)
@@ -395,7 +386,7 @@ def test_a_token_costs_the_same_at_any_length(kind: str) -> None:
     options = {"stop": ["a b", "never"]} if kind == "stops" else {}
     if kind == "processors":
         options["logits_processors"] = [lambda tokens, logits: logits]
-    length, window = 6000, 300
+    length, window = 3000, 300
     costs: list[int] = []
     tracemalloc.start()
     try:
@@ -407,4 +398,3 @@ def test_a_token_costs_the_same_at_any_length(kind: str) -> None:
         tracemalloc.stop()
     early, late = median(costs[200 : 200 + window]), median(costs[-window - 10 : -10])
     assert late < early + 4 * (length - window) / 2, (early, late)
-

@@ -69,10 +69,13 @@ def test_filters(sampling: Sampling) -> None:
 
 
 def joint_of(odds, vocabulary: int, depth: int, sampling: Sampling, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Joint distribution of the depth + 1 tokens that a round and plain decoding after it emit; the target's own."""
+    """Joint distribution of the depth + 1 tokens that a round and plain decoding after it emit; the target's own.
+
+    After some tokens the drafter's distribution is the target's own.
+    """
     random = np.random.default_rng(seed)
     p_logits = [random.normal(size=(vocabulary**i, vocabulary)) * 1.5 for i in range(depth + 1)]
-    q_logits = [p + random.normal(size=p.shape) for p in p_logits[:depth]]
+    q_logits = [p + random.normal(size=p.shape) * (random.random((len(p), 1)) < 0.7) for p in p_logits[:depth]]
     blocks = np.array(list(itertools.product(range(vocabulary), repeat=depth)))
     before = [np.zeros(len(blocks), dtype=int)]  # index of the block's first i tokens
     for i in range(depth):
@@ -110,17 +113,6 @@ def test_enumeration_of_every_block(odds: str, sampling: Sampling, vocabulary: i
     emitted, target = joint_of(ODDS[odds], vocabulary, depth, sampling, seed=vocabulary * 10 + depth)
     assert abs(target.sum() - 1) < 1e-9
     assert np.abs(emitted - target).max() < 1e-6
-
-
-def resampled_from_p(excess: mx.array, p: TokenDistribution, depth: int) -> TokenDistribution:
-    return p
-
-
-@pytest.mark.parametrize("odds", ODDS)
-def test_a_wrong_residual_is_noticed(odds: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(acceptance, "_residual", resampled_from_p)
-    emitted, target = joint_of(ODDS[odds], 4, 3, Sampling(temperature=1.0), seed=1)
-    assert np.abs(emitted - target).sum() / 2 > 0.02
 
 
 def test_block_verification_keeps_more() -> None:
@@ -191,25 +183,14 @@ def test_rounds_follow_the_distribution(sampling: Sampling, depth: int) -> None:
     assert worst_deviation(tokens, filtered(markov_pair()[0], sampling)) < 5
 
 
-def test_rounds_notice_a_wrong_residual(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(acceptance, "_residual", resampled_from_p)
-    assert worst_deviation(batch_of_rounds(FILTERS[0], 2, 2000, 10), filtered(markov_pair()[0], FILTERS[0])) > 20
-
-
-def test_a_long_run_follows_the_distribution() -> None:
-    """One sequence through the whole pipelined loop."""
+def test_a_long_run_follows_the_distribution_and_its_seed() -> None:
+    """One sequence through the whole pipelined loop; without a seed every run is another."""
     table, target, drafter = markov_pair()
     engine = mlx_mtp.Engine(target, drafter, None, depth=4)
-    tokens = engine.generate([0], max_tokens=2500, sampling=FILTERS[0], seed=3).tokens
-    assert worst_deviation([tokens], filtered(table, FILTERS[0])) < 5
-
-
-def test_one_seed_one_output() -> None:
-    _, target, drafter = markov_pair()
-    engine = mlx_mtp.Engine(target, drafter, None, depth="auto")
-    runs = [engine.generate([1], max_tokens=300, sampling=FILTERS[0], seed=seed).tokens for seed in (7, 7, 8, None)]
-    assert runs[0] == runs[1]
-    assert runs[0] != runs[2] and runs[0] != runs[3]
+    runs = [engine.generate([0], max_tokens=count, sampling=FILTERS[0], seed=seed).tokens
+            for count, seed in ((2500, 3), (100, 3), (100, None))]  # fmt: skip
+    assert worst_deviation(runs[:1], filtered(table, FILTERS[0])) < 5
+    assert runs[0][:100] == runs[1] != runs[2]
 
 
 PENALISED = Sampling(
@@ -219,12 +200,13 @@ PENALISED = Sampling(
 
 
 def test_penalties_and_logprobs_by_hand() -> None:
-    """Every emitted token and its logprob, recomputed in NumPy from the target's plain logits."""
-    folder = GOLDEN / "ple"
-    prompt = np.load(folder / "reference.npz")["input_ids"][0].tolist()
-    engine = mlx_mtp.load(folder / "target", drafter=folder / "assistant_tied", depth=4)
-    result = engine.generate(prompt, max_tokens=60, sampling=PENALISED, logprobs=3, ignore_end=True)
-    all_logits = np.array(engine.target.logits(mx.array([prompt + result.tokens])))[0].astype(np.float64)
+    """Every token and its logprob, recomputed in NumPy from the target's plain logits; with drafts that are right and
+    wrong at known places."""
+    prompt = np.random.default_rng(2).integers(3, 128, 20).tolist()
+    plain, options = lively("ple"), {"max_tokens": 80, "sampling": PENALISED, "logprobs": 3, "ignore_end": True}
+    drafter = ScriptedDrafter(prompt + plain.generate(prompt, **options).tokens, MIXED)
+    result = mlx_mtp.Engine(plain.target, drafter, None, depth=4).generate(prompt, **options)
+    all_logits = np.array(plain.target.logits(mx.array([prompt + result.tokens])))[0].astype(np.float64)
     for i, token in enumerate(result.tokens):
         logits = all_logits[len(prompt) - 1 + i]
         counts = np.bincount(result.tokens[:i], minlength=len(logits))
@@ -234,24 +216,12 @@ def test_penalties_and_logprobs_by_hand() -> None:
         logits[7] += 1.5
         logits[9] = -np.inf
         logprobs = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
-        assert logprobs[token] > logprobs.max() - 1e-4
-        assert abs(result.logprobs[i] - logprobs[token]) < 1e-4
         best = np.argsort(-logprobs)[:3]
-        assert np.abs(np.array(list(result.top_logprobs[i].values())) - logprobs[best]).max() < 1e-4
-    assert 9 not in result.tokens
-
-
-def test_penalties_bias_and_logprobs_do_not_depend_on_depth() -> None:
-    """With drafts that are right and wrong at known places; no token is a near tie."""
-    plain, prompt = lively("ple"), np.random.default_rng(2).integers(3, 128, 20).tolist()
-    options = {"sampling": PENALISED, "logprobs": 2, "ignore_end": True}
-    expected = plain.generate(prompt, max_tokens=80, **options)
-    assert min(max(top.values()) - min(top.values()) for top in expected.top_logprobs) > NEAR_TIE
-    drafter = ScriptedDrafter(prompt + expected.tokens, MIXED)
-    found = mlx_mtp.Engine(plain.target, drafter, None, depth=4).generate(prompt, max_tokens=80, **options)
-    assert found.tokens == expected.tokens and len(set(found.tokens)) > 20
-    assert np.abs(np.array(found.logprobs) - np.array(expected.logprobs)).max() < 1e-3
-    assert 0 < found.stats.accepted == sum(drafter.accepted(20, 80, 4)) < found.stats.drafted
+        assert logprobs[token] > logprobs[best[0]] - NEAR_TIE
+        assert abs(result.logprobs[i] - logprobs[token]) < NEAR_TIE
+        assert np.abs(np.array(list(result.top_logprobs[i].values())) - logprobs[best]).max() < NEAR_TIE
+    assert 9 not in result.tokens and len(set(result.tokens)) > 20
+    assert 0 < result.stats.accepted < result.stats.drafted
 
 
 def test_penalties_count_every_draft_before() -> None:
@@ -291,18 +261,6 @@ def test_python_logits_processors_see_every_token() -> None:
     assert 0 < found.stats.accepted == sum(drafter.accepted(len(prompt), 60, 3)) < found.stats.drafted
     assert all(a != b for a, b in itertools.pairwise(found.tokens))
     assert min(lengths) == len(prompt)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}, {"top_k": 1.5}, {"min_p": 2},
-        {"repetition_penalty": 0}, {"temperature": "hot"}, {"logit_bias": {1: float("nan")}}, {"temperature": True},
-    ],
-)  # fmt: skip
-def test_values_out_of_range_are_refused(wrong: dict) -> None:
-    with pytest.raises(mlx_mtp.OptionError):
-        Sampling(**wrong)
 
 
 def sparse(random: np.random.Generator, rows: int, size: int, vocabulary: int) -> TokenDistribution:

@@ -8,7 +8,6 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,12 +15,24 @@ import httpx
 import openai
 import pydantic
 import pytest
-from servers import CHAT, COMPLETION, Running, ScriptedEngine, contents, eventually, raw_request, running, until
+from conftest import Command, one_sentence
+from servers import (
+    CHAT,
+    COMPLETION,
+    FAULTS,
+    TOOL,
+    Running,
+    ScriptedEngine,
+    contents,
+    eventually,
+    raw_request,
+    running,
+    until,
+)
 from thinking import TOKENS, thinking_engine
 
 import mlx_mtp
 import mlx_mtp.serving
-from mlx_mtp.cli import app as cli
 from mlx_mtp.generation.prefix import Session
 from mlx_mtp.generation.request import GenerationRequest
 from mlx_mtp.loading import EMBEDDED
@@ -35,13 +46,7 @@ NEAR_TIE = 1e-3
 
 
 @pytest.fixture(scope="module")
-def engine() -> mlx_mtp.Engine:
-    """The same pair as the server's, in this thread."""
-    return mlx_mtp.load(depth=2)
-
-
-@pytest.fixture(scope="module")
-def server(engine: mlx_mtp.Engine) -> Iterator[Running]:
+def server(embedded: mlx_mtp.Engine) -> Iterator[Running]:
     """The embedded pair."""
     with running(lambda: mlx_mtp.load(depth=2)) as found:
         yield found
@@ -55,8 +60,8 @@ def clear(result: mlx_mtp.Result) -> mlx_mtp.Result:
     return result
 
 
-def test_chat_is_what_generate_writes(server: Running, engine: mlx_mtp.Engine) -> None:
-    expected = clear(engine.generate(engine.tokenizer.chat(QUESTION, thinking=False), max_tokens=12, logprobs=2))
+def test_chat_is_what_generate_writes(server: Running, embedded: mlx_mtp.Engine) -> None:
+    expected = clear(embedded.generate(embedded.tokenizer.chat(QUESTION, thinking=False), max_tokens=12, logprobs=2))
     with server.openai() as client:
         first = client.chat.completions.create(model="test", messages=QUESTION, max_tokens=12, temperature=0)
         again = client.chat.completions.create(model="test", messages=QUESTION, max_completion_tokens=12)
@@ -78,24 +83,24 @@ def test_chat_is_what_generate_writes(server: Running, engine: mlx_mtp.Engine) -
     assert {chunk.id for chunk in chunks} == {chunks[0].id} and chunks[-2].model_extra["stats"]["tokens"] == 12
 
 
-def test_a_conversation_runs_only_what_is_new(server: Running, engine: mlx_mtp.Engine) -> None:
+def test_a_conversation_runs_only_what_is_new(server: Running, embedded: mlx_mtp.Engine) -> None:
     said: list[dict[str, str]] = [{"role": "system", "content": "Answer in one line."}]
     with server.openai() as client:
         for turn, question in enumerate(("What does zip do?", "And enumerate?", "And map?")):
             said.append({"role": "user", "content": question})
             reply = client.chat.completions.create(model="test", messages=said, max_tokens=8)
-            ids = engine.tokenizer.chat(said, thinking=False)
-            expected = clear(engine.generate(ids, max_tokens=8, logprobs=2))
+            ids = embedded.tokenizer.chat(said, thinking=False)
+            expected = clear(embedded.generate(ids, max_tokens=8, logprobs=2))
             assert reply.choices[0].message.content == expected.text
             assert (reply.usage.prompt_tokens_details.cached_tokens > len(ids) // 2) == (turn > 0)
             said.append({"role": "assistant", "content": reply.choices[0].message.content})
 
 
-def test_completion_of_text_and_of_tokens(server: Running, engine: mlx_mtp.Engine) -> None:
+def test_completion_of_text_and_of_tokens(server: Running, embedded: mlx_mtp.Engine) -> None:
     prompt = "import os\n\n\ndef walk("
-    expected = clear(engine.generate(prompt, max_tokens=8, raw=True, logprobs=2))
+    expected = clear(embedded.generate(prompt, max_tokens=8, raw=True, logprobs=2))
     with server.openai() as client:
-        for asked in (prompt, [prompt], engine.tokenizer.encode(prompt)):
+        for asked in (prompt, [prompt], embedded.tokenizer.encode(prompt)):
             reply = client.completions.create(model="test", prompt=asked, max_tokens=8)
             assert (reply.choices[0].text, reply.choices[0].finish_reason) == (expected.text, "length")
         chunks = list(client.completions.create(model="test", prompt=prompt, max_tokens=8, stream=True))
@@ -106,10 +111,10 @@ def test_completion_of_text_and_of_tokens(server: Running, engine: mlx_mtp.Engin
         assert cut.choices[0].finish_reason == "stop"
 
 
-def test_logprobs_in_both_forms(server: Running, engine: mlx_mtp.Engine) -> None:
-    ids = engine.tokenizer.chat(QUESTION, thinking=False)
-    expected = clear(engine.generate(ids, max_tokens=6, logprobs=3))
-    spelled = [engine.tokenizer.spell(token)[0] for token in expected.tokens]
+def test_logprobs_in_both_forms(server: Running, embedded: mlx_mtp.Engine) -> None:
+    ids = embedded.tokenizer.chat(QUESTION, thinking=False)
+    expected = clear(embedded.generate(ids, max_tokens=6, logprobs=3))
+    spelled = [embedded.tokenizer.spell(token)[0] for token in expected.tokens]
     options: dict[str, Any] = {"model": "test", "max_tokens": 6}
     with server.openai() as client:
         ask = client.chat.completions.create
@@ -133,12 +138,12 @@ def test_logprobs_in_both_forms(server: Running, engine: mlx_mtp.Engine) -> None
     assert [t for part in parts if part.choices[0].logprobs for t in part.choices[0].logprobs.tokens] == spelled
 
 
-def test_sampling_reaches_the_engine(server: Running, engine: mlx_mtp.Engine) -> None:
+def test_sampling_reaches_the_engine(server: Running, embedded: mlx_mtp.Engine) -> None:
     """Seeded and penalised replies are those of generate; a bias of 100 forces a token."""
-    ids = engine.tokenizer.chat(QUESTION, thinking=False)
+    ids = embedded.tokenizer.chat(QUESTION, thinking=False)
     sampling = {"temperature": 0.9, "top_p": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.25}
     extra = {"top_k": 20, "min_p": 0.01, "repetition_penalty": 1.1}
-    fresh = [engine.generate(ids, max_tokens=8, seed=seed, sampling=mlx_mtp.Sampling(**sampling, **extra)).text
+    fresh = [embedded.generate(ids, max_tokens=8, seed=seed, sampling=mlx_mtp.Sampling(**sampling, **extra)).text
              for seed in (3, 4)]  # fmt: skip
     with server.openai() as client:
         ask = client.chat.completions.create
@@ -146,11 +151,9 @@ def test_sampling_reaches_the_engine(server: Running, engine: mlx_mtp.Engine) ->
                    for seed in (3, 4, 3)]  # fmt: skip
         forced = ask(model="test", messages=QUESTION, max_tokens=3, logit_bias={"470": 100}, temperature=0)
     assert [reply.choices[0].message.content for reply in replies] == [*fresh, fresh[0]] and fresh[0] != fresh[1]
-    assert forced.choices[0].message.content == engine.tokenizer.spell(470)[0] * 3
+    assert forced.choices[0].message.content == embedded.tokenizer.spell(470)[0] * 3
 
 
-TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {
-    "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}}  # fmt: skip
 CALLS = ('Let me see.<|tool_call>call:get_weather{city:<|"|>Z', 'ürich, "Old', ' Town"<|"|>,days:3,hourly:true}',
          "<tool_call|><|tool_call>call:now{}<tool_call|>")  # fmt: skip
 ARGUMENTS = {"city": 'Zürich, "Old Town"', "days": 3, "hourly": True}
@@ -333,66 +336,7 @@ def test_a_stop_ends_text_usage_and_metrics_at_one_token(tmp_path: Path) -> None
         assert raw["choices"][0]["text"] == "<|channel>thought" and raw["usage"]["completion_tokens"] == 2
 
 
-CHAT_FAULTS: list[tuple[dict[str, Any], str | None]] = [
-    ({"messages": []}, "messages"),
-    ({"messages": "hi"}, "messages"),
-    ({"messages": [{"role": "judge", "content": "x"}]}, "messages[0].role"),
-    ({"messages": [{"role": "user"}]}, "messages[0].content"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-     "messages[0].content[0].type"),
-    ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "unknown"}]}, "messages[0].tool_call_id"),
-    ({"messages": [{"role": "user", "content": "x", "colour": "red"}]}, "messages[0].colour"),
-    ({"messages": [{"role": "assistant", "tool_calls": [
-        {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{"}}]}]},
-     "messages[0].tool_calls[0].function.arguments"),
-    ({"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "late"}]}, "messages"),
-    ({"n": 2}, "n"),
-    ({"response_format": {"type": "json_schema"}}, "response_format"),
-    ({"response_format": {"type": "xml"}}, "response_format.type"),
-    ({"tools": [TOOL]}, "tools"),  # this checkpoint's template has no place for them
-    ({"tools": [{"type": "function", "function": {"name": "with space"}}]}, "tools[0].function.name"),
-    ({"tool_choice": "required"}, "tool_choice"),
-    ({"reasoning_effort": "vast"}, "reasoning_effort"),
-    ({"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}}, "reasoning_effort"),
-    ({"chat_template_kwargs": {"colour": "red"}}, "chat_template_kwargs.colour"),
-    ({"top_logprobs": 2}, "top_logprobs"),
-    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-    ({"stream_options": {"include_usage": True}}, "stream_options"),
-    ({"modalities": ["text", "audio"]}, "modalities"),
-    ({"temperature": -1}, "temperature"),
-    ({"temperature": "hot"}, "temperature"),
-    ({"temperature": True}, "temperature"),
-    ({"top_k": 1.5}, "top_k"),
-    ({"presence_penalty": 10**400}, "presence_penalty"),
-    ({"max_tokens": 0}, "max_tokens"),
-    ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
-    ({"seed": 2**64}, "seed"),
-    ({"seed": -(2**63) - 1}, "seed"),
-    ({"stop": [""]}, "stop[0]"),
-    ({"stop": ["x"] * 17}, "stop"),
-    ({"stop": [1]}, "stop[0]"),
-    ({"logit_bias": {"x": 1}}, "logit_bias.x"),
-    ({"logit_bias": {"1": 1000}}, "logit_bias.1"),
-    ({"logit_bias": {"999999": 1}}, None),
-    ({"stream": "yes"}, "stream"),
-    ({"grammar": "root"}, "grammar"),
-    ({"functions": [{"name": "f"}]}, "functions"),
-]
-COMPLETION_FAULTS: list[tuple[dict[str, Any], str | None]] = [
-    ({"prompt": ""}, "prompt"),
-    ({"prompt": ["a", "b"]}, "prompt"),
-    ({"prompt": [1, True]}, "prompt"),
-    ({"prompt": [1, 10**30]}, None),
-    ({"prompt": [-1]}, None),
-    ({"prompt": [7] * 9000}, "prompt"),
-    ({"echo": True}, "echo"),
-    ({"suffix": "x"}, "suffix"),
-    ({"best_of": 2}, "best_of"),
-    ({"logprobs": True}, "logprobs"),
-]
-
-
-@pytest.mark.parametrize(("path", "faults"), [(CHAT, CHAT_FAULTS), (COMPLETION, COMPLETION_FAULTS)])
+@pytest.mark.parametrize(("path", "faults"), FAULTS.items())
 def test_nothing_is_dropped_in_silence(server: Running, path: str, faults: list[tuple[dict[str, Any], Any]]) -> None:
     good = {"messages": QUESTION, "max_tokens": 1} if path == CHAT else {"prompt": "x", "max_tokens": 1}
     with server.http() as client:
@@ -534,41 +478,6 @@ def test_a_failure_is_told_without_its_inside(caplog: pytest.LogCaptureFixture) 
     assert caplog.text.count("a secret of the inside") >= 3
 
 
-def test_a_prompt_is_dropped_between_chunks(engine: mlx_mtp.Engine) -> None:
-    """Leaving while a long prompt is read: the session comes back empty, and the next reply is right."""
-    began, seen, chunks = threading.Event(), threading.Event(), []
-
-    def load() -> mlx_mtp.Engine:
-        found = mlx_mtp.load(drafter=None)
-        inner = found.run
-
-        def run(request: GenerationRequest) -> Any:
-            def on_prefill(done: int, total: int) -> None:
-                if total > 1000:
-                    chunks.append(done)
-                    began.set()
-                    assert seen.wait(30)
-                request.on_prefill(done, total)
-
-            return inner(replace(request, on_prefill=on_prefill))
-
-        found.run = run
-        return found
-
-    with running(load) as server, server.connect() as leaving:
-        leaving.sendall(raw_request(COMPLETION, {"prompt": [7] * 1200}))
-        assert began.wait(30)
-        ticket = server.queue._running
-        leaving.close()
-        assert eventually(lambda: ticket.over)
-        seen.set()
-        assert server.idle() and len(chunks) == 1
-        ids = engine.tokenizer.chat(QUESTION, thinking=False)
-        expected = clear(engine.generate(ids, max_tokens=4, logprobs=2)).text
-        body = {"messages": QUESTION, "max_tokens": 4}
-        assert server.post(CHAT, body).json()["choices"][0]["message"]["content"] == expected
-
-
 def test_a_failure_leaves_no_session() -> None:
     """After an error that nobody expected, what stands in the buffers is anybody's guess."""
     broken: list[bool] = []
@@ -649,28 +558,6 @@ def test_a_reader_that_takes_nothing() -> None:
                 assert eventually(lambda: "mlx_mtp_dropped_total 1" in http.get("/metrics").text)
 
 
-def test_running_replies_finish_before_the_end() -> None:
-    fake = ScriptedEngine(gate=threading.Semaphore(0))
-    with running(lambda: fake, grace=30) as server, server.http() as http:
-        with http.stream("POST", COMPLETION, json={"prompt": "x", "stream": True}) as response:
-            lines = response.iter_lines()
-            next(lines)
-            ending = threading.Thread(target=server.stop)
-            ending.start()
-            assert eventually(lambda: not _accepts(server))
-            fake.gate.release(2)
-            assert list(lines)[-2] == "data: [DONE]"
-        ending.join()
-
-
-def _accepts(server: Running) -> bool:
-    try:
-        server.connect().close()
-    except OSError:
-        return False
-    return True
-
-
 def test_replies_that_take_too_long_are_told_so() -> None:
     fake = ScriptedEngine(gate=threading.Semaphore(0))
     waiting: list[httpx.Response] = []
@@ -691,14 +578,9 @@ def test_replies_that_take_too_long_are_told_so() -> None:
     assert waiting[0].status_code == 503 and waiting[0].json()["error"]["code"] == "stopping"
 
 
-def test_what_the_command_refuses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_command_refuses(monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
     def refused(*args: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["mlx-mtp", "serve", *map(str, args)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capsys.readouterr()
-        assert end.value.code == 2 and out == "" and err.count("\n") == 1 and err.endswith(".\n"), err
-        return err
+        return one_sentence(*command("serve", *args))
 
     monkeypatch.delenv("MLX_MTP_API_KEY", raising=False)
     assert "--api-key" in refused("--host", "0.0.0.0")
@@ -724,8 +606,8 @@ def test_loopback() -> None:
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.1", "example.com", "")))
 
 
-def test_tokens_as_they_read_in_a_text() -> None:
-    tokenizer = mlx_mtp.load(drafter=None).tokenizer
+def test_tokens_as_they_read_in_a_text(embedded: mlx_mtp.Engine) -> None:
+    tokenizer = embedded.tokenizer
     ids = tokenizer.encode("import os é <|turn>", special=False)
     spelled = [tokenizer.spell(token) for token in ids]
     assert b"".join(data for _, data in spelled).decode() == tokenizer.decode(ids)

@@ -191,8 +191,8 @@ def test_what_cannot_fit_is_not_even_tokenised() -> None:
         assert blanks.status_code == 200 and tokenizer.begun
 
 
-def test_the_longest_token_of_a_real_tokenizer() -> None:
-    tokenizer = mlx_mtp.load(drafter=None).tokenizer
+def test_the_longest_token_of_a_real_tokenizer(embedded: mlx_mtp.Engine) -> None:
+    tokenizer = embedded.tokenizer
     spelled = [tokenizer.decode([token]) for token in range(4096)]
     assert tokenizer.longest_token >= max(len(text) for text in spelled if "\ufffd" not in text)
 

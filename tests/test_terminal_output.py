@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, ran
 from rich.console import Console
 from rich.progress import MofNCompleteColumn
 
 import mlx_mtp
 from mlx_mtp.checkpoints import memory, pairs
-from mlx_mtp.cli import app, progress
+from mlx_mtp.cli import progress
 from mlx_mtp.cli.progress import PatientBar
 from mlx_mtp.engine import Engine
 
@@ -86,18 +86,16 @@ Run = Callable[..., tuple[int, str]]
 @pytest.fixture
 def on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Run:
     """A command whose standard output is a terminal: exit code and what it wrote there."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("NO_COLOR", "1")
 
     def run(*args: object) -> tuple[int, str]:
         screen = Screen()
-        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-            patch.setattr(sys, "argv", ["mlx-mtp", *map(str, args)])
+        with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", screen)
-            app.main()
-        return int(end.value.code or 0), re.sub(r"\x1b\[[\d;]*m", "", screen.getvalue())
+            code = ran(*args)
+        return code, re.sub(r"\x1b\[[\d;]*m", "", screen.getvalue())
 
     return run
 

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, uncompiled
 from families import config_of, written
 from greedy import lively
 from waits import Waits
@@ -93,9 +93,6 @@ READS: dict[str, Callable[[mx.array], object]] = {
 def test_every_way_to_wait_is_seen(way: str, waits: Waits) -> None:
     target = mlx_mtp.load(GOLDEN / "ple" / "target", drafter=None).target
     engine = mlx_mtp.Engine(target, Reading(READS[way]), None, depth=1)
-    mx.disable_compile()
-    try:
+    with uncompiled():
         stats = engine.generate([5, 6, 7], max_tokens=5, ignore_end=True, on_prefill=waits.begin).stats
-    finally:
-        mx.enable_compile()
     assert len(waits.seen) == stats.host_syncs + stats.rounds

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import mlx.core as mx
 from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers_at_hand import write
 
 import mlx_mtp
 from mlx_mtp.testing import MarkovDrafter, MarkovTarget
@@ -29,15 +29,11 @@ PLAIN_TEMPLATE = TEMPLATE.partition("{% if not")[0]  # without a closed thought 
 
 def write_tokenizer(folder: Path, tokens: list[str] = TOKENS, template: str = TEMPLATE) -> Path:
     """tokenizer.json and its config: every token is split off as it stands, nothing else is known."""
-    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=tokens[0]))
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<turn|>",
-              "pad_token": "<pad>", "chat_template": template, "clean_up_tokenization_spaces": False}  # fmt: skip
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
+    ends = {"bos_token": "<bos>", "eos_token": "<turn|>"}
+    return write(folder, tokenizer, template, clean_up_tokenization_spaces=False, **ends)
 
 
 def thinking_engine(folder: Path, depth: int = 0) -> mlx_mtp.Engine:
