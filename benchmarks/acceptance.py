@@ -15,11 +15,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from embedded.corpus import is_held_out, standard_library
+
 import mlx_mtp
 from mlx_mtp.generation.types import acceptance, total
 from mlx_mtp.loading import FAMILIES
 from mlx_mtp.text.tokenizer import Prompt
-from mlx_mtp.training.corpus import is_held_out, standard_library
 
 STRIDE, PREFIX = 4000, 600
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from mlx_mtp.training.corpus import is_held_out, standard_library
+from embedded.corpus import is_held_out, standard_library
 
 LINES_APART = 4000
 
