@@ -16,9 +16,8 @@ import pytest
 import sentencepiece
 
 from mlx_mtp.errors import DataError, OptionError
-from mlx_mtp.training.corpus import Document, is_held_out, standard_library
-from mlx_mtp.training.data import Batches, fingerprint, pack, read_documents
-from mlx_mtp.training.tokenizer import train_tokenizer
+from mlx_mtp.training.data import Batches, Document, fingerprint, pack, read_documents
+from mlx_mtp.training.small_target import train_tokenizer
 
 CHAT = [{"role": "user", "content": "What is 3 + 4?"}, {"role": "assistant", "content": "7"}]
 

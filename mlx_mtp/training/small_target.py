@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from mlx_mtp.errors import DataError
+from mlx_mtp.errors import OptionError
 from mlx_mtp.generation.cache import FULL, SLIDING
 from mlx_mtp.targets.gemma4_config import DEFAULT_ROPE
 
@@ -75,7 +75,8 @@ def target_config(vocabulary: int) -> dict[str, Any]:
 def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int) -> None:
     """Trains byte-level BPE on `texts` and writes it as transformers and mlx_lm load it, the chat template last.
 
-    DataError where the texts do not give exactly `vocabulary` pieces.
+    Few texts give fewer than `vocabulary` pieces, and the rest of the target's rows stay unused. OptionError where not
+    even every byte and marker is a piece.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -88,10 +89,8 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int) -> None
         show_progress=False,
     )  # fmt: skip
     tokenizer.train_from_iterator(texts, trainer)
-    if (found := tokenizer.get_vocab_size()) != vocabulary:
-        raise DataError(
-            f"The data give a vocabulary of {found} pieces and not {vocabulary}; give more text or another vocabulary."
-        )
+    if (found := tokenizer.get_vocab_size()) > vocabulary:
+        raise OptionError(f"vocabulary must be at least {found}: every byte and marker is a piece.")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos>:1 $B:1", special_tokens=[("<bos>", IDS["bos_token_id"])]
     )
