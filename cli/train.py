@@ -67,9 +67,7 @@ def train(
     length: Annotated[int, Length(help="Tokens per sequence.")] = DEFAULTS.length,
     learning_rate: Annotated[float, Length(help="Highest learning rate.")] = DEFAULTS.learning_rate,
     optimizer: Annotated[str, Length(help=f"{' or '.join(OPTIMIZERS)}.")] = OPTIONS.optimizer,
-    accumulate: Annotated[
-        int, Length(help="Parts in which a batch goes through, to save memory.")
-    ] = OPTIONS.accumulate,
+    accumulate: Annotated[int, Length(help="Parts in which a batch goes through.")] = OPTIONS.accumulate,
     checkpoint_gradients: Annotated[
         bool, Length("--checkpoint-gradients", help="Run layers again for the gradient, to save memory.")
     ] = False,
