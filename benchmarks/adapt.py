@@ -26,7 +26,8 @@ from mlx_mtp.targets.gemma4 import Gemma4Target, published_weights
 from mlx_mtp.training.adapt import Adapting, adapt
 from mlx_mtp.training.data import pack, read_documents
 from mlx_mtp.training.objective import next_token_loss
-from mlx_mtp.training.pipeline import Recipe, run_stage
+from mlx_mtp.training.recipe import Recipe
+from mlx_mtp.training.stages import run_stage
 
 HEADERS = Path(mx.__file__).parent / "include"
 

@@ -35,7 +35,8 @@ from mlx_mtp.targets.gemma4 import Gemma4Target
 from mlx_mtp.training.data import Batches
 from mlx_mtp.training.families import DrafterShape
 from mlx_mtp.training.objective import next_token_loss
-from mlx_mtp.training.pipeline import Recipe, train
+from mlx_mtp.training.pipeline import train
+from mlx_mtp.training.recipe import Recipe
 
 DRAFTERS = ("lookup", "assistant", "lookup+assistant", "parallel", "sequential")
 

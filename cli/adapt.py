@@ -36,7 +36,7 @@ def adapt(
         float, typer.Option(help="Share of the loss on the text's own tokens, the rest on the target's distribution.")
     ] = DEFAULTS.label_share,
     rehearsal: Annotated[
-        float, typer.Option(help="Share of training on other text, so that nothing is forgotten.")
+        float, typer.Option(help="Replay: share of training on other text, so that nothing is forgotten.")
     ] = DEFAULTS.rehearsal,
     rehearsal_data: Annotated[
         list[str] | None, typer.Option(help="That text; may be repeated.", show_default="Python's standard library")

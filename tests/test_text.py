@@ -21,8 +21,7 @@ import mlx_mtp
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.testing import MarkovDrafter, MarkovTarget
 from mlx_mtp.text.tokenizer import Tokenizer
-from mlx_mtp.training.corpus import Document
-from mlx_mtp.training.data import pack
+from mlx_mtp.training.data import Document, pack
 
 NAMES = [*KINDS, "newlines", "embedded"]
 BYTES_OF = {"llama", "gemma", "embedded"}  # kinds with tokens that are one byte

@@ -1,8 +1,6 @@
 """Losses: next token for a target, and what every drafter family is trained for, with its target or on a frozen one.
 
-What it does: turns a batch into one number to minimise and the share of right answers per draft. All unembeddings of
-a batch go one after the other (in_order.py). What it does not do: optimise, or choose hyper-parameters.
-
+All unembeddings of a batch go one after the other (less_memory.in_order).
 Every loss is a function (module, batch, progress): batch int32 [B, T + 1 + K], whose first T tokens are the places
 that learn; progress float32 in [0, 1), the share of the training that is done. K is the number of drafts. Draft j
 (from 0) at place t knows the tokens up to t and perhaps those up to t + 1 + j, and proposes token t + 2 + j.
@@ -27,7 +25,7 @@ from mlx_mtp.errors import OptionError
 from mlx_mtp.generation.cache import KVCache, NoCache
 from mlx_mtp.generation.interfaces import States, Target
 from mlx_mtp.targets.gemma4 import Gemma4Model
-from mlx_mtp.training.in_order import in_order
+from mlx_mtp.training.less_memory import in_order
 
 START = mx.array(0.0)
 Result = tuple[mx.array, mx.array]
@@ -98,7 +96,7 @@ def joint_sequential_loss(steps: int, weight: Schedule = deepseek_weight) -> Cal
 
     steps: K; beyond the number of modules the last one is trained for being used again on its own states. weight:
     lambda as a function of progress. Every module's mean is over the same T places, where the paper's, without the
-    tokens behind a sequence, has fewer for later modules. Batches [B, T + 1 + K] for a Joint of Gemma4Model and
+    tokens after a sequence, has fewer for later modules. Batches [B, T + 1 + K] for a Joint of Gemma4Model and
     SequentialModel. Second result [1 + K]: share of tokens predicted right.
     """
     _check(steps)
@@ -210,7 +208,7 @@ def _frozen(
     """
     _check(1 if steps is None else steps)
     if not 0.0 <= label_share <= 1.0 or not 0.0 < decay <= 1.0:
-        raise OptionError(f"Expected label_share from 0 to 1 and decay above 0 up to 1, found {label_share}, {decay}.")
+        raise OptionError(f"label_share must be from 0 to 1 and decay above 0 up to 1, not {label_share} and {decay}.")
 
     def loss(drafter: Any, batch: mx.array, progress: mx.array = START) -> Result:
         count = len(drafter.heads) if steps is None else steps
@@ -265,4 +263,4 @@ def _verified(logits: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
 
 def _check(steps: int) -> None:
     if steps < 1:
-        raise OptionError(f"Expected at least 1 step of drafting to train for, found {steps}.")
+        raise OptionError(f"A drafter is trained for at least 1 step of drafting, not {steps}.")

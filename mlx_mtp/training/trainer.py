@@ -1,9 +1,6 @@
 """The training loop: compiled step, cosine schedule, durable checkpoints, resume as if never stopped.
 
-What it does: minimises any loss over any module on batches that are a pure function of the step. What it does not
-do: know what is trained, print, or choose hyper-parameters.
-
-Invariant: a checkpoint is one file that replaces the last by a rename, so a kill at any moment leaves a whole one.
+A checkpoint is one file that replaces the last by a rename, so a kill at any moment leaves a whole one.
 Parameters, optimiser state and step are all there is to resume: batches and schedule follow from the step, and a
 loss may draw no random numbers. The log then holds what a run without the kill would have logged, but for its times.
 """
@@ -14,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -29,9 +27,10 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_mtp.checkpoints.atomic import write_state
 from mlx_mtp.checkpoints.checkpoint import check_finite, named_parameters
 from mlx_mtp.errors import CheckpointError, DataError, OptionError
-from mlx_mtp.training import curves, optimizers
-from mlx_mtp.training.files import RESUME, cut_log, locked, read_state
-from mlx_mtp.training.memory import checkpointed_layers, one_operation_at_a_time
+from mlx_mtp.training import optimizers
+from mlx_mtp.training.less_memory import checkpointed_layers, one_operation_at_a_time
+from mlx_mtp.training.ranges import check_ranges
+from mlx_mtp.training.run_folder import RESUME, cut_log, locked, read_state
 
 # loss(module, batch [B, ...], progress) -> scalar to minimise and a vector of figures to report, both means over the
 # rows. progress: float32 scalar, the share of all steps that is done, from 0 to below 1.
@@ -69,19 +68,21 @@ class TrainOptions:
     memory_saving: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "learning_rate", "clip", "save_seconds", "evaluate_every", "accumulate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise OptionError(f"Expected {name} above 0, found {getattr(self, name)}; choose a positive value.")
+        tiny, most = math.ulp(0.0), sys.float_info.max
+        check_ranges(self, steps=(1, most), learning_rate=(tiny, most), clip=(tiny, most), save_seconds=(tiny, most),
+                     evaluate_every=(1, most), accumulate=(1, most))  # fmt: skip
         for name, known in (("optimizer", optimizers.OPTIMIZERS), ("dtype", tuple(DTYPES))):
             if getattr(self, name) not in known:
-                raise OptionError(
-                    f"Expected {name} to be one of {', '.join(known)}, found {getattr(self, name)!r}; choose one."
-                )
+                raise OptionError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}.")
 
     def schedule(self) -> optimizers.Schedule:
         """Linear warm-up, then a cosine down to final_rate."""
         warmup = min(self.warmup, max(1, self.steps // 10))
-        return optimizers.cosine(self.learning_rate, self.learning_rate * self.final_rate, warmup, self.steps)
+        rise = optim.linear_schedule(0.0, self.learning_rate, warmup)
+        final = self.learning_rate * self.final_rate
+        fall = optim.cosine_decay(self.learning_rate, max(1, self.steps - warmup), final)
+        joined: optimizers.Schedule = optim.join_schedules([rise, fall], [warmup])
+        return joined
 
 
 @dataclass(frozen=True)
@@ -176,8 +177,8 @@ class Trainer:
             self.module.load_weights(parts["model"], strict=True)
         except ValueError as error:
             raise CheckpointError(
-                f"{self.state_file}: expected the weights of this model, found another's "
-                f"({str(error).splitlines()[0]}); use the same model, or another folder."
+                f"{self.state_file}: holds the weights of another model ({str(error).splitlines()[0]}); use the same "
+                "model, or another folder."
             ) from error
         self.optimizer.state = tree_unflatten(parts["optimizer"])
         self.optimizer.init(self.module.trainable_parameters())
@@ -215,12 +216,6 @@ class Trainer:
             cut_log(self.log_file, self.step)
             log = stack.enter_context(self.log_file.open("a", encoding="utf-8"))
             yield from _Run(self, log).steps()
-        self.draw()
-
-    def draw(self) -> None:
-        """Draws curves.png from the log where matplotlib is installed; a picture is no reason to end a run."""
-        with contextlib.suppress(Exception):
-            curves.plot_log(self.log_file)
 
     def _progress(self, step: int) -> mx.array:
         return mx.array(step / self.options.steps, dtype=mx.float32)
@@ -245,7 +240,7 @@ class Trainer:
 
     def _compiled_step(self) -> Callable[..., Any]:
         """step(part of a batch, progress, sums of the parts before or None, whether it is the last) ->
-        (loss, figures, gradient norm, whether all weights are finite after it) of the whole batch behind the last
+        (loss, figures, gradient norm, whether all weights are finite after it) of the whole batch after the last
         part, else the sums."""
         gradient, options = nn.value_and_grad(self.module, self.loss), self.options
         state = [self.module.state, self.optimizer.state, self._masters]
@@ -278,7 +273,7 @@ class Trainer:
 
 
 class _Run:
-    """One call of Trainer.run: where it stands between the moments at which it can be interrupted."""
+    """One call of Trainer.run, and how far it is between the moments at which it can be interrupted."""
 
     def __init__(self, trainer: Trainer, log: TextIO) -> None:
         self.trainer, self.log = trainer, log
@@ -312,14 +307,14 @@ class _Run:
         batch, progress = trainer.batch_at(trainer.step), trainer._progress(trainer.step)
         if len(batch) % count:
             raise OptionError(
-                f"Expected accumulate to divide a batch's {len(batch)} rows, found {count}; choose one that does."
+                f"A batch of {len(batch)} rows cannot go through in {count} equal parts; choose another accumulate."
             )
         parts, sums = np.split(batch, count), None
         for part in parts[:-1]:
             sums = self.step_fn(mx.array(part), progress, sums, False)
             mx.eval(sums)
         self.tokens = batch.size
-        # Python raises an interrupt right behind a call, before its result is stored: then the weights would have
+        # Python raises an interrupt right after a call, before its result is stored: then the weights would have
         # moved and nobody would know. Within `extend` nothing comes in between.
         self.moved.extend(map(self.step_fn, [mx.array(parts[-1])], [progress], [sums], [True]))
 
@@ -330,15 +325,15 @@ class _Run:
         mx.eval(loss, figures, norm, sound, trainer.module.state, trainer.optimizer.state, trainer._masters)
         step = trainer.step + 1
         if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-            self._break_off("a finite loss and gradient", f"{loss.item()} and {norm.item()}", step)
+            self._break_off(f"the loss is {loss.item()}, the norm of its gradient {norm.item()}", step)
         if not sound.item():
-            self._break_off("finite weights", "others", step)
+            self._break_off("weights are not finite any more", step)
         seconds, done = time.perf_counter() - self.began, step - self.first
         held_out = None
         if trainer.held_out and (step % options.evaluate_every == 0 or step == options.steps):
             held_out = trainer.evaluate()
             if not all(map(math.isfinite, held_out)):
-                self._break_off("finite figures on held-out data", ", ".join(map(str, held_out)), step)
+                self._break_off(f"the figures on held-out data are {', '.join(map(str, held_out))}", step)
         progress = Progress(
             step, options.steps, loss.item(), figures.tolist(),
             done * self.tokens / seconds, (options.steps - step) * seconds / done, held_out,
@@ -346,16 +341,14 @@ class _Run:
         self.log.write(json.dumps(_record(trainer.figures, progress, seconds)) + "\n")
         self.log.flush()
         self.moved, trainer.step = [], step  # no call in between, so no interrupt either
-        if held_out is not None:
-            trainer.draw()
         return progress
 
-    def _break_off(self, expected: str, found: str, step: int) -> NoReturn:
+    def _break_off(self, wrong: str, step: int) -> NoReturn:
         """Ends the run without saving: the weights are no good any more."""
         self.broken = True
         raise OptionError(
-            f"{self.trainer.folder}: expected {expected}, found {found} at step {step}; the last checkpoint is kept, "
-            "train with a lower learning_rate into another folder."
+            f"{self.trainer.folder}: {wrong} at step {step}; the last checkpoint is kept, train with a lower "
+            "learning_rate into another folder."
         )
 
     def _save(self) -> None:
