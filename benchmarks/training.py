@@ -52,7 +52,7 @@ def ours(ids: np.ndarray, steps: int) -> Callable[[], list[float]]:
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(
                 target.model, next_token_loss, Batches(ids, BATCH, LENGTH, 0).batch,
-                TrainOptions(steps=steps, learning_rate=RATE), Path(folder), data=fingerprint(ids),
+                TrainOptions(steps=steps, learning_rate=RATE, optimizer="adamw"), Path(folder), data=fingerprint(ids),
             )  # fmt: skip
             times, began = [], time.perf_counter()
             for _ in trainer.run():

@@ -18,7 +18,7 @@ from mlx_mtp.training.families import FAMILIES, DrafterShape
 from mlx_mtp.training.optimizers import OPTIMIZERS
 from mlx_mtp.training.pipeline import train as run
 from mlx_mtp.training.recipe import FILE, Recipe
-from mlx_mtp.training.stages import Stage
+from mlx_mtp.training.stages import Report, Stage
 from mlx_mtp.training.trainer import TrainOptions
 
 DEFAULTS, SHAPE, OPTIONS = Recipe(), DrafterShape(), TrainOptions(steps=1)
@@ -33,15 +33,15 @@ Returned = TypeVar("Returned")
 FAMILY_HELP = f"{', '.join(FAMILIES)} (may be repeated), or none."
 TARGET_HELP = "Finished target, a folder or a hub name; it does not change."
 START_HELP = "What to go on training: a Gemma 4 target, or with --target a drafter."
-LABEL_HELP = "Share of the loss on the text's own tokens, the rest on the target's distribution."
-SAMPLED_HELP = "Share of the self-generated data that is drawn at temperature 1, the rest greedily."
-REPLAY_HELP = "Replay: share of the data beside the self-generated data."
+SHORTLIST_HELP = "Tokens that heads of the sequential and parallel families propose; 0 = all."
+DATA_HELP = "What the target is asked, a small one's texts: JSONL, JSON, text, folder or pattern; may be repeated."
+DATA_DEFAULT = "it asks itself; a small one: Python's standard library"
 
 
 def train(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and what comes out.")],
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, as it began.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, which must be there.")] = False,
     target: Annotated[str | None, Model(help=TARGET_HELP, show_default="a small one is trained first")] = None,
     start: Annotated[str | None, Model(help=START_HELP, show_default="a new one")] = None,
     joint: Annotated[bool, Model("--joint", help="Train the small target and its heads with one loss.")] = False,
@@ -51,18 +51,11 @@ def train(
     modules: Annotated[int, Drafter(help="Modules of the sequential family.")] = SHAPE.modules,
     width: Annotated[int | None, Size(help="Hidden size of an assistant.")] = SHAPE.width,
     inner: Annotated[int | None, Size(help="Hidden size of feed-forward layers.")] = SHAPE.inner,
-    label_share: Annotated[float, Drafter(help=LABEL_HELP)] = DEFAULTS.label_share,
-    sampled_share: Annotated[float, Drafter(help=SAMPLED_HELP)] = DEFAULTS.sampled_share,
-    rehearsal: Annotated[float, Drafter(help=REPLAY_HELP, show_default="a third")] = DEFAULTS.rehearsal,
-    data: Annotated[
-        list[str] | None,
-        Length(help="Text, JSONL, JSON, folder or pattern; may be repeated.", show_default="Python's standard library"),
-    ] = None,
+    shortlist: Annotated[int, Drafter(help=SHORTLIST_HELP)] = SHAPE.shortlist,
+    data: Annotated[list[str] | None, Length(help=DATA_HELP, show_default=DATA_DEFAULT)] = None,
+    tokens: Annotated[int, Length(help="Tokens of self-generated data.")] = DEFAULTS.tokens,
     target_steps: Annotated[int, Length(help="Steps of the small target.")] = DEFAULTS.target_steps,
-    drafter_steps: Annotated[int, Length(help="Steps of a drafter on the data.")] = DEFAULTS.drafter_steps,
-    agreement_steps: Annotated[
-        int, Length(help="Steps of a drafter on self-generated data.")
-    ] = DEFAULTS.agreement_steps,
+    drafter_steps: Annotated[int, Length(help="Most steps of a drafter.")] = DEFAULTS.drafter_steps,
     batch_size: Annotated[int, Length(help="Sequences per step.")] = DEFAULTS.batch_size,
     length: Annotated[int, Length(help="Tokens per sequence.")] = DEFAULTS.length,
     learning_rate: Annotated[float, Length(help="Highest learning rate.")] = DEFAULTS.learning_rate,
@@ -78,22 +71,31 @@ def train(
     seed: Annotated[int, Length(help="Seed of weights and batches.")] = DEFAULTS.seed,
 ) -> None:
     """Train drafters for a finished target, or a small Gemma-4-shaped target and drafters for it."""
-    if not resume and (out / FILE).exists():
-        raise OptionError(f"{out} holds a run already; add --resume to go on with it, or choose another folder.")
     shapes = tuple(
-        DrafterShape(family=name, drafts=drafts, modules=modules, width=width, inner=inner)
+        DrafterShape(family=name, drafts=drafts, modules=modules, width=width, inner=inner, shortlist=shortlist)
         for name in ([] if family == ["none"] else family or [SHAPE.family])
     )
     given = {f.name: context.params[f.name] for f in fields(Recipe) if f.name in context.params}
     options = {name: context.params[name] for name in RUN_OPTIONS}
     asked = Recipe(**given | {"drafters": shapes, "data": tuple(data or ()), "options": options})
-    recipe = _resumed(context, out, asked) if resume else asked
+    recipe = _resumed(context, out, asked) if resume or (out / FILE).exists() else asked
     console = Console(stderr=True)
-    console.print(f"Training into {out} (Ctrl-C saves; mlx-mtp train --out {out} --resume goes on).", soft_wrap=True)
-    show(run(out, recipe), console)
+    console.print(f"Training into {out} (Ctrl-C saves; mlx-mtp train --out {out} goes on).", soft_wrap=True)
+    reports = show(run(out, recipe), console)
     made = [out / "target"] if recipe.target is None else []
     console.print(f"Done: {', '.join(str(path) for path in [*made, *(out / s.family for s in recipe.drafters)])}.",
                   soft_wrap=True)  # fmt: skip
+    for report in reports:
+        print(worth(report, recipe.target or str(out / "target")))
+
+
+def worth(report: Report, target: str | None) -> str:
+    """What a drafter makes of its target's passes, and how to use it."""
+    return (
+        f"{report.folder}: {report.before:.2f} tokens per round before, {report.after:.2f} after, on {report.prompts} "
+        f"held-out prompts at depth {report.depth}.\n"
+        f"Next: mlx-mtp chat{f' --model {target}' if target else ''} --drafter {report.folder}"
+    )
 
 
 def _resumed(context: typer.Context, out: Path, asked: Recipe) -> Recipe:
@@ -104,7 +106,7 @@ def _resumed(context: typer.Context, out: Path, asked: Recipe) -> Recipe:
     given |= {"options"} if given & asked.options.keys() else set()
     if changed := sorted(given & set(recipe.differs(asked))):
         raise OptionError(
-            f"The run in {out} began with another value of {', '.join(changed)}; leave it out beside --resume, or "
+            f"The run in {out} began with another value of {', '.join(changed)}; leave it out to go on, or "
             "train into another folder."
         )
     return recipe

@@ -338,7 +338,7 @@ def square(model: Weight, batch: mx.array, progress: mx.array) -> tuple[mx.array
 
 def one_weight(folder: Path, held_out: bool = False) -> Trainer:
     batch = np.zeros((1, 1), np.int32)
-    options = TrainOptions(steps=3, weight_decay=0.0, save_seconds=1e-9)
+    options = TrainOptions(steps=3, weight_decay=0.0, save_seconds=1e-9, optimizer="adamw")
     return Trainer(Weight(), square, lambda _: batch, options, folder, data="same", held_out=[batch] * held_out)
 
 

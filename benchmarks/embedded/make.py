@@ -28,7 +28,7 @@ from mlx_mtp.training.pipeline import train
 from mlx_mtp.training.recipe import Recipe
 from mlx_mtp.training.small_target import target_config
 
-SIZES = {"target_steps": 1400, "drafter_steps": 600, "agreement_steps": 300, "batch_size": 4, "length": 512, "seed": 0}
+SIZES = {"target_steps": 1400, "drafter_steps": 900, "tokens": 600_000, "batch_size": 4, "length": 512, "seed": 0}
 
 
 def write_corpus(documents: Iterable[Document], file: Path) -> None:

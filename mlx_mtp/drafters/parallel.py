@@ -40,7 +40,7 @@ class ParallelConfig:
     vocab_size: int
     norm_eps: float
     block: Mapping[str, Any]
-    shortlist: int
+    shortlist: int = 0
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ParallelConfig:

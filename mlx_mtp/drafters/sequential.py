@@ -44,7 +44,7 @@ class SequentialConfig:
     vocab_size: int
     norm_eps: float
     block: Mapping[str, Any]
-    shortlist: int
+    shortlist: int = 0
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> SequentialConfig:

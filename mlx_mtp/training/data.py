@@ -53,9 +53,9 @@ class Document:
         return len(self.text or "") + sum(len(turn["content"]) for turn in self.messages or [])
 
 
-def documents_of(sources: Sequence[str]) -> list[Document]:
+def documents_of(sources: Sequence[str], prompts: bool = False) -> list[Document]:
     """What `sources` hold; the running Python's standard library, as source text, where there are none."""
-    return list(read_documents(sources) if sources else _standard_library())
+    return list(read_documents(sources, prompts) if sources else _standard_library())
 
 
 def split(documents: list[Document]) -> tuple[list[Document], list[Document]]:

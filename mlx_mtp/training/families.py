@@ -19,9 +19,11 @@ from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.assistant import AssistantConfig, AssistantModel, in_token_order
 from mlx_mtp.drafters.parallel import MOST_HEADS, ParallelConfig, ParallelModel
 from mlx_mtp.drafters.sequential import MOST_MODULES, SequentialConfig, SequentialModel
+from mlx_mtp.drafters.shortlist import with_shortlist
 from mlx_mtp.errors import OptionError
 from mlx_mtp.generation.cache import FULL, SLIDING
 from mlx_mtp.generation.interfaces import Target
+from mlx_mtp.training.chats import Chats
 from mlx_mtp.training.objective import (
     assistant_loss,
     joint_parallel_loss,
@@ -34,6 +36,7 @@ from mlx_mtp.training.ranges import check_ranges
 HEAD_DIM = 64
 MOST_DRAFTS = 8
 SIZES = (8, 1 << 16)
+NORM_START = 0.4
 # Widths of the released assistants: 256 for targets up to 2,560 wide, 1,024 beyond; ours for very small ones.
 ASSISTANT_WIDTHS = ((512, 192), (2560, 256), (1 << 30, 1024))
 
@@ -44,7 +47,8 @@ class DrafterShape:
 
     drafts: K, for how many it is trained (parallel heads: how many there are beside the target's own). modules: of the
     sequential family; beyond them the last is used again. width: hidden size of an assistant. inner: hidden size of
-    the feed-forward layers. None = by the target's size.
+    the feed-forward layers. None = by the target's size. shortlist: tokens that heads of the sequential and parallel
+    families propose (drafters/shortlist.py), 0 = all; all too where the vocabulary has fewer than twice as many.
     """
 
     family: str = "assistant"
@@ -52,11 +56,13 @@ class DrafterShape:
     modules: int = 1
     width: int | None = None
     inner: int | None = None
+    shortlist: int = 8192
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise OptionError(f"There is no family '{self.family}'; choose one of {', '.join(FAMILIES)}.")
-        check_ranges(self, drafts=(1, MOST_DRAFTS), modules=(1, MOST_MODULES), width=SIZES, inner=SIZES)
+        check_ranges(self, drafts=(1, MOST_DRAFTS), modules=(1, MOST_MODULES), width=SIZES, inner=SIZES,
+                     shortlist=(0, 1 << 20))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,8 @@ class Family:
     """One family on the training side.
 
     describe: config.json of a fresh drafter, given the length of the sequences it will see. build: its parameters.
-    objective: loss on a frozen target for K drafts. joint: loss together with the target, None where there is none.
+    objective: loss on a frozen target, given drafts, decay and shortlist. joint: loss together with the target, None
+    where there is none.
     """
 
     describe: Callable[[DrafterShape, Target, int], dict[str, Any]]
@@ -129,6 +136,11 @@ def llama_block(target: Target, inner: int | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _listed(shape: DrafterShape, target: Target) -> dict[str, int]:
+    """The shortlist as config.json says it."""
+    return {"shortlist": shape.shortlist} if 0 < 2 * shape.shortlist <= target.info.vocab_size else {}
+
+
 def describe_parallel(shape: DrafterShape, target: Target, length: int) -> dict[str, Any]:
     """As many heads as drafts, each a llama layer on the finished target's states."""
     if shape.drafts > MOST_HEADS:
@@ -136,7 +148,7 @@ def describe_parallel(shape: DrafterShape, target: Target, length: int) -> dict[
     return {
         "model_type": "parallel_heads", "heads": shape.drafts, "reads": "hidden",
         "hidden_size": target.info.hidden_size, "vocab_size": target.info.vocab_size,
-        "block": llama_block(target, shape.inner),
+        "block": llama_block(target, shape.inner), **_listed(shape, target),
     }  # fmt: skip
 
 
@@ -144,17 +156,19 @@ def describe_sequential(shape: DrafterShape, target: Target, length: int) -> dic
     """Modules of one llama layer each."""
     return {
         "model_type": "sequential_modules", "modules": shape.modules, "hidden_size": target.info.hidden_size,
-        "vocab_size": target.info.vocab_size, "block": llama_block(target, shape.inner),
+        "vocab_size": target.info.vocab_size, "block": llama_block(target, shape.inner), **_listed(shape, target),
     }  # fmt: skip
 
 
 FAMILIES: dict[str, Family] = {
     "assistant": Family(
-        describe_assistant, lambda config: AssistantModel(AssistantConfig.from_dict(config)), assistant_loss, None,
+        describe_assistant, lambda config: AssistantModel(AssistantConfig.from_dict(config)),
+        lambda target, drafts, decay, shortlist: assistant_loss(target, drafts, decay), None,
     ),
     "parallel": Family(
         describe_parallel, lambda config: ParallelModel(ParallelConfig.from_dict(config)),
-        lambda target, drafts, **options: parallel_loss(target, **options), lambda drafts: joint_parallel_loss(),
+        lambda target, drafts, decay, shortlist: parallel_loss(target, decay, shortlist),
+        lambda drafts: joint_parallel_loss(),
     ),
     "sequential": Family(
         describe_sequential, lambda config: SequentialModel(SequentialConfig.from_dict(config)), sequential_loss,
@@ -190,7 +204,7 @@ def started(folder: str | Path, shape: DrafterShape, target: Target) -> tuple[di
         raise OptionError(f"The drafter at '{folder}' has {heads} heads; train it for {heads} drafts.")
     drafter: Any = load_drafter(checkpoint)
     drafter.attach(target)
-    config = {key: value for key, value in checkpoint.config.items() if key not in QUANTISED}
+    config = {key: value for key, value in with_shortlist(checkpoint)[0].items() if key not in QUANTISED}
     return config, for_training(drafter)
 
 
@@ -201,6 +215,17 @@ def for_training(drafter: Any) -> nn.Module:
     module: nn.Module = dequantize_model(drafter.model)
     module.set_dtype(mx.float32)
     return trainable(module)
+
+
+def prepared(module: nn.Module, chats: Chats) -> nn.Module:
+    """A fresh drafter, its shortlist what is written most, and its last norms a share of the size of the states that
+    the head is used to: a head that is sure of nothing yet learns faster."""
+    if isinstance(module, ParallelModel | SequentialModel):
+        for part in module.heads if isinstance(module, ParallelModel) else module.blocks:
+            part.norm.weight = NORM_START * mx.array(chats.size)
+        if module.config.shortlist:
+            module.shortlist = mx.array(chats.frequent(module.config.shortlist, module.config.vocab_size))
+    return module
 
 
 def trainable(module: nn.Module) -> nn.Module:

@@ -3,8 +3,8 @@
 The data are prepared, the small target of small_target.py is trained (or any finished one loaded), and drafters are
 trained on it or together with it. A stage that was interrupted goes on, one that is finished is not run again.
 
-    folder/recipe.json  inputs.json  tokenizer/  train.npy  held_out.npy  train-<stage>/  own_words.npy  target/
-    folder/<family>/
+    folder/recipe.json  inputs.json  prompts.json  tokenizer/  train.npy  held_out.npy  train-<stage>/  target/
+    folder/chats/  held_out/  <family>/
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 
 import mlx_mtp
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, read_json, write_checkpoint
+from mlx_mtp.engine import Engine
 from mlx_mtp.errors import CheckpointError, DataError, MLXMTPError, OptionError
 from mlx_mtp.generation.interfaces import Target
 from mlx_mtp.targets import load_target
@@ -29,33 +30,35 @@ from mlx_mtp.text.tokenizer import Tokenizer
 from mlx_mtp.training.data import Batches, Document, documents_of, files_of, pack, split
 from mlx_mtp.training.families import FAMILIES, QUANTISED, DrafterShape, started, trainable, write_drafter
 from mlx_mtp.training.objective import Joint, next_token_loss
+from mlx_mtp.training.prompts import prompts_of
 from mlx_mtp.training.recipe import FILE, Recipe
 from mlx_mtp.training.run_folder import digest, locked, model_digest, read_array, write_array, write_json
-from mlx_mtp.training.self_generated import continuations, openings
 from mlx_mtp.training.small_target import IDS, TOKENIZER_FILES, target_config, train_tokenizer
-from mlx_mtp.training.stages import Stage, drafter_stage, run_stage
+from mlx_mtp.training.stages import Report, Stage, chats_of, drafter_stage, measured, run_stage
 
-OPENING = 96  # tokens of the corpus that the target continues with its own
-FINE_TUNING = 0.4  # share of the learning rate for the second stage
-PACKED = ("train.npy", "held_out.npy")
-KEPT = (*PACKED, "own_words.npy", "own_words_held_out.npy", "inputs.json", FILE)
+MEASURED_PROMPTS = 8
+PACKED = ("prompts.json", "train.npy", "held_out.npy")
+KEPT = (*PACKED, "inputs.json", FILE)
 Documents = tuple[list[Document], list[Document]]  # training and held out
 
 
 @dataclass(frozen=True)
 class Data:
-    """Packed ids, training and held out, and where a reply begins in them."""
+    """Packed ids for a small target, training and held out, and prompts for chats, likewise; none where the target asks
+    itself."""
 
     train: np.ndarray
     held_out: np.ndarray
-    reply_marker: list[int]
+    prompts: list[list[int]]
+    held_prompts: list[list[int]]
 
 
-def train(folder: Path, recipe: Recipe) -> Generator[Stage, None, None]:
+def train(folder: Path, recipe: Recipe) -> Generator[Stage, None, list[Report]]:
     """Makes folder/target (unless the recipe names one) and folder/<family> of every drafter; resumes what is there.
 
     All data and options are checked before anything is trained; a run that cannot begin leaves nothing in the folder.
-    OptionError where the folder holds a run of another recipe, or one on data or models that have changed since.
+    Returns what the drafters that this call made are worth. OptionError where the folder holds a run of another recipe,
+    or one on data or models that have changed since.
     """
     with locked(folder):
         fresh = not (folder / FILE).exists()
@@ -64,10 +67,10 @@ def train(folder: Path, recipe: Recipe) -> Generator[Stage, None, None]:
         try:
             documents = _read_inputs(folder, recipe, fresh)
             if not to_train and all(_finished(folder / shape.family) for shape in recipe.drafters):
-                return
-            target = _finished_target(folder, recipe) if recipe.target else None
-            data = prepare(folder, recipe, documents, target.path if target else None)
-            _check_stages(recipe, data, target)
+                return []
+            engine = _finished_target(folder, recipe) if recipe.target else None
+            data = prepare(folder, recipe, documents, engine)
+            _check_stages(recipe, data, engine.target if engine else None)
         except MLXMTPError:
             if fresh:
                 shutil.rmtree(folder / "tokenizer", ignore_errors=True)
@@ -76,11 +79,13 @@ def train(folder: Path, recipe: Recipe) -> Generator[Stage, None, None]:
             raise
         if to_train:
             yield from (_train_joint if recipe.joint else _train_target)(folder, folder / "target", recipe, data)
+        reports = []
         for shape in recipe.drafters:
             if not _finished(folder / shape.family):
                 # The target as it is on disk: rounded to float16 and back.
-                target = target or mlx_mtp.load(folder / "target", drafter=None).target
-                yield from _train_drafter(folder, target, shape, recipe, data)
+                engine = engine or mlx_mtp.load(folder / "target", drafter=None)
+                reports.append((yield from _train_drafter(folder, engine, shape, recipe, data)))
+        return reports
 
 
 def _finished(folder: Path) -> bool:
@@ -103,7 +108,7 @@ def _read_inputs(folder: Path, recipe: Recipe, fresh: bool) -> Documents:
     """The documents, none where they are packed already; begins the run's record, or compares with it."""
     if fresh:
         write_json(folder / FILE, recipe.saved())
-    packed = all((folder / name).exists() for name in PACKED)
+    packed = (folder / PACKED[0]).exists()
     if recipe.data:
         try:
             _compare(folder, "data", digest(files_of(recipe.data)))
@@ -112,7 +117,8 @@ def _read_inputs(folder: Path, recipe: Recipe, fresh: bool) -> Documents:
                 raise  # else the run goes on with what it has kept of data that are gone
     if recipe.start and Path(recipe.start).is_dir():
         _compare(folder, "start", model_digest(Path(recipe.start)))
-    return ([], []) if packed else split(documents_of(recipe.data))
+    unasked = recipe.target and not recipe.data
+    return ([], []) if packed or unasked else split(documents_of(recipe.data, prompts=recipe.target is not None))
 
 
 def _compare(folder: Path, name: str, found: str) -> None:
@@ -128,11 +134,11 @@ def _compare(folder: Path, name: str, found: str) -> None:
         )
 
 
-def _finished_target(folder: Path, recipe: Recipe) -> Target:
-    target = mlx_mtp.load(recipe.target, drafter=None).target
-    assert target.path is not None
-    _compare(folder, "target", model_digest(target.path))
-    return target
+def _finished_target(folder: Path, recipe: Recipe) -> Engine:
+    engine = mlx_mtp.load(recipe.target, drafter=None)
+    assert engine.target.path is not None
+    _compare(folder, "target", model_digest(engine.target.path))
+    return engine
 
 
 def _check_stages(recipe: Recipe, data: Data, target: Target | None) -> None:
@@ -142,8 +148,9 @@ def _check_stages(recipe: Recipe, data: Data, target: Target | None) -> None:
             f"length must be at most {target.info.max_context - recipe.ahead} in the target's context, "
             f"not {recipe.length}."
         )
-    for ids, rows in ((data.train, recipe.batch_size), (data.held_out, 1)):
-        Batches(ids, rows, recipe.length, recipe.seed, recipe.ahead)
+    if target is None:
+        for ids, rows in ((data.train, recipe.batch_size), (data.held_out, 1)):
+            Batches(ids, rows, recipe.length, recipe.seed, recipe.ahead)
     if recipe.start and target is None:
         _fresh_target(recipe)
     if target:
@@ -154,42 +161,38 @@ def _check_stages(recipe: Recipe, data: Data, target: Target | None) -> None:
                 FAMILIES[shape.family].describe(shape, target, recipe.length)
 
 
-def prepare(folder: Path, recipe: Recipe, documents: Documents, tokenizer_folder: Path | None = None) -> Data:
-    """Tokenizer (of a finished target, or one trained on the data) and packed ids, made once and kept in `folder`.
+def prepare(folder: Path, recipe: Recipe, documents: Documents, engine: Engine | None = None) -> Data:
+    """Prompts, and for a small target its tokenizer and packed ids, made once and kept in `folder`.
 
-    documents: training and held out, needed where they are not packed yet.
+    documents: training and held out, needed where they are not packed yet. engine: of a finished target.
     """
     from mlx_lm.tokenizer_utils import load as load_tokenizer
 
-    files = [folder / name for name in PACKED]
-    own = folder / "tokenizer"
-    if recipe.target is None:
-        if not (own / TOKENIZER_FILES[-1]).exists():
-            if recipe.start:
-                _copy_tokenizer(Path(recipe.start), own)
-            else:
-                train_tokenizer((_plain(document) for document in documents[0]), own, recipe.vocabulary)
-        tokenizer_folder = own
-    assert tokenizer_folder is not None
-    try:
-        tokenizer = load_tokenizer(tokenizer_folder)
-    except Exception as error:  # transformers raises what it likes
-        raise CheckpointError(
-            f"{tokenizer_folder}: no tokenizer to read the data with ({error}); use a target that has one."
-        ) from error
-    if not all(file.exists() for file in files):
-        for file, part in zip(files, [pack(part, tokenizer) for part in documents], strict=True):
-            write_array(file, part)
-    return Data(read_array(files[0]), read_array(files[1]), reply_marker(tokenizer))
+    kept, own = folder / PACKED[0], folder / "tokenizer"
+    if engine is None and not (own / TOKENIZER_FILES[-1]).exists():
+        if recipe.start:
+            _copy_tokenizer(Path(recipe.start), own)
+        else:
+            train_tokenizer((_plain(document) for document in documents[0]), own, recipe.vocabulary)
+    tokenizer = engine.tokenizer if engine else Tokenizer.load(own)
+    if tokenizer is None:
+        raise CheckpointError(f"{own if engine is None else engine.target.path}: no tokenizer to read the data with; "
+                              "use a target that has one.")  # fmt: skip
+    files = [folder / name for name in PACKED[1:]]
+    if not kept.exists():
+        info = engine.target.info if engine else None
+        if engine is None:
+            for file, part in zip(files, documents, strict=True):
+                write_array(file, pack(part, load_tokenizer(own)))
+        asked = [prompts_of(part, tokenizer, recipe.length, info) for part in documents]
+        write_json(kept, {"prompts": asked[0], "held_out": [ids for ids in asked[1] if ids not in asked[0]]})
+    found = read_json(kept)
+    ids = [np.zeros(0, np.int32)] * 2 if engine else [read_array(file) for file in files]
+    return Data(ids[0], ids[1], found["prompts"], found["held_out"])
 
 
 def _plain(document: Document) -> str:
     return document.text or "\n".join(message["content"] for message in document.messages or [])
-
-
-def reply_marker(tokenizer: Any) -> list[int]:
-    """What a chat template writes in front of a reply; empty where there is no template."""
-    return Tokenizer(tokenizer).template.reply_opening()
 
 
 def _copy_tokenizer(source: Path, out: Path) -> None:
@@ -247,42 +250,23 @@ def _write_target(folder: Path, out: Path, config: dict[str, Any], model: Gemma4
 
 
 def _train_drafter(
-    folder: Path, target: Target, shape: DrafterShape, recipe: Recipe, data: Data
-) -> Iterator[Stage]:
-    """First on the corpus, then on self-generated data, with a share of the corpus for replay."""
+    folder: Path, engine: Engine, shape: DrafterShape, recipe: Recipe, data: Data
+) -> Generator[Stage, None, Report]:
+    """On chats of the target; tokens per round are measured before (1.0 for a fresh drafter) and after."""
     mx.random.seed(recipe.seed + 1)
-    family, name = FAMILIES[shape.family], shape.family
-    if recipe.target and recipe.start:
-        config, drafter = started(recipe.start, shape, target)
+    family, name, target = FAMILIES[shape.family], shape.family, engine.target
+    start = recipe.start if recipe.target else None
+    if start:
+        config, drafter = started(start, shape, target)
     else:
         config = family.describe(shape, target, recipe.length)
         drafter = trainable(family.build(config))
-    if recipe.drafter_steps:
-        yield from drafter_stage(name, folder, drafter, name, target, shape.drafts, data.train, data.held_out, recipe,
-                                 steps=recipe.drafter_steps, seed=1)  # fmt: skip
-    if recipe.agreement_steps:
-        rows = max(recipe.agreement_steps * recipe.batch_size // 2, recipe.batch_size + 1)
-        own = yield from self_generated(folder / "own_words.npy", target, data.train, data.reply_marker, recipe, rows)
-        fixed = yield from self_generated(folder / "own_words_held_out.npy", target, data.held_out,
-                                          data.reply_marker, recipe, 8 * recipe.batch_size + 1)  # fmt: skip
-        replayed = round(len(own) * recipe.rehearsal / (1.0 - recipe.rehearsal))
-        mixed = np.concatenate([own, np.resize(data.train, replayed)])  # from its beginning again where it is short
-        yield from drafter_stage(f"{name}-agreement", folder, drafter, name, target, shape.drafts, mixed, fixed, recipe,
-                                 steps=recipe.agreement_steps, rate=FINE_TUNING, seed=1)  # fmt: skip
+    chats, held = yield from chats_of(folder, engine, data.prompts, data.held_prompts, recipe)
+    asked, before = held.prompts(MEASURED_PROMPTS), 1.0
+    if start:
+        before = yield from measured("before", mlx_mtp.load(target.path, drafter=start, depth=shape.drafts), asked)
+    yield from drafter_stage(name, folder, drafter, name, engine, shape.drafts, chats, held, recipe, fresh=not start)
     write_drafter(folder / name, config, drafter)
-
-
-def self_generated(
-    file: Path, target: Target, ids: np.ndarray, marker: list[int], recipe: Recipe, count: int
-) -> Generator[Stage, None, np.ndarray]:
-    """What the target writes after `count` windows of a corpus, in one row of ids; kept as it grows."""
-    opening = min(OPENING, recipe.length // 2)
-    prompts = openings(ids, count, opening, marker, recipe.seed)
-    rows = read_array(file) if file.exists() else np.zeros((0, recipe.length), ids.dtype)
-    more = continuations(target, prompts[len(rows) :], recipe.length - opening, recipe.seed + len(rows),
-                         recipe.sampled_share)  # fmt: skip
-    for written in more:
-        rows = np.concatenate([rows, written.astype(ids.dtype)])
-        write_array(file, rows)
-        yield Stage("self-generated data", len(rows), count)
-    return rows.reshape(-1)
+    made = mlx_mtp.load(target.path, drafter=folder / name, depth=shape.drafts)
+    after = yield from measured(f"{name} measured", made, asked)
+    return Report(folder / name, before, after, shape.drafts, len(asked))

@@ -32,17 +32,14 @@ class Recipe:
     start: str | None = None
     joint: bool = False
     target_steps: int = 1400
-    drafter_steps: int = 600  # on the corpus
-    agreement_steps: int = 300  # then on self-generated data
+    drafter_steps: int = 3000
+    tokens: int = 1_000_000  # of self-generated data
     batch_size: int = 4
     length: int = 512
     learning_rate: float = 2e-3
-    label_share: float = 0.0
-    sampled_share: float = 0.5  # of the self-generated data: at temperature 1, the rest greedily
-    rehearsal: float = 1 / 3  # replay: share of the corpus beside the self-generated data
     seed: int = 0
     vocabulary: int = 4096
-    data: Sequence[str] = ()  # empty = Python's standard library
+    data: Sequence[str] = ()  # empty = a finished target asks itself; for a small one Python's standard library
     options: dict[str, Any] = field(default_factory=dict)  # of TrainOptions: optimizer, accumulate, ...
 
     def __post_init__(self) -> None:
@@ -51,16 +48,20 @@ class Recipe:
                 "Training jointly takes one drafter, parallel or sequential, and no finished target; "
                 "train on a frozen target in place of that."
             )
-        at_least = {"target_steps": 1, "drafter_steps": 0, "agreement_steps": 0, "batch_size": 1, "length": 2,
+        at_least = {"target_steps": 1, "drafter_steps": 1, "tokens": 1, "batch_size": 1, "length": 2,
                     "seed": 0, "vocabulary": 1}  # fmt: skip
-        check_ranges(self, label_share=(0, 1), sampled_share=(0, 1), rehearsal=(0, 0.9),
-                     **{name: (least, math.inf) for name, least in at_least.items()})  # fmt: skip
+        check_ranges(self, **{name: (least, math.inf) for name, least in at_least.items()})
         if self.start:
             self._check_start(self.start)
         if self.target and not self.drafters:
             raise OptionError(f"No drafter to train for '{self.target}'; name a family.")
         if self.length <= self.ahead:
             raise OptionError(f"length must be above the {self.ahead} drafts, not {self.length}.")
+        if self.drafters and self.tokens < self.batch_size * self.length:
+            raise OptionError(
+                f"tokens must be at least {self.batch_size * self.length} for one batch of {self.batch_size} rows of "
+                f"{self.length}, not {self.tokens}."
+            )
         options = TrainOptions(steps=1, learning_rate=self.learning_rate, **self.options)
         if self.batch_size % options.accumulate:
             raise OptionError(

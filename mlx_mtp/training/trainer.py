@@ -1,4 +1,4 @@
-"""The training loop: compiled step, cosine schedule, durable checkpoints, resume as if never stopped.
+"""The training loop: compiled step, schedule, durable checkpoints, resume as if never stopped.
 
 A checkpoint is one file that replaces the last by a rename, so a kill at any moment leaves a whole one.
 Parameters, optimiser state and step are all there is to resume: batches and schedule follow from the step, and a
@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -30,11 +30,11 @@ from mlx_mtp.errors import CheckpointError, DataError, OptionError
 from mlx_mtp.training import optimizers
 from mlx_mtp.training.less_memory import checkpointed_layers, one_operation_at_a_time
 from mlx_mtp.training.ranges import check_ranges
-from mlx_mtp.training.run_folder import RESUME, cut_log, locked, read_state
+from mlx_mtp.training.run_folder import RESUME, cut_log, locked, read_log, read_state
 
-# loss(module, batch [B, ...], progress) -> scalar to minimise and a vector of figures to report, both means over the
-# rows. progress: float32 scalar, the share of all steps that is done, from 0 to below 1.
-Loss = Callable[[Any, mx.array, mx.array], tuple[mx.array, mx.array]]
+# A batch is one array [B, ...] or several. loss(module, batch, progress) -> scalar to minimise and a vector of figures
+# to report, both means over the rows. progress: float32 scalar, the share of all steps that is done, from 0 to below 1.
+Loss = Callable[[Any, Any, mx.array], tuple[mx.array, mx.array]]
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 # Options that change no figure: a run may be resumed with other values of these.
@@ -45,6 +45,7 @@ FREE = frozenset({"save_seconds", "memory_saving"})
 class TrainOptions:
     """Hyper-parameters of one run. Rates are per step; `clip` bounds the global gradient norm.
 
+    patience: the run ends where so many evaluations brought no better figures; 0 = never.
     optimizer: "adamw", or "muon" for the hidden matrices with AdamW for the rest (optimizers.py); same learning_rate.
     accumulate: a step's batch goes through in that many equal parts, their gradients averaged.
     checkpoint_gradients: layers are run again for the gradient in place of keeping what they computed.
@@ -55,13 +56,15 @@ class TrainOptions:
 
     steps: int
     learning_rate: float = 2e-3
-    final_rate: float = 0.05  # share of learning_rate at the end of the cosine
-    warmup: int = 100
+    final_rate: float = 0.02  # share of learning_rate at the end
+    flat: float = 0.3  # share of the steps before it falls
+    warmup: int = 20
     weight_decay: float = 0.05
     clip: float = 1.0
     save_seconds: float = 60.0
     evaluate_every: int = 200
-    optimizer: str = "adamw"
+    patience: int = 0
+    optimizer: str = "muon"
     accumulate: int = 1
     checkpoint_gradients: bool = False
     dtype: str = "float32"
@@ -76,12 +79,16 @@ class TrainOptions:
                 raise OptionError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}.")
 
     def schedule(self) -> optimizers.Schedule:
-        """Linear warm-up, then a cosine down to final_rate."""
+        """Linear warm-up, flat, then straight down to final_rate."""
         warmup = min(self.warmup, max(1, self.steps // 10))
-        rise = optim.linear_schedule(0.0, self.learning_rate, warmup)
-        final = self.learning_rate * self.final_rate
-        fall = optim.cosine_decay(self.learning_rate, max(1, self.steps - warmup), final)
-        joined: optimizers.Schedule = optim.join_schedules([rise, fall], [warmup])
+        flat = max(0, round(self.flat * self.steps) - warmup)
+        parts = [
+            optim.linear_schedule(0.0, self.learning_rate, warmup),
+            optim.linear_schedule(self.learning_rate, self.learning_rate, max(1, flat)),
+            optim.linear_schedule(self.learning_rate, self.learning_rate * self.final_rate,
+                                  max(1, self.steps - warmup - flat)),
+        ]  # fmt: skip
+        joined: optimizers.Schedule = optim.join_schedules(parts, [warmup, warmup + max(1, flat)])
         return joined
 
 
@@ -109,19 +116,20 @@ class Trainer:
         self,
         module: nn.Module,
         loss: Loss,
-        batch_at: Callable[[int], np.ndarray],
+        batch_at: Callable[[int], Any],
         options: TrainOptions,
         folder: Path,
         *,
         data: str,
-        held_out: list[np.ndarray] | None = None,
+        held_out: Sequence[Any] | None = None,
         figures: tuple[str, ...] = (),
     ) -> None:
         self.module, self.loss, self.batch_at, self.options, self.folder = module, loss, batch_at, options, folder
-        self.held_out = [mx.array(batch) for batch in held_out or []]
+        self.held_out = [tree_map(mx.array, batch) for batch in held_out or []]
         self.figures = figures
         self.data = data
         self.step = 0
+        self.judged: list[float] = []  # sums of held-out figures, in order
         module.update(_cast(module.trainable_parameters(), mx.float32))
         self.optimizer = optimizers.make_optimizer(options.optimizer, module, options.schedule(), options.weight_decay)
         # The float32 weights under "weights" while the module holds rounded ones; else empty.
@@ -186,6 +194,12 @@ class Trainer:
         mx.eval(self.module.state, self.optimizer.state)
         return True
 
+    @property
+    def stalled(self) -> bool:
+        """Whether the last `patience` evaluations brought no higher sum of held-out figures than those before."""
+        patience = self.options.patience
+        return 0 < patience < len(self.judged) and max(self.judged[-patience:]) <= max(self.judged[:-patience])
+
     def evaluate(self) -> list[float]:
         """Mean loss and figures over the held-out batches, at the last finished step's progress."""
         self.module.eval()
@@ -214,6 +228,8 @@ class Trainer:
             if self.options.memory_saving:
                 stack.enter_context(one_operation_at_a_time())
             cut_log(self.log_file, self.step)
+            past = read_log(self.log_file) if self.log_file.exists() else []
+            self.judged = [sum(r["held_out"].get(name, 0.0) for name in self.figures) for r in past if "held_out" in r]
             log = stack.enter_context(self.log_file.open("a", encoding="utf-8"))
             yield from _Run(self, log).steps()
 
@@ -261,7 +277,8 @@ class Trainer:
             before = self._masters.get("weights", held)
             # In the order of the tree before: MLX merges an optimiser's groups through a set, whose order changes from
             # process to process, and a compiled function knows the arrays of its state by their order alone.
-            weights = tree_map(lambda _, new: new, before, self.optimizer.apply_gradients(gradients, before))
+            new = dict(tree_flatten(self.optimizer.apply_gradients(gradients, before)))
+            weights = tree_unflatten([(name, new[name]) for name in dict(tree_flatten(before))])
             if self._masters:
                 self._masters["weights"] = weights
             self.module.update(_cast(weights, DTYPES[options.dtype]))
@@ -287,7 +304,7 @@ class _Run:
     def steps(self) -> Iterator[Progress]:
         trainer, saved = self.trainer, self.began
         try:
-            while trainer.step < trainer.options.steps:
+            while trainer.step < trainer.options.steps and not trainer.stalled:
                 self._advance()
                 progress = self._finish()
                 if time.perf_counter() - saved > trainer.options.save_seconds:
@@ -305,18 +322,19 @@ class _Run:
         """Queues a step; all but its last part are waited for, so that only one is in memory."""
         trainer, count = self.trainer, self.trainer.options.accumulate
         batch, progress = trainer.batch_at(trainer.step), trainer._progress(trainer.step)
-        if len(batch) % count:
+        first = batch[0] if isinstance(batch, tuple) else batch
+        if len(first) % count:
             raise OptionError(
-                f"A batch of {len(batch)} rows cannot go through in {count} equal parts; choose another accumulate."
+                f"A batch of {len(first)} rows cannot go through in {count} equal parts; choose another accumulate."
             )
-        parts, sums = np.split(batch, count), None
+        parts, sums = [tree_map(lambda a, i=i: mx.array(np.split(a, count)[i]), batch) for i in range(count)], None
         for part in parts[:-1]:
-            sums = self.step_fn(mx.array(part), progress, sums, False)
+            sums = self.step_fn(part, progress, sums, False)
             mx.eval(sums)
-        self.tokens = batch.size
+        self.tokens = first.size
         # Python raises an interrupt right after a call, before its result is stored: then the weights would have
         # moved and nobody would know. Within `extend` nothing comes in between.
-        self.moved.extend(map(self.step_fn, [mx.array(parts[-1])], [progress], [sums], [True]))
+        self.moved.extend(map(self.step_fn, [parts[-1]], [progress], [sums], [True]))
 
     def _finish(self) -> Progress:
         """Waits for the step, checks, evaluates, logs and counts it; may be run again where it was interrupted."""
@@ -340,7 +358,8 @@ class _Run:
         )  # fmt: skip
         self.log.write(json.dumps(_record(trainer.figures, progress, seconds)) + "\n")
         self.log.flush()
-        self.moved, trainer.step = [], step  # no call in between, so no interrupt either
+        judged = trainer.judged if held_out is None else [*trainer.judged, sum(held_out[1:])]
+        self.moved, trainer.step, trainer.judged = [], step, judged  # no call in between, so no interrupt either
         return progress
 
     def _break_off(self, wrong: str, step: int) -> NoReturn:
