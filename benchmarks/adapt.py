@@ -1,6 +1,6 @@
 """What `mlx-mtp adapt` wins back: a target is fine-tuned away from its drafter, then the drafter follows it.
 
-    .venv/bin/python benchmarks/adapt.py --out DIR [--steps 200] [--label-share 0.5] [--json FILE]
+    .venv/bin/python benchmarks/adapt.py --out DIR [--steps 200] [--json FILE]
 
 The embedded target (Python) goes on with C++: the headers that come with MLX, on every machine that runs this. Then the
 embedded assistant is adapted with the command's own defaults, prompts taken from the same headers. Tokens per round on
@@ -26,7 +26,8 @@ from mlx_mtp.targets.gemma4 import Gemma4Target, published_weights
 from mlx_mtp.training.adapt import Adapting, adapt
 from mlx_mtp.training.data import pack, read_documents
 from mlx_mtp.training.objective import next_token_loss
-from mlx_mtp.training.pipeline import Recipe, run_stage
+from mlx_mtp.training.recipe import Recipe
+from mlx_mtp.training.stages import run_stage
 
 HEADERS = Path(mx.__file__).parent / "include"
 
@@ -63,13 +64,13 @@ def drifted(folder: Path, texts: Path, steps: int) -> Path:
 
 def main() -> None:
     """Parses options, runs, prints, writes."""
-    args = common.options(__doc__, out=Path, steps=200, family="assistant", label_share=Adapting.label_share)
+    args = common.options(__doc__, out=Path, steps=200, family="assistant")
     if args.out is None:
         raise SystemExit("Name a folder with --out.")
     texts = headers(args.out)
     target = drifted(args.out, texts, args.steps)
     began, stages = time.perf_counter(), adapt(target, EMBEDDED / args.family, args.out / args.family, [str(texts)],
-                                               Adapting(label_share=args.label_share))  # fmt: skip
+                                               Adapting())  # fmt: skip
     try:
         while True:
             stage = next(stages)

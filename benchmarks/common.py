@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from embedded.corpus import is_held_out, standard_library
 
 from mlx_mtp.measuring.engines import Decode, DecodeJob, mlx_lm_model
 from mlx_mtp.measuring.turns import Runs, fair_turns
-from mlx_mtp.training.corpus import is_held_out, standard_library
 
 CHARACTERS_APART = 4000
 Encode = Callable[[str], list[int]]

@@ -35,16 +35,16 @@ from mlx_mtp.targets.gemma4 import Gemma4Target
 from mlx_mtp.training.data import Batches
 from mlx_mtp.training.families import DrafterShape
 from mlx_mtp.training.objective import next_token_loss
-from mlx_mtp.training.pipeline import Recipe, train
+from mlx_mtp.training.pipeline import train
+from mlx_mtp.training.recipe import Recipe
 
 DRAFTERS = ("lookup", "assistant", "lookup+assistant", "parallel", "sequential")
 
 
 def training_minutes(runs: Path, family: str) -> float | None:
-    """Minutes in the logs of a family's stages."""
-    logs = [runs / f"train-{family}{end}" / "log.jsonl" for end in ("", "-agreement")]
-    lines = [log.read_text().splitlines()[-1] for log in logs if log.exists()]
-    return sum(json.loads(line)["seconds"] for line in lines) / 60 if lines else None
+    """Minutes in the log of a family's training."""
+    log = runs / f"train-{family}" / "log.jsonl"
+    return json.loads(log.read_text().splitlines()[-1])["seconds"] / 60 if log.exists() else None
 
 
 def compare(depth: int, context: int, prompts: int, repeats: int, runs: Path | None) -> dict[str, dict[str, Any]]:

@@ -23,11 +23,11 @@ import common
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
+from embedded.corpus import standard_library
 
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.measuring.turns import fair_turns
 from mlx_mtp.targets.gemma4 import Gemma4Target
-from mlx_mtp.training.corpus import standard_library
 from mlx_mtp.training.data import Batches, fingerprint, pack
 from mlx_mtp.training.objective import next_token_loss
 from mlx_mtp.training.trainer import Trainer, TrainOptions
@@ -52,7 +52,7 @@ def ours(ids: np.ndarray, steps: int) -> Callable[[], list[float]]:
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(
                 target.model, next_token_loss, Batches(ids, BATCH, LENGTH, 0).batch,
-                TrainOptions(steps=steps, learning_rate=RATE), Path(folder), data=fingerprint(ids),
+                TrainOptions(steps=steps, learning_rate=RATE, optimizer="adamw"), Path(folder), data=fingerprint(ids),
             )  # fmt: skip
             times, began = [], time.perf_counter()
             for _ in trainer.run():

@@ -41,6 +41,8 @@ def lively(model: Any, seed: int = 5) -> Any:
     mx.random.seed(seed)
 
     def weight(name: str, array: mx.array) -> mx.array:
+        if array.dtype == mx.int32:  # a shortlist
+            return array
         drawn = mx.random.normal(array.shape)
         return 1.0 + 0.2 * drawn if array.ndim == 1 else drawn * array.shape[-1] ** -0.5
 

@@ -23,7 +23,7 @@ import mlx_mtp
 import mlx_mtp.chat.saved as saved_chats
 from mlx_mtp.checkpoints import atomic
 from mlx_mtp.checkpoints.atomic import write_state
-from mlx_mtp.training import files
+from mlx_mtp.training import run_folder
 
 FAMILIES = ("assistant", "lookup", "sequential", "lookup+parallel")
 Edit = Callable[[dict[str, Any], dict[str, mx.array]], None]
@@ -330,7 +330,7 @@ def test_any_memory_comes_back_from_a_file(tmp_path: Path, tree: dict[Any, Any])
     tensors: dict[str, mx.array] = {}
     about = {"memory": saved_chats.packed(tree, tensors)}
     write_state(tmp_path / "memory.safetensors", {"ids": mx.zeros(1), **tensors}, about, "free some")
-    loaded, read = files.read_state(tmp_path / "memory.safetensors")
+    loaded, read = run_folder.read_state(tmp_path / "memory.safetensors")
     assert same_tree(saved_chats.unpacked(read["memory"], loaded), tree)
 
 

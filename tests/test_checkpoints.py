@@ -28,7 +28,7 @@ from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.targets import load_target
 from mlx_mtp.targets.gemma4 import Gemma4Model, published_weights
 from mlx_mtp.targets.gemma4_config import DEFAULT_ROPE, Gemma4Config
-from mlx_mtp.training.embedded import TOKENIZER_FILES
+from mlx_mtp.training.small_target import TOKENIZER_FILES
 
 TOLERANCE = 1e-3
 TOKENS = np.random.default_rng(0).integers(3, 128, (1, 30))

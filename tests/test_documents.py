@@ -39,13 +39,12 @@ TARGET, ASSISTANT = str(EMBEDDED / "target"), str(EMBEDDED / "assistant")
 # Options whose value is a name of the reader's own, and what stands for it here.
 NAMES = {"--model": TARGET, "--target": TARGET, "--start": ASSISTANT, "--drafter": ASSISTANT, "--data": "texts"}
 BY_WORD = ("auto", "none", "lookup", "lookup+auto", *FAMILIES)
-TINY_TRAINING = ["--target-steps", "1", "--drafter-steps", "1", "--agreement-steps", "0", "--batch-size", "1",
-                 "--length", "16"]  # fmt: skip
+TINY_TRAINING = ["--target-steps", "1", "--drafter-steps", "1", "--tokens", "32", "--batch-size", "1",
+                 "--length", "32"]  # fmt: skip
 SMALL = {
     "generate": ["--max-tokens", "8"],
     "chat": ["--max-tokens", "8"],
-    "adapt": ["--prompts", "4", "--max-tokens", "8", "--steps", "1", "--batch-size", "1", "--length", "16",
-              "--rehearsal-data", "texts"],
+    "adapt": ["--prompts", "4", "--tokens", "32", "--steps", "1", "--batch-size", "1", "--length", "32"],
 }
 PARSED_ONLY = {
     ("mlx-mtp", "bench"): "takes minutes; its own tests run it",

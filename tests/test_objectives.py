@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 from families import config_of, lively, model_of
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from references import Equations, Gemma, Weights, below, float64, log_softmax, parallel_heads
 from test_generic import BASE, CONFIGS
 from test_generic import written as written_target
@@ -61,9 +61,13 @@ def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
     return -np.take_along_axis(log_softmax(logits), labels[:, None], axis=-1).mean()
 
 
-def mixed(proposed: np.ndarray, wanted: np.ndarray, labels: np.ndarray, share: float) -> float:
-    distribution = -(np.exp(log_softmax(wanted)) * log_softmax(proposed)).sum(axis=-1).mean()
-    return (1 - share) * distribution + share * cross_entropy(proposed, labels)
+def kept(target: Target, tokens: np.ndarray, learned: np.ndarray | None = None) -> tuple[mx.array, ...]:
+    """Tokens [B, L] as chats.py keeps them, all of a reply where `learned` does not say which."""
+    ids = mx.array(tokens)
+    hidden = target.forward(ids, objective._remembering(target, ids)).hidden
+    logits = target.head(hidden)
+    mask = mx.ones(ids.shape, mx.int32) if learned is None else mx.array(learned.astype(np.int32))
+    return ids, mask, mx.argmax(logits, axis=-1), mx.logsumexp(logits, axis=-1), hidden
 
 
 def check(
@@ -73,12 +77,12 @@ def check(
     """Loss, and the slope along a random direction of every parameter, against NumPy's; returns the figures."""
     gradient = nn.value_and_grad(module, loss)
     compiled = mx.compile(lambda *arrays: gradient(module, *arrays), inputs=module.state, outputs=module.state)
-    (found, figures), gradients = compiled(mx.array(batch), mx.array(progress))
+    (found, figures), gradients = compiled(tree_map(mx.array, batch), mx.array(progress))
     weights = float64(named_parameters(module))
     assert abs(found.item() - by_hand(weights)) < 1e-5 * max(1.0, abs(found.item()))
     random, slopes = np.random.default_rng(1), float64(dict(tree_flatten(gradients)))
-    assert slopes.keys() == weights.keys()
-    for name, weight in weights.items():
+    assert slopes.keys() == weights.keys() - {"shortlist"}
+    for name, weight in ((n, w) for n, w in weights.items() if n in slopes):
         direction = random.normal(size=weight.shape)
         direction /= np.linalg.norm(direction)
         ahead, behind = (by_hand({**weights, name: weight + sign * STEP * direction}) for sign in (1, -1))
@@ -215,17 +219,17 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
 
 
 def frozen_by_hand(
-    target: Target, batch: np.ndarray, count: int, share: float, decay: float,
+    target: Target, batch: np.ndarray, learned: np.ndarray, count: int, decay: float, ids: list[int], late: bool,
     drafts: Callable[[Weights, np.ndarray, np.ndarray, np.ndarray], np.ndarray],
 ) -> Callable[[Weights], float]:  # fmt: skip
     """drafts: (weights, hidden [T, D], trunk [T, D], embedded [T + K + 1, D]) -> [K, T, D]."""
     rows = batch.shape[1] - 1 - count
     sequences = []
-    for tokens in batch:
-        ids = mx.array(tokens[None])
-        states = target.forward(ids, target.new_cache(256))
-        parts = (states.hidden[:, :rows], states.trunk[:, :rows], target.embed(ids), target.logits(ids))
-        sequences.append([tokens, *(np.array(part)[0].astype(np.float64) for part in parts)])
+    for tokens, told in zip(batch, learned, strict=True):
+        row = mx.array(tokens[None])
+        states = target.forward(row, target.new_cache(256))
+        parts = (states.hidden[:, :rows], states.trunk[:, :rows], target.embed(row), target.logits(row))
+        sequences.append([told, *(np.array(part)[0].astype(np.float64) for part in parts)])
     head = mx.eye(sequences[0][1].shape[1])  # the head is linear but for Gemma's cap
     products = np.array(target.head(head[None]))[0].astype(np.float64)
     cap = 30.0 if isinstance(target, Gemma4Target) else None
@@ -233,36 +237,57 @@ def frozen_by_hand(
         products = np.arctanh(products / cap) * cap
 
     def loss(weights: Weights) -> float:
-        total = 0.0
-        for tokens, hidden, trunk, embedded, wanted in sequences:
+        totals, counts = np.zeros(count), np.zeros(count)
+        for told, hidden, trunk, embedded, wanted in sequences:
             for j, result in enumerate(drafts(weights, hidden, trunk, embedded)):
-                logits = result @ products
+                logits = (result @ products)[:, ids]
                 logits = np.tanh(logits / cap) * cap if cap else logits
-                distribution, labels = wanted[j + 1 : j + 1 + rows], tokens[j + 2 : j + 2 + rows]
-                total += decay**j * mixed(logits, distribution, labels, share)
-        return total / sum(decay**j for j in range(count)) / len(batch)
+                p, q = np.exp(log_softmax(wanted))[j + 1 : j + 1 + rows, ids], log_softmax(logits)
+                value = -(p * q).sum(axis=-1)
+                if late:
+                    overlap = np.minimum(p, np.exp(q)).sum(axis=-1)
+                    value = 0.5 * value - 0.5 * np.log(np.maximum(overlap, 1e-4))
+                there = told[j + 2 : j + 2 + rows]
+                totals[j], counts[j] = totals[j] + (value * there).sum(), counts[j] + there.sum()
+        weight = decay ** np.arange(count)
+        return float((weight * totals / counts).sum() / weight.sum())
 
     return loss
 
 
-@pytest.mark.parametrize(("name", "reads", "share"), [("gemma", "trunk", 0.0), ("llama", "hidden", 1.0),
-                                                      ("quantised", "trunk", 0.4)])  # fmt: skip
-def test_parallel_on_a_frozen_target(name: str, reads: str, share: float, targets: dict[str, Target]) -> None:
+LISTED = [1, 4, 5, 40, 41, 42, 90]
+
+
+def some(batch: np.ndarray) -> np.ndarray:
+    """Which tokens are learned: not all, and in the later half more."""
+    return np.random.default_rng(4).random(batch.shape) < np.linspace(0.5, 1.0, batch.shape[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "reads", "ids", "late"),
+    [("gemma", "trunk", [], False), ("llama", "hidden", LISTED, True), ("quantised", "trunk", LISTED, False)],
+)
+def test_parallel_on_a_frozen_target(
+    name: str, reads: str, ids: list[int], late: bool, targets: dict[str, Target]
+) -> None:
     target = targets[name]
     drafter = model_of(config_of("parallel_heads", 32, target.info.vocab_size, 2, reads=reads))
     batch = batch_of(7, 2, 96)
-    loss = objective.parallel_loss(target, decay=0.7, label_share=share)
+    listed = mx.array(ids, dtype=mx.int32) if ids else None
     by_hand = frozen_by_hand(
-        target, batch, 2, share, 0.7,
+        target, batch, some(batch), 2, 0.7, ids or list(range(target.info.vocab_size)), late,
         lambda weights, hidden, trunk, _: parallel_heads(weights, trunk if reads == "trunk" else hidden),
     )  # fmt: skip
-    check(drafter, loss, batch, by_hand)
+    loss = objective.parallel_loss(target, 0.7, listed)
+    check(drafter, loss, kept(target, batch, some(batch)), by_hand, 0.7 if late else 0.3)
 
 
-@pytest.mark.parametrize(("name", "modules", "steps", "share"), [("gemma", 2, 2, 0.5), ("llama", 1, 3, 0.0),
-                                                                 ("quantised", 2, 3, 0.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "modules", "steps", "ids", "late"),
+    [("gemma", 2, 2, LISTED, True), ("llama", 1, 3, [], True), ("quantised", 2, 3, [], False)],
+)
 def test_sequential_on_a_frozen_target(
-    name: str, modules: int, steps: int, share: float, targets: dict[str, Target]
+    name: str, modules: int, steps: int, ids: list[int], late: bool, targets: dict[str, Target]
 ) -> None:
     target = targets[name]
     drafter = model_of(config_of("sequential_modules", 32, target.info.vocab_size, modules))
@@ -272,23 +297,30 @@ def test_sequential_on_a_frozen_target(
         equations = Equations(weights, hidden, embedded)
         return np.stack([equations.drafts(place + 1, steps) for place in range(rows)], axis=1)
 
-    loss = objective.sequential_loss(target, steps, decay=0.8, label_share=share)
-    check(drafter, loss, batch, frozen_by_hand(target, batch, steps, share, 0.8, drafts))
+    listed = mx.array(ids, dtype=mx.int32) if ids else None
+    every = list(range(target.info.vocab_size))
+    by_hand = frozen_by_hand(target, batch, some(batch), steps, 0.8, ids or every, late, drafts)
+    loss = objective.sequential_loss(target, steps, 0.8, listed)
+    check(drafter, loss, kept(target, batch, some(batch)), by_hand, 0.7 if late else 0.3)
 
 
 def test_a_frozen_target_stays_as_it_is(targets: dict[str, Target]) -> None:
-    """Only the drafter has gradients, and the figures are agreement with the target."""
+    """Only the drafter has gradients, and the figures are agreement with the target, of all drafts so far."""
     target = targets["gemma"]
     before = {name: np.array(weight) for name, weight in named_parameters(target.model).items()}
-    drafter, batch = model_of(config_of("sequential_modules", 32, 128, 1)), mx.array(batch_of(40, 3, 128))
-    (_, figures), gradients = nn.value_and_grad(drafter, objective.sequential_loss(target, 2))(drafter, batch)
+    drafter, batch = model_of(config_of("sequential_modules", 32, 128, 1)), batch_of(40, 3, 128)
+    told = some(batch)
+    loss = objective.sequential_loss(target, 2)
+    (_, figures), gradients = nn.value_and_grad(drafter, loss)(drafter, kept(target, batch, told))
     assert dict(tree_flatten(gradients)).keys() == named_parameters(drafter).keys()
     assert all(np.array_equal(weight, before[name]) for name, weight in named_parameters(target.model).items())
-    states = target.forward(batch, target.new_cache(256, 3))
-    best = np.array(target.logits(batch)).argmax(axis=-1)
-    for j, hidden in enumerate(drafter(states.hidden[:, :37], target.embed(batch[:, 1:39]), 2)):
-        agreed = np.array(target.head(hidden)).argmax(axis=-1) == best[:, j + 1 : j + 38]
-        assert abs(figures[j].item() - agreed.mean()) < 1e-6
+    ids = mx.array(batch)
+    states = target.forward(ids, target.new_cache(256, 3))
+    best, alive = np.array(target.logits(ids)).argmax(axis=-1), np.ones((3, 37), bool)
+    for j, hidden in enumerate(drafter(states.hidden[:, :37], target.embed(ids[:, 1:39]), 2)):
+        alive &= np.array(target.head(hidden)).argmax(axis=-1) == best[:, j + 1 : j + 38]
+        alive &= told[:, j + 2 : j + 39]
+        assert abs(figures[j].item() - alive.sum() / told[:, 2:39].sum()) < 1e-6
 
 
 def test_a_long_sequence_keeps_the_whole_window(targets: dict[str, Target]) -> None:
@@ -302,7 +334,7 @@ def test_a_long_sequence_keeps_the_whole_window(targets: dict[str, Target]) -> N
         assert cache.keys[i].shape[2] == 120 - start
         assert (np.abs(np.array(cache.keys[i])).max(axis=(0, 1, 3)) > 0).all()
         found[start] = cache
-    loss, _ = objective.assistant_loss(target, 2)(drafter, batch)
+    loss, _ = objective.assistant_loss(target, 2)(drafter, kept(target, np.array(batch)))
     assert np.isfinite(loss.item())
 
 
@@ -315,17 +347,17 @@ def test_a_centroid_drafter_learns_like_a_dense_one(targets: dict[str, Target]) 
     shared = {k: w for k, w in named_parameters(centroid).items() if not k.startswith("masked")}
     shared["model.embed_tokens.weight"] = shared["model.embed_tokens.weight"][mx.argsort(ordering)]
     dense.load_weights(list(shared.items()))
-    batch = mx.array(batch_of(20, 2, 128))
-    for share in (0.0, 0.5):
-        loss = objective.assistant_loss(target, 3, label_share=share)
-        (one, right), (other, also) = loss(dense, batch), loss(centroid, batch)
+    batch = kept(target, batch_of(20, 2, 128))
+    for progress in (0.0, 0.8):
+        loss = objective.assistant_loss(target, 3)
+        (one, right), (other, also) = (loss(drafter, batch, mx.array(progress)) for drafter in (dense, centroid))
         assert abs(one.item() - other.item()) < 1e-5 and mx.allclose(right, also)
 
 
-@pytest.mark.parametrize("wrong", [{"label_share": 1.1}, {"label_share": -0.1}, {"decay": 0.0}, {"decay": 1.1}])
-def test_options_out_of_range(wrong: dict[str, float], targets: dict[str, Target]) -> None:
-    for loss in (objective.parallel_loss, lambda t, **o: objective.assistant_loss(t, 2, **o)):
-        with pytest.raises(mlx_mtp.OptionError, match="label_share"):
-            loss(targets["llama"], **wrong)
+@pytest.mark.parametrize("wrong", [0.0, 1.1])
+def test_options_out_of_range(wrong: float, targets: dict[str, Target]) -> None:
+    for loss in (objective.parallel_loss, lambda target, decay: objective.assistant_loss(target, 2, decay)):
+        with pytest.raises(mlx_mtp.OptionError, match="decay"):
+            loss(targets["gemma"], wrong)
     with pytest.raises(mlx_mtp.OptionError, match="1 step"):
-        objective.sequential_loss(targets["llama"], 0)
+        objective.sequential_loss(targets["gemma"], 0)

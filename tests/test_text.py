@@ -21,8 +21,7 @@ import mlx_mtp
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.testing import MarkovDrafter, MarkovTarget
 from mlx_mtp.text.tokenizer import Tokenizer
-from mlx_mtp.training.corpus import Document
-from mlx_mtp.training.data import pack
+from mlx_mtp.training.data import Document, pack
 
 NAMES = [*KINDS, "newlines", "embedded"]
 BYTES_OF = {"llama", "gemma", "embedded"}  # kinds with tokens that are one byte
@@ -297,8 +296,7 @@ def test_thinking_is_refused_where_nothing_can_ask_for_it(folders: dict[str, Pat
 
 
 def test_what_is_trained_is_what_is_used(tmp_path: Path) -> None:
-    from mlx_mtp.training.adapt import Adapting, prompts_of
-    from mlx_mtp.training.pipeline import reply_marker
+    from mlx_mtp.training.prompts import prompts_of
 
     folder = write(tmp_path, byte_level(), SWITCH.replace("NAME", "enable_thinking"))
     ours, theirs = both(folder)
@@ -310,11 +308,8 @@ def test_what_is_trained_is_what_is_used(tmp_path: Path) -> None:
         assert packed[: len(prompt)] == prompt
         assert ours.decode(packed[len(prompt) : -1]).strip() == "So.<|im_end|>" or answer != "So."
         assert packed[-1] == end
-    found = prompts_of(iter([Document("m", messages=said)] * 4), ours, Adapting())
+    found = prompts_of(iter([Document("m", messages=said)] * 4), ours, 256)
     assert found == [prompt] * 4
-    from mlx_lm.tokenizer_utils import load
-
-    assert ours.decode(reply_marker(load(folder))) == EMPTY
 
 
 def test_levels_reach_the_templates_that_know_them(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Corpus, tokenizer and data: the split, equal ids in both tokenizers, packing, batches.
+"""Data and tokenizer: files of every kind, packing, batches, the standard library, and the embedded model's corpus.
 
 The tokenizer is a small one, trained here; no network, no model.
 """
@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import random
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ import pytest
 import sentencepiece
 
 from mlx_mtp.errors import DataError, OptionError
-from mlx_mtp.training.corpus import Document, is_held_out, standard_library
-from mlx_mtp.training.data import Batches, fingerprint, pack, read_documents
-from mlx_mtp.training.tokenizer import train_tokenizer
+from mlx_mtp.training.data import Batches, Document, documents_of, fingerprint, pack, read_documents, split
+from mlx_mtp.training.small_target import train_tokenizer
 
+EMBEDDED = Path(__file__).parents[1] / "benchmarks" / "embedded"
 CHAT = [{"role": "user", "content": "What is 3 + 4?"}, {"role": "assistant", "content": "7"}]
 
 
@@ -43,7 +44,7 @@ def some_texts() -> list[str]:
     source = random.Random(5)
     pool = [*map(chr, range(0x250)), *"   \n\n\t\r\u00a0\u3000\u200d\ufeff日本😀"]
     texts = Path(json.__file__).read_text().splitlines(keepends=True)
-    for _ in range(400):
+    for _ in range(100):
         texts.append("".join(source.choices(pool, k=source.randint(1, 60))))
         codes = [source.choice((source.randint(1, 0xD7FF), source.randint(0xE000, 0x10FFFF)))]
         texts.append("".join(map(chr, codes * 3)).replace("\u2581", ""))
@@ -51,25 +52,53 @@ def some_texts() -> list[str]:
     return texts
 
 
-def test_split_goes_by_top_level_package() -> None:
-    assert is_held_out("tomllib") and is_held_out("tomllib._parser") and not is_held_out("shutil")
+def test_the_standard_library_is_read_where_no_data_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whole files in their order; not tests, packages of others, or what is no UTF-8."""
+    files = {"a.py": "a = 1\n", "b/c.py": "c = 1\n", "test/d.py": "d", "site-packages/e.py": "e", "f.py": ""}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "g.py").write_bytes(b"\xff")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    documents = documents_of([])
+    assert [document.text for document in documents] == ["a = 1\n", "c = 1\n"]
+    assert split(documents) == (documents[:1], documents[1:])
+    learned, held_out = split(documents * 25)
+    assert (len(learned), len(held_out)) == (48, 2)
 
 
-def test_standard_library_documents() -> None:
-    documents = list(standard_library())
-    assert documents[:50] == list(itertools.islice(standard_library(), 50))
+def test_the_embedded_models_corpus() -> None:
+    corpus = runpy.run_path(str(EMBEDDED / "corpus.py"))
+    held_out, documents = corpus["is_held_out"], list(itertools.islice(corpus["standard_library"](), 400))
+    assert held_out("tomllib") and held_out("tomllib._parser") and not held_out("shutil")
     assert all((d.text is None) != (d.messages is None) for d in documents)
-    chats = [[turn["content"] for turn in d.messages] for d in documents if d.messages]
-    answer = next(answer for question, answer in chats if "`shutil.copytree`" in question)
-    assert answer.startswith("```python\ndef copytree(src, dst, ") and "Recursively copy" in answer
+    chats = {d.messages[0]["content"]: d.messages[1]["content"] for d in documents if d.messages}
+    answer = next(answer for question, answer in chats.items() if "`argparse.ArgumentParser`" in question)
+    assert answer.startswith("```python\nclass ArgumentParser(") and "Object for parsing" in answer
 
 
-def test_sentencepiece_and_json_agree_and_round_trip(folder: Path, tokenizer: Any) -> None:
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+def test_the_embedded_models_tokenizer_in_both_its_forms(tmp_path: Path) -> None:
+    """sentencepiece and tokenizer.json give the same ids, and every text comes back."""
+    from transformers import AutoTokenizer
+
+    train = runpy.run_path(str(EMBEDDED / "tokenizer.py"))["train_tokenizer"]
+    train([Path(json.__file__).read_text(), Path(random.__file__).read_text()], tmp_path, 420)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    fast = AutoTokenizer.from_pretrained(tmp_path)
     for text in some_texts():
-        ids = tokenizer.encode(text, add_special_tokens=False)
+        ids = fast.encode(text, add_special_tokens=False)
         assert ids == pieces.encode(text), repr(text)
-        assert tokenizer.decode(ids) == text
+        assert fast.decode(ids) == text
+
+
+def test_the_small_targets_tokenizer(tokenizer: Any, tmp_path: Path) -> None:
+    """Every text comes back; an indentation is a piece of its own; too small a vocabulary is refused."""
+    for text in some_texts():
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    indented, plain = (tokenizer.encode(text, add_special_tokens=False) for text in ("x\n    y", "y"))
+    assert indented[-len(plain) :] == plain and len(indented) == 3 + len(plain)
+    with pytest.raises(OptionError, match="vocabulary must be at least 265"):
+        train_tokenizer(["text"], tmp_path, 200)
 
 
 def test_special_ids_and_one_bos(tokenizer: Any) -> None:

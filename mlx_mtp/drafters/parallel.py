@@ -21,6 +21,7 @@ import mlx.nn as nn
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, compute_dtype, load_into, number, section
 from mlx_mtp.drafters import registry
 from mlx_mtp.drafters.layers import ChainedRows, OwnLayers, build_layers, check_sizes
+from mlx_mtp.drafters.shortlist import DraftHead, add_shortlist, with_shortlist
 from mlx_mtp.errors import CheckpointError, IncompatibleDrafter
 from mlx_mtp.generation.cache import CAPACITY_STEP, KVCache
 from mlx_mtp.generation.interfaces import Drafter, Memory, SampleDraft, States, Target
@@ -39,6 +40,7 @@ class ParallelConfig:
     vocab_size: int
     norm_eps: float
     block: Mapping[str, Any]
+    shortlist: int = 0
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ParallelConfig:
@@ -56,6 +58,7 @@ class ParallelConfig:
             vocab_size=number(config, "vocab_size", int, 2, 1 << 24),
             norm_eps=number(block, "rms_norm_eps", float, 1e-30, 1.0, 1e-6),
             block=block,
+            shortlist=number(config, "shortlist", int, 0, 1 << 24, 0),
         )
 
 
@@ -75,6 +78,7 @@ class ParallelModel(nn.Module):
         super().__init__()
         self.config = config
         self.heads = [Head(config) for _ in range(config.heads)]
+        add_shortlist(self, config.shortlist)
 
     def __call__(self, states: mx.array) -> list[mx.array]:
         """Whole sequences of trunk states [B, T, D] -> per head [B, T, D], ready for the unembedding."""
@@ -107,14 +111,14 @@ class Parallel(Drafter):
         self._dtype = dtype
         layers = [head.layer for head in model.heads]
         self._own = OwnLayers(layers, model.config.hidden_size, dtype, [1] * len(layers))
-        self._target: Target | None = None
+        self._head: DraftHead | None = None
 
     def attach(self, target: Target) -> None:
         """Raises IncompatibleDrafter unless the sizes are the target's and it gives the states the heads read."""
         check_sizes(self.name, self.model.config.hidden_size, self.model.config.vocab_size, target)
         token = mx.zeros((1, 1), dtype=mx.int32)
         self.model.read(target.forward(token, target.new_cache(CAPACITY_STEP)))  # lazy: nothing is run
-        self._target = target
+        self._head = DraftHead(target, self.model.get("shortlist"))
 
     def modules(self) -> list[nn.Module]:
         """The heads."""
@@ -133,11 +137,10 @@ class Parallel(Drafter):
         self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
     ) -> tuple[mx.array, Memory]:
         """Drafts [B, K] of the first K heads: one pass of the unembedding over all of them."""
-        assert self._target is not None, "attach() comes first"
+        assert self._head is not None, "attach() comes first"
         own = self._own.open(memory["layers"])
         rows = [head.norm(self._own.run(i, memory["state"], own)) for i, head in enumerate(self.model.heads[:depth])]
-        logits = self._target.head(mx.concatenate(rows, axis=1).astype(hidden.dtype))
-        drafts = [sample(logits[:, i : i + 1]) for i in range(depth)]
+        drafts = self._head.each(mx.concatenate(rows, axis=1).astype(hidden.dtype), sample)
         return mx.concatenate(drafts, axis=1), {**memory, "layers": own.arrays}
 
     def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:
@@ -161,8 +164,8 @@ class Parallel(Drafter):
 @registry.register("parallel_heads")
 def load(checkpoint: Checkpoint) -> Parallel:
     """Heads from a checkpoint of ours, trained here or brought in by `mlx-mtp convert`."""
-    model = ParallelModel(ParallelConfig.from_dict(checkpoint.config))
-    weights = checkpoint.weights()
+    config, weights = with_shortlist(checkpoint)
+    model = ParallelModel(ParallelConfig.from_dict(config))
     dtype = compute_dtype(weights)
     load_into(model, weights, dtype, checkpoint)
     return Parallel(model, dtype, str(checkpoint.path))

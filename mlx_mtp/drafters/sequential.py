@@ -25,6 +25,7 @@ import mlx.nn as nn
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, compute_dtype, load_into, number, section
 from mlx_mtp.drafters import registry
 from mlx_mtp.drafters.layers import ChainedRows, OwnLayers, build_layers, check_sizes
+from mlx_mtp.drafters.shortlist import DraftHead, add_shortlist, with_shortlist
 from mlx_mtp.errors import CheckpointError
 from mlx_mtp.generation.cache import KVCache
 from mlx_mtp.generation.interfaces import Drafter, Memory, SampleDraft, States, Target
@@ -43,6 +44,7 @@ class SequentialConfig:
     vocab_size: int
     norm_eps: float
     block: Mapping[str, Any]
+    shortlist: int = 0
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> SequentialConfig:
@@ -60,6 +62,7 @@ class SequentialConfig:
             vocab_size=number(config, "vocab_size", int, 2, 1 << 24),
             norm_eps=number(block, "rms_norm_eps", float, 1e-30, 1.0, 1e-6),
             block=block,
+            shortlist=number(config, "shortlist", int, 0, 1 << 24, 0),
         )
 
 
@@ -87,6 +90,7 @@ class SequentialModel(nn.Module):
         self.blocks = [Module(config) for _ in range(config.modules)]
         if config.reads == "residual":
             self.unnorm = mx.ones(config.hidden_size)
+        add_shortlist(self, config.shortlist)
 
     def read(self, hidden: mx.array) -> mx.array:
         """The target's states after its final norm [B, M, D] -> what the first module takes."""
@@ -125,11 +129,13 @@ class Sequential(Drafter):
         # The k-th module's first k rows lack a state or a token.
         self._own = OwnLayers(layers, model.config.hidden_size, dtype, range(1, len(layers) + 1))
         self._target: Target | None = None
+        self._head: DraftHead | None = None
 
     def attach(self, target: Target) -> None:
         """Raises IncompatibleDrafter unless the sizes are the target's."""
         check_sizes(self.name, self.model.config.hidden_size, self.model.config.vocab_size, target)
         self._target = target
+        self._head = DraftHead(target, self.model.get("shortlist"))
 
     def modules(self) -> list[nn.Module]:
         """The modules of the checkpoint."""
@@ -151,14 +157,14 @@ class Sequential(Drafter):
 
         At every row the modules still to come run too: their K/V of this row is what they will look back at.
         """
-        assert self._target is not None, "attach() comes first"
+        assert self._target is not None and self._head is not None, "attach() comes first"
         own, states, last = self._own.open(memory["layers"]), list(memory["states"]), len(self.model.blocks) - 1
         drafts = []
         for step in range(depth):
             embedded, active = self._target.embed(token).astype(self._dtype), min(step, last)
             found = {k: self._row(k, embedded, states[k], own, step) for k in range(active, last + 1)}
             proposed = self.model.blocks[active].norm(found[active]).astype(hidden.dtype)
-            token = sample(self._target.head(proposed))
+            token = self._head(proposed, sample)
             drafts.append(token)
             states[active + 1 :] = [found[k] for k in range(active, last)]
             states[min(active + 1, last)] = found[active]
@@ -194,8 +200,8 @@ class Sequential(Drafter):
 @registry.register("sequential_modules")
 def load(checkpoint: Checkpoint) -> Sequential:
     """Modules from a checkpoint of ours, trained here or brought in by `mlx-mtp convert`."""
-    model = SequentialModel(SequentialConfig.from_dict(checkpoint.config))
-    weights = checkpoint.weights()
+    config, weights = with_shortlist(checkpoint)
+    model = SequentialModel(SequentialConfig.from_dict(config))
     dtype = compute_dtype(weights)
     load_into(model, weights, dtype, checkpoint)
     return Sequential(model, dtype, str(checkpoint.path))

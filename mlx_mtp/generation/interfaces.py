@@ -10,7 +10,7 @@ Adding a target is one file in targets/, adding a drafter family one file in dra
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,6 +80,13 @@ class Target(Protocol):
     @abstractmethod
     def head(self, hidden: mx.array) -> mx.array:
         """Hidden [B, M, D] -> float32 logits [B, M, V]."""
+
+    def head_on(self, tokens: mx.array) -> Callable[[mx.array], mx.array]:
+        """The head of `tokens` int32 [N] alone: hidden [B, M, D] -> float32 logits [B, M, N].
+
+        A target that has the rows of its head at hand makes one that costs N / V of the whole.
+        """
+        return lambda hidden: self.head(hidden)[..., tokens]
 
     @abstractmethod
     def logits(self, tokens: mx.array) -> mx.array:

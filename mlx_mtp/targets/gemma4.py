@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -37,6 +38,7 @@ from mlx_mtp.generation.cache import FULL, KVCache, LayerShape, NoCache
 from mlx_mtp.generation.interfaces import States, TargetInfo
 from mlx_mtp.targets import registry
 from mlx_mtp.targets.gemma4_config import Gemma4Config
+from mlx_mtp.targets.rows import rows_of
 
 log = logging.getLogger(__name__)
 
@@ -340,6 +342,11 @@ class Gemma4Target:
     def head(self, hidden: mx.array) -> mx.array:
         """Hidden [B, M, D] -> float32 logits [B, M, V]."""
         return self.model.head(hidden)
+
+    def head_on(self, tokens: mx.array) -> Callable[[mx.array], mx.array]:
+        """The head of `tokens` [N] alone, by their rows of the table."""
+        table = rows_of(self.model.embed_tokens, tokens)
+        return lambda hidden: self.model.capped(table.as_linear(hidden))
 
     @threads.device_arrays
     def logits(self, tokens: mx.array) -> mx.array:

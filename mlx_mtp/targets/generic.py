@@ -17,7 +17,7 @@ import copy
 import importlib.metadata
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from mlx_mtp.errors import CheckpointError, MLXMTPError, UnsupportedModel, brief
 from mlx_mtp.generation.cache import CAPACITY_STEP, FULL, SLACK, SLIDING, KVCache, LayerShape, LayerView
 from mlx_mtp.generation.interfaces import States, TargetInfo
 from mlx_mtp.targets import registry
+from mlx_mtp.targets.rows import WITH_ROWS, rows_of
 
 # Names under which config.json files keep one size. The bounds are far above any model: building a module takes time
 # in proportion to its layers, whatever the files hold.
@@ -216,6 +217,24 @@ class GenericTarget:
     def head(self, hidden: mx.array) -> mx.array:
         """Hidden [B, M, D] -> float32 logits [B, M, V], by all that the model does after its trunk."""
         return self._head(hidden).astype(mx.float32)
+
+    def head_on(self, tokens: mx.array) -> Callable[[mx.array], mx.array]:
+        """The head of `tokens` [N] alone, by their rows wherever the model keeps a row a token.
+
+        A model that this changes in another way than by leaving logits out keeps its whole head.
+        """
+        model = self.model
+        for name, module in self.model.named_modules():
+            apart = name and not re.search(r"(^|\.)\d", name)
+            if apart and isinstance(module, WITH_ROWS) and module.weight.shape[0] == self.info.vocab_size:
+                model = _replaced(model, tuple(name.split(".")), rows_of(module, tokens))
+        anatomy = _Anatomy(model, self._anatomy.path, self._anatomy.layers)
+        cut = anatomy.around(_Given(anatomy.trunk))
+        hidden = mx.random.normal((1, 2, self.info.hidden_size), key=mx.random.key(0)).astype(self.dtype)
+        with contextlib.suppress(Exception):  # another project's code, as above
+            if _distance(cut(hidden), self.head(hidden)[..., tokens]) <= APART.get(self.dtype, APART_HALF):
+                return lambda hidden: cut(hidden).astype(mx.float32)
+        return lambda hidden: self.head(hidden)[..., tokens]
 
     @threads.device_arrays
     def logits(self, tokens: mx.array) -> mx.array:

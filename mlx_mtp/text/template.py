@@ -78,17 +78,6 @@ class ChatTemplate:
         """Whether a marker is in the template's source."""
         return marker in str(getattr(self._wrapped, "chat_template", None) or "")
 
-    def reply_opening(self) -> list[int]:
-        """Ids that a prompt has after the last message's own; empty where they cannot be told apart, as without it a
-        reply only begins somewhere else."""
-        options = self._options(False, None, None)
-        try:
-            closed, opened = (self._rendered(QUESTION, tokenize=True, add_generation_prompt=prompt, **options)
-                              for prompt in (False, True))  # fmt: skip
-        except PromptError:
-            return []
-        return list(opened[len(closed) :]) if opened[: len(closed)] == closed else []
-
     def turn_end(self) -> int | None:
         """The special token with which it ends a reply, None where it writes plain text or nothing."""
         messages = [*QUESTION, {"role": "assistant", "content": ANSWER}]

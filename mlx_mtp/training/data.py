@@ -5,15 +5,18 @@
     rows = Batches(ids, batch_size=8, length=512, seed=0).batch(step)
 
 Everything is deterministic: the same files and seed give the same batch at the same step, so a run resumes anywhere.
-Does not mask: prompts and answers are all learned, and attention may look past a document's `<bos>`.
+Nothing is masked: prompts and answers are all learned, and attention may look past a document's `<bos>`.
 Marker tokens written out in a text (`<|turn>`) are read as markers: clean untrusted text first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
+import math
+import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,15 +25,54 @@ from typing import Any
 
 import numpy as np
 
-from mlx_mtp.errors import DataError, OptionError, PromptError
+from mlx_mtp.errors import DataError, PromptError
 from mlx_mtp.text.tokenizer import Tokenizer
-from mlx_mtp.training.corpus import Document
+from mlx_mtp.training.ranges import check_ranges
 
 # Whatever the case. In folders only the first are looked for: .json files there are mostly somebody's settings.
 TEXT, JSON_LINES, JSON = frozenset({".txt", ".md", ".py"}), frozenset({".jsonl", ".ndjson"}), ".json"
 PACKED = frozenset({".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"})
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "model": "assistant"}
 CHUNK_CHARACTERS = 4_000_000  # tokenized at a time: enough for every core, small enough not to be noticed
+HELD_OUT = 25  # every 25th document
+# Of the standard library: tests, and tables written by scripts.
+SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data"})
+
+
+@dataclass(frozen=True)
+class Document:
+    """Plain `text`, or chat `messages` with the keys role and content; `module` says where it is from."""
+
+    module: str
+    text: str | None = None
+    messages: list[dict[str, str]] | None = None
+
+    @property
+    def characters(self) -> int:
+        """How long it is."""
+        return len(self.text or "") + sum(len(turn["content"]) for turn in self.messages or [])
+
+
+def documents_of(sources: Sequence[str], prompts: bool = False) -> list[Document]:
+    """What `sources` hold; the running Python's standard library, as source text, where there are none."""
+    return list(read_documents(sources, prompts) if sources else _standard_library())
+
+
+def split(documents: list[Document]) -> tuple[list[Document], list[Document]]:
+    """Training and held-out documents."""
+    if len(documents) < HELD_OUT:
+        return documents[:-1] or documents, documents[-1:]
+    return [document for i, document in enumerate(documents) if i % HELD_OUT], documents[::HELD_OUT]
+
+
+def _standard_library() -> Iterator[Document]:
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        folders = path.relative_to(root).parts[:-1]
+        # No identifiers: site-packages, and what belongs to one build of Python (config-3.11-x86_64-linux-gnu).
+        if SKIPPED_FOLDERS.isdisjoint(folders) and all(map(str.isidentifier, folders)):
+            with contextlib.suppress(DataError):  # a template, or a deliberate error
+                yield from _read_text(path)
 
 
 def read_documents(sources: Sequence[str], prompts: bool = False) -> Iterator[Document]:
@@ -97,9 +139,8 @@ class Batches:
     lookahead: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("length", 1), ("seed", 0), ("lookahead", 0)):
-            if getattr(self, name) < least:
-                raise OptionError(f"expected {name} of at least {least}, found {getattr(self, name)}; raise it")
+        most = math.inf
+        check_ranges(self, batch_size=(1, most), length=(1, most), seed=(0, most), lookahead=(0, most))
         if self._windows < self.batch_size:
             needed = self.batch_size * self.length + 1 + self.lookahead
             raise DataError(
@@ -205,15 +246,10 @@ def _read_text(path: Path) -> Iterator[Document]:
 
 
 def _read_jsonl(path: Path, prompts: bool) -> Iterator[Document]:
-    try:
-        with path.open("rb") as lines:
-            for number, raw in enumerate(lines, start=1):
-                line = decode_text(raw, path, number)
-                if line.strip():
-                    where = f"{path}, line {number}"
-                    yield from _document(json_object(line, where), where, prompts)
-    except OSError as error:
-        raise DataError(f"{path}: expected a readable file, found {error.strerror}; change its permissions") from error
+    for number, raw in enumerate(_read_bytes(path).split(b"\n"), start=1):
+        if (line := decode_text(raw, path, number)).strip():
+            where = f"{path}, line {number}"
+            yield from _document(json_object(line, where), where, prompts)
 
 
 def _read_json(path: Path, prompts: bool) -> Iterator[Document]:
@@ -298,7 +334,7 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
     size = 0
     for document in documents:
         chunk.append(document)
-        size += len(document.text or "") + sum(len(turn["content"]) for turn in document.messages or [])
+        size += document.characters
         if size >= CHUNK_CHARACTERS:
             yield chunk
             chunk, size = [], 0

@@ -1,14 +1,10 @@
 """Drafters to be trained: a fresh one of any family for any target, what it is trained for, and how it is written.
 
-What it does: the one table of families on the training side. What it does not do: data, the loop, or shapes of the
-embedded model.
-
 A new family adds a Family here beside its file in drafters/.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +13,17 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_mtp.checkpoints.atomic import replacing_or_refused
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters, read_json, write_checkpoint
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.assistant import AssistantConfig, AssistantModel, in_token_order
 from mlx_mtp.drafters.parallel import MOST_HEADS, ParallelConfig, ParallelModel
 from mlx_mtp.drafters.sequential import MOST_MODULES, SequentialConfig, SequentialModel
-from mlx_mtp.errors import CheckpointError, OptionError
+from mlx_mtp.drafters.shortlist import with_shortlist
+from mlx_mtp.errors import OptionError
 from mlx_mtp.generation.cache import FULL, SLIDING
 from mlx_mtp.generation.interfaces import Target
+from mlx_mtp.training.chats import Chats
 from mlx_mtp.training.objective import (
     assistant_loss,
     joint_parallel_loss,
@@ -32,9 +31,12 @@ from mlx_mtp.training.objective import (
     parallel_loss,
     sequential_loss,
 )
+from mlx_mtp.training.ranges import check_ranges
 
 HEAD_DIM = 64
 MOST_DRAFTS = 8
+SIZES = (8, 1 << 16)
+NORM_START = 0.4
 # Widths of the released assistants: 256 for targets up to 2,560 wide, 1,024 beyond; ours for very small ones.
 ASSISTANT_WIDTHS = ((512, 192), (2560, 256), (1 << 30, 1024))
 
@@ -45,7 +47,8 @@ class DrafterShape:
 
     drafts: K, for how many it is trained (parallel heads: how many there are beside the target's own). modules: of the
     sequential family; beyond them the last is used again. width: hidden size of an assistant. inner: hidden size of
-    the feed-forward layers. None = by the target's size.
+    the feed-forward layers. None = by the target's size. shortlist: tokens that heads of the sequential and parallel
+    families propose (drafters/shortlist.py), 0 = all; all too where the vocabulary has fewer than twice as many.
     """
 
     family: str = "assistant"
@@ -53,17 +56,13 @@ class DrafterShape:
     modules: int = 1
     width: int | None = None
     inner: int | None = None
+    shortlist: int = 8192
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
-            raise OptionError(f"Expected a family of {', '.join(FAMILIES)}, found '{self.family}'.")
-        for name, most in (("drafts", MOST_DRAFTS), ("modules", MOST_MODULES)):
-            if not 1 <= getattr(self, name) <= most:
-                raise OptionError(f"Expected {name} from 1 to {most}, found {getattr(self, name)}.")
-        for name in ("width", "inner"):
-            size = getattr(self, name)
-            if size is not None and not 8 <= size <= 1 << 16:
-                raise OptionError(f"Expected {name} from 8 to {1 << 16}, found {size}.")
+            raise OptionError(f"There is no family '{self.family}'; choose one of {', '.join(FAMILIES)}.")
+        check_ranges(self, drafts=(1, MOST_DRAFTS), modules=(1, MOST_MODULES), width=SIZES, inner=SIZES,
+                     shortlist=(0, 1 << 20))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,8 @@ class Family:
     """One family on the training side.
 
     describe: config.json of a fresh drafter, given the length of the sequences it will see. build: its parameters.
-    objective: loss on a frozen target for K drafts. joint: loss together with the target, None where there is none.
+    objective: loss on a frozen target, given drafts, decay and shortlist. joint: loss together with the target, None
+    where there is none.
     """
 
     describe: Callable[[DrafterShape, Target, int], dict[str, Any]]
@@ -89,12 +89,13 @@ def describe_assistant(shape: DrafterShape, target: Target, length: int) -> dict
     info = target.info
     if not info.readable:
         raise OptionError(
-            "Expected a Gemma 4 target for an assistant, which reads its K/V, found one whose K/V are its own affair; "
+            "An assistant reads the K/V of a Gemma 4 target, and this target is of another kind; "
             "train the family parallel or sequential."
         )
     width = shape.width or next(size for most, size in ASSISTANT_WIDTHS if info.hidden_size <= most)
     kind = FULL if FULL in info.readable else SLIDING
     kept = info.readable.get(SLIDING, info.readable[kind]), info.readable.get(FULL, info.readable[kind])
+    rope: Mapping[str, Any] = target.config.rope_parameters  # type: ignore[attr-defined]
     text = {
         "model_type": "gemma4_text", "vocab_size": info.vocab_size, "hidden_size": width,
         "intermediate_size": shape.inner or 4 * width, "num_hidden_layers": 1, "layer_types": [kind],
@@ -105,19 +106,13 @@ def describe_assistant(shape: DrafterShape, target: Target, length: int) -> dict
         "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "attention_k_eq_v": False,
         "enable_moe_block": False, "final_logit_softcapping": None, "rms_norm_eps": 1e-6,
         "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "tie_word_embeddings": True,
-        "rope_parameters": _rope_of(target), "use_bidirectional_attention": None,
+        "rope_parameters": rope, "use_bidirectional_attention": None,
     }  # fmt: skip
     return {
         "model_type": "gemma4_assistant", "architectures": ["Gemma4AssistantForCausalLM"], "text_config": text,
         "backbone_hidden_size": info.hidden_size, "use_ordered_embeddings": False, "num_centroids": 16,
         "centroid_intermediate_top_k": 4, "tie_word_embeddings": True, "reads_last": length, **_ids_of(target),
     }  # fmt: skip
-
-
-def _rope_of(target: Target) -> Mapping[str, Any]:
-    """The rotary settings of the keys it will read."""
-    rope: Mapping[str, Any] = target.config.rope_parameters  # type: ignore[attr-defined]
-    return rope
 
 
 def _ids_of(target: Target) -> dict[str, int]:
@@ -141,14 +136,19 @@ def llama_block(target: Target, inner: int | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _listed(shape: DrafterShape, target: Target) -> dict[str, int]:
+    """The shortlist as config.json says it."""
+    return {"shortlist": shape.shortlist} if 0 < 2 * shape.shortlist <= target.info.vocab_size else {}
+
+
 def describe_parallel(shape: DrafterShape, target: Target, length: int) -> dict[str, Any]:
     """As many heads as drafts, each a llama layer on the finished target's states."""
     if shape.drafts > MOST_HEADS:
-        raise OptionError(f"Expected at most {MOST_HEADS} drafts, found {shape.drafts}.")
+        raise OptionError(f"Parallel heads make at most {MOST_HEADS} drafts, not {shape.drafts}.")
     return {
         "model_type": "parallel_heads", "heads": shape.drafts, "reads": "hidden",
         "hidden_size": target.info.hidden_size, "vocab_size": target.info.vocab_size,
-        "block": llama_block(target, shape.inner),
+        "block": llama_block(target, shape.inner), **_listed(shape, target),
     }  # fmt: skip
 
 
@@ -156,32 +156,22 @@ def describe_sequential(shape: DrafterShape, target: Target, length: int) -> dic
     """Modules of one llama layer each."""
     return {
         "model_type": "sequential_modules", "modules": shape.modules, "hidden_size": target.info.hidden_size,
-        "vocab_size": target.info.vocab_size, "block": llama_block(target, shape.inner),
+        "vocab_size": target.info.vocab_size, "block": llama_block(target, shape.inner), **_listed(shape, target),
     }  # fmt: skip
-
-
-def _frozen_assistant(target: Target, drafts: int, **options: float) -> Any:
-    return assistant_loss(target, drafts, **options)
-
-
-def _frozen_parallel(target: Target, drafts: int, **options: float) -> Any:
-    return parallel_loss(target, **options)
-
-
-def _frozen_sequential(target: Target, drafts: int, **options: float) -> Any:
-    return sequential_loss(target, drafts, **options)
 
 
 FAMILIES: dict[str, Family] = {
     "assistant": Family(
-        describe_assistant, lambda config: AssistantModel(AssistantConfig.from_dict(config)), _frozen_assistant, None,
+        describe_assistant, lambda config: AssistantModel(AssistantConfig.from_dict(config)),
+        lambda target, drafts, decay, shortlist: assistant_loss(target, drafts, decay), None,
     ),
     "parallel": Family(
-        describe_parallel, lambda config: ParallelModel(ParallelConfig.from_dict(config)), _frozen_parallel,
+        describe_parallel, lambda config: ParallelModel(ParallelConfig.from_dict(config)),
+        lambda target, drafts, decay, shortlist: parallel_loss(target, decay, shortlist),
         lambda drafts: joint_parallel_loss(),
     ),
     "sequential": Family(
-        describe_sequential, lambda config: SequentialModel(SequentialConfig.from_dict(config)), _frozen_sequential,
+        describe_sequential, lambda config: SequentialModel(SequentialConfig.from_dict(config)), sequential_loss,
         joint_sequential_loss,
     ),
 }  # fmt: skip
@@ -197,7 +187,7 @@ def family_of(config: Mapping[str, Any], name: str) -> str:
     """The family of a drafter's config.json; OptionError where none can be trained."""
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
-        raise OptionError(f"{name}: expected a drafter of {', '.join(FAMILIES)}, found model_type '{model_type}'.")
+        raise OptionError(f"{name}: a drafter of model_type '{model_type}' cannot be trained here.")
     return MODEL_TYPES[model_type]
 
 
@@ -209,12 +199,12 @@ def started(folder: str | Path, shape: DrafterShape, target: Target) -> tuple[di
     """
     checkpoint = Checkpoint.open(folder)
     if (found := family_of(checkpoint.config, str(folder))) != shape.family:
-        raise OptionError(f"Expected a drafter of the family {shape.family} at '{folder}', found one of {found}.")
+        raise OptionError(f"The drafter at '{folder}' is of the family {found} and not {shape.family}.")
     if (heads := checkpoint.config.get("heads", shape.drafts)) != shape.drafts:
-        raise OptionError(f"Expected {heads} drafts for the {heads} heads at '{folder}', found {shape.drafts}.")
+        raise OptionError(f"The drafter at '{folder}' has {heads} heads; train it for {heads} drafts.")
     drafter: Any = load_drafter(checkpoint)
     drafter.attach(target)
-    config = {key: value for key, value in checkpoint.config.items() if key not in QUANTISED}
+    config = {key: value for key, value in with_shortlist(checkpoint)[0].items() if key not in QUANTISED}
     return config, for_training(drafter)
 
 
@@ -225,6 +215,17 @@ def for_training(drafter: Any) -> nn.Module:
     module: nn.Module = dequantize_model(drafter.model)
     module.set_dtype(mx.float32)
     return trainable(module)
+
+
+def prepared(module: nn.Module, chats: Chats) -> nn.Module:
+    """A fresh drafter, its shortlist what is written most, and its last norms a share of the size of the states that
+    the head is used to: a head that is sure of nothing yet learns faster."""
+    if isinstance(module, ParallelModel | SequentialModel):
+        for part in module.heads if isinstance(module, ParallelModel) else module.blocks:
+            part.norm.weight = NORM_START * mx.array(chats.size)
+        if module.config.shortlist:
+            module.shortlist = mx.array(chats.frequent(module.config.shortlist, module.config.vocab_size))
+    return module
 
 
 def trainable(module: nn.Module) -> nn.Module:
@@ -241,8 +242,7 @@ def check_place(folder: Path) -> None:
     model_type = read_json(folder / "config.json").get("model_type") if (folder / "config.json").is_file() else None
     if model_type not in MODEL_TYPES:
         raise OptionError(
-            f"Expected a drafter, an empty folder or nothing at '{folder}', found something else, which stays; "
-            "choose another folder."
+            f"'{folder}' holds something else than a drafter, which stays; choose another folder."
         )
 
 
@@ -255,21 +255,5 @@ def write_drafter(folder: Path, config: Mapping[str, Any], module: nn.Module) ->
     weights = named_parameters(module)
     if isinstance(module, AssistantModel) and module.config.centroids:
         weights = in_token_order(weights)
-    part, old = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old"))
-    try:
-        if old.exists() and not folder.exists():  # left by a kill between the two renames below
-            old.replace(folder)
-        for left in (part, old):
-            shutil.rmtree(left, ignore_errors=True)
-        write_checkpoint(part, config, weights)
-        if folder.exists():
-            folder.replace(old)
-        part.replace(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: could not be written ({error}); free some disk space and go on.") from error
-
-
-def parameters(module: nn.Module) -> int:
-    """How many numbers a module learns."""
-    return sum(value.size for value in named_parameters(module).values() if mx.issubdtype(value.dtype, mx.floating))
+    with replacing_or_refused(folder, "free some disk space and go on") as fresh:
+        write_checkpoint(fresh, config, weights)

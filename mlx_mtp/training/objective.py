@@ -1,8 +1,6 @@
 """Losses: next token for a target, and what every drafter family is trained for, with its target or on a frozen one.
 
-What it does: turns a batch into one number to minimise and the share of right answers per draft. All unembeddings of
-a batch go one after the other (in_order.py). What it does not do: optimise, or choose hyper-parameters.
-
+All unembeddings of a batch go one after the other (less_memory.in_order).
 Every loss is a function (module, batch, progress): batch int32 [B, T + 1 + K], whose first T tokens are the places
 that learn; progress float32 in [0, 1), the share of the training that is done. K is the number of drafts. Draft j
 (from 0) at place t knows the tokens up to t and perhaps those up to t + 1 + j, and proposes token t + 2 + j.
@@ -19,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.backend.activations import logsumexp, softmax
+from mlx_mtp.backend.activations import logsumexp
 from mlx_mtp.drafters.assistant import AssistantModel
 from mlx_mtp.drafters.parallel import ParallelModel
 from mlx_mtp.drafters.sequential import SequentialModel
@@ -27,9 +25,11 @@ from mlx_mtp.errors import OptionError
 from mlx_mtp.generation.cache import KVCache, NoCache
 from mlx_mtp.generation.interfaces import States, Target
 from mlx_mtp.targets.gemma4 import Gemma4Model
-from mlx_mtp.training.in_order import in_order
+from mlx_mtp.training.chats import REPLY
+from mlx_mtp.training.less_memory import in_order
 
 START = mx.array(0.0)
+LATE = 0.6  # share of the training behind which acceptance itself is learned
 Result = tuple[mx.array, mx.array]
 Schedule = Callable[[mx.array], mx.array]
 
@@ -48,8 +48,8 @@ class Drafted:
     ordering: mx.array | None = None
 
 
-# (drafter, the target's states and its cache, batch, T) -> drafts of every place.
-Draft = Callable[[Any, States, KVCache, mx.array, int], Drafted]
+# (drafter, the target's states, tokens [B, T + K], T) -> drafts of every place.
+Draft = Callable[[Any, States, mx.array, int], Drafted]
 
 
 class Joint(nn.Module):
@@ -98,7 +98,7 @@ def joint_sequential_loss(steps: int, weight: Schedule = deepseek_weight) -> Cal
 
     steps: K; beyond the number of modules the last one is trained for being used again on its own states. weight:
     lambda as a function of progress. Every module's mean is over the same T places, where the paper's, without the
-    tokens behind a sequence, has fewer for later modules. Batches [B, T + 1 + K] for a Joint of Gemma4Model and
+    tokens after a sequence, has fewer for later modules. Batches [B, T + 1 + K] for a Joint of Gemma4Model and
     SequentialModel. Second result [1 + K]: share of tokens predicted right.
     """
     _check(steps)
@@ -135,63 +135,64 @@ def _on_labels(
 # A drafter on a frozen target
 
 
-def parallel_loss(target: Target, decay: float = 1.0, label_share: float = 0.0) -> Callable[..., Result]:
-    """Heads 2..n (K = n - 1) of a ParallelModel on a frozen target, whose own head is head 1.
+def parallel_loss(target: Target, decay: float = 1.0, shortlist: mx.array | None = None) -> Callable[..., Result]:
+    """Heads 2..n (K = n - 1) of a ParallelModel on a frozen target, whose own head is head 1; as in _frozen."""
 
-    Loss and second result as in _frozen. Batches [B, T + 1 + K].
-    """
+    def draft(drafter: ParallelModel, states: States, tokens: mx.array, rows: int) -> Drafted:
+        if drafter.config.reads == "trunk":
+            states = target.forward(tokens, _remembering(target, tokens))
+        return Drafted(drafter(drafter.read(states.first(rows))), _head_of(head, states))
 
-    def draft(drafter: ParallelModel, states: States, cache: KVCache, batch: mx.array, rows: int) -> Drafted:
-        return Drafted(drafter(drafter.read(states.first(rows))), _head_of(target, states))
-
-    return _frozen(target, draft, None, decay, label_share)
+    head = target.head if shortlist is None else target.head_on(shortlist)
+    return _frozen(target, head, draft, None, decay, shortlist)
 
 
 def sequential_loss(
-    target: Target, steps: int, decay: float = 1.0, label_share: float = 0.0
+    target: Target, steps: int, decay: float = 1.0, shortlist: mx.array | None = None
 ) -> Callable[..., Result]:
     """K = steps of a SequentialModel on a frozen target; beyond its modules the last one goes on from its own states.
 
     Each row sees what it will see in decoding: of the rows before its chain the K/V from true states, and of the
-    chain its own. Loss and second result as in _frozen. Batches [B, T + 1 + K].
+    chain its own. As in _frozen.
     """
 
-    def draft(drafter: SequentialModel, states: States, cache: KVCache, batch: mx.array, rows: int) -> Drafted:
-        hiddens = drafter(states.hidden[:, :rows], target.embed(batch[:, 1 : rows + steps]), steps)
-        return Drafted(hiddens, _head_of(target, states))
+    def draft(drafter: SequentialModel, states: States, tokens: mx.array, rows: int) -> Drafted:
+        hiddens = drafter(states.hidden[:, :rows], target.embed(tokens[:, 1 : rows + steps]), steps)
+        return Drafted(hiddens, _head_of(head, states))
 
-    return _frozen(target, draft, steps, decay, label_share)
+    head = target.head if shortlist is None else target.head_on(shortlist)
+    return _frozen(target, head, draft, steps, decay, shortlist)
 
 
-def assistant_loss(
-    target: Target, steps: int, decay: float = 0.8, label_share: float = 0.0
-) -> Callable[..., Result]:
-    """An assistant on a frozen target, for batches [B, T + 1 + K] with K = steps.
+def assistant_loss(target: Target, steps: int, decay: float = 0.8) -> Callable[..., Result]:
+    """An assistant on a frozen target, K = steps, as in _frozen.
 
     The drafter's row at position t reads the target's K/V up to t, as in decoding (convention B: query position
-    t, P = t + 1). Its step j gets the embedding of token t + 1 + j. From the second step on the state is the
-    drafter's own, as in decoding. All of its own table learns: choosing among centroids is for decoding. Loss and
-    second result as in _frozen.
+    t, P = t + 1), so the target's pass is run again. Its step j gets the embedding of token t + 1 + j. From the second
+    step on the state is the drafter's own, as in decoding. All of its own table learns: choosing among centroids is
+    for decoding.
     """
 
-    def draft(drafter: AssistantModel, states: States, cache: KVCache, batch: mx.array, rows: int) -> Drafted:
+    def draft(drafter: AssistantModel, states: States, tokens: mx.array, rows: int) -> Drafted:
+        cache = _remembering(target, tokens)
+        states = target.forward(tokens, cache)
         shared = {k: (cache.keys[i][:, :, :rows], cache.values[i][:, :, :rows])
                   for k, i in target.info.storing_layers.items()}  # fmt: skip
-        view = NoCache(target.info.window, batch.shape[0]).plan(rows)
+        view = NoCache(target.info.window, tokens.shape[0]).plan(rows)
         state, found = states.hidden[:, :rows], []
         for j in range(steps):
-            embedded = target.embed(batch[:, j + 1 : j + 1 + rows])
+            embedded = target.embed(tokens[:, j + 1 : j + 1 + rows])
             inner, state = drafter.step(embedded, state, view.offset, shared, view.masks)
             found.append(inner)
         ordering = drafter.masked_embedding.token_ordering if drafter.config.centroids else None
         return Drafted(found, _products, (drafter.model.embed_tokens.weight,), ordering)
 
-    return _frozen(target, draft, steps, decay, label_share)
+    return _frozen(target, target.head, draft, steps, decay, None)
 
 
-def _head_of(target: Target, states: States) -> Callable[[mx.array], mx.array]:
-    """The target's head for hiddens of another precision."""
-    return lambda hidden: target.head(hidden.astype(states.hidden.dtype))
+def _head_of(head: Callable[[mx.array], mx.array], states: States) -> Callable[[mx.array], mx.array]:
+    """A head for hiddens of another precision."""
+    return lambda hidden: head(hidden.astype(states.hidden.dtype))
 
 
 def _products(hidden: mx.array, table: mx.array) -> mx.array:
@@ -199,43 +200,52 @@ def _products(hidden: mx.array, table: mx.array) -> mx.array:
 
 
 def _frozen(
-    target: Target, draft: Draft, steps: int | None, decay: float, label_share: float
-) -> Callable[..., Result]:
+    target: Target, head: Callable[[mx.array], mx.array], draft: Draft, steps: int | None, decay: float,
+    shortlist: mx.array | None,
+) -> Callable[..., Result]:  # fmt: skip
     """The loss of K drafts (None = as many as the drafter has heads) on a target that does not learn.
 
-    Cross-entropy of every draft against the target's own distribution of the same token, given the tokens before it;
-    with label_share 0..1 that much of it against the token that is there. Draft j is weighted by decay^j, because it
-    only counts when all before it were accepted; the weights add up to 1. Second result [K]: share of places where
-    the draft's best token is the target's.
+    Batches are those of chats.py: tokens, mask, best, norm [B, T + 1 + K] and states [B, T + 1 + K, D]; places count
+    whose drafted token is of a reply. Cross-entropy of every draft against the target's own distribution of the same
+    token, as far as it lies on the shortlist; from LATE of the training on half of it is -log sum min(p, q), the
+    share that is accepted at temperature 1. Draft j is weighted by decay^j, because it only counts when all before it
+    were accepted; the weights add up to 1. Second result [K]: share of places where this draft and all before it are
+    the target's best tokens, so that 1 + their sum are the tokens of a round.
     """
     _check(1 if steps is None else steps)
-    if not 0.0 <= label_share <= 1.0 or not 0.0 < decay <= 1.0:
-        raise OptionError(f"Expected label_share from 0 to 1 and decay above 0 up to 1, found {label_share}, {decay}.")
+    if not 0.0 < decay <= 1.0:
+        raise OptionError(f"The decay of later drafts must be above 0 and up to 1, not {decay}.")
 
-    def loss(drafter: Any, batch: mx.array, progress: mx.array = START) -> Result:
+    def loss(drafter: Any, batch: tuple[mx.array, ...], progress: mx.array = START) -> Result:
+        tokens, mask, best, norm, kept = batch
         count = len(drafter.heads) if steps is None else steps
-        rows = batch.shape[1] - 1 - count
-        read = batch[:, : rows + count]
-        cache = _remembering(target, read)
-        states = target.forward(read, cache)
-        drafted = draft(drafter, states, cache, batch, rows)
-        wanted, labels = target.head(states.hidden), batch
+        rows = tokens.shape[1] - 1 - count
+        read = tokens[:, : rows + count]
+        states = States(kept[:, : rows + count].astype(mx.float32))
+        drafted = draft(drafter, states, read, rows)
+        wanted = head(states.hidden)
+        ids = shortlist if drafted.ordering is None else drafted.ordering
         if drafted.ordering is not None:
-            wanted, labels = wanted[..., drafted.ordering], mx.argsort(drafted.ordering)[batch]
-        best, distribution = mx.argmax(wanted, axis=-1), softmax(wanted) if label_share < 1.0 else None
+            wanted = wanted[..., ids]
+        late = progress >= LATE
 
         def leaf(j: int, hidden: mx.array, *learning: mx.array) -> Result:
-            proposed, right = _verified(drafted.unembed(hidden, *learning), best[:, j + 1 : j + 1 + rows])
-            loss = mx.array(0.0)
-            if distribution is not None:
-                expected = (distribution[:, j + 1 : j + 1 + rows] * proposed).sum(axis=-1)
-                loss = (1.0 - label_share) * (logsumexp(proposed) - expected).mean()
-            if label_share > 0.0:
-                loss = loss + label_share * _surprise(proposed, labels[:, j + 2 : j + 2 + rows])
-            return loss, right
+            told, there = mask[:, j + 2 : j + 2 + rows] == REPLY, slice(j + 1, j + 1 + rows)
+            share = told / mx.maximum(told.sum(), 1)
+            q = drafted.unembed(hidden, *learning)
+            drawn = mx.argmax(mx.stop_gradient(q), axis=-1)
+            right = (drawn if ids is None else ids[drawn]) == best[:, there]
+            (q,) = mx.depends([q], [right])  # nobody else needs them then, and the gradient may take their place
+            p, size = mx.exp(wanted[:, there] - norm[:, there, None]), logsumexp(q)
+            surprise = size * p.sum(axis=-1) - (p * q).sum(axis=-1)
+            overlap = mx.minimum(p, mx.exp(q - size[..., None])).sum(axis=-1)
+            value = mx.where(late, 0.5 * (surprise - mx.log(mx.maximum(overlap, 1e-4))), surprise)
+            return (value * share).sum(), (right & told).astype(mx.float32)
 
         weights = [decay**j / sum(decay**i for i in range(count)) for j in range(count)]
-        return in_order(leaf, weights)(mx.stack(drafted.hiddens), *drafted.learning)
+        total, right = in_order(leaf, weights)(mx.stack(drafted.hiddens), *drafted.learning)
+        asked = mx.maximum((mask[:, 2 : 2 + rows] == REPLY).sum(), 1)
+        return total, mx.cumprod(right, axis=0).sum(axis=(1, 2)) / asked
 
     return loss
 
@@ -265,4 +275,4 @@ def _verified(logits: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
 
 def _check(steps: int) -> None:
     if steps < 1:
-        raise OptionError(f"Expected at least 1 step of drafting to train for, found {steps}.")
+        raise OptionError(f"A drafter is trained for at least 1 step of drafting, not {steps}.")

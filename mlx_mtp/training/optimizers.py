@@ -1,10 +1,7 @@
-"""Optimisers and their schedule: AdamW for everything, or Muon for hidden matrices beside AdamW for the rest.
+"""Optimisers: AdamW for everything, or Muon for hidden matrices beside AdamW for the rest.
 
-What it does: builds an MLX optimiser from a name, and says which weights Muon is for. What it does not do: clip
-gradients, keep float32 masters, or store state (trainer.py).
-
-Invariant: one learning rate serves both. Muon's step is scaled to the size of AdamW's, so rate, schedule and weight
-decay mean the same for every weight.
+One learning rate serves both: Muon's step is scaled to the size of AdamW's, so rate, schedule and weight decay mean the
+same for every weight.
 """
 
 from __future__ import annotations
@@ -22,14 +19,6 @@ HEADS = ("head", "lm_head", "output", "unembed", "centroids")
 STEP_SIZE = 0.2
 
 Schedule = Callable[[mx.array], mx.array]
-
-
-def cosine(peak: float, final: float, warmup: int, steps: int) -> Schedule:
-    """Rates rising linearly from 0 to `peak` over `warmup` steps, then along a cosine to `final` at `steps`."""
-    rise = optim.linear_schedule(0.0, peak, warmup)
-    fall = optim.cosine_decay(peak, max(1, steps - warmup), final)
-    joined: Schedule = optim.join_schedules([rise, fall], [warmup])
-    return joined
 
 
 class Muon(optim.Muon):
@@ -50,21 +39,16 @@ class Muon(optim.Muon):
         return parameter * (1 - rate * self.decay) + STEP_SIZE * parameter.shape[-1] ** 0.5 * step
 
 
-def hidden_matrices(module: nn.Module) -> set[str]:
-    """Names of the weights that map hidden states to hidden states: all linear layers' but heads'."""
-    return {
-        f"{name}.weight"
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] not in HEADS
-    }
-
-
 def make_optimizer(name: str, module: nn.Module, schedule: Schedule, weight_decay: float) -> optim.Optimizer:
     """The optimiser `name` (one of OPTIMIZERS) for the module's trainable parameters, its state initialised."""
     adamw = optim.AdamW(schedule, betas=[0.9, 0.95], weight_decay=weight_decay)
     optimizer: optim.Optimizer = adamw
     if name == "muon":
-        hidden = hidden_matrices(module)
+        hidden = {
+            f"{name}.weight"
+            for name, layer in module.named_modules()
+            if isinstance(layer, nn.Linear) and name.rpartition(".")[2] not in HEADS
+        }
         optimizer = optim.MultiOptimizer([Muon(schedule, weight_decay), adamw], [lambda path, _: path in hidden])
     optimizer.init(module.trainable_parameters())
     return optimizer

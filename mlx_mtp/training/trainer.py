@@ -1,9 +1,6 @@
-"""The training loop: compiled step, cosine schedule, durable checkpoints, resume as if never stopped.
+"""The training loop: compiled step, schedule, durable checkpoints, resume as if never stopped.
 
-What it does: minimises any loss over any module on batches that are a pure function of the step. What it does not
-do: know what is trained, print, or choose hyper-parameters.
-
-Invariant: a checkpoint is one file that replaces the last by a rename, so a kill at any moment leaves a whole one.
+A checkpoint is one file that replaces the last by a rename, so a kill at any moment leaves a whole one.
 Parameters, optimiser state and step are all there is to resume: batches and schedule follow from the step, and a
 loss may draw no random numbers. The log then holds what a run without the kill would have logged, but for its times.
 """
@@ -14,8 +11,9 @@ import contextlib
 import json
 import math
 import os
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -29,13 +27,14 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_mtp.checkpoints.atomic import write_state
 from mlx_mtp.checkpoints.checkpoint import check_finite, named_parameters
 from mlx_mtp.errors import CheckpointError, DataError, OptionError
-from mlx_mtp.training import curves, optimizers
-from mlx_mtp.training.files import RESUME, cut_log, locked, read_state
-from mlx_mtp.training.memory import checkpointed_layers, one_operation_at_a_time
+from mlx_mtp.training import optimizers
+from mlx_mtp.training.less_memory import checkpointed_layers, one_operation_at_a_time
+from mlx_mtp.training.ranges import check_ranges
+from mlx_mtp.training.run_folder import RESUME, cut_log, locked, read_log, read_state
 
-# loss(module, batch [B, ...], progress) -> scalar to minimise and a vector of figures to report, both means over the
-# rows. progress: float32 scalar, the share of all steps that is done, from 0 to below 1.
-Loss = Callable[[Any, mx.array, mx.array], tuple[mx.array, mx.array]]
+# A batch is one array [B, ...] or several. loss(module, batch, progress) -> scalar to minimise and a vector of figures
+# to report, both means over the rows. progress: float32 scalar, the share of all steps that is done, from 0 to below 1.
+Loss = Callable[[Any, Any, mx.array], tuple[mx.array, mx.array]]
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 # Options that change no figure: a run may be resumed with other values of these.
@@ -46,6 +45,7 @@ FREE = frozenset({"save_seconds", "memory_saving"})
 class TrainOptions:
     """Hyper-parameters of one run. Rates are per step; `clip` bounds the global gradient norm.
 
+    patience: the run ends where so many evaluations brought no better figures; 0 = never.
     optimizer: "adamw", or "muon" for the hidden matrices with AdamW for the rest (optimizers.py); same learning_rate.
     accumulate: a step's batch goes through in that many equal parts, their gradients averaged.
     checkpoint_gradients: layers are run again for the gradient in place of keeping what they computed.
@@ -56,32 +56,40 @@ class TrainOptions:
 
     steps: int
     learning_rate: float = 2e-3
-    final_rate: float = 0.05  # share of learning_rate at the end of the cosine
-    warmup: int = 100
+    final_rate: float = 0.02  # share of learning_rate at the end
+    flat: float = 0.3  # share of the steps before it falls
+    warmup: int = 20
     weight_decay: float = 0.05
     clip: float = 1.0
     save_seconds: float = 60.0
     evaluate_every: int = 200
-    optimizer: str = "adamw"
+    patience: int = 0
+    optimizer: str = "muon"
     accumulate: int = 1
     checkpoint_gradients: bool = False
     dtype: str = "float32"
     memory_saving: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "learning_rate", "clip", "save_seconds", "evaluate_every", "accumulate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise OptionError(f"Expected {name} above 0, found {getattr(self, name)}; choose a positive value.")
+        tiny, most = math.ulp(0.0), sys.float_info.max
+        check_ranges(self, steps=(1, most), learning_rate=(tiny, most), clip=(tiny, most), save_seconds=(tiny, most),
+                     evaluate_every=(1, most), accumulate=(1, most))  # fmt: skip
         for name, known in (("optimizer", optimizers.OPTIMIZERS), ("dtype", tuple(DTYPES))):
             if getattr(self, name) not in known:
-                raise OptionError(
-                    f"Expected {name} to be one of {', '.join(known)}, found {getattr(self, name)!r}; choose one."
-                )
+                raise OptionError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}.")
 
     def schedule(self) -> optimizers.Schedule:
-        """Linear warm-up, then a cosine down to final_rate."""
+        """Linear warm-up, flat, then straight down to final_rate."""
         warmup = min(self.warmup, max(1, self.steps // 10))
-        return optimizers.cosine(self.learning_rate, self.learning_rate * self.final_rate, warmup, self.steps)
+        flat = max(0, round(self.flat * self.steps) - warmup)
+        parts = [
+            optim.linear_schedule(0.0, self.learning_rate, warmup),
+            optim.linear_schedule(self.learning_rate, self.learning_rate, max(1, flat)),
+            optim.linear_schedule(self.learning_rate, self.learning_rate * self.final_rate,
+                                  max(1, self.steps - warmup - flat)),
+        ]  # fmt: skip
+        joined: optimizers.Schedule = optim.join_schedules(parts, [warmup, warmup + max(1, flat)])
+        return joined
 
 
 @dataclass(frozen=True)
@@ -108,19 +116,20 @@ class Trainer:
         self,
         module: nn.Module,
         loss: Loss,
-        batch_at: Callable[[int], np.ndarray],
+        batch_at: Callable[[int], Any],
         options: TrainOptions,
         folder: Path,
         *,
         data: str,
-        held_out: list[np.ndarray] | None = None,
+        held_out: Sequence[Any] | None = None,
         figures: tuple[str, ...] = (),
     ) -> None:
         self.module, self.loss, self.batch_at, self.options, self.folder = module, loss, batch_at, options, folder
-        self.held_out = [mx.array(batch) for batch in held_out or []]
+        self.held_out = [tree_map(mx.array, batch) for batch in held_out or []]
         self.figures = figures
         self.data = data
         self.step = 0
+        self.judged: list[float] = []  # sums of held-out figures, in order
         module.update(_cast(module.trainable_parameters(), mx.float32))
         self.optimizer = optimizers.make_optimizer(options.optimizer, module, options.schedule(), options.weight_decay)
         # The float32 weights under "weights" while the module holds rounded ones; else empty.
@@ -176,14 +185,20 @@ class Trainer:
             self.module.load_weights(parts["model"], strict=True)
         except ValueError as error:
             raise CheckpointError(
-                f"{self.state_file}: expected the weights of this model, found another's "
-                f"({str(error).splitlines()[0]}); use the same model, or another folder."
+                f"{self.state_file}: holds the weights of another model ({str(error).splitlines()[0]}); use the same "
+                "model, or another folder."
             ) from error
         self.optimizer.state = tree_unflatten(parts["optimizer"])
         self.optimizer.init(self.module.trainable_parameters())
         self.step = about["step"]
         mx.eval(self.module.state, self.optimizer.state)
         return True
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the last `patience` evaluations brought no higher sum of held-out figures than those before."""
+        patience = self.options.patience
+        return 0 < patience < len(self.judged) and max(self.judged[-patience:]) <= max(self.judged[:-patience])
 
     def evaluate(self) -> list[float]:
         """Mean loss and figures over the held-out batches, at the last finished step's progress."""
@@ -213,14 +228,10 @@ class Trainer:
             if self.options.memory_saving:
                 stack.enter_context(one_operation_at_a_time())
             cut_log(self.log_file, self.step)
+            past = read_log(self.log_file) if self.log_file.exists() else []
+            self.judged = [sum(r["held_out"].get(name, 0.0) for name in self.figures) for r in past if "held_out" in r]
             log = stack.enter_context(self.log_file.open("a", encoding="utf-8"))
             yield from _Run(self, log).steps()
-        self.draw()
-
-    def draw(self) -> None:
-        """Draws curves.png from the log where matplotlib is installed; a picture is no reason to end a run."""
-        with contextlib.suppress(Exception):
-            curves.plot_log(self.log_file)
 
     def _progress(self, step: int) -> mx.array:
         return mx.array(step / self.options.steps, dtype=mx.float32)
@@ -245,7 +256,7 @@ class Trainer:
 
     def _compiled_step(self) -> Callable[..., Any]:
         """step(part of a batch, progress, sums of the parts before or None, whether it is the last) ->
-        (loss, figures, gradient norm, whether all weights are finite after it) of the whole batch behind the last
+        (loss, figures, gradient norm, whether all weights are finite after it) of the whole batch after the last
         part, else the sums."""
         gradient, options = nn.value_and_grad(self.module, self.loss), self.options
         state = [self.module.state, self.optimizer.state, self._masters]
@@ -266,7 +277,8 @@ class Trainer:
             before = self._masters.get("weights", held)
             # In the order of the tree before: MLX merges an optimiser's groups through a set, whose order changes from
             # process to process, and a compiled function knows the arrays of its state by their order alone.
-            weights = tree_map(lambda _, new: new, before, self.optimizer.apply_gradients(gradients, before))
+            new = dict(tree_flatten(self.optimizer.apply_gradients(gradients, before)))
+            weights = tree_unflatten([(name, new[name]) for name in dict(tree_flatten(before))])
             if self._masters:
                 self._masters["weights"] = weights
             self.module.update(_cast(weights, DTYPES[options.dtype]))
@@ -278,7 +290,7 @@ class Trainer:
 
 
 class _Run:
-    """One call of Trainer.run: where it stands between the moments at which it can be interrupted."""
+    """One call of Trainer.run, and how far it is between the moments at which it can be interrupted."""
 
     def __init__(self, trainer: Trainer, log: TextIO) -> None:
         self.trainer, self.log = trainer, log
@@ -292,7 +304,7 @@ class _Run:
     def steps(self) -> Iterator[Progress]:
         trainer, saved = self.trainer, self.began
         try:
-            while trainer.step < trainer.options.steps:
+            while trainer.step < trainer.options.steps and not trainer.stalled:
                 self._advance()
                 progress = self._finish()
                 if time.perf_counter() - saved > trainer.options.save_seconds:
@@ -310,18 +322,19 @@ class _Run:
         """Queues a step; all but its last part are waited for, so that only one is in memory."""
         trainer, count = self.trainer, self.trainer.options.accumulate
         batch, progress = trainer.batch_at(trainer.step), trainer._progress(trainer.step)
-        if len(batch) % count:
+        first = batch[0] if isinstance(batch, tuple) else batch
+        if len(first) % count:
             raise OptionError(
-                f"Expected accumulate to divide a batch's {len(batch)} rows, found {count}; choose one that does."
+                f"A batch of {len(first)} rows cannot go through in {count} equal parts; choose another accumulate."
             )
-        parts, sums = np.split(batch, count), None
+        parts, sums = [tree_map(lambda a, i=i: mx.array(np.split(a, count)[i]), batch) for i in range(count)], None
         for part in parts[:-1]:
-            sums = self.step_fn(mx.array(part), progress, sums, False)
+            sums = self.step_fn(part, progress, sums, False)
             mx.eval(sums)
-        self.tokens = batch.size
-        # Python raises an interrupt right behind a call, before its result is stored: then the weights would have
+        self.tokens = first.size
+        # Python raises an interrupt right after a call, before its result is stored: then the weights would have
         # moved and nobody would know. Within `extend` nothing comes in between.
-        self.moved.extend(map(self.step_fn, [mx.array(parts[-1])], [progress], [sums], [True]))
+        self.moved.extend(map(self.step_fn, [parts[-1]], [progress], [sums], [True]))
 
     def _finish(self) -> Progress:
         """Waits for the step, checks, evaluates, logs and counts it; may be run again where it was interrupted."""
@@ -330,32 +343,31 @@ class _Run:
         mx.eval(loss, figures, norm, sound, trainer.module.state, trainer.optimizer.state, trainer._masters)
         step = trainer.step + 1
         if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-            self._break_off("a finite loss and gradient", f"{loss.item()} and {norm.item()}", step)
+            self._break_off(f"the loss is {loss.item()}, the norm of its gradient {norm.item()}", step)
         if not sound.item():
-            self._break_off("finite weights", "others", step)
+            self._break_off("weights are not finite any more", step)
         seconds, done = time.perf_counter() - self.began, step - self.first
         held_out = None
         if trainer.held_out and (step % options.evaluate_every == 0 or step == options.steps):
             held_out = trainer.evaluate()
             if not all(map(math.isfinite, held_out)):
-                self._break_off("finite figures on held-out data", ", ".join(map(str, held_out)), step)
+                self._break_off(f"the figures on held-out data are {', '.join(map(str, held_out))}", step)
         progress = Progress(
             step, options.steps, loss.item(), figures.tolist(),
             done * self.tokens / seconds, (options.steps - step) * seconds / done, held_out,
         )  # fmt: skip
         self.log.write(json.dumps(_record(trainer.figures, progress, seconds)) + "\n")
         self.log.flush()
-        self.moved, trainer.step = [], step  # no call in between, so no interrupt either
-        if held_out is not None:
-            trainer.draw()
+        judged = trainer.judged if held_out is None else [*trainer.judged, sum(held_out[1:])]
+        self.moved, trainer.step, trainer.judged = [], step, judged  # no call in between, so no interrupt either
         return progress
 
-    def _break_off(self, expected: str, found: str, step: int) -> NoReturn:
+    def _break_off(self, wrong: str, step: int) -> NoReturn:
         """Ends the run without saving: the weights are no good any more."""
         self.broken = True
         raise OptionError(
-            f"{self.trainer.folder}: expected {expected}, found {found} at step {step}; the last checkpoint is kept, "
-            "train with a lower learning_rate into another folder."
+            f"{self.trainer.folder}: {wrong} at step {step}; the last checkpoint is kept, train with a lower "
+            "learning_rate into another folder."
         )
 
     def _save(self) -> None:

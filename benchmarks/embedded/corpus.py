@@ -12,8 +12,9 @@ import hashlib
 import sysconfig
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from mlx_mtp.training.data import Document
 
 SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "__pycache__", "lib-dynload"})
 # Tables written by scripts: bytes that teach nothing about Python.
@@ -35,15 +36,6 @@ QUESTIONS = {
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-
-
-@dataclass(frozen=True)
-class Document:
-    """One document: either plain `text`, or chat `messages` with the keys role and content."""
-
-    module: str
-    text: str | None = None
-    messages: list[dict[str, str]] | None = None
 
 
 def is_held_out(module: str) -> bool:

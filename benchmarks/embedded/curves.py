@@ -1,17 +1,22 @@
-"""Learning curves: a run's log.jsonl drawn into one picture.
+"""Learning curves: the log.jsonl of any training run drawn into one picture.
 
-What it does: the loss (every step, smoothed, held out), and each figure of the log beside it. What it does not do:
-train, or need matplotlib installed for anything but drawing (optional extra `plot`).
+    .venv/bin/python benchmarks/embedded/curves.py RUN/train-assistant/log.jsonl [PICTURE.png]
+
+The loss (every step, smoothed, held out), and each figure of the log beside it.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
-from mlx_mtp.errors import DataError, OptionError
-from mlx_mtp.training.files import read_log
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from mlx_mtp.errors import DataError
+from mlx_mtp.training.run_folder import read_log
 
 TIMES = ("step", "tokens_per_second", "seconds", "held_out")
 SMOOTHING = 50  # smoothed over about this share of the run: 1 / 50
@@ -20,15 +25,8 @@ SMOOTHING = 50  # smoothed over about this share of the run: 1 / 50
 def plot_log(log: Path, picture: Path | None = None) -> Path:
     """Draws `log` into `picture` (by default curves.png beside it) and returns that path.
 
-    Raises OptionError where matplotlib is not installed, DataError for a log without a step.
+    Raises DataError for a log without a step.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise OptionError(
-            "Expected matplotlib for drawing curves, found none installed; run: pip install 'mlx-mtp[plot]'."
-        ) from error
     if not log.exists() or not (records := read_log(log)):
         raise DataError(f"{log}: expected the log of a training run, found no step in it; train first.")
     picture = picture or log.with_name("curves.png")
@@ -75,3 +73,7 @@ def _draw(axis: Any, records: list[dict[str, Any]], names: list[str]) -> None:
         if held:
             axis.plot(*zip(*held, strict=True), color=color, linestyle="--", marker="o", markersize=4,
                       markeredgecolor="black", label=f"{name}, held out")  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(plot_log(*map(Path, sys.argv[1:])))

@@ -1,8 +1,4 @@
-"""A training run's files on disk: one checkpoint that is always whole, a log that ends where it ends, a lock.
-
-What it does: writes so that a kill, a power cut or a full disk leaves the last checkpoint. What it does not do: know
-what the tensors are (trainer.py).
-"""
+"""A training run's files on disk, so that a kill, a power cut or a full disk leaves the last checkpoint whole."""
 
 from __future__ import annotations
 
@@ -35,16 +31,14 @@ def locked(folder: Path) -> Iterator[None]:
         opened = (folder / "lock").open("w")
     except OSError as error:
         raise CheckpointError(
-            f"Expected a folder to write into at '{folder}', found that it cannot be done ({error.strerror}); "
-            "choose another."
+            f"'{folder}' is no folder that can be written into ({error.strerror}); choose another."
         ) from error
     with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise CheckpointError(
-                f"{folder}: expected a folder of its own for this run, found another run training into it; "
-                "wait for that one, or choose another folder."
+                f"{folder}: another run is training into it; wait for that one, or choose another folder."
             ) from error
         yield
 
@@ -127,7 +121,7 @@ def read_log(file: Path, last: int | None = None) -> list[dict[str, Any]]:
 
 
 def cut_log(file: Path, last: int) -> None:
-    """Drops what a run logged behind step `last`, from which it is about to go on."""
+    """Drops what a run logged after step `last`, from which it is about to go on."""
     if not file.exists():
         return
     with replacing_or_refused(file, RESUME) as fresh:

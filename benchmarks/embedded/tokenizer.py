@@ -19,43 +19,15 @@ import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from mlx_mtp.errors import DataError
+from mlx_mtp.training.small_target import CHAT_TEMPLATE, CONTROL, MARKERS
 
 SPACE = "\u2581"
-CONTROL = ("<pad>", "<eos>", "<bos>", "<unk>")
-MARKERS = ("<|turn>", "<turn|>", "<|think|>", "<|channel>", "<channel|>")
 NEWLINES = ("\n", "\n\n", "\n\n\n")
 INDENTS = tuple(SPACE * width for width in (*range(2, 17), 20, 24, 28, 32))
 # Every printable character of ASCII is a piece, however rare; other characters below the coverage fall back to bytes.
 REQUIRED = "".join(chr(code) for code in range(33, 127))
 COVERAGE = 0.9998
 LINE_BYTES = 4000
-
-# Gemma 4's turns. No tools and no thinking: the embedded model is trained with neither.
-CHAT_TEMPLATE = """\
-{{- bos_token -}}
-{%- for message in messages -%}
-    {%- if message['role'] == 'assistant' -%}
-        {%- set role = 'model' -%}
-    {%- elif message['role'] in ['system', 'user', 'model'] -%}
-        {%- set role = message['role'] -%}
-    {%- else -%}
-        {{- raise_exception('expected role system, user or assistant, found ' ~ message['role']) -}}
-    {%- endif -%}
-    {%- if role == 'system' and not loop.first -%}
-        {{- raise_exception('expected the system message first, found it after another message') -}}
-    {%- endif -%}
-    {{- '<|turn>' ~ role ~ '\\n' -}}
-    {%- if message['content'] is string -%}
-        {{- message['content'] | trim -}}
-    {%- else -%}
-        {%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] | trim -}}{%- endfor -%}
-    {%- endif -%}
-    {{- '<turn|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|turn>model\\n' -}}
-{%- endif -%}
-"""
 
 
 def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int = 4096) -> None:

@@ -1,0 +1,254 @@
+"""Self-generated data: chats that a target has with itself, many at a time, kept with the states that it had.
+
+A drafter meets its target's own output in use, which differs from any corpus (FastMTP, arXiv 2509.18362, section 3.2).
+Every row of a batch is fed its next given token or the one that was drawn, so prompts of any length share every pass;
+a reply that ends is followed by the next question, so that no pass is padding. Loops are cut off and not learned.
+
+    folder/0000.npz   [R, L]: tokens, mask (GIVEN, REPLY, QUESTION), best int32; norm float32, log of sum exp(logits)
+    folder/0000.npy   states after the final norm, float16 [R, L, D]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_mtp.backend.activations import logsumexp
+from mlx_mtp.checkpoints.atomic import replacing_or_refused
+from mlx_mtp.errors import CheckpointError, PromptError
+from mlx_mtp.generation.interfaces import Target
+from mlx_mtp.text.tokenizer import Tokenizer
+from mlx_mtp.training.run_folder import RESUME, hashed, write_array
+
+GIVEN, REPLY, QUESTION = range(3)
+TEMPERATURES = (0.0, 1.0, 0.0, 0.7)  # of replies, by row; questions are drawn at 1
+FOLLOWED = 0.3  # share of replies after which the target asks on
+ROWS, LONGEST = 64, 256  # rows at a time; most tokens of a reply
+LOOP, PERIOD = 48, 16  # so many tokens that repeat with at most this period are a loop
+# tokens, mask, best, norm [B, L], states [B, L, D]
+Batch = tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
+class Script:
+    """What a target is given to read. prompts: ids up to where a reply begins; the target asks itself where there are
+    none. first, later: ids up to where it writes a question, at the beginning of a chat and behind a reply. reply: ids
+    between a question and its reply; empty where there is no chat template, and texts are written. stops: end either.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    first: list[int]
+    later: list[int]
+    reply: list[int]
+    stops: frozenset[int]
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], stops: set[int]) -> Script:
+        """Read off what the chat template makes of short chats."""
+
+        def said(*contents: str) -> list[int]:
+            roles = ("user", "assistant", "user")
+            return tokenizer.chat([{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)])
+
+        try:
+            one, other = said("Apples"), said("zebra")
+        except PromptError:
+            one = other = []
+        if one == other:  # no template, or a tokenizer that knows no word
+            text = tokenizer.opening([]) or sorted(stops)[:1] or [0]
+            return cls(prompts, text, [], [], frozenset(stops))
+        first, reply = one[: _common(one, other)], one[len(one) - _common(one[::-1], other[::-1]) :]
+        whole, spoken = said("Apples", "Yes", "Apples"), tokenizer.encode("Yes", special=False)
+        behind = len(one) + len(spoken)
+        later = whole[behind : len(whole) - (len(one) - len(first))]
+        known = whole[:behind] == [*one, *spoken]  # else no question is asked on
+        return cls(prompts, first, later if known else [], reply, frozenset(stops))
+
+    def next(self, random: np.random.Generator, after_reply: bool) -> tuple[list[int], bool]:
+        """Ids to be given, and whether the target then writes a question."""
+        if after_reply and self.later and random.random() < FOLLOWED:
+            return list(self.later), True
+        if self.prompts:
+            return list(self.prompts[int(random.integers(len(self.prompts)))]), False
+        return list(self.first), bool(self.reply)
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """How many ids two rows begin with alike."""
+    differs = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differs, min(len(one), len(other)))
+
+
+class _Row:
+    """One row of a batch, and where its chat stands."""
+
+    def __init__(
+        self, script: Script, random: np.random.Generator, temperature: float, avoided: frozenset[Any]
+    ) -> None:
+        self.script, self.random, self.temperature, self.avoided = script, random, temperature, avoided
+        self.given, self.asks = script.next(random, False)
+        self.said: list[int] = []
+        self.known = False  # the question is one of those held out: what follows is not learned
+
+    @property
+    def heat(self) -> float:
+        """The temperature of what it writes now."""
+        return 1.0 if self.asks else self.temperature
+
+    def put(self, drawn: int, place: int, tokens: np.ndarray, mask: np.ndarray) -> None:
+        """The token at `place` of a row's tokens and mask [L]: the next given one, or the one that was drawn."""
+        if self.given:
+            tokens[place] = self.given.pop(0)
+            return
+        self.said.append(drawn)
+        tokens[place], mask[place] = drawn, QUESTION if self.asks else GIVEN if self.known else REPLY
+        if drawn in self.script.stops:
+            self._turn(drawn)
+        elif loops(self.said):
+            mask[max(0, place + 1 - LOOP + PERIOD) : place + 1] = GIVEN
+            self._turn(None)
+        elif len(self.said) >= LONGEST:
+            self._turn(None)
+
+    def _turn(self, stop: int | None) -> None:
+        """The question or the reply has ended, by itself or cut off."""
+        if self.asks:
+            self.known = tuple(self.said) in self.avoided
+            self.given, self.asks = list(self.script.reply), False
+        else:
+            self.given, self.asks = self.script.next(self.random, True)
+            self.known = False
+        if self.given[:1] == [stop]:
+            self.given.pop(0)
+        self.said = []
+
+
+def loops(said: list[int]) -> bool:
+    """Whether the last tokens repeat with a short period."""
+    tail = said[-LOOP:]
+    return len(tail) == LOOP and any(tail[period:] == tail[:-period] for period in range(1, PERIOD + 1))
+
+
+def write_chats(
+    target: Target, script: Script, folder: Path, *, tokens: int, length: int, seed: int,
+    avoided: frozenset[Any] = frozenset(),
+) -> Iterator[tuple[int, int]]:  # fmt: skip
+    """Writes at least so many tokens into `folder`, what is there already aside; yields how many of how many there are.
+
+    avoided: questions of the chats held out, which are not learned from where the target asks them again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = max(2, min(ROWS, tokens // length))
+    shards = -(-tokens // (rows * length))
+    for number in range(shards):
+        file = folder / f"{number:04}.npz"
+        if not file.exists():
+            for place in (written := _shard(target, script, rows, length, (seed, number), avoided)):
+                yield (number * length + place) * rows, shards * rows * length
+                if place == length:
+                    break
+            arrays: dict[str, Any] = next(written)
+            write_array(file.with_suffix(".npy"), arrays.pop("states"))
+            with replacing_or_refused(file, RESUME) as fresh, fresh.open("wb") as out:
+                np.savez_compressed(out, **arrays)
+
+
+def _shard(
+    target: Target, script: Script, rows: int, length: int, seed: tuple[int, int], avoided: frozenset[Any]
+) -> Generator[Any, None, None]:
+    """Yields every place 1..length as it is written, and last the arrays of a shard."""
+    random, cache = np.random.default_rng(seed), target.new_cache(length, rows)
+    chats = [_Row(script, random, TEMPERATURES[i % len(TEMPERATURES)], avoided) for i in range(rows)]
+
+    def one_pass(tokens: mx.array, heat: mx.array, key: mx.array, arrays: Any) -> Any:
+        inner = cache.around(arrays)
+        hidden = target.forward(tokens, inner, 1).hidden
+        inner.advance(1)
+        logits, (key, draw) = target.head(hidden)[:, 0], mx.random.split(key)
+        best = mx.argmax(logits, axis=-1)
+        drawn = mx.random.categorical(logits / mx.maximum(heat, 0.01)[:, None], key=draw)
+        found = mx.where(heat > 0, drawn, best), best, logsumexp(logits), hidden[:, 0].astype(mx.float16)
+        return found, key, inner.arrays
+
+    compiled, key, arrays = mx.compile(one_pass), mx.random.key(int(random.integers(1 << 31))), cache.arrays
+    tokens, mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
+    drawn: Any = [0] * rows
+    kept: list[Any] = []
+    for place in range(length):
+        for i, row in enumerate(chats):
+            row.put(drawn[i], place, tokens[i], mask[i])
+        heat = mx.array([row.heat for row in chats])
+        found, key, arrays = compiled(mx.array(tokens[:, place : place + 1]), heat, key, arrays)
+        mx.eval(found, key, arrays)
+        drawn, kept = found[0].tolist(), [*kept, found[1:]]
+        yield place + 1
+    best, norm, states = (np.stack([np.array(one) for one in part], axis=1) for part in zip(*kept, strict=True))
+    yield {"tokens": tokens, "mask": mask, "best": best.astype(np.int32), "norm": norm, "states": states}
+
+
+class Chats:
+    """What write_chats left in a folder. Raises CheckpointError for a file that is not whole."""
+
+    def __init__(self, folder: Path) -> None:
+        names = "tokens", "mask", "best", "norm"
+        found: list[list[np.ndarray]] = []
+        self._states: list[np.ndarray] = []
+        for file in sorted(folder.glob("*.npz")):
+            try:
+                with np.load(file) as arrays:
+                    found.append([arrays[name] for name in names])
+                self._states.append(np.load(file.with_suffix(".npy"), mmap_mode="r"))
+            except Exception as error:  # zipfile and NumPy raise what they like
+                raise CheckpointError(f"{file}: not chats of this trainer ({error}); delete it.") from error
+        self.tokens, self.mask, self._best, self._norm = map(np.concatenate, zip(*found, strict=True))
+        self._rows = [(i, row) for i, states in enumerate(self._states) for row in range(len(states))]
+
+    @property
+    def name(self) -> str:
+        """A hash of what there is to learn."""
+        return hashed((self.tokens.tobytes(), self.mask.tobytes()))
+
+    @property
+    def size(self) -> np.ndarray:
+        """Root mean square of every number of a state, [D], over the first shard."""
+        return np.asarray(np.sqrt(np.square(self._states[0], dtype=np.float32).mean(axis=(0, 1))))
+
+    def rows(self, which: Sequence[int]) -> Batch:
+        """Rows as the losses take them."""
+        states = np.stack([self._states[shard][row] for shard, row in (self._rows[i] for i in which)])
+        return *(array[list(which)] for array in (self.tokens, self.mask, self._best, self._norm)), states
+
+    def batches(self, batch_size: int, seed: int) -> Callable[[int], Batch]:
+        """Batches as a pure function of the step; an epoch visits every row once, but for those left over."""
+        each = max(1, len(self.tokens) // batch_size)
+
+        def batch(step: int) -> Batch:
+            epoch, index = divmod(step, each)
+            order = np.random.default_rng((seed, epoch)).permutation(len(self.tokens))
+            return self.rows(order[index * batch_size : (index + 1) * batch_size].tolist())
+
+        return batch
+
+    def frequent(self, count: int, vocabulary: int) -> np.ndarray:
+        """The ids that are most often written, int32 [count] in rising order."""
+        counts = np.bincount(self.tokens[self.mask != GIVEN], minlength=vocabulary)
+        return np.sort(np.argsort(-counts, kind="stable")[:count]).astype(np.int32)
+
+    def questions(self) -> frozenset[tuple[int, ...]]:
+        """What the target asked itself."""
+        return frozenset(tuple(ids) for ids in self._runs(QUESTION))
+
+    def prompts(self, most: int) -> list[list[int]]:
+        """What stands in front of the first reply of the rows, for measuring."""
+        starts = [(row, int(np.argmax(mask == REPLY))) for row, mask in enumerate(self.mask)]
+        return [self.tokens[row, :start].tolist() for row, start in starts if start][:most]
+
+    def _runs(self, kind: int) -> Iterator[list[int]]:
+        for tokens, mask in zip(self.tokens, self.mask == kind, strict=True):
+            edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]])))
+            yield from (tokens[start:stop].tolist() for start, stop in zip(edges[::2], edges[1::2], strict=True))

@@ -1,0 +1,107 @@
+"""What `train` shall make and how: the recipe is kept beside the checkpoints, and everything follows from it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from mlx_mtp.checkpoints.checkpoint import read_json
+from mlx_mtp.errors import CheckpointError, OptionError
+from mlx_mtp.training.families import FAMILIES, DrafterShape
+from mlx_mtp.training.ranges import check_ranges
+from mlx_mtp.training.trainer import TrainOptions
+
+FILE = "recipe.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is trained, how long, how much at once, from which seed.
+
+    target: a folder or hub name of a finished one; None = the small one is trained. start: a folder of what the
+    training begins with: a Gemma 4 target and its tokenizer, or beside a finished target one drafter of the family
+    to be trained. joint: its first drafter learns together with it.
+    """
+
+    drafters: Sequence[DrafterShape] = (DrafterShape(),)
+    target: str | None = None
+    start: str | None = None
+    joint: bool = False
+    target_steps: int = 1400
+    drafter_steps: int = 3000
+    tokens: int = 1_000_000  # of self-generated data
+    batch_size: int = 4
+    length: int = 512
+    learning_rate: float = 2e-3
+    seed: int = 0
+    vocabulary: int = 4096
+    data: Sequence[str] = ()  # empty = a finished target asks itself; for a small one Python's standard library
+    options: dict[str, Any] = field(default_factory=dict)  # of TrainOptions: optimizer, accumulate, ...
+
+    def __post_init__(self) -> None:
+        if self.joint and (self.target or len(self.drafters) != 1 or FAMILIES[self.drafters[0].family].joint is None):
+            raise OptionError(
+                "Training jointly takes one drafter, parallel or sequential, and no finished target; "
+                "train on a frozen target in place of that."
+            )
+        at_least = {"target_steps": 1, "drafter_steps": 1, "tokens": 1, "batch_size": 1, "length": 2,
+                    "seed": 0, "vocabulary": 1}  # fmt: skip
+        check_ranges(self, **{name: (least, math.inf) for name, least in at_least.items()})
+        if self.start:
+            self._check_start(self.start)
+        if self.target and not self.drafters:
+            raise OptionError(f"No drafter to train for '{self.target}'; name a family.")
+        if self.length <= self.ahead:
+            raise OptionError(f"length must be above the {self.ahead} drafts, not {self.length}.")
+        if self.drafters and self.tokens < self.batch_size * self.length:
+            raise OptionError(
+                f"tokens must be at least {self.batch_size * self.length} for one batch of {self.batch_size} rows of "
+                f"{self.length}, not {self.tokens}."
+            )
+        options = TrainOptions(steps=1, learning_rate=self.learning_rate, **self.options)
+        if self.batch_size % options.accumulate:
+            raise OptionError(
+                f"A batch of {self.batch_size} rows cannot go through in {options.accumulate} equal parts; "
+                "choose another accumulate."
+            )
+
+    @property
+    def ahead(self) -> int:
+        """The most drafts of a drafter: how many tokens after a row a batch holds."""
+        return max((shape.drafts for shape in self.drafters), default=0)
+
+    def _check_start(self, start: str) -> None:
+        """OptionError for what a start cannot serve, and for sizes that it brings itself."""
+        if self.target and len(self.drafters) != 1:
+            raise OptionError(f"'{start}' is the start of one drafter; train {len(self.drafters)} families one by one.")
+        fresh = [DrafterShape(family=s.family, drafts=s.drafts) for s in self.drafters]
+        if list(self.drafters) != fresh if self.target else self.vocabulary != type(self).vocabulary:
+            what = "modules, width and inner size" if self.target else "vocabulary"
+            raise OptionError(f"'{start}' brings its own {what}; leave the option out.")
+
+    def saved(self) -> dict[str, Any]:
+        """As JSON's types."""
+        found: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return found
+
+    @classmethod
+    def read(cls, folder: Path) -> Recipe:
+        """The recipe of an earlier run in `folder`; CheckpointError where there is none."""
+        file = folder / FILE
+        if not file.exists():
+            raise CheckpointError(f"'{folder}' holds no earlier run's recipe.json; leave --resume out.")
+        try:
+            found = read_json(file)
+            drafters = tuple(DrafterShape(**shape) for shape in found.pop("drafters"))
+            return cls(**found, drafters=drafters)
+        except (TypeError, KeyError) as error:
+            raise CheckpointError(f"{file}: not a recipe of this version ({error}); move it.") from error
+
+    def differs(self, other: Recipe) -> list[str]:
+        """Names of the fields in which two recipes differ."""
+        mine, theirs = self.saved(), other.saved()
+        return [f.name for f in fields(self) if mine[f.name] != theirs[f.name]]

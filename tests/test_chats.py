@@ -1,0 +1,100 @@
+"""Self-generated data: what a target writes to itself is its own, no pass is padding, and it is kept whole."""
+
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from thinking import PLAIN_TEMPLATE, TOKENS, write_tokenizer
+
+import mlx_mtp
+from mlx_mtp.generation.interfaces import Target
+from mlx_mtp.training import chats as library
+from mlx_mtp.training.chats import GIVEN, QUESTION, REPLY, TEMPERATURES, Chats, Script, loops, write_chats
+
+LENGTH = 40
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> mlx_mtp.Engine:
+    place = tmp_path_factory.mktemp("chats") / "target"
+    shutil.copytree(GOLDEN / "ple" / "target", place, copy_function=shutil.copyfile)
+    words = [*(f"w{i:03}," for i in range(len(TOKENS), 125)), "Apples", "zebra", "Yes"]
+    write_tokenizer(place, [*TOKENS, *words], PLAIN_TEMPLATE)
+    return mlx_mtp.load(place, drafter=None)
+
+
+def written(target: Target, script: Script, folder: Path, tokens: int = 8 * LENGTH, **options: object) -> Chats:
+    given = {"tokens": tokens, "length": LENGTH, "seed": 1, **options}
+    list(write_chats(target, script, folder, **given))
+    return Chats(folder)
+
+
+def test_replies_are_the_targets_and_so_are_states(
+    engine: mlx_mtp.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against one pass over every row without a cache; the prompts are given as they are."""
+    monkeypatch.setattr(library, "LONGEST", 9)
+    prompts = [[30, 31, 32], [40, 41]]
+    found = written(engine.target, Script(prompts, [], [], [], frozenset({50})), tmp_path)
+    tokens, mask, best, norm, states = found.rows(range(8))
+    logits = np.array(engine.target.logits(mx.array(tokens))).astype(np.float64)
+    assert (best == logits.argmax(-1)).mean() > 0.99
+    assert np.abs(norm - np.log(np.exp(logits).sum(-1))).max() < 1e-3
+    hidden = engine.target.forward(mx.array(tokens), engine.target.new_cache(256, 8)).hidden
+    assert states.dtype == np.float16 and np.abs(states - np.array(hidden)).max() < 0.02 * np.abs(states).max()
+    for row, temperature in enumerate(TEMPERATURES * 2):
+        told = np.flatnonzero(mask[row] == REPLY)
+        assert tokens[row, :2].tolist() in ([30, 31], [40, 41]) and len(told) > LENGTH // 2
+        if temperature == 0:
+            assert (tokens[row, told] == best[row, told - 1]).mean() > 0.99
+        runs = np.split(told, np.flatnonzero(np.diff(told) > 1) + 1)
+        assert max(map(len, runs)) <= 9
+        assert all(50 not in tokens[row, run[:-1]] for run in runs)  # a stop token ends a reply, and is learned
+    assert (mask != QUESTION).all()
+
+
+def test_the_target_asks_itself(engine: mlx_mtp.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the chat template: a question of its own, what comes behind one, a reply; then another, or it asks on."""
+    monkeypatch.setattr(library, "LONGEST", 5)
+    script = Script.of(engine.tokenizer, [], set(engine.stop_tokens))
+    chat = engine.tokenizer.chat
+    one, two = [{"role": "user", "content": "w060,"}], [{"role": "assistant", "content": "Yes"}]
+    assert chat(one) == [*script.first, *engine.tokenizer.encode("w060,", special=False), *script.reply]
+    spoken = engine.tokenizer.encode("Yes", special=False)
+    assert chat([*one, *two, *one]) == [*chat(one), *spoken, *script.later, *chat(one)[len(script.first) :]]
+    tokens, mask, *_ = written(engine.target, script, tmp_path).rows(range(8))
+    for row in range(8):
+        size = len(script.first)
+        assert tokens[row, :size].tolist() == script.first and mask[row, size] == QUESTION
+        assert {GIVEN, REPLY, QUESTION} == set(mask[row].tolist())
+    held = Chats(tmp_path).questions()
+    again = written(engine.target, script, tmp_path / "again", avoided=held)
+    assert (again.tokens == tokens).all() and (again.mask[again.mask == REPLY]).size < (mask == REPLY).sum()
+
+
+def test_written_again_it_is_the_same_and_what_is_there_is_kept(engine: mlx_mtp.Engine, tmp_path: Path) -> None:
+    script = Script([[30, 31]], [], [], [], frozenset())
+    whole = written(engine.target, script, tmp_path / "whole", tokens=3 * 64 * LENGTH)
+    steps = write_chats(engine.target, script, tmp_path / "cut", tokens=3 * 64 * LENGTH, length=LENGTH, seed=1)
+    for _ in range(LENGTH + 7):
+        next(steps)
+    steps.close()
+    first = (tmp_path / "cut" / "0000.npz").stat().st_mtime_ns
+    cut = written(engine.target, script, tmp_path / "cut", tokens=3 * 64 * LENGTH)
+    assert cut.name == whole.name and (tmp_path / "cut" / "0000.npz").stat().st_mtime_ns == first
+    batch = cut.batches(10, 0)
+    seen = np.concatenate([batch(step)[0] for step in range(19)])
+    assert len(seen) == 190 and all((one == other).all() for one, other in zip(batch(20), batch(20), strict=True))
+    (tmp_path / "cut" / "0001.npz").write_bytes(b"PK")
+    with pytest.raises(mlx_mtp.CheckpointError, match=r"0001\.npz: not chats"):
+        Chats(tmp_path / "cut")
+
+
+def test_loops_and_the_most_frequent() -> None:
+    assert loops([1, 2, 3] * 16) and not loops(list(range(48))) and not loops([1] * 47)
+    chats = Chats.__new__(Chats)
+    chats.tokens, chats.mask = np.array([[5, 3, 3, 9, 9, 9]]), np.array([[GIVEN, 1, 1, 1, 1, 1]])
+    assert chats.frequent(2, 12).tolist() == [3, 9] and chats.frequent(3, 12).tolist() == [0, 3, 9]
