@@ -190,7 +190,7 @@ def test_sentencepieces_ids(tmp_path: Path, prefix: bool) -> None:
         ({"keys": {"llama.expert_count": 8}}, "mixture of experts"),
         ({"keys": {"llama.attention.scale": 0.1}}, "'llama.attention.scale' asks of the model is not known"),
         ({"keys": {"llama.rope.scaling.type": "yarn"}}, "rotary embedding"),
-        ({"keys": {"llama.rope.dimension_count": 8}}, "not the size of a head"),
+        ({"keys": {"llama.rope.dimension_count": 8}}, "the size of a head"),
         ({"keys": {"llama.attention.head_count_kv": 3}}, "do not divide"),
         ({"keys": {"llama.block_count": 3}}, "lacks 9 tensors"),
         ({"keys": {"llama.block_count": 10**6}}, "from 1 to 1024"),

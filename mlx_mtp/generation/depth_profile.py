@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mtp.checkpoints.atomic import replacing
+from mlx_mtp.checkpoints.packaged import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -93,13 +93,6 @@ def forget(path: Path) -> list[str]:
     known = sorted(_profiles(path))
     path.unlink(missing_ok=True)
     return known
-
-
-def cache_folder() -> Path:
-    """Where learned profiles live: $MLX_MTP_CACHE, else the user's cache folder."""
-    if chosen := os.environ.get("MLX_MTP_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_mtp"
 
 
 def profile_path() -> Path:
