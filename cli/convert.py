@@ -25,7 +25,7 @@ def convert(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint at --out.")] = False,
 ) -> None:
-    """Quantise a checkpoint, make a folder of a GGUF file, bring in Meta's .pth heads, or split off MTP modules."""
+    """Quantise a checkpoint, bring in a GGUF file or Meta's .pth heads, or split MTP modules off a target."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     # Shown on a terminal while it lasts: an error is to stand alone.
     with notices.held_back(), console.status("Converting ..."):

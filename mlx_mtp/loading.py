@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx_mtp import assets, drafters, targets
 from mlx_mtp.backend import blas, threads
 from mlx_mtp.checkpoints import hub, memory, pairs
-from mlx_mtp.checkpoints.checkpoint import Checkpoint, read_json, section
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, read_json, section, visible
 from mlx_mtp.checkpoints.hub import Listing, OnProgress, Progress, Source
 from mlx_mtp.checkpoints.packaged import model_of
 from mlx_mtp.drafters.lookup import Lookup, LookupFirst
@@ -26,8 +26,10 @@ from mlx_mtp.errors import CheckpointError, IncompatibleDrafter, ModelNotFound, 
 from mlx_mtp.generation import checks
 from mlx_mtp.generation.depth_profile import profile_path
 from mlx_mtp.generation.interfaces import Drafter
+from mlx_mtp.generation.probe_file import probes_path
 from mlx_mtp.generation.types import Sampling
 from mlx_mtp.text.tokenizer import Tokenizer
+from mlx_mtp.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +100,7 @@ def load(
         max_context=max_context,
         defaults=_default_sampling(generation, checkpoint.path),
         profile=(profile_path(), _profile_key(checkpoint.path, drafter, loaded, mode, head_bits)),
+        probes=(probes_path(), _probes_key(checkpoint)),
     )
     memory.wired.add(engine, sum(memory.held_bytes(each.tensors()) for each in (checkpoint, *plan.sources())))
     return engine
@@ -300,12 +303,25 @@ def _head_bits(asked: int | str) -> int:
 
 def _profile_key(path: Path, named: object, drafter: Drafter | None, mode: str, head_bits: int) -> str:
     """What a cost curve belongs to: device, MLX, target, drafter, mode and the draft head's bits."""
+    family = type(drafter).__name__
+    return " | ".join(map(str, (*_machine(), path, named, family, mode, head_bits)))
+
+
+def _machine() -> tuple[object, ...]:
+    """Device, cores and MLX."""
     info = mx.device_info()
     device = info.get("device_name") or info.get("architecture") or platform.machine()
-    mlx_version = importlib.metadata.version("mlx")
-    family = type(drafter).__name__
-    parts = (device, os.cpu_count(), mlx_version, path, named, family, mode, head_bits)
-    return " | ".join(map(str, parts))
+    return device, os.cpu_count(), importlib.metadata.version("mlx")
+
+
+def _probes_key(checkpoint: Checkpoint) -> str:
+    """What the bits of a pass belong to: machine, this program and its BLAS with its threads, and the weights, told by
+    their files' sizes and times."""
+    names = [f"{library}_NUM_THREADS" for library in ("OPENBLAS", "OMP", "MKL")]
+    files = [(file.name, (about := file.stat()).st_size, about.st_mtime_ns)
+             for file in visible(checkpoint.path.glob("*.*")) if file.suffix in (".json", ".safetensors")]  # fmt: skip
+    program = mx.default_device(), __version__, blas.name(), [os.environ.get(name) for name in names]
+    return " | ".join(map(str, (*_machine(), *program, checkpoint.path, files)))
 
 
 def _ensure_compile_works() -> None:
