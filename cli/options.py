@@ -10,7 +10,9 @@ from mlx_mtp import OptionError, PromptError
 
 Model = Annotated[
     str | None,
-    typer.Option(help="Folder or hub name of the target.", show_default="the embedded model"),
+    typer.Option(
+        "--model", "-m", help="Folder or hub name of the target, or 'smollm2'.", show_default="the embedded model"
+    ),
 ]
 Drafter = Annotated[str, typer.Option(help="Folder or hub name of the drafter, 'auto', 'lookup' or 'none'.")]
 Depth = Annotated[str, typer.Option(help="Drafts per round: 'auto' or 0 to 8; 0 decodes plainly.")]

@@ -17,21 +17,26 @@ import mlx.core as mx
 from mlx_mtp import assets, drafters, targets
 from mlx_mtp.backend import blas, threads
 from mlx_mtp.checkpoints import hub, memory, pairs
-from mlx_mtp.checkpoints.checkpoint import Checkpoint, read_json, section
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, read_json, section, visible
 from mlx_mtp.checkpoints.hub import Listing, OnProgress, Progress, Source
+from mlx_mtp.checkpoints.packaged import model_of
 from mlx_mtp.drafters.lookup import Lookup, LookupFirst
 from mlx_mtp.engine import MODES, Engine
 from mlx_mtp.errors import CheckpointError, IncompatibleDrafter, ModelNotFound, OptionError
 from mlx_mtp.generation import checks
 from mlx_mtp.generation.depth_profile import profile_path
 from mlx_mtp.generation.interfaces import Drafter
+from mlx_mtp.generation.probe_file import probes_path
 from mlx_mtp.generation.types import Sampling
 from mlx_mtp.text.tokenizer import Tokenizer
+from mlx_mtp.version import __version__
 
 log = logging.getLogger(__name__)
 
-EMBEDDED = Path(assets.__path__[0]) / "standard-library"
+ASSETS = Path(assets.__path__[0])
+EMBEDDED = ASSETS / "standard-library"
 FAMILIES = ("assistant", "parallel", "sequential")  # drafters of the embedded model, by folder; the first is "auto"
+OF_PACKAGED = ("sequential", "parallel")  # of a packaged model; the first that is there is "auto"
 LOOKUP_FIRST = "lookup+"  # in front of a drafter's name: the lookup overrules it where it has a long match
 
 
@@ -48,10 +53,11 @@ def load(
 ) -> Engine:
     """Loads a target and its drafter, from the hub where they are not here yet.
 
-    model: a folder, a hub name, or None for the embedded model. drafter: a folder, a hub name, "auto" (the
+    model: a folder, a hub name, the name of a packaged model that was fetched ("smollm2"), or None for the embedded
+    model. drafter: a folder, a hub name, "auto" (the
     assistant made for this target, or none where none is known), "lookup" (what followed the same words before),
-    "lookup+" in front of any other, or None / "none" for plain decoding; for the embedded model also "assistant",
-    "parallel" or "sequential".
+    "lookup+" in front of any other, or None / "none" for plain decoding; for the embedded and packaged models also the
+    family of a drafter that comes with them, "assistant", "parallel" or "sequential".
     mode: "fast" or "exact" (greedy output bit-equal with and without the drafter).
     depth: drafts per round, "auto" or 0..8. draft_head_bits: 4 or 8 stores a drafter's dense output head in so many
     bits, 0 leaves it as it is; "auto" = 4 on a GPU, 0 on a CPU, where quantised products are the slower ones. Only
@@ -93,6 +99,7 @@ def load(
         max_context=max_context,
         defaults=_default_sampling(generation, checkpoint.path),
         profile=(profile_path(), _profile_key(checkpoint.path, drafter, loaded, mode, head_bits)),
+        probes=(probes_path(), _probes_key(checkpoint)),
     )
     memory.wired.add(engine, sum(memory.held_bytes(each.tensors()) for each in (checkpoint, *plan.sources())))
     return engine
@@ -115,11 +122,18 @@ def drafter_folder(model: str | Path | None, drafter: str | Path | None) -> Path
     return source.path if isinstance(source, Checkpoint) else None
 
 
+def packaged_drafters(model: str) -> list[str]:
+    """Families of the drafters that come with a packaged model; the first is "auto"."""
+    return [family for family in OF_PACKAGED if (ASSETS / model / family / "config.json").is_file()]
+
+
 # Resolve: what a name stands for
 
 
 def _resolve(name: str | Path | None) -> Source:
     """A folder; of a hub name the copy in the cache, or what is to be downloaded; None = the embedded target."""
+    if packaged := model_of(name):
+        return Checkpoint.open(packaged.found())
     folder = EMBEDDED / "target" if name is None else Path(os.path.expanduser(name))
     if os.path.exists(folder) or not hub.NAME.fullmatch(str(name)):
         return Checkpoint.open(folder)
@@ -169,7 +183,13 @@ def _plan_drafter(model: str | Path | None, target: Source, drafter: str | Path 
         return replace(_plan_drafter(model, target, name), lookup=True)
     if model is None and drafter in ("auto", *FAMILIES):
         family = FAMILIES[0] if drafter == "auto" else str(drafter)
-        return DrafterPlan(source=Checkpoint.open(_embedded_drafter(family)))
+        return DrafterPlan(source=Checkpoint.open(_bundled_drafter("the embedded model", EMBEDDED, family)))
+    if packaged := model_of(model):
+        of_it = packaged_drafters(packaged.name)
+        if drafter in FAMILIES or drafter == "auto" and of_it:
+            family = of_it[0] if drafter == "auto" else str(drafter)
+            folder = _bundled_drafter(f"'{packaged.name}'", ASSETS / packaged.name, family)
+            return DrafterPlan(source=Checkpoint.open(folder))
     if drafter == "auto":
         return _known_drafter(model, target)
     if drafter in FAMILIES:
@@ -189,12 +209,13 @@ def _known_drafter(model: str | Path | None, target: Source) -> DrafterPlan:
     return DrafterPlan(chosen=False).having(lambda: _resolve(name))
 
 
-def _embedded_drafter(family: str) -> Path:
-    folder = EMBEDDED / family
+def _bundled_drafter(model: str, place: Path, family: str) -> Path:
+    """The folder of a drafter that comes with a model of this package."""
+    folder = place / family
     if not folder.is_dir():
-        there = [f"'{name}'" for name in FAMILIES if (EMBEDDED / name).is_dir()]
+        there = [f"'{name}'" for name in FAMILIES if (place / name).is_dir()]
         raise OptionError(
-            f"Expected a drafter that comes with the embedded model ({' or '.join(there) or 'none does'}), found "
+            f"Expected a drafter that comes with {model} ({' or '.join(there) or 'none does'}), found "
             f"'{family}', which this installation does not hold; name another one, a folder, 'lookup' or 'none'."
         )
     return folder
@@ -281,12 +302,25 @@ def _head_bits(asked: int | str) -> int:
 
 def _profile_key(path: Path, named: object, drafter: Drafter | None, mode: str, head_bits: int) -> str:
     """What a cost curve belongs to: device, MLX, target, drafter, mode and the draft head's bits."""
+    family = type(drafter).__name__
+    return " | ".join(map(str, (*_machine(), path, named, family, mode, head_bits)))
+
+
+def _machine() -> tuple[object, ...]:
+    """Device, cores and MLX."""
     info = mx.device_info()
     device = info.get("device_name") or info.get("architecture") or platform.machine()
-    mlx_version = importlib.metadata.version("mlx")
-    family = type(drafter).__name__
-    parts = (device, os.cpu_count(), mlx_version, path, named, family, mode, head_bits)
-    return " | ".join(map(str, parts))
+    return device, os.cpu_count(), importlib.metadata.version("mlx")
+
+
+def _probes_key(checkpoint: Checkpoint) -> str:
+    """What the bits of a pass belong to: machine, this program and its BLAS with its threads, and the weights, told by
+    their files' sizes and times."""
+    names = [f"{library}_NUM_THREADS" for library in ("OPENBLAS", "OMP", "MKL")]
+    files = [(file.name, (about := file.stat()).st_size, about.st_mtime_ns)
+             for file in visible(checkpoint.path.glob("*.*")) if file.suffix in (".json", ".safetensors")]  # fmt: skip
+    program = mx.default_device(), __version__, blas.name(), [os.environ.get(name) for name in names]
+    return " | ".join(map(str, (*_machine(), *program, checkpoint.path, files)))
 
 
 def _ensure_compile_works() -> None:

@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 from skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401
 
+from mlx_mtp.checkpoints.packaged import PackagedModel
 from mlx_mtp.engine import Engine
 from mlx_mtp.generation import exactness
 from mlx_mtp.generation.interfaces import Target
+from mlx_mtp.generation.probe_file import ProbeFile
 
 GOLDEN = Path(__file__).parent / "golden"
 VARIANTS = ("ple", "keqv", "moe", "unified")
@@ -101,6 +103,21 @@ def probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return PROBED[key]
 
     monkeypatch.setattr(exactness, "probe", probe)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PackagedModel:
+    """A packaged model of that name, not fetched yet (packages.py)."""
+    from packages import packaged_model
+
+    return packaged_model(tmp_path, monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What exact mode found in one test does not answer for another, which may have changed the weights since."""
+    if request.node.get_closest_marker("remembering") is None:
+        monkeypatch.setattr(ProbeFile, "load", lambda self: {})
 
 
 # What the depth control learns in tests is nobody's business.

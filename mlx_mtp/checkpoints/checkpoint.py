@@ -25,6 +25,7 @@ from mlx_mtp.backend import threads
 from mlx_mtp.errors import CheckpointError, ModelNotFound, brief
 
 INDEX = "model.safetensors.index.json"
+GGUF_MAGIC = b"GGUF"
 # Parts of a multimodal checkpoint that text does not need: never read, so they cost no memory.
 TOWERS = ("vision_tower", "audio_tower", "embed_vision", "embed_audio", "vision_embedder", "multi_modal_projector")
 SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.safetensors")
@@ -52,6 +53,9 @@ class Checkpoint:
         """Raises ModelNotFound without a folder, CheckpointError without a usable config.json."""
         folder = Path(os.path.expanduser(path))
         if not os.path.isdir(folder):  # unlike Path.is_dir it answers for every string
+            if is_gguf(folder):
+                raise ModelNotFound(f"'{path}' is a GGUF file, which is made a folder first: mlx-mtp convert {path} "
+                                    "--out FOLDER, and then use that folder.")  # fmt: skip
             raise ModelNotFound(
                 f"Expected a folder with config.json and safetensors files, found "
                 f"{'a file' if os.path.exists(folder) else 'nothing'} at '{path}'; check the path."
@@ -127,6 +131,17 @@ class Checkpoint:
                 done, piece, waiting = done + waiting, [], 0
                 if self.on_read is not None:
                     self.on_read(done, total)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is a file that begins as a GGUF does, or is named like one."""
+    if not os.path.isfile(path):
+        return False
+    try:
+        with path.open("rb") as stream:
+            return path.suffix.lower() == ".gguf" or stream.read(4) == GGUF_MAGIC
+    except OSError:
+        return path.suffix.lower() == ".gguf"
 
 
 def visible(files: Iterable[Path]) -> list[Path]:

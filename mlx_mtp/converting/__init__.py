@@ -2,6 +2,7 @@
 
     Meta's `.pth` with extra heads  -> target/ and parallel/     (meta.py, read by pth.py)
     modules inside a checkpoint     -> sequential/, and target/ where asked for     (modules.py)
+    a GGUF file                     -> a checkpoint     (gguf.py, read by gguf_file.py and gguf_tokenizer.py)
     any checkpoint, with bits       -> the same, quantised     (quantise.py)
 
 The source is never touched.
@@ -13,8 +14,8 @@ import os
 import shutil
 from pathlib import Path
 
-from mlx_mtp.checkpoints.checkpoint import Checkpoint, check_finite, visible
-from mlx_mtp.converting import meta
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, check_finite, is_gguf, visible
+from mlx_mtp.converting import gguf, meta
 from mlx_mtp.converting.modules import Modules
 from mlx_mtp.converting.output import whole_folder
 from mlx_mtp.converting.quantise import check_options, quantise
@@ -35,8 +36,9 @@ def convert(
 ) -> list[Path]:
     """Converts a checkpoint; the folders that were written, all of them or none.
 
-    source: a folder, or a `.pth` file in it. out: a new folder, or with `force` a checkpoint to replace. what: "auto"
-    tells by the files; "quantise" or "split" insist. bits: 4 or 8 quantises what is written, in groups of group_size.
+    source: a folder, a `.pth` file in it, or a GGUF file. out: a new folder, or with `force` a checkpoint to replace.
+    what: "auto" tells by the files; "quantise" or "split" insist. bits: 4 or 8 quantises what is written, in groups of
+    group_size.
     with_target: write the target without its modules too. Raises a subclass of MLXMTPError that says what to do.
     """
     if what not in WHAT:
@@ -44,6 +46,14 @@ def convert(
     if bits is not None:
         check_options(bits, group_size)
     folder, out = Path(os.path.expanduser(source)), Path(os.path.expanduser(out))
+    if is_gguf(folder):
+        if what != "auto" or bits is not None or with_target:
+            raise OptionError(f"'{folder}' is a GGUF file, which is brought in as it is; leave out --what, --bits "
+                              "and --with-target (a folder that comes of it unquantised can be quantised then).")
+        with whole_folder(out, folder, force) as place:
+            gguf.bring_in(folder, place)
+            _check_weights(place, folder)
+        return [out]
     if folder.suffix == ".pth" and folder.is_file():
         folder = folder.parent
     of_meta = bool(meta.files_of(folder))

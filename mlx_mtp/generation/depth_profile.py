@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mtp.checkpoints.atomic import replacing
+from mlx_mtp.checkpoints.packaged import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class ProfileFile:
 
     def load(self, deepest: int) -> Profile | None:
         """What an earlier run learned of 0 to `deepest` drafts; None where nothing usable is kept."""
-        known: Any = _profiles(self.path).get(self.key)
+        known: Any = kept(self.path).get(self.key)
         try:
             found = Profile(
                 [float(cost) for cost in known["costs"] or ()], float(known["noise"]),
@@ -73,13 +73,7 @@ class ProfileFile:
             profile = replace(profile, costs=former.costs, noise=former.noise)
         elif not ours:
             profile = replace(profile, costs=None, noise=CALM)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            profiles = _profiles(self.path) | {self.key: asdict(profile)}
-            with replacing(self.path) as fresh:
-                fresh.write_text(json.dumps({"version": VERSION, "profiles": profiles}, indent=2))
-        except OSError as error:
-            log.debug("the depth profile was not kept: %s", error)
+        keep(self.path, self.key, asdict(profile))
 
 
 def possible(costs: Sequence[float]) -> bool:
@@ -89,17 +83,10 @@ def possible(costs: Sequence[float]) -> bool:
 
 
 def forget(path: Path) -> list[str]:
-    """Drops everything learned; the keys of what it was. OSError where the file cannot be removed."""
-    known = sorted(_profiles(path))
+    """Drops everything kept in a file; the keys of what it was. OSError where the file cannot be removed."""
+    known = sorted(kept(path))
     path.unlink(missing_ok=True)
     return known
-
-
-def cache_folder() -> Path:
-    """Where learned profiles live: $MLX_MTP_CACHE, else the user's cache folder."""
-    if chosen := os.environ.get("MLX_MTP_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_mtp"
 
 
 def profile_path() -> Path:
@@ -107,7 +94,18 @@ def profile_path() -> Path:
     return cache_folder() / "depth.json"
 
 
-def _profiles(path: Path) -> dict[str, Any]:
+def keep(path: Path, key: str, value: dict[str, Any]) -> None:
+    """Keeps a value beside the others of a file; a read-only or full disk costs no more than that."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profiles = kept(path) | {key: value}
+        with replacing(path) as fresh:
+            fresh.write_text(json.dumps({"version": VERSION, "profiles": profiles}, indent=2))
+    except OSError as error:
+        log.debug("%s was not kept: %s", path, error)
+
+
+def kept(path: Path) -> dict[str, Any]:
     """By key; empty where there is no file, a damaged one, or one of another version."""
     try:
         found = json.loads(path.read_text())

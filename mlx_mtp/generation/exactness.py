@@ -8,14 +8,17 @@ pass is padded to, plain ones included, so that every row goes through the same 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 
 from mlx_mtp.generation.cache import CAPACITY_STEP, FULL, KVCache
 from mlx_mtp.generation.interfaces import States, Target
+
+log = logging.getLogger(__name__)
 
 CANONICAL = 5  # rows; Apple's kernels for few rows read the weights once for up to five (performance.md, A1)
 WIDEST = 9
@@ -81,20 +84,38 @@ class TargetPass:
         return one_pass
 
 
+class Remembered(Protocol):
+    """Results of earlier runs, by capacity (probe_file.ProbeFile)."""
+
+    def load(self) -> dict[int, Exactness]: ...
+
+    def save(self, found: dict[int, Exactness]) -> None: ...
+
+
 class Probes:
     """What was found of a target, capacity by capacity; each is probed when a request first meets it.
 
-    found: the results so far. Of one target on one device they are always the same.
+    found: the results so far. Of one target on one device they are always the same, so that those of earlier runs,
+    where something remembers them, need not be found again.
     """
 
-    def __init__(self, target: Target, found: dict[int, Exactness] | None = None) -> None:
-        self.target = target
-        self.found = {} if found is None else found
+    def __init__(self, target: Target, remembered: Remembered | None = None) -> None:
+        self.target, self.found = target, dict[int, Exactness]()
+        self._remembered = remembered
 
     def at(self, capacity: int) -> Exactness:
         """How passes over a cache of this capacity can be exact."""
         if capacity not in self.found:
+            earlier = self._remembered.load() if self._remembered else {}
+            if capacity in earlier:
+                self.found[capacity] = earlier[capacity]
+                return earlier[capacity]
+            log.warning("Exact mode: comparing passes of one and of several tokens bit for bit (room for %d tokens); "
+                        "it may take half a minute%s.", capacity,
+                        " and is remembered for this model here" if self._remembered else "")  # fmt: skip
             self.found[capacity] = probe(self.target, capacity)
+            if self._remembered:
+                self._remembered.save({capacity: self.found[capacity]})
         return self.found[capacity]
 
 

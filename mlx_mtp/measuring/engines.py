@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_mtp.checkpoints.unpacking import unpack
 from mlx_mtp.engine import Engine
 from mlx_mtp.generation.types import NEUTRAL, Sampling, Stats
 
@@ -104,9 +105,10 @@ def mlx_lm_model(folder: Path) -> Any:
 
 
 def _as_here(model: Any) -> Any:
-    """In float32 on a CPU, as this engine computes there."""
+    """In float32 on a CPU, unpacked where this engine unpacks: as this engine computes there."""
     if mx.default_device() == mx.Device(mx.cpu):
         model.set_dtype(mx.float32)
+        unpack(model)
     return model
 
 

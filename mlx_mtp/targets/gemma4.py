@@ -34,6 +34,7 @@ from mlx_mtp.checkpoints.checkpoint import (
     named_parameters,
     renamed,
 )
+from mlx_mtp.checkpoints.unpacking import unpack_and_say
 from mlx_mtp.generation.cache import FULL, KVCache, LayerShape, NoCache
 from mlx_mtp.generation.interfaces import States, TargetInfo
 from mlx_mtp.targets import registry
@@ -394,6 +395,8 @@ def load(checkpoint: Checkpoint) -> Gemma4Target:
         log.warning("Text only: skipped %d tensors of %s.", skipped, ", ".join(sorted(towers)))
     dtype = compute_dtype(weights)
     load_into(model, adapt_weights(model, weights), dtype, checkpoint)
+    unpack_and_say(model, checkpoint.name)
+    mx.eval(model.parameters())
     return Gemma4Target(model, dtype, checkpoint.path)
 
 

@@ -29,6 +29,7 @@ from mlx_lm.utils import _get_classes, load_model
 
 from mlx_mtp.backend import threads
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, number, section
+from mlx_mtp.checkpoints.unpacking import unpack_and_say
 from mlx_mtp.errors import CheckpointError, MLXMTPError, UnsupportedModel, brief
 from mlx_mtp.generation.cache import CAPACITY_STEP, FULL, SLACK, SLIDING, KVCache, LayerShape, LayerView
 from mlx_mtp.generation.interfaces import States, TargetInfo
@@ -408,6 +409,7 @@ def load(checkpoint: Checkpoint) -> GenericTarget:
         model, _ = load_model(checkpoint.path, lazy=True, get_model_classes=_classes)
         if mx.default_device() == mx.Device(mx.cpu):
             model.set_dtype(mx.float32)  # half precision is emulated there, and slow
+            unpack_and_say(model, checkpoint.name)
         checkpoint.read(model)
     except Exception as error:  # mlx-lm has no error class of its own
         raise CheckpointError(

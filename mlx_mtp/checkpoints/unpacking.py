@@ -1,0 +1,52 @@
+"""Quantised weights on a CPU: computed with as the same numbers in float32, where those fit in memory.
+
+MLX's products with packed weights are several times slower there than with float32 (SmolLM2-135M on two cores: 410
+against 99 ms a token). On a GPU packed weights are the faster ones and stay packed.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear
+from mlx_lm.utils import dequantize_model
+
+from mlx_mtp.checkpoints import memory
+
+log = logging.getLogger(__name__)
+
+# Of the memory, what float32 may take: the machine has other things to hold.
+SHARE = 0.5
+
+
+def unpack(module: nn.Module) -> tuple[int, bool]:
+    """Replaces quantised layers by plain ones of the same values in float32, on a CPU and where they fit.
+
+    Lazy: evaluating the module's parameters does it. The bytes that those take, 0 where nothing is quantised or this
+    is no CPU, and whether it was done.
+    """
+    if not memory.on_cpu():
+        return 0, False
+    packed = [each for _, each in module.named_modules()
+              if isinstance(each, (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear))]  # fmt: skip
+    size = sum(each.weight.size * 32 // each.bits * 4 for each in packed)
+    fits = size <= SHARE * memory.available_bytes()
+    if packed and fits:
+        module.set_dtype(mx.float32)  # scales and offsets, so that nothing is rounded
+        dequantize_model(module)
+        module.set_dtype(mx.float32)
+    return size, bool(packed) and fits
+
+
+def unpack_and_say(module: nn.Module, name: str) -> None:
+    """As `unpack`; a line in the log says what was done, or that it will be slow."""
+    size, done = unpack(module)
+    if done:
+        log.warning("Quantised weights are slow on a CPU: %s is computed with the same values in float32 (%s).",
+                    name, memory.readable(size))  # fmt: skip
+    elif size:
+        log.warning("Quantised weights are slow on a CPU, and as float32 %s would take %s, too much of the %s here: "
+                    "expect a few tokens a second.", name, memory.readable(size),
+                    memory.readable(memory.available_bytes()))  # fmt: skip

@@ -1,0 +1,309 @@
+"""A GGUF file as a checkpoint folder in Hugging Face's layout, which mlx-lm loads too: llama, qwen2, qwen3, gemma3.
+
+Weights: blocks of Q4_0, Q4_1 and Q8_0 become MLX's affine groups of 32 without any rounding, since all three are
+scale * q + offset; so one folder may hold 4 bits, 8 bits and plain layers. Other blocks are turned into numbers by the
+library gguf and stored in half precision: float16 beside such groups, whose scales are float16 (MLX computes in float32
+where the two meet), else bfloat16. Plain numbers keep their value: a type that would round them is not used.
+
+Layout, as llama.cpp's convert_hf_to_gguf.py writes it: rows of q and k of llama are in the order in which neighbouring
+numbers turn together (as in Meta's files), gemma3's norms hold weight + 1, a missing `output` is the embedding.
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.utils import _get_classes
+
+from mlx_mtp.checkpoints.checkpoint import check_shapes, write_json, write_tensors
+from mlx_mtp.converting.gguf_file import BlockTensor, GGUFFile
+from mlx_mtp.converting.gguf_tokenizer import GGUFTokenizer
+from mlx_mtp.converting.meta import halves
+from mlx_mtp.errors import CheckpointError, UnsupportedModel
+
+Array = np.ndarray[Any, Any]
+Number = TypeVar("Number", int, float)
+
+ELSE = "use the checkpoint in Hugging Face's layout"  # what to do about what is not known
+GROUP = 32
+BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}  # block types that MLX has
+MAX_SIZE, MAX_COUNT = 2**24, 2**10
+LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+OUTER = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
+         "output.weight": "lm_head.weight"}  # fmt: skip
+INNER = {
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+ROPE_FACTORS = "rope_freqs.weight"
+# Llama 3.1's and later way of slowing down slow rotations; a file holds what comes of it, without these numbers.
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+# Keys of an architecture that are read here, or that change nothing about what is computed.
+READ = ("context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size", "expert_count",
+        "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
+        "attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.dimension_count", "rope.scaling.type",
+        "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned")  # fmt: skip
+READ_OF_GEMMA3 = ("attention.sliding_window", "rope.freq_base_swa")
+SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
+            "penalty_repeat": "repetition_penalty"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """How an architecture of llama.cpp is called here, and what else its layers hold."""
+
+    model_type: str
+    class_name: str
+    inner: dict[str, str]
+    turned: bool = False  # rows of q and k are in llama.cpp's own order
+    norms_plus_one: bool = False
+    keys: tuple[str, ...] = READ
+
+
+FFN_NORM = {"ffn_norm": "post_attention_layernorm"}
+ARCHITECTURES = {
+    "llama": _Architecture("llama", "LlamaForCausalLM", FFN_NORM, turned=True),
+    "qwen2": _Architecture("qwen2", "Qwen2ForCausalLM", FFN_NORM),
+    "qwen3": _Architecture("qwen3", "Qwen3ForCausalLM", FFN_NORM | HEAD_NORMS),
+    "gemma3": _Architecture("gemma3_text", "Gemma3ForCausalLM", HEAD_NORMS | {
+        "post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    }, norms_plus_one=True, keys=READ + READ_OF_GEMMA3),
+}  # fmt: skip
+
+
+def bring_in(source: Path, folder: Path) -> None:
+    """Writes config.json, weights, tokenizer and generation_config.json of a GGUF into a folder that exists.
+
+    Raises UnsupportedModel for what is not known here, CheckpointError for a file that is damaged or lacks something.
+    """
+    file = GGUFFile.open(source)
+    model = _Model.of(file)
+    tokenizer = GGUFTokenizer(file)
+    config = model.config | {"bos_token_id": tokenizer.first_token, "eos_token_id": tokenizer.stop_tokens}
+    if len(tokenizer.tokens) > config["vocab_size"]:
+        raise CheckpointError(f"{source} has {len(tokenizer.tokens)} tokens and embeddings for {config['vocab_size']}; "
+                              "download it again.")  # fmt: skip
+    tokenizer.write(folder, config["max_position_embeddings"])
+    given = {ours: file.keys.get(f"general.sampling.{theirs}") for theirs, ours in SAMPLING.items()}
+    sampling = {name: value for name, value in given.items() if value is not None}
+    write_json(folder / "generation_config.json", {
+        "bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"],
+        **({"do_sample": True} if sampling.get("temperature") else {}), **sampling,
+    })  # fmt: skip
+    write_tensors(folder, config, model.arrays())
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The tensors of a file under their new names, and the config.json that goes with them."""
+
+    file: GGUFFile
+    architecture: _Architecture
+    config: dict[str, Any]
+    tensors: Mapping[str, BlockTensor]
+    half: mx.Dtype
+
+    @classmethod
+    def of(cls, file: GGUFFile) -> _Model:
+        name = file.keys.get("general.architecture")
+        if name not in ARCHITECTURES:
+            raise UnsupportedModel(f"{file.path} holds a model of architecture {reprlib.repr(name)}, and those known "
+                                   f"here are {', '.join(ARCHITECTURES)}; {ELSE}.")  # fmt: skip
+        if (parts := file.keys.get("split.count", 1)) != 1:
+            raise UnsupportedModel(f"{file.path} is one of {parts} parts of a model; join them with llama.cpp's "
+                                   "llama-gguf-split --merge first.")  # fmt: skip
+        architecture = ARCHITECTURES[name]
+        tensors = {_name(file, architecture, each): tensor for each, tensor in file.tensors.items()
+                   if each != ROPE_FACTORS}  # fmt: skip
+        kinds = {tensor.kind for tensor in tensors.values()}
+        half = mx.float16 if kinds & {*BITS, "F16"} else mx.bfloat16
+        config = _Keys(file, name, architecture).config("lm_head.weight" not in tensors)
+        bits_of = {name.removesuffix(".weight"): _bits(tensor) for name, tensor in tensors.items()}
+        if groups := {name: bits for name, bits in bits_of.items() if bits}:
+            usual = min(groups.values())
+            config["quantization"] = config["quantization_config"] = {
+                "group_size": GROUP, "bits": usual, "mode": "affine",
+                **{name: {"group_size": GROUP, "bits": bits} for name, bits in groups.items() if bits != usual},
+            }  # fmt: skip
+        config["torch_dtype"] = str(half).removeprefix("mlx.core.")
+        found = cls(file, architecture, config, tensors, half)
+        found._check_shapes()
+        return found
+
+    def arrays(self) -> Iterator[tuple[str, mx.array]]:
+        """What is stored, tensor by tensor."""
+        heads = {"q_proj": self.config["num_attention_heads"], "k_proj": self.config["num_key_value_heads"]}
+        for name, tensor in self.tensors.items():
+            stem, _, kind = name.rpartition(".")
+            turned = heads.get(stem.rpartition(".")[2]) if self.architecture.turned else None
+            if _bits(tensor):
+                found = dict(zip(("weight", "scales", "biases"), _groups(tensor), strict=True))
+            else:
+                found = {kind: self._plain(name, tensor)}
+            for part, array in found.items():
+                yield f"{stem}.{part}", halves(array, turned) if turned else array
+
+    def _plain(self, name: str, tensor: BlockTensor) -> mx.array:
+        """Its numbers in half precision, or in their own type where that would round what the file holds unrounded."""
+        floats = tensor.floats()
+        if self.architecture.norms_plus_one and name.endswith("norm.weight"):
+            floats = floats.astype(np.float32) - 1.0
+        array = mx.array(floats)
+        short = array.astype(self.half)
+        rounded = tensor.kind in ("F32", "F16", "BF16") and not mx.array_equal(short.astype(mx.float32), array).item()
+        return array if rounded else short
+
+    def _check_shapes(self) -> None:
+        """That the tensors are those of the model that mlx-lm builds from the config."""
+        model_class, args_class = _get_classes(self.config)
+        module: nn.Module = model_class(args_class.from_dict(self.config))
+        module.sanitize(dict.fromkeys(self.tensors))  # gemma3_text drops its own head there where it is tied
+        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+        check_shapes(module, shapes, str(self.file.path))
+
+
+def _name(file: GGUFFile, architecture: _Architecture, name: str) -> str:
+    """The tensor's name in Hugging Face's layout."""
+    if name in OUTER:
+        return OUTER[name]
+    found = LAYER.fullmatch(name)
+    inner = INNER | architecture.inner
+    if not found or found[2] not in inner:
+        raise UnsupportedModel(f"{file.path} holds a tensor '{name:.80}', which no {architecture.model_type} model has "
+                               f"that is known here; {ELSE}.")  # fmt: skip
+    return f"model.layers.{found[1]}.{inner[found[2]]}.{found[3]}"
+
+
+def _bits(tensor: BlockTensor) -> int | None:
+    """Bits of the groups that hold the same numbers as its blocks; None where there are none."""
+    return BITS.get(tensor.kind) if len(tensor.shape) == 2 else None
+
+
+def _groups(tensor: BlockTensor) -> tuple[mx.array, mx.array, mx.array]:
+    """Packed uint32, scales and offsets (float16) of MLX's groups of 32; each number is the block's own.
+
+    A block: its scale, for Q4_1 an offset (float16), then 32 numbers: bytes, or halves of bytes, the lower halves
+    first. MLX packs upwards from the lowest bits.
+    """
+    rows = len(tensor.data)
+    if tensor.kind == "Q8_0":
+        block = tensor.data.reshape(rows, -1, 34)
+        scales, numbers = block[..., :2], block[..., 2:] ^ 0x80  # int8 q as q + 128
+        packed = np.ascontiguousarray(numbers.reshape(rows, -1)).view("<u4")
+    else:
+        head = 4 if tensor.kind == "Q4_1" else 2
+        block = tensor.data.reshape(rows, -1, head + 16)
+        scales, pairs = block[..., :2], block[..., head:]
+        numbers = np.concatenate([pairs & 15, pairs >> 4], axis=-1).reshape(rows, -1)
+        packed = np.ascontiguousarray(numbers[:, 0::2] | numbers[:, 1::2] << 4).view("<u4")
+    scale = np.ascontiguousarray(scales).view("<f2")[..., 0]
+    factor = {"Q4_0": np.float16(-8), "Q8_0": np.float16(-128)}.get(tensor.kind)
+    offset = np.ascontiguousarray(block[..., 2:4]).view("<f2")[..., 0] if factor is None else scale * factor
+    return mx.array(packed), mx.array(scale), mx.array(offset)
+
+
+class _Keys:
+    """The sizes that a file states, as a config.json."""
+
+    def __init__(self, file: GGUFFile, name: str, architecture: _Architecture) -> None:
+        self._file, self._prefix, self._architecture = file, f"{name}.", architecture
+        of_model = {key.removeprefix(self._prefix) for key in file.keys if key.startswith(self._prefix)}
+        if unknown := sorted(of_model - set(architecture.keys)):
+            raise UnsupportedModel(f"{file.path}: what '{name}.{unknown[0]:.80}' asks of the model is not known here; "
+                                   f"{ELSE}.")  # fmt: skip
+
+    def config(self, tied: bool) -> dict[str, Any]:
+        width = self._number("embedding_length", int, 1, MAX_SIZE)
+        heads = self._number("attention.head_count", int, 1, MAX_COUNT)
+        shared = self._number("attention.head_count_kv", int, 1, heads, heads)
+        layers = self._number("block_count", int, 1, MAX_COUNT)
+        size = self._number("attention.key_length", int, 2, MAX_SIZE, max(width // heads, 2))
+        if heads % shared or size % 2:
+            raise CheckpointError(f"{self._file.path}: {heads} heads of {size} numbers, {shared} of them for keys, "
+                                  "do not divide; download the file again.")  # fmt: skip
+        for name in ("attention.value_length", "rope.dimension_count"):
+            if self._number(name, int, 1, MAX_SIZE, size) != size:
+                raise UnsupportedModel(f"{self._file.path}: '{self._prefix}{name}' is not {size}, the size of a head, "
+                                       f"which is not known here; {ELSE}.")  # fmt: skip
+        if self._number("expert_count", int, 0, MAX_COUNT, 0):
+            raise UnsupportedModel(f"{self._file.path} is a mixture of experts, which is not read from a GGUF here; "
+                                   f"{ELSE}.")  # fmt: skip
+        embedding = self._file.tensors.get("token_embd.weight")
+        if embedding is None:
+            raise CheckpointError(f"{self._file.path} lacks the tensor 'token_embd.weight'; download it again.")
+        base = self._number("rope.freq_base", float, 1.0, 1e12, 10_000.0 if self._architecture.turned else None)
+        eps = self._number("attention.layer_norm_rms_epsilon", float, 0.0, 1.0)
+        return {
+            "architectures": [self._architecture.class_name],
+            "model_type": self._architecture.model_type,
+            "hidden_size": width,
+            "intermediate_size": self._number("feed_forward_length", int, 1, MAX_SIZE),
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": shared,
+            "head_dim": size,
+            "rms_norm_eps": float(str(np.float32(eps))),  # 1e-05, not 9.999999747378752e-06
+            "rope_theta": base,
+            "rope_scaling": self._rope_scaling(base, size),
+            "max_position_embeddings": self._number("context_length", int, 1, 2**31 - 1),
+            "vocab_size": embedding.shape[0],
+            "tie_word_embeddings": tied,
+            **(self._gemma3(layers, width, heads, size) if self._architecture.norms_plus_one else
+               {"hidden_act": "silu", "attention_bias": False}),
+        }  # fmt: skip
+
+    def _gemma3(self, layers: int, width: int, heads: int, size: int) -> dict[str, Any]:
+        """What is Gemma 3's alone. The file leaves out every sixth layer's being full, and how 27B scales its queries:
+        llama.cpp knows both by heart."""
+        return {
+            "hidden_activation": "gelu_pytorch_tanh",
+            "sliding_window": self._number("attention.sliding_window", int, 1, 2**31 - 1),
+            "sliding_window_pattern": 6,
+            "layer_types": ["sliding_attention" if (i + 1) % 6 else "full_attention" for i in range(layers)],
+            "rope_local_base_freq": self._number("rope.freq_base_swa", float, 1.0, 1e12, 10_000.0),
+            "query_pre_attn_scalar": width // heads if layers == 62 else size,
+        }
+
+    def _rope_scaling(self, base: float, size: int) -> dict[str, Any] | None:
+        kind = self._file.keys.get(f"{self._prefix}rope.scaling.type", "none")
+        factors = self._file.tensors.get(ROPE_FACTORS)
+        if factors is not None and kind == "none" and factors.shape == (size // 2,):
+            found = factors.floats()
+            slowest = float(found.max())
+            if np.allclose(found, _llama3_factors(base, size, slowest), rtol=1e-4):
+                return {"rope_type": "llama3", "factor": slowest, **LLAMA3_ROPE}
+        elif factors is None and kind == "none":
+            return None
+        elif factors is None and kind == "linear":
+            return {"rope_type": "linear", "factor": self._number("rope.scaling.factor", float, 1.0, 1e6)}
+        raise UnsupportedModel(f"{self._file.path} scales its rotary embedding in a way that is not known here "
+                               f"({reprlib.repr(kind)}); {ELSE}.")  # fmt: skip
+
+    def _number(self, key: str, kind: type[Number], low: Number, high: Number, default: Number | None = None) -> Number:
+        value = self._file.keys.get(self._prefix + key, default)
+        if isinstance(value, np.ndarray) and len(set(value.tolist())) == 1:  # the same for every layer
+            value = value[0].item()
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            found = "none" if value is None else reprlib.repr(value)
+            raise CheckpointError(f"{self._file.path}: expected a number from {low} to {high} as "
+                                  f"'{self._prefix}{key}', found {found}; use another file.")  # fmt: skip
+        return kind(value)
+
+
+def _llama3_factors(base: float, size: int, factor: float) -> Array:
+    """By what each rotation of Llama 3 is slowed down [size / 2]: by 1 where it is fast, by `factor` where slow."""
+    low, high, context = LLAMA3_ROPE.values()
+    turns = context / (2 * np.pi * base ** (np.arange(0, size, 2) / size))
+    part = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return np.asarray(1 / ((1 - part) / factor + part))

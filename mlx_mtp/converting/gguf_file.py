@@ -1,0 +1,189 @@
+"""A GGUF file: its keys and tensors, read defensively. Layout: github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+
+The header is read here because gguf's own reader trusts it: a damaged count makes it loop for hours, and it takes
+fifteen seconds for the 262,144 words of Gemma. That library turns blocks that MLX does not have into numbers, and is
+only needed for those.
+
+Invariant: whatever is wrong with a file comes out as one CheckpointError that names it.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import reprlib
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from mlx_mtp.checkpoints.checkpoint import GGUF_MAGIC
+from mlx_mtp.errors import CheckpointError, UnsupportedModel, brief
+
+VERSIONS = (2, 3)
+SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8",
+           12: "<f8"}  # fmt: skip
+STRING, ARRAY = 8, 9
+MOST_DIMENSIONS = 4
+# Block types that need no library: name, numbers in a block, bytes of a block.
+KINDS = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 8: ("Q8_0", 32, 34),
+         30: ("BF16", 1, 2)}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BlockTensor:
+    """A tensor in its blocks. shape: as in NumPy, rows first; the file has it the other way round."""
+
+    name: str
+    kind: str
+    kind_number: int
+    shape: tuple[int, ...]
+    data: np.ndarray[Any, np.dtype[np.uint8]]  # [rows, bytes of a row], mapped
+
+    def floats(self) -> np.ndarray[Any, Any]:
+        """Its numbers: float32 as gguf computes them, float16 where it holds those."""
+        if self.kind in ("F32", "F16"):
+            return self.data.view("<f4" if self.kind == "F32" else "<f2").reshape(self.shape)
+        if self.kind == "BF16":
+            return (self.data.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(self.shape)
+        return _library().dequantize(self.data, _library().GGMLQuantizationType(self.kind_number)).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """An opened file. keys: values by name, arrays as NumPy arrays or lists of strings."""
+
+    path: Path
+    keys: dict[str, Any]
+    tensors: dict[str, BlockTensor]
+
+    @classmethod
+    def open(cls, path: Path) -> GGUFFile:
+        """Raises CheckpointError for a file that is no whole GGUF, UnsupportedModel for block types nobody reads."""
+        try:
+            with path.open("rb") as stream:
+                data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # the second for an empty file
+            raise CheckpointError(f"{path} cannot be read ({brief(error)}); check the file and its rights.") from error
+        try:
+            return _Walk(path, data).opened()
+        # Damage can be anything: text that is none, sizes beyond all memory, ...
+        except (ValueError, OverflowError, MemoryError, struct.error) as error:
+            _damaged(path, brief(error))
+
+
+def _damaged(path: Path, found: str) -> NoReturn:
+    raise CheckpointError(f"{path} is no whole GGUF file ({found}); download it again.")
+
+
+def _library() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise UnsupportedModel(
+            "This GGUF has blocks of a type that MLX does not have, and the package that reads them, gguf, is not "
+            "installed; run: pip install gguf"
+        ) from None
+    return gguf
+
+
+class _Walk:
+    """Goes through the header of a file once. ValueError where it leads outside."""
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path, self.data, self.at = path, data, 0
+
+    def opened(self) -> GGUFFile:
+        if self.bytes(4) != GGUF_MAGIC:
+            _damaged(self.path, "it does not begin with 'GGUF'")
+        if (version := self.whole("<I")) not in VERSIONS:
+            other = "big-endian numbers" if version & 0xFFFF == 0 else f"version {version}"
+            raise UnsupportedModel(f"{self.path} is a GGUF of {other}, and only versions 2 and 3 in little-endian are "
+                                   "read here; convert it anew with today's llama.cpp.")  # fmt: skip
+        tensors, keys = self.whole("<Q"), self.whole("<Q")
+        found = dict(self.pair() for _ in self.counted(keys, 12))
+        if len(found) != keys:
+            raise ValueError("a key stands in it twice")
+        infos = [self.info() for _ in self.counted(tensors, 24)]
+        alignment = found.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
+            raise ValueError(f"an alignment of {reprlib.repr(alignment)}")
+        start = -(-self.at // alignment) * alignment
+        stored = {name: self.tensor(name, shape, kind, start + offset) for name, shape, kind, offset in infos}
+        if len(stored) != tensors:
+            raise ValueError("a tensor stands in it twice")
+        return GGUFFile(self.path, found, stored)
+
+    def bytes(self, count: int) -> bytes:
+        if count > len(self.data) - self.at:
+            raise ValueError(f"it ends after {len(self.data)} bytes, in the middle of something")
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def whole(self, form: str) -> int:
+        (value,) = struct.unpack(form, self.bytes(struct.calcsize(form)))
+        return int(value)
+
+    def counted(self, count: int, least: int) -> Iterator[int]:
+        """`count` times, where each takes at least so many bytes."""
+        if count > (len(self.data) - self.at) // least:
+            raise ValueError(f"{count} entries for {len(self.data)} bytes")
+        return iter(range(count))
+
+    def text(self) -> str:
+        return self.bytes(self.whole("<Q")).decode()
+
+    def pair(self) -> tuple[str, Any]:
+        return self.text(), self.value(self.whole("<I"))
+
+    def value(self, kind: int) -> Any:
+        if kind == STRING:
+            return self.text()
+        if kind in SCALARS:
+            return self.numbers(SCALARS[kind], 1)[0].item()
+        if kind != ARRAY:
+            raise ValueError(f"a value of type {kind}")
+        inner, count = self.whole("<I"), self.whole("<Q")
+        if inner == STRING:
+            return [self.text() for _ in self.counted(count, 8)]
+        if inner not in SCALARS:
+            raise ValueError(f"an array of type {inner}")
+        return self.numbers(SCALARS[inner], count)
+
+    def numbers(self, dtype: str, count: int) -> np.ndarray[Any, Any]:
+        return np.frombuffer(self.bytes(count * np.dtype(dtype).itemsize), dtype)
+
+    def info(self) -> tuple[str, tuple[int, ...], int, int]:
+        name, dimensions = self.text(), self.whole("<I")
+        if not 1 <= dimensions <= MOST_DIMENSIONS:
+            raise ValueError(f"'{name}' has {dimensions} dimensions")
+        sizes = [self.whole("<Q") for _ in range(dimensions)]
+        return name, tuple(reversed(sizes)), self.whole("<I"), self.whole("<Q")
+
+    def tensor(self, name: str, shape: tuple[int, ...], number: int, start: int) -> BlockTensor:
+        kind, block, size = self.kind(name, number)
+        *rows, width = shape
+        if 0 in shape or width % block:
+            raise ValueError(f"'{name}' of {kind} has rows of {width} numbers")
+        length = width // block * size
+        if start + math.prod(rows) * length > len(self.data):
+            raise ValueError(f"it ends before '{name}' does")
+        data = np.frombuffer(self.data, np.uint8, math.prod(rows) * length, start)
+        return BlockTensor(name, kind, number, shape, data.reshape(-1, length))
+
+    def kind(self, name: str, number: int) -> tuple[str, int, int]:
+        if number in KINDS:
+            return KINDS[number]
+        library = _library()
+        try:
+            kind = library.GGMLQuantizationType(number)
+            library.dequantize(np.zeros((1, library.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+        except (ValueError, KeyError, NotImplementedError) as error:
+            raise UnsupportedModel(
+                f"{self.path}: '{name}' is stored in blocks of type {number}, which the package gguf cannot read; use "
+                "a file in Q4_K_M, Q8_0 or another common type."
+            ) from error
+        return kind.name, *library.GGML_QUANT_SIZES[kind]

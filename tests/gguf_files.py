@@ -1,0 +1,184 @@
+"""GGUF files of small random models, and their logits in NumPy from what gguf's own reader finds in them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import tokenizers_at_hand as at_hand
+from gguf.constants import GGMLQuantizationType as Kind
+from references import attended, below, gelu, rms, rotated
+
+EPS, THETA, WINDOW = 1e-5, 1e4, 8
+SIZES: dict[str, dict[str, int]] = {
+    "llama": {"layers": 2, "heads": 4, "shared": 2, "size": 16},
+    "qwen2": {"layers": 2, "heads": 4, "shared": 2, "size": 16},
+    "qwen3": {"layers": 2, "heads": 4, "shared": 2, "size": 32},
+    "gemma3": {"layers": 6, "heads": 4, "shared": 1, "size": 32},
+}
+WIDTH, FEED = 64, 96
+
+
+def sizes_of(arch: str, width: int = WIDTH, feed: int = FEED) -> dict[str, Any]:
+    """The keys of a model, without the architecture in front."""
+    shape = SIZES[arch]
+    keys: dict[str, Any] = {
+        "context_length": 256, "embedding_length": width, "block_count": shape["layers"], "feed_forward_length": feed,
+        "attention.head_count": shape["heads"], "attention.head_count_kv": shape["shared"],
+        "attention.key_length": shape["size"], "attention.value_length": shape["size"],
+        "attention.layer_norm_rms_epsilon": EPS, "rope.freq_base": THETA,
+    }  # fmt: skip
+    return keys | ({"attention.sliding_window": WINDOW} if arch == "gemma3" else {})
+
+
+def byte_level_keys(pre: str = "gpt-2") -> dict[str, Any]:
+    """A tokenizer of the kind "gpt2", with ChatML."""
+    model = json.loads(at_hand.byte_level().to_str())["model"]
+    tokens = list(model["vocab"])
+    special = {name: tokens.index(name) for name in at_hand.SPECIAL}
+    return {
+        "model": "gpt2", "pre": pre, "tokens": tokens, "merges": [" ".join(pair) for pair in model["merges"]],
+        "token_type": [3 if token in special else 1 for token in tokens], "bos_token_id": special["<s>"],
+        "eos_token_id": special["<|im_end|>"], "padding_token_id": special["<pad>"], "add_bos_token": False,
+    }  # fmt: skip
+
+
+def tensors_of(arch: str, vocabulary: int, tied: bool, width: int = WIDTH, feed: int = FEED) -> dict[str, Any]:
+    """Random numbers under llama.cpp's names, float32."""
+    shape, random = SIZES[arch], np.random.default_rng(3)
+    heads, shared = (shape[name] * shape["size"] for name in ("heads", "shared"))
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (vocabulary, width), "output_norm.weight": (width,)}
+    if not tied:
+        shapes["output.weight"] = (vocabulary, width)
+    inner: dict[str, tuple[int, ...]] = {
+        "attn_norm.weight": (width,), "attn_q.weight": (heads, width), "attn_k.weight": (shared, width),
+        "attn_v.weight": (shared, width), "attn_output.weight": (width, heads), "ffn_norm.weight": (width,),
+        "ffn_gate.weight": (feed, width), "ffn_up.weight": (feed, width), "ffn_down.weight": (width, feed),
+    }  # fmt: skip
+    if arch == "qwen2":
+        inner |= {"attn_q.bias": (heads,), "attn_k.bias": (shared,), "attn_v.bias": (shared,)}
+    if arch in ("qwen3", "gemma3"):
+        inner |= {"attn_q_norm.weight": (shape["size"],), "attn_k_norm.weight": (shape["size"],)}
+    if arch == "gemma3":
+        inner |= {"post_attention_norm.weight": (width,), "post_ffw_norm.weight": (width,)}
+    for layer in range(shape["layers"]):
+        shapes |= {f"blk.{layer}.{name}": size for name, size in inner.items()}
+    return {
+        name: (random.normal(1.0, 0.2, size) if "norm" in name else random.normal(0.0, 1.5 / np.sqrt(size[-1]), size))
+        .astype(np.float32) for name, size in shapes.items()
+    }  # fmt: skip
+
+
+def write_gguf(
+    file: Path,
+    arch: str = "llama",
+    kinds: Mapping[str, Kind] | Kind = Kind.Q4_1,
+    *,
+    tied: bool = True,
+    keys: Mapping[str, Any] | None = None,
+    tokenizer: Mapping[str, Any] | None = None,
+    template: str | None = at_hand.CHATML,
+    tensors: Mapping[str, np.ndarray] | None = None,
+    drop: str = "",
+) -> Path:
+    """A file with matrices in blocks of `kinds` (by the end of the name, "" for the others), all else in F32.
+
+    keys: with the architecture in front they come beside or in place of the usual ones. drop: a key or a tensor that
+    is left out.
+    """
+    named = byte_level_keys() if tokenizer is None else tokenizer
+    values = {f"{arch}.{key}": value for key, value in sizes_of(arch).items()}
+    values |= {f"tokenizer.ggml.{key}": value for key, value in named.items()}
+    values |= {"tokenizer.chat_template": template} if template else {}
+    values |= keys or {}
+    writer = gguf.GGUFWriter(file, arch)
+    for key, value in values.items():
+        if key != drop:
+            _add(writer, key, value)
+    stored = tensors_of(arch, len(named["tokens"]), tied) if tensors is None else tensors
+    for name, array in stored.items():
+        choice = kinds if isinstance(kinds, Kind) else next(kind for end, kind in kinds.items() if name.endswith(end))
+        if name == drop:
+            continue
+        if array.ndim != 2 or choice == Kind.F32:
+            writer.add_tensor(name, array)
+        elif choice in (Kind.Q4_K, Kind.Q6_K):
+            writer.add_tensor(name, _random_blocks(array, choice), raw_dtype=choice)
+        else:
+            writer.add_tensor(name, gguf.quantize(array, choice), raw_dtype=choice)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, list):
+        writer.add_array(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    else:
+        writer.add_uint32(key, value)
+
+
+def _random_blocks(array: np.ndarray, kind: Kind) -> np.ndarray:
+    """Blocks with random contents and small scales: gguf cannot make blocks of these types."""
+    count, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = np.random.default_rng(1).integers(0, 256, (array.size // count, size)).astype(np.uint8)
+    scale = np.full((len(blocks), 1), 1e-3, "<f2").view(np.uint8)
+    for at in (0, 2) if kind == Kind.Q4_K else (208,):
+        blocks[:, at : at + 2] = scale
+    return blocks.reshape(len(array), -1)
+
+
+def numbers_of(file: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a file as gguf reads it, float32."""
+    return {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+            .reshape([int(size) for size in reversed(tensor.shape)])
+            for tensor in gguf.GGUFReader(file).tensors}  # fmt: skip
+
+
+def gguf_logits(file: Path, arch: str, tokens: np.ndarray, slowed: np.ndarray | float = 1.0) -> np.ndarray:
+    """Logits [T, V] as llama.cpp computes them from a file, float64. slowed: divides each rotation."""
+    w = {name: array.astype(np.float64) for name, array in numbers_of(file).items()}
+    rows = w["token_embd.weight"][tokens] * (np.sqrt(w["token_embd.weight"].shape[1]) if arch == "gemma3" else 1.0)
+    for layer in range(SIZES[arch]["layers"]):
+        rows = _layer(below(w, f"blk.{layer}."), arch, rows, arch == "gemma3" and (layer + 1) % 6 != 0, slowed)
+    return rms(rows, w["output_norm.weight"], EPS) @ w.get("output.weight", w["token_embd.weight"]).T
+
+
+def _layer(w: dict[str, np.ndarray], arch: str, rows: np.ndarray, sliding: bool, slowed: Any) -> np.ndarray:
+    size, span = SIZES[arch]["size"], WINDOW if sliding else len(rows)
+    lengths = THETA ** (np.arange(0, size, 2) / size) * slowed
+    gemma, out = arch == "gemma3", []
+    keys: list[np.ndarray] = []
+    values: list[np.ndarray] = []
+    for position, x in enumerate(rows):
+        normed = rms(x, w["attn_norm.weight"], EPS)
+        query, key, value = (
+            (w[f"attn_{name}.weight"] @ normed + w.get(f"attn_{name}.bias", 0.0)).reshape(-1, size) for name in "qkv"
+        )
+        if "attn_q_norm.weight" in w:
+            query, key = (rms(part, w[f"attn_{name}_norm.weight"], EPS) for part, name in ((query, "q"), (key, "k")))
+        if arch == "llama":  # neighbours turn together
+            query, key = (np.concatenate([part[:, 0::2], part[:, 1::2]], axis=-1) for part in (query, key))
+        query, key = (rotated(part, position, lengths) for part in (query, key))
+        keys.append(key)
+        values.append(value)
+        seen = w["attn_output.weight"] @ attended(query, keys[-span:], values[-span:], size**-0.5)
+        x = x + (rms(seen, w["post_attention_norm.weight"], EPS) if gemma else seen)
+        normed = rms(x, w["ffn_norm.weight"], EPS)
+        gate = w["ffn_gate.weight"] @ normed
+        inner = (gelu(gate) if gemma else gate / (1 + np.exp(-gate))) * (w["ffn_up.weight"] @ normed)
+        seen = w["ffn_down.weight"] @ inner
+        out.append(x + (rms(seen, w["post_ffw_norm.weight"], EPS) if gemma else seen))
+    return np.stack(out)

@@ -1,0 +1,277 @@
+"""GGUF files as folders: their numbers and logits against NumPy, their tokenizers, and what is refused."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tokenizers_at_hand as at_hand
+from gguf.constants import GGMLQuantizationType as Kind
+from gguf_files import byte_level_keys, gguf_logits, numbers_of, tensors_of, write_gguf
+
+import mlx_mtp
+from mlx_mtp.checkpoints.checkpoint import Checkpoint
+from mlx_mtp.cli import app
+from mlx_mtp.converting import convert
+from mlx_mtp.converting.gguf import _llama3_factors
+from mlx_mtp.converting.gguf_file import GGUFFile
+from mlx_mtp.targets import load_target
+
+TOLERANCE = 2e-3
+GREEDY = mlx_mtp.Sampling(temperature=0.0)
+TOKENS = np.random.default_rng(4).integers(10, 360, 20)
+MIXED = {"token_embd.weight": Kind.Q8_0, "attn_v.weight": Kind.Q5_0, "ffn_up.weight": Kind.BF16,
+         "attn_q.weight": Kind.Q4_0, "ffn_down.weight": Kind.F16, "attn_output.weight": Kind.F32,
+         "": Kind.Q4_1}  # fmt: skip
+
+
+def weights_of(folder: Path) -> dict[str, np.ndarray]:
+    """The numbers of a folder, groups dequantised as mlx-lm's config says, float32."""
+    checkpoint = Checkpoint.open(folder)
+    weights, settings = checkpoint.weights(), checkpoint.config.get("quantization", {})
+    found = {}
+    for name, weight in weights.items():
+        stem = name.removesuffix(".weight")
+        if f"{stem}.scales" in weights:
+            bits = settings.get(stem, settings)["bits"]
+            scales, offsets = (weights[f"{stem}.{part}"].astype(mx.float32) for part in ("scales", "biases"))
+            weight = mx.dequantize(weight, scales, offsets, 32, bits)
+        if not name.endswith((".scales", ".biases")):
+            found[name] = np.array(weight.astype(mx.float32))
+    return found
+
+
+@pytest.mark.parametrize(("arch", "tied"), [("llama", True), ("qwen2", False), ("qwen3", True), ("gemma3", True)])
+@pytest.mark.parametrize("kinds", [Kind.Q4_1, MIXED], ids=["Q4_1", "mixed"])
+def test_logits_are_the_files_own_and_mlx_lms(tmp_path: Path, arch: str, tied: bool, kinds: Any) -> None:
+    from mlx_lm import load
+
+    file = write_gguf(tmp_path / "m.gguf", arch, kinds, tied=tied)
+    (folder,) = convert(file, tmp_path / "out")
+    found = np.array(load_target(Checkpoint.open(folder)).logits(mx.array(TOKENS[None])))[0]
+    expected = gguf_logits(file, arch, TOKENS)
+    # Q5_0 becomes half precision, all else keeps its value.
+    assert np.abs(found - expected).max() < (TOLERANCE if kinds is Kind.Q4_1 else 0.05)
+    assert expected.std() > 0.5
+    model, tokenizer = load(str(folder))
+    model.set_dtype(mx.float32)
+    assert np.abs(np.array(model(mx.array(TOKENS[None])))[0] - found).max() < TOLERANCE
+    assert tokenizer.encode("hello world") == mlx_mtp.load(folder, drafter=None).tokenizer.encode("hello world")
+
+
+def test_blocks_that_mlx_has_and_plain_numbers_keep_their_value(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "m.gguf", "qwen2", MIXED)
+    (folder,) = convert(file, tmp_path / "out")
+    found, numbers = weights_of(folder), numbers_of(file)
+    for theirs, ours in (("token_embd", "model.embed_tokens"), ("blk.1.attn_q", "model.layers.1.self_attn.q_proj"),
+                         ("blk.1.attn_k", "model.layers.1.self_attn.k_proj"),
+                         ("blk.0.ffn_up", "model.layers.0.mlp.up_proj"),
+                         ("blk.0.ffn_down", "model.layers.0.mlp.down_proj"), ("output_norm", "model.norm"),
+                         ("blk.0.attn_output", "model.layers.0.self_attn.o_proj")):  # fmt: skip
+        assert np.array_equal(found[f"{ours}.weight"], numbers[f"{theirs}.weight"]), theirs
+    halved = found["model.layers.0.self_attn.v_proj.weight"], numbers["blk.0.attn_v.weight"]
+    assert 0 < np.abs(halved[0] - halved[1]).max() < 1e-3 * np.abs(halved[1]).max()
+    types = {name: weight.dtype for name, weight in Checkpoint.open(folder).weights().items()}
+    assert types["model.layers.0.self_attn.v_proj.weight"] == mx.float16  # beside groups, whose scales are float16
+    assert types["model.layers.0.mlp.up_proj.weight"] in (mx.float16, mx.float32)
+
+
+def test_k_quants_become_bfloat16(tmp_path: Path) -> None:
+    keys = {"llama.embedding_length": 256, "llama.feed_forward_length": 256, "llama.attention.head_count_kv": 4}
+    tensors = tensors_of("llama", len(byte_level_keys()["tokens"]), True, 256, 256)
+    shapes = {f"blk.{i}.{name}": (64, 256) if "output" not in name else (256, 64) for i in range(2)
+              for name in ("attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight")}  # fmt: skip
+    tensors |= {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    kinds = {"attn_output.weight": Kind.BF16, "ffn_up.weight": Kind.Q6_K, "": Kind.Q4_K}
+    file = write_gguf(tmp_path / "m.gguf", "llama", kinds, keys=keys, tensors=tensors)
+    (folder,) = convert(file, tmp_path / "out")
+    up, expected = (weights_of(folder)["model.layers.0.mlp.up_proj.weight"], numbers_of(file)["blk.0.ffn_up.weight"])
+    assert np.abs(up - expected).max() <= 2**-8 * np.abs(expected).max()
+    weights = Checkpoint.open(folder).weights()
+    assert weights["model.layers.0.mlp.up_proj.weight"].dtype == mx.bfloat16
+    assert "quantization" not in Checkpoint.open(folder).config
+
+
+def test_llama_3s_slow_rotations_are_recognised(tmp_path: Path) -> None:
+    factors = _llama3_factors(1e4, 16, 32.0).astype(np.float32)
+    # By the published rule: what turns over 4 times in 8,192 positions stays, what turns less than once slows down.
+    assert factors[0] == 1.0 and factors[-1] == 32.0
+    tensors = tensors_of("llama", len(byte_level_keys()["tokens"]), True) | {"rope_freqs.weight": factors}
+    file = write_gguf(tmp_path / "m.gguf", tensors=tensors)
+    (folder,) = convert(file, tmp_path / "out")
+    assert Checkpoint.open(folder).config["rope_scaling"]["factor"] == 32.0
+    found = np.array(load_target(Checkpoint.open(folder)).logits(mx.array(TOKENS[None])))[0]
+    assert np.abs(found - gguf_logits(file, "llama", TOKENS, factors)).max() < TOLERANCE
+    with pytest.raises(mlx_mtp.UnsupportedModel, match="rotary embedding"):
+        convert(write_gguf(tmp_path / "o.gguf", tensors=tensors | {"rope_freqs.weight": factors[::-1].copy()}),
+                tmp_path / "other")  # fmt: skip
+
+
+def test_it_chats_and_equals_mlx_lm_token_by_token(tmp_path: Path) -> None:
+    from mlx_lm.generate import generate_step
+    from mlx_lm.utils import load_model
+
+    (folder,) = convert(write_gguf(tmp_path / "m.gguf", "llama", MIXED), tmp_path / "out")
+    engine = mlx_mtp.load(folder, drafter="lookup")
+    assert engine.generate([{"role": "user", "content": "hi"}], max_tokens=4).tokens
+    model, _ = load_model(folder)
+    model.set_dtype(mx.float32)
+    expected = [int(token) for token, _ in generate_step(mx.array(TOKENS), model, max_tokens=40)]
+    found = engine.generate(TOKENS.tolist(), max_tokens=40, sampling=GREEDY, ignore_end=True).tokens
+    assert found == expected
+
+
+# Tokenizers
+
+
+def test_byte_level_ids(tmp_path: Path) -> None:
+    (folder,) = convert(write_gguf(tmp_path / "m.gguf", tokenizer=byte_level_keys()), tmp_path / "out")
+    from transformers import AutoTokenizer
+
+    ours, theirs = AutoTokenizer.from_pretrained(folder), at_hand.byte_level()
+    for text in (*at_hand.TEXTS, "  two  spaces ", "", "<|im_start|>user\nhi<|im_end|>"):
+        assert ours.encode(text) == theirs.encode(text).ids
+        assert ours.decode(ours.encode(text)) == text
+    assert ours.eos_token == "<|im_end|>" and ours.chat_template == at_hand.CHATML
+
+
+@pytest.mark.parametrize("pre", ["smollm", "qwen2", "llama-bpe", "tekken"])
+def test_text_is_cut_as_the_file_says(tmp_path: Path, pre: str) -> None:
+    (folder,) = convert(write_gguf(tmp_path / "m.gguf", tokenizer=byte_level_keys(pre)), tmp_path / "out")
+    from transformers import AutoTokenizer
+
+    backend = AutoTokenizer.from_pretrained(folder).backend_tokenizer
+    words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str("It's 12345 x\n\ny")]
+    numbers = {"smollm": ["1", "2", "3", "4", "5"], "llama-bpe": ["123", "45"]}.get(pre, ["1", "2", "3", "4", "5"])
+    assert [word for word in words if word.strip("\u0120").isdigit()] == numbers
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepieces_ids(tmp_path: Path, prefix: bool) -> None:
+    import sentencepiece
+
+    users = [] if prefix else ["\u2581\u2581", "<b>"]
+    with (tmp_path / "sp.model").open("wb") as stream:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(at_hand.LEARNED), model_writer=stream, model_type="bpe", vocab_size=420,
+            byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            add_dummy_prefix=prefix, user_defined_symbols=users, minloglevel=2,
+        )  # fmt: skip
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "sp.model"))
+    every = range(pieces.get_piece_size())
+    kinds = [6 if pieces.is_byte(i) else 3 if pieces.is_control(i) else 2 if pieces.is_unknown(i) else
+             4 if pieces.id_to_piece(i) in users else 1 for i in every]  # fmt: skip
+    keys = {  # llama.cpp writes the spaces of what a user defined as they are
+        "model": "llama", "tokens": [pieces.id_to_piece(i).replace("\u2581", " ") if kinds[i] == 4 else
+                                     pieces.id_to_piece(i) for i in every],
+        "scores": [float(pieces.get_score(i)) for i in every], "token_type": kinds, "add_space_prefix": prefix,
+        "bos_token_id": pieces.bos_id(), "eos_token_id": pieces.eos_id(), "unknown_token_id": pieces.unk_id(),
+    }  # fmt: skip
+    (folder,) = convert(write_gguf(tmp_path / "m.gguf", tokenizer=keys, template=None), tmp_path / "out")
+    from transformers import AutoTokenizer
+
+    ours = AutoTokenizer.from_pretrained(folder)
+    for text in (*at_hand.TEXTS, "a<b>b", "", "x" * 30, "tab\tand\nline"):
+        assert ours.encode(text) == [pieces.bos_id(), *pieces.encode(text)], text
+        assert ours.decode(ours.encode(text, add_special_tokens=False)) == text
+
+
+# What is refused, in a sentence, leaving nothing behind
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"keys": {"split.count": 3}}, "one of 3 parts"),
+        ({"keys": {"llama.expert_count": 8}}, "mixture of experts"),
+        ({"keys": {"llama.attention.scale": 0.1}}, "'llama.attention.scale' asks of the model is not known"),
+        ({"keys": {"llama.rope.scaling.type": "yarn"}}, "rotary embedding"),
+        ({"keys": {"llama.rope.dimension_count": 8}}, "the size of a head"),
+        ({"keys": {"llama.attention.head_count_kv": 3}}, "do not divide"),
+        ({"keys": {"llama.block_count": 3}}, "lacks 9 tensors"),
+        ({"keys": {"llama.block_count": 10**6}}, "from 1 to 1024"),
+        ({"keys": {"llama.embedding_length": 128}}, "other shapes"),
+        ({"drop": "llama.embedding_length"}, "found none"),
+        ({"drop": "blk.1.ffn_up.weight"}, "lacks 1 tensors: model.layers.1.mlp.up_proj.weight"),
+        ({"drop": "token_embd.weight"}, "token_embd.weight"),
+        ({"drop": "tokenizer.ggml.tokens"}, "tokenizer.ggml.tokens"),
+        ({"drop": "tokenizer.ggml.merges"}, "tokenizer.ggml.merges"),
+        ({"tokenizer": byte_level_keys("unheard-of")}, "'gpt2' that cuts text as 'unheard-of'"),
+        ({"tokenizer": byte_level_keys() | {"model": "t5"}}, "'t5'"),
+        ({"tokenizer": byte_level_keys() | {"eos_token_id": 10**6}}, "eos_token_id"),
+        ({"tokenizer": byte_level_keys() | {"merges": ["no such"]}}, "make no tokenizer"),
+        ({"tensors": {"blk.0.ffn_gate_exps.weight": np.zeros((4, 32), np.float32)}}, "no llama model has"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_not_known_is_refused(tmp_path: Path, fields: dict[str, Any], sentence: str) -> None:
+    file = write_gguf(tmp_path / "m.gguf", **fields)
+    with pytest.raises(mlx_mtp.MLXMTPError, match=sentence) as refused:
+        convert(file, tmp_path / "out")
+    assert "\n" not in str(refused.value) and str(file) in str(refused.value)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_other_architectures_are_refused(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "m.gguf")
+    file.write_bytes(file.read_bytes().replace(b"llama", b"bloom"))
+    with pytest.raises(mlx_mtp.UnsupportedModel, match="architecture 'bloom'.*llama, qwen2, qwen3, gemma3"):
+        convert(file, tmp_path / "out")
+
+
+def test_damage_is_one_error(tmp_path: Path) -> None:
+    whole = write_gguf(tmp_path / "m.gguf", kinds=Kind.Q8_0).read_bytes()
+    damaged = tmp_path / "damaged.gguf"
+    random, errors = np.random.default_rng(7), 0
+    cuts = [whole[:size] for size in (0, 3, 4, 20, 100, 1000, 5000, 20_000, len(whole) // 2, len(whole) - 40)]
+    flipped = []
+    for _ in range(150):
+        content = bytearray(whole)
+        for at in random.integers(4, 12_000, 3):
+            content[at] = random.integers(0, 256)
+        flipped.append(bytes(content))
+    huge = whole[:16] + b"\xff" * 8 + whole[24:]
+    for content in (*cuts, *flipped, huge, b"not a GGUF at all" * 10):
+        damaged.write_bytes(content)
+        try:
+            GGUFFile.open(damaged)
+        except mlx_mtp.MLXMTPError as error:
+            errors += 1
+            assert str(damaged) in str(error)
+    assert errors > len(cuts) + 1
+    for content in (*cuts, *flipped[:15]):
+        damaged.write_bytes(content)
+        try:
+            convert(damaged, tmp_path / "out", force=True)
+        except mlx_mtp.MLXMTPError as error:
+            assert "\n" not in str(error)
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    tensors = tensors_of("llama", len(byte_level_keys()["tokens"]), True)
+    tensors["blk.0.attn_norm.weight"][3] = np.nan
+    with pytest.raises(mlx_mtp.CheckpointError, match="finite"):
+        convert(write_gguf(tmp_path / "m.gguf", tensors=tensors), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_that_do_not_go_with_it_are_refused(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "m.gguf")
+    for options in ({"bits": 4}, {"what": "split"}, {"with_target": True}):
+        with pytest.raises(mlx_mtp.OptionError, match="GGUF file, which is brought in as it is"):
+            convert(file, tmp_path / "out", **options)
+
+
+def test_a_gguf_as_a_model_says_how_to_convert_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_gguf(tmp_path / "m.gguf")
+    monkeypatch.setattr(sys, "argv", ["mlx-mtp", "generate", "hi", "--model", str(file)])
+    with pytest.raises(SystemExit) as left:
+        app.main()
+    assert left.value.code == 2
+    assert f"mlx-mtp convert {file} --out" in capsys.readouterr().err
