@@ -46,6 +46,7 @@ ENUMERATION = ("tests/test_sampling.py", "-k", "enumeration")
 CACHE = ("tests/test_cache.py",)
 EXACT = ("tests/test_exact.py", "-k", "device or probe or traced")
 LOOP = ("tests/conformance.py", "-k", "ple and lookup and every_depth")
+CONSTRAINT = ("tests/test_constraint.py", "-k", "masks or thoughts")
 REPLY = ("tests/test_reply.py", "-k", "like_a_search or every_depth")
 FAULTS = (
     Fault("acceptance, token by token: q / p in place of p / q", "mlx_mtp/generation/acceptance.py",
@@ -95,10 +96,10 @@ FAULTS = (
     Fault("roll-back: rejected rows are kept", "mlx_mtp/generation/round.py",
           "cache.advance(output[0][:, -1] + 1)", "cache.advance(rows.shape[1])", LOOP),
     Fault("roll-back: the drafter continues from the last row's state", "mlx_mtp/generation/round.py",
-          "mx.take_along_axis(hidden, accepted[:, None, None], axis=1)", "hidden[:, -1:]",
+          "mx.take_along_axis(states.hidden, accepted[:, None, None], axis=1)", "states.hidden[:, -1:]",
           ("tests/test_properties.py", "-k", "round")),
     Fault("roll-back: the drafter hears of no accepted draft", "mlx_mtp/generation/round.py",
-          "States(hidden, trunk), accepted)", "States(hidden, trunk), accepted * 0)",
+          "states, accepted)\n                tree", "states, accepted * 0)\n                tree",
           ("tests/test_properties.py", "-k", "round")),
     Fault("cache length: buffers grow eight rows too late", "mlx_mtp/generation/loop.py",
           "if rows <= state.cache.capacity:", "if rows <= state.cache.capacity + 8:",
@@ -115,7 +116,7 @@ FAULTS = (
     Fault("exact mode: the K/V that several rows leave are not compared", "mlx_mtp/generation/exactness.py",
           "[:PROBE_TOKENS], *self._written(start)]", "[:PROBE_TOKENS]]", EXACT),
     Fault("exact mode: the pass is fused with the rest of the round", "mlx_mtp/generation/round.py",
-          "apart = self._exact is not None and state.spec.greedy", "apart = False", EXACT),
+          "return self._exact is not None and state.spec.greedy", "return False", EXACT),
     Fault("exact mode: a conversation goes on from as far as the reply came", "mlx_mtp/generation/loop.py",
           "if self.exact is not None:\n            found", "if False:\n            found", EXACT),
     Fault("exact mode: a session knows of tokens after the end of a reply", "mlx_mtp/generation/loop.py",
@@ -134,6 +135,16 @@ FAULTS = (
           ("tests/test_reply.py", "-k", "accepted")),
     Fault("sessions: what came after a stop is part of the conversation", "mlx_mtp/generation/prefix.py",
           "del self.ids[length:]", "del self.ids[length + 8 :]", ("tests/test_reply.py", "-k", "fresh_run")),
+    Fault("constraint: the masks are those of one draft before", "mlx_mtp/generation/constraint.py",
+          "if self._moves(draft):\n                consumed",
+          "if self._moves(draft) and consumed:\n                consumed",
+          CONSTRAINT),
+    Fault("constraint: a thought is held to the grammar", "mlx_mtp/generation/constraint.py",
+          "        if self._thinking:\n            for token", "        if False:\n            for token", CONSTRAINT),
+    Fault("constraint: a reply may end within a thought", "mlx_mtp/generation/constraint.py",
+          "mask[token // WORD] &= ~np.uint32(1 << token % WORD)", "pass", CONSTRAINT),
+    Fault("constraint: a forced draft keeps the drafter's distribution", "mlx_mtp/generation/sampling.py",
+          "distribution = distribution.overridden(mask, token)", "pass", ("tests/test_constraint.py", "-k", "forced")),
 )  # fmt: skip
 
 
