@@ -1,5 +1,6 @@
 """Self-generated data: what a target writes to itself is its own, no pass is padding, and it is kept whole."""
 
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,10 @@ from thinking import PLAIN_TEMPLATE, TOKENS, write_tokenizer
 import mlx_mtp
 from mlx_mtp.generation.interfaces import Target
 from mlx_mtp.training import chats as library
+from mlx_mtp.training import stages
 from mlx_mtp.training.chats import GIVEN, QUESTION, REPLY, TEMPERATURES, Chats, Script, loops, write_chats
+from mlx_mtp.training.families import FAMILIES, DrafterShape, prepared
+from mlx_mtp.training.recipe import Recipe
 
 LENGTH = 40
 
@@ -59,6 +63,7 @@ def test_replies_are_the_targets_and_so_are_states(
 def test_the_target_asks_itself(engine: mlx_mtp.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the chat template: a question of its own, what comes behind one, a reply; then another, or it asks on."""
     monkeypatch.setattr(library, "LONGEST", 5)
+    monkeypatch.setattr(library, "LONGEST_QUESTION", 5)
     script = Script.of(engine.tokenizer, [], set(engine.stop_tokens))
     chat = engine.tokenizer.chat
     one, two = [{"role": "user", "content": "w060,"}], [{"role": "assistant", "content": "Yes"}]
@@ -98,3 +103,31 @@ def test_loops_and_the_most_frequent() -> None:
     chats = Chats.__new__(Chats)
     chats.tokens, chats.mask = np.array([[5, 3, 3, 9, 9, 9]]), np.array([[GIVEN, 1, 1, 1, 1, 1]])
     assert chats.frequent(2, 12).tolist() == [3, 9] and chats.frequent(3, 12).tolist() == [0, 3, 9]
+
+
+@pytest.mark.parametrize("family", ["sequential", "parallel"])
+def test_a_drafter_learns_from_chats(family: str, engine: mlx_mtp.Engine, tmp_path: Path) -> None:
+    """What it foresees of the data rises; its shortlist is what is written, and a picture shows it where one can."""
+    recipe = Recipe(batch_size=4, length=LENGTH, tokens=16 * LENGTH, drafter_steps=60, options={"evaluate_every": 20})
+    given = [[30, 31, 32], [40, 41]], [[50, 51]]
+    walk = stages.chats_of(tmp_path, engine, *given, recipe)
+    try:
+        while True:
+            next(walk)
+    except StopIteration as end:
+        chats, held = end.value
+    shape = DrafterShape(family=family, drafts=2, inner=32, shortlist=40)
+    config = FAMILIES[family].describe(shape, engine.target, LENGTH)
+    mx.random.seed(0)
+    module = FAMILIES[family].build(config)
+    found = [stage.progress for stage in stages.drafter_stage("x", tmp_path, module, family, engine, 2, chats, held,
+                                                              recipe, fresh=True)]  # fmt: skip
+    mx.random.seed(0)
+    fresh = prepared(FAMILIES[family].build(config), chats)
+    rows = chats.rows(range(16))
+    loss = FAMILIES[family].objective(engine.target, 2, 0.6, mx.array(chats.frequent(40, 128)))
+    before, after = (loss(one, tuple(map(mx.array, rows)), mx.array(0.0))[0].item() for one in (fresh, module))
+    assert after < 0.8 * before
+    assert module.shortlist.tolist() == chats.frequent(40, 128).tolist()
+    assert found[-1].held_out is not None and len(found[-1].held_out) == 3
+    assert (tmp_path / "train-x" / "acceptance.png").exists() == (importlib.util.find_spec("matplotlib") is not None)

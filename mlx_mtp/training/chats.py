@@ -28,7 +28,7 @@ from mlx_mtp.training.run_folder import RESUME, hashed, write_array
 GIVEN, REPLY, QUESTION = range(3)
 TEMPERATURES = (0.0, 1.0, 0.0, 0.7)  # of replies, by row; questions are drawn at 1
 FOLLOWED = 0.3  # share of replies after which the target asks on
-ROWS, LONGEST = 64, 256  # rows at a time; most tokens of a reply
+ROWS, LONGEST, LONGEST_QUESTION = 64, 256, 64  # rows at a time; most tokens of a reply, and of a question
 LOOP, PERIOD = 48, 16  # so many tokens that repeat with at most this period are a loop
 # tokens, mask, best, norm [B, L], states [B, L, D]
 Batch = tuple[np.ndarray, ...]
@@ -112,7 +112,7 @@ class _Row:
         elif loops(self.said):
             mask[max(0, place + 1 - LOOP + PERIOD) : place + 1] = GIVEN
             self._turn(None)
-        elif len(self.said) >= LONGEST:
+        elif len(self.said) >= (LONGEST_QUESTION if self.asks else LONGEST):
             self._turn(None)
 
     def _turn(self, stop: int | None) -> None:

@@ -262,7 +262,7 @@ def _train_drafter(
         config = family.describe(shape, target, recipe.length)
         drafter = trainable(family.build(config))
     chats, held = yield from chats_of(folder, engine, data.prompts, data.held_prompts, recipe)
-    asked, before = held.prompts(MEASURED_PROMPTS), 1.0
+    asked, before = held.prompts(MEASURED_PROMPTS) or chats.prompts(MEASURED_PROMPTS), 1.0
     if start:
         before = yield from measured("before", mlx_mtp.load(target.path, drafter=start, depth=shape.drafts), asked)
     yield from drafter_stage(name, folder, drafter, name, engine, shape.drafts, chats, held, recipe, fresh=not start)

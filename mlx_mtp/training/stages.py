@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
@@ -77,7 +78,7 @@ def chats_of(
     again. The target asks itself where there are no prompts."""
     if engine.tokenizer is None:
         raise OptionError("The target has no tokenizer to write chats with; choose another.")
-    fewer = max(2 * recipe.length, min(recipe.tokens // HELD_OUT_SHARE, MOST_HELD_OUT))
+    fewer = max(8 * recipe.length, min(recipe.tokens // HELD_OUT_SHARE, MOST_HELD_OUT))
     made: list[Chats] = []
     for name, given, tokens in (("held_out", held, fewer), ("chats", prompts, recipe.tokens)):
         script = Script.of(engine.tokenizer, given, set(engine.stop_tokens))
@@ -98,7 +99,9 @@ def drafter_stage(
     """Trains a drafter to agree with a target that does not change, on its chats; fresh: from random weights."""
     if fresh:
         module = prepared(module, chats)
-    loss = FAMILIES[family].objective(engine.target, drafts, DECAY, module.get("shortlist"))
+    # An array of its own: a compiled step takes the module's as its input, and the loss needs a constant.
+    listed = mx.array(np.array(module.shortlist)) if "shortlist" in module else None
+    loss = FAMILIES[family].objective(engine.target, drafts, DECAY, listed)
     figures = tuple(f"accepted_{j + 1}" for j in range(drafts))
     options = TrainOptions(steps=recipe.drafter_steps, patience=PATIENCE, **recipe.options,
                            learning_rate=recipe.learning_rate * (DRAFTER_RATE if fresh else 1.0))  # fmt: skip
