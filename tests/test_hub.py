@@ -611,13 +611,13 @@ def test_models_as_json_and_as_lines(online: Hub, small, user_table, command: Co
         assert code == 0 and err == "" and out.count("\n") == 1
         found = json.loads(out)
         assert set(found) == {"memory_bytes", "best", "pairs"} and found["memory_bytes"] == 9 * 10**9
-        assert found["best"] == "mlx-community/gemma-4-e4b-it-4bit" and len(found["pairs"]) == 21
+        assert found["best"] == "mlx-community/gemma-4-e4b-it-4bit" and len(found["pairs"]) == 22
         own = found["pairs"][0]
         assert (own["target"], own["fits"], own["download_bytes"], own["downloaded"]) == (NAME, None, None, expected)
         fetched(NAME if expected == "no" else DRAFTER)
     code, out, err = command("models")
     lines = [line.split("\t") for line in out.splitlines()]
-    assert code == 0 and err == "" and len(lines) == 22 and {len(line) for line in lines} == {6}
+    assert code == 0 and err == "" and len(lines) == 23 and {len(line) for line in lines} == {6}
     assert lines[1] == [NAME, DRAFTER, "?", "?", "?", "yes"]
     _, out, _ = command("models", "--fitting")
     assert {line.split("\t")[4] for line in out.splitlines()[1:]} == {"yes"}

@@ -55,4 +55,4 @@ def test_what_does_not_fit_stays_packed_and_is_called_slow(
 ) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda: 10_000)
     (model,) = load_target(Checkpoint.open(quantised)).modules()
-    assert "QuantizedLinear" in layers(model) and "expect a few tokens a second" in caplog.text
+    assert "QuantizedLinear" in layers(model) and "Expect a few tokens a second" in caplog.text

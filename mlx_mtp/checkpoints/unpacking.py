@@ -25,19 +25,20 @@ def unpack(module: nn.Module) -> tuple[int, bool]:
     """Replaces quantised layers by plain ones of the same values in float32, on a CPU and where they fit.
 
     Lazy: evaluating the module's parameters does it. The bytes that those take, 0 where nothing is quantised or this
-    is no CPU, and whether it was done.
+    is no CPU, and whether it was done: not for MLX's 4-bit floats, whose embeddings MLX reads as bfloat16, so that the
+    model would compute other numbers.
     """
     if not memory.on_cpu():
         return 0, False
     packed = [each for _, each in module.named_modules()
               if isinstance(each, (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear))]  # fmt: skip
     size = sum(each.weight.size * 32 // each.bits * 4 for each in packed)
-    fits = size <= SHARE * memory.available_bytes()
-    if packed and fits:
+    whole = {each.mode for each in packed} == {"affine"} and size <= SHARE * memory.available_bytes()
+    if whole:
         module.set_dtype(mx.float32)  # scales and offsets, so that nothing is rounded
         dequantize_model(module)
         module.set_dtype(mx.float32)
-    return size, bool(packed) and fits
+    return size, whole
 
 
 def unpack_and_say(module: nn.Module, name: str) -> None:
@@ -47,6 +48,6 @@ def unpack_and_say(module: nn.Module, name: str) -> None:
         log.warning("Quantised weights are slow on a CPU: %s is computed with the same values in float32 (%s).",
                     name, memory.readable(size))  # fmt: skip
     elif size:
-        log.warning("Quantised weights are slow on a CPU, and as float32 %s would take %s, too much of the %s here: "
-                    "expect a few tokens a second.", name, memory.readable(size),
+        log.warning("Quantised weights are slow on a CPU, and those of %s stay as they are: float32 would take %s of "
+                    "the %s here, or change them. Expect a few tokens a second.", name, memory.readable(size),
                     memory.readable(memory.available_bytes()))  # fmt: skip
