@@ -37,7 +37,9 @@ PATIENCE = 300  # seconds; a backstop
 LANGUAGES = ("bash", "python", "text", "toml")
 TARGET, ASSISTANT = str(EMBEDDED / "target"), str(EMBEDDED / "assistant")
 # Options whose value is a name of the reader's own, and what stands for it here.
-NAMES = {"--model": TARGET, "-m": TARGET, "--target": TARGET, "--start": ASSISTANT, "--drafter": ASSISTANT, "--data": "texts"}
+NAMES = {
+    "--model": TARGET, "-m": TARGET, "--target": TARGET, "--start": ASSISTANT, "--drafter": ASSISTANT, "--data": "texts",
+}  # fmt: skip
 BY_WORD = ("auto", "none", "lookup", "lookup+auto", *FAMILIES)
 TINY_TRAINING = ["--target-steps", "1", "--drafter-steps", "1", "--tokens", "32", "--batch-size", "1",
                  "--length", "32"]  # fmt: skip
