@@ -38,7 +38,8 @@ LANGUAGES = ("bash", "python", "text", "toml")
 TARGET, ASSISTANT = str(EMBEDDED / "target"), str(EMBEDDED / "assistant")
 # Options whose value is a name of the reader's own, and what stands for it here.
 NAMES = {
-    "--model": TARGET, "-m": TARGET, "--target": TARGET, "--start": ASSISTANT, "--drafter": ASSISTANT, "--data": "texts",
+    "--model": TARGET, "-m": TARGET, "--target": TARGET, "--start": ASSISTANT, "--drafter": ASSISTANT,
+    "--data": "texts",
 }  # fmt: skip
 BY_WORD = ("auto", "none", "lookup", "lookup+auto", *FAMILIES)
 TINY_TRAINING = ["--target-steps", "1", "--drafter-steps", "1", "--tokens", "32", "--batch-size", "1",
