@@ -27,21 +27,21 @@ from mlx_mtp.measuring.tables import Part, Table
 
 MODEL = "smollm2"
 TASKS = {
-    "edit a function": "Add type hints to this function:\n\n```python\ndef mean(values):\n    total = 0\n"
-                       "    for value in values:\n        total += value\n    return total / len(values)\n```",
-    "a JSON list": "Give me a JSON list of three fruits with their colours, like "
-                   "[{\"name\": \"apple\", \"colour\": \"red\"}].",
-    "an explanation": "Explain in two sentences why leaves are green.",
+    "edit": "Add type hints to this function:\n\n```python\ndef mean(values):\n    total = 0\n"
+            "    for value in values:\n        total += value\n    return total / len(values)\n```",
+    "JSON": "Give me a JSON list of three fruits with their colours, like "
+            "[{\"name\": \"apple\", \"colour\": \"red\"}].",
+    "explain": "Explain in two sentences why leaves are green.",
 }  # fmt: skip
 TOY_TASKS = {
-    "a question": "What does `shutil.copytree` do?",
-    "a function": "Write a function that reads the lines of a file.",
-    "another question": "What does `os.path.join` do?",
+    "question": "What does `shutil.copytree` do?",
+    "function": "Write a function that reads the lines of a file.",
+    "another": "What does `os.path.join` do?",
 }
 TOKENS, WARM_TOKENS = 72, 40
 SECONDS = 75.0  # no further run is begun after so long
 DRAFT = "bold green"
-HEADS = ("task", "T", "plain tokens/s", "MTP tokens/s", "times plain", "tokens per pass", "drafts accepted", "output")
+HEADS = ("task", "T", "plain", "MTP", "speed-up", "tokens/pass", "accepted", "output")
 
 
 @dataclass
@@ -152,7 +152,7 @@ def summary(runs: list[_Run]) -> list[Part]:
         *_, times, per_pass, _, output = rows[-1]
         verdicts.append(f"At T = {temperature:.0f} MTP was {times} times as fast as plain decoding, "
                         f"{per_pass} tokens per pass" + ("" if temperature else f", output {output}"))  # fmt: skip
-    title = f"{len(runs)} runs of up to {TOKENS} tokens, each timed from its first token to its last"
+    title = f"Tokens per second of {len(runs)} pairs of up to {TOKENS} tokens, from the first token to the last"
     return [Table(title, HEADS, rows), "; a".join(each.removeprefix("A") if i else each
                                                   for i, each in enumerate(verdicts)) + "."]  # fmt: skip
 

@@ -15,14 +15,47 @@ import contextlib
 import copy
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_mtp.checkpoints.checkpoint import number, section
 from mlx_mtp.errors import CheckpointError, IncompatibleDrafter, brief
 from mlx_mtp.generation.cache import FULL, KVCache, LayerShape, LayerView
 from mlx_mtp.generation.interfaces import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayersConfig:
+    """The config.json of a drafter with layers of its own, less how many there are.
+
+    reads: which of the target's states. block: an mlx-lm config of one layer. shortlist: tokens of it, 0 for none.
+    """
+
+    reads: str
+    hidden_size: int
+    vocab_size: int
+    norm_eps: float
+    block: Mapping[str, Any]
+    shortlist: int = 0
+
+    @staticmethod
+    def fields(config: Mapping[str, Any], states: Sequence[str], default: str | None = None) -> dict[str, Any]:
+        """The fields of a config.json whose `reads` is one of `states`; CheckpointError where one makes no sense."""
+        block, reads = section(config, "block"), config.get("reads", default)
+        if reads not in states:
+            raise CheckpointError(
+                f"config.json: expected 'reads' to be one of {', '.join(states)}, found {reads!r}; "
+                "use the config.json that belongs to this drafter."
+            )
+        return {
+            "reads": reads, "block": block, "hidden_size": number(config, "hidden_size", int, 1, 1 << 20),
+            "vocab_size": number(config, "vocab_size", int, 2, 1 << 24),
+            "norm_eps": number(block, "rms_norm_eps", float, 1e-30, 1.0, 1e-6),
+            "shortlist": number(config, "shortlist", int, 0, 1 << 24, 0),
+        }  # fmt: skip
 
 
 def build_layers(block: Mapping[str, Any], count: int, width: int) -> list[nn.Module]:

@@ -18,11 +18,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.checkpoints.checkpoint import Checkpoint, compute_dtype, load_into, number, section
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, compute_dtype, load_into, number
 from mlx_mtp.drafters import registry
-from mlx_mtp.drafters.layers import ChainedRows, OwnLayers, build_layers, check_sizes
+from mlx_mtp.drafters.layers import ChainedRows, LayersConfig, OwnLayers, build_layers, check_sizes
 from mlx_mtp.drafters.shortlist import DraftHead, add_shortlist, with_shortlist
-from mlx_mtp.errors import CheckpointError, IncompatibleDrafter
+from mlx_mtp.errors import IncompatibleDrafter
 from mlx_mtp.generation.cache import CAPACITY_STEP, KVCache
 from mlx_mtp.generation.interfaces import Drafter, Memory, SampleDraft, States, Target
 
@@ -31,35 +31,15 @@ READS = ("trunk", "hidden")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
+class ParallelConfig(LayersConfig):
     """A drafter's config.json."""
 
     heads: int
-    reads: str
-    hidden_size: int
-    vocab_size: int
-    norm_eps: float
-    block: Mapping[str, Any]
-    shortlist: int = 0
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ParallelConfig:
         """Reads config.json; CheckpointError where a field is missing or makes no sense."""
-        block = section(config, "block")
-        if config.get("reads") not in READS:
-            raise CheckpointError(
-                f"config.json: expected 'reads' to be one of {', '.join(READS)}, found {config.get('reads')!r}; "
-                "use the config.json that belongs to this drafter."
-            )
-        return cls(
-            heads=number(config, "heads", int, 1, MOST_HEADS),
-            reads=config["reads"],
-            hidden_size=number(config, "hidden_size", int, 1, 1 << 20),
-            vocab_size=number(config, "vocab_size", int, 2, 1 << 24),
-            norm_eps=number(block, "rms_norm_eps", float, 1e-30, 1.0, 1e-6),
-            block=block,
-            shortlist=number(config, "shortlist", int, 0, 1 << 24, 0),
-        )
+        return cls(heads=number(config, "heads", int, 1, MOST_HEADS), **cls.fields(config, READS))
 
 
 class Head(nn.Module):
