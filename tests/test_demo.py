@@ -38,11 +38,12 @@ def test_the_package_is_fetched_and_both_ways_are_shown(
         (task, temperature) for temperature in "01" for task in (*demo.TASKS, "all")
     ]
     for _, temperature, plain, mtp, times, per_pass, accepted, output in table:
-        assert float(times) == pytest.approx(float(mtp) / float(plain), abs=0.006)
+        if float(plain):  # a drawn reply may end at once
+            assert float(times) == pytest.approx(float(mtp) / float(plain), abs=0.006)
         got, drafted = map(int, accepted.split(" of "))
-        assert 0 <= got <= drafted and float(per_pass) >= 1.0
+        assert 0 <= got <= drafted and (float(per_pass) >= 1.0 or temperature == "1")
         assert output == "drawn" if temperature == "1" else "identical" in output
-    assert re.search(rf"At T = 0 MTP was {table[2][4]} times as fast as plain decoding, .*; at T = 1 MTP was", shown)
+    assert re.search(rf"At T = 0 MTP was {table[len(demo.TASKS)][4]} times as fast as plain decoding, .*; at T = 1 MTP was", shown)
 
 
 def test_without_the_package_index_the_toy_takes_its_place(
