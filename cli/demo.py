@@ -163,7 +163,8 @@ def _row(task: str, temperature: float, runs: list[_Run]) -> list[str]:
     for replies in ([run.plain for run in runs], [run.mtp for run in runs]):
         stats = [written.stats for written in replies if written.stats]
         seconds = sum(each.decode_seconds for each in stats)
-        speeds.append(round(sum(max(0, each.tokens - 1) for each in stats) / seconds, 1) if seconds else 0.0)
+        later = sum(max(0, each.tokens - 1) for each in stats)  # than the first, which the prompt's pass gives
+        speeds.append(round(later / seconds, 1) if seconds else 0.0)
     mtp = [run.mtp.stats for run in runs if run.mtp.stats]
     rounds, drafted = sum(each.rounds for each in mtp), sum(each.drafted for each in mtp)
     per_pass = sum(max(0, each.tokens - 1) for each in mtp) / rounds if rounds else 0.0
