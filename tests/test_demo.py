@@ -43,7 +43,8 @@ def test_the_package_is_fetched_and_both_ways_are_shown(
         got, drafted = map(int, accepted.split(" of "))
         assert 0 <= got <= drafted and (float(per_pass) >= 1.0 or temperature == "1")
         assert output == "drawn" if temperature == "1" else "identical" in output
-    assert re.search(rf"At T = 0 MTP was {table[len(demo.TASKS)][4]} times as fast as plain decoding, .*; at T = 1 MTP was", shown)
+    times = table[len(demo.TASKS)][4]
+    assert re.search(rf"At T = 0 MTP was {times} times as fast as plain decoding, .*; at T = 1 MTP was", shown)
 
 
 def test_without_the_package_index_the_toy_takes_its_place(
