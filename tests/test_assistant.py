@@ -1,6 +1,7 @@
 """The assistant against transformers' numbers, both heads, both conventions, step by step."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import numpy as np
@@ -88,3 +89,11 @@ def test_reading_the_last_rows_is_a_window_over_all() -> None:
                 masks = {FULL: cache.visible(FULL, cache.length - 1, last)}
             states_of.append(drafter.model.step(target.embed(token), hidden, position, shared, masks)[1])
         assert mx.abs(states_of[0] - states_of[1]).max().item() < TOLERANCE
+
+
+def test_a_head_in_fewer_bits_computes_in_any_thread() -> None:
+    """It is made where the engine is loaded, and read where a reply is asked for first."""
+    engine = mlx_mtp.load(draft_head_bits=4, depth=2)
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(engine.generate, [5, 6, 7], max_tokens=8, ignore_end=True).result()
+    assert len(result.tokens) == 8 and result.stats.drafted
