@@ -14,6 +14,7 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncGenerator, Collection, Generator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -229,7 +230,7 @@ class Engine:
         ids = self._checked(prompt_ids(checks.prompt(prompt), self.tokenizer, raw, thinking))
         if session is not None:
             session.check(self.pair)
-        return GenerationRequest(
+        checked = GenerationRequest(
             ids=ids,
             budget=min(max_tokens, self.max_context - len(ids)),
             sampling=self._checked_sampling(sampling, fields),
@@ -243,20 +244,29 @@ class Engine:
             stop_tokens=frozenset() if ignore_end else self.stop_tokens,
             raw=raw,
             tools=checks.declarations("tools", tools),
-            **self._constraint(ids, thinking, {"json_schema": json_schema, "grammar": grammar, "regex": regex}),
+            grammar=self._grammar({"json_schema": json_schema, "grammar": grammar, "regex": regex}),
         )
+        return self.after_thought(checked, thinking)
 
-    def _constraint(self, ids: list[int], thinking: bool, given: Mapping[str, object]) -> dict[str, Any]:
-        """The fields of a request that hold its answer to a grammar."""
+    def _grammar(self, given: Mapping[str, object]) -> constraint.Grammar | None:
+        """What the answer is held to, compiled; None where it is free."""
         wanted = constraint.wanted(given)
         if wanted is None:
-            return {}
+            return None
         if self.tokenizer is None:
             raise OptionError(f"{wanted[0]} needs a tokenizer, and this checkpoint has none; leave it out.")
         vocabulary = self.target.info.vocab_size
         table = self.tokenizer.grammar_table(vocabulary, self.stop_tokens)
-        grammar = constraint.Grammar.of(table, vocabulary, self.stop_tokens, *wanted)
-        return {"grammar": grammar, "thought": self.tokenizer.thought_tokens(ids, thinking)}
+        return constraint.Grammar.of(table, vocabulary, self.stop_tokens, *wanted)
+
+    def after_thought(self, request: GenerationRequest, thinking: bool) -> GenerationRequest:
+        """The same request, its grammar after the thought that the prompt's messages asked for or opened.
+
+        For callers who make the ids of a prompt themselves. OptionError where such a thought has no tokens around it.
+        """
+        if request.grammar is None or self.tokenizer is None:
+            return request
+        return replace(request, thought=self.tokenizer.thought_tokens(request.ids, thinking))
 
     def run(self, request: GenerationRequest) -> Generator[Event, None, None]:
         """Events of the reply to a request of this engine's `request`."""

@@ -150,6 +150,10 @@ class ScriptedEngine:
         assert options.pop("json_schema") is None
         return GenerationRequest(ids=ids, budget=max_tokens, **options)
 
+    def after_thought(self, request: GenerationRequest, thinking: bool) -> GenerationRequest:
+        """No grammar, no change."""
+        return request
+
     def run(self, request: GenerationRequest) -> Iterator[Event]:
         """The script as events."""
         self.asked.append(request)

@@ -162,9 +162,7 @@ class Chat:
             raise PromptError("A chat needs a tokenizer and this checkpoint has none; use another model.")
         ids = tokenizer.chat(messages, thinking=self.thinking)
         request = self.engine.request(ids, session=self.session, tools=False, **options)
-        if request.grammar is not None:
-            request = replace(request, thought=tokenizer.thought_tokens(ids, self.thinking))
-        events = self.engine.run(request)
+        events = self.engine.run(self.engine.after_thought(request, self.thinking))
         reply = self._newest = _Running(messages)
         kept = self._kept(reply, events)
         reply.events = weakref.ref(kept)

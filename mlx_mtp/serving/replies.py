@@ -34,15 +34,12 @@ class Replier:
         In any thread, also while a reply is written: only the tokenizer and plain values are used.
         """
         try:
-            ids = self._ids(asked)
             request = self.engine.request(
-                ids, max_tokens=asked.max_tokens, sampling=asked.sampling, stop=asked.stop, seed=asked.seed,
-                logprobs=0 if asked.logprobs is None else max(1, asked.logprobs), raw=asked.messages is None,
-                tools=asked.tools or True, json_schema=asked.json_schema,
+                self._ids(asked), max_tokens=asked.max_tokens, sampling=asked.sampling, stop=asked.stop,
+                seed=asked.seed, logprobs=0 if asked.logprobs is None else max(1, asked.logprobs),
+                raw=asked.messages is None, tools=asked.tools or True, json_schema=asked.json_schema,
             )  # fmt: skip
-            if request.grammar is None or self.engine.tokenizer is None:
-                return request
-            return replace(request, thought=self.engine.tokenizer.thought_tokens(ids, asked.thinking))
+            return self.engine.after_thought(request, asked.thinking)
         except BaseException as error:  # a tokenizer's panic is no Exception
             raise told(error) from None
 

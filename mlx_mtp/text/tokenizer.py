@@ -27,7 +27,7 @@ class Tokenizer:
     def __init__(self, wrapped: Any) -> None:
         self._wrapped = wrapped
         self.template = ChatTemplate(wrapped)
-        self._making, self._table = threading.Lock(), None
+        self._making, self._tables = threading.Lock(), dict[tuple[int, ...], Any]()
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer | None:
@@ -121,10 +121,11 @@ class Tokenizer:
 
     def grammar_table(self, vocab_size: int, stop_tokens: Collection[int]) -> Any:
         """What llguidance knows of this tokenizer; made once, which may take seconds. OptionError where it cannot."""
+        stops = sorted(stop_tokens)
         with self._making:
-            if self._table is None:
-                self._table = _grammar_table(self._wrapped, vocab_size, sorted(stop_tokens))
-            return self._table
+            if (vocab_size, *stops) not in self._tables:
+                self._tables[vocab_size, *stops] = _grammar_table(self._wrapped, vocab_size, stops)
+            return self._tables[vocab_size, *stops]
 
     def call_format(self, tools: Sequence[Mapping[str, Any]] | None = None) -> CallFormat | None:
         """How the checkpoint writes calls of tools; None where nobody can read them.
