@@ -40,6 +40,7 @@ from mlx_mtp.generation.request import (
     SamplingFields,
 )
 from mlx_mtp.generation.types import NEUTRAL, Event, Result, Sampling, Stats
+from mlx_mtp.text.call_grammar import ToolChoice
 from mlx_mtp.text.channels import CallFormat, Channels
 from mlx_mtp.text.tokenizer import Prompt, Tokenizer, prompt_ids
 
@@ -195,6 +196,7 @@ class Engine:
         on_prefill: PrefillProgress | None = None,
         session: Session | None = None,
         tools: bool | Sequence[Mapping[str, Any]] = True,
+        tool_choice: ToolChoice | str = "auto",
         json_schema: Mapping[str, Any] | type | None = None,
         grammar: str | None = None,
         regex: str | None = None,
@@ -213,8 +215,10 @@ class Engine:
         (tokens so far [T], logits [1, V]) -> logits [1, V]; they run on every row, and rounds are then read one by one.
         on_prefill(done, total) is called after every chunk.
         session: keeps the K/V of this prompt and reply; what the next prompt has in common with them is not run again.
-        tools: whether calls of tools are told apart from the answer; or what was declared to the model, in OpenAI's
-        form, for formats whose arguments carry no types.
+        tools: whether calls of tools are told apart from the answer; or declarations in OpenAI's form, which go into
+        the prompt where it is no list of ids. tool_choice: "auto", "required" (a call, no answer), the name of the one
+        tool to call, or a ToolChoice. A reply that must call, or may call a tool that is `strict`, is held to a
+        grammar: its calls can always be read, and their arguments keep to the tool's schema.
         json_schema (an object or a pydantic class), regex, grammar (lark, as llguidance reads it): what the answer is
         held to; a thought before it is free. A reply that ends by its length is not complete.
         """
@@ -227,7 +231,9 @@ class Engine:
         checks.instance("session", session, Session)
         flags = {"raw": raw, "ignore_end": ignore_end, "thinking": thinking}
         raw, ignore_end, thinking = (checks.flag(name, value) for name, value in flags.items())
-        ids = self._checked(prompt_ids(checks.prompt(prompt), self.tokenizer, raw, thinking))
+        tools = checks.declarations("tools", tools)
+        declared = [] if isinstance(tools, bool) else list(tools)
+        ids = self._checked(prompt_ids(checks.prompt(prompt), self.tokenizer, raw, thinking, declared))
         if session is not None:
             session.check(self.pair)
         checked = GenerationRequest(
@@ -243,18 +249,34 @@ class Engine:
             stop=stops,
             stop_tokens=frozenset() if ignore_end else self.stop_tokens,
             raw=raw,
-            tools=checks.declarations("tools", tools),
-            grammar=self._grammar({"json_schema": json_schema, "grammar": grammar, "regex": regex}),
+            tools=tools,
+            grammar=self._grammar({"json_schema": json_schema, "grammar": grammar, "regex": regex}, declared,
+                                  ToolChoice.of(tool_choice, declared)),
         )
         return self.after_thought(checked, thinking)
 
-    def _grammar(self, given: Mapping[str, object]) -> constraint.Grammar | None:
-        """What the answer is held to, compiled; None where it is free."""
+    def _grammar(
+        self, given: Mapping[str, object], declared: Sequence[Mapping[str, Any]], choice: ToolChoice
+    ) -> constraint.Grammar | None:
+        """What the reply is held to, compiled; None where it is free."""
         wanted = constraint.wanted(given)
-        if wanted is None:
+        held = choice.holds(declared)
+        if wanted is None and not held:
             return None
         if self.tokenizer is None:
-            raise OptionError(f"{wanted[0]} needs a tokenizer, and this checkpoint has none; leave it out.")
+            what = wanted[0] if wanted else "tool_choice"
+            raise OptionError(f"{what} needs a tokenizer, and this checkpoint has none; leave it out.")
+        if declared and (held or (wanted and wanted[0] == "json_schema")):
+            if wanted and wanted[0] != "json_schema":
+                raise OptionError(f"{wanted[0]} and tool_choice are both given; a reply can be held to one of them.")
+            calls = self.tokenizer.call_grammar()
+            if calls is None:
+                raise OptionError(
+                    "This checkpoint writes calls of tools in a form that cannot be held to a grammar; leave out "
+                    "tool_choice, strict, and json_schema beside tools."
+                )
+            wanted = "tools", calls.text(declared, choice, wanted[1] if wanted else None)
+        assert wanted is not None
         vocabulary = self.target.info.vocab_size
         table = self.tokenizer.grammar_table(vocabulary, self.stop_tokens)
         return constraint.Grammar.of(table, vocabulary, self.stop_tokens, *wanted)
@@ -339,7 +361,8 @@ class Engine:
         policy.save()
         reason = "stop" if reply.over else "length"
         logprobs, top = (reply.logprobs, reply.top) if request.logprobs else (None, None)
-        yield reply.event(Result(reply.text, reply.tokens, logprobs, reason, stats, top, reply.stop_token))
+        ends = reply.stop_token, reply.stop_string
+        yield reply.event(Result(reply.text, reply.tokens, logprobs, reason, stats, top, *ends))
 
 
 def _checked_depth(depth: int | str, drafter: Drafter | None) -> int | str:

@@ -148,6 +148,7 @@ class ScriptedEngine:
     def request(self, ids: list[int], *, max_tokens: int, **options: Any) -> GenerationRequest:
         """Checks nothing."""
         assert options.pop("json_schema") is None
+        options.pop("tool_choice")
         return GenerationRequest(ids=ids, budget=max_tokens, **options)
 
     def after_thought(self, request: GenerationRequest, thinking: bool) -> GenerationRequest:
@@ -216,12 +217,16 @@ FAULTS: dict[str, list[tuple[dict[str, Any], str | None]]] = {CHAT: [
         {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{"}}]}]},
      "messages[0].tool_calls[0].function.arguments"),
     ({"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "late"}]}, "messages"),
-    ({"n": 2}, "n"),
+    ({"n": 0}, "n"),
+    ({"n": 129}, "n"),
     ({"response_format": {"type": "json_schema"}}, "response_format"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"tools": [TOOL]}, "tools"),  # this checkpoint's template has no place for them
     ({"tools": [{"type": "function", "function": {"name": "with space"}}]}, "tools[0].function.name"),
     ({"tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": "sometimes"}, "tool_choice"),
+    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+    ({"tool_choice": {"type": "function"}}, "tool_choice.function"),
     ({"reasoning_effort": "vast"}, "reasoning_effort"),
     ({"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}}, "reasoning_effort"),
     ({"chat_template_kwargs": {"colour": "red"}}, "chat_template_kwargs.colour"),
@@ -249,12 +254,13 @@ FAULTS: dict[str, list[tuple[dict[str, Any], str | None]]] = {CHAT: [
     ({"functions": [{"name": "f"}]}, "functions"),
 ], COMPLETION: [
     ({"prompt": ""}, "prompt"),
-    ({"prompt": ["a", "b"]}, "prompt"),
+    ({"prompt": ["a", ""]}, "prompt"),
+    ({"prompt": ["a"] * 129}, "prompt"),
     ({"prompt": [1, True]}, "prompt"),
     ({"prompt": [1, 10**30]}, None),
     ({"prompt": [-1]}, None),
     ({"prompt": [7] * 9000}, "prompt"),
-    ({"echo": True}, "echo"),
+    ({"echo": True, "logprobs": 1}, "echo"),
     ({"suffix": "x"}, "suffix"),
     ({"best_of": 2}, "best_of"),
     ({"logprobs": True}, "logprobs"),

@@ -207,12 +207,12 @@ def test_tools_both_ways() -> None:
 
         chunks = list(ask(model="test", messages=QUESTION, tools=[TOOL], stream=True))
         deltas = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
-        assert [(call.index, call.function.name) for call in deltas] == [(0, "get_weather"), (1, "now")]
-        assert json.loads(deltas[0].function.arguments) == ARGUMENTS and all(call.id for call in deltas)
+        heads, rest = deltas[::2], deltas[1::2]
+        assert [(call.index, call.function.name) for call in heads] == [(0, "get_weather"), (1, "now")]
+        assert all(call.id and call.type == "function" and not call.function.arguments for call in heads)
+        assert [json.loads(call.function.arguments) for call in rest] == [ARGUMENTS, {}]
+        assert [(call.index, call.id) for call in rest] == [(0, None), (1, None)]
         assert chunks[-1].choices[0].finish_reason == "tool_calls"
-
-        one = ask(model="test", messages=QUESTION, tools=[TOOL], parallel_tool_calls=False).choices[0]
-        assert [call.function.name for call in one.message.tool_calls] == ["get_weather"]
 
         assert fake.asked[-1].tools == fake.tokenizer.seen[-1]["tools"]
         fake.script = ("Rain.",)

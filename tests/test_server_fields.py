@@ -141,8 +141,7 @@ def test_messages_that_openai_takes() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
-    ({"tools": [{**TOOL, "function": {"name": "f", "strict": True}}]}, "tools[0].function.strict", "schema"),
-    ({"tools": [{**TOOL, "function": {"name": "f", "strict": "yes"}}]}, "tools[0].function.strict", "schema"),
+    ({"tools": [{**TOOL, "function": {"name": "f", "strict": "yes"}}]}, "tools[0].function.strict", "boolean"),
     ({"verbosity": "low"}, "verbosity", "dial"),
     ({"verbosity": "high"}, "verbosity", "dial"),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "required"),

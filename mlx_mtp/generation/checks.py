@@ -106,6 +106,11 @@ def declarations(name: str, value: object) -> bool | list[Mapping[str, Any]]:
         return bool(value)
     if not isinstance(value, Sequence) or not all(isinstance(one, Mapping) for one in value):
         raise OptionError(f"{name} must be True, False or a list of declared tools, not {shown(value)}.")
+    for tool in value:
+        function = tool.get("function")
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise OptionError(f"{name} must declare functions as {{'type': 'function', 'function': {{'name': ..., "
+                              f"'parameters': ...}}}}, not {shown(tool)}.")  # fmt: skip
     return list(value)
 
 

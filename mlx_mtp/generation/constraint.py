@@ -43,8 +43,8 @@ class Grammar:
 
     @classmethod
     def of(cls, table: Any, vocab_size: int, stop_tokens: Iterable[int], kind: str, text: Any) -> Grammar:
-        """kind: 'json_schema' (text: an object), 'regex' or 'grammar' (lark). OptionError, with the reason and the
-        place, where the text cannot be compiled."""
+        """kind: 'json_schema' (text: an object), 'regex', or lark in 'grammar' or 'tools'. OptionError, with the reason
+        and the place, where the text cannot be compiled."""
         from llguidance import LLMatcher
 
         if kind == "json_schema":
@@ -54,7 +54,7 @@ class Grammar:
                 raise OptionError(f"json_schema is no JSON: {error}.") from None
             compiled = LLMatcher.grammar_from_json_schema(written, overrides={"whitespace_pattern": SPACE})
         else:
-            compiled = {"regex": LLMatcher.grammar_from_regex, "grammar": LLMatcher.grammar_from_lark}[kind](text)
+            compiled = (LLMatcher.grammar_from_regex if kind == "regex" else LLMatcher.grammar_from_lark)(text)
         if reason := LLMatcher.validate_grammar(compiled, table):
             raise OptionError(f"{kind} cannot be compiled: {' '.join(reason.split())[:MOST_REASON]}")
         return cls(table, compiled, vocab_size, frozenset(stop_tokens))

@@ -46,6 +46,11 @@ class Reply:
         return "".join(self._text)
 
     @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended it."""
+        return self._stops.found
+
+    @property
     def over(self) -> bool:
         """Whether an ending token or a stop string ended it."""
         return self.stopped or self.stop_token is not None

@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx_mtp.generation.constraint import Grammar
 from mlx_mtp.generation.prefix import Session
 from mlx_mtp.generation.types import NEUTRAL, Sampling
+from mlx_mtp.text.call_grammar import ToolChoice
 from mlx_mtp.text.channels import ThoughtTokens
 
 # mlx-lm's convention: (all tokens so far [T], logits [1, V]) -> logits [1, V].
@@ -55,6 +56,7 @@ class RequestOptions(ReplyOptions, total=False):
     thinking: bool
     session: Session | None
     tools: bool | Sequence[Mapping[str, Any]]
+    tool_choice: ToolChoice | str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -145,7 +145,7 @@ class Result:
 
     logprobs: one a token, natural logarithm under the target's distribution after penalties and bias, before
     temperature and filters; None unless asked for. top_logprobs: the likeliest tokens of each place, {token id:
-    logprob}. stop_token: the one that was generated; None where a stop string or the length ended the reply.
+    logprob}. stop_token, stop_string: the one that ended the reply; both None where the length did.
     """
 
     text: str
@@ -155,6 +155,7 @@ class Result:
     stats: Stats
     top_logprobs: list[dict[int, float]] | None = None
     stop_token: int | None = None
+    stop_string: str | None = None
 
     def __str__(self) -> str:
         return self.text

@@ -76,6 +76,11 @@ async def _linger(request: Request) -> None:
                 pass
 
 
+def as_json(value: object) -> str:
+    """JSON in one line; ValueError for NaN and infinities, which it has not."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
 def parsed(body: bytes) -> object:
     """The JSON value of a body; RequestError for anything that is not strictly JSON in UTF-8."""
     try:

@@ -1,4 +1,4 @@
-"""What a client did wrong, or the server could not do: one exception with the status and the JSON of OpenAI's API."""
+"""What a client did wrong, or the server could not do: one exception with its status, and JSON in the API's form."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ log = logging.getLogger(__name__)
 
 MOST_MESSAGE = 1000
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+ANTHROPIC, ANTHROPIC_KINDS = "/v1/messages", {"server_error": "api_error"}
 # Statuses of bodies that were not read to their end: nothing else can follow on such a connection.
 UNREAD = (408, 413, 415)
 
@@ -33,9 +34,9 @@ class RequestError(MLXMTPError):
         kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
         self.body: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
-    def response(self) -> JSONResponse:
-        """The error as a response."""
-        response = JSONResponse(self.body, self.status)
+    def response(self, path: str = "") -> JSONResponse:
+        """The error as a response, in the form of the interface that an address belongs to."""
+        response = JSONResponse(anthropic(self.body) if path.startswith(ANTHROPIC) else self.body, self.status)
         if self._retry_after is not None:
             response.headers["Retry-After"] = str(self._retry_after)
         if self.status == 401:
@@ -43,6 +44,13 @@ class RequestError(MLXMTPError):
         if self._close:
             response.headers["Connection"] = "close"
         return response
+
+
+def anthropic(body: dict[str, Any]) -> dict[str, Any]:
+    """An error in the form of Anthropic's API."""
+    told = body["error"]
+    kind = ANTHROPIC_KINDS.get(told["type"], told["type"])
+    return {"type": "error", "error": {"type": kind, "message": told["message"]}}
 
 
 def failed() -> RequestError:

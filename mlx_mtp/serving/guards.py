@@ -64,7 +64,7 @@ class Gate:
             await send(message)
 
         error = self._crowded(scope) or self._stranger(scope) or self._keyless(scope)
-        await (error.response() if error else self._app)(scope, receive, counted)
+        await (error.response(scope["path"]) if error else self._app)(scope, receive, counted)
 
     def _crowded(self, scope: Scope) -> RequestError | None:
         """Of the connections the server's protocol keeps count."""
@@ -89,12 +89,14 @@ class Gate:
         if self._options.api_key is None or scope["path"] == KEYLESS:
             return None
         scheme, _, key = _header(scope, b"authorization").partition(" ")
+        if not scheme:  # Anthropic's way
+            scheme, key = "bearer", _header(scope, b"x-api-key")
         # Always the same time, so that nothing can be learned from how long a wrong key takes.
         same = hmac.compare_digest(key.strip().encode("latin-1"), self._options.api_key.encode())
         if same and scheme.lower() == "bearer":
             return None
-        return RequestError("This server needs its API key as 'Authorization: Bearer KEY'; there was none or another "
-                            "one.", status=401, code="invalid_api_key")  # fmt: skip
+        return RequestError("This server needs its API key as 'Authorization: Bearer KEY' or 'x-api-key: KEY'; there "
+                            "was none or another one.", status=401, code="invalid_api_key")  # fmt: skip
 
 
 def _header(scope: Scope, name: bytes) -> str:

@@ -27,7 +27,8 @@ class ServerOptions:
     tokens: of a reply whose request names no number; most_tokens: that a request may ask for, None = the context.
     sampling, seed: where a request leaves them open. session_bytes: K/V kept between requests. body_seconds: for a
     body to arrive. stall_seconds: for a client to take what was sent. quiet_seconds: of silence after which a streamed
-    reply gets a comment that says what it waits for.
+    reply gets a comment that says what it waits for. lenient: fields of a request that are not known are dropped and
+    named in a header, in place of being refused.
     """
 
     model: str = "default"
@@ -44,6 +45,7 @@ class ServerOptions:
     body_seconds: float = 30.0
     stall_seconds: float = 60.0
     quiet_seconds: float = 3.0
+    lenient: bool = False
 
     def __post_init__(self) -> None:
         key = self.api_key

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 
@@ -13,11 +14,12 @@ from mlx_mtp.errors import MLXMTPError
 from mlx_mtp.generation.request import GenerationRequest
 from mlx_mtp.generation.types import Event
 from mlx_mtp.serving.errors import MOST_MESSAGE, RequestError, told
+from mlx_mtp.serving.interface import Form, Generation, Messages, Object, result_of
 from mlx_mtp.serving.metrics import Metrics
 from mlx_mtp.serving.queue import Cancelled, Ticket
-from mlx_mtp.serving.responses import Form, Object
-from mlx_mtp.serving.schemas import UNSUPPORTED, Generation
+from mlx_mtp.serving.schema import UNSUPPORTED
 from mlx_mtp.serving.sessions import SessionPool
+from mlx_mtp.text.call_grammar import ToolChoice
 from mlx_mtp.text.template import Dropped
 from mlx_mtp.text.tokenizer import Tokenizer
 
@@ -28,84 +30,136 @@ class Replier:
     def __init__(self, engine: Engine, pool: SessionPool, metrics: Metrics) -> None:
         self.engine, self.pool, self.metrics = engine, pool, metrics
 
-    def prepare(self, asked: Generation) -> GenerationRequest:
-        """The engine's request. Whatever can be refused before its turn raises a RequestError here.
+    def prepare(self, asked: Generation) -> list[GenerationRequest]:
+        """The engine's requests, one a reply. Whatever can be refused before its turn raises a RequestError here.
 
         In any thread, also while a reply is written: only the tokenizer and plain values are used.
         """
         try:
-            request = self.engine.request(
-                self._ids(asked), max_tokens=asked.max_tokens, sampling=asked.sampling, stop=asked.stop,
-                seed=asked.seed, logprobs=0 if asked.logprobs is None else max(1, asked.logprobs),
-                raw=asked.messages is None, tools=asked.tools or True, json_schema=asked.json_schema,
-            )  # fmt: skip
-            return self.engine.after_thought(request, asked.thinking)
+            found: list[GenerationRequest] = []
+            for ids in self.prompts(asked):
+                for _ in range(asked.choices):
+                    seed = None if asked.seed is None else (asked.seed + len(found)) % 2**64
+                    found.append(self._request(asked, ids, seed))
+            return found
         except BaseException as error:  # a tokenizer's panic is no Exception
             raise told(error) from None
 
+    def _request(self, asked: Generation, ids: list[int], seed: int | None) -> GenerationRequest:
+        request = self.engine.request(
+            ids, max_tokens=asked.max_tokens, sampling=asked.sampling, stop=asked.stop, seed=seed,
+            logprobs=0 if asked.logprobs is None else max(1, asked.logprobs), raw=asked.messages is None,
+            tools=asked.tools or True, tool_choice=asked.choice, json_schema=asked.json_schema,
+        )  # fmt: skip
+        return self.engine.after_thought(request, asked.thinking)
+
     def reply(
-        self, request: GenerationRequest, streamed: bool, form: Form, ticket: Ticket
+        self, requests: Sequence[GenerationRequest], streamed: bool, form: Form, ticket: Ticket
     ) -> Generator[Object, None, None]:
-        """The response to a prepared request, its chunks where it is streamed; Cancelled if nobody waits for it."""
+        """The response to prepared requests, its chunks where it is streamed; Cancelled if nobody waits for it."""
+        replies: list[list[Event]] = []
+        for i, request in enumerate(requests):
+            replies.append([])
+            with closing(self._events(request, ticket)) as events:
+                if streamed:
+                    yield from form.chunks(i, _kept_last(events, replies[i]))
+                else:
+                    replies[i] += events
+        if streamed:
+            yield from form.end([result_of(one) for one in replies])
+        else:
+            yield form.whole(len(requests[0].ids), replies)
+
+    def _events(self, request: GenerationRequest, ticket: Ticket) -> Generator[Event, None, None]:
+        """One reply's events, with the session that knows most of its prompt."""
 
         def on_prefill(done: int, total: int) -> None:
             ticket.progress = f"prefill {done}/{total} tokens" if done < total else "generating"
             ticket.check()
-
-        def counted(events: Iterable[Event]) -> Generator[Event, None, None]:
-            for event in events:
-                self.metrics.add("generated_tokens_total", len(event.tokens))
-                if event.result is not None:
-                    self.metrics.finished(event.result.stats)
-                yield event
-                ticket.check()
 
         session, known = self.pool.take(request.ids), False
         ticket.progress = "prefill"
         try:
             with closing(self.engine.run(replace(request, session=session, on_prefill=on_prefill))) as events:
                 self.metrics.add("prompt_tokens_total", len(request.ids))
-                if streamed:
-                    yield from form.chunks(counted(events))
-                else:
-                    yield form.whole(counted(events))
+                for event in events:
+                    self.metrics.add("generated_tokens_total", len(event.tokens))
+                    if event.result is not None:
+                        self.metrics.finished(event.result.stats)
+                    yield event
+                    ticket.check()
             known = True
-        except (Cancelled, MLXMTPError):
+        except (Cancelled, MLXMTPError, GeneratorExit):
             known = True  # after any other error, what is in the buffers is anybody's guess
             raise
         finally:
             if known and self.pool.keep(session):
                 mx.clear_cache()  # what was let go of goes back to the system, not into MLX's store of buffers
 
-    def _ids(self, asked: Generation) -> list[int]:
-        """The prompt as ids; RequestError for what this checkpoint cannot do."""
+    def prompts(self, asked: Generation) -> list[list[int]]:
+        """The prompts as ids; RequestError for what this checkpoint cannot do."""
+        if asked.messages is not None:
+            return [self._checked(self._conversation(asked, asked.messages), "messages")]
+        return [self._checked(self._ids(prompt, asked.suffix), "prompt") for prompt in asked.prompts]
+
+    def _ids(self, prompt: str | list[int], suffix: str | None) -> list[int]:
         tokenizer, context = self.engine.tokenizer, self.engine.max_context
-        param = "prompt" if asked.messages is None else "messages"
-        if isinstance(asked.prompt, list):
-            ids = asked.prompt
-        elif tokenizer is None:
-            raise RequestError("This checkpoint has no tokenizer: give the prompt as token ids.", param=param)
-        elif asked.messages is None:
-            _check_length([asked.prompt], tokenizer, context, param)
-            ids = tokenizer.encode(asked.prompt)
-        elif not tokenizer.has_chat_template:
-            raise RequestError("This checkpoint has no chat template: use /v1/completions.", param=param)
-        else:
-            _check_length([message["content"] for message in asked.messages], tokenizer, context, param)
-            try:
-                ids = tokenizer.chat(asked.messages, thinking=asked.thinking, tools=asked.tools, effort=asked.effort)
-            except Dropped as error:
-                raise RequestError(str(error), param=error.part, code=UNSUPPORTED) from None
-            except MLXMTPError as error:
-                raise RequestError(str(error)[:MOST_MESSAGE], param=param) from None
-            if asked.tools and tokenizer.call_format() is None:
-                raise RequestError(
-                    "This checkpoint writes calls of tools in a form that cannot be read here; leave out tools.",
-                    param="tools", code=UNSUPPORTED,
-                )  # fmt: skip
-        if len(ids) >= context:
-            raise _too_long(context, str(len(ids)), param)
+        if isinstance(prompt, list):
+            if suffix is not None:
+                raise RequestError("suffix needs a prompt that is text.", param="suffix")
+            return prompt
+        if tokenizer is None:
+            raise RequestError("This checkpoint has no tokenizer: give the prompt as token ids.", param="prompt")
+        _check_length([prompt, suffix or ""], tokenizer, context, "prompt")
+        if suffix is None:
+            return tokenizer.encode(prompt)
+        if (ids := tokenizer.fill_in(prompt, suffix)) is None:
+            raise RequestError("This checkpoint has no tokens for filling in: leave out suffix.", param="suffix",
+                               code=UNSUPPORTED)  # fmt: skip
         return ids
+
+    def _conversation(self, asked: Generation, messages: Messages) -> list[int]:
+        tokenizer, context = self.engine.tokenizer, self.engine.max_context
+        if tokenizer is None:
+            raise RequestError("This checkpoint has no tokenizer: use /v1/completions with token ids.",
+                               param="messages")  # fmt: skip
+        if not tokenizer.has_chat_template:
+            raise RequestError("This checkpoint has no chat template: use /v1/completions.", param="messages")
+        _check_length([message["content"] for message in messages], tokenizer, context, "messages")
+        try:
+            ToolChoice.of(asked.choice, asked.tools)
+        except MLXMTPError as error:
+            raise RequestError(str(error), param="tool_choice") from None
+        tools = [_without_strict(tool) for tool in asked.tools]
+        try:
+            ids = tokenizer.chat(messages, thinking=asked.thinking, tools=tools, effort=asked.effort)
+        except Dropped as error:
+            raise RequestError(str(error), param=error.part, code=UNSUPPORTED) from None
+        except MLXMTPError as error:
+            raise RequestError(str(error)[:MOST_MESSAGE], param="messages") from None
+        if tools and tokenizer.call_format() is None:
+            raise RequestError(
+                "This checkpoint writes calls of tools in a form that cannot be read here; leave out tools.",
+                param="tools", code=UNSUPPORTED,
+            )  # fmt: skip
+        return ids
+
+    def _checked(self, ids: list[int], param: str) -> list[int]:
+        if len(ids) >= self.engine.max_context:
+            raise _too_long(self.engine.max_context, str(len(ids)), param)
+        return ids
+
+
+def _kept_last(events: Iterable[Event], into: list[Event]) -> Iterator[Event]:
+    """The same events; the last one also goes into a list."""
+    for event in events:
+        into[:] = [event]
+        yield event
+
+
+def _without_strict(tool: dict[str, Any]) -> dict[str, Any]:
+    """A declaration as the model sees it: what calls are held to is not its affair."""
+    return {**tool, "function": {name: value for name, value in tool["function"].items() if name != "strict"}}
 
 
 def _check_length(texts: list[str], tokenizer: Tokenizer, context: int, param: str) -> None:

@@ -1,211 +1,408 @@
-"""The engine's events to JSON in OpenAI's form, whole or in chunks.
-
-`usage` counts drafts that are in the reply as accepted_prediction_tokens and tokens a kept session had as
-cached_tokens; `stats` is an extension with the figures of `mlx-mtp generate --json`.
-"""
+"""OpenAI's Responses: a conversation as a list of items, kept in memory where it is to be gone on from."""
 
 from __future__ import annotations
 
-import json
-import secrets
-import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from mlx_mtp.generation.types import Event, Result, Stats
-from mlx_mtp.serving.schemas import Generation
-from mlx_mtp.text.channels import ToolCall
-from mlx_mtp.text.tokenizer import Tokenizer
-from mlx_mtp.version import __version__
+from pydantic import BeforeValidator, FailFast, Field
 
-Object = dict[str, Any]
-# For a probability of zero, as JSON has no infinity.
-LEAST = -9999.0
-FINGERPRINT = f"mlx-mtp-{__version__}"
-
-
-@dataclass(frozen=True)
-class Spelled:
-    """A token as text and, where it is whole characters or a known byte, as bytes; and its logprob."""
-
-    text: str
-    data: bytes | None
-    logprob: float
-
-    def as_dict(self) -> Object:
-        """OpenAI's form."""
-        return {"token": self.text, "logprob": self.logprob, "bytes": None if self.data is None else list(self.data)}
+from mlx_mtp.generation.types import Event, Result
+from mlx_mtp.serving.body import strict
+from mlx_mtp.serving.chat import Effort, arguments_of, in_words
+from mlx_mtp.serving.errors import RequestError
+from mlx_mtp.serving.interface import (
+    Context,
+    Generation,
+    Messages,
+    Object,
+    TypedForm,
+    identifier,
+    limited,
+    now,
+    thinks,
+)
+from mlx_mtp.serving.openai import SampledBody, scored
+from mlx_mtp.serving.schema import CACHING, Arguments, JsonSchema, Schema, Tokens, ToolName, Whole, call, declared, only
+from mlx_mtp.serving.store import Items, Stored
+from mlx_mtp.text.call_grammar import ToolChoice
 
 
-# A generated token and the likeliest of its place.
-Scored = tuple[Spelled, list[Spelled]]
+def _parts(value: object) -> object:
+    return [{"type": "input_text", "text": value}] if isinstance(value, str) else value
 
 
-class Form(ABC):
-    """The response objects of one request; `tokenizer` spells tokens with logprobs."""
+def _items(value: object) -> object:
+    """A text as one message; messages and references may come without their type."""
+    if isinstance(value, str):
+        return [{"type": "message", "role": "user", "content": value}]
+    if not isinstance(value, list):
+        return value
+    return [
+        {"type": "message" if "role" in one else "item_reference", **one}
+        if isinstance(one, dict) and one.get("type") is None and ("role" in one or set(one) == {"id"}) else one
+        for one in value
+    ]  # fmt: skip
 
-    prefix = whole_kind = chunk_kind = ""
 
-    def __init__(self, asked: Generation, model: str, tokenizer: Tokenizer | None) -> None:
-        self._asked, self._tokenizer, self._calls = asked, tokenizer, 0
-        self._frame: Object = {
-            "id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model,
-            "system_fingerprint": FINGERPRINT,
-        }  # fmt: skip
+class Part(Schema):
+    """A part of a message; this server reads no images, sounds or files."""
 
-    @abstractmethod
-    def begin(self) -> list[Object]:
-        """Chunks before the first event."""
+    ignored = CACHING | {"annotations", "logprobs"}
+    type: Literal["input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text"]
+    text: str = ""
+    refusal: str = ""
 
-    @abstractmethod
-    def _whole(self, events: Sequence[Event]) -> Object:
-        """The fields of the only choice that hold the whole reply."""
 
-    @abstractmethod
-    def _part(self, event: Event) -> Object:
-        """The fields of the only choice that hold one event."""
+class MessageItem(Schema):
+    """A message of anyone's."""
 
-    @abstractmethod
-    def _logprobs(self, events: Sequence[Event]) -> Object:
-        """Of the tokens of events."""
+    ignored = CACHING | {"id", "status", "phase"}
+    type: Literal["message"]
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[list[Part], FailFast(), BeforeValidator(_parts)]
 
-    def whole(self, events: Iterable[Event]) -> Object:
-        """The response that is not streamed."""
-        said = list(events)
-        result = said[-1].result
-        assert result is not None
-        choice = {"index": 0, **self._whole(said), "logprobs": self._scores(said)}
-        choice["finish_reason"] = self._finish_reason(result)
-        return {
-            **self._frame, "object": self.whole_kind, "choices": [choice], "usage": usage(result.stats),
-            "stats": result.stats.as_dict(),
-        }  # fmt: skip
 
-    def chunks(self, events: Iterable[Event]) -> Iterator[Object]:
-        """The response that is streamed, after `begin`: what events say, then why the reply ended, with the statistics,
-        and, where asked for, the usage in a chunk of its own."""
-        for event in events:
-            scores = self._scores([event]) if event.tokens else None
-            if event.content or event.thinking or event.calls or scores:
-                yield self._chunk(self._part(event), scores)
-            if event.result is not None:
-                stats = event.result.stats
-                yield self._chunk(self._part(Event("", [])), None, self._finish_reason(event.result), stats.as_dict())
-                if self._asked.include_usage:
-                    yield {**self._frame, "object": self.chunk_kind, "choices": [], "usage": usage(stats)}
+class CallItem(Schema):
+    """A call of a tool."""
 
-    def _chunk(self, part: Object, scores: Object | None = None, reason: str | None = None,
-               stats: Object | None = None) -> Object:  # fmt: skip
-        found = {"index": 0, **part, "logprobs": scores, "finish_reason": reason}
-        more = ({"usage": None} if self._asked.include_usage else {}) | ({} if stats is None else {"stats": stats})
-        return {**self._frame, "object": self.chunk_kind, "choices": [found], **more}
+    ignored = CACHING | {"id", "status"}
+    type: Literal["function_call"]
+    call_id: Annotated[str, Field(min_length=1)]
+    name: ToolName
+    arguments: Arguments
 
-    def _finish_reason(self, result: Result) -> str:
-        return "tool_calls" if self._calls else result.finish_reason
 
-    def _made(self, calls: Sequence[ToolCall]) -> list[Object]:
-        """Calls of tools with their numbers; those after the first are left out where only one is wanted."""
-        calls = calls if self._asked.parallel else calls[: 1 - self._calls]
-        first, self._calls = self._calls, self._calls + len(calls)
-        return [{"index": first + i, **_call(call)} for i, call in enumerate(calls)]
+class OutputItem(Schema):
+    """What a tool answered."""
 
-    def _scores(self, events: Sequence[Event]) -> Object | None:
-        return None if self._asked.logprobs is None else self._logprobs(events)
+    ignored = CACHING | {"id", "status"}
+    type: Literal["function_call_output"]
+    call_id: str
+    output: Annotated[list[Part], FailFast(), BeforeValidator(_parts)]
 
-    def _scored(self, events: Sequence[Event]) -> list[Scored]:
-        """The tokens of events with their logprobs and as many of the likeliest of their places as were asked for."""
-        return [
-            (self._spelled(token, logprob),
-             [self._spelled(*other) for other in list(row.items())[: self._asked.logprobs]])
-            for event in events
-            for token, logprob, row in zip(event.tokens, event.logprobs or [],
-                                           event.top_logprobs or [{}] * len(event.tokens), strict=True)
+
+class ReasoningItem(Schema):
+    """Thoughts of the assistant's."""
+
+    ignored = CACHING | {"id", "status", "encrypted_content"}
+    type: Literal["reasoning"]
+    summary: Annotated[list[Part], FailFast()] = []
+    content: Annotated[list[Part], FailFast()] = []
+
+
+class ReferenceItem(Schema):
+    """An item of a response that is kept."""
+
+    type: Literal["item_reference"]
+    id: str
+
+
+Item = Annotated[MessageItem | CallItem | OutputItem | ReasoningItem | ReferenceItem, Field(discriminator="type")]
+
+
+class FunctionTool(Schema):
+    """A tool: always a function. strict: calls keep to the schema of its parameters."""
+
+    type: Literal["function"]
+    name: ToolName
+    description: str = ""
+    parameters: dict[str, Any] = {}
+    strict: bool = False
+
+
+class Word(Schema):
+    """Whether tools may or must be called."""
+
+    type: Literal["auto", "none", "required"]
+
+
+class NamedTool(Schema):
+    """The one tool to call."""
+
+    type: Literal["function"]
+    name: ToolName
+
+
+class AllowedTools(Schema):
+    """The tools that may, or must, be called, of those that are declared."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], FailFast(), Field(min_length=1)]
+
+
+class Plain(Schema):
+    """Free text, or any JSON object."""
+
+    type: Literal["text", "json_object"]
+
+
+class BySchema(JsonSchema):
+    """JSON by a schema."""
+
+    type: Literal["json_schema"]
+
+
+class Text(Schema):
+    """What an answer is."""
+
+    format: Annotated[Plain | BySchema, Field(discriminator="type")] = Plain(type="text")
+    verbosity: Annotated[Any, only("medium", because="this server has no such dial")] = None
+
+
+class Reasoning(Schema):
+    """Whether, and at which level, the model thinks first; its thoughts are never summed up."""
+
+    ignored = CACHING | {"summary", "generate_summary"}
+    effort: Effort | None = None
+
+
+Include = Literal[
+    "reasoning.encrypted_content", "message.output_text.logprobs", "file_search_call.results",
+    "web_search_call.results", "web_search_call.action.sources", "message.input_image.image_url",
+    "computer_call_output.output.image_url", "code_interpreter_call.outputs",
+]  # fmt: skip
+LOGPROBS = "message.output_text.logprobs"
+
+
+class ResponsesBody(SampledBody):
+    """/v1/responses."""
+
+    ignored = CACHING | {
+        "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+        "stream_options", "max_tool_calls", "client_metadata",
+    }  # fmt: skip
+    input: Annotated[list[Item], FailFast(), BeforeValidator(_items)] = []
+    instructions: str = ""
+    previous_response_id: str | None = None
+    store: bool = True
+    max_output_tokens: Tokens | None = None
+    tools: Annotated[list[FunctionTool], FailFast(), Field(max_length=512)] = []
+    tool_choice: Annotated[
+        Annotated[Word | NamedTool | AllowedTools, Field(discriminator="type")], BeforeValidator(in_words)
+    ] = Word(type="auto")
+    parallel_tool_calls: bool = True
+    text: Text = Text()
+    reasoning: Reasoning = Reasoning()
+    include: Annotated[list[Include], FailFast()] = []
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] = 0
+    truncation: Annotated[Any, only("disabled", because="nothing is cut out of a conversation")] = None
+    background: Annotated[Any, only(False, because="replies are written while their client waits")] = None
+    conversation: Annotated[Any, only(because="conversations are gone on from by previous_response_id")] = None
+    prompt: Annotated[Any, only(because="this server keeps no prompts")] = None
+
+    def items(self, context: Context) -> tuple[Items, Items]:
+        """Items of the conversation before, and those of this request; RequestError for one that is not kept."""
+        before: Items = []
+        if self.previous_response_id is not None:
+            before = context.responses.get(self.previous_response_id, "previous_response_id").conversation
+        given = [
+            context.responses.item(one.id, f"input[{i}].id") if isinstance(one, ReferenceItem)
+            else {"id": identifier("item_"), **one.model_dump()}
+            for i, one in enumerate(self.input)
         ]  # fmt: skip
+        if not before and not given:
+            raise RequestError("input: the field is required.", param="input")
+        return before, given
 
-    def _spelled(self, token: int, logprob: float) -> Spelled:
-        text, data = (f"token_id:{token}", None) if self._tokenizer is None else self._tokenizer.spell(token)
-        return Spelled(text, data, max(LEAST, logprob))
+    def generation(self, context: Context) -> Generation:
+        before, given = self.items(context)
+        answer = self.text.format
+        return Generation(
+            messages=for_template([*before, *given], self.instructions), effort=self.reasoning.effort,
+            thinking=thinks(self.reasoning.effort),
+            tools=[] if isinstance(self.tool_choice, Word) and self.tool_choice.type == "none" else
+            [declared(one.name, one.description, one.parameters, one.strict) for one in self.tools],
+            choice=self._choice(), sampling=self.sampling(context.options), seed=context.options.seed,
+            max_tokens=limited(self.max_output_tokens, context.options, "max_output_tokens"),
+            logprobs=self.top_logprobs if self.top_logprobs or LOGPROBS in self.include else None,
+            json_schema=answer.schema_ if isinstance(answer, BySchema) else
+            {"type": "object"} if answer.type == "json_object" else None,
+        )  # fmt: skip
+
+    def _choice(self) -> ToolChoice:
+        choice, several = self.tool_choice, self.parallel_tool_calls
+        if isinstance(choice, Word):
+            return ToolChoice(None, choice.type == "required", several)
+        if isinstance(choice, NamedTool):
+            return ToolChoice([choice.name], True, several=False)
+        return ToolChoice([tool.name for tool in choice.tools], choice.mode == "required", several)
+
+    def form(self, context: Context, asked: Generation) -> ResponsesForm:
+        return ResponsesForm(self, context, asked)
 
 
-class ChatForm(Form):
-    """/v1/chat/completions."""
+def for_template(items: Items, instructions: str) -> Messages:
+    """Items as chat templates take them: what the assistant thought, said and called in a row is one message."""
+    found: Messages = [{"role": "system", "content": instructions}] if instructions else []
+    tools = dict[str, str]()
+    for i, item in enumerate(items):
+        kind, role = item["type"], item.get("role")
+        parts = item.get("content") or item.get("output") or item.get("summary") or []
+        text = "\n".join(part.get("text") or part.get("refusal") or "" for part in parts)
+        if kind == "message" and role != "assistant":
+            found.append({"role": "system" if role == "developer" else role, "content": text})
+        elif kind == "function_call_output":
+            if (name := tools.get(item["call_id"])) is None:
+                raise RequestError(f"input: call_id of item {i} names no call of a tool in an earlier item.",
+                                   param="input")  # fmt: skip
+            found.append({"role": "tool", "name": name, "tool_call_id": item["call_id"], "content": text})
+        else:
+            if not found or found[-1]["role"] != "assistant":
+                found.append({"role": "assistant", "content": ""})
+            said = found[-1]
+            if kind == "function_call":
+                given: Any = item["arguments"]
+                given = strict(given) if isinstance(given, str) else given
+                said.setdefault("tool_calls", []).append(call(item["call_id"], item["name"], given))
+                tools[item["call_id"]] = item["name"]
+            else:
+                field = "reasoning_content" if kind == "reasoning" else "content"
+                said[field] = "\n".join(filter(None, [said.get(field), text]))
+    return found
 
-    prefix, whole_kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def begin(self) -> list[Object]:
-        return [self._chunk({"delta": {"role": "assistant", "content": ""}})]
+class ResponsesForm(TypedForm):
+    """A response whose output is a list of items: thoughts, messages and calls of tools, in their order."""
 
-    def _whole(self, events: Sequence[Event]) -> Object:
-        text, thinking = "".join(e.content for e in events), "".join(e.thinking for e in events)
-        calls = [{name: value for name, value in call.items() if name != "index"}
-                 for call in self._made([call for event in events for call in event.calls])]  # fmt: skip
-        message: Object = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
-        return {"message": message | _filled(reasoning_content=thinking, tool_calls=calls)}
+    def __init__(self, body: ResponsesBody, context: Context, asked: Generation) -> None:
+        self._body, self._context, self._asked = body, context, asked
+        self._before, self._given = body.items(context)
+        self._number, self._thought = 0, 0  # of the next event; tokens of thoughts
+        given = body.model_dump(include={
+            "instructions", "max_output_tokens", "temperature", "top_p", "top_logprobs", "parallel_tool_calls", "store",
+            "previous_response_id", "reasoning",
+        })  # fmt: skip
+        choice = body.tool_choice
+        self._response: Object = {
+            "id": identifier("resp_"), "object": "response", "created_at": now(), "status": "in_progress",
+            "model": context.options.model, "output": [], "error": None, "incomplete_details": None, "metadata": {},
+            "tools": [tool.model_dump() for tool in body.tools], "truncation": "disabled", "background": False,
+            "tool_choice": choice.type if isinstance(choice, Word) else choice.model_dump(),
+            "text": {"format": body.text.format.model_dump(by_alias=True), "verbosity": "medium"}, "usage": None,
+            **given, "instructions": body.instructions or None,
+        }  # fmt: skip
 
-    def _part(self, event: Event) -> Object:
-        calls = self._made(event.calls)
-        return {"delta": _filled(reasoning_content=event.thinking, content=event.content, tool_calls=calls)}
+    def begin(self, prompt_tokens: int) -> Iterable[Object]:
+        return [self._event(f"response.{what}", response=dict(self._response)) for what in ("created", "in_progress")]
 
-    def _logprobs(self, events: Sequence[Event]) -> Object:
-        content = [{**token.as_dict(), "top_logprobs": [top.as_dict() for top in tops]}
-                   for token, tops in self._scored(events)]  # fmt: skip
-        return {"content": content, "refusal": None}
+    def chunks(self, index: int, events: Iterable[Event]) -> Iterator[Object]:
+        for event in events:
+            if event.thinking:
+                yield from self._grow("reasoning", event.thinking, None)
+                self._thought += 0 if event.content else len(event.tokens)
+            if event.content:
+                yield from self._grow("message", event.content, self._logprobs(event))
+            for one in event.calls:
+                yield from self._close()
+                yield from self._call(one.name, arguments_of(one))
+            if event.result is not None:
+                if not self._response["output"]:
+                    yield from self._grow("message", "", [])
+                yield from self._close()
+                yield self._ended(event.result)
 
-
-class CompletionForm(Form):
-    """/v1/completions."""
-
-    prefix, whole_kind, chunk_kind = "cmpl", "text_completion", "text_completion"
-    _offset = 0
-
-    def begin(self) -> list[Object]:
+    def end(self, results: Sequence[Result]) -> Iterable[Object]:
         return []
 
-    def _whole(self, events: Sequence[Event]) -> Object:
-        return {"text": "".join(event.content for event in events)}
+    def whole(self, prompt_tokens: int, replies: Sequence[Sequence[Event]]) -> Object:
+        *_, last = self.chunks(0, replies[0])
+        response: Object = last["response"]
+        return response
 
-    def _part(self, event: Event) -> Object:
-        return {"text": event.content}
+    def failed(self, error: RequestError) -> Object:
+        told = error.body["error"]
+        self._response |= {"status": "failed", "error": {"code": "server_error", "message": told["message"]}}
+        return self._event("response.failed", response=self._response)
 
-    def _logprobs(self, events: Sequence[Event]) -> Object:
-        """The older form: lists side by side; offsets count characters of the reply."""
-        scored, offsets = self._scored(events), []
-        for token, _ in scored:
-            offsets.append(self._offset)
-            self._offset += len(token.text)
-        return {
-            "tokens": [token.text for token, _ in scored],
-            "token_logprobs": [token.logprob for token, _ in scored],
-            "top_logprobs": [{top.text: top.logprob for top in reversed(tops)} for _, tops in scored]
-            if self._asked.logprobs else None,
-            "text_offset": offsets,
+    def _event(self, kind: str, **fields: Any) -> Object:
+        self._number += 1
+        return {"type": kind, "sequence_number": self._number - 1, **fields}
+
+    def _open(self) -> Object | None:
+        """The item that is being written."""
+        output = self._response["output"]
+        return output[-1] if output and output[-1]["status"] == "in_progress" else None
+
+    def _grow(self, kind: str, text: str, logprobs: list[Object] | None) -> Iterator[Object]:
+        """More text of a thought or a message."""
+        item = self._open()
+        if item is None or item["type"] != kind:
+            yield from self._close()
+            yield from self._begin(kind)
+        item = self._response["output"][-1]
+        place = self._place(item) | {"content_index": 0}
+        item["content"][0]["text"] += text
+        if kind == "message":
+            item["content"][0]["logprobs"] += logprobs or []
+            yield self._event("response.output_text.delta", **place, delta=text, logprobs=logprobs or [])
+        else:
+            yield self._event("response.reasoning_text.delta", **place, delta=text)
+
+    def _begin(self, kind: str) -> Iterator[Object]:
+        output, is_message = self._response["output"], kind == "message"
+        item: Object = {"id": identifier("msg_" if is_message else "rs_"), "type": kind, "status": "in_progress"}
+        item |= {"role": "assistant", "content": []} if is_message else {"summary": [], "content": []}
+        part: Object = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        if not is_message:
+            part = {"type": "reasoning_text", "text": ""}
+        output.append(item)
+        yield self._event("response.output_item.added", output_index=len(output) - 1, item={**item, "content": []})
+        item["content"] = [part]
+        yield self._event("response.content_part.added", **self._place(item), content_index=0, part=dict(part))
+
+    def _close(self) -> Iterator[Object]:
+        """The item that is being written is whole."""
+        item = self._open()
+        if item is None:
+            return
+        part, place = item["content"][0], self._place(item) | {"content_index": 0}
+        item["status"] = "completed"
+        if item["type"] == "message":
+            yield self._event("response.output_text.done", **place, text=part["text"], logprobs=part["logprobs"])
+        else:
+            yield self._event("response.reasoning_text.done", **place, text=part["text"])
+        yield self._event("response.content_part.done", **place, part=part)
+        yield self._event("response.output_item.done", output_index=place["output_index"], item=item)
+
+    def _call(self, name: str, arguments: str) -> Iterator[Object]:
+        item: Object = {
+            "id": identifier("fc_"), "type": "function_call", "status": "completed", "call_id": identifier("call_"),
+            "name": name, "arguments": arguments,
         }  # fmt: skip
+        self._response["output"].append(item)
+        place = self._place(item)
+        begun = {**item, "arguments": "", "status": "in_progress"}
+        yield self._event("response.output_item.added", output_index=place["output_index"], item=begun)
+        yield self._event("response.function_call_arguments.delta", **place, delta=arguments)
+        yield self._event("response.function_call_arguments.done", **place, name=name, arguments=arguments)
+        yield self._event("response.output_item.done", output_index=place["output_index"], item=item)
 
+    def _place(self, item: Object) -> Object:
+        return {"item_id": item["id"], "output_index": len(self._response["output"]) - 1}
 
-def usage(stats: Stats) -> Object:
-    """Token counts of a finished reply."""
-    return {
-        "prompt_tokens": stats.prompt_tokens,
-        "completion_tokens": stats.tokens,
-        "total_tokens": stats.prompt_tokens + stats.tokens,
-        "prompt_tokens_details": {"cached_tokens": stats.prompt_tokens - stats.prefilled_tokens},
-        "completion_tokens_details": {
-            "accepted_prediction_tokens": stats.accepted,
-            "rejected_prediction_tokens": stats.drafted - stats.accepted,
-        },
-    }
+    def _logprobs(self, event: Event) -> list[Object]:
+        if self._asked.logprobs is None:
+            return []
+        return [
+            {**token.as_dict(), "top_logprobs": [top.as_dict() for top in tops]}
+            for token, tops in scored(self._context.tokenizer, self._asked.logprobs, [event])
+        ]
 
+    def _ended(self, result: Result) -> Object:
+        stats, whole = result.stats, result.finish_reason == "stop"
+        self._response |= {
+            "status": "completed" if whole else "incomplete", "stats": stats.as_dict(),
+            "incomplete_details": None if whole else {"reason": "max_output_tokens"},
+            "usage": {
+                "input_tokens": stats.prompt_tokens, "output_tokens": stats.tokens,
+                "total_tokens": stats.prompt_tokens + stats.tokens,
+                "input_tokens_details": {"cached_tokens": stats.prompt_tokens - stats.prefilled_tokens},
+                "output_tokens_details": {"reasoning_tokens": self._thought},
+            },
+        }  # fmt: skip
+        if self._body.store:
+            self._context.responses.keep(Stored(self._response, self._before, self._given))
+        return self._event(f"response.{self._response['status']}", response=self._response)
 
-def _filled(**fields: Any) -> Object:
-    return {name: value for name, value in fields.items() if value}
-
-
-def _call(call: ToolCall) -> Object:
-    try:
-        arguments = json.dumps(call.arguments, ensure_ascii=False, allow_nan=False)
-    except ValueError:  # a model may write NaN, which no JSON reader takes: every value as a string then
-        arguments = json.dumps({name: str(value) for name, value in call.arguments.items()}, ensure_ascii=False)
-    function = {"name": call.name, "arguments": arguments}
-    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}

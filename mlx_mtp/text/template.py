@@ -8,6 +8,7 @@ The text beside a tool call is the third: some formats have only room for the ca
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -77,6 +78,23 @@ class ChatTemplate:
     def writes(self, marker: str) -> bool:
         """Whether a marker is in the template's source."""
         return marker in str(getattr(self._wrapped, "chat_template", None) or "")
+
+    def reply(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str | None:
+        """A reply that calls tools (names, arguments), as the template writes it into a conversation; None where it
+        refuses."""
+        made = [{"id": f"call{i:05}", "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
+                for i, (name, arguments) in enumerate(calls)]  # fmt: skip
+        said = [*QUESTION, {"role": "assistant", "content": "", "tool_calls": made}]
+        tools = [{"type": "function", "function": {
+            "name": name, "description": "", "parameters": {"type": "object", "properties": {}}}} for name, _ in calls]
+        texts = []
+        for messages, prompt in ((QUESTION, True), (said, False)):
+            try:
+                texts.append(str(self._rendered(messages, tokenize=False, add_generation_prompt=prompt,
+                                                **self._options(False, tools, None))))  # fmt: skip
+            except PromptError:
+                return None
+        return texts[1][len(os.path.commonprefix(texts)) :]
 
     def turn_end(self) -> int | None:
         """The special token with which it ends a reply, None where it writes plain text or nothing."""

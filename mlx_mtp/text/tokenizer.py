@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
@@ -9,12 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mtp.errors import CheckpointError, OptionError, PromptError, brief
+from mlx_mtp.text.call_grammar import CallGrammar, Notation, notation
 from mlx_mtp.text.channels import GEMMA, THOUGHTS, CallFormat, ThoughtTokens, overlap, parsed_by
 from mlx_mtp.text.detokenizer import Detokenizer, TokenBytes
 from mlx_mtp.text.template import ChatTemplate
 
 # Tokens at a prompt's end in which a template may open a thought.
 THOUGHT_TAIL = 16
+# Tokens in front of what comes before, of what comes after, and of what is filled in: Qwen and CodeGemma; StarCoder and
+# Granite; Code Llama.
+FILL_IN = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"), ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("▁<PRE>", "▁<SUF>", "▁<MID>"),
+)  # fmt: skip
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
 
@@ -96,6 +104,14 @@ class Tokenizer:
         """
         return self.template.prompt(messages, thinking, tools, effort)
 
+    def fill_in(self, before: str, after: str) -> list[int] | None:
+        """The prompt whose reply stands between two texts; None where the tokenizer has no tokens for that."""
+        vocabulary = self._wrapped.get_vocab()
+        for first, second, last in FILL_IN:
+            if first in vocabulary and second in vocabulary and last in vocabulary:
+                return self.encode(f"{first}{before}{second}{after}{last}")
+        return None
+
     def opened_thought(self, ids: Sequence[int]) -> str | None:
         """The marker of a thought that a prompt has opened and not closed, None where it has not."""
         end = self.decode(ids[-THOUGHT_TAIL:])
@@ -136,6 +152,25 @@ class Tokenizer:
         if opening is None or opening == GEMMA.opening:
             return GEMMA if self.template.writes(GEMMA.opening) else None
         return CallFormat(opening, self._wrapped.tool_call_end, parsed_by(self._wrapped.tool_parser, tools))
+
+    def call_grammar(self) -> CallGrammar | None:
+        """Calls of tools as a grammar; None where nobody can read them, or they are written in no known way."""
+        found = self._call_notation
+        return None if found is None else CallGrammar(found, self._parts)
+
+    @cached_property
+    def _call_notation(self) -> Notation | None:
+        shape = self.call_format()
+        return None if shape is None else notation(self.template.reply, shape.opening, shape.closing)
+
+    def _parts(self, text: str) -> list[str | int]:
+        """A text as strings and the ids of tokens that no text can spell."""
+        added = getattr(self._wrapped, "added_tokens_decoder", None) or {}
+        marks = {str(token): number for number, token in added.items() if str(token).strip()}
+        if not marks:
+            return [text]
+        found = re.split(f"({'|'.join(map(re.escape, sorted(marks, key=len, reverse=True)))})", text)
+        return [part if part not in marks else int(marks[part]) for part in map(str, found) if part]
 
     @property
     def has_chat_template(self) -> bool:
@@ -179,10 +214,13 @@ def _grammar_table(wrapped: Any, vocab_size: int, stop_tokens: list[int]) -> Any
     return from_tokenizer(inner, n_vocab=vocab_size, eos_token=stop_tokens)
 
 
-def prompt_ids(prompt: Prompt, tokenizer: Tokenizer | None, raw: bool = False, thinking: bool = False) -> list[int]:
+def prompt_ids(
+    prompt: Prompt, tokenizer: Tokenizer | None, raw: bool = False, thinking: bool = False,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> list[int]:  # fmt: skip
     """Any prompt to token ids: a list of ids as it is, messages by template, a string as one user message.
 
-    raw: a string is continued as it is, without the chat template. thinking: as for Tokenizer.chat. Raises
+    raw: a string is continued as it is, without the chat template. thinking, tools: as for Tokenizer.chat. Raises
     PromptError for an empty prompt, OptionError for thinking where nothing can ask for it.
     """
     if not prompt:
@@ -198,20 +236,28 @@ def prompt_ids(prompt: Prompt, tokenizer: Tokenizer | None, raw: bool = False, t
     if ids or tokenizer is None:
         return [int(token) for token in prompt]  # type: ignore[arg-type]
     if isinstance(prompt, str):
-        return tokenizer.encode(prompt) if plain else tokenizer.chat([{"role": "user", "content": prompt}], thinking)
-    return tokenizer.chat(prompt, thinking)  # type: ignore[arg-type]
+        if plain:
+            return tokenizer.encode(prompt)
+        prompt = [{"role": "user", "content": prompt}]
+    return tokenizer.chat(prompt, thinking, tools)  # type: ignore[arg-type]
 
 
 class StopStrings:
     """Cuts a stream of text before the first stop string; holds back what might become one.
 
-    past: characters of the text fed last, up to and with the end of the stop string, once there is a `hit`.
+    found: the one that was found. past: characters of the text fed last, up to and with its end.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
         self._held = ""
-        self.hit, self.past = False, 0
+        self.past = 0
+        self.found: str | None = None
+
+    @property
+    def hit(self) -> bool:
+        """Whether one was found."""
+        return self.found is not None
 
     def __bool__(self) -> bool:
         """Whether there is anything to look for."""
@@ -227,7 +273,7 @@ class StopStrings:
         if found:
             # The one that is complete first, the longest of these: so that it does not matter how the text was cut.
             end, begin = min(found)
-            self.hit, self.past = True, end - before
+            self.found, self.past = self._held[begin:end], end - before
             shown, self._held = self._held[:begin], ""
             return shown
         keep = max((overlap(self._held, stop) for stop in self._stops), default=0)

@@ -1,0 +1,295 @@
+"""OpenAI's Chat Completions: messages, tools, and their replies."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, FailFast, Field
+
+from mlx_mtp.generation.types import Event, Result
+from mlx_mtp.serving.body import as_json
+from mlx_mtp.serving.errors import RequestError
+from mlx_mtp.serving.interface import Context, Generation, Messages, Object, identifier, thinks
+from mlx_mtp.serving.openai import ChoicesForm, OpenAIBody, scored
+from mlx_mtp.serving.schema import CACHING, Arguments, Schema, ToolName, Whole, call, declared, only
+from mlx_mtp.text.call_grammar import ToolChoice
+from mlx_mtp.text.channels import ToolCall
+
+
+def parts(value: object) -> object:
+    """A string as a list of one part."""
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+class Part(Schema):
+    """A part of a message; this server reads no images, sounds or files."""
+
+    type: Literal["text"]
+    text: str
+    refusal: ClassVar[str] = ""
+
+
+class AssistantPart(Schema):
+    """A refusal is what was said in place of text."""
+
+    type: Literal["text", "refusal"]
+    text: str = ""
+    refusal: str = ""
+
+
+class Said(Schema):
+    """A message of the system's, the developer's or the user's."""
+
+    role: Literal["system", "developer", "user"]
+    content: Annotated[list[Part], FailFast(), BeforeValidator(parts)]
+    name: str | None = None
+
+
+class CalledFunction(Schema):
+    """A tool's name and the arguments it was given."""
+
+    name: ToolName
+    arguments: Arguments
+
+
+class Call(Schema):
+    """A call of a tool; streamed ones carry an index."""
+
+    ignored = CACHING | {"index"}
+    id: Annotated[str, Field(min_length=1)]
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+Empty = Annotated[Any, only("", [], because="replies of this server hold none")]
+
+
+class Replied(Schema):
+    """A message of the assistant's: OpenAI's clients send back what they were given, with fields that are empty."""
+
+    role: Literal["assistant"]
+    content: Annotated[list[AssistantPart], FailFast(), BeforeValidator(parts)] = []
+    name: str | None = None
+    refusal: str = ""
+    reasoning_content: str = ""
+    reasoning: str = ""
+    tool_calls: Annotated[list[Call], FailFast()] = []
+    annotations: Empty = None
+    audio: Empty = None
+    function_call: Empty = None
+
+
+class Answered(Schema):
+    """What a tool answered."""
+
+    role: Literal["tool"]
+    content: Annotated[list[Part], FailFast(), BeforeValidator(parts)]
+    name: str | None = None
+    tool_call_id: str
+
+
+Message = Annotated[Said | Replied | Answered, Field(discriminator="role")]
+
+
+class Function(Schema):
+    """A tool's declaration. strict: calls keep to the schema of its parameters."""
+
+    name: ToolName
+    description: str = ""
+    parameters: dict[str, Any] = {}
+    strict: bool = False
+
+
+class Tool(Schema):
+    """A tool: always a function."""
+
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class Named(Schema):
+    """The name of a tool."""
+
+    name: ToolName
+
+
+class NamedTool(Schema):
+    """The one tool to call."""
+
+    type: Literal["function"]
+    function: Named
+
+
+class Allowed(Schema):
+    """The tools that may, or must, be called, of those that are declared."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], FailFast(), Field(min_length=1)]
+
+
+class AllowedTools(Schema):
+    """A choice among some of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: Allowed
+
+
+WORDS = ("auto", "none", "required")
+
+
+def in_words(value: object) -> object:
+    """A choice that is one word, as an object."""
+    return {"type": value} if isinstance(value, str) and value in WORDS else value
+
+
+class Word(Schema):
+    """Whether tools may or must be called."""
+
+    type: Literal["auto", "none", "required"]
+
+
+Choice = Annotated[Word | NamedTool | AllowedTools, Field(discriminator="type")]
+
+
+class TemplateOptions(Schema):
+    """Variables of chat templates."""
+
+    enable_thinking: bool | None = None
+
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+class ChatBody(OpenAIBody):
+    """/v1/chat/completions."""
+
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1)]
+    tools: Annotated[list[Tool], FailFast(), Field(max_length=512)] = []
+    tool_choice: Annotated[Choice, BeforeValidator(in_words)] = Word(type="auto")
+    parallel_tool_calls: bool = True
+    logprobs: bool = False
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] = 0
+    reasoning_effort: Effort | None = None
+    chat_template_kwargs: TemplateOptions = TemplateOptions()
+    modalities: Annotated[Any, only(["text"], because="this server only writes text")] = None
+    audio: Annotated[Any, only(because="this server only writes text")] = None
+    verbosity: Annotated[Any, only("medium", because="this server has no such dial")] = None
+    web_search_options: Annotated[Any, only(because="this server searches nothing")] = None
+    moderation: Annotated[Any, only(because="this server moderates nothing")] = None
+    functions: Annotated[Any, only([], because="it was replaced by tools and tool_choice")] = None
+    function_call: Annotated[Any, only("none", "auto", because="it was replaced by tools and tool_choice")] = None
+
+    def generation(self, context: Context) -> Generation:
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs need logprobs true beside them.", param="top_logprobs")
+        effort, switch = self.reasoning_effort, self.chat_template_kwargs.enable_thinking
+        if effort is not None and switch is not None and thinks(effort) != switch:
+            raise RequestError(f"reasoning_effort '{effort}' and enable_thinking {switch} contradict each other.",
+                               param="reasoning_effort")  # fmt: skip
+        functions = [tool.function for tool in self.tools]
+        return Generation(
+            messages=for_template(self.messages), effort=effort, thinking=thinks(effort, switch),
+            tools=[] if isinstance(self.tool_choice, Word) and self.tool_choice.type == "none" else
+            [declared(one.name, one.description, one.parameters, one.strict) for one in functions],
+            choice=self._choice(), logprobs=self.top_logprobs if self.logprobs else None, **self.common(context),
+        )  # fmt: skip
+
+    def _choice(self) -> ToolChoice:
+        choice, several = self.tool_choice, self.parallel_tool_calls
+        if isinstance(choice, Word):
+            return ToolChoice(None, choice.type == "required", several)
+        if isinstance(choice, NamedTool):
+            return ToolChoice([choice.function.name], True, several=False)
+        names = [tool.function.name for tool in choice.allowed_tools.tools]
+        return ToolChoice(names, choice.allowed_tools.mode == "required", several)
+
+    def form(self, context: Context, asked: Generation) -> ChatForm:
+        return ChatForm(self, context, asked)
+
+
+def for_template(messages: list[Said | Replied | Answered]) -> Messages:
+    """Messages as chat templates take them: parts of text as lines of one, a tool's answer with the name of its call.
+
+    Whether a template takes these roles in this order is its own affair.
+    """
+    found, tools = [], dict[str, str]()
+    for i, said in enumerate(messages):
+        texts = [text for part in said.content for text in (part.text, part.refusal) if text]
+        one: dict[str, Any] = {"role": "system" if said.role == "developer" else said.role}
+        one |= {"name": said.name} if said.name else {}
+        if isinstance(said, Replied):
+            texts += [said.refusal] if said.refusal else []
+            if thought := said.reasoning_content or said.reasoning:
+                one["reasoning_content"] = thought
+            if said.tool_calls:
+                one["tool_calls"] = [call(made.id, made.function.name, made.function.arguments)
+                                     for made in said.tool_calls]  # fmt: skip
+            tools |= {made.id: made.function.name for made in said.tool_calls}
+        if isinstance(said, Answered):
+            if not (name := said.name or tools.get(said.tool_call_id)):
+                raise RequestError("tool_call_id names no call of a tool in an earlier message.",
+                                   param=f"messages[{i}].tool_call_id")  # fmt: skip
+            one |= {"name": name, "tool_call_id": said.tool_call_id}
+        found.append(one | {"content": "\n".join(texts)})
+    return found
+
+
+class ChatForm(ChoicesForm):
+    """A message a choice; calls of tools are streamed as a head and their arguments."""
+
+    prefix, whole_kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, body: ChatBody, context: Context, asked: Generation) -> None:
+        super().__init__(body, context, asked)
+        self._calls = Counter[int]()  # of each choice, streamed
+
+    def begin(self, prompt_tokens: int) -> Iterable[Object]:
+        return [self.chunk(i, {"delta": {"role": "assistant", "content": ""}}) for i in range(self._asked.choices)]
+
+    def _choice(self, index: int, events: Sequence[Event]) -> Object:
+        text, thinking = "".join(e.content for e in events), "".join(e.thinking for e in events)
+        calls = [made(one) for event in events for one in event.calls]
+        message: Object = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
+        result = events[-1].result
+        reason = "tool_calls" if calls else result and result.finish_reason
+        return {"message": message | _filled(reasoning_content=thinking, tool_calls=calls), "finish_reason": reason}
+
+    def _parts(self, index: int, event: Event) -> Iterator[Object]:
+        if event.thinking or event.content:
+            yield {"delta": _filled(reasoning_content=event.thinking, content=event.content)}
+        for one in event.calls:
+            number, whole = self._calls[index], made(one)
+            self._calls[index] += 1
+            function, arguments = whole["function"], whole["function"]["arguments"]
+            head = {"index": number, **whole, "function": function | {"arguments": ""}}
+            yield {"delta": {"tool_calls": [head]}}
+            yield {"delta": {"tool_calls": [{"index": number, "function": {"arguments": arguments}}]}}
+
+    def _ended(self, index: int, result: Result) -> tuple[Object, str]:
+        return {"delta": {}}, "tool_calls" if self._calls[index] else result.finish_reason
+
+    def _logprobs(self, index: int, events: Sequence[Event]) -> Object:
+        most = self._asked.logprobs or 0
+        content = [{**token.as_dict(), "top_logprobs": [top.as_dict() for top in tops]}
+                   for token, tops in scored(self._tokenizer, most, events)]  # fmt: skip
+        return {"content": content, "refusal": None}
+
+
+def _filled(**fields: Any) -> Object:
+    return {name: value for name, value in fields.items() if value}
+
+
+def arguments_of(call: ToolCall) -> str:
+    """The arguments of a call as JSON."""
+    try:
+        return as_json(call.arguments)
+    except ValueError:  # a model may write NaN, which no JSON reader takes: every value as a string then
+        return as_json({name: str(value) for name, value in call.arguments.items()})
+
+
+def made(call: ToolCall) -> Object:
+    """A call of the reply, with an id of its own."""
+    function = {"name": call.name, "arguments": arguments_of(call)}
+    return {"id": identifier("call_"), "type": "function", "function": function}

@@ -1,0 +1,97 @@
+"""OpenAI's Completions: texts or token ids to go on with, or to fill the middle of."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any
+
+from pydantic import Field, PlainValidator
+
+from mlx_mtp.generation.types import Event, Result
+from mlx_mtp.serving.errors import RequestError
+from mlx_mtp.serving.interface import Context, Generation, Object
+from mlx_mtp.serving.openai import ChoicesForm, OpenAIBody, scored
+from mlx_mtp.serving.schema import UNSUPPORTED, Whole, fault, only
+
+MOST_PROMPTS = 128
+
+
+def _prompts(value: object) -> list[str | list[int]]:
+    """A string, token ids, or a list of these."""
+    several = isinstance(value, list) and bool(value) and all(isinstance(one, (str, list)) for one in value)
+    found: Any = value if several else [value]
+    for one in found:
+        if not one or not (isinstance(one, str) or (isinstance(one, list) and all(type(t) is int for t in one))):
+            raise fault("should be a string or a list of token ids, or a list of these, none of them empty")
+    if len(found) > MOST_PROMPTS:
+        raise fault(f"should be at most {MOST_PROMPTS} prompts")
+    return list(found)
+
+
+class CompletionBody(OpenAIBody):
+    """/v1/completions."""
+
+    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]
+    logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    echo: bool = False
+    suffix: str = ""
+    best_of: Annotated[Any, only(1, because="every reply that is written is returned")] = None
+
+    def generation(self, context: Context) -> Generation:
+        if self.echo and self.logprobs is not None:
+            raise RequestError("echo and logprobs do not go together here, as a prompt has no logprobs; leave one out.",
+                               param="echo", code=UNSUPPORTED)  # fmt: skip
+        return Generation(prompts=self.prompt, suffix=self.suffix or None, logprobs=self.logprobs,
+                          **self.common(context))  # fmt: skip
+
+    def form(self, context: Context, asked: Generation) -> CompletionForm:
+        return CompletionForm(self, context, asked)
+
+
+class CompletionForm(ChoicesForm):
+    """A text a choice."""
+
+    prefix, whole_kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, body: CompletionBody, context: Context, asked: Generation) -> None:
+        super().__init__(body, context, asked)
+        self._echo = body.echo
+        self._offsets = Counter[int]()  # characters of each choice's tokens so far
+
+    def begin(self, prompt_tokens: int) -> Iterable[Object]:
+        count = self._asked.choices * len(self._asked.prompts)
+        return [self.chunk(i, {"text": self._prompt(i)}) for i in range(count)] if self._echo else []
+
+    def _prompt(self, index: int) -> str:
+        """What a choice begins with."""
+        prompt = self._asked.prompts[index // self._asked.choices]
+        if not self._echo or isinstance(prompt, str):
+            return prompt if self._echo else ""  # type: ignore[return-value]
+        return self._tokenizer.decode(prompt) if self._tokenizer else ""
+
+    def _choice(self, index: int, events: Sequence[Event]) -> Object:
+        result = events[-1].result
+        text = self._prompt(index) + "".join(event.content for event in events)
+        return {"text": text, "finish_reason": result and result.finish_reason}
+
+    def _parts(self, index: int, event: Event) -> Iterator[Object]:
+        if event.content:
+            yield {"text": event.content}
+
+    def _ended(self, index: int, result: Result) -> tuple[Object, str]:
+        return {"text": ""}, result.finish_reason
+
+    def _logprobs(self, index: int, events: Sequence[Event]) -> Object:
+        """The older form: lists side by side; offsets count characters of the reply."""
+        found, offsets = scored(self._tokenizer, self._asked.logprobs or 0, events), []
+        for token, _ in found:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(token.text)
+        return {
+            "tokens": [token.text for token, _ in found],
+            "token_logprobs": [token.logprob for token, _ in found],
+            "top_logprobs": [{top.text: top.logprob for top in reversed(tops)} for _, tops in found]
+            if self._asked.logprobs else None,
+            "text_offset": offsets,
+        }  # fmt: skip

@@ -1,0 +1,213 @@
+"""The endpoints of a server: replies of every interface, counts of tokens, and what is known of the model."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from functools import partial
+from typing import Annotated
+
+import mlx.core as mx
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from mlx_mtp.engine import Engine
+from mlx_mtp.serving.body import read_body
+from mlx_mtp.serving.errors import RequestError, told
+from mlx_mtp.serving.interface import Context, GenerationBody, Object
+from mlx_mtp.serving.metrics import Metrics
+from mlx_mtp.serving.options import ServerOptions
+from mlx_mtp.serving.queue import ReplyQueue
+from mlx_mtp.serving.replies import Replier
+from mlx_mtp.serving.schema import Body, ModelBody, read
+from mlx_mtp.serving.sessions import SessionPool
+from mlx_mtp.serving.store import ResponseStore
+from mlx_mtp.serving.under_way import ReplyResponse
+from mlx_mtp.text.tokenizer import Tokenizer
+from mlx_mtp.version import __version__
+
+# Bytes of a body from which on its prompt is tokenised one at a time, and threads for the smaller ones: nobody with a
+# short prompt waits for a long one.
+LARGE_BODY, SMALL_THREADS = 200_000, 4
+# Names under which clients look for the length of the context.
+CONTEXT_FIELDS = ("max_context", "context_length", "context_window", "max_model_len", "max_input_tokens")
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+class TokenizeBody(ModelBody):
+    """/tokenize: a text, under the names of vLLM and llama.cpp."""
+
+    prompt: str | None = None
+    content: str | None = None
+    add_special_tokens: bool = True
+
+
+class DetokenizeBody(ModelBody):
+    """/detokenize: token ids."""
+
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=1_000_000)]
+
+
+class Endpoints:
+    """The endpoints of one server around one engine. places: how many requests may wait while one runs."""
+
+    def __init__(self, engine: Engine, options: ServerOptions, places: int) -> None:
+        self._engine, self._options, self.metrics = engine, options, Metrics()
+        self.queue, self._pool = ReplyQueue(places), SessionPool(options.session_bytes)
+        self._replier = Replier(engine, self._pool, self.metrics)
+        self._context = Context(options, engine.tokenizer, ResponseStore())
+        self._small, self._large = ThreadPoolExecutor(SMALL_THREADS), ThreadPoolExecutor(1)
+        self._created = int(time.time())
+
+    async def close(self) -> None:
+        """Nothing more is tokenised or written."""
+        for pool in (self._small, self._large):
+            pool.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self.queue.stop)
+
+    def replies(self, schema: type[GenerationBody]) -> Endpoint:
+        """An endpoint that answers requests of one interface."""
+
+        async def endpoint(request: Request) -> Response:
+            data, dropped = await self._data(request), list[str]()
+            run_in = asyncio.get_running_loop().run_in_executor
+            body = await run_in(self._small, self._read, data, schema, dropped)
+            asked = await run_in(self._small, body.generation, self._context)
+            form, ticket = body.form(self._context, asked), self.queue.reserve()
+
+            async def begin() -> int:
+                prepared = await run_in(self._threads(data), self._replier.prepare, asked)
+                self.queue.submit(ticket, partial(self._replier.reply, prepared, body.stream, form, ticket))
+                return len(prepared[0].ids)
+
+            def waits_for() -> str:
+                return ticket.progress or f"waiting, {self.queue.before(ticket)} before you"
+
+            return ReplyResponse(ticket, form, body.stream, begin, waits_for, self._options, self.metrics, dropped)
+
+        return endpoint
+
+    def counts(self, schema: type[GenerationBody]) -> Endpoint:
+        """An endpoint that counts the tokens of a request's prompt."""
+
+        def counted(data: bytes) -> int:
+            try:
+                [ids] = self._replier.prompts(self._read(data, schema, []).generation(self._context))
+                return len(ids)
+            except BaseException as error:  # a tokenizer's panic is no Exception
+                raise told(error) from None
+
+        async def endpoint(request: Request) -> Response:
+            data = await self._data(request)
+            count = await asyncio.get_running_loop().run_in_executor(self._threads(data), counted, data)
+            return JSONResponse({"object": "response.input_tokens", "input_tokens": count})
+
+        return endpoint
+
+    async def _data(self, request: Request) -> bytes:
+        return await read_body(request, self._options.body_bytes, self._options.body_seconds)
+
+    def _threads(self, data: bytes) -> ThreadPoolExecutor:
+        return self._large if len(data) >= LARGE_BODY else self._small
+
+    def _read(self, data: bytes, schema: type[Body], dropped: list[str]) -> Body:
+        """A body for the model that is served. dropped: where names of fields go that a lenient server leaves out."""
+        body = read(data, schema, dropped if self._options.lenient else None)
+        self._check_model(body.model)
+        return body
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name not in (self._options.model, *self._options.others):
+            raise RequestError(
+                f"This server has no model '{name[:100]}' but one named '{self._options.model}'.",
+                status=404, param="model", code="model_not_found",
+            )  # fmt: skip
+
+    async def response(self, request: Request) -> Response:
+        """GET and DELETE /v1/responses/NAME."""
+        name = request.path_params["name"]
+        if request.method == "DELETE":
+            self._context.responses.drop(name)
+            return JSONResponse({"id": name, "object": "response", "deleted": True})
+        return JSONResponse(self._context.responses.get(name).response)
+
+    async def input_items(self, request: Request) -> Response:
+        """GET /v1/responses/NAME/input_items: all of them, the newest first unless `order` is asc."""
+        stored = self._context.responses.get(request.path_params["name"])
+        items = [*stored.before, *stored.given]
+        items = items if request.query_params.get("order") == "asc" else items[::-1]
+        ends = {"first_id": items[0].get("id"), "last_id": items[-1].get("id")}
+        return JSONResponse({"object": "list", "data": items, "has_more": False, **ends})
+
+    async def tokenize(self, request: Request) -> Response:
+        """POST /tokenize."""
+
+        def tokenized(data: bytes) -> Object:
+            body, tokenizer = self._read(data, TokenizeBody, []), self._tokenizer()
+            text = body.content if body.prompt is None else body.prompt
+            if text is None:
+                raise RequestError("prompt: the field is required.", param="prompt")
+            ids = tokenizer.encode(text, body.add_special_tokens)
+            return {"tokens": ids, "count": len(ids), "max_model_len": self._engine.max_context}
+
+        return await self._worked_out(request, tokenized)
+
+    async def detokenize(self, request: Request) -> Response:
+        """POST /detokenize."""
+
+        def text(data: bytes) -> Object:
+            found = self._tokenizer().decode(self._read(data, DetokenizeBody, []).tokens)
+            return {"prompt": found, "content": found}
+
+        return await self._worked_out(request, text)
+
+    async def _worked_out(self, request: Request, work: Callable[[bytes], Object]) -> Response:
+        data = await self._data(request)
+        return JSONResponse(await asyncio.get_running_loop().run_in_executor(self._threads(data), work, data))
+
+    def _tokenizer(self) -> Tokenizer:
+        if self._engine.tokenizer is None:
+            raise RequestError("This checkpoint has no tokenizer, so there is no text but token ids.")
+        return self._engine.tokenizer
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models, in OpenAI's form and Anthropic's at once."""
+        model = self._model()
+        return JSONResponse({
+            "object": "list", "data": [model], "has_more": False, "first_id": model["id"], "last_id": model["id"],
+        })  # fmt: skip
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/NAME."""
+        self._check_model(request.path_params["name"])
+        return JSONResponse(self._model())
+
+    def _model(self) -> Object:
+        name = self._options.model
+        return {
+            "id": name, "object": "model", "created": self._created, "owned_by": "mlx-mtp", "type": "model",
+            "display_name": name, "created_at": datetime.fromtimestamp(self._created, UTC).isoformat(),
+            **dict.fromkeys(CONTEXT_FIELDS, self._engine.max_context),
+        }  # fmt: skip
+
+    async def health(self, request: Request) -> Response:
+        """GET /health: 200 as long as requests are taken."""
+        alive = self.queue.alive
+        state = {
+            "status": "ok" if alive else "stopping", "model": self._options.model, "version": __version__,
+            "queue_length": self.queue.waiting, "running": self.queue.running, "depth": self._engine.depth_reason,
+        }  # fmt: skip
+        return JSONResponse(state, 200 if alive else 503)
+
+    async def prometheus(self, request: Request) -> Response:
+        """GET /metrics."""
+        gauges = {
+            "queue_length": self.queue.waiting, "running": self.queue.running, "session_bytes": self._pool.nbytes,
+            "sessions": self._pool.count, "active_memory_bytes": mx.get_active_memory(),
+        }  # fmt: skip
+        return PlainTextResponse(self.metrics.render(gauges), media_type="text/plain; version=0.0.4")
+

@@ -1,0 +1,284 @@
+"""Anthropic's Messages: blocks of text, thoughts and uses of tools."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, FailFast, Field
+
+from mlx_mtp.generation.types import Event, Result, Stats
+from mlx_mtp.serving.body import strict
+from mlx_mtp.serving.chat import arguments_of, parts
+from mlx_mtp.serving.errors import RequestError, anthropic
+from mlx_mtp.serving.interface import Context, Generation, Messages, Object, TypedForm, identifier, limited
+from mlx_mtp.serving.openai import SampledBody
+from mlx_mtp.serving.schema import CACHING, Schema, Tokens, ToolName, call, declared, only
+from mlx_mtp.text.call_grammar import ToolChoice
+
+
+class TextBlock(Schema):
+    """A part of a message; this server reads no images and no documents."""
+
+    ignored = CACHING | {"citations"}
+    type: Literal["text"]
+    text: str
+
+
+class ThinkingBlock(Schema):
+    """Thoughts of the assistant's; a signature proves nothing here."""
+
+    ignored = CACHING | {"signature"}
+    type: Literal["thinking"]
+    thinking: str
+
+
+class ToolUseBlock(Schema):
+    """A call of a tool."""
+
+    ignored = CACHING | {"caller"}
+    type: Literal["tool_use"]
+    id: Annotated[str, Field(min_length=1)]
+    name: ToolName
+    input: dict[str, Any]
+
+
+class ToolResultBlock(Schema):
+    """What a tool answered."""
+
+    type: Literal["tool_result"]
+    tool_use_id: str
+    content: Annotated[list[TextBlock], FailFast(), BeforeValidator(parts)] = []
+    is_error: bool = False
+
+
+class UserMessage(Schema):
+    """A turn of the user's, answers of tools among it."""
+
+    role: Literal["user", "system"]
+    content: Annotated[
+        list[Annotated[TextBlock | ToolResultBlock, Field(discriminator="type")]], FailFast(), BeforeValidator(parts)
+    ]  # fmt: skip
+
+
+class AssistantMessage(Schema):
+    """A turn of the assistant's."""
+
+    role: Literal["assistant"]
+    content: Annotated[
+        list[Annotated[TextBlock | ThinkingBlock | ToolUseBlock, Field(discriminator="type")]], FailFast(),
+        BeforeValidator(parts),
+    ]  # fmt: skip
+
+
+class Tool(Schema):
+    """A tool of the client's own. strict: calls keep to its schema."""
+
+    ignored = CACHING | {"eager_input_streaming", "input_examples"}
+    type: Literal["custom"] = "custom"
+    name: ToolName
+    description: str = ""
+    input_schema: dict[str, Any]
+    strict: bool = False
+
+
+class Choice(Schema):
+    """Whether tools may or must be called, and which."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: ToolName | None = None
+    disable_parallel_tool_use: bool = False
+
+
+class Thinking(Schema):
+    """Whether the model thinks first; how much is up to it."""
+
+    ignored = CACHING | {"budget_tokens", "display"}
+    type: Literal["enabled", "disabled", "adaptive"]
+
+
+class OutputFormat(Schema):
+    """What the answer is held to."""
+
+    type: Literal["json_schema"]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class OutputConfig(Schema):
+    """A level of effort, and what the answer is held to."""
+
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: OutputFormat | None = None
+
+
+class PromptBody(SampledBody):
+    """What /v1/messages and /v1/messages/count_tokens take."""
+
+    ignored: ClassVar[frozenset[str]] = CACHING | {"metadata", "service_tier", "inference_geo", "speed"}
+    messages: Annotated[
+        list[Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]], FailFast(), Field(min_length=1)
+    ]
+    system: Annotated[list[TextBlock], FailFast(), BeforeValidator(parts)] = []
+    tools: Annotated[list[Tool], FailFast(), Field(max_length=512)] = []
+    tool_choice: Choice = Choice(type="auto")
+    thinking: Thinking = Thinking(type="disabled")
+    output_config: OutputConfig = OutputConfig()
+    output_format: OutputFormat | None = None
+    stop_sequences: Annotated[list[Annotated[str, Field(min_length=1)]], FailFast(), Field(max_length=16)] = []
+    container: Annotated[Any, only(because="this server runs no code")] = None
+    mcp_servers: Annotated[Any, only([], because="this server calls no others")] = None
+    context_management: Annotated[Any, only(because="nothing is cut out of a conversation")] = None
+
+    def limit(self, context: Context) -> int:
+        """Tokens of the reply."""
+        return 1
+
+    def generation(self, context: Context) -> Generation:
+        choice, several = self.tool_choice, not self.tool_choice.disable_parallel_tool_use
+        if (choice.type == "tool") != (choice.name is not None):
+            raise RequestError("tool_choice has a name with the type 'tool', and only there.", param="tool_choice")
+        if self.messages[-1].role == "assistant":
+            raise RequestError("The last message must be the user's: a reply that was begun cannot be gone on with.",
+                               param="messages")  # fmt: skip
+        answer = self.output_config.format or self.output_format
+        return Generation(
+            messages=for_template(self.system, self.messages), thinking=self.thinking.type != "disabled",
+            effort=self.output_config.effort if self.thinking.type != "disabled" else None,
+            tools=[] if choice.type == "none" else
+            [declared(one.name, one.description, one.input_schema, one.strict) for one in self.tools],
+            choice=ToolChoice([choice.name] if choice.name else None, choice.type in ("any", "tool"), several),
+            max_tokens=self.limit(context), sampling=self.sampling(context.options), stop=self.stop_sequences,
+            seed=context.options.seed, json_schema=answer.schema_ if answer else None,
+        )  # fmt: skip
+
+    def form(self, context: Context, asked: Generation) -> MessagesForm:
+        return MessagesForm(context.options.model)
+
+
+class MessagesBody(PromptBody):
+    """/v1/messages."""
+
+    max_tokens: Tokens
+
+    def limit(self, context: Context) -> int:
+        return limited(self.max_tokens, context.options, "max_tokens")
+
+
+def for_template(system: list[TextBlock], messages: Sequence[UserMessage | AssistantMessage]) -> Messages:
+    """Messages as chat templates take them: answers of tools become messages of their own."""
+    found: Messages = [{"role": "system", "content": _joined(system)}] if system else []
+    tools = dict[str, str]()
+    for i, message in enumerate(messages):
+        text = _joined([block for block in message.content if isinstance(block, TextBlock)])
+        if isinstance(message, AssistantMessage):
+            one: dict[str, Any] = {"role": "assistant", "content": text}
+            if thought := "\n".join(block.thinking for block in message.content if isinstance(block, ThinkingBlock)):
+                one["reasoning_content"] = thought
+            if uses := [block for block in message.content if isinstance(block, ToolUseBlock)]:
+                one["tool_calls"] = [call(use.id, use.name, use.input) for use in uses]
+                tools |= {use.id: use.name for use in uses}
+            found.append(one)
+            continue
+        for result in (block for block in message.content if isinstance(block, ToolResultBlock)):
+            if (name := tools.get(result.tool_use_id)) is None:
+                raise RequestError(f"messages[{i}]: tool_use_id '{result.tool_use_id[:100]}' names no call of a tool "
+                                   "in an earlier message.", param=f"messages[{i}]")  # fmt: skip
+            said = ("Error: " if result.is_error else "") + _joined(result.content)
+            found.append({"role": "tool", "name": name, "tool_call_id": result.tool_use_id, "content": said})
+        if text or not any(isinstance(block, ToolResultBlock) for block in message.content):
+            found.append({"role": message.role, "content": text})
+    return found
+
+
+def _joined(blocks: Sequence[TextBlock]) -> str:
+    return "\n".join(block.text for block in blocks)
+
+
+class MessagesForm(TypedForm):
+    """A message whose content is a list of blocks."""
+
+    def __init__(self, model: str) -> None:
+        self._message: Object = {
+            "id": identifier("msg_"), "type": "message", "role": "assistant", "model": model, "content": [],
+            "stop_reason": None, "stop_sequence": None,
+        }  # fmt: skip
+
+    def begin(self, prompt_tokens: int) -> Iterable[Object]:
+        usage = _usage(Stats(prompt_tokens=prompt_tokens, prefilled_tokens=prompt_tokens))
+        return [{"type": "message_start", "message": {**self._message, "content": [], "usage": usage}}]
+
+    def chunks(self, index: int, events: Iterable[Event]) -> Iterator[Object]:
+        content = self._message["content"]
+        for event in events:
+            if event.thinking:
+                yield from self._grow("thinking", event.thinking)
+            if event.content:
+                yield from self._grow("text", event.content)
+            for made in event.calls:
+                yield from self._close()
+                arguments = arguments_of(made)
+                use = {"type": "tool_use", "id": identifier("toolu_"), "name": made.name, "input": strict(arguments)}
+                content.append(use)
+                yield self._started({**use, "input": {}})
+                yield self._delta({"type": "input_json_delta", "partial_json": arguments})
+                yield {"type": "content_block_stop", "index": len(content) - 1}
+            if event.result is not None:
+                yield from self._close()
+                reason = self._reason(event.result)
+                self._message |= reason | {"usage": _usage(event.result.stats), "stats": event.result.stats.as_dict()}
+                yield {
+                    "type": "message_delta", "delta": reason, "usage": self._message["usage"],
+                    "stats": self._message["stats"],
+                }  # fmt: skip
+                yield {"type": "message_stop"}
+
+    def end(self, results: Sequence[Result]) -> Iterable[Object]:
+        return []
+
+    def whole(self, prompt_tokens: int, replies: Sequence[Sequence[Event]]) -> Object:
+        for _ in self.chunks(0, replies[0]):
+            pass
+        return self._message
+
+    def failed(self, error: RequestError) -> Object:
+        return anthropic(error.body)
+
+    def _grow(self, kind: str, text: str) -> Iterator[Object]:
+        """More text of a thought or of the answer."""
+        content = self._message["content"]
+        if not content or content[-1]["type"] != kind:
+            yield from self._close()
+            block = {"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {})
+            content.append(block)
+            yield self._started(dict(block))
+        content[-1][kind] += text
+        yield self._delta({"type": f"{kind}_delta", kind: text})
+
+    def _started(self, block: Object) -> Object:
+        return {"type": "content_block_start", "index": len(self._message["content"]) - 1, "content_block": block}
+
+    def _delta(self, delta: Object) -> Object:
+        return {"type": "content_block_delta", "index": len(self._message["content"]) - 1, "delta": delta}
+
+    def _close(self) -> Iterator[Object]:
+        """The text or thought that is being written is whole."""
+        content = self._message["content"]
+        if content and content[-1]["type"] != "tool_use":
+            yield {"type": "content_block_stop", "index": len(content) - 1}
+
+    def _reason(self, result: Result) -> Object:
+        called = any(block["type"] == "tool_use" for block in self._message["content"])
+        if called:
+            reason = "tool_use"
+        elif result.stop_string is not None:
+            reason = "stop_sequence"
+        else:
+            reason = "end_turn" if result.finish_reason == "stop" else "max_tokens"
+        return {"stop_reason": reason, "stop_sequence": result.stop_string if reason == "stop_sequence" else None}
+
+
+def _usage(stats: Stats) -> Object:
+    return {
+        "input_tokens": stats.prefilled_tokens, "output_tokens": stats.tokens, "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": stats.prompt_tokens - stats.prefilled_tokens,
+    }  # fmt: skip

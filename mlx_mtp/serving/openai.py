@@ -1,0 +1,262 @@
+"""What OpenAI's Chat Completions and Completions share: fields of a request, and the form of replies.
+
+`usage` counts drafts that are in the reply as accepted_prediction_tokens and tokens a kept session had as
+cached_tokens; `stats` is an extension with the figures of `mlx-mtp generate --json`, in a choice of its own where there
+are several.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, FailFast, Field, ValidationInfo, field_validator
+
+from mlx_mtp.errors import OptionError
+from mlx_mtp.generation.types import Event, Result, Sampling, Stats
+from mlx_mtp.serving.errors import RequestError
+from mlx_mtp.serving.interface import (
+    Context,
+    Form,
+    Generation,
+    GenerationBody,
+    Object,
+    identifier,
+    limited,
+    now,
+    result_of,
+)
+from mlx_mtp.serving.options import ServerOptions
+from mlx_mtp.serving.schema import CACHING, JsonSchema, Schema, Tokens, Whole, fault
+from mlx_mtp.text.tokenizer import Tokenizer
+from mlx_mtp.version import __version__
+
+# For a probability of zero, as JSON has no infinity.
+LEAST = -9999.0
+FINGERPRINT = f"mlx-mtp-{__version__}"
+MOST_CHOICES = 128
+SAMPLED = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
+
+
+class SampledBody(GenerationBody):
+    """How tokens are chosen, under the names that all interfaces have."""
+
+    temperature: float | None = None
+    top_k: Whole | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+
+    @field_validator(*SAMPLED)
+    @classmethod
+    def _in_range(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if info.field_name == "top_p" and value == 0:
+            return value  # nothing but the likeliest token
+        try:
+            Sampling(**{str(info.field_name): value})  # type: ignore[arg-type]
+        except OptionError as error:
+            raise fault(str(error).removeprefix(f"{info.field_name} ").rstrip(".")) from None
+        return value
+
+    def sampling(self, options: ServerOptions, bias: dict[int, float] | None = None) -> Sampling:
+        """What is given, over the server's own."""
+        given: dict[str, Any] = self.model_dump(include=set(SAMPLED), exclude_none=True)
+        if given.get("top_p") == 0:
+            del given["top_p"]
+            given["temperature"] = 0.0
+        return Sampling(**given, logit_bias=bias or None).over(options.sampling)
+
+
+class ResponseFormat(Schema):
+    """What an answer is: free text, any JSON object, or JSON by a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def schema_of(self) -> dict[str, Any] | None:
+        """What the answer is held to; RequestError where the schema is missing."""
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise RequestError("response_format needs json_schema with the type 'json_schema', and only there.",
+                               param="response_format")  # fmt: skip
+        if self.json_schema is not None:
+            return self.json_schema.schema_
+        return {"type": "object"} if self.type == "json_object" else None
+
+
+class StreamOptions(Schema):
+    """What a stream tells besides the reply."""
+
+    ignored = frozenset({"include_obfuscation"})
+    include_usage: bool = False
+
+
+class OpenAIBody(SampledBody):
+    """What both endpoints take."""
+
+    ignored = CACHING | {
+        "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+        "prompt_cache_options", "prediction",
+    }  # fmt: skip
+    stream_options: StreamOptions | None = None
+    max_tokens: Tokens | None = None
+    max_completion_tokens: Tokens | None = None
+    logit_bias: Annotated[
+        dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+        Field(max_length=4096),
+    ] = {}
+    seed: Annotated[Whole, Field(ge=-(2**63), le=2**64 - 1)] | None = None
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1)]], FailFast(), Field(max_length=16),
+        BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    ] = []  # fmt: skip
+    n: Annotated[Whole, Field(ge=1, le=MOST_CHOICES)] = 1
+    response_format: ResponseFormat | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def common(self, context: Context) -> dict[str, Any]:
+        """What both endpoints ask for."""
+        options, old, new = context.options, self.max_tokens, self.max_completion_tokens
+        if self.stream_options and not self.stream:
+            raise RequestError("stream_options are only for a request with stream true.", param="stream_options")
+        if old and new and old != new:
+            raise RequestError(f"max_tokens and max_completion_tokens differ ({old}, {new}); give one of them.",
+                               param="max_tokens")  # fmt: skip
+        return {
+            "max_tokens": limited(new or old, options, "max_completion_tokens" if new else "max_tokens"),
+            "sampling": self.sampling(options, {int(token): added for token, added in self.logit_bias.items()}),
+            "stop": self.stop, "seed": options.seed if self.seed is None else self.seed % 2**64, "choices": self.n,
+            "json_schema": self.response_format and self.response_format.schema_of(),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """A token as text and, where it is whole characters or a known byte, as bytes; and its logprob."""
+
+    text: str
+    data: bytes | None
+    logprob: float
+
+    def as_dict(self) -> Object:
+        """OpenAI's form."""
+        return {"token": self.text, "logprob": self.logprob, "bytes": None if self.data is None else list(self.data)}
+
+
+# A generated token and the likeliest of its place.
+Scored = tuple[Spelled, list[Spelled]]
+
+
+def scored(tokenizer: Tokenizer | None, most: int, events: Iterable[Event]) -> list[Scored]:
+    """The tokens of events with their logprobs and the likeliest of their places, `most` at most."""
+
+    def spelled(token: int, logprob: float) -> Spelled:
+        text, data = (f"token_id:{token}", None) if tokenizer is None else tokenizer.spell(token)
+        return Spelled(text, data, max(LEAST, logprob))
+
+    return [
+        (spelled(token, logprob), [spelled(*other) for other in list(row.items())[:most]])
+        for event in events
+        for token, logprob, row in zip(event.tokens, event.logprobs or [],
+                                       event.top_logprobs or [{}] * len(event.tokens), strict=True)
+    ]  # fmt: skip
+
+
+class ChoicesForm(Form):
+    """Responses with a list of choices."""
+
+    prefix: ClassVar[str]
+    whole_kind: ClassVar[str]
+    chunk_kind: ClassVar[str]
+    done = "data: [DONE]\n\n"
+
+    def __init__(self, body: OpenAIBody, context: Context, asked: Generation) -> None:
+        self._asked, self._tokenizer, self._include_usage = asked, context.tokenizer, body.include_usage
+        self._several = asked.choices * len(asked.prompts) > 1
+        self._frame: Object = {
+            "id": identifier(f"{self.prefix}-"), "created": now(), "model": context.options.model,
+            "system_fingerprint": FINGERPRINT,
+        }  # fmt: skip
+
+    @abstractmethod
+    def _choice(self, index: int, events: Sequence[Event]) -> Object:
+        """The fields of a choice that hold a whole reply, the reason of its end too."""
+
+    @abstractmethod
+    def _parts(self, index: int, event: Event) -> Iterator[Object]:
+        """The fields of a choice that hold one event; several chunks where it takes more."""
+
+    @abstractmethod
+    def _logprobs(self, index: int, events: Sequence[Event]) -> Object:
+        """Of the tokens of events."""
+
+    @abstractmethod
+    def _ended(self, index: int, result: Result) -> tuple[Object, str]:
+        """An empty part, and why a streamed reply ended."""
+
+    def whole(self, prompt_tokens: int, replies: Sequence[Sequence[Event]]) -> Object:
+        results = [result_of(events) for events in replies]
+        choices = [
+            {"index": i, **self._choice(i, events), "logprobs": self._scores(i, events)} | self._stats(results[i], True)
+            for i, events in enumerate(replies)
+        ]
+        return {
+            **self._frame, "object": self.whole_kind, "choices": choices, "usage": self._usage(results),
+            **self._stats(results[0], False),
+        }  # fmt: skip
+
+    def chunks(self, index: int, events: Iterable[Event]) -> Iterator[Object]:
+        """What events say, then why the reply ended, with the statistics."""
+        for event in events:
+            scores = self._scores(index, [event]) if event.tokens else None
+            for part in self._parts(index, event):
+                yield self.chunk(index, part, scores)
+                scores = None
+            if scores:
+                yield self.chunk(index, self._ended(index, Result("", [], None, "", Stats()))[0], scores)
+            if event.result is not None:
+                part, reason = self._ended(index, event.result)
+                chunk = self.chunk(index, part, None, reason)
+                chunk["choices"][0] |= self._stats(event.result, True)
+                yield chunk | self._stats(event.result, False)
+
+    def end(self, results: Sequence[Result]) -> Iterable[Object]:
+        """The usage, where it was asked for, in a chunk of its own."""
+        if self._include_usage:
+            yield {**self._frame, "object": self.chunk_kind, "choices": [], "usage": self._usage(results)}
+
+    def chunk(self, index: int, part: Object, scores: Object | None = None, reason: str | None = None) -> Object:
+        """A chunk with one choice."""
+        found = {"index": index, **part, "logprobs": scores, "finish_reason": reason}
+        usage = {"usage": None} if self._include_usage else {}
+        return {**self._frame, "object": self.chunk_kind, "choices": [found], **usage}
+
+    def _stats(self, result: Result, in_choice: bool) -> Object:
+        return {"stats": result.stats.as_dict()} if in_choice == self._several else {}
+
+    def _scores(self, index: int, events: Sequence[Event]) -> Object | None:
+        return None if self._asked.logprobs is None else self._logprobs(index, events)
+
+    def _usage(self, results: Sequence[Result]) -> Object:
+        """Token counts; a prompt with several replies counts once."""
+        stats = [result.stats for result in results]
+        firsts = stats[:: self._asked.choices]
+        prompt, written = sum(one.prompt_tokens for one in firsts), sum(one.tokens for one in stats)
+        accepted = sum(one.accepted for one in stats)
+        return {
+            "prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written,
+            "prompt_tokens_details": {"cached_tokens": prompt - sum(one.prefilled_tokens for one in firsts)},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": accepted,
+                "rejected_prediction_tokens": sum(one.drafted for one in stats) - accepted,
+            },
+        }  # fmt: skip
