@@ -398,17 +398,21 @@ def test_the_pool_of_sessions() -> None:
 
     pool = SessionPool(30)
     for session in (one := held(1, 2, 3, 4), two := held(1, 2, 9), three := held(5)):
-        assert not pool.keep(session)
+        assert not pool.keep(session, 2)
     assert (pool.nbytes, pool.count) == (30, 3)
     assert pool.take([1, 2, 3, 7]) is one and pool.count == 2  # most in common
-    assert not pool.keep(one)
-    assert pool.take([1, 8]) is not two  # more would be lost than saved
-    assert pool.keep(held(6)) and pool.nbytes == 30  # the least recently used one went: two
+    assert not pool.keep(one, 3)
+    assert pool.take([8]) not in (one, two, three) and pool.count == 3
+    assert pool.keep(held(6), 1) and pool.nbytes == 30  # the least recently used one went: two
     assert pool.take([1, 2, 9]) is one
-    pool.keep(Session())
+    pool.keep(Session(), 1)
     assert pool.take([5, 5]) is three and pool.count == 1
+    alike = [*range(40)]
+    pool.keep(long := held(*alike, *range(100, 140)), 70)
+    copied = pool.take([*alike, 7])  # begins alike, and is another conversation
+    assert copied is not long and copied.ids == long.ids and pool.take([*alike, *range(100, 130), 3]) is long
     nothing = SessionPool(0)
-    nothing.keep(held(1))
+    nothing.keep(held(1), 1)
     assert nothing.count == 0
 
 

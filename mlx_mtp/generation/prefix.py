@@ -16,6 +16,7 @@ others they were computed, depends on the drafter, and so would everything after
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import mlx.core as mx
+from mlx.utils import tree_map
 
 from mlx_mtp.errors import OptionError
 from mlx_mtp.generation.cache import SLIDING, KVCache
@@ -106,6 +108,19 @@ class Session:
         """Takes over what a pair has computed elsewhere."""
         self._pair = _weak(pair)
         self.lease, self.ids, self.snapshots = lease, list(ids), []
+
+    def fork(self) -> Session:
+        """The same once more, for a conversation that begins alike and goes another way; copies the rows.
+
+        `mx.array` for the reason that `snapshot` gives. A session in use has nothing to copy.
+        """
+        other = Session(list(self.ids), list(self.snapshots), _pair=self._pair)
+        if self.lease is not None:
+            cache = copy.copy(self.lease.cache)
+            cache.keys, cache.values = [*map(mx.array, cache.keys)], [*map(mx.array, cache.values)]
+            memory = tree_map(lambda leaf: mx.array(leaf) if isinstance(leaf, mx.array) else leaf, self.lease.memory)
+            other.lease = Lease(cache, memory, self.lease.newest)
+        return other
 
     def acquire(self, ids: Sequence[int], back: int, pair: Pair | None = None) -> tuple[Lease, int] | None:
         """The cache rolled back to as many tokens of `ids` as it can, and that number; None where there are none.

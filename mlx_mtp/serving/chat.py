@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, FailFast, Field
 from mlx_mtp.generation.types import Event, Result
 from mlx_mtp.serving.body import as_json
 from mlx_mtp.serving.errors import RequestError
-from mlx_mtp.serving.interface import Context, Generation, Messages, Object, identifier, thinks
+from mlx_mtp.serving.interface import Context, Generation, Messages, Object, identifier, result_of, thinks
 from mlx_mtp.serving.openai import ChoicesForm, OpenAIBody, scored
 from mlx_mtp.serving.schema import CACHING, Arguments, Schema, ToolName, Whole, call, declared, only
 from mlx_mtp.text.call_grammar import ToolChoice
@@ -252,9 +252,8 @@ class ChatForm(ChoicesForm):
         text, thinking = "".join(e.content for e in events), "".join(e.thinking for e in events)
         calls = [made(one) for event in events for one in event.calls]
         message: Object = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
-        result = events[-1].result
-        reason = "tool_calls" if calls else result and result.finish_reason
-        return {"message": message | _filled(reasoning_content=thinking, tool_calls=calls), "finish_reason": reason}
+        message |= _filled(reasoning_content=thinking, tool_calls=calls)
+        return {"message": message, "finish_reason": _reason(result_of(events), bool(calls))}
 
     def _parts(self, index: int, event: Event) -> Iterator[Object]:
         if event.thinking or event.content:
@@ -268,13 +267,18 @@ class ChatForm(ChoicesForm):
             yield {"delta": {"tool_calls": [{"index": number, "function": {"arguments": arguments}}]}}
 
     def _ended(self, index: int, result: Result) -> tuple[Object, str]:
-        return {"delta": {}}, "tool_calls" if self._calls[index] else result.finish_reason
+        return {"delta": {}}, _reason(result, bool(self._calls[index]))
 
     def _logprobs(self, index: int, events: Sequence[Event]) -> Object:
         most = self._asked.logprobs or 0
         content = [{**token.as_dict(), "top_logprobs": [top.as_dict() for top in tops]}
                    for token, tops in scored(self._tokenizer, most, events)]  # fmt: skip
         return {"content": content, "refusal": None}
+
+
+def _reason(result: Result, called: bool) -> str:
+    """Why a reply ended; one that its length ended may lack a call."""
+    return "tool_calls" if called and result.finish_reason == "stop" else result.finish_reason
 
 
 def _filled(**fields: Any) -> Object:

@@ -10,7 +10,7 @@ from pydantic import Field, PlainValidator
 
 from mlx_mtp.generation.types import Event, Result
 from mlx_mtp.serving.errors import RequestError
-from mlx_mtp.serving.interface import Context, Generation, Object
+from mlx_mtp.serving.interface import Context, Generation, Object, result_of
 from mlx_mtp.serving.openai import ChoicesForm, OpenAIBody, scored
 from mlx_mtp.serving.schema import UNSUPPORTED, Whole, fault, only
 
@@ -71,9 +71,8 @@ class CompletionForm(ChoicesForm):
         return self._tokenizer.decode(prompt) if self._tokenizer else ""
 
     def _choice(self, index: int, events: Sequence[Event]) -> Object:
-        result = events[-1].result
         text = self._prompt(index) + "".join(event.content for event in events)
-        return {"text": text, "finish_reason": result and result.finish_reason}
+        return {"text": text, "finish_reason": result_of(events).finish_reason}
 
     def _parts(self, index: int, event: Event) -> Iterator[Object]:
         if event.content:

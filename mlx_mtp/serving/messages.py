@@ -268,7 +268,7 @@ class MessagesForm(TypedForm):
 
     def _reason(self, result: Result) -> Object:
         called = any(block["type"] == "tool_use" for block in self._message["content"])
-        if called:
+        if called and result.finish_reason == "stop":
             reason = "tool_use"
         elif result.stop_string is not None:
             reason = "stop_sequence"

@@ -93,7 +93,7 @@ class Replier:
             known = True  # after any other error, what is in the buffers is anybody's guess
             raise
         finally:
-            if known and self.pool.keep(session):
+            if known and self.pool.keep(session, len(request.ids)):
                 mx.clear_cache()  # what was let go of goes back to the system, not into MLX's store of buffers
 
     def prompts(self, asked: Generation) -> list[list[int]]:

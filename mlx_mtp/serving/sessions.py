@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from mlx_mtp.generation.prefix import Session
 
@@ -14,6 +15,18 @@ log = logging.getLogger(__name__)
 
 # However little they take: looking for a common beginning goes through all of them.
 MOST_SESSIONS = 64
+# Tokens at a prompt's end that the next turn may write otherwise: a template opens a thought there and drops it later.
+PROMPT_TAIL = 16
+# Tokens in common from which on copying a session's rows beats running them again.
+WORTH_A_COPY = 32
+
+
+@dataclass
+class Kept:
+    """A session, and how many tokens the last prompt that it served had."""
+
+    session: Session
+    prompt: int
 
 
 class SessionPool:
@@ -22,28 +35,32 @@ class SessionPool:
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes = most_bytes
         self.nbytes = self.count = 0
-        self._kept: list[Session] = []  # the most recently used one last
+        self._kept: list[Kept] = []  # the most recently used one last
 
     def take(self, ids: Sequence[int]) -> Session:
-        """The session that knows most of the prompt `ids`, out of the pool; a new one where none is worth it.
+        """A session that knows as much as any of the prompt `ids`; a new one where none knows enough.
 
-        Whoever gets a session loses what it holds beyond the common tokens. That is worth it where more is saved than
-        lost: two conversations that share a short instruction do not take each other's place.
+        Whoever goes on from a prompt that was served gets its session, out of the pool. Another conversation that
+        begins alike, with the same instructions and tools, gets a copy: the first one goes on from its own later.
         """
-        best, most = None, 1
-        for session in self._kept:
-            common = session.common(ids)
-            if common >= most and 2 * common >= len(session.ids):
-                best, most = session, common
+        best, most = None, 0
+        for kept in self._kept:
+            if (common := kept.session.common(ids)) >= max(most, 1):
+                best, most = kept, common
         if best is None:
             return Session()
-        self._kept = [session for session in self._kept if session is not best]
-        self._count()
-        return best
+        if most >= best.prompt - PROMPT_TAIL:
+            self._kept = [kept for kept in self._kept if kept is not best]
+            self._count()
+            return best.session
+        return best.session.fork() if most >= WORTH_A_COPY else Session()
 
-    def keep(self, session: Session) -> bool:
-        """Takes a session back as the most recently used one; whether anything was let go of for it."""
-        self._kept += [session] if session.ids else []
+    def keep(self, session: Session, prompt: int) -> bool:
+        """Takes a session back as the most recently used one; whether anything was let go of for it.
+
+        prompt: tokens of the prompt that it served.
+        """
+        self._kept += [Kept(session, prompt)] if session.ids else []
         before = len(self._kept)
         self._count()
         while self._kept and (self.nbytes > self.most_bytes or self.count > MOST_SESSIONS or not self.most_bytes):
@@ -54,4 +71,4 @@ class SessionPool:
         return len(self._kept) < before
 
     def _count(self) -> None:
-        self.nbytes, self.count = sum(session.nbytes for session in self._kept), len(self._kept)
+        self.nbytes, self.count = sum(kept.session.nbytes for kept in self._kept), len(self._kept)

@@ -27,8 +27,8 @@ PLAIN = frozenset({
 })  # fmt: skip
 NUMERIC = PLAIN | {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "format"}
 ANY = ("string", "number", "boolean", "null")  # where a schema names no type
-# Between the parts of JSON, as for answers by a schema.
-SPACE = r" ?|\n {0,32}"
+# Between the parts of JSON; templates write calls in one line.
+SPACE, ANSWER_SPACE = " ?", r" ?|\n {0,32}"
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class CallGrammar:
         if choice.required:
             lines = [f"start: {marker} {calls}"]
         elif answer is not None:
-            held = f"answer: %json {_json(answer, lenient=False)}"
+            held = f"answer: %json {_json(answer, False, ANSWER_SPACE)}"
             lines = [f"start: answer | {marker} {calls}" if names else "start: answer", held]
         else:
             lines = self._free(calls)
@@ -333,9 +333,9 @@ def _numeric(schema: Schema) -> bool:
     return schema.get("type") in ("number", "integer")
 
 
-def _json(schema: Schema, lenient: bool = True) -> str:
+def _json(schema: Schema, lenient: bool, space: str = SPACE) -> str:
     """A schema as lark takes it. lenient: keywords that nothing can be held to are passed over."""
-    return json.dumps({**schema, "x-guidance": {"whitespace_pattern": SPACE, "lenient": lenient}})
+    return json.dumps({**schema, "x-guidance": {"whitespace_pattern": space, "lenient": lenient}})
 
 
 def _regex(text: str) -> str:
