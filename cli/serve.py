@@ -1,4 +1,4 @@
-"""`mlx-mtp serve`: the engine behind an OpenAI-compatible HTTP address."""
+"""`mlx-mtp serve`: the engine behind an HTTP address that speaks OpenAI's and Anthropic's APIs."""
 
 from __future__ import annotations
 
@@ -69,9 +69,14 @@ def serve(
     grace: Annotated[
         float, typer.Option(help="Seconds for running replies to finish after SIGTERM.", rich_help_panel=LIMITS)
     ] = 30.0,
+    lenient: Annotated[
+        bool,
+        typer.Option("--lenient", help="Leave out fields that are not known, and name them in the header "
+                     "x-ignored-fields, in place of refusing the request."),
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log every request.")] = False,
 ) -> None:
-    """Serve an OpenAI-compatible API: chat completions, completions, models, /health, /metrics."""
+    """Serve OpenAI's APIs (Chat Completions, Completions, Responses), Anthropic's Messages, and a page to chat on."""
     try:
         from mlx_mtp.serving import app, server
         from mlx_mtp.serving import options as serving
@@ -91,7 +96,8 @@ def serve(
     wanted = serving.ServerOptions(
         model=name, others=[model] if model else [], api_key=api_key, origins=cors or [],
         hosts=None if any_host else [*serving.LOOPBACK_NAMES, host, *(allow_host or [])], tokens=max_tokens,
-        most_tokens=most_tokens, seed=seed, session_bytes=int(session_memory * 1e9), body_bytes=int(body_size * 1e6),
+        most_tokens=most_tokens, seed=seed, lenient=lenient, session_bytes=int(session_memory * 1e9),
+        body_bytes=int(body_size * 1e6),
         sampling=mlx_mtp.Sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
         ),
@@ -106,7 +112,8 @@ def serve(
             running = server.Server(app.create_app(engine, wanted, queue), grace=grace, access_log=verbose)
         address = f"[{host}]" if ":" in host else host
         Console(stderr=True).print(
-            f"Serving {name} at http://{address}:{listener.getsockname()[1]}/v1 (Ctrl-C stops).",
+            f"Serving {name} at http://{address}:{listener.getsockname()[1]}/v1, and a page to chat on at "
+            f"http://{address}:{listener.getsockname()[1]}/ (Ctrl-C stops).",
             soft_wrap=True, markup=False, highlight=False,
         )  # fmt: skip
         # uvicorn ends in good order and then raises the signal again; SIGTERM has had its effect by then.

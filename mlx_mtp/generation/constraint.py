@@ -22,10 +22,9 @@ from mlx_mtp.errors import OptionError, PromptError, brief
 from mlx_mtp.generation import checks
 from mlx_mtp.generation.sampling import Override
 from mlx_mtp.text.channels import ThoughtTokens
+from mlx_mtp.text.json_schema import held
 
 WORD = 32  # tokens whose bits are in one number of a mask
-# Between the parts of JSON: a space, or a new line with its indentation. A small model may write blanks for ever.
-SPACE = r" ?|\n {0,32}"
 MOST_REASON = 500  # characters of why a grammar cannot be compiled
 
 
@@ -49,10 +48,10 @@ class Grammar:
 
         if kind == "json_schema":
             try:
-                written = json.dumps(text)
+                written = json.dumps(held(text))
             except (TypeError, ValueError) as error:
                 raise OptionError(f"json_schema is no JSON: {error}.") from None
-            compiled = LLMatcher.grammar_from_json_schema(written, overrides={"whitespace_pattern": SPACE})
+            compiled = LLMatcher.grammar_from_json_schema(written)
         else:
             compiled = (LLMatcher.grammar_from_regex if kind == "regex" else LLMatcher.grammar_from_lark)(text)
         if reason := LLMatcher.validate_grammar(compiled, table):

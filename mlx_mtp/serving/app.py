@@ -51,6 +51,7 @@ def create_app(engine: Engine, options: ServerOptions, places: int = 32) -> Star
         Route("/v1/models/{name:path}", endpoints.model, methods=["GET"]),
         Route("/tokenize", endpoints.tokenize, methods=["POST"]),
         Route("/detokenize", endpoints.detokenize, methods=["POST"]),
+        Route("/", endpoints.page, methods=["GET"]),
         Route("/health", endpoints.health, methods=["GET"]),
         Route("/metrics", endpoints.prometheus, methods=["GET"]),
     ]

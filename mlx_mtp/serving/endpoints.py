@@ -8,12 +8,13 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
+from importlib.resources import files
 from typing import Annotated
 
 import mlx.core as mx
 from pydantic import Field
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 from mlx_mtp.engine import Engine
 from mlx_mtp.serving.body import read_body
@@ -35,6 +36,10 @@ from mlx_mtp.version import __version__
 LARGE_BODY, SMALL_THREADS = 200_000, 4
 # Names under which clients look for the length of the context.
 CONTEXT_FIELDS = ("max_context", "context_length", "context_window", "max_model_len", "max_input_tokens")
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -173,6 +178,11 @@ class Endpoints:
         if self._engine.tokenizer is None:
             raise RequestError("This checkpoint has no tokenizer, so there is no text but token ids.")
         return self._engine.tokenizer
+
+    async def page(self, request: Request) -> Response:
+        """GET /: a page to chat on, in one file that asks nobody but this server."""
+        text = files("mlx_mtp.assets").joinpath("page.html").read_text("utf-8")
+        return HTMLResponse(text, headers={"content-security-policy": PAGE_POLICY, "referrer-policy": "no-referrer"})
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models, in OpenAI's form and Anthropic's at once."""

@@ -22,7 +22,7 @@ from mlx_mtp.serving.options import ServerOptions, host_name
 MOST_CONNECTIONS = 200
 # Seconds after which a client that found too many connections is told to come back.
 CROWDED_RETRY = 5
-KEYLESS = "/health"
+KEYLESS = ("/", "/health")
 
 
 class PageGuard(CORSMiddleware):
@@ -86,7 +86,7 @@ class Gate:
         )  # fmt: skip
 
     def _keyless(self, scope: Scope) -> RequestError | None:
-        if self._options.api_key is None or scope["path"] == KEYLESS:
+        if self._options.api_key is None or scope["path"] in KEYLESS:
             return None
         scheme, _, key = _header(scope, b"authorization").partition(" ")
         if not scheme:  # Anthropic's way

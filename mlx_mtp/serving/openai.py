@@ -90,10 +90,11 @@ class ResponseFormat(Schema):
 
 
 class StreamOptions(Schema):
-    """What a stream tells besides the reply."""
+    """What a stream tells besides the reply. include_tokens: how many tokens of one pass are in a chunk."""
 
     ignored = frozenset({"include_obfuscation"})
     include_usage: bool = False
+    include_tokens: bool = False
 
 
 class OpenAIBody(SampledBody):
@@ -117,11 +118,6 @@ class OpenAIBody(SampledBody):
     ] = []  # fmt: skip
     n: Annotated[Whole, Field(ge=1, le=MOST_CHOICES)] = 1
     response_format: ResponseFormat | None = None
-
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with the usage."""
-        return bool(self.stream_options and self.stream_options.include_usage)
 
     def common(self, context: Context) -> dict[str, Any]:
         """What both endpoints ask for."""
@@ -180,7 +176,7 @@ class ChoicesForm(Form):
     done = "data: [DONE]\n\n"
 
     def __init__(self, body: OpenAIBody, context: Context, asked: Generation) -> None:
-        self._asked, self._tokenizer, self._include_usage = asked, context.tokenizer, body.include_usage
+        self._asked, self._tokenizer, self._options = asked, context.tokenizer, body.stream_options or StreamOptions()
         self._several = asked.choices * len(asked.prompts) > 1
         self._frame: Object = {
             "id": identifier(f"{self.prefix}-"), "created": now(), "model": context.options.model,
@@ -218,9 +214,10 @@ class ChoicesForm(Form):
         """What events say, then why the reply ended, with the statistics."""
         for event in events:
             scores = self._scores(index, [event]) if event.tokens else None
+            tokens = {"tokens": len(event.tokens)} if self._options.include_tokens else {}
             for part in self._parts(index, event):
-                yield self.chunk(index, part, scores)
-                scores = None
+                yield self.chunk(index, part, scores) | tokens
+                scores, tokens = None, {}
             if scores:
                 yield self.chunk(index, self._ended(index, Result("", [], None, "", Stats()))[0], scores)
             if event.result is not None:
@@ -231,13 +228,13 @@ class ChoicesForm(Form):
 
     def end(self, results: Sequence[Result]) -> Iterable[Object]:
         """The usage, where it was asked for, in a chunk of its own."""
-        if self._include_usage:
+        if self._options.include_usage:
             yield {**self._frame, "object": self.chunk_kind, "choices": [], "usage": self._usage(results)}
 
     def chunk(self, index: int, part: Object, scores: Object | None = None, reason: str | None = None) -> Object:
         """A chunk with one choice."""
         found = {"index": index, **part, "logprobs": scores, "finish_reason": reason}
-        usage = {"usage": None} if self._include_usage else {}
+        usage = {"usage": None} if self._options.include_usage else {}
         return {**self._frame, "object": self.chunk_kind, "choices": [found], **usage}
 
     def _stats(self, result: Result, in_choice: bool) -> Object:

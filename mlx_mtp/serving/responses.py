@@ -279,6 +279,7 @@ class ResponsesForm(TypedForm):
             "id": identifier("resp_"), "object": "response", "created_at": now(), "status": "in_progress",
             "model": context.options.model, "output": [], "error": None, "incomplete_details": None, "metadata": {},
             "tools": [tool.model_dump() for tool in body.tools], "truncation": "disabled", "background": False,
+            "completed_at": None, "service_tier": "default", "prompt_cache_diagnostics": None,
             "tool_choice": choice.type if isinstance(choice, Word) else choice.model_dump(),
             "text": {"format": body.text.format.model_dump(by_alias=True), "verbosity": "medium"}, "usage": None,
             **given, "instructions": body.instructions or None,
@@ -393,7 +394,7 @@ class ResponsesForm(TypedForm):
     def _ended(self, result: Result) -> Object:
         stats, whole = result.stats, result.finish_reason == "stop"
         self._response |= {
-            "status": "completed" if whole else "incomplete", "stats": stats.as_dict(),
+            "status": "completed" if whole else "incomplete", "stats": stats.as_dict(), "completed_at": now(),
             "incomplete_details": None if whole else {"reason": "max_output_tokens"},
             "usage": {
                 "input_tokens": stats.prompt_tokens, "output_tokens": stats.tokens,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_mtp.errors import OptionError
+from mlx_mtp.text.json_schema import ANSWER_SPACE, CALL_SPACE, held
 
 Schema = Mapping[str, Any]
 NAME, OTHER = "first_tool", "second_tool"
@@ -27,8 +28,6 @@ PLAIN = frozenset({
 })  # fmt: skip
 NUMERIC = PLAIN | {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "format"}
 ANY = ("string", "number", "boolean", "null")  # where a schema names no type
-# Between the parts of JSON; templates write calls in one line.
-SPACE, ANSWER_SPACE = " ?", r" ?|\n {0,32}"
 
 
 @dataclass(frozen=True)
@@ -333,9 +332,9 @@ def _numeric(schema: Schema) -> bool:
     return schema.get("type") in ("number", "integer")
 
 
-def _json(schema: Schema, lenient: bool, space: str = SPACE) -> str:
-    """A schema as lark takes it. lenient: keywords that nothing can be held to are passed over."""
-    return json.dumps({**schema, "x-guidance": {"whitespace_pattern": space, "lenient": lenient}})
+def _json(schema: Schema, lenient: bool, space: str = CALL_SPACE) -> str:
+    """A schema as lark takes it."""
+    return json.dumps(held(schema, lenient=lenient, space=space))
 
 
 def _regex(text: str) -> str:
