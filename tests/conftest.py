@@ -4,6 +4,7 @@ import workers  # isort: skip  # noqa: F401
 import mlx_mtp  # isort: skip  # noqa: F401
 
 import atexit
+import io
 import os
 import shutil
 import sys
@@ -54,13 +55,15 @@ def uncompiled() -> Iterator[None]:
         mx.enable_compile()
 
 
-def ran(*args: object) -> int:
-    """`mlx-mtp ARGS` in this process, without a network; the exit code."""
+def ran(*args: object, stdin: bytes | None = None) -> int:
+    """`mlx-mtp ARGS` in this process, without a network; the exit code. stdin: what is piped into it."""
     from mlx_mtp.cli import app
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr(sys, "argv", ["mlx-mtp", *map(str, args)])
+        if stdin is not None:
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
         app.main()
     return int(end.value.code or 0)
 
@@ -69,9 +72,9 @@ def ran(*args: object) -> int:
 def command(capsys: pytest.CaptureFixture[str]) -> Command:
     """`ran` with what it wrote: exit code, stdout, stderr."""
 
-    def call(*args: object) -> tuple[int, str, str]:
+    def call(*args: object, stdin: bytes | None = None) -> tuple[int, str, str]:
         capsys.readouterr()
-        return ran(*args), *capsys.readouterr()
+        return ran(*args, stdin=stdin), *capsys.readouterr()
 
     return call
 

@@ -249,31 +249,6 @@ def deepseek_arrays(config: dict[str, Any] = DEEPSEEK) -> Arrays:
     return arrays
 
 
-GLM = {
-    "model_type": "glm4_moe", "architectures": ["Glm4MoeForCausalLM"], "vocab_size": 96, "hidden_size": 32,
-    "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "n_shared_experts": 1, "n_routed_experts": 4,
-    "routed_scaling_factor": 1.0, "norm_topk_prob": True, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
-    "first_k_dense_replace": 1, "max_position_embeddings": 256, "rms_norm_eps": EPS, "rope_theta": THETA,
-    "attention_bias": False, "use_qk_norm": True, "partial_rotary_factor": 0.5, "tie_word_embeddings": False,
-    "rope_scaling": None, "num_nextn_predict_layers": 1,
-}  # fmt: skip
-
-
-def glm_arrays() -> Arrays:
-    """GLM 4.5's: DeepSeek's names around ordinary attention."""
-    latent = {name: DEEPSEEK[name] for name in DEEPSEEK if "rank" in name or "_head_dim" in name}
-    deepseek = deepseek_arrays({**latent, **GLM})
-    shapes = {name: array.shape for name, array in deepseek.items() if "self_attn" not in name}
-    for i in range(3):
-        rows = {"q": 32, "k": 16, "v": 16, "o": 32}
-        shapes |= {f"model.layers.{i}.self_attn.{name}_proj.weight": (size, 32) for name, size in rows.items()}
-        shapes |= {f"model.layers.{i}.self_attn.{name}_norm.weight": (8,) for name in "qk"}
-    arrays = drawn(shapes)
-    return arrays | {"model.layers.2.embed_tokens.weight": arrays["model.embed_tokens.weight"],
-                     "model.layers.2.shared_head.head.weight": arrays["lm_head.weight"]}  # fmt: skip
-
-
 def deepseek_module(w: Arrays, config: dict[str, Any], states: np.ndarray, embedded: np.ndarray) -> np.ndarray:
     """The first module over whole rows: states [T, D] of the rows before, embeddings [T, D] of their tokens ->
     logits [T, V]. Names without the prefix model.layers.N; the published latent attention, nothing absorbed."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, Command
 from families import config_of, written
 from thinking import PLAIN_TEMPLATE, TOKENS, write_tokenizer
 
 import mlx_mtp
-from mlx_mtp.cli import app
 from mlx_mtp.training import adapt as library
 from mlx_mtp.training import stages
 from mlx_mtp.training.adapt import Adapting, NotBetter
@@ -185,21 +183,6 @@ def test_prompts_are_conversations_up_to_the_reply_and_openings_of_texts() -> No
     assert found == [[4], [4, 9, 4], [1, 2, 3, 4, 5], [17, 18, 19, 20, 21]]
 
 
-def test_prompts_are_chosen_from_all_over_the_data(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    measured(monkeypatch, 1.0, 1.5)
-    run(folder, tmp_path / "new", prompts=4)  # every second question but one, of which the first is held out
-    (asked,) = (tmp_path / "new.work").glob("*/chats")
-    tokens = {tuple(row) for row in Chats(asked).prompts(9)}
-    chat = mlx_mtp.load(folder / "target", drafter=None).tokenizer.chat
-    assert tokens <= {tuple(chat([{"role": "user", "content": f"w{i:03},w{i + 1:03},"}])) for i in (32, 34, 36)}
-    (tmp_path / "few.jsonl").write_text('{"prompt": "w030,"}\n' * 3)
-    with pytest.raises(mlx_mtp.DataError, match="hold 3 prompts and at least 4"):
-        list(library.adapt(folder / "target", folder / "parallel", tmp_path / "few", [str(tmp_path / "few.jsonl")],
-                           Adapting(**OPTIONS)))  # fmt: skip
-
-
 STRICT = PLAIN_TEMPLATE.replace(
     "{% for", "{% if messages[0].content == 'w031,' %}{{ raise_exception('not this one') }}{% endif %}"
               "{% if messages[0].content == 'w032,' %}{{ messages[0].content + 3 }}{% endif %}{% for", 1
@@ -239,6 +222,10 @@ def test_what_would_fail_afterwards_is_refused_before(folder: Path, tmp_path: Pa
         with pytest.raises(mlx_mtp.OptionError, match="something else than a drafter, which stays"):
             run(folder, out)
     assert (tmp_path / "mine" / "diary.txt").read_text() == "dear diary"
+    (tmp_path / "few.jsonl").write_text('{"prompt": "w030,"}\n' * 3)
+    with pytest.raises(mlx_mtp.DataError, match="hold 3 prompts and at least 4"):
+        list(library.adapt(folder / "target", folder / "parallel", tmp_path / "few", [str(tmp_path / "few.jsonl")],
+                           Adapting(**OPTIONS)))  # fmt: skip
     (tmp_path / "blocked.work").write_text("")
     with pytest.raises(mlx_mtp.CheckpointError, match="no folder that can be written into"):
         run(folder, tmp_path / "blocked")
@@ -265,18 +252,14 @@ def test_what_cannot_be_adapted(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("after", "code"), [(1.5, 0), (1.0, 2)])
 def test_the_command(
-    after: float, code: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    after: float, code: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
     measured(monkeypatch, 1.25, after)
     given = {"model": folder / "target", "drafter": folder / "parallel", "data": folder / "questions.jsonl",
              "out": tmp_path / "new", **OPTIONS}  # fmt: skip
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    monkeypatch.setattr(sys, "argv", ["mlx-mtp", "adapt", *words])
-    with pytest.raises(SystemExit) as end:
-        app.main()
-    out, err = capsys.readouterr()
-    assert int(end.value.code or 0) == code and "Traceback" not in err
+    found, out, err = command("adapt", *words)
+    assert found == code and "Traceback" not in err
     if code:
         assert out == "" and "nothing was replaced" in err and not (tmp_path / "new").exists()
     else:

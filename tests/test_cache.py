@@ -97,19 +97,3 @@ def test_a_ring_takes_no_more_than_window_and_slack() -> None:
     assert [keys.shape[2] for keys in cache.keys] == [1024, 16 + SLACK, 16 + SLACK]
     cache.grow(4096)
     assert [keys.shape[2] for keys in cache.keys] == [4096, 16 + SLACK, 16 + SLACK]
-
-
-@settings(max_examples=40, deadline=None)
-@given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=3), rows=st.integers(1, 256))
-def test_recent_rows_of_a_full_layer(lengths: list[int], rows: int) -> None:
-    """Of the longest sequence the last rows; of a shorter one those that lie in the same place."""
-    cache = KVCache([LayerShape(FULL, 1, 4)], 1, 256, mx.float32, len(lengths))
-    names = mx.broadcast_to(mx.arange(256, dtype=mx.float32)[:, None], (len(lengths), 1, 256, 4))
-    cache.update(0, names, names + 1000, cache.plan(256))
-    cache.advance(mx.array(lengths))
-    keys, values, seen = (np.array(part) for part in cache.recent(0, rows))
-    start = max(0, max(lengths) - rows)
-    for i, length in enumerate(lengths):
-        found = keys[i, 0, seen[i, 0, 0], 0].astype(int).tolist()
-        assert found == list(range(start, max(start, min(length, start + rows))))
-        assert (values[i, 0, seen[i, 0, 0], 0] - 1000).astype(int).tolist() == found

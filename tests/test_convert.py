@@ -6,7 +6,6 @@ The logits of target and heads are compared with forward passes under the origin
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, Command, one_sentence, ran
 from families import config_of, drafted, written
 from greedy import same_or_tie
 from layouts import (
     DEEPSEEK,
-    GLM,
     META_PARAMS,
     META_VOCABULARY,
     MIMO,
@@ -27,7 +25,6 @@ from layouts import (
     deepseek_arrays,
     deepseek_module,
     from_fp8,
-    glm_arrays,
     meta_arrays,
     meta_folder,
     meta_logits,
@@ -40,7 +37,6 @@ from references import below, float64
 
 import mlx_mtp
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
-from mlx_mtp.cli import app
 from mlx_mtp.converting import convert as converted
 from mlx_mtp.converting import meta
 from mlx_mtp.drafters import load_drafter
@@ -234,15 +230,6 @@ def test_fp8_blocks_are_unpacked(tmp_path: Path) -> None:
     assert np.allclose(np.array(found.astype(mx.float32))[3], from_fp8(packed) * 0.25, rtol=1e-2)
 
 
-def test_other_models_of_deepseeks_layout(tmp_path: Path) -> None:
-    arrays = glm_arrays()
-    source = write_folder(tmp_path / "in", GLM, arrays)
-    (drafter,) = converted(source, tmp_path / "out")
-    stacked = Checkpoint.open(drafter).weights()["blocks.0.layer.mlp.switch_mlp.down_proj.weight"]
-    assert np.array_equal(np.array(stacked[2]), arrays["model.layers.2.mlp.experts.2.down_proj.weight"])
-    decodes_alike(source, drafter)
-
-
 def test_mimos_module_gives_its_own_logits(tmp_path: Path) -> None:
     arrays = mimo_arrays()
     source = write_folder(tmp_path / "in", MIMO, arrays)
@@ -402,21 +389,11 @@ def test_an_interrupted_conversion_leaves_nothing_and_what_was_there(
 # The command
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["mlx-mtp", "convert", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        app.main()
-    return int(ended.value.code or 0)
-
-
-def test_the_command_converts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_converts(tmp_path: Path, command: Command) -> None:
     source = meta_folder(tmp_path / "in", meta_arrays())
-    assert command(monkeypatch, source / "consolidated.pth", "--out", tmp_path / "out") == 0
-    shown = capsys.readouterr()
-    assert str(tmp_path / "out" / "parallel") in shown.err and not shown.out
-    assert command(monkeypatch, tmp_path / "out/target", "--out", tmp_path / "q", "--bits", 4, "--group-size", 32) == 0
+    code, out, err = command("convert", source / "consolidated.pth", "--out", tmp_path / "out")
+    assert (code, out) == (0, "") and str(tmp_path / "out" / "parallel") in err
+    assert ran("convert", tmp_path / "out/target", "--out", tmp_path / "q", "--bits", 4, "--group-size", 32) == 0
 
 
 @pytest.mark.parametrize(
@@ -434,16 +411,13 @@ def test_the_command_converts(
     ],
 )
 def test_misuse_is_one_sentence(
-    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
     (tmp_path / "target").symlink_to(GOLDEN / "ple" / "target")
     (tmp_path / "pth").mkdir()
     (tmp_path / "pth" / "other.pth").write_bytes(b"")
     monkeypatch.chdir(tmp_path)
-    assert command(monkeypatch, *arguments) == 2
-    shown = capsys.readouterr()
-    assert says in shown.err and shown.err.count("\n") == 1 and not shown.out
+    assert says in one_sentence(*command("convert", *arguments))
     assert not (tmp_path / "out").exists()
 
 

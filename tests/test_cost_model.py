@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import cost_model
 import pytest
 
 from mlx_mtp.generation.depth import expected_tokens
-from mlx_mtp.generation.types import Stats
-from mlx_mtp.measuring.configurations import Configuration
 from mlx_mtp.measuring.diagnosis import Costs
-from mlx_mtp.measuring.engines import TimedRun
-from mlx_mtp.measuring.turns import Runs
 
 COSTS = Costs(
     context=200, verify=(0.010, 0.011, 0.012, 0.013, 0.015, 0.018, 0.020, 0.022), plain=0.0105, drafted_depth=4,
@@ -45,47 +38,3 @@ def test_the_prediction_by_hand() -> None:
     formula = 2.2 / (1.2 + 0.2 + 0.08)
     model = COSTS.verify[0] / cost_model.seconds_per_token(COSTS, {2: 5}, chances, 4000)
     assert model == pytest.approx(formula, rel=1e-3)
-
-
-def test_a_mix_of_depths_is_predicted_by_its_shares() -> None:
-    mix = {0: 30, 2: 10}
-    parts = cost_model.round_parts(COSTS, mix)
-    assert parts.seconds == pytest.approx(0.75 * 0.0105 + 0.25 * 0.0148)
-    # The ten of depth 2 were accepted in 8 and 4 rounds; the thirty others had no drafts.
-    chances = cost_model.tokens_distribution(40, [8, 4])
-    assert chances == pytest.approx([0.75 + 0.25 * 0.2, 0.25 * 0.4, 0.25 * 0.4])
-    wanted = cost_model.rounds_needed(chances, 63) * parts.seconds / 63
-    assert cost_model.seconds_per_token(COSTS, mix, chances, 64) == pytest.approx(wanted)
-
-
-def test_exact_mode_pays_for_padded_passes() -> None:
-    parts = cost_model.round_parts(COSTS, {2: 1}, padded=5)
-    assert (parts.verify, parts.draft) == pytest.approx((0.015, 0.002))
-    assert cost_model.pass_seconds(COSTS, 9) == pytest.approx(0.024)
-
-
-def test_every_turn_is_foretold_by_its_own_pieces() -> None:
-    """Plain decoding whose rounds take what its pieces say is foretold exactly, also when a turn is twice as slow."""
-    engine: Any = object()
-    every = {name: Configuration(name=name, decode=lambda job: pytest.fail("not run"), engine=engine, drafter=drafter)
-             for name, drafter in (("plain", None), ("mtp@2", "mtp"))}  # fmt: skip
-    tokens, slow = 64, replace(COSTS, **{name: 2 * getattr(COSTS, name) for name in ("plain", "drafted", "draft_step")},
-                               verify=tuple(2 * time for time in COSTS.verify))  # fmt: skip
-    pieces = [{"": costs, "mtp": costs} for costs in (COSTS, slow)]
-    stats = {"plain": Stats(rounds=63, depth_counts={0: 63}),
-             "mtp@2": Stats(rounds=30, depth_counts={2: 30}, accepted_by_position=[24, 12])}  # fmt: skip
-    seconds = {"plain": (63 * 0.0105, 63 * 0.021), "mtp@2": (0.5, 1.0)}
-    runs = {name: [TimedRun([1] * tokens, time, 0, stats[name]) for time in seconds[name]] for name in every}
-    bench: Any = cost_model.Foretold.__new__(cost_model.Foretold)
-    bench.padded = None
-    found = cost_model.Found({name: Runs([runs[name]]) for name in every}, {name: Runs() for name in every})
-    for one in every.values():
-        bench._foretell(found, one, pieces, runs[one.name])
-    for mine, real in zip(found.predicted["plain"].by_job[0], runs["plain"], strict=True):
-        assert mine.seconds == pytest.approx(real.seconds)
-    (name, row), = cost_model.rows_of(found).items()
-    needed = cost_model.rounds_needed([0.2, 0.4, 0.4], 63)
-    assert (name, row["over"], row["measured"]) == ("mtp@2", "plain", pytest.approx(63 * 0.0105 / 0.5))
-    assert row["predicted"] == pytest.approx(63 * 0.0105 / (needed * 0.0148))
-    assert row["deviation"] == pytest.approx(row["predicted"] / row["measured"] - 1)
-    assert row["verify_milliseconds"] == pytest.approx(1.5 * 12.0)

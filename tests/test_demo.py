@@ -58,15 +58,6 @@ def test_without_the_package_index_the_toy_takes_its_place(
     assert len(rows(shown)) == 0 and "At T = 0 MTP was" in shown and not tiny.here
 
 
-def test_it_ends_when_the_time_is_over(
-    tiny: PackagedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(demo, "MODEL", "tiny")
-    monkeypatch.setattr(demo, "SECONDS", 0.0)
-    demo.demo()
-    assert "After 0 s the demo ends here." in capsys.readouterr().out
-
-
 def test_drafts_that_were_accepted_stand_out() -> None:
     engine, written = mlx_mtp.load(drafter="assistant", depth=2), demo._Written("MTP")
     for _ in demo._write(engine, "What does `os.path.join` do?", 0.0, written):

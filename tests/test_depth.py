@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from conftest import GOLDEN
 from greedy import lively
-from simulation import CPU, FLAT, GPU, MACHINES, Machine, Text, always, best_fixed, simulate, switching
+from simulation import CPU, GPU, MACHINES, Machine, Text, always, best_fixed, simulate, switching
 
 import mlx_mtp
 from mlx_mtp.generation.depth import HOLD, DepthController, DepthPolicy, FixedDepth, RoundCosts
-from mlx_mtp.generation.depth_profile import Profile, ProfileFile, forget, possible
+from mlx_mtp.generation.depth_profile import Profile, ProfileFile, possible
 from mlx_mtp.generation.loop import Decoder
 
 NEVER, SELDOM, OFTEN, NEARLY = always(0.0), always(0.3), always(0.8), always(0.95)
@@ -207,15 +207,6 @@ def test_costs_of_a_bad_hour_are_not_kept(tmp_path: Path, worse: Profile) -> Non
     assert found is not None and found.accepted == [5.0, 4.0] and (found.costs is None or worse.noise == 0.11)
 
 
-def test_a_busy_machine_leaves_no_costs(tmp_path: Path) -> None:
-    file = ProfileFile(tmp_path / "depth.json", "pair")
-    control = DepthController(range(9), file)
-    simulate(control, replace(GPU, noise="lognormal"), OFTEN, 800, 0)
-    control.save()
-    found = file.load(8)
-    assert found is not None and found.costs is None and found.accepted[0] > 10
-
-
 def test_possible_costs() -> None:
     assert possible([1.0, 1.0, 4.9]) and possible([1.0, 3.0, 5.0])
     assert not any(map(possible, ([1.0, 3.1], [1.1, 1.0], [0.9], [float("nan")])))
@@ -239,15 +230,6 @@ def test_a_damaged_profile_is_not_used(tmp_path: Path, profile: object) -> None:
         assert file.load(2) is None
         file.save(GOOD)
         assert file.load(2) == GOOD
-
-
-def test_forgetting(tmp_path: Path) -> None:
-    file = ProfileFile(tmp_path / "depth.json", "pair")
-    assert forget(file.path) == []
-    file.save(GOOD)
-    assert forget(file.path) == ["pair"] and not file.path.exists() and forget(file.path) == []
-    file.path.write_text("{")
-    assert forget(file.path) == [] and not file.path.exists()
 
 
 # In the engine
@@ -304,26 +286,6 @@ def test_the_engine_learns_and_keeps_a_profile(tmp_path: Path, monkeypatch: pyte
     assert kept["version"] == 2 and set(profile) == {"costs", "noise", "verified", "accepted"}
     assert profile["verified"][0] > 0
     assert sum(result.stats.depth_counts.values()) == result.stats.rounds
-
-
-def test_a_poisoned_profile_is_outweighed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine's own replies, with the times of a machine on which drafts cost little in the place of this one's."""
-    monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
-    real = DepthController.learn
-    monkeypatch.setattr(
-        DepthController, "learn",
-        lambda self, depth, accepted, seconds: real(self, depth, accepted, FLAT.seconds[depth]),
-    )  # fmt: skip
-
-    def tokens_a_round() -> float:
-        return mlx_mtp.load().generate("import os\n", raw=True, max_tokens=256, ignore_end=True).stats.tokens_per_round
-
-    found = tokens_a_round()
-    kept = json.loads((tmp_path / "depth.json").read_text())
-    for profile in kept["profiles"].values():
-        profile.update(costs=[2.0 * depth + 1.0 for depth in range(9)], noise=0.02)
-    (tmp_path / "depth.json").write_text(json.dumps(kept))
-    assert found > 4.0 and tokens_a_round() > 0.8 * found
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import pytest
 from conftest import GOLDEN, Command, uncompiled
 
 import mlx_mtp
 from mlx_mtp.backend import blas
-from mlx_mtp.checkpoints import memory
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.cli import doctor
 from mlx_mtp.drafters.assistant import Convention
@@ -31,7 +29,6 @@ from mlx_mtp.generation.sampling import DraftSampler
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.measuring import advice, diagnosis, machine
 from mlx_mtp.measuring.diagnosis import Costs, Curve, Effort
-from mlx_mtp.measuring.timing import PieceTime, timed_in_turns
 from mlx_mtp.testing import MarkovTarget
 
 # Passes of 1 to 8 rows over one row, as others measured them (performance.md, A2), and made-up ones of known kinds.
@@ -151,21 +148,6 @@ def test_the_curve_goes_through_what_was_measured() -> None:
     assert costs(drafted=None, draft_step=None).curve() == Curve({0: 0.021})
 
 
-def test_turns_and_medians() -> None:
-    """Without a clock: who computes when, and what is made of given times."""
-    order: list[str] = []
-
-    def build(name: str) -> mx.array:
-        order.append(name)
-        return mx.zeros(1)
-
-    found = timed_in_turns([lambda: build("a"), lambda: build("b")], repeats=3, warm=2)
-    assert order == ["a", "b"] * 5 and len(found) == 2
-    timing = PieceTime.of([(1.0, 5.0, 10.0), (3.0, 4.0, 20.0), (2.0, 6.0, 30.0)])
-    assert (timing.build, timing.submit, timing.device) == (2.0, 5.0, 20.0)
-    assert timing.scatter == pytest.approx(1.0)
-
-
 def test_exactness_per_width(monkeypatch: pytest.MonkeyPatch) -> None:
     """A target without a product, whose rows are equal on any BLAS, but for one bit in passes of some widths."""
     target = MarkovTarget(mx.random.normal((50, 50), key=mx.random.key(0)))
@@ -218,30 +200,6 @@ def test_what_is_loaded(engine: mlx_mtp.Engine) -> None:
     assert diagnosis.describe_pair(engine.target, Lookup())["drafter_bytes"] == 0
 
 
-def test_quantisation_as_found_and_experts() -> None:
-    class Small(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.wide, self.narrow = nn.Linear(64, 256, bias=False), nn.Linear(64, 32, bias=False)
-            self.norm = nn.RMSNorm(64)
-
-    class Holder(MarkovTarget):
-        def modules(self) -> list[nn.Module]:
-            return [small]
-
-    small = Small()
-    small.wide = small.wide.to_quantized(32, 4, "mxfp4")
-    small.narrow = small.narrow.to_quantized(32, 8)
-    pair = diagnosis.describe_pair(Holder(mx.zeros((4, 4))), None)
-    assert pair["quantisation"] == [
-        {"bits": 4, "group_size": 32, "mode": "mxfp4", "bytes": 256 * 64 // 2 + 256 * 2},
-        {"bits": 8, "group_size": 32, "mode": "affine", "bytes": 32 * 64 + 2 * 4 * 32 * 2},
-    ]
-    assert pair["bytes"] == sum(kind["bytes"] for kind in pair["quantisation"]) + 4 * 64
-    moe = mlx_mtp.load(GOLDEN / "moe" / "target", drafter=None)
-    assert diagnosis.describe_pair(moe.target, None)["mixture"]
-
-
 def test_conventions_are_compared_on_the_replies_of_the_target(
     engine: mlx_mtp.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,24 +246,6 @@ def test_facts_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.describe()["mlx_imported_too_early"]
     with uncompiled():
         assert not machine.compile_works()
-
-
-def test_facts_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What MLX's Metal device says, in its words; the wired limit is read by setting it, and put back."""
-    limits = [7_000_000]
-    info = {"device_name": "Apple M3 Max", "architecture": "applegpu_g15s", "memory_size": 64 * 2**30,
-            "max_recommended_working_set_size": 48 * 2**30}  # fmt: skip
-    for place, name, value in (
-        (mx, "device_info", lambda: info), (mx, "default_device", lambda: mx.Device(mx.gpu)),
-        (mx.metal, "is_available", lambda: True), (memory, "CGROUP_FILES", ()),  # of the container this runs in
-        (mx, "set_wired_limit", lambda limit: (limits[-1], limits.append(limit))[0]),
-    ):  # fmt: skip
-        monkeypatch.setattr(place, name, value)
-    here = machine.describe()
-    assert (here["name"], here["architecture"], here["gpu_generation"]) == ("Apple M3 Max", "applegpu_g15s", 15)
-    assert (here["device"], here["metal"]) == ("gpu", True)
-    assert (here["memory_bytes"], here["recommended_bytes"]) == (64 * 2**30, 48 * 2**30)
-    assert here["wired_limit_bytes"] == 7_000_000 == limits[-1]
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import json
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import GOLDEN, VARIANTS, uncompiled
@@ -13,7 +12,6 @@ from mlx_mtp.generation import loop
 from mlx_mtp.generation.depth import FixedDepth
 from mlx_mtp.generation.loop import Decoder, GenerationRequest
 from mlx_mtp.generation.types import Stats
-from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.testing import ScriptedDrafter
 
 IDS = np.random.default_rng(2).integers(3, 128, 20).tolist()
@@ -85,16 +83,6 @@ def test_embedded_pair_drafts_well_and_exactly(embedded: mlx_mtp.Engine) -> None
     expected, found = (engine.generate(ids, max_tokens=100, ignore_end=True) for engine in (plain, embedded))
     same_or_tie(plain, ids, expected.tokens, found.tokens)
     assert found.stats.tokens_per_round > 1.5
-
-
-def test_embedded_target_is_stock_mlx_lm(embedded: mlx_mtp.Engine) -> None:
-    """Other engines load the embedded target too, and see the same logits."""
-    from mlx_lm.utils import load_model
-
-    model, _ = load_model(EMBEDDED / "target")
-    model.set_dtype(mx.float32)
-    tokens = mx.array([embedded.tokenizer.encode("import os\nclass A:\n    def f(self):\n")])
-    assert mx.abs(model(tokens).astype(mx.float32) - embedded.target.logits(tokens)).max().item() < 1e-3
 
 
 def test_a_round_traced_again_does_not_follow_a_cache_that_grew() -> None:

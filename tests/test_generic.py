@@ -15,11 +15,8 @@ from mlx_lm.utils import _get_classes, load_model
 import mlx_mtp
 from mlx_mtp.checkpoints import unpacking
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
-from mlx_mtp.generation.cache import FULL, SLIDING
-from mlx_mtp.generation.interfaces import Memory, States
 from mlx_mtp.targets import load_target
 from mlx_mtp.targets.generic import GenericTarget
-from mlx_mtp.testing import ScriptedDrafter
 
 TOLERANCE = 1e-3
 VOCABULARY, WINDOW, LENGTH = 96, 8, 60
@@ -143,36 +140,6 @@ def test_states(name: str, folders: dict[str, Path]) -> None:
     assert difference(target.embed(tokens), model.model.embed_tokens(tokens) * scale) < 5e-2
     assert target.info.vocab_size == VOCABULARY and target.info.hidden_size == 32
     assert target.info.max_context == 512 and target.info.attention_heads == 4
-
-
-class Listening(ScriptedDrafter):
-    """Hears of every round the trunk's rows that go with the hidden ones."""
-
-    heard = 0
-
-    def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:
-        assert states.trunk is not None and states.trunk.shape == states.hidden.shape == (*tokens.shape, 32)
-        self.heard += 1
-        return memory
-
-
-def test_rounds_hand_the_trunk_to_the_drafter(folders: dict[str, Path]) -> None:
-    drafter = Listening([])
-    engine = mlx_mtp.Engine(loaded(folders["llama"])[0], drafter, None, depth=2)
-    engine.generate([1, 2, 3], max_tokens=5)
-    assert drafter.heard
-
-
-def test_layers_as_the_model_keeps_them(folders: dict[str, Path]) -> None:
-    sliding, _ = loaded(folders["llama-sliding"])
-    assert [shape.kind for shape in sliding.shapes] == SLIDING_LAYERS and sliding.info.window == WINDOW
-    latent, _ = loaded(folders["deepseek_v3"])
-    assert {(s.kind, s.heads, s.head_dim, s.value_dim) for s in latent.shapes} == {(FULL, 1, 24, 8)}
-    cache = latent.new_cache(256)
-    cache.grow(512)
-    assert cache.keys[0].shape == (1, 1, 512, 24) and cache.values[0].shape == (1, 1, 512, 8)
-    gemma, _ = loaded(folders["gemma3_text"])
-    assert [shape.kind for shape in gemma.shapes] == [SLIDING, SLIDING, FULL, SLIDING]
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tokenizers_at_hand as at_hand
+from conftest import Command, one_sentence
 from gguf.constants import GGMLQuantizationType as Kind
 from gguf_files import byte_level_keys, gguf_logits, numbers_of, tensors_of, write_gguf
 
 import mlx_mtp
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
-from mlx_mtp.cli import app
 from mlx_mtp.converting import convert
 from mlx_mtp.converting.gguf import _llama3_factors
 from mlx_mtp.converting.gguf_file import GGUFFile
@@ -109,20 +108,6 @@ def test_llama_3s_slow_rotations_are_recognised(tmp_path: Path) -> None:
     with pytest.raises(mlx_mtp.UnsupportedModel, match="rotary embedding"):
         convert(write_gguf(tmp_path / "o.gguf", tensors=tensors | {"rope_freqs.weight": factors[::-1].copy()}),
                 tmp_path / "other")  # fmt: skip
-
-
-def test_it_chats_and_equals_mlx_lm_token_by_token(tmp_path: Path) -> None:
-    from mlx_lm.generate import generate_step
-    from mlx_lm.utils import load_model
-
-    (folder,) = convert(write_gguf(tmp_path / "m.gguf", "llama", MIXED), tmp_path / "out")
-    engine = mlx_mtp.load(folder, drafter="lookup")
-    assert engine.generate([{"role": "user", "content": "hi"}], max_tokens=4).tokens
-    model, _ = load_model(folder)
-    model.set_dtype(mx.float32)
-    expected = [int(token) for token, _ in generate_step(mx.array(TOKENS), model, max_tokens=40)]
-    found = engine.generate(TOKENS.tolist(), max_tokens=40, sampling=GREEDY, ignore_end=True).tokens
-    assert found == expected
 
 
 # Tokenizers
@@ -266,12 +251,6 @@ def test_options_that_do_not_go_with_it_are_refused(tmp_path: Path) -> None:
             convert(file, tmp_path / "out", **options)
 
 
-def test_a_gguf_as_a_model_says_how_to_convert_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_gguf_as_a_model_says_how_to_convert_it(tmp_path: Path, command: Command) -> None:
     file = write_gguf(tmp_path / "m.gguf")
-    monkeypatch.setattr(sys, "argv", ["mlx-mtp", "generate", "hi", "--model", str(file)])
-    with pytest.raises(SystemExit) as left:
-        app.main()
-    assert left.value.code == 2
-    assert f"mlx-mtp convert {file} --out" in capsys.readouterr().err
+    assert f"mlx-mtp convert {file} --out" in one_sentence(*command("generate", "hi", "--model", file))

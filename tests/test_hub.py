@@ -419,12 +419,9 @@ def test_a_drafter_that_nobody_asked_for_gives_way(online: Hub, small: Callable[
     refusal(lambda: mlx_mtp.load(NAME, drafter=DRAFTER), DoesNotFit)
 
 
-def test_towers_cost_nothing() -> None:
-    tensors = [("model.vision_tower.x", "F32", 10**9), ("model.embed_audio.y", "BF16", 10), ("model.norm", "U32", 8)]
-    assert memory.held_bytes(tensors) == 8
-
-
-def test_halves_cost_more_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_halves_cost_more_on_a_cpu_and_towers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    towers = [("model.vision_tower.x", "F32", 10**9), ("model.embed_audio.y", "BF16", 10)]
+    assert memory.held_bytes([*towers, ("model.norm", "U32", 8)]) == 8
     assert memory.held_bytes([("a", "BF16", 2), ("b", "F32", 4)]) == 3 * 2 + 4
     pair = pairs.KnownPair(target="a", assistant="b", bits=4, weight_bytes=4500 * 10**6)
     on_cpu = pair.memory_bytes
@@ -501,8 +498,8 @@ def test_without_its_drafter_a_target_decodes_plainly(online: Hub, caplog) -> No
 SIZES = ("E2B", "E4B", "12B", "26B-A4B", "31B")
 
 
-def test_names_of_google_and_mlx_community(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+@pytest.mark.usefixtures("user_table")
+def test_names_of_google_and_mlx_community() -> None:
     for size in SIZES:
         google, community = f"google/gemma-4-{size}-it", f"mlx-community/gemma-4-{size}-it"
         assert pairs.assistant_of(google) == google + "-assistant"
@@ -513,8 +510,8 @@ def test_names_of_google_and_mlx_community(tmp_path: Path, monkeypatch: pytest.M
         assert not any(pairs.assistant_of(other) for other in others)
 
 
-def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+@pytest.mark.usefixtures("user_table")
+def test_the_table() -> None:
     known = pairs.known_pairs()
     assert len({pair.target.casefold() for pair in known}) == len(known) == 20
     for pair in known:
@@ -525,9 +522,9 @@ def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert pair.bits in (4, 6, 8, 16)
 
 
-def test_best_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("user_table")
+def test_best_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     """What macOS gives the GPU of Macs with 8, 16, 24 and 32 GB, and more."""
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setattr(memory, "on_cpu", lambda: False)
     best = {2: None, 4: "e2b", 5.3: "e4b", 11.4: "12B", 17.1: "26b-a4b", 22.9: "31b", 400: "31b"}
     for gigabytes, name in best.items():

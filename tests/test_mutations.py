@@ -51,38 +51,8 @@ def test_every_selection_finds_what_it_names() -> None:
                 assert any(word.strip("()") in name.lower() for name in found), (file, words, word)
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("def test_other(): pass", "ended with 5"),
-        ("import pytest\ndef test_it(): pytest.skip('not now')", "1 of 1 tests"),
-        ("import pytest\n@pytest.mark.parametrize('x', [0, 1])\ndef test_it(x):\n    if x: pytest.skip('half')",
-         "1 of 2 tests"),
-        (None, "ended with 4"),
-    ],
-)  # fmt: skip
-def test_a_selection_that_runs_nothing_or_skips_is_an_error(text: str | None, words: str, tmp_path: Path) -> None:
-    if text is not None:
-        (tmp_path / "test_it.py").write_text(text)
-    with pytest.raises(mutations.NotRun, match=words):
-        mutations.run(tmp_path, ("test_it.py", "-k", "test_it and not other"))
-
-
 def test_a_skip_that_the_guard_makes_a_failure_is_no_catch(tmp_path: Path) -> None:
     shutil.copy(TOOL.parent.parent / "tests" / "skips.py", tmp_path / "conftest.py")
     (tmp_path / "test_it.py").write_text("import pytest\ndef test_it(): pytest.skip('not now')")
     with pytest.raises(mutations.NotRun, match="1 of 1 tests"):
         mutations.run(tmp_path, ("test_it.py",))
-
-
-def test_a_fault_is_taken_back_when_its_tests_are_not_run(tmp_path: Path) -> None:
-    """And the whole command says so and fails; the tests that pass without the fault are skipped with it."""
-    (tmp_path / "code.py").write_text("value = 1\n")
-    (tmp_path / "test_it.py").write_text(
-        "import pytest, code as it\nfrom pathlib import Path\n"
-        "def test_it():\n    if '2' in Path('code.py').read_text(): pytest.skip('it')\n"
-    )
-    fault = mutations.Fault("made up", "code.py", "value = 1", "value = 2", ("test_it.py",))
-    with pytest.raises(mutations.NotRun, match="1 of 1 tests"):
-        mutations.survivors([fault], tmp_path)
-    assert (tmp_path / "code.py").read_text() == "value = 1\n"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import Command
 from families import config_of, written
 from gguf_files import WIDTH, byte_level_keys
 
@@ -14,34 +14,22 @@ import mlx_mtp
 from mlx_mtp import loading
 from mlx_mtp.checkpoints.hub import Progress
 from mlx_mtp.checkpoints.packaged import PackagedModel
-from mlx_mtp.cli import app
 from mlx_mtp.converting.packaged import fetch
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["mlx-mtp", *words])
-    try:
-        app.main()
-    except SystemExit as left:
-        return int(left.code or 0)
-    return 0
-
-
 def test_the_command_line_fetches_it_and_python_takes_it_by_name(
-    tiny: PackagedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    tiny: PackagedModel, monkeypatch: pytest.MonkeyPatch, command: Command, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(mlx_mtp.ModelNotFound, match="mlx-mtp generate hello --model tiny"):
         mlx_mtp.load("tiny")
-    assert run(monkeypatch, "generate", "hello", "--model", "tiny", "--max-tokens", "3", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["tokens"] and "decoding plainly" in caplog.text
+    code, out, _ = command("generate", "hello", "--model", "tiny", "--max-tokens", "3", "--json")
+    assert code == 0 and json.loads(out)["tokens"] and "decoding plainly" in caplog.text
     assert [path.name for path in tiny.folder.parent.iterdir()] == ["tiny"]
     engine = mlx_mtp.load("tiny")
     assert engine.target.path == tiny.folder and engine.drafter is None
     monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")  # it is here, so pip is not asked
     assert fetch(tiny) == tiny.folder
-    assert run(monkeypatch, "models", "--json") == 0
-    row = json.loads(capsys.readouterr().out)["pairs"][-1]
+    row = json.loads(command("models", "--json")[1])["pairs"][-1]
     assert (row["target"], row["assistant"], row["downloaded"]) == ("tiny", None, "yes")
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import GOLDEN
@@ -14,7 +13,6 @@ from references import float64, parallel_heads
 
 import mlx_mtp
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters
-from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.parallel import Parallel
 from mlx_mtp.targets import load_target
 
@@ -45,33 +43,6 @@ def test_every_draft_is_the_heads_answer_to_one_state(reads: str, seed: int) -> 
         assert np.abs(np.stack(logits) - expected[:, at - 1]).max() < TOLERANCE
         rounds += 1
     assert rounds > 1
-
-
-def test_a_drafter_reads_what_its_config_says(tmp_path: Path) -> None:
-    one, other = (model_of(config_of("parallel_heads", WIDTH, 128, 1, reads=reads)) for reads in ("trunk", "hidden"))
-    target = load_target(Checkpoint.open(GEMMA))
-    states = target.forward(mx.array([[5, 6, 7]]), target.new_cache(256))
-    assert mx.array_equal(one.read(states), states.trunk) and mx.array_equal(other.read(states), states.hidden)
-
-
-def test_quantised_heads_draft_like_their_own_rounding(tmp_path: Path) -> None:
-    config = config_of("parallel_heads", WIDTH, VOCABULARY, 2, block=BLOCK | {"intermediate_size": 64})
-    model = model_of(config)
-    nn.quantize(model, group_size=32, bits=8)
-    weights = dict(tree_flatten(model.parameters()))
-    loaded = load_drafter(Checkpoint.open(written(tmp_path / "quantised", config, weights)))
-    assert isinstance(loaded, Parallel) and isinstance(loaded.model.heads[1].layer.mlp.up_proj, nn.QuantizedLinear)
-    plain = {}
-    for name, weight in weights.items():
-        if weight.dtype == mx.uint32:
-            base = name.removesuffix("weight")
-            plain[name] = mx.dequantize(weight, weights[base + "scales"], weights[base + "biases"], 32, 8)
-        elif not name.endswith((".scales", ".biases")):
-            plain[name] = weight
-    rounded = load_drafter(Checkpoint.open(written(tmp_path / "rounded", config, plain)))
-    states = mx.random.normal((1, 7, WIDTH), key=mx.random.key(1))
-    for one, other in zip(loaded.model(states), rounded.model(states), strict=True):
-        assert mx.abs(one - other).max() < TOLERANCE
 
 
 def refusal(folder: Path, error: type[mlx_mtp.MLXMTPError], target: Path = GEMMA) -> str:
@@ -126,23 +97,3 @@ def test_heads_on_a_trunk_that_the_target_does_not_give() -> None:
     drafter = Parallel(model_of(config_of("parallel_heads", 1, 6, 1, reads="trunk", block=block)), mx.float32)
     with pytest.raises(mlx_mtp.IncompatibleDrafter, match="gives none"):
         drafter.attach(MarkovTarget(mx.zeros((6, 6))))
-
-
-@pytest.mark.parametrize("family", ["parallel", "sequential"])
-def test_the_embedded_models_drafters_by_name(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """From their folder; where it is not installed, a sentence."""
-    from mlx_mtp import loading
-
-    embedded = tmp_path / "assets"
-    embedded.mkdir()
-    (embedded / "target").symlink_to(loading.EMBEDDED / "target")
-    monkeypatch.setattr(loading, "EMBEDDED", embedded)
-    with pytest.raises(mlx_mtp.OptionError, match=f"found '{family}', which this installation does not hold"):
-        mlx_mtp.load(drafter=family)
-    name = {"parallel": "parallel_heads", "sequential": "sequential_modules"}[family]
-    written(embedded / family, config_of(name, 320, 4096, 2))
-    for asked in (family, f"lookup+{family}"):
-        result = mlx_mtp.load(drafter=asked, depth=2).generate("import", raw=True, max_tokens=4, ignore_end=True)
-        assert result.stats.drafted > 0

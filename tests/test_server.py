@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import socket
 import sys
 import threading
@@ -35,7 +34,6 @@ import mlx_mtp
 import mlx_mtp.serving
 from mlx_mtp.generation.prefix import Session
 from mlx_mtp.generation.request import GenerationRequest
-from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.serving.options import is_loopback
 from mlx_mtp.serving.server import Connection, listen
 from mlx_mtp.serving.sessions import SessionPool
@@ -226,45 +224,6 @@ def test_tools_both_ways() -> None:
         assert not fake.tokenizer.seen[-1]["tools"]
 
 
-GEMMA = (
-    "{% if tools or enable_thinking %}<|turn>system\n{% if enable_thinking %}<|think|>{% endif %}"
-    "{% for tool in tools or [] %}{{ '<|tool>declaration:' + tool.function.name + '{description:<|\"|>' }}"
-    "{{ tool.function.description + '<|\"|>}<tool|>' }}{% endfor %}<turn|>\n{% endif %}"
-    "{% for message in messages %}{% if message.role == 'tool' %}"
-    "{{ '<|tool_response>response:' + message.name + '{value:<|\"|>' + message.content + '<|\"|>}<tool_response|>' }}"
-    "{% else %}<|turn>{{ message.role + '\n' + message.content }}{% for call in message.tool_calls or [] %}"
-    "{{ '<|tool_call>call:' + call.function.name + '{' }}{% for key, value in call.function.arguments | dictsort %}"
-    "{{ key }}:{{ value }}{% endfor %}{{ '}<tool_call|>' }}{% endfor %}"
-    "{% if not message.tool_calls %}<turn|>\n{% endif %}{% endif %}{% endfor %}"
-    "{% if messages[-1].role != 'tool' %}<|turn>model\n{% endif %}"
-)
-
-
-def test_a_template_gets_what_gemmas_asks_for(tmp_path: Path) -> None:
-    """A real tokenizer with a template that reads arguments as an object, names of tools and enable_thinking."""
-    target = shutil.copytree(EMBEDDED / "target", tmp_path / "target", copy_function=shutil.copyfile)
-    (target / "chat_template.jinja").write_text(GEMMA)
-    call = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"days": 3}'}}
-    messages = [
-        {"role": "user", "content": [{"type": "text", "text": "Rain"}, {"type": "text", "text": "today?"}]},
-        {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "c1", "content": "no"},
-    ]
-    body = {"messages": messages, "tools": [TOOL], "max_tokens": 1, "reasoning_effort": "low"}
-    with running(lambda: mlx_mtp.load(target, drafter=None)) as server:
-        reply = server.post(CHAT, body).json()
-        plain = server.post(CHAT, {"messages": QUESTION, "max_tokens": 1}).json()
-    tokenizer = mlx_mtp.load(target, drafter=None).tokenizer
-    expected = (
-        '<|turn>system\n<|think|><|tool>declaration:get_weather{description:<|"|><|"|>}<tool|><turn|>\n'
-        "<|turn>user\nRain\ntoday?<turn|>\n<|turn>assistant\n<|tool_call>call:get_weather{days:3}<tool_call|>"
-        '<|tool_response>response:get_weather{value:<|"|>no<|"|>}<tool_response|>'
-    )
-    assert reply["usage"]["prompt_tokens"] == len(tokenizer.encode(expected, special=False))
-    assert plain["usage"]["prompt_tokens"] == len(tokenizer.encode(
-        f"<|turn>user\n{QUESTION[0]['content']}<turn|>\n<|turn>model\n", special=False))  # fmt: skip
-
-
 def test_thoughts_are_told_apart() -> None:
     fake = ScriptedEngine(("<|chan", "nel>thought\nFirst ", "this.", "<channel|>Then", " that."))
     with running(lambda: fake) as server, server.openai() as client:
@@ -368,25 +327,6 @@ def test_models_errors_and_addresses(server: Running) -> None:
             assert response.status_code == status and "message" in response.json()["error"], (method, path)
         assert client.post(CHAT, content=b"{}", headers={"Content-Type": "text/plain"}).status_code == 415
         assert client.get("/health").json()["status"] == "ok"
-
-
-def test_metrics_count(server: Running) -> None:
-    def figures() -> dict[str, float]:
-        with server.http() as client:
-            lines = client.get("/metrics").text.splitlines()
-        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
-
-    before = figures()
-    reply = server.post(COMPLETION, {"prompt": "import", "max_tokens": 5}).json()
-    assert server.idle()
-    after = figures()
-    grown = {name: after[name] - before.get(name, 0.0) for name in after}
-    assert grown['mlx_mtp_requests_total{route="/v1/completions",status="200"}'] == 1
-    assert grown["mlx_mtp_generated_tokens_total"] == 5
-    assert grown["mlx_mtp_prompt_tokens_total"] == reply["usage"]["prompt_tokens"]
-    assert grown["mlx_mtp_accepted_tokens_total"] == reply["stats"]["accepted"]
-    assert after["mlx_mtp_queue_length"] == after["mlx_mtp_running"] == 0
-    assert after["mlx_mtp_session_bytes"] > 0 < after["mlx_mtp_sessions"]
 
 
 def test_the_pool_of_sessions() -> None:
@@ -604,11 +544,3 @@ def test_what_the_command_refuses(monkeypatch: pytest.MonkeyPatch, command: Comm
 def test_loopback() -> None:
     assert all(map(is_loopback, ("127.0.0.1", "localhost", "::1", "127.8.8.8")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.1", "example.com", "")))
-
-
-def test_tokens_as_they_read_in_a_text(embedded: mlx_mtp.Engine) -> None:
-    tokenizer = embedded.tokenizer
-    ids = tokenizer.encode("import os é <|turn>", special=False)
-    spelled = [tokenizer.spell(token) for token in ids]
-    assert b"".join(data for _, data in spelled).decode() == tokenizer.decode(ids)
-    assert spelled[0] == ("import", b"import") and (" os", b" os") in spelled and ("�", b"\xc3") in spelled

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from servers import CHAT, COMPLETION, ScriptedEngine, running
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from servers import CHAT, COMPLETION, Running, ScriptedEngine, running, until
 
 import mlx_mtp
 from mlx_mtp.serving.body import parsed
@@ -189,3 +195,48 @@ def test_json_that_means_nothing(text: bytes, said: str) -> None:
 def test_json_that_means_something() -> None:
     assert parsed(b'{"a": [1, 2.5, null, "\xc3\xa9"]}') == {"a": [1, 2.5, None, "é"]}
     assert parsed(b'[{"a": 1}, {"a": 1}]') == [{"a": 1}, {"a": 1}]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with running(ScriptedEngine, body_bytes=2000) as found:
+        yield found
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+)
+BODIES = st.dictionaries(st.sampled_from([*CHAT_FIELDS, "prompt", "colour"]), VALUES, max_size=4)
+
+
+@pytest.fixture(scope="module")
+def http(server: Running) -> Iterator[httpx.Client]:
+    with server.http() as found:
+        yield found
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(["POST", "GET", "PUT", "DELETE", "OPTIONS", "BREW"]),
+    st.sampled_from([CHAT, COMPLETION, "/", "/v1/models/x", "/..%2f", "/%00", "/metrics/x"]),
+    st.binary(max_size=3000) | BODIES.map(lambda body: json.dumps({"messages": SAID, **body}).encode()),
+    st.sampled_from(["application/json", "application/json", "text/plain", ""]),
+)
+def test_every_answer_has_one_form(http: httpx.Client, method: str, path: str, body: bytes, kind: str) -> None:
+    """Most are refused, some happen to be right; nothing fails inside."""
+    response = http.request(method, path, content=body, headers={"Content-Type": kind})
+    if response.status_code != 200:
+        assert 400 <= response.status_code < 500, (method, path, body, response.text)
+        error = response.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"} and 10 < len(error["message"]) < 1200
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.binary(min_size=1, max_size=400))
+def test_bytes_that_are_no_http(server: Running, data: bytes) -> None:
+    with server.connect() as connection:
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+        found = until(connection, b"never")
+    assert not found or found.startswith(b"HTTP/1.1 4")

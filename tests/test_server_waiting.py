@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-import httpx
 import pytest
-from servers import CHAT, COMPLETION, FakeTokenizer, ScriptedEngine, eventually, raw_request, running, until
+from servers import CHAT, COMPLETION, FakeTokenizer, ScriptedEngine, eventually, raw_request, running
 
 import mlx_mtp
 from mlx_mtp.generation.request import GenerationRequest
@@ -211,17 +210,3 @@ def test_a_second_signal_ends_the_server_at_once(
         fake.gate.release(100)
     said = "finishing 1 reply, Ctrl-C again ends now\n"
     assert capfd.readouterr().err == (said if number == signal.SIGINT else "")
-
-
-def test_a_reply_that_is_not_streamed_waits_in_silence() -> None:
-    fake = ScriptedEngine(gate=threading.Semaphore(0))
-    replies: list[httpx.Response] = []
-    with running(lambda: fake, quiet_seconds=ALWAYS) as server, server.connect() as first:
-        first.sendall(raw_request(COMPLETION, PROMPT))
-        assert b": generating\n\n" in until(first, b": generating\n\n")
-        second = threading.Thread(target=lambda: replies.append(server.post(COMPLETION, {"prompt": "x"})))
-        second.start()
-        assert eventually(lambda: server.queue.waiting == 1)
-        fake.gate.release(100)
-        second.join()
-    assert replies[0].json()["choices"][0]["text"] == "Hello!"

@@ -48,29 +48,3 @@ def test_another_result_is_noticed_and_written(copy: Path) -> None:
     assert command("--root", str(copy)) == (0, [])
     assert "7.12" in (copy / "README.md").read_text() and "7.12" in (copy / "docs" / "images" / "speed.svg").read_text()
     assert command("--check", "--root", str(copy)) == (0, [])
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("<!-- table: nonsense -->\n<!-- end -->\n", "found 'nonsense'"),
-        ("<!-- table: speed -->\n", "closed by '<!-- end -->'"),
-        ("<!-- end -->\n", "closed by '<!-- end -->'"),
-        ("<!-- table: families -->\n<!-- end -->\n", "families.json"),
-        ("<!-- table: training -->\n<!-- end -->\n", "in the form that 'training'"),
-    ],
-)
-def test_blocks_that_cannot_be_made(text: str, words: str, copy: Path) -> None:
-    (copy / "benchmarks" / "results" / "families.json").unlink(missing_ok=True)
-    (copy / "benchmarks" / "results" / "training.json").write_text('{"something": "else"}')
-    (copy / "docs" / "new.md").write_text(text)
-    for page in ("README.md", "docs/benchmarking.md"):
-        (copy / page).write_text("")
-    with pytest.raises(tables.TableError, match="Expected") as error:
-        tables.stale(copy)
-    assert words in str(error.value)
-
-
-def test_a_results_own_command_counts() -> None:
-    assert blocks.TABLES["speed"].made_by({"command": "mlx-mtp bench --depth 2"}) == "mlx-mtp bench --depth 2"
-    assert blocks.TABLES["memory"].made_by({}).startswith("python benchmarks/soak.py")

@@ -73,21 +73,6 @@ def test_streamed_text_is_decoded_text(folders: dict[str, Path], name: str, data
         assert theirs.decode(front) + ours.decode(known) == whole
 
 
-@pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_prompt_and_reply_read_on(folders: dict[str, Path], name: str, data: st.DataObject) -> None:
-    ours, theirs = both(folders[name])
-    text = data.draw(st.sampled_from(sorted(set(TEXTS))))
-    ids = theirs.encode(text, add_special_tokens=False)
-    # Where spaces are marks at the ends of words, a reply begins a word.
-    ends = ["</w>" in token or name != "suffixes" for token in theirs.convert_ids_to_tokens(ids)]
-    cut = data.draw(st.sampled_from([i + 1 for i, end in enumerate(ends) if end]))
-    front = theirs.decode(ids[:cut], clean_up_tokenization_spaces=False)
-    if "\ufffd" not in front:  # else a character is cut in two
-        assert front + ours.decode(ids[cut:]) == theirs.decode(ids, clean_up_tokenization_spaces=False)
-
-
 @pytest.mark.parametrize("name", ["byte level", "gemma", "embedded"])
 def test_decoded_text_encodes_to_the_same(folders: dict[str, Path], name: str) -> None:
     ours, _ = both(folders[name])
@@ -402,17 +387,6 @@ def test_a_template_that_refuses_says_so(tmp_path: Path) -> None:
         ours.chat([*QUESTION, *QUESTION])
 
 
-def test_each_kind_of_part_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, _ = both(write(tmp_path, byte_level(), CALLS))
-    rendered: list[int] = []
-    inner = ours.template._rendered
-    monkeypatch.setattr(ours.template, "_rendered", lambda *given, **more: rendered.append(1) or inner(*given, **more))
-    ours.chat(CALLED * 8, tools=[TOOL])
-    first = len(rendered)
-    ours.chat(CALLED * 8, tools=[TOOL])
-    assert first < 12 and len(rendered) == first + 1
-
-
 @pytest.mark.parametrize(
     "content", [None, 7, {"text": "x"}, [{"type": "image_url", "image_url": "x"}], [{"type": "text"}], ["x"]]
 )
@@ -429,11 +403,3 @@ def test_parts_of_text_are_lines_of_one(folders: dict[str, Path]) -> None:
     ours, _ = both(folders["byte level"])
     parts = [{"type": "text", "text": "Why"}, {"type": "text", "text": "so?"}]
     assert ours.chat([{"role": "user", "content": parts}]) == ours.chat([{"role": "user", "content": "Why\nso?"}])
-
-
-def test_a_chat_with_a_dropped_instruction_is_refused(tmp_path: Path) -> None:
-    ours, theirs = both(write(tmp_path, byte_level(), TWO_ROLES))
-    chat = chain(ours, [1, 2], len(theirs)).chat(system="Be brief.")
-    with pytest.raises(mlx_mtp.PromptError, match="no system message"):
-        chat.send("Why?")
-    assert chat.messages == [SYSTEM]

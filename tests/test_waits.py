@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import numpy as np
 import pytest
-from conftest import GOLDEN, uncompiled
+from conftest import GOLDEN
 from families import config_of, written
 from greedy import lively
 from waits import Waits
 
 import mlx_mtp
-from mlx_mtp.generation.interfaces import Memory, States
-from mlx_mtp.testing import ScriptedDrafter
 
 
 @pytest.fixture
@@ -68,31 +63,3 @@ def test_one_wait_a_round_for_other_targets(variant: str, waits: Waits) -> None:
     folder = GOLDEN / variant
     engine = mlx_mtp.load(folder / "target", drafter=folder / "assistant_centroid", depth=3)
     counted(engine, waits, [5, 6, 7, 8] * 3)
-
-
-class Reading(ScriptedDrafter):
-    """Reads a value of every pass, which a family must not; in rounds that are not compiled it can."""
-
-    def __init__(self, read: Callable[[mx.array], object]) -> None:
-        super().__init__([])
-        self.read = read
-
-    def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:
-        self.read(accepted[0])
-        return memory
-
-
-READS: dict[str, Callable[[mx.array], object]] = {
-    "mx.eval": lambda x: mx.eval(x), "item": lambda x: x.item(), "tolist": lambda x: x.tolist(), "int": int,
-    "bool": bool, "float": float, "str": str, "range": range, "f-string": lambda x: f"{x}",
-    "if": lambda x: 1 if x == 0 else 2, "np.array": lambda x: np.array(x), "np.stack": lambda x: np.stack([x]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("way", READS)
-def test_every_way_to_wait_is_seen(way: str, waits: Waits) -> None:
-    target = mlx_mtp.load(GOLDEN / "ple" / "target", drafter=None).target
-    engine = mlx_mtp.Engine(target, Reading(READS[way]), None, depth=1)
-    with uncompiled():
-        stats = engine.generate([5, 6, 7], max_tokens=5, ignore_end=True, on_prefill=waits.begin).stats
-    assert len(waits.seen) == stats.host_syncs + stats.rounds
