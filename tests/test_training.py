@@ -16,7 +16,7 @@ import mlx_mtp
 from mlx_mtp.drafters.assistant import AssistantConfig, AssistantModel
 from mlx_mtp.targets.gemma4 import Gemma4Model, Gemma4Target
 from mlx_mtp.targets.gemma4_config import Gemma4Config
-from mlx_mtp.training import pipeline
+from mlx_mtp.training import pipeline, stages
 from mlx_mtp.training.data import Batches
 from mlx_mtp.training.families import FAMILIES, DrafterShape, describe_assistant, write_drafter
 from mlx_mtp.training.objective import assistant_loss
@@ -39,6 +39,7 @@ def small(vocabulary: int) -> dict:
 @pytest.fixture(autouse=True)
 def small_target(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "target_config", small)
+    monkeypatch.setattr(stages, "MEASURED_TOKENS", 12)
 
 
 def pair() -> tuple[Gemma4Model, AssistantModel]:
