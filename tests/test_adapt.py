@@ -17,11 +17,8 @@ from thinking import PLAIN_TEMPLATE, TOKENS, write_tokenizer
 
 import mlx_mtp
 from mlx_mtp.training import adapt as library
-from mlx_mtp.training import stages
 from mlx_mtp.training.adapt import Adapting, NotBetter
 from mlx_mtp.training.chats import Chats
-from mlx_mtp.training.data import Document
-from mlx_mtp.training.prompts import prompts_of
 from mlx_mtp.training.stages import Report, Stage
 
 OPTIONS: dict[str, Any] = {"prompts": 9, "tokens": 64, "steps": 2, "batch_size": 1, "length": 32, "drafts": 2,
@@ -147,40 +144,6 @@ def test_chats_are_those_that_an_empty_folder_would_have_got(
     assert used == (first if change == "path" else first | empty)
     new = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("used", "empty")]
     assert new[0] == new[1]
-
-
-def test_tokens_per_round_are_counted_over_all_prompts(folder: Path) -> None:
-    engine = mlx_mtp.load(folder / "target", drafter="lookup", depth=2)
-    prompts = [[30, 31, 30, 31], [40, 41, 42]]
-    walk, seen, found = stages.measured("before", engine, prompts), [], 0.0
-    try:
-        while True:
-            seen.append(next(walk))
-    except StopIteration as end:
-        found = end.value
-    stats = [engine.generate(prompt, max_tokens=stages.MEASURED_TOKENS, sampling=GREEDY).stats for prompt in prompts]
-    assert found == sum(s.tokens - 1 for s in stats) / sum(s.rounds for s in stats) >= 1.0
-    assert seen == [Stage("before", 1, 2), Stage("before", 2, 2)]
-
-
-class Words:
-    """A tokenizer whose ids are the lengths of words; a conversation is its roles."""
-
-    def encode(self, text: str) -> list[int]:
-        return [len(word) for word in text.split()]
-
-    def chat(self, messages: list[dict[str, str]]) -> list[int]:
-        return [len(message["role"]) for message in messages]
-
-
-def test_prompts_are_conversations_up_to_the_reply_and_openings_of_texts() -> None:
-    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    text = " ".join("x" * (i + 1) for i in range(40))
-    documents = [Document("m", messages=said), Document("m", messages=[*said, *said]), Document("m", text=text),
-                 Document("m", text="")]  # fmt: skip
-    found = prompts_of(iter(documents), Words(), 16)
-    # A third of every 16 words; no piece is begun whose half is not there.
-    assert found == [[4], [4, 9, 4], [1, 2, 3, 4, 5], [17, 18, 19, 20, 21]]
 
 
 STRICT = PLAIN_TEMPLATE.replace(

@@ -40,7 +40,6 @@ from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.converting import convert as converted
 from mlx_mtp.converting import meta
 from mlx_mtp.drafters import load_drafter
-from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.targets import load_target
 
 TOLERANCE = 1e-3
@@ -90,12 +89,6 @@ def test_weights_in_several_files_are_refused(tmp_path: Path) -> None:
     write_pth(source / "consolidated.01.pth", meta_arrays())
     with pytest.raises(mlx_mtp.UnsupportedModel, match="cut into 2 files"):
         converted(source, tmp_path / "out")
-
-
-def test_a_baseline_without_extra_heads_is_a_target_alone(tmp_path: Path) -> None:
-    params = {**META_PARAMS, "n_layers": 3, "n_future_tokens": 1}
-    written = converted(meta_folder(tmp_path / "in", meta_arrays(params), **params), tmp_path / "out")
-    assert [folder.name for folder in written] == ["target"]
 
 
 def sentencepiece_model(file: Path) -> Any:
@@ -296,20 +289,6 @@ def test_a_target_and_its_heads_are_quantised(tmp_path: Path) -> None:
     assert engine.generate(TOKENS[:6].tolist(), max_tokens=8, ignore_end=True).stats.drafted > 0
     with pytest.raises(mlx_mtp.CheckpointError, match="full precision"):
         converted(small[0], tmp_path / "twice", bits=4, group_size=32)
-
-
-def test_the_embedded_pair_is_quantised(tmp_path: Path) -> None:
-    (target,) = converted(EMBEDDED / "target", tmp_path / "target", bits=8)
-    (drafter,) = converted(EMBEDDED / "assistant", tmp_path / "drafter", bits=8)
-    size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
-    assert size < 0.6 * sum(file.stat().st_size for file in (EMBEDDED / "target").glob("*.safetensors"))
-    engine, whole = mlx_mtp.load(target, drafter=drafter, depth=2), load_target(Checkpoint.open(EMBEDDED / "target"))
-    assert engine.tokenizer is not None and engine.tokenizer.has_chat_template
-    tokens = mx.array([engine.tokenizer.encode("import os\nimport sys\n\ndef main():\n")])
-    expected = whole.logits(tokens)
-    assert 0 < mx.abs(engine.target.logits(tokens) - expected).max().item() < 0.1 * mx.abs(expected).max().item()
-    stats = engine.generate(tokens[0].tolist(), max_tokens=24, ignore_end=True).stats
-    assert stats.accepted > 0.3 * stats.drafted  # what it drafts still makes sense
 
 
 def test_a_quantised_assistant_keeps_its_order(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from greedy import lively
 from simulation import CPU, GPU, MACHINES, Machine, Text, always, best_fixed, simulate, switching
 
 import mlx_mtp
-from mlx_mtp.generation.depth import HOLD, DepthController, DepthPolicy, FixedDepth, RoundCosts
-from mlx_mtp.generation.depth_profile import Profile, ProfileFile, possible
+from mlx_mtp.generation.depth import DepthController, DepthPolicy, FixedDepth, RoundCosts
+from mlx_mtp.generation.depth_profile import Profile, ProfileFile
 from mlx_mtp.generation.loop import Decoder
 
 NEVER, SELDOM, OFTEN, NEARLY = always(0.0), always(0.3), always(0.8), always(0.95)
@@ -100,12 +100,6 @@ def test_never_slower_than_plain(machine: Machine, acceptance: float) -> None:
     assert statistics.fmean(rates) > 0.98 * statistics.fmean(plain)
 
 
-def test_short_requests_learn_too() -> None:
-    """Replies that end after 30 tokens; each begins with what all of them found."""
-    records = [simulate(control, GPU, OFTEN, TOKENS, seed, reply=30) for seed, control in enumerate(fresh())]
-    assert statistics.fmean(record.rate(100) for record in records) > 0.9 * best_fixed(GPU, OFTEN, TOKENS)
-
-
 def test_the_pace_gets_the_blame_where_a_cost_is_known() -> None:
     """The worked example of the module: 26 ms in place of 13 are a slower machine, or after a start a dearer depth."""
     costs = RoundCosts(2)
@@ -122,36 +116,12 @@ def test_the_pace_gets_the_blame_where_a_cost_is_known() -> None:
     assert new.cost(2) == pytest.approx(2.6, rel=0.05) and new.plain_seconds == pytest.approx(0.010, rel=0.05)
 
 
-def test_costs_never_fall_nor_exceed_what_can_pay() -> None:
-    costs = RoundCosts(4, [1.0, 1.5, 1.2, 50.0, 60.0])
-    assert [costs.cost(depth) for depth in range(5)] == pytest.approx([1.0, 1.5, 1.5, 4.0, 5.0])
-
-
 def test_only_allowed_depths() -> None:
     control, depths = DepthController([0, 3, 5]), set()
     for _ in range(300):
         depths.add(depth := control.next())
         control.learn(depth, depth, 0.01 + 0.0001 * depth)
     assert depths <= {0, 3, 5} and 5 in depths
-
-
-def test_every_change_lasts_long_enough_to_be_timed() -> None:
-    control, depths = DepthController(range(9)), []
-    for seed, text in enumerate((OFTEN, NEVER, NEARLY)):
-        depths += simulate(control, GPU, text, 400, seed).depths
-    changes = [place for place in range(1, len(depths)) if depths[place] != depths[place - 1]]
-    assert len(changes) > 10
-    # A request may begin with another depth and end at any time.
-    short = [b - a for a, b in zip(changes, changes[1:], strict=False) if b - a < HOLD]
-    assert len(short) <= 2
-
-
-def test_plain_decoding_remembers_why() -> None:
-    """Long replies without drafts do not make the next request start from hopes."""
-    control = DepthController(range(9))
-    simulate(control, CPU, NEVER, 3000, 0, reply=3000)
-    control.begin()
-    assert control.tokens(8) < 1.2 and control.next() == 0
 
 
 def test_reasons() -> None:
@@ -205,11 +175,6 @@ def test_costs_of_a_bad_hour_are_not_kept(tmp_path: Path, worse: Profile) -> Non
     alone.save(worse)
     found = alone.load(2)
     assert found is not None and found.accepted == [5.0, 4.0] and (found.costs is None or worse.noise == 0.11)
-
-
-def test_possible_costs() -> None:
-    assert possible([1.0, 1.0, 4.9]) and possible([1.0, 3.0, 5.0])
-    assert not any(map(possible, ([1.0, 3.1], [1.1, 1.0], [0.9], [float("nan")])))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from conftest import Command as Run
 from documents import PROGRAMS, ROOT, Command, blocks, commands, inline_commands, links
 from layouts import DEEPSEEK, deepseek_arrays, meta_arrays, meta_folder, write_folder
 
-from mlx_mtp import drafters, targets
+from mlx_mtp import drafters
 from mlx_mtp.cli import doctor
 from mlx_mtp.cli.command_line import COMMANDS, application
 from mlx_mtp.generation import exactness
@@ -191,12 +191,6 @@ def test_every_command_runs(command: Command, run: Run, tmp_path: Path, measured
         assert isinstance(json.loads(out), dict)
 
 
-def test_what_only_parses_is_on_the_pages() -> None:
-    """No reason is kept for a command that no page shows any more."""
-    shown = {command.argv[:n] for command in commands() for n in (1, 2)}
-    assert set(PARSED_ONLY) <= shown
-
-
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """A free port on which the real `mlx-mtp serve` of the pages listens."""
@@ -252,11 +246,6 @@ def test_every_snippet_runs(
     assert out.strip()
     if page == "drafters.md":
         assert out.rstrip().endswith("True")  # the family's output is that of plain decoding
-
-
-def test_entry_points_are_those_that_are_read() -> None:
-    groups = [tomllib.loads(text)["project"]["entry-points"] for _, _, text in blocks("toml")]
-    assert {name for group in groups for name in group} == {targets.registry.group, drafters.registry.group}
 
 
 def test_every_block_has_a_language_that_is_checked() -> None:

@@ -349,11 +349,3 @@ def test_like_a_search_by_hand(text: list[int], depth: int, chunk: int) -> None:
         memory = lookup.observe(memory, mx.array([rows + rejected]), NO_STATES, mx.array([len(rows) - 1]))
     found, size = lookup.continuation(memory, mx.array([text[-1:]]), depth)
     assert (found.tolist()[0], size.item()) == by_hand(text, depth)
-
-
-def test_it_drafts_what_was_written_before() -> None:
-    """The embedded target, asked to go on with a text that repeats itself, is drafted almost perfectly."""
-    engine = mlx_mtp.load(drafter="lookup", depth=4)
-    text = "import os\nimport sys\nimport re\n\n" * 6
-    result = engine.generate(text, raw=True, max_tokens=100, ignore_end=True)
-    assert result.stats.tokens_per_round > 3

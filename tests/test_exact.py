@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,7 +25,7 @@ from mlx_mtp.generation import exactness
 from mlx_mtp.generation.cache import FULL, SLIDING, KVCache, LayerShape
 from mlx_mtp.generation.depth_profile import forget
 from mlx_mtp.generation.exactness import CANONICAL, Exactness, probe
-from mlx_mtp.generation.interfaces import Memory, States, Target, TargetInfo
+from mlx_mtp.generation.interfaces import Memory, States, Target
 from mlx_mtp.generation.prefix import Session
 from mlx_mtp.generation.probe_file import ProbeFile, probes_path
 from mlx_mtp.generation.types import Result
@@ -52,8 +53,7 @@ class Device(MarkovTarget):
     def __init__(self, rounding: Rounding) -> None:
         super().__init__(mx.array(np.random.default_rng(5).normal(size=(VOCABULARY, VOCABULARY)), dtype=mx.float32))
         self.rounding, self.traced = rounding, []
-        self.info = TargetInfo(vocab_size=VOCABULARY, hidden_size=2, max_context=1 << 20, window=WINDOW, readable={},
-                               storing_layers={}, attention_heads=1)  # fmt: skip
+        self.info = replace(self.info, hidden_size=2, window=WINDOW)
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         return KVCache((LayerShape(FULL, 1, 1), LayerShape(SLIDING, 1, 1)), WINDOW, capacity, mx.float32, batch)

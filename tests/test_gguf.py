@@ -134,17 +134,6 @@ def test_byte_level_ids(tmp_path: Path) -> None:
     assert ours.eos_token == "<|im_end|>" and ours.chat_template == at_hand.CHATML
 
 
-@pytest.mark.parametrize("pre", ["smollm", "qwen2", "llama-bpe", "tekken"])
-def test_text_is_cut_as_the_file_says(tmp_path: Path, pre: str) -> None:
-    (folder,) = convert(write_gguf(tmp_path / "m.gguf", tokenizer=byte_level_keys(pre)), tmp_path / "out")
-    from transformers import AutoTokenizer
-
-    backend = AutoTokenizer.from_pretrained(folder).backend_tokenizer
-    words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str("It's 12345 x\n\ny")]
-    numbers = {"smollm": ["1", "2", "3", "4", "5"], "llama-bpe": ["123", "45"]}.get(pre, ["1", "2", "3", "4", "5"])
-    assert [word for word in words if word.strip("\u0120").isdigit()] == numbers
-
-
 @pytest.mark.parametrize("prefix", [True, False])
 def test_sentencepieces_ids(tmp_path: Path, prefix: bool) -> None:
     import sentencepiece

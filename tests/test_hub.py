@@ -271,21 +271,14 @@ def test_a_listing_cannot_name_places_outside_the_cache(online: Hub, monkeypatch
 @pytest.fixture
 def without(online: Hub, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Takes the hub away, in one of four ways."""
-
-    def take(how: str) -> None:
-        online.requests.clear()
-        if how == "offline":
-            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        elif how == "gone":
-            online.close()
-            huggingface_hub.close_session()
-        elif how == "silent":
-            monkeypatch.setattr(hub, "PATIENCE", 0.2)
-            online.faults.silent = True
-        else:
-            online.faults.status["/"] = 502
-
-    return take
+    monkeypatch.setattr(hub, "PATIENCE", 0.2)
+    ways: dict[str, Callable[[], object]] = {
+        "offline": lambda: monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True),
+        "gone": lambda: (online.close(), huggingface_hub.close_session()),
+        "silent": lambda: setattr(online.faults, "silent", True),
+        "broken": lambda: online.faults.status.update({"/": 502}),
+    }
+    return lambda how: online.requests.clear() or ways[how]()
 
 
 @pytest.mark.parametrize("how", ["offline", "gone", "silent", "broken"])
@@ -315,21 +308,15 @@ def test_an_update_that_broke_off_leaves_the_older_copy(online: Hub, without: Ca
     assert fetched() == old
 
 
-def spoilt(folder: Path, how: str) -> None:
-    """Takes a file out of a snapshot, or leaves one that says there must be more."""
-    weights = (folder / "model.safetensors").read_bytes()
-    if how == "weights":
-        (folder / "model.safetensors").unlink()
-    elif how == "blob":
-        Path(os.path.realpath(folder / "model.safetensors")).unlink()
-    elif how == "config":
-        (folder / "config.json").unlink()
-    elif how == "shard":
-        (folder / "model.safetensors").unlink()
-        (folder / "model-00001-of-00002.safetensors").write_bytes(weights)
-    else:
-        index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+INDEX = json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}})
+# A file is taken out of a snapshot, or one left that says there must be more.
+SPOILT: dict[str, Callable[[Path], object]] = {
+    "weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "blob": lambda folder: Path(os.path.realpath(folder / "model.safetensors")).unlink(),
+    "config": lambda folder: (folder / "config.json").unlink(),
+    "shard": lambda folder: (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors"),
+    "index": lambda folder: (folder / "model.safetensors.index.json").write_text(INDEX),
+}
 
 
 @pytest.mark.parametrize(("how", "listed"), [("weights", True), ("weights", False), ("blob", True), ("config", False),
@@ -344,7 +331,7 @@ def test_half_a_snapshot_is_never_taken_for_whole(online: Hub, cache: Path, how:
     shutil.rmtree(folder)
     (cache / "refs" / "main").write_text(copy.name)
     assert hub.cached(NAME) == copy
-    spoilt(copy, how)
+    SPOILT[how](copy)
     assert checkpoint.lacking(copy) and hub.cached(NAME) is None
     refusal(lambda: mlx_mtp.load(copy), CheckpointError)  # as a path, too
 

@@ -6,11 +6,10 @@ masks show, so one slot, position or mask that is wrong anywhere changes the tex
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from conftest import uncompiled
 from hypothesis import given, settings
@@ -19,9 +18,9 @@ from hypothesis import strategies as st
 import mlx_mtp
 from mlx_mtp.generation import loop
 from mlx_mtp.generation.cache import FULL, SLIDING, KVCache, LayerShape
-from mlx_mtp.generation.interfaces import Memory, SampleDraft, States, TargetInfo
+from mlx_mtp.generation.interfaces import Memory, SampleDraft, States
 from mlx_mtp.generation.types import Sampling
-from mlx_mtp.testing import ScriptedDrafter
+from mlx_mtp.testing import MarkovTarget, ScriptedDrafter
 
 VOCABULARY = 11
 GREEDY = Sampling(temperature=0.0)
@@ -30,25 +29,16 @@ PROPERTY = {"deadline": None, "derandomize": True}
 # The round
 
 
-class SummingTarget:
+class SummingTarget(MarkovTarget):
     """The next token is a sum over the rows that a full and a sliding layer see, and the row's position."""
 
     def __init__(self, window: int) -> None:
-        self.path = None
-        self.info = TargetInfo(
-            vocab_size=VOCABULARY, hidden_size=3, max_context=1 << 20, window=window, readable={}, storing_layers={},
-            attention_heads=1,
-        )  # fmt: skip
-
-    def modules(self) -> list[nn.Module]:
-        return []
+        super().__init__(mx.zeros((VOCABULARY, VOCABULARY)))
+        self.info = replace(self.info, hidden_size=3, window=window)
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         shapes = (LayerShape(FULL, 1, 1), LayerShape(SLIDING, 1, 1))
         return KVCache(shapes, self.info.window, capacity, mx.float32, batch)
-
-    def embed(self, tokens: mx.array) -> mx.array:
-        return tokens[..., None].astype(mx.float32)
 
     def forward(self, tokens: mx.array, cache: KVCache, keep: int | None = None) -> States:
         step, fresh = cache.plan(tokens.shape[1]), self.embed(tokens)[:, None]

@@ -242,16 +242,6 @@ def test_thoughts_are_told_apart() -> None:
         assert fake.tokenizer.seen[-1]["messages"][1]["reasoning_content"] == "t"
 
 
-def test_levels_of_thinking() -> None:
-    """`none` and `minimal` are off for a switch; the level itself goes to the template."""
-    fake = ScriptedEngine()
-    with running(lambda: fake) as server:
-        for effort, on in (("none", False), ("minimal", False), ("low", True), ("max", True), (None, False)):
-            assert server.post(CHAT, {"messages": QUESTION, "reasoning_effort": effort}).status_code == 200
-            seen = fake.tokenizer.seen[-1]
-            assert (seen["thinking"], seen["effort"]) == (on, effort)
-
-
 def test_what_the_template_drops() -> None:
     """The embedded model's knows no tools and no thinking: calls and answers are refused, levels without effect."""
     call = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": "{}"}}

@@ -153,16 +153,6 @@ def test_a_prompt_does_not_end_itself(tmp_path: Path) -> None:
     assert ours.encode("hello") == hello and ours.encode("<s>hello") == [start, *hello]
 
 
-def test_a_packed_document_begins_once_and_as_a_prompt(tmp_path: Path) -> None:
-    start, end = SPECIAL.index("<s>"), SPECIAL.index("</s>")
-    for name, more in (("bos", {"bos": True, "eos": True}), ("none", {})):
-        ours, theirs = both(write(tmp_path / name, byte_level(), **more))  # type: ignore[arg-type]
-        documents = [Document("m", text="<s>hello"), Document("m", text="hello")]
-        packed = pack(documents, theirs).tolist()
-        assert packed == [*ours.encode("<s>hello"), end, *ours.encode("hello"), end]
-        assert packed.count(start) == (2 if more else 1)
-
-
 # The tokens that end a reply
 
 TURNS = {
@@ -243,7 +233,6 @@ def test_a_reply_ends_where_only_the_template_says_so(folders: dict[str, Path]) 
 SWITCH = CHATML.replace(
     "assistant\n", "assistant\n{% if NAME is defined and NAME is false %}<think>\n\n</think>\n\n{% endif %}"
 )
-LEVELS = "{{ 'Reasoning: ' + (reasoning_effort or 'medium') }}" + CHATML
 OPENED = CHATML.replace("assistant\n", "assistant\n<think>\n")
 QUESTION = [{"role": "user", "content": "Why?"}]
 EMPTY = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
@@ -295,16 +284,6 @@ def test_what_is_trained_is_what_is_used(tmp_path: Path) -> None:
         assert packed[-1] == end
     found = prompts_of(iter([Document("m", messages=said)] * 4), ours, 256)
     assert found == [prompt] * 4
-
-
-def test_levels_reach_the_templates_that_know_them(tmp_path: Path) -> None:
-    ours, _ = both(write(tmp_path / "levels", byte_level(), LEVELS))
-    shown = {effort: ours.decode(ours.chat(QUESTION, effort=effort)).partition("<|im_start|>")[0]
-             for effort in (None, "minimal", "low", "high")}  # fmt: skip
-    assert shown == {None: "Reasoning: medium", "minimal": "Reasoning: minimal", "low": "Reasoning: low",
-                     "high": "Reasoning: high"}  # fmt: skip
-    ours, _ = both(write(tmp_path / "none", byte_level()))
-    assert ours.chat(QUESTION, effort="high") == ours.chat(QUESTION)  # documented: without effect
 
 
 def test_a_template_that_opens_thoughts_by_itself(tmp_path: Path) -> None:
