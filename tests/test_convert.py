@@ -134,30 +134,6 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
         converted(source, tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"n_future_tokens": 4}, "3 are extra heads"),
-        ({"dim": 40}, "shape"),
-        ({"dim": "wide"}, "'dim'"),
-        ({"n_heads": 3}, "divide"),
-        ({"n_kv_heads": 4}, "k_proj"),
-        ({"use_scaled_rope": True}, "Llama 3"),
-    ],
-)
-def test_params_that_do_not_belong_are_refused(change: dict[str, Any], says: str, tmp_path: Path) -> None:
-    with pytest.raises(mlx_mtp.MLXMTPError, match=says):
-        converted(meta_folder(tmp_path / "in", meta_arrays(), **change), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("lost", ["extra_heads.0.ffn_norm.", "tok_embeddings.", "output.", "layers.1."])
-def test_a_missing_tensor_is_named(lost: str, tmp_path: Path) -> None:
-    arrays = {name: array for name, array in meta_arrays().items() if not name.startswith(lost)}
-    with pytest.raises(mlx_mtp.CheckpointError, match="lacks|counts"):
-        converted(meta_folder(tmp_path / "in", arrays), tmp_path / "out")
-
-
 # Modules in a checkpoint
 
 
@@ -202,15 +178,6 @@ def test_deepseeks_module_gives_its_own_logits(with_target: bool, tmp_path: Path
         decodes_alike(source, written[-1])
 
 
-def test_two_modules_stay_in_order(tmp_path: Path) -> None:
-    config = {**DEEPSEEK, "num_nextn_predict_layers": 2}
-    arrays = deepseek_arrays(config)
-    (out,) = converted(write_folder(tmp_path / "in", config, arrays), tmp_path / "out")
-    found = Checkpoint.open(out).weights()
-    for k in (0, 1):
-        assert np.array_equal(np.array(found[f"blocks.{k}.hnorm.weight"]), arrays[f"model.layers.{2 + k}.hnorm.weight"])
-
-
 def test_fp8_blocks_are_unpacked(tmp_path: Path) -> None:
     arrays = deepseek_arrays()
     name = "model.layers.2.mlp.experts.3.up_proj.weight"
@@ -233,34 +200,39 @@ def test_mimos_module_gives_its_own_logits(tmp_path: Path) -> None:
     decodes_alike(source, drafter)
 
 
-@pytest.mark.parametrize(
-    ("lost", "changed", "says"),
-    [
-        ("model.layers.2.hnorm.weight", {}, "'hnorm.weight' in module 0"),
-        ("model.layers.2.mlp.experts.3.up_proj.weight", {}, "cannot be brought"),
-        ("model.layers.2.self_attn.o_proj.weight", {}, "lacks 1 tensors: self_attn.o_proj.weight"),
-        ("", {"num_nextn_predict_layers": 2}, "is 2, but there are the modules"),
-        ("", {"num_nextn_predict_layers": 99}, "in/config.json: .*num_nextn_predict_layers"),
-        ("", {"vocab_size": "many"}, "in/config.json: .*vocab_size"),
-        ("", {"hidden_size": 64}, "shape"),
-        ("", {"model_type": "nonsense"}, "nonsense"),
-    ],
-)
-def test_modules_that_are_not_whole_are_refused(
-    lost: str, changed: dict[str, Any], says: str, tmp_path: Path
-) -> None:
+def meta_source(folder: Path, lost: str = "none", **params: Any) -> Path:
+    return meta_folder(folder, {n: a for n, a in meta_arrays().items() if not n.startswith(lost)}, **params)
+
+
+def deepseek_source(folder: Path, lost: str = "", copy: float = 0.0, **changed: Any) -> Path:
     arrays = {name: array for name, array in deepseek_arrays().items() if name != lost}
-    with pytest.raises(mlx_mtp.MLXMTPError, match=says) as caught:
-        converted(write_folder(tmp_path / "in", {**DEEPSEEK, **changed}, arrays), tmp_path / "out")
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_embedding_of_its_own_is_refused(tmp_path: Path) -> None:
-    arrays = deepseek_arrays()
     key = "model.layers.2.shared_head.head.weight"
-    with pytest.raises(mlx_mtp.UnsupportedModel, match="copy"):
-        converted(write_folder(tmp_path / "in", DEEPSEEK, {**arrays, key: arrays[key] + 1}), tmp_path / "out")
+    arrays[key] = arrays[key] + copy
+    return write_folder(folder, {**DEEPSEEK, **changed}, arrays)
+
+
+@pytest.mark.parametrize(
+    ("source", "changed", "says"),
+    [
+        *((meta_source, changed, says) for changed, says in (
+            ({"n_future_tokens": 4}, "3 are extra heads"), ({"dim": 40}, "shape"), ({"dim": "wide"}, "'dim'"),
+            ({"n_heads": 3}, "divide"), ({"n_kv_heads": 4}, "k_proj"), ({"use_scaled_rope": True}, "Llama 3"),
+            *(({"lost": name}, "lacks|counts")
+              for name in ("extra_heads.0.ffn_norm.", "tok_embeddings.", "output.", "layers.1.")))),
+        *((deepseek_source, changed, says) for changed, says in (
+            ({"lost": "model.layers.2.hnorm.weight"}, "'hnorm.weight' in module 0"),
+            ({"lost": "model.layers.2.mlp.experts.3.up_proj.weight"}, "cannot be brought"),
+            ({"lost": "model.layers.2.self_attn.o_proj.weight"}, "lacks 1 tensors: self_attn.o_proj.weight"),
+            ({"num_nextn_predict_layers": 2}, "is 2, but there are the modules"),
+            ({"num_nextn_predict_layers": 99}, "in/config.json: .*num_nextn_predict_layers"),
+            ({"vocab_size": "many"}, "in/config.json: .*vocab_size"), ({"hidden_size": 64}, "shape"),
+            ({"model_type": "nonsense"}, "nonsense"), ({"copy": 1.0}, "copy"))),
+    ],
+)  # fmt: skip
+def test_what_is_not_whole_is_refused(source: Any, changed: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(mlx_mtp.MLXMTPError, match=says) as caught:
+        converted(source(tmp_path / "in", **changed), tmp_path / "out")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
 # Quantising

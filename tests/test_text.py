@@ -286,6 +286,13 @@ def test_what_is_trained_is_what_is_used(tmp_path: Path) -> None:
     assert found == [prompt] * 4
 
 
+def test_levels_reach_the_templates_that_know_them(tmp_path: Path) -> None:
+    levels = "{{ 'Reasoning: ' + (reasoning_effort or 'medium') }}" + CHATML
+    ours, _ = both(write(tmp_path, byte_level(), levels))
+    shown = [ours.decode(ours.chat(QUESTION, effort=effort)).partition("<|im_start|>")[0] for effort in (None, "low")]
+    assert shown == ["Reasoning: medium", "Reasoning: low"]
+
+
 def test_a_template_that_opens_thoughts_by_itself(tmp_path: Path) -> None:
     ours, _ = both(write(tmp_path, byte_level(), OPENED))
     ids = ours.chat(QUESTION)
