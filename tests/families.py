@@ -1,7 +1,5 @@
 """What the tests of drafters with layers of their own share: checkpoints, and rounds with known outcomes."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator

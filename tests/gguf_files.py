@@ -1,7 +1,5 @@
 """GGUF files of small random models, and their logits in NumPy from what gguf's own reader finds in them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

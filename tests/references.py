@@ -1,7 +1,5 @@
 """Independent forward passes in NumPy, float64, row by row: one llama layer with a past, and Gemma 4's plain layers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import mlx.core as mx

@@ -5,8 +5,6 @@ timed only when it is followed by one of the same depth, and the first round of 
 virtual and chance is seeded, so every run is the same everywhere.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace

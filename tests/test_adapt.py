@@ -1,7 +1,5 @@
 """Fine-tuning a drafter: what is asked, learned, kept and replaced; only the measured gain is given from outside."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Generator

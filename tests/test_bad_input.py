@@ -1,7 +1,5 @@
 """Every bad input to a command ends in one sentence on stderr and exit code 2; and what good input prints."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

@@ -1,7 +1,5 @@
 """bench: prompts, turns, statistics, outputs that differ, the verdict, plans, energy."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import sys

@@ -1,7 +1,5 @@
 """`mlx-mtp bench` as a user runs it, on the embedded pair with one short prompt and few tokens; no times asserted."""
 
-from __future__ import annotations
-
 import importlib.util
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Tables and charts of the pages say what benchmarks/results/ holds; what benchmarks/cost_model.py foretells."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

@@ -1,7 +1,5 @@
 """Thoughts, answers and calls told apart: the same pieces however the text is cut, and nothing of an answer lost."""
 
-from __future__ import annotations
-
 import importlib
 import math
 

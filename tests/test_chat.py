@@ -1,7 +1,5 @@
 """Conversations: every turn is what a fresh run on all messages gives, but runs only what is new; no thoughts kept."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from pathlib import Path

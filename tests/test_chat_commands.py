@@ -1,7 +1,5 @@
 """What a chat understands: every command, and that one which fails leaves everything as it was."""
 
-from __future__ import annotations
-
 import io
 import sys
 from collections.abc import Iterator

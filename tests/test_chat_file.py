@@ -1,7 +1,5 @@
 """Saved chats of every drafter family: they go on as if never saved; nothing damaged or foreign gets in."""
 
-from __future__ import annotations
-
 import json
 import resource
 import shutil

@@ -1,7 +1,5 @@
 """`mlx-mtp chat` in a pseudo-terminal and in pipes: typing, Ctrl-C, resize, a paste, exit codes."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

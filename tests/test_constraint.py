@@ -3,8 +3,6 @@
 Reference: languages small enough to be listed. A token may follow a text where some text of the list goes on with it.
 """
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import json
@@ -19,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 import pydantic
 import pytest
-from conftest import GOLDEN, Command, one_sentence
+from conftest import GOLDEN, Command
 from greedy import NEAR_TIE, lively
 from llguidance import LLTokenizer, TokenizerWrapper
 
@@ -127,7 +125,7 @@ def test_forced_drafts_are_point_masses() -> None:
     assert stacked([point_mass(mx.array([[3]]))]).at(mx.array([[3]])).item() == 1.0
 
 
-@pytest.mark.parametrize("depth", [0, 1, 3])
+@pytest.mark.parametrize("depth", [0, 3])
 @pytest.mark.parametrize("name", LANGUAGES)
 def test_the_real_loop(name: str, depth: int) -> None:
     """Many replies by seed: every text of the language as often as plain constrained decoding gives it."""
@@ -232,10 +230,9 @@ def engine() -> mlx_mtp.Engine:
     return mlx_mtp.load(depth=3)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0, 2.0])
-def test_every_reply_is_a_record(engine: mlx_mtp.Engine, temperature: float) -> None:
+def test_every_reply_is_a_record(engine: mlx_mtp.Engine) -> None:
     complete = drafted = accepted = 0
-    for seed in range(6):
+    for seed, temperature in enumerate((0.0, 1.0, 1.0, 2.0, 2.0, 2.0)):
         result = engine.generate("A record.", json_schema=Record, max_tokens=160, temperature=temperature, seed=seed)
         drafted, accepted = drafted + result.stats.drafted, accepted + result.stats.accepted
         if result.finish_reason == "stop":
@@ -294,6 +291,7 @@ def test_the_command(tmp_path: Path, command: Command) -> None:
     Record.model_validate_json(json.loads(out)["text"])
     assert run("--regex", "[0-9]{3}")[1].strip().isdecimal()
     for words, said in ((("--json-schema", str(tmp_path / "no")), "cannot be read"), (("--regex", "(("), "unclosed")):
-        assert said in one_sentence(*run(*words))
+        code, out, error = run(*words)
+        assert code == 2 and said in error and not out
     schema.write_text("[1]")
     assert "must hold an object" in run("--json-schema", str(schema))[2]

@@ -3,8 +3,6 @@
 The logits of target and heads are compared with forward passes under the original names, orders and rotary convention.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

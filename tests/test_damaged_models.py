@@ -3,8 +3,6 @@
 Damage is drawn with fixed seeds. While a damaged folder is read the process may not take more than a gigabyte.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import resource

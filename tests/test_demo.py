@@ -1,7 +1,5 @@
 """The demo in this process with few tokens: every figure is of this run, and the columns agree with each other."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

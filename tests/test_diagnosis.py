@@ -1,7 +1,5 @@
 """doctor: advice on made-up facts, the depth table, exactness per width, and the command as a user runs it."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

@@ -4,8 +4,6 @@ Commands run with the embedded model in place of other names, with few tokens an
 is only parsed is listed in PARSED_ONLY with the reason; anything else that a page shows must run.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

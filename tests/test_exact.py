@@ -5,8 +5,6 @@ in whole numbers, so that one row that went another way changes all that follows
 real device does to real families is in tests/conformance.py.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """GGUF files: numbers and logits against NumPy, tokenizers, refusals; models that pip fetches; packed weights."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

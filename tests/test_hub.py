@@ -1,7 +1,5 @@
 """The hub: downloads that break and go on, copies without network, refusals in one sentence, pairs, memory and disk."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """What callers hand in means what it says, or is refused in a sentence before anything runs."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

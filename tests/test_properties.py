@@ -4,8 +4,6 @@ The target here reads its tokens back out of the cache and nothing else: what it
 masks show, so one slot, position or mask that is wrong anywhere changes the text.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from unittest import mock
 

@@ -1,7 +1,5 @@
 """PyTorch's files read without PyTorch: every number, and nothing that is no number."""
 
-from __future__ import annotations
-
 import pickle
 import zipfile
 from pathlib import Path

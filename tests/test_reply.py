@@ -3,8 +3,6 @@
 References are searches in the whole text and counts by hand. Drafts are accepted and rejected for real.
 """
 
-from __future__ import annotations
-
 import codecs
 import itertools
 import os

@@ -1,7 +1,5 @@
 """The server as its clients see it: OpenAI's own client, plain HTTP, and bare sockets."""
 
-from __future__ import annotations
-
 import json
 import socket
 import sys

@@ -1,7 +1,5 @@
 """Every field of OpenAI's requests: honoured, refused with a sentence, or without effect by its nature."""
 
-from __future__ import annotations
-
 import json
 import socket
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Who may ask and from where: keys, Host headers, web pages, connections; and errors that all have OpenAI's form."""
 
-from __future__ import annotations
-
 import threading
 from contextlib import ExitStack
 

@@ -1,7 +1,5 @@
 """The server under load: nothing lost, nothing mixed up, nothing left behind."""
 
-from __future__ import annotations
-
 import gc
 import json
 import random

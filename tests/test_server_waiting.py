@@ -3,8 +3,6 @@
 The engine writes what it is told to, and only once the test lets it: nothing here depends on how fast anything is.
 """
 
-from __future__ import annotations
-
 import signal
 import sys
 import threading

@@ -1,7 +1,5 @@
 """What commands show on a terminal and nowhere else: bars, the table of models, the line after a reply; no times."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

@@ -3,8 +3,6 @@
 References: the tokenizers library and transformers decode whole texts; here they are decoded token by token.
 """
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from pathlib import Path

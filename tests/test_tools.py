@@ -1,7 +1,5 @@
 """The guard over skips (tests/skips.py), and the list of seeded faults (tools/mutations.py), which fits the source."""
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import os

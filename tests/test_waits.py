@@ -1,7 +1,5 @@
 """The device is waited for once a round and nowhere else, counted by what waits; `host_syncs` says the same."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
