@@ -94,6 +94,16 @@ def one_sentence(code: int, out: str, err: str) -> str:
     return err
 
 
+def refusal(call: Callable[[], object], kind: type[mlx_mtp.MLXMTPError] = mlx_mtp.MLXMTPError) -> str:
+    """The sentence in which a call is refused, checked."""
+    with pytest.raises(kind) as caught:
+        call()
+    sentence = str(caught.value)
+    assert sentence.endswith((".", ")")) and "\n" not in sentence and 30 < len(sentence) < 900, sentence
+    assert "Traceback" not in sentence
+    return sentence
+
+
 @pytest.fixture
 def probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The probe for exact mode takes seconds and says the same of one checkpoint every time: it is run once."""

@@ -225,15 +225,10 @@ class Record(pydantic.BaseModel):
     tags: list[Literal["x", "y"]] = pydantic.Field(max_length=3)
 
 
-@pytest.fixture(scope="module")
-def engine() -> mlx_mtp.Engine:
-    return mlx_mtp.load(depth=3)
-
-
-def test_every_reply_is_a_record(engine: mlx_mtp.Engine) -> None:
+def test_every_reply_is_a_record(embedded: mlx_mtp.Engine) -> None:
     complete = drafted = accepted = 0
     for seed, temperature in enumerate((0.0, 1.0, 1.0, 2.0, 2.0, 2.0)):
-        result = engine.generate("A record.", json_schema=Record, max_tokens=160, temperature=temperature, seed=seed)
+        result = embedded.generate("A record.", json_schema=Record, max_tokens=160, temperature=temperature, seed=seed)
         drafted, accepted = drafted + result.stats.drafted, accepted + result.stats.accepted
         if result.finish_reason == "stop":
             Record.model_validate_json(str(result), strict=True)
@@ -243,17 +238,17 @@ def test_every_reply_is_a_record(engine: mlx_mtp.Engine) -> None:
     assert complete >= 4 and 0 < accepted < drafted
 
 
-def test_every_way_to_ask(engine: mlx_mtp.Engine) -> None:
+def test_every_way_to_ask(embedded: mlx_mtp.Engine) -> None:
     pattern, lark = "[a-c]{3}-[0-9]{1,4}", 'start: "yes" | "no"'
-    assert re.fullmatch(pattern, str(engine.generate("A number.", regex=pattern, max_tokens=20)))
-    assert str(engine.generate("Yes?", grammar=lark, max_tokens=20)) in ("yes", "no")
-    chat = engine.chat()
+    assert re.fullmatch(pattern, str(embedded.generate("A number.", regex=pattern, max_tokens=20)))
+    assert str(embedded.generate("Yes?", grammar=lark, max_tokens=20)) in ("yes", "no")
+    chat = embedded.chat()
     for _ in range(2):  # the second turn goes on in the same session
         assert str(chat.ask("Yes?", grammar=lark, max_tokens=20)) in ("yes", "no")
     assert len(chat.messages) == 4
 
     async def streamed() -> str:
-        return "".join([event.text async for event in engine.astream("Yes?", grammar=lark, max_tokens=20)])
+        return "".join([event.text async for event in embedded.astream("Yes?", grammar=lark, max_tokens=20)])
 
     assert asyncio.run(streamed()) in ("yes", "no")
 
@@ -269,17 +264,17 @@ def test_every_way_to_ask(engine: mlx_mtp.Engine) -> None:
     ({"temperature": 1.0, "sampling": Sampling()}, "both given"),
     ({"top_k": 1.5}, "top_k"),
 ])  # fmt: skip
-def test_what_cannot_be_asked_for(engine: mlx_mtp.Engine, options: dict[str, Any], words: str) -> None:
+def test_what_cannot_be_asked_for(embedded: mlx_mtp.Engine, options: dict[str, Any], words: str) -> None:
     with pytest.raises(OptionError, match=words):
-        engine.stream("x", **options)
+        embedded.stream("x", **options)
 
 
-def test_bans_that_leave_nothing(engine: mlx_mtp.Engine) -> None:
+def test_bans_that_leave_nothing(embedded: mlx_mtp.Engine) -> None:
     """Found out when it happens, and the engine goes on."""
-    (seven,) = engine.tokenizer.encode("7", special=False)[-1:]
+    (seven,) = embedded.tokenizer.encode("7", special=False)[-1:]
     with pytest.raises(mlx_mtp.MLXMTPError, match="bans all"):
-        engine.generate("x", regex="7", logit_bias={seven: -float("inf")}, max_tokens=5)
-    assert str(engine.generate("x", regex="7", max_tokens=5)) == "7"
+        embedded.generate("x", regex="7", logit_bias={seven: -float("inf")}, max_tokens=5)
+    assert str(embedded.generate("x", regex="7", max_tokens=5)) == "7"
 
 
 def test_the_command(tmp_path: Path, command: Command) -> None:

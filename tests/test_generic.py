@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from conftest import GOLDEN, refusal
 from greedy import in_passes, random_sizes
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.utils import _get_classes, load_model
@@ -174,7 +175,7 @@ def test_modules_for_drafting_are_left_alone(folders: dict[str, Path], tmp_path:
     weights = mx.load(str(folder / "model.safetensors"))
     extra = {"model.layers.3.enorm.weight": mx.ones((32,)), "model.layers.3.eh_proj.weight": mx.ones((32, 64))}
     mx.save_safetensors(str(folder / "model.safetensors"), weights | extra)
-    assert "enorm" in refusal(folder, mlx_mtp.CheckpointError)
+    assert "enorm" in refused(folder, mlx_mtp.CheckpointError)
     edited(folder, num_nextn_predict_layers=1)
     tokens = tokens_of()
     expected = loaded(folders["deepseek_v3"])[1](tokens)
@@ -184,12 +185,10 @@ def test_modules_for_drafting_are_left_alone(folders: dict[str, Path], tmp_path:
 # Refusals
 
 
-def refusal(folder: Path, error: type[mlx_mtp.MLXMTPError]) -> str:
+def refused(folder: Path, error: type[mlx_mtp.MLXMTPError]) -> str:
     """One sentence, with the folder's name."""
-    with pytest.raises(error) as caught:
-        mlx_mtp.load(folder, drafter=None)
-    message = str(caught.value)
-    assert "\n" not in message and message.endswith(".") and str(folder) in message and 60 < len(message) < 700
+    message = refusal(lambda: mlx_mtp.load(folder, drafter=None), error)
+    assert str(folder) in message
     return message
 
 
@@ -199,7 +198,7 @@ STATE = {"state_size": 8, "conv_kernel": 4, "use_bias": True, "use_conv_bias": T
 
 def test_models_that_cannot_be_rolled_back(tmp_path: Path) -> None:
     mamba = written(tmp_path / "mamba", BASE | STATE | {"model_type": "mamba"})
-    message = refusal(mamba, mlx_mtp.UnsupportedModel)
+    message = refused(mamba, mlx_mtp.UnsupportedModel)
     assert "ArraysCache" in message and "cannot be taken back" in message and "mlx-lm" in message
 
 
@@ -213,20 +212,20 @@ def test_other_caches_are_refused(folders: dict[str, Path], monkeypatch: pytest.
         (lambda self: [cache.ChunkedKVCache(8)] * 3, "ChunkedKVCache"),
     ):
         monkeypatch.setattr(llama.Model, "make_cache", caches)
-        assert words in refusal(folders["llama"], mlx_mtp.UnsupportedModel)
+        assert words in refused(folders["llama"], mlx_mtp.UnsupportedModel)
 
 
 def test_positions_read_on_the_host_are_refused(folders: dict[str, Path]) -> None:
     config = BASE | CONFIGS["llama"] | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
     folder = written(folders["llama"].parent / "dynamic", config)
-    assert "does not run over the cache" in refusal(folder, mlx_mtp.UnsupportedModel)
+    assert "does not run over the cache" in refused(folder, mlx_mtp.UnsupportedModel)
 
 
 def test_unknown_types_name_both_ways(tmp_path: Path) -> None:
     folder = written(tmp_path / "model", BASE | CONFIGS["llama"])
     for name in ("no-such-model", "base", "olmo", "a\nb"):
         (folder / "config.json").write_text(json.dumps({"model_type": name}))
-        message = refusal(folder, mlx_mtp.UnsupportedModel)
+        message = refused(folder, mlx_mtp.UnsupportedModel)
         assert "gemma4" in message and "mlx-lm" in message
 
 
@@ -252,7 +251,7 @@ FIELDS: list[dict[str, Any]] = [
 def test_config_fields(fields: dict[str, Any], tmp_path: Path) -> None:
     folder = written(tmp_path / "model", BASE | CONFIGS["llama"])
     edited(folder, **fields)
-    refusal(folder, mlx_mtp.CheckpointError)
+    refused(folder, mlx_mtp.CheckpointError)
 
 
 def test_weights_that_are_not_finite_or_named_otherwise(tmp_path: Path) -> None:
@@ -260,13 +259,11 @@ def test_weights_that_are_not_finite_or_named_otherwise(tmp_path: Path) -> None:
     file = folder / "model.safetensors"
     weights = dict(mx.load(str(file))) | {"lm_head.weight": mx.full((VOCABULARY, 32), float("nan"))}
     mx.save_safetensors(str(file), weights)
-    assert "finite" in refusal(folder, mlx_mtp.CheckpointError)
+    assert "finite" in refused(folder, mlx_mtp.CheckpointError)
     file.rename(folder / "weights.safetensors")
-    assert "model" in refusal(folder, mlx_mtp.CheckpointError)
+    assert "model" in refused(folder, mlx_mtp.CheckpointError)
 
 
 def test_an_assistant_for_another_target_is_refused(folders: dict[str, Path]) -> None:
-    from conftest import GOLDEN
-
     with pytest.raises(mlx_mtp.IncompatibleDrafter, match="gives none to read"):
         mlx_mtp.load(folders["llama"], drafter=GOLDEN / "ple" / "assistant_tied")

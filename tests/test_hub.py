@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import conftest
 import huggingface_hub
 import pytest
 from conftest import GOLDEN, Command
@@ -21,7 +22,7 @@ from huggingface_hub import constants, file_download
 from servers import eventually
 
 import mlx_mtp
-from mlx_mtp import CheckpointError, DoesNotFit, ModelNotFound, OptionError, loading, targets
+from mlx_mtp import CheckpointError, DoesNotFit, OptionError, loading, targets
 from mlx_mtp.checkpoints import checkpoint, download, hub, memory, pairs
 
 TARGET, TIED = GOLDEN / "ple" / "target", GOLDEN / "ple" / "assistant_tied"
@@ -66,12 +67,8 @@ def fetched(name: str = NAME, on_progress: hub.OnProgress | None = None) -> Path
     return hub.find(name).fetch(on_progress).path
 
 
-def refusal(call: Callable[[], object], kind: type[mlx_mtp.MLXMTPError] = ModelNotFound) -> str:
-    with pytest.raises(kind) as caught:
-        call()
-    sentence = str(caught.value)
-    assert sentence.endswith((".", ")")) and "\n" not in sentence and 40 < len(sentence) < 500, sentence
-    return sentence
+def refusal(call: Callable[[], object], kind: type[mlx_mtp.MLXMTPError] = mlx_mtp.ModelNotFound) -> str:
+    return conftest.refusal(call, kind)
 
 
 def arrived(folder: Path, size: int) -> bool:

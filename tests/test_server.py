@@ -134,22 +134,6 @@ def test_logprobs_in_both_forms(server: Running, embedded: mlx_mtp.Engine) -> No
     assert [t for part in parts if part.choices[0].logprobs for t in part.choices[0].logprobs.tokens] == spelled
 
 
-def test_sampling_reaches_the_engine(server: Running, embedded: mlx_mtp.Engine) -> None:
-    """Seeded and penalised replies are those of generate; a bias of 100 forces a token."""
-    ids = embedded.tokenizer.chat(QUESTION, thinking=False)
-    sampling = {"temperature": 0.9, "top_p": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.25}
-    extra = {"top_k": 20, "min_p": 0.01, "repetition_penalty": 1.1}
-    fresh = [embedded.generate(ids, max_tokens=8, seed=seed, sampling=mlx_mtp.Sampling(**sampling, **extra)).text
-             for seed in (3, 4)]  # fmt: skip
-    with server.openai() as client:
-        ask = client.chat.completions.create
-        replies = [ask(model="test", messages=QUESTION, max_tokens=8, seed=seed, extra_body=extra, **sampling)
-                   for seed in (3, 4, 3)]  # fmt: skip
-        forced = ask(model="test", messages=QUESTION, max_tokens=3, logit_bias={"470": 100}, temperature=0)
-    assert [reply.choices[0].message.content for reply in replies] == [*fresh, fresh[0]] and fresh[0] != fresh[1]
-    assert forced.choices[0].message.content == embedded.tokenizer.spell(470)[0] * 3
-
-
 CALLS = ('Let me see.<|tool_call>call:get_weather{city:<|"|>Z', 'ürich, "Old', ' Town"<|"|>,days:3,hourly:true}',
          "<tool_call|><|tool_call>call:now{}<tool_call|>")  # fmt: skip
 ARGUMENTS = {"city": 'Zürich, "Old Town"', "days": 3, "hourly": True}
