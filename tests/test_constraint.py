@@ -125,8 +125,7 @@ def test_forced_drafts_are_point_masses() -> None:
     assert stacked([point_mass(mx.array([[3]]))]).at(mx.array([[3]])).item() == 1.0
 
 
-@pytest.mark.parametrize("depth", [0, 3])
-@pytest.mark.parametrize("name", LANGUAGES)
+@pytest.mark.parametrize(("name", "depth"), [("regex", 0), *((name, 3) for name in LANGUAGES)])
 def test_the_real_loop(name: str, depth: int) -> None:
     """Many replies by seed: every text of the language as often as plain constrained decoding gives it."""
     chance = np.random.default_rng(5)
@@ -143,7 +142,7 @@ def test_the_real_loop(name: str, depth: int) -> None:
         return float(total)
 
     counts: dict[tuple[int, ...], int] = {}
-    runs, rules, accepted = 400, grammar(name), 0
+    runs, rules, accepted = 300, grammar(name), 0
     for seed in range(runs):
         request = GenerationRequest(ids=[2, 1], budget=12, sampling=Sampling(temperature=1.0).over(NEUTRAL), seed=seed,
                                     seeded=True, grammar=rules)  # fmt: skip
@@ -227,7 +226,7 @@ class Record(pydantic.BaseModel):
 
 def test_every_reply_is_a_record(embedded: mlx_mtp.Engine) -> None:
     complete = drafted = accepted = 0
-    for seed, temperature in enumerate((0.0, 1.0, 1.0, 2.0, 2.0, 2.0)):
+    for seed, temperature in enumerate((0.0, 1.0, 1.0, 2.0)):
         result = embedded.generate("A record.", json_schema=Record, max_tokens=160, temperature=temperature, seed=seed)
         drafted, accepted = drafted + result.stats.drafted, accepted + result.stats.accepted
         if result.finish_reason == "stop":
@@ -235,7 +234,7 @@ def test_every_reply_is_a_record(embedded: mlx_mtp.Engine) -> None:
             complete += 1
         else:
             assert len(result.tokens) == 160
-    assert complete >= 4 and 0 < accepted < drafted
+    assert complete >= 2 and 0 < accepted < drafted
 
 
 def test_every_way_to_ask(embedded: mlx_mtp.Engine) -> None:

@@ -21,17 +21,16 @@ from layouts import (
     MIMO,
     Arrays,
     deepseek_arrays,
-    deepseek_module,
     from_fp8,
     meta_arrays,
     meta_folder,
     meta_logits,
     mimo_arrays,
-    mimo_module,
     write_folder,
     write_pth,
 )
-from references import below, float64
+from mlx_lm.utils import load_model
+from references import DecoderLayer, below, float64, rms
 
 import mlx_mtp
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
@@ -155,9 +154,26 @@ def module_agrees(target: Path, drafter: Path, logits_of: Any, normed: bool = Tr
     assert rounds > 3
 
 
-def deepseek_reference(arrays: Arrays, prefix: str = "model.layers.2.") -> Any:
-    own = {name: array.astype(np.float64) for name, array in below(arrays, prefix).items()}
-    return lambda states, embedded: deepseek_module(own, DEEPSEEK, states, embedded)
+def joined(w: Arrays, names: tuple[str, str, str], first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """The norms of both, side by side, through a matrix: [T, D] and [T, D] -> [T, D]."""
+    parts = [rms(rows, w[f"{name}.weight"], 1e-5) for name, rows in zip(names, (first, second), strict=False)]
+    return np.concatenate(parts, axis=1) @ w[f"{names[2]}.weight"].T
+
+
+def deepseek_reference(arrays: Arrays, folder: Path) -> Any:
+    """The equations around a third layer, as mlx-lm reads one from the same numbers."""
+    own = {name: array.astype(np.float64) for name, array in below(arrays, "model.layers.2.").items()}
+    others = [f"model.layers.2.{name}" for name in ("enorm", "hnorm", "eh_proj", "shared_head", "embed_tokens")]
+    whole = {name: array for name, array in arrays.items() if not name.startswith(tuple(others))}
+    config = {**DEEPSEEK, "num_hidden_layers": 3, "num_nextn_predict_layers": 0}
+    model, _ = load_model(write_folder(folder, config, whole))
+
+    def logits(states: np.ndarray, embedded: np.ndarray) -> np.ndarray:
+        x = mx.array(joined(own, ("enorm", "hnorm", "eh_proj"), embedded, states)[None].astype(np.float32))
+        rows = np.array(model.layers[2](x, mx.tri(x.shape[1], dtype=mx.bool_)))[0].astype(np.float64)
+        return rms(rows, own["shared_head.norm.weight"], 1e-5) @ own["shared_head.head.weight"].T
+
+    return logits
 
 
 @pytest.mark.parametrize("with_target", [False, True])
@@ -171,7 +187,7 @@ def test_deepseeks_module_gives_its_own_logits(with_target: bool, tmp_path: Path
     assert (target / "tokenizer_config.json").exists()
     if with_target:
         assert Checkpoint.open(target).weights().keys() == {n for n in arrays if not n.startswith("model.layers.2.")}
-    module_agrees(target, written[-1], deepseek_reference(arrays))
+    module_agrees(target, written[-1], deepseek_reference(arrays, tmp_path / "whole"))
     if not with_target:
         decodes_alike(source, written[-1])
 
@@ -194,7 +210,12 @@ def test_mimos_module_gives_its_own_logits(tmp_path: Path) -> None:
     (drafter,) = converted(source, tmp_path / "out")
     own = {name: array.astype(np.float64) for name, array in below(arrays, "model.mtp_layers.0.").items()}
     head = arrays["lm_head.weight"].astype(np.float64)
-    module_agrees(source, drafter, lambda states, embedded: mimo_module(own, MIMO, states, embedded, head), False)
+
+    def logits(states: np.ndarray, embedded: np.ndarray) -> np.ndarray:
+        x = joined(own, ("hidden_layernorm", "token_layernorm", "input_proj"), states, embedded)
+        return rms(DecoderLayer(own).over(x), own["final_layernorm.weight"], 1e-5) @ head.T
+
+    module_agrees(source, drafter, logits, normed=False)
     decodes_alike(source, drafter)
 
 
