@@ -108,15 +108,6 @@ def test_a_turn_without_any_answer_is_not_kept(plain: mlx_mtp.Engine) -> None:
     assert result.text == "" and result.finish_reason == "stop" and chat.messages == kept
 
 
-def test_undo_and_retry_in_an_empty_conversation(plain: mlx_mtp.Engine) -> None:
-    chat = plain.chat(system="Be brief.")
-    assert chat.undo() is None
-    with pytest.raises(mlx_mtp.PromptError, match="empty conversation"):
-        chat.retry()
-    chat.set_system(None)
-    assert chat.messages == [] and chat.system is None
-
-
 def test_a_conversation_too_long_is_refused_and_stays(plain: mlx_mtp.Engine) -> None:
     chat = mlx_mtp.Engine(plain.target, None, plain.tokenizer, stop_tokens=plain.stop_tokens, max_context=60).chat()
     said(chat, TWO, 20)
@@ -242,38 +233,6 @@ def test_whatever_changes_the_conversation_ends_the_reply(plain: mlx_mtp.Engine,
     chat, heard, moved = after(lambda chat: chat.moved(plain))
     assert moved.messages == chat.messages == [*system, *turn(ONE, heard)]
     works(moved)
-
-
-def test_a_repeated_reply_that_is_ended(plain: mlx_mtp.Engine) -> None:
-    chat = plain.chat()
-    said(chat, ONE)
-    events, heard = begun(chat, None)
-    with pytest.raises(mlx_mtp.OptionError, match="still runs"):
-        chat.retry()
-    chat.stop()
-    assert list(events) == [] and chat.messages == turn(ONE, heard)
-    _, heard = begun(chat, None)
-    assert chat.undo() == ONE and chat.messages == []
-
-
-def test_a_question_that_has_no_answer_yet_is_the_one_taken_back(plain: mlx_mtp.Engine) -> None:
-    chat = plain.chat()
-    first = said(chat, ONE)
-    taken = []
-    list(chat.send(TWO, on_prefill=lambda done, total: taken.append(chat.undo())))
-    assert taken == [TWO] and chat.messages == turn(ONE, first.text)
-    works(chat)
-
-
-def test_edited_messages_win_over_the_reply(plain: mlx_mtp.Engine) -> None:
-    mine = turn("x", "y")
-    for edit in (lambda chat: setattr(chat, "messages", list(mine)), lambda chat: chat.messages.extend(mine)):
-        chat = plain.chat()
-        events, _ = begun(chat)
-        edit(chat)
-        list(events)
-        assert chat.messages == mine
-        works(chat)
 
 
 def test_a_change_from_another_thread(plain: mlx_mtp.Engine) -> None:

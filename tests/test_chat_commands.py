@@ -16,7 +16,6 @@ from mlx_mtp.cli import chat
 from mlx_mtp.cli.chat import converse
 from mlx_mtp.cli.commands import COMMANDS, is_command
 from mlx_mtp.cli.conversation import Conversation, Screen, Settings
-from mlx_mtp.generation.depth import DepthController
 
 QUESTION, NEXT = "What does os.walk do?", "And os.listdir?"
 
@@ -87,19 +86,6 @@ def test_messages_and_the_quiet_line(talk: Talk) -> None:
     assert out == "".join(message["content"].removesuffix("\n") + "\n" for message in messages[1::2])
     assert notes.count("tokens/s") == 2 and "tokens per round" in notes and "cut at max_tokens" in notes
     assert "plain" not in notes  # a fixed depth has no curve
-
-
-def test_the_estimate_against_plain(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO())
-    engine = mlx_mtp.load()
-    talk = Talk(engine, capsys)
-    control = DepthController(range(9))
-    for _ in range(9):  # plain decoding is slow: drafts always pay
-        control.costs.learn(0, 60.0)
-    engine._decoder.policy = control
-    *_, notes, _ = talk.run(QUESTION)
-    rate, plain = talk.conversation.chat.last.stats.decode_tokens_per_second, engine.plain_seconds_per_token
-    assert f"est. {rate * plain:.2f}x plain" in notes
 
 
 def test_help_names_every_command(talk: Talk) -> None:

@@ -203,11 +203,6 @@ def test_an_update_fetches_only_what_changed(online: Hub) -> None:
     assert online.gets("model") == [] and (new / "model.safetensors").read_bytes() == WEIGHTS
 
 
-def test_the_hubs_own_spelling_of_a_name(online: Hub) -> None:
-    assert fetched(NAME.upper()) == fetched(NAME)
-    assert len(online.gets("model")) == 1
-
-
 # Refusals
 
 
@@ -554,11 +549,6 @@ def test_a_corrupt_table_is_one_sentence(user_table: Callable[[str | bytes], Pat
     file = user_table(text)
     assert str(file) in refusal(pairs.known_pairs, OptionError)
     assert str(file) in refusal(lambda: mlx_mtp.load(TARGET), OptionError)
-
-
-def test_who_needs_no_table_does_not_care_for_it(user_table: Callable[[str | bytes], Path]) -> None:
-    user_table("{")
-    assert mlx_mtp.load(depth=2).drafter is not None and mlx_mtp.load(TARGET, drafter=TIED, depth=2).drafter is not None
 
 
 # Whether the hub is there

@@ -115,23 +115,6 @@ def test_enumeration_of_every_block(odds: str, sampling: Sampling, vocabulary: i
     assert np.abs(emitted - target).max() < 1e-6
 
 
-def test_block_verification_keeps_more() -> None:
-    """Never fewer accepted drafts than token by token (Sun et al. 2024, theorem 2), and here more."""
-    random = np.random.default_rng(5)
-    p_logits, kept = random.normal(size=(4096, 5, 6)) * 1.5, {}
-    q_logits = p_logits[:, :4] + random.normal(size=(4096, 4, 6))
-    p, q = (distribution_of(x, Sampling(temperature=1.0)) for x in (p_logits, q_logits))
-    drafts = q.draw(mx.random.key(1))
-    for name, odds in ODDS.items():
-        found = odds(drafts, q, p)
-        passes = np.array(found.pass_)
-        if found.prefix:
-            kept[name] = np.cumprod(passes, axis=1).sum(axis=1).mean()
-        else:
-            kept[name] = (1 - np.cumprod(1 - passes[:, ::-1], axis=1)).sum(axis=1).mean()
-    assert kept["block"] > 1.01 * kept["token"]
-
-
 def markov_pair(seed: int = 0, vocabulary: int = 6) -> tuple[np.ndarray, MarkovTarget, MarkovDrafter]:
     random = np.random.default_rng(seed)
     table = random.normal(size=(vocabulary, vocabulary)).astype(np.float32) * 1.5

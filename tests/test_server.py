@@ -32,7 +32,6 @@ import mlx_mtp
 import mlx_mtp.serving
 from mlx_mtp.generation.prefix import Session
 from mlx_mtp.generation.request import GenerationRequest
-from mlx_mtp.serving.options import is_loopback
 from mlx_mtp.serving.server import Connection, listen
 from mlx_mtp.serving.sessions import SessionPool
 
@@ -77,19 +76,6 @@ def test_chat_is_what_generate_writes(server: Running, embedded: mlx_mtp.Engine)
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1] if chunk.choices[0].finish_reason] == ["length"]
     assert chunks[-1].choices == [] and chunks[-1].usage.total_tokens == expected.stats.prompt_tokens + 12
     assert {chunk.id for chunk in chunks} == {chunks[0].id} and chunks[-2].model_extra["stats"]["tokens"] == 12
-
-
-def test_a_conversation_runs_only_what_is_new(server: Running, embedded: mlx_mtp.Engine) -> None:
-    said: list[dict[str, str]] = [{"role": "system", "content": "Answer in one line."}]
-    with server.openai() as client:
-        for turn, question in enumerate(("What does zip do?", "And enumerate?", "And map?")):
-            said.append({"role": "user", "content": question})
-            reply = client.chat.completions.create(model="test", messages=said, max_tokens=8)
-            ids = embedded.tokenizer.chat(said, thinking=False)
-            expected = clear(embedded.generate(ids, max_tokens=8, logprobs=2))
-            assert reply.choices[0].message.content == expected.text
-            assert (reply.usage.prompt_tokens_details.cached_tokens > len(ids) // 2) == (turn > 0)
-            said.append({"role": "assistant", "content": reply.choices[0].message.content})
 
 
 def test_completion_of_text_and_of_tokens(server: Running, embedded: mlx_mtp.Engine) -> None:
@@ -511,8 +497,3 @@ def test_what_the_command_refuses(monkeypatch: pytest.MonkeyPatch, command: Comm
     monkeypatch.delitem(sys.modules, "mlx_mtp.serving.server")
     monkeypatch.delattr(mlx_mtp.serving, "server")
     assert "pip install 'mlx-mtp[serve]'" in refused()
-
-
-def test_loopback() -> None:
-    assert all(map(is_loopback, ("127.0.0.1", "localhost", "::1", "127.8.8.8")))
-    assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.1", "example.com", "")))
