@@ -1,8 +1,8 @@
 """Seeded faults: is each of them caught by the tests?
 
-What it does: puts one fault at a time into a scratch copy of the tree, runs the tests that should notice, and says
-"caught", and by which test, or "NOT caught". What it does not do: touch the checkout, or invent faults; the list below
-is by hand. A selection of tests that finds none, or of which one is skipped, is an error: it notices nothing.
+Puts one fault at a time into a scratch copy of the tree, runs the tests that should notice, and says "caught", and by
+which test, or "NOT caught". A selection of tests that finds none, or of which one is skipped, is an error: it notices
+nothing.
 
     python tools/mutations.py                 all of them, after the same tests passed on the unchanged copy
     python tools/mutations.py ring window     only those whose name holds one of the words
