@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from conftest import Command
 from families import config_of, copy_with_tokenizer, written
@@ -81,18 +80,6 @@ def test_a_better_drafter_is_written_and_chats_are_kept(
     held_out = (questions[0], questions[8])
     for found, known in ((chats, questions[1:8]), (held, held_out)):
         assert all(row in known for row in found.prompts(9))
-
-
-def test_a_shortlist_goes_along(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a file beside the weights into the weights."""
-    measured(monkeypatch, 1.0, 1.5)
-    listed = written(tmp_path / "listed", config_of("sequential_modules", 32, 128, 1))
-    np.save(listed / "shortlist.npy", np.array([2, 7, 30, 31, 60], np.int32))
-    run(folder, tmp_path / "new", drafter=listed)
-    assert mx.load(str(tmp_path / "new" / "model.safetensors"))["shortlist"].tolist() == [2, 7, 30, 31, 60]
-    engine = mlx_mtp.load(folder / "target", drafter=tmp_path / "new", depth=2)
-    plain = mlx_mtp.load(folder / "target", drafter=None)
-    assert engine.generate([30, 31], max_tokens=20).tokens == plain.generate([30, 31], max_tokens=20).tokens
 
 
 def test_one_that_is_no_better_replaces_nothing_and_asks_nothing_twice(

@@ -294,15 +294,6 @@ def test_a_quantised_assistant_keeps_its_order(tmp_path: Path) -> None:
     assert result.stats.drafted > 0
 
 
-def test_sequential_modules_are_quantised(tmp_path: Path) -> None:
-    source = write_folder(tmp_path / "in", DEEPSEEK, deepseek_arrays())
-    target, drafter = converted(source, tmp_path / "out", bits=8, group_size=32, with_target=True)
-    names = Checkpoint.open(drafter).weights()
-    assert "blocks.0.eh_proj.scales" in names and "blocks.0.layer.mlp.gate.scales" not in names
-    result = mlx_mtp.load(target, drafter=drafter, depth=2).generate(TOKENS[:6].tolist(), max_tokens=8, ignore_end=True)
-    assert result.stats.drafted > 0
-
-
 def test_a_group_that_fits_nowhere_is_refused(tmp_path: Path) -> None:
     source = written(tmp_path / "in", config_of("parallel_heads", 32, 128, 1))
     with pytest.raises(mlx_mtp.OptionError, match="groups of 128"):

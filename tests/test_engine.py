@@ -8,7 +8,6 @@ from conftest import GOLDEN, VARIANTS, uncompiled
 from greedy import lively, same_or_tie
 
 import mlx_mtp
-from mlx_mtp.generation import loop
 from mlx_mtp.generation.depth import FixedDepth
 from mlx_mtp.generation.loop import Decoder, GenerationRequest
 from mlx_mtp.generation.types import Stats
@@ -47,16 +46,6 @@ def test_no_round_for_nothing(plain: mlx_mtp.Engine, expected: list[int]) -> Non
     assert stats.rounds == 0
     assert [token for chunk in chunks for token in chunk.tokens] == expected[1:20]
     assert stats.rounds == 4  # of 5 tokens each, all of whose drafts are accepted
-
-
-def test_chunked_prefill_equals_one_chunk(plain: mlx_mtp.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    long = IDS * 10
-    whole = plain.generate(long, max_tokens=20, ignore_end=True).tokens
-    monkeypatch.setattr(loop, "MAX_CHUNK", 97)
-    seen: list[tuple[int, int]] = []
-    chunked = plain.generate(long, max_tokens=20, ignore_end=True, on_prefill=lambda *now: seen.append(now))
-    same_or_tie(plain, long, whole, chunked.tokens)
-    assert seen[-1] == (len(long), len(long)) and len(seen) == 3
 
 
 def test_compiled_rounds_are_bounded(plain: mlx_mtp.Engine, expected, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,12 +109,6 @@ def test_one_message_as_a_dict_says_what_to_do(embedded: Engine) -> None:
         embedded.stream({"role": "user", "content": "hi"})  # type: ignore[arg-type]
 
 
-def test_no_stop_strings(embedded: Engine) -> None:
-    """None, no string at all and an empty list are the same."""
-    found = [embedded.generate([5, 6], max_tokens=3, stop=stop).tokens for stop in (None, (), [])]
-    assert found[0] == found[1] == found[2]
-
-
 @settings(max_examples=200, deadline=None)
 @given(
     temperature=st.floats(min_value=float(np.finfo(np.float32).tiny), max_value=100.0),

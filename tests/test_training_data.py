@@ -193,10 +193,3 @@ def test_an_epoch_never_repeats_a_token_and_moves_its_windows() -> None:
     for seen in epochs:
         assert len(set(seen.tolist())) == seen.size >= 0.9 * 5003
     assert epochs[0].min() % 50 != epochs[1].min() % 50
-
-
-def test_bad_batch_options_and_too_little_data() -> None:
-    with pytest.raises(OptionError):
-        Batches(np.arange(100), 0, 10, 0)
-    with pytest.raises(DataError, match="tokens"):
-        Batches(np.arange(30), 4, 10, 0)
