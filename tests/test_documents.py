@@ -5,9 +5,12 @@ is only parsed is listed in PARSED_ONLY with the reason; anything else that a pa
 """
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tables
 import typer
+from blocks import arms_of
 from conftest import Command as Run
 from documents import PROGRAMS, ROOT, Command, blocks, commands, inline_commands, links
 from layouts import DEEPSEEK, deepseek_arrays, meta_arrays, meta_folder, write_folder
@@ -50,7 +55,7 @@ PARSED_ONLY = {
     ("mlx-mtp", "serve"): "one of them is the server that the requests of the pages go to",
     ("make",): "this is one of its runs",
     ("pip",): "needs an index; tools/check_wheel.py installs the package",
-    ("python",): "measures for minutes; tests/test_benchmarks.py runs tables.py",
+    ("python",): "measures for minutes; but for tables.py, which is run below",
     ("printf",): "its text goes into the command behind it",
 }
 
@@ -279,3 +284,40 @@ def test_every_link_leads_somewhere() -> None:
         if anchor:
             heads = re.findall(r"^#+ (.*)$", place.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in [re.sub(r"[^\w\- ]", "", head).lower().replace(" ", "-") for head in heads], address
+
+
+# Tables and charts say what benchmarks/results/ holds
+
+def tables_command(*options: str) -> tuple[int, list[str]]:
+    """The command in this process: exit code, lines on stderr."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as err:
+        patch.setattr(sys, "argv", ["tables.py", *options])
+        return tables.main(), err.getvalue().splitlines()
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A checkout that may be changed."""
+    shutil.copy(ROOT / "README.md", tmp_path)
+    for name in ("docs", "benchmarks/results"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def test_nothing_is_stale() -> None:
+    assert tables_command("--check") == (0, [])
+
+
+def test_another_result_is_noticed_and_written(copy: Path) -> None:
+    file = copy / "benchmarks" / "results" / "bench.json"
+    found = json.loads(file.read_text())
+    arms_of(found["samplings"][0])["mtp@4"]["over_stock"]["ratio"] = 7.125
+    file.write_text(json.dumps(found))
+    before = (copy / "README.md").read_text()
+    code, lines = tables_command("--check", "--root", str(copy))
+    named = {line.partition(";")[0] for line in lines}
+    assert code == 1 and {"README.md is stale", "docs/images/speed.svg is stale"} <= named
+    assert (copy / "README.md").read_text() == before  # checking writes nothing
+    assert tables_command("--root", str(copy)) == (0, [])
+    assert "7.12" in (copy / "README.md").read_text() and "7.12" in (copy / "docs" / "images" / "speed.svg").read_text()
+    assert tables_command("--check", "--root", str(copy)) == (0, [])
