@@ -34,10 +34,9 @@ from mlx_mtp.generation.prefix import Session
 from mlx_mtp.generation.request import GenerationRequest
 from mlx_mtp.serving.server import Connection, listen
 from mlx_mtp.serving.sessions import SessionPool
+from mlx_mtp.testing import NEAR_TIE
 
 QUESTION = [{"role": "user", "content": "What does shutil.copytree do?"}]
-# A drafter's token can only differ from the target's own where the two best are closer than this.
-NEAR_TIE = 1e-3
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from servers import CHAT, COMPLETION, FakeTokenizer, Running, ScriptedEngine, ev
 import mlx_mtp
 from mlx_mtp.generation.request import GenerationRequest
 from mlx_mtp.generation.types import Event
+from mlx_mtp.testing import NEAR_TIE
 
 PROMPT = {"prompt": "x", "stream": True}
 ALWAYS = 0.02  # seconds of silence before a comment
@@ -218,8 +219,6 @@ def test_a_second_signal_ends_the_server_at_once(
 
 # Many at a time, by the embedded pair
 
-# Tokens closer than this could change places by rounding; the questions below were chosen so that none are.
-NEAR_TIE = 1e-3
 STARTS = (
     "import os\n\n\ndef walk(", "class Reader:\n    def ", "def binary_search(", "import json\nimport sys\n\n",
 )  # fmt: skip

