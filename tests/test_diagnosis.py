@@ -20,7 +20,7 @@ from mlx_mtp.generation.depth import GAIN
 from mlx_mtp.generation.depth_profile import Profile, ProfileFile
 from mlx_mtp.generation.exactness import Exactness
 from mlx_mtp.measuring import advice, diagnosis, machine
-from mlx_mtp.measuring.diagnosis import Costs, Curve, Effort
+from mlx_mtp.measuring.diagnosis import Costs, Effort
 from mlx_mtp.testing import MarkovTarget
 
 # Passes of 1 to 8 rows over one row, as others measured them (performance.md, A2), and made-up ones of known kinds.
@@ -243,9 +243,3 @@ def test_forget(quick: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     (tmp_path / "depth.json").mkdir()
     code, out, err = quick("--forget")
     assert (code, out) == (2, "") and err.count("\n") == 1 and "remove" in err
-
-
-def test_curves_are_straight_between_and_beyond_measurements() -> None:
-    curve = Curve({0: 10.0, 2: 12.0, 4: 16.0})
-    assert [curve.at(d) for d in (0, 1, 2, 3, 4, 6)] == [10.0, 11.0, 12.0, 14.0, 16.0, 20.0]
-    assert [Curve({0: 10.0, 2: 12.0, 4: 8.0}).at(d) for d in (0, 1, 2, 3, 4, 8)] == [10.0, 11.0, 12.0, 12.0, 12.0, 12.0]
