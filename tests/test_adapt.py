@@ -2,17 +2,19 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
-from conftest import Command
-from families import config_of, copy_with_tokenizer, written
-from thinking import PLAIN_TEMPLATE
+from conftest import GOLDEN
+from families import config_of, written
+from thinking import PLAIN_TEMPLATE, TOKENS, write_tokenizer
 
 import mlx_mtp
+from mlx_mtp.cli import app
 from mlx_mtp.training import adapt as library
 from mlx_mtp.training.adapt import Adapting, NotBetter
 from mlx_mtp.training.chats import Chats
@@ -27,7 +29,8 @@ GREEDY = mlx_mtp.Sampling(temperature=0.0)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny target has no tokenizer, parallel heads for it, and nine questions."""
     place = tmp_path_factory.mktemp("adapt")
-    copy_with_tokenizer("ple", place / "target")
+    shutil.copytree(GOLDEN / "ple" / "target", place / "target", copy_function=shutil.copyfile)
+    write_tokenizer(place / "target", [*TOKENS, *(f"w{i:03}," for i in range(len(TOKENS), 128))], PLAIN_TEMPLATE)
     written(place / "parallel", config_of("parallel_heads", 32, 128, 2))
     lines = [json.dumps({"prompt": f"w{i:03},w{i + 1:03},"}) for i in range(30, 39)]
     (place / "questions.jsonl").write_text("\n".join(lines) + "\n")
@@ -105,7 +108,7 @@ def moved(source: Path, place: Path) -> Path:
     return place
 
 
-@pytest.mark.parametrize("change", ["path", "target", "length"])
+@pytest.mark.parametrize("change", ["path", "target", "seed", "length"])
 def test_chats_are_those_that_an_empty_folder_would_have_got(
     change: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,13 +124,28 @@ def test_chats_are_those_that_an_empty_folder_would_have_got(
     elif change == "target":
         target = moved(target, tmp_path / "other")
     else:
-        options["length"] = 31
+        options |= {change: 1 if change == "seed" else 31}
     for out in ("used", "empty"):
         list(library.adapt(target, drafter, tmp_path / out, data, Adapting(**options)))
     used, empty = (shards(tmp_path / f"{out}.work") for out in ("used", "empty"))
     assert used == (first if change == "path" else first | empty)
     new = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("used", "empty")]
     assert new[0] == new[1]
+
+
+def test_prompts_are_chosen_from_all_over_the_data(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured(monkeypatch, 1.0, 1.5)
+    run(folder, tmp_path / "new", prompts=4)  # every second question but one, of which the first is held out
+    (asked,) = (tmp_path / "new.work").glob("*/chats")
+    tokens = {tuple(row) for row in Chats(asked).prompts(9)}
+    chat = mlx_mtp.load(folder / "target", drafter=None).tokenizer.chat
+    assert tokens <= {tuple(chat([{"role": "user", "content": f"w{i:03},w{i + 1:03},"}])) for i in (32, 34, 36)}
+    (tmp_path / "few.jsonl").write_text('{"prompt": "w030,"}\n' * 3)
+    with pytest.raises(mlx_mtp.DataError, match="hold 3 prompts and at least 4"):
+        list(library.adapt(folder / "target", folder / "parallel", tmp_path / "few", [str(tmp_path / "few.jsonl")],
+                           Adapting(**OPTIONS)))  # fmt: skip
 
 
 STRICT = PLAIN_TEMPLATE.replace(
@@ -148,7 +166,8 @@ GOOD = ['{"prompt": "w030,"}'] * 8
 def test_all_prompts_are_checked_before_any_is_answered(
     line: str, words: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy_with_tokenizer("ple", tmp_path / "target", template=STRICT)
+    shutil.copytree(folder / "target", tmp_path / "target", copy_function=shutil.copyfile)
+    write_tokenizer(tmp_path / "target", [*TOKENS, *(f"w{i:03}," for i in range(len(TOKENS), 128))], STRICT)
     (tmp_path / "questions.jsonl").write_text("\n".join([*GOOD, line]) + "\n")
     monkeypatch.setattr(library, "measured", None)
     with pytest.raises(mlx_mtp.DataError, match=rf"questions\.jsonl, line 9: .*{words}"):
@@ -168,10 +187,6 @@ def test_what_would_fail_afterwards_is_refused_before(folder: Path, tmp_path: Pa
         with pytest.raises(mlx_mtp.OptionError, match="something else than a drafter, which stays"):
             run(folder, out)
     assert (tmp_path / "mine" / "diary.txt").read_text() == "dear diary"
-    (tmp_path / "few.jsonl").write_text('{"prompt": "w030,"}\n' * 3)
-    with pytest.raises(mlx_mtp.DataError, match="hold 3 prompts and at least 4"):
-        list(library.adapt(folder / "target", folder / "parallel", tmp_path / "few", [str(tmp_path / "few.jsonl")],
-                           Adapting(**OPTIONS)))  # fmt: skip
     (tmp_path / "blocked.work").write_text("")
     with pytest.raises(mlx_mtp.CheckpointError, match="no folder that can be written into"):
         run(folder, tmp_path / "blocked")
@@ -198,14 +213,18 @@ def test_what_cannot_be_adapted(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("after", "code"), [(1.5, 0), (1.0, 2)])
 def test_the_command(
-    after: float, code: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
-) -> None:
+    after: float, code: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     measured(monkeypatch, 1.25, after)
     given = {"model": folder / "target", "drafter": folder / "parallel", "data": folder / "questions.jsonl",
              "out": tmp_path / "new", **OPTIONS}  # fmt: skip
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    found, out, err = command("adapt", *words)
-    assert found == code and "Traceback" not in err
+    monkeypatch.setattr(sys, "argv", ["mlx-mtp", "adapt", *words])
+    with pytest.raises(SystemExit) as end:
+        app.main()
+    out, err = capsys.readouterr()
+    assert int(end.value.code or 0) == code and "Traceback" not in err
     if code:
         assert out == "" and "nothing was replaced" in err and not (tmp_path / "new").exists()
     else:

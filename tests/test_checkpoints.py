@@ -64,7 +64,7 @@ def mixed(path: str) -> bool | dict[str, int]:
     return {"group_size": 32, "bits": 8} if "mlp" in path else "o_proj" not in path
 
 
-def write(folder: Path, variant: str) -> Path:
+def write(folder: Path, variant: str, dtype: mx.Dtype = mx.float32) -> Path:
     """A random checkpoint in the published layout, with a tokenizer for converters that insist on one."""
     text = {**COMMON, **VARIANTS[variant]}
     config = {"model_type": "gemma4", "text_config": text, "vocab_size": 128, "vision_config": None,
@@ -73,7 +73,7 @@ def write(folder: Path, variant: str) -> Path:
     model = Gemma4Model(Gemma4Config.from_dict(config))
     model.update(tree_map(lambda w: 1.0 + 0.2 * mx.random.normal(w.shape) if w.ndim == 1
                           else mx.random.normal(w.shape) * w.shape[-1] ** -0.5, model.parameters()))  # fmt: skip
-    write_tensors(folder, config, published_weights(model).items())
+    write_tensors(folder, config, ((k, w.astype(dtype)) for k, w in published_weights(model).items()))
     for name in TOKENIZER_FILES:
         shutil.copy(EMBEDDED / "target" / name, folder)
     return folder
@@ -178,6 +178,16 @@ def test_layouts_of_names(published: Path, prefix: str) -> None:
     expected = our_logits(published)
     renamed_by(lambda k: k.replace("model.language_model.", prefix), published)
     assert np.array_equal(our_logits(published), expected)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_precision_on_disk(tmp_path: Path, dtype: mx.Dtype) -> None:
+    """On a CPU the maths is float32: the logits are those of the rounded weights stored as float32."""
+    halves = write(tmp_path / "halves", "layer inputs", dtype)
+    rounded = {k: w.astype(mx.float32) for k, w in dict(mx.load(str(halves / "model.safetensors"))).items()}
+    found = our_logits(halves)
+    mx.save_safetensors(str(halves / "model.safetensors"), rounded)
+    assert np.abs(found - our_logits(halves)).max() < (TOLERANCE if mx.default_device() == mx.Device(mx.cpu) else 0.5)
 
 
 @pytest.mark.parametrize("variant", ["ple", "keqv", "moe", "unified"])

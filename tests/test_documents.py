@@ -25,6 +25,7 @@ import tables
 import typer
 from blocks import arms_of
 from conftest import Command as Run
+from conftest import ran
 from documents import PROGRAMS, ROOT, Command, blocks, commands, inline_commands, links
 from layouts import DEEPSEEK, deepseek_arrays, meta_arrays, meta_folder, write_folder
 
@@ -132,13 +133,18 @@ def converted_from(argv: list[str], folder: Path) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Run) -> Run:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """A command of mlx-mtp in a folder with what the commands read."""
     monkeypatch.chdir(tmp_path)
     for name in ("XDG_DATA_HOME", "XDG_CONFIG_HOME"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
     stand_ins(tmp_path)
-    return command
+
+    def call(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
+        capsys.readouterr()
+        return ran(*arguments, stdin=stdin), *capsys.readouterr()
+
+    return call
 
 
 def to_run() -> list[Command]:
