@@ -167,6 +167,8 @@ def test_sentencepieces_ids(tmp_path: Path, prefix: bool) -> None:
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
+        ({"tensors": tensors_of("llama", len(byte_level_keys()["tokens"]), True) | {
+            "blk.0.attn_norm.weight": np.full(64, np.nan, np.float32)}}, "finite"),
         ({"keys": {"split.count": 3}}, "one of 3 parts"),
         ({"keys": {"llama.expert_count": 8}}, "mixture of experts"),
         ({"keys": {"llama.attention.scale": 0.1}}, "'llama.attention.scale' asks of the model is not known"),
@@ -185,8 +187,6 @@ def test_sentencepieces_ids(tmp_path: Path, prefix: bool) -> None:
         ({"tokenizer": byte_level_keys() | {"model": "t5"}}, "'t5'"),
         ({"tokenizer": byte_level_keys() | {"eos_token_id": 10**6}}, "eos_token_id"),
         ({"tokenizer": byte_level_keys() | {"merges": ["no such"]}}, "make no tokenizer"),
-        ({"tensors": tensors_of("llama", len(byte_level_keys()["tokens"]), True) | {
-            "blk.0.attn_norm.weight": np.full(64, np.nan, np.float32)}}, "finite"),
         ({"tensors": {"blk.0.ffn_gate_exps.weight": np.zeros((4, 32), np.float32)}}, "no llama model has"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

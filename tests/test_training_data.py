@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mlx_mtp.errors import DataError, OptionError
-from mlx_mtp.training.data import Batches, Document, documents_of, pack, read_documents, split
+from mlx_mtp.training.data import Batches, Document, documents_of, fingerprint, pack, read_documents, split
 from mlx_mtp.training.small_target import train_tokenizer
 
 EMBEDDED = Path(__file__).parents[1] / "benchmarks" / "embedded"
@@ -193,3 +193,15 @@ def test_an_epoch_never_repeats_a_token_and_moves_its_windows() -> None:
     for seen in epochs:
         assert len(set(seen.tolist())) == seen.size >= 0.9 * 5003
     assert epochs[0].min() % 50 != epochs[1].min() % 50
+
+
+def test_bad_batch_options_and_too_little_data() -> None:
+    with pytest.raises(OptionError):
+        Batches(np.arange(100), 0, 10, 0)
+    with pytest.raises(DataError, match="tokens"):
+        Batches(np.arange(30), 4, 10, 0)
+
+
+def test_fingerprint_is_of_the_ids_not_of_their_type() -> None:
+    ids = np.arange(100, dtype=np.uint16)
+    assert fingerprint(ids) == fingerprint(ids.astype(np.int32)) != fingerprint(ids[::-1])
