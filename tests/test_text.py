@@ -244,13 +244,6 @@ def test_thinking_is_off_unless_it_is_asked_for(tmp_path: Path, switch: str) -> 
             engine.generate(**wrong, thinking=True)  # type: ignore[arg-type]
 
 
-def test_thinking_is_refused_where_nothing_can_ask_for_it(folders: dict[str, Path]) -> None:
-    ours, theirs = both(folders["byte level"])
-    with pytest.raises(mlx_mtp.OptionError, match="thinking only with"):
-        chain(ours, [1, 2], len(theirs)).generate("Why?", thinking=True)
-    assert not ours.can_think
-
-
 def test_what_is_trained_is_what_is_used(tmp_path: Path) -> None:
     from mlx_mtp.training.prompts import prompts_of
 
