@@ -241,7 +241,7 @@ def test_bytes_that_are_no_http(server: Running, data: bytes) -> None:
 
 # Keys, Host headers, web pages, connections; and errors that all have OpenAI's form
 
-PAGE = "https://app.example"
+ORIGIN = "https://app.example"
 FORM = {"message", "type", "param", "code"}
 
 
@@ -305,7 +305,7 @@ def test_one_way_to_read_a_host() -> None:
 
 
 def preflight(**more: str) -> dict[str, str]:
-    asked = {"Origin": PAGE, "Access-Control-Request-Method": "POST",
+    asked = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST",
              "Access-Control-Request-Headers": "authorization,content-type"}  # fmt: skip
     return asked | {name.replace("_", "-"): value for name, value in more.items()}
 
@@ -314,16 +314,16 @@ def test_a_page_may_ask_from_outside_of_this_network() -> None:
     """Chrome asks first whether a public page may reach a private address; no key is sent with the question."""
     private = {"Access_Control_Request_Private_Network": "true"}
     allow = "Access-Control-Allow-Private-Network"
-    with running(ScriptedEngine, origins=[PAGE], api_key="s3cret", hosts=None) as server, server.http() as http:
+    with running(ScriptedEngine, origins=[ORIGIN], api_key="s3cret", hosts=None) as server, server.http() as http:
         good = http.options(CHAT, headers=preflight(**private))
         assert good.status_code == 200 and good.headers[allow] == "true"
-        assert good.headers["Access-Control-Allow-Origin"] == PAGE
+        assert good.headers["Access-Control-Allow-Origin"] == ORIGIN
         assert "authorization" in good.headers["Access-Control-Allow-Headers"] and "POST" in good.headers[
             "Access-Control-Allow-Methods"]  # fmt: skip
         assert "Origin" in good.headers["Vary"] and "Private-Network" in good.headers["Vary"]
         assert allow not in http.options(CHAT, headers=preflight()).headers
-        for change in ({"Origin": "https://evil.example"}, {"Origin": "null"}, {"Origin": f"{PAGE}.evil.example"},
-                       {"Origin": "http://app.example"}, {"Origin": f"{PAGE}:8443"},
+        for change in ({"Origin": "https://evil.example"}, {"Origin": "null"}, {"Origin": f"{ORIGIN}.evil.example"},
+                       {"Origin": "http://app.example"}, {"Origin": f"{ORIGIN}:8443"},
                        {"Access_Control_Request_Method": "DELETE"}):  # fmt: skip
             bad = http.options(CHAT, headers=preflight(**(private | change)))
             assert bad.status_code == 400 and set(bad.json()["error"]) == FORM, change
@@ -342,8 +342,8 @@ def test_a_page_can_read_why_it_was_refused() -> None:
             raise RuntimeError("a bug")
 
     engine = ScriptedEngine(tokenizer=Broken())
-    page = {"Origin": PAGE}
-    with running(lambda: engine, origins=[PAGE], api_key="s3cret") as server, server.http(headers=page) as http:
+    page = {"Origin": ORIGIN}
+    with running(lambda: engine, origins=[ORIGIN], api_key="s3cret") as server, server.http(headers=page) as http:
         good = {"Authorization": "Bearer s3cret"}
         found = {
             401: http.get("/v1/models"),
@@ -356,7 +356,7 @@ def test_a_page_can_read_why_it_was_refused() -> None:
         }
         for status, response in found.items():
             assert response.status_code == status and set(response.json()["error"]) == FORM, response.text
-            assert response.headers["Access-Control-Allow-Origin"] == PAGE and "Origin" in response.headers["Vary"]
+            assert response.headers["Access-Control-Allow-Origin"] == ORIGIN and "Origin" in response.headers["Vary"]
             assert "Retry-After" in response.headers["Access-Control-Expose-Headers"]
         elsewhere = http.get("/v2", headers=good | {"Origin": "https://evil.example"})
         assert "Access-Control-Allow-Origin" not in elsewhere.headers and "Origin" in elsewhere.headers["Vary"]
@@ -382,7 +382,7 @@ def test_origins_that_no_browser_sends() -> None:
 def test_too_many_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlx_mtp.serving.guards, "MOST_CONNECTIONS", 2)
     fake = ScriptedEngine(gate=threading.Semaphore(0))
-    with running(lambda: fake, origins=[PAGE]) as server, server.http(headers={"Origin": PAGE}) as http:
+    with running(lambda: fake, origins=[ORIGIN]) as server, server.http(headers={"Origin": ORIGIN}) as http:
         with ExitStack() as open_ones:
             for _ in range(2):
                 open_ones.enter_context(server.connect()).sendall(raw_request(COMPLETION, {"prompt": "x"}))
@@ -390,7 +390,7 @@ def test_too_many_connections(monkeypatch: pytest.MonkeyPatch) -> None:
             response = http.get("/health")
             assert response.status_code == 503 and response.json()["error"]["code"] == "crowded"
             assert int(response.headers["Retry-After"]) > 0 and response.headers["Connection"] == "close"
-            assert response.headers["Access-Control-Allow-Origin"] == PAGE
+            assert response.headers["Access-Control-Allow-Origin"] == ORIGIN
         assert eventually(lambda: not server.server.server_state.connections)
         fake.gate.release(100)
         assert http.get("/health").status_code == 200
