@@ -34,6 +34,7 @@ from mlx_mtp.cli import doctor
 from mlx_mtp.cli.command_line import COMMANDS, application
 from mlx_mtp.generation import exactness
 from mlx_mtp.loading import EMBEDDED, FAMILIES
+from mlx_mtp.training import stages
 
 PATIENCE = 300  # seconds; a backstop
 LANGUAGES = ("bash", "python", "text", "toml")
@@ -163,10 +164,12 @@ def to_run() -> list[Command]:
 
 @pytest.fixture(scope="module")
 def measured_once() -> Iterator[None]:
-    """The diagnosis and the probe for exact mode take seconds and say the same of one target every time."""
+    """The diagnosis and the probe for exact mode take seconds and say the same of one target every time; replies by
+    which drafters are measured are short."""
     with pytest.MonkeyPatch.context() as patched:
         for module, name in ((doctor, "diagnose"), (exactness, "probe")):
             patched.setattr(module, name, once(getattr(module, name)))
+        patched.setattr(stages, "MEASURED_TOKENS", 8)
         yield
 
 
