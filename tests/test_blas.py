@@ -86,6 +86,34 @@ def test_nothing_is_loaded_outside_linux(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @linux
+def test_where_it_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The threaded builds of distributions first, then the environment's OpenBLAS, then MKL, the newest first."""
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(sys, "base_prefix", "/base")
+    found = list(blas._candidates())
+    assert found[0].endswith("-linux-gnu/openblas-pthread/libopenblas.so.0")
+    assert found[1:5] == ["libopenblasp.so.0", "libopenblas.so.0", f"{tmp_path}/lib/libopenblas.so.0",
+                          "/base/lib/libopenblas.so.0"]  # fmt: skip
+    assert found[5:] == [name.format(version) for version in (3, 2) for name in (
+        f"{tmp_path}/lib/libmkl_rt.so.{{}}", "/base/lib/libmkl_rt.so.{}", "libmkl_rt.so.{}")]  # fmt: skip
+    assert blas._open(str(tmp_path / "libopenblas.so.0")) is None and blas._load(str(tmp_path / "none.so")) is None
+
+
+class MKL:
+    """What MKL says of itself, in the manner of a library of ctypes."""
+
+    @staticmethod
+    def mkl_get_version_string(buffer: ctypes.Array[ctypes.c_char], size: int) -> None:
+        assert size == len(buffer)
+        buffer.value = b"Intel(R) oneAPI Math Kernel Library Version 2024.2-Product Build 20240605"
+
+
+def test_names_of_libraries() -> None:
+    assert blas._version(MKL()) == "MKL 2024.2"  # type: ignore[arg-type]
+    assert blas._version(object()) == "BLAS"  # type: ignore[arg-type]
+
+
+@linux
 def test_run_by_its_path_it_prints_what_it_found() -> None:
     """tools/setup.sh asks this way."""
     done = subprocess.run([sys.executable, "-P", str(FILE)], capture_output=True, text=True, timeout=300)

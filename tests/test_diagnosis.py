@@ -14,6 +14,7 @@ from conftest import GOLDEN, Command, uncompiled
 
 import mlx_mtp
 from mlx_mtp.backend import blas
+from mlx_mtp.checkpoints import memory
 from mlx_mtp.cli import doctor
 from mlx_mtp.generation import exactness
 from mlx_mtp.generation.depth import GAIN
@@ -184,6 +185,24 @@ def test_facts_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.describe()["mlx_imported_too_early"]
     with uncompiled():
         assert not machine.compile_works()
+
+
+def test_facts_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What MLX's Metal device says, in its words; the wired limit is read by setting it, and put back."""
+    limits = [7_000_000]
+    info = {"device_name": "Apple M3 Max", "architecture": "applegpu_g15s", "memory_size": 64 * 2**30,
+            "max_recommended_working_set_size": 48 * 2**30}  # fmt: skip
+    for place, name, value in (
+        (mx, "device_info", lambda: info), (mx, "default_device", lambda: mx.Device(mx.gpu)),
+        (mx.metal, "is_available", lambda: True), (memory, "CGROUP_FILES", ()),  # of the container this runs in
+        (mx, "set_wired_limit", lambda limit: (limits[-1], limits.append(limit))[0]),
+    ):  # fmt: skip
+        monkeypatch.setattr(place, name, value)
+    here = machine.describe()
+    assert (here["name"], here["architecture"], here["gpu_generation"]) == ("Apple M3 Max", "applegpu_g15s", 15)
+    assert (here["device"], here["metal"]) == ("gpu", True)
+    assert (here["memory_bytes"], here["recommended_bytes"]) == (64 * 2**30, 48 * 2**30)
+    assert here["wired_limit_bytes"] == 7_000_000 == limits[-1]
 
 
 @pytest.fixture
