@@ -297,6 +297,7 @@ def test_every_link_leads_somewhere() -> None:
 
 # Tables and charts say what benchmarks/results/ holds
 
+
 def tables_command(*options: str) -> tuple[int, list[str]]:
     """The command in this process: exit code, lines on stderr."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as err:

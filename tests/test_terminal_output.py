@@ -151,6 +151,7 @@ def test_an_interrupted_generate_leaves_what_there_was(interrupted: None, on_a_t
 
 # The demo with few tokens: every figure is of this run, and the columns agree with each other
 
+
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "140")
