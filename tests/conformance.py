@@ -3,8 +3,6 @@
 Small golden models for Gemma 4, random ones for mlx-lm's. A plug-in's families are checked the same way, on its side.
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 from collections.abc import Callable

@@ -4,6 +4,7 @@ import workers  # isort: skip  # noqa: F401
 import mlx_mtp  # isort: skip  # noqa: F401
 
 import atexit
+import io
 import os
 import shutil
 import sys
@@ -54,13 +55,15 @@ def uncompiled() -> Iterator[None]:
         mx.enable_compile()
 
 
-def ran(*args: object) -> int:
-    """`mlx-mtp ARGS` in this process, without a network; the exit code."""
+def ran(*args: object, stdin: bytes | None = None) -> int:
+    """`mlx-mtp ARGS` in this process, without a network; the exit code. stdin: what is piped into it."""
     from mlx_mtp.cli import app
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr(sys, "argv", ["mlx-mtp", *map(str, args)])
+        if stdin is not None:
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
         app.main()
     return int(end.value.code or 0)
 
@@ -69,9 +72,9 @@ def ran(*args: object) -> int:
 def command(capsys: pytest.CaptureFixture[str]) -> Command:
     """`ran` with what it wrote: exit code, stdout, stderr."""
 
-    def call(*args: object) -> tuple[int, str, str]:
+    def call(*args: object, stdin: bytes | None = None) -> tuple[int, str, str]:
         capsys.readouterr()
-        return ran(*args), *capsys.readouterr()
+        return ran(*args, stdin=stdin), *capsys.readouterr()
 
     return call
 
@@ -91,6 +94,16 @@ def one_sentence(code: int, out: str, err: str) -> str:
     return err
 
 
+def refusal(call: Callable[[], object], kind: type[mlx_mtp.MLXMTPError] = mlx_mtp.MLXMTPError) -> str:
+    """The sentence in which a call is refused, checked."""
+    with pytest.raises(kind) as caught:
+        call()
+    sentence = str(caught.value)
+    assert sentence.endswith((".", ")")) and "\n" not in sentence and 30 < len(sentence) < 900, sentence
+    assert "Traceback" not in sentence
+    return sentence
+
+
 @pytest.fixture
 def probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The probe for exact mode takes seconds and says the same of one checkpoint every time: it is run once."""
@@ -107,8 +120,8 @@ def probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PackagedModel:
-    """A packaged model of that name, not fetched yet (packages.py)."""
-    from packages import packaged_model
+    """A packaged model of that name, not fetched yet."""
+    from gguf_files import packaged_model
 
     return packaged_model(tmp_path, monkeypatch)
 

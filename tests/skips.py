@@ -4,8 +4,6 @@ A skip for any other reason is a failure, in a module as in a test; and pytest's
 pyproject.toml).
 """
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from collections.abc import Callable, Generator

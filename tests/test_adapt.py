@@ -1,7 +1,5 @@
 """Fine-tuning a drafter: what is asked, learned, kept and replaced; only the measured gain is given from outside."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys
@@ -10,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from conftest import GOLDEN
 from families import config_of, written
@@ -19,11 +16,8 @@ from thinking import PLAIN_TEMPLATE, TOKENS, write_tokenizer
 import mlx_mtp
 from mlx_mtp.cli import app
 from mlx_mtp.training import adapt as library
-from mlx_mtp.training import stages
 from mlx_mtp.training.adapt import Adapting, NotBetter
 from mlx_mtp.training.chats import Chats
-from mlx_mtp.training.data import Document
-from mlx_mtp.training.prompts import prompts_of
 from mlx_mtp.training.stages import Report, Stage
 
 OPTIONS: dict[str, Any] = {"prompts": 9, "tokens": 64, "steps": 2, "batch_size": 1, "length": 32, "drafts": 2,
@@ -91,18 +85,6 @@ def test_a_better_drafter_is_written_and_chats_are_kept(
         assert all(row in known for row in found.prompts(9))
 
 
-def test_a_shortlist_goes_along(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a file beside the weights into the weights."""
-    measured(monkeypatch, 1.0, 1.5)
-    listed = written(tmp_path / "listed", config_of("sequential_modules", 32, 128, 1))
-    np.save(listed / "shortlist.npy", np.array([2, 7, 30, 31, 60], np.int32))
-    run(folder, tmp_path / "new", drafter=listed)
-    assert mx.load(str(tmp_path / "new" / "model.safetensors"))["shortlist"].tolist() == [2, 7, 30, 31, 60]
-    engine = mlx_mtp.load(folder / "target", drafter=tmp_path / "new", depth=2)
-    plain = mlx_mtp.load(folder / "target", drafter=None)
-    assert engine.generate([30, 31], max_tokens=20).tokens == plain.generate([30, 31], max_tokens=20).tokens
-
-
 def test_one_that_is_no_better_replaces_nothing_and_asks_nothing_twice(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,40 +131,6 @@ def test_chats_are_those_that_an_empty_folder_would_have_got(
     assert used == (first if change == "path" else first | empty)
     new = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("used", "empty")]
     assert new[0] == new[1]
-
-
-def test_tokens_per_round_are_counted_over_all_prompts(folder: Path) -> None:
-    engine = mlx_mtp.load(folder / "target", drafter="lookup", depth=2)
-    prompts = [[30, 31, 30, 31], [40, 41, 42]]
-    walk, seen, found = stages.measured("before", engine, prompts), [], 0.0
-    try:
-        while True:
-            seen.append(next(walk))
-    except StopIteration as end:
-        found = end.value
-    stats = [engine.generate(prompt, max_tokens=stages.MEASURED_TOKENS, sampling=GREEDY).stats for prompt in prompts]
-    assert found == sum(s.tokens - 1 for s in stats) / sum(s.rounds for s in stats) >= 1.0
-    assert seen == [Stage("before", 1, 2), Stage("before", 2, 2)]
-
-
-class Words:
-    """A tokenizer whose ids are the lengths of words; a conversation is its roles."""
-
-    def encode(self, text: str) -> list[int]:
-        return [len(word) for word in text.split()]
-
-    def chat(self, messages: list[dict[str, str]]) -> list[int]:
-        return [len(message["role"]) for message in messages]
-
-
-def test_prompts_are_conversations_up_to_the_reply_and_openings_of_texts() -> None:
-    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    text = " ".join("x" * (i + 1) for i in range(40))
-    documents = [Document("m", messages=said), Document("m", messages=[*said, *said]), Document("m", text=text),
-                 Document("m", text="")]  # fmt: skip
-    found = prompts_of(iter(documents), Words(), 16)
-    # A third of every 16 words; no piece is begun whose half is not there.
-    assert found == [[4], [4, 9, 4], [1, 2, 3, 4, 5], [17, 18, 19, 20, 21]]
 
 
 def test_prompts_are_chosen_from_all_over_the_data(

@@ -1,7 +1,5 @@
 """The entry point: Ctrl-C at any moment of the start ends quietly with 130; help and version import no MLX."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import os

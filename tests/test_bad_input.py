@@ -1,8 +1,5 @@
 """Every bad input to a command ends in one sentence on stderr and exit code 2; and what good input prints."""
 
-from __future__ import annotations
-
-import io
 import json
 import os
 import shlex
@@ -10,15 +7,22 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 from conftest import GOLDEN, Command, one_sentence
+from mlx.utils import tree_flatten
 
-TARGET, TIED, CENTROID = (GOLDEN / "ple" / part for part in ("target", "assistant_tied", "assistant_centroid"))
+from mlx_mtp.targets.gemma4 import Gemma4Model
+from mlx_mtp.targets.gemma4_config import Gemma4Config
+
+FOLDERS = {"target": GOLDEN / "ple" / "target", "tied": GOLDEN / "ple" / "assistant_tied",
+           "centroid": GOLDEN / "ple" / "assistant_centroid"}  # fmt: skip
+TARGET, TIED, CENTROID = FOLDERS.values()
 KEQV = GOLDEN / "keqv"
 STATS = {
     "prompt_tokens", "prefilled_tokens", "tokens", "rounds", "drafted", "accepted", "drafted_by_position",
@@ -26,27 +30,25 @@ STATS = {
     "decode_seconds", "decode_tokens_per_second", "host_syncs", "head_passes", "peak_memory_bytes", "mode",
 }  # fmt: skip
 MISSING = object()
+ONE = "--tokens", "1"
 
 Refused = Callable[..., str]
+Copy = Callable[[Path], Path]
 
 
 @pytest.fixture
 def run(command: Command) -> Command:
-    return lambda *args: command("generate", *args)
+    return partial(command, "generate")
 
 
 @pytest.fixture
 def refused(run: Command) -> Refused:
     """Runs, expects a refusal, returns the sentence."""
-
-    def call(*args: object) -> str:
-        return one_sentence(*run(*args))
-
-    return call
+    return lambda *args, **options: one_sentence(*run(*args, **options))
 
 
 @pytest.fixture
-def copy(tmp_path: Path) -> Callable[[Path], Path]:
+def copy(tmp_path: Path) -> Copy:
     """A writable copy of a checkpoint folder."""
 
     def make(source: Path) -> Path:
@@ -58,16 +60,27 @@ def copy(tmp_path: Path) -> Callable[[Path], Path]:
     return make
 
 
+@pytest.fixture
+def unloaded(refused: Refused, copy: Copy) -> Callable[[str, Callable[[Path], object]], str]:
+    """Refuses a copy of a folder, as the target or as its drafter, once something was done to it."""
+    copies: dict[str, Path] = {}
+
+    def call(role: str, change: Callable[[Path], object]) -> str:
+        folder = copies[role] = copies.get(role) or copy(FOLDERS[role])
+        change(folder)
+        return refused(*(("--model",) if role == "target" else ("--model", TARGET, "--drafter")), folder, *ONE)
+
+    return call
+
+
 def edit(folder: Path, key: str, value: Any) -> None:
     """Sets or removes a field of config.json; 'text.x' is inside text_config."""
     file = folder / "config.json"
     config = json.loads(file.read_text())
     fields = config["text_config"] if key.startswith("text.") else config
-    name = key.removeprefix("text.")
+    fields[key.removeprefix("text.")] = value
     if value is MISSING:
-        fields.pop(name)
-    else:
-        fields[name] = value
+        fields.pop(key.removeprefix("text."))
     file.write_text(json.dumps(config))
 
 
@@ -76,28 +89,17 @@ def edit(folder: Path, key: str, value: Any) -> None:
 
 def test_paths_that_are_no_checkpoint(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waited for the network"))
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
     names = (tmp_path / "nowhere", "nowhere", "./no/such/deep/folder", "~nobody-here/model", "x" * 300, "a\nb")
-    for name in names:
-        assert "found nothing" in refused("--model", name, "--tokens", "1")
-    assert "found a file" in refused("--model", "file", "--tokens", "1")
-    assert "config.json" in refused("--model", "empty", "--tokens", "1")
-
-
-def test_hub_names_without_network_fail_at_once(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waited for the network"))
-    assert "no/such" in refused("--model", "no/such", "--tokens", "1")
-    assert "no/such" in refused("--model", TARGET, "--drafter", "no/such", "--tokens", "1")
-
-
-def test_drafter_paths(refused: Refused, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    names = ("nowhere", "parallel", "sequential", "lookup+nowhere")
-    for drafter in (tmp_path / "nowhere", tmp_path / "file", tmp_path, *names):
-        refused("--model", TARGET, "--drafter", drafter, "--tokens", "1")
-    assert "drafter" in refused("--model", TARGET, "--drafter", TARGET, "--tokens", "1")
-    assert "target" in refused("--model", TIED, "--tokens", "1")
+    for name, words in (*((name, "found nothing") for name in names), ("file", "found a file"),
+                        ("empty", "config.json"), ("no/such", "no/such"), (TIED, "target")):  # fmt: skip
+        assert words in refused("--model", name, *ONE)
+    for drafter in (*names[:2], "file", "empty", "parallel", "sequential", "lookup+nowhere"):
+        refused("--model", TARGET, "--drafter", drafter, *ONE)
+    for drafter, words in (("no/such", "no/such"), (TARGET, "drafter")):
+        assert words in refused("--model", TARGET, "--drafter", drafter, *ONE)
 
 
 # config.json
@@ -107,131 +109,83 @@ def test_drafter_paths(refused: Refused, tmp_path: Path) -> None:
     "text", ["", "{", "no", "[]", "7", "null", '"x"', "[" * 100_000, "{}", '{"model_type": 3}', '{"model_type": ""}',
              '{"model_type": "no\\nsuch"}', '{"model_type": "llama"}', '{"model_type": "gemma4"}',
              '{"model_type": "gemma4", "text_config": []}', '{"model_type": "gemma4", "text_config": [1]}',
-             '{"model_type": "gemma4", "text_config": "x"}']
+             '{"model_type": "gemma4", "text_config": "x"}', "\xff\xfe{\x00"]
 )  # fmt: skip
-def test_config_that_is_none(refused: Refused, copy: Callable[[Path], Path], text: str) -> None:
-    for source, args in ((TARGET, ["--model"]), (TIED, ["--model", TARGET, "--drafter"])):
-        folder = copy(source)
-        (folder / "config.json").write_text(text)
-        refused(*args, folder, "--tokens", "1")
-
-
-def test_config_in_another_encoding(refused: Refused, copy: Callable[[Path], Path]) -> None:
-    folder = copy(TARGET)
-    (folder / "config.json").write_bytes(b"\xff\xfe{\x00")
-    assert "config.json" in refused("--model", folder, "--tokens", "1")
+@pytest.mark.parametrize("role", ["target", "tied"])
+def test_config_that_is_none(unloaded: Refused, role: str, text: str) -> None:
+    unloaded(role, lambda folder: (folder / "config.json").write_bytes(text.encode("latin-1")))
 
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 NONSENSE = ("many", -1, 0, 1.5, True, [4], {"a": 1}, 10**12, 10**400)
+# (folder, field, values that it cannot have, whether the sentence names it)
+FIELDS: list[tuple[str, str, Sequence[Any], bool]] = [
+    *((role, f"text.{field}", (*NONSENSE, None, MISSING), True) for role in ("target", "tied") for field in SIZES),
+    *(("target", f"text.{field}", NONSENSE, True)
+      for field in ("head_dim", "num_key_value_heads", "sliding_window", "max_position_embeddings")),
+    *(("centroid", field, NONSENSE, True)
+      for field in ("backbone_hidden_size", "num_centroids", "centroid_intermediate_top_k")),
+    ("centroid", "num_centroids", [15], False),  # does not divide the vocabulary
+    *(("target", f"text.{field}", values, False) for field, values in {
+        "num_kv_shared_layers": [6, 7, 5, -1, "3", 2.5, [], {}],
+        "hidden_size_per_layer_input": [-8, "8", [8], 10**9],
+        "vocab_size_per_layer_input": [-8, "8", [8], 10**9],
+        "rms_norm_eps": ["x", -1, [], float("nan"), float("inf")],
+        "final_logit_softcapping": ["x", -1, [1], float("nan")],
+        "layer_types": ["full_attention", 6, ["full_attention"] * 5, ["full_attention"] * 7, ["x"] * 6, [[]] * 6,
+                        [1] * 6, {"a": 1}, ["sliding_attention"] * 6],
+        "rope_parameters": [7, "x", [1], {"full_attention": 1}, {"sliding_attention": []},
+                            *({"full_attention": rope} for rope in (
+                                {"rope_theta": "x"}, {"rope_type": "default"}, {"rope_type": "yarn", "rope_theta": 1.0},
+                                {"rope_type": [], "rope_theta": 1.0}, {"rope_theta": -1}, {"rope_theta": float("nan")},
+                                {"rope_theta": 1e4, "partial_rotary_factor": "x"},
+                                {"rope_theta": 1e4, "partial_rotary_factor": 2}, {"rope_theta": 1e4, "factor": 0}))],
+        "per_layer_config": [7, "x", [1], {"2": 7}, {"2": {"head_dim": "x"}}, {"2": {"head_dim": 7}},
+                             {"2": {"num_key_value_heads": 3}}, {"2": {"num_key_value_heads": 8}}],
+        "num_attention_heads": [3, 5], "num_key_value_heads": [3, 8], "head_dim": [7],
+        "hidden_activation": ["relu", 7, [], {}], "attention_bias": [True], "tie_word_embeddings": [False],
+        "enable_moe_block": [True],
+    }.items()),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("field", SIZES)
-def test_required_sizes(refused: Refused, copy: Callable[[Path], Path], field: str) -> None:
-    for source, args in ((TARGET, ["--model"]), (TIED, ["--model", TARGET, "--drafter"])):
-        folder = copy(source)
-        for value in (*NONSENSE, None, MISSING):
-            edit(folder, f"text.{field}", value)
-            assert f"'{field}'" in refused(*args, folder, "--tokens", "1")
-
-
-@pytest.mark.parametrize("field", ["head_dim", "num_key_value_heads", "sliding_window", "max_position_embeddings"])
-def test_sizes_with_a_default(refused: Refused, copy: Callable[[Path], Path], field: str) -> None:
-    folder = copy(TARGET)
-    for value in NONSENSE:
-        edit(folder, f"text.{field}", value)
-        assert f"'{field}'" in refused("--model", folder, "--tokens", "1")
-
-
-@pytest.mark.parametrize(
-    ("field", "values"),
-    [
-        ("num_kv_shared_layers", [6, 7, 5, -1, "3", 2.5, [], {}]),
-        ("hidden_size_per_layer_input", [-8, "8", [8], 10**9]),
-        ("vocab_size_per_layer_input", [-8, "8", [8], 10**9]),
-        ("rms_norm_eps", ["x", -1, [], float("nan"), float("inf")]),
-        ("final_logit_softcapping", ["x", -1, [1], float("nan")]),
-        ("layer_types", ["full_attention", 6, ["full_attention"] * 5, ["full_attention"] * 7, ["x"] * 6, [[]] * 6,
-                         [1] * 6, {"a": 1}, ["sliding_attention"] * 6]),
-        ("rope_parameters", [7, "x", [1], {"full_attention": 1}, {"sliding_attention": []},
-                             {"full_attention": {"rope_theta": "x"}}, {"full_attention": {"rope_type": "default"}},
-                             {"full_attention": {"rope_type": "yarn", "rope_theta": 1.0}},
-                             {"full_attention": {"rope_type": [], "rope_theta": 1.0}},
-                             {"full_attention": {"rope_theta": -1}}, {"full_attention": {"rope_theta": float("nan")}},
-                             {"full_attention": {"rope_theta": 1e4, "partial_rotary_factor": "x"}},
-                             {"full_attention": {"rope_theta": 1e4, "partial_rotary_factor": 2}},
-                             {"full_attention": {"rope_theta": 1e4, "factor": 0}}]),
-        ("per_layer_config", [7, "x", [1], {"2": 7}, {"2": {"head_dim": "x"}}, {"2": {"head_dim": 7}},
-                              {"2": {"num_key_value_heads": 3}}, {"2": {"num_key_value_heads": 8}}]),
-        ("num_attention_heads", [3, 5]),
-        ("num_key_value_heads", [3, 8]),
-        ("head_dim", [7]),
-        ("hidden_activation", ["relu", 7, [], {}]),
-        ("attention_bias", [True]),
-        ("tie_word_embeddings", [False]),
-        ("enable_moe_block", [True]),
-    ],
-)  # fmt: skip
-def test_fields_of_a_target(refused: Refused, copy: Callable[[Path], Path], field: str, values: list[Any]) -> None:
-    folder = copy(TARGET)
+@pytest.mark.parametrize(("role", "field", "values", "named"), FIELDS)
+def test_fields(unloaded: Refused, role: str, field: str, values: Sequence[Any], named: bool) -> None:
     for value in values:
-        edit(folder, f"text.{field}", value)
-        refused("--model", folder, "--tokens", "1")
+        sentence = unloaded(role, lambda folder, value=value: edit(folder, field, value))
+        assert not named or f"'{field.removeprefix('text.')}'" in sentence
 
 
 @pytest.mark.parametrize("values", [{"num_experts": "x"}, {"num_experts": 4, "top_k_experts": 5},
                                     {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": None}])  # fmt: skip
-def test_mixture_fields(refused: Refused, copy: Callable[[Path], Path], values: dict[str, Any]) -> None:
-    folder = copy(TARGET)
-    for key, value in ({"enable_moe_block": True} | values).items():
-        edit(folder, f"text.{key}", value)
-    refused("--model", folder, "--tokens", "1")
-
-
-@pytest.mark.parametrize("field", ["backbone_hidden_size", "num_centroids", "centroid_intermediate_top_k"])
-def test_fields_of_a_drafter(refused: Refused, copy: Callable[[Path], Path], field: str) -> None:
-    folder = copy(CENTROID)
-    for value in NONSENSE:
-        edit(folder, field, value)
-        assert f"'{field}'" in refused("--model", TARGET, "--drafter", folder, "--tokens", "1")
-
-
-def test_centroids_divide_the_vocabulary(refused: Refused, copy: Callable[[Path], Path]) -> None:
-    folder = copy(CENTROID)
-    edit(folder, "num_centroids", 15)
-    assert "15 centroids" in refused("--model", TARGET, "--drafter", folder, "--tokens", "1")
+def test_mixture_fields(unloaded: Refused, values: dict[str, Any]) -> None:
+    unloaded("target", lambda folder: [edit(folder, f"text.{key}", value)
+                                       for key, value in {"enable_moe_block": True, **values}.items()])  # fmt: skip
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"do_sample": true, "top_k": 40.0}',
                                   '{"do_sample": true, "top_k": "x"}', '{"do_sample": true, "temperature": NaN}'])
-def test_generation_config(refused: Refused, copy: Callable[[Path], Path], text: str) -> None:
-    folder = copy(TARGET)
-    (folder / "generation_config.json").write_text(text)
-    assert "generation_config.json" in refused("--model", folder, "--tokens", "1")
+def test_generation_config(unloaded: Refused, text: str) -> None:
+    sentence = unloaded("target", lambda folder: (folder / "generation_config.json").write_text(text))
+    assert "generation_config.json" in sentence
 
 
 # Weights
 
 
-def test_weights_that_are_no_file(refused: Refused, copy: Callable[[Path], Path]) -> None:
-    folder = copy(TARGET)
-    (folder / "model.safetensors").unlink()
-    assert "model*.safetensors" in refused("--model", folder, "--tokens", "1")
-    (folder / "model.safetensors").mkdir()
-    assert "model.safetensors" in refused("--model", folder, "--tokens", "1")
+def test_weights_that_are_no_file(unloaded: Refused) -> None:
+    assert "model*.safetensors" in unloaded("target", lambda folder: (folder / "model.safetensors").unlink())
+    assert "model.safetensors" in unloaded("target", lambda folder: (folder / "model.safetensors").mkdir())
 
 
-def test_centroid_ordering_is_checked(refused: Refused, copy: Callable[[Path], Path]) -> None:
-    folder = copy(CENTROID)
+def test_centroid_ordering_is_checked(unloaded: Refused) -> None:
     whole = dict(mx.load(str(CENTROID / "model.safetensors")))  # type: ignore[arg-type]
     name = "masked_embedding.token_ordering"
     vocabulary = whole[name].shape[0]
     for ordering in (mx.zeros((3,), dtype=mx.int32), mx.full((vocabulary,), vocabulary, dtype=mx.int32), None):
-        weights = {key: value for key, value in whole.items() if key != name}
-        mx.save_safetensors(
-            str(folder / "model.safetensors"), weights if ordering is None else weights | {name: ordering}
-        )
-        assert name in refused("--model", TARGET, "--drafter", folder, "--tokens", "1")
+        weights = {key: value for key, value in (whole | {name: ordering}).items() if value is not None}
+        assert name in unloaded("centroid", lambda folder, weights=weights: mx.save_safetensors(
+            str(folder / "model.safetensors"), weights))  # fmt: skip
 
 
 # A drafter that does not fit
@@ -249,27 +203,20 @@ def test_centroid_ordering_is_checked(refused: Refused, copy: Callable[[Path], P
         ("text.layer_types", ["full_attention"] * 6, "sliding_attention layer"),
     ],
 )
-def test_drafter_that_does_not_fit(
-    refused: Refused, copy: Callable[[Path], Path], key: str, value: Any, what: str
-) -> None:
+def test_drafter_that_does_not_fit(refused: Refused, copy: Copy, key: str, value: Any, what: str) -> None:
     """The target's config is changed and weights are made to match it, the drafter stays as it is."""
-    from mlx.utils import tree_flatten
-
-    from mlx_mtp.targets.gemma4 import Gemma4Model
-    from mlx_mtp.targets.gemma4_config import Gemma4Config
-
     folder = copy(TARGET)
     edit(folder, key if key.startswith("text.") else f"text.{key}", value)
     model = Gemma4Model(Gemma4Config.from_dict(json.loads((folder / "config.json").read_text())))
     weights = {f"model.language_model.{name}": array for name, array in tree_flatten(model.parameters())}
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
-    sentence = refused("--model", folder, "--drafter", TIED, "--tokens", "1")
+    sentence = refused("--model", folder, "--drafter", TIED, *ONE)
     assert what in sentence and "drafter" in sentence
 
 
 def test_drafter_of_another_model(refused: Refused) -> None:
     for target, drafter in ((TARGET, KEQV / "assistant_tied"), (KEQV / "target", TIED)):
-        assert "does not fit" in refused("--model", target, "--drafter", drafter, "--tokens", "1")
+        assert "does not fit" in refused("--model", target, "--drafter", drafter, *ONE)
 
 
 # Prompts and options
@@ -280,16 +227,16 @@ def test_token_ids(refused: Refused, tokens: str) -> None:
     refused("--model", TARGET, "--tokens", tokens)
 
 
-def test_prompts(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts(refused: Refused) -> None:
     assert "neither" in refused("--model", TARGET)
     assert "both" in refused("text", "--model", TARGET, "--tokens", "1")
     assert "empty" in refused("", "--model", TARGET)
     assert "--tokens" in refused("text", "--model", TARGET)
     bom = "\ufeff".encode()  # nothing but the mark is nothing
     for piped, word in ((b"", "empty"), (bom, "empty"), (b"caf\xe9", "UTF-8"), ("Text".encode("utf-16"), "UTF-8")):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped), encoding="utf-8"))
-        assert word in refused("-", "--model", TARGET)
+        assert word in refused("-", "--model", TARGET, stdin=piped)
     assert "UTF-8" in refused("caf\udce9", "--model", TARGET)
+    assert "thinking only with" in refused("hi", "--thinking", "--max-tokens", 1)
 
 
 def test_prompt_longer_than_the_context(refused: Refused, run: Command) -> None:
@@ -313,12 +260,7 @@ def test_options_out_of_range(refused: Refused, options: list[str]) -> None:
     assert options[0].removeprefix("--").replace("-", "_") in found.replace("-", "_") and options[1] in found
 
 
-@pytest.mark.parametrize("args", [["--nope"], ["--max-tokens", "x"], ["--temperature", "x"], ["--depth"], ["a", "b"]])
-def test_a_command_line_that_makes_no_sense(refused: Refused, args: list[str]) -> None:
-    refused(*args)
-
-
-def test_broken_tokenizer(refused: Refused, copy: Callable[[Path], Path]) -> None:
+def test_broken_tokenizer(refused: Refused, copy: Copy) -> None:
     folder = copy(TARGET)
     for text in ("", "{", "[]", '{"model": 7}'):
         (folder / "tokenizer.json").write_text(text)
@@ -331,6 +273,7 @@ def test_broken_tokenizer(refused: Refused, copy: Callable[[Path], Path]) -> Non
         *((f"chat {options}", "") for options in (
             "--thinking maybe", "--load nowhere", "--max-tokens 0", "--seed -1", "--model nowhere", "--depth 99",
             f"--model {TARGET}", "--temperature -1", "extra")),
+        *((f"generate {options}", "") for options in ("--nope", "--max-tokens x", "--temperature x", "--depth", "a b")),
         ("doctor --model /no/such/folder", "/no/such/folder"), ("doctor --mode quick --json", "exact"),
         ("doctor --forget --drafter lookup", "--forget drops all"),
         ("bench --category poetry", "'code', 'edit'"), ("bench --depth 2 --depths 2,4", "leave one out"),
@@ -342,9 +285,8 @@ def test_broken_tokenizer(refused: Refused, copy: Callable[[Path], Path]) -> Non
         ("bench --max-context 300 --category 'long context'", "at most 172 tokens"),
     ],
 )  # fmt: skip
-def test_other_commands(command: Command, monkeypatch: pytest.MonkeyPatch, line: str, words: str) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n")))
-    code, out, err = command(*shlex.split(line))
+def test_command_lines(command: Command, line: str, words: str) -> None:
+    code, out, err = command(*shlex.split(line), stdin=b"Hello\n")
     assert words in one_sentence(code, out, err.splitlines(keepends=True)[-1] if "bench" in line else err)
 
 
@@ -391,10 +333,6 @@ def test_tokens_print_as_ids_without_a_tokenizer(run: Command) -> None:
     for extra in ((), ("--raw",)):
         code, out, err = run(*args, *extra)
         assert code == 0 and err == "" and [int(word) for word in out.split()] == json.loads(as_json)["tokens"]
-
-
-def test_thinking_where_nothing_can_ask_for_it(refused: Refused) -> None:
-    assert "thinking only with" in refused("hi", "--thinking", "--max-tokens", 1)
 
 
 def test_raw_takes_the_prompt_as_it_stands(run: Command) -> None:

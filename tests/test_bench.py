@@ -1,7 +1,5 @@
 """bench: prompts, turns, statistics, outputs that differ, the verdict, plans, energy."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import sys
@@ -15,11 +13,10 @@ import pytest
 from conftest import GOLDEN
 
 import mlx_mtp
-from mlx_mtp.drafters.lookup import Lookup
 from mlx_mtp.errors import DataError, OptionError, PromptError
 from mlx_mtp.generation.types import NEUTRAL, Sampling, Stats, acceptance
-from mlx_mtp.measuring import energy, machine, prompts
-from mlx_mtp.measuring.configurations import DEFAULT_DEPTHS, GEMMA, Lineup, Plan, name_and_depth, sampling_name
+from mlx_mtp.measuring import energy, prompts
+from mlx_mtp.measuring.configurations import GEMMA, Plan, name_and_depth, sampling_name
 from mlx_mtp.measuring.engines import DecodeJob, TimedRun
 from mlx_mtp.measuring.report import verdict
 from mlx_mtp.measuring.turns import Runs, differences, fair_turns
@@ -209,18 +206,6 @@ def test_plans() -> None:
     )
 
 
-def test_the_usual_depths_end_where_the_drafter_does() -> None:
-    class Short(Lookup):
-        max_depth = 3
-
-    engine: Any = None
-    usual, asked = Lineup(Plan(), engine), Lineup(Plan(depths=(1, 8)), engine)
-    assert list(usual.depths(None, Lookup())) == list(DEFAULT_DEPTHS)
-    assert list(usual.depths(None, Short())) == [2, 3, "auto"]
-    assert list(asked.depths(None, Short())) == [1, 8]
-    assert list(usual.depths("auto", Short())) == ["auto"]
-
-
 class Monitor:
     """Stands in for AppleEnergyMonitor: every window takes 2 J on the CPU and 3 J on the GPU, DRAM tells nothing."""
 
@@ -247,13 +232,6 @@ def test_energy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "zeus_apple_silicon", SimpleNamespace(AppleEnergyMonitor=Monitor))
     meter, why = energy.open_meter()
     assert why is None and meter is not None and meter.of(lambda: 1) == (1, 5.0)
-
-
-def test_power_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "pmset", lambda *_: "Now drawing from 'Battery Power'\n -InternalBattery-0 93%")
-    assert machine.power_source() == "Battery Power"
-    monkeypatch.setattr(machine, "pmset", lambda *_: "")
-    assert machine.power_source() is None
 
 
 def row(name: str, speed: float, stock: Any = None, plain: Any = None) -> dict[str, Any]:

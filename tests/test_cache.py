@@ -2,11 +2,10 @@
 
 import mlx.core as mx
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_mtp.generation.cache import FULL, SLACK, SLIDING, AttentionPlan, KVCache, LayerShape, capacity_for
+from mlx_mtp.generation.cache import FULL, SLIDING, AttentionPlan, KVCache, LayerShape, capacity_for
 
 SHAPES = (LayerShape(FULL, 2, 3), LayerShape(SLIDING, 1, 4), LayerShape(SLIDING, 2, 2))
 
@@ -67,13 +66,6 @@ def test_like_a_plain_list(history: tuple[int, int, list[tuple[int, list[int]]]]
             past[sequence] += (serial * 1000 + sequence * 100_000 + np.arange(count)).tolist()
 
 
-@pytest.mark.parametrize("rows", [1, 255, 256, 257, 1000, 5000, 100_000])
-def test_the_ladder_holds_what_is_asked(rows: int) -> None:
-    capacity = capacity_for(rows)
-    assert rows <= capacity <= max(256, rows * 5 // 4 + 256)
-    assert capacity_for(capacity) == capacity
-
-
 @settings(max_examples=40, deadline=None)
 @given(window=st.integers(1, 40), length=st.integers(1, 200), extra=st.integers(0, 1))
 def test_a_drafter_sees_the_newest_committed_rows(window: int, length: int, extra: int) -> None:
@@ -90,26 +82,3 @@ def test_a_drafter_sees_the_newest_committed_rows(window: int, length: int, extr
     mask = np.array(cache.visible(SLIDING, cache.length - 1, window + extra))[0, 0, 0]
     names = np.array(cache.keys[0])[0, 0, mask, 0].astype(int).tolist()
     assert sorted(names) == list(range(max(0, length - window - extra), length))
-
-
-def test_a_ring_takes_no_more_than_window_and_slack() -> None:
-    cache = KVCache(SHAPES, 16, 1024, mx.float32)
-    assert [keys.shape[2] for keys in cache.keys] == [1024, 16 + SLACK, 16 + SLACK]
-    cache.grow(4096)
-    assert [keys.shape[2] for keys in cache.keys] == [4096, 16 + SLACK, 16 + SLACK]
-
-
-@settings(max_examples=40, deadline=None)
-@given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=3), rows=st.integers(1, 256))
-def test_recent_rows_of_a_full_layer(lengths: list[int], rows: int) -> None:
-    """Of the longest sequence the last rows; of a shorter one those that lie in the same place."""
-    cache = KVCache([LayerShape(FULL, 1, 4)], 1, 256, mx.float32, len(lengths))
-    names = mx.broadcast_to(mx.arange(256, dtype=mx.float32)[:, None], (len(lengths), 1, 256, 4))
-    cache.update(0, names, names + 1000, cache.plan(256))
-    cache.advance(mx.array(lengths))
-    keys, values, seen = (np.array(part) for part in cache.recent(0, rows))
-    start = max(0, max(lengths) - rows)
-    for i, length in enumerate(lengths):
-        found = keys[i, 0, seen[i, 0, 0], 0].astype(int).tolist()
-        assert found == list(range(start, max(start, min(length, start + rows))))
-        assert (values[i, 0, seen[i, 0, 0], 0] - 1000).astype(int).tolist() == found

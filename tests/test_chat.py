@@ -1,7 +1,5 @@
 """Conversations: every turn is what a fresh run on all messages gives, but runs only what is new; no thoughts kept."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +13,6 @@ from greedy import assert_greedy
 from thinking import ANSWER, THOUGHT, thinking_engine
 
 import mlx_mtp
-from mlx_mtp.generation.depth import DepthController
 
 ONE, TWO, THREE = "Why?", "And?", "x"
 
@@ -81,30 +78,6 @@ def test_turns_run_only_what_is_new_and_equal_fresh_runs(engine: mlx_mtp.Engine)
     assert roles == ["user", "assistant"] * 3 and chat.messages[-1]["content"] == result.text
 
 
-def test_edits_equal_fresh_runs(engine: mlx_mtp.Engine) -> None:
-    chat = engine.chat(system="Be brief.")
-    first_ids = ids_of(chat, ONE)
-    said(chat, ONE, 44)
-    messages = list(chat.messages)
-    ids = ids_of(chat, TWO)
-    second = said(chat, TWO, 30)
-    again = said(chat, None, 30)
-    assert again.tokens == second.tokens and again.stats.prefilled_tokens < len(ids) and len(chat.messages) == 5
-    assert chat.undo() == TWO and chat.messages == messages
-    ids = ids_of(chat, THREE)
-    third = said(chat, THREE)
-    same_as_fresh(engine, ids, third.tokens, 24)
-    assert third.stats.prefilled_tokens <= len(ids) - len(first_ids)  # the first question, at least, is still there
-    chat.set_system("Answer in one word.")
-    ids = ids_of(chat, TWO)
-    fourth = said(chat, TWO)
-    same_as_fresh(engine, ids, fourth.tokens, 24)
-    assert chat.system == "Answer in one word." and chat.messages[0]["role"] == "system"
-    chat.reset()
-    assert [message["role"] for message in chat.messages] == ["system"] and chat.session.ids == []
-    same_as_fresh(engine, ids_of(chat, ONE), said(chat, ONE).tokens, 24)
-
-
 def test_a_stopped_reply_stays_as_far_as_it_came(engine: mlx_mtp.Engine) -> None:
     chat = engine.chat()
     events = chat.send(ONE, max_tokens=200)
@@ -135,15 +108,6 @@ def test_a_turn_without_any_answer_is_not_kept(plain: mlx_mtp.Engine) -> None:
     assert result.text == "" and result.finish_reason == "stop" and chat.messages == kept
 
 
-def test_undo_and_retry_in_an_empty_conversation(plain: mlx_mtp.Engine) -> None:
-    chat = plain.chat(system="Be brief.")
-    assert chat.undo() is None
-    with pytest.raises(mlx_mtp.PromptError, match="empty conversation"):
-        chat.retry()
-    chat.set_system(None)
-    assert chat.messages == [] and chat.system is None
-
-
 def test_a_conversation_too_long_is_refused_and_stays(plain: mlx_mtp.Engine) -> None:
     chat = mlx_mtp.Engine(plain.target, None, plain.tokenizer, stop_tokens=plain.stop_tokens, max_context=60).chat()
     said(chat, TWO, 20)
@@ -171,16 +135,6 @@ def test_a_conversation_moves_to_another_engine(plain: mlx_mtp.Engine, folder: P
     assert result.stats.prefilled_tokens == result.stats.prompt_tokens and len(chat.messages) == 3
 
 
-def test_expected_seconds_of_plain_decoding(plain: mlx_mtp.Engine, folder: Path) -> None:
-    assert plain.plain_seconds_per_token is None and talking(folder, "lookup").plain_seconds_per_token is None
-    automatic = talking(folder, "lookup", depth="auto")
-    automatic._decoder.policy = control = DepthController(range(3))
-    assert automatic.plain_seconds_per_token is None  # nothing was timed yet
-    for _ in range(9):
-        control.costs.learn(0, 0.02)
-    assert automatic.plain_seconds_per_token == pytest.approx(0.02)
-
-
 # Thinking
 
 
@@ -197,22 +151,6 @@ def test_thoughts_are_streamed_and_not_kept(tmp_path: Path, depth: int) -> None:
         assert chat.messages[-1] == {"role": "assistant", "content": ANSWER} and len(chat.messages) == 2 * turn
     prompt = engine.tokenizer.decode(engine.tokenizer.chat(chat.messages, thinking=True))
     assert THOUGHT not in prompt and prompt.count(ANSWER) == 2 and "<|think|>" in prompt
-
-
-def test_thinking_is_asked_for_only_where_it_is_wanted(tmp_path: Path) -> None:
-    engine = thinking_engine(tmp_path)
-    chat = engine.chat()
-    events = list(chat.send("Why?"))
-    assert not any(event.thinking for event in events) and chat.last.text == ANSWER
-    # Left to the template, whose own default is not to think.
-    assert "<|think|>" not in engine.tokenizer.decode(engine.tokenizer.chat(chat.messages))
-
-
-def test_only_thoughts_are_no_answer(tmp_path: Path) -> None:
-    chat = thinking_engine(tmp_path).chat(thinking=True)
-    events = list(chat.send("Why?", max_tokens=4))
-    assert "".join(event.thinking for event in events) == THOUGHT and chat.last.finish_reason == "length"
-    assert chat.last.text == "" and chat.messages == []
 
 
 def test_kv_is_right_where_a_thought_was_taken_out(engine: mlx_mtp.Engine) -> None:
@@ -297,38 +235,6 @@ def test_whatever_changes_the_conversation_ends_the_reply(plain: mlx_mtp.Engine,
     works(moved)
 
 
-def test_a_repeated_reply_that_is_ended(plain: mlx_mtp.Engine) -> None:
-    chat = plain.chat()
-    said(chat, ONE)
-    events, heard = begun(chat, None)
-    with pytest.raises(mlx_mtp.OptionError, match="still runs"):
-        chat.retry()
-    chat.stop()
-    assert list(events) == [] and chat.messages == turn(ONE, heard)
-    _, heard = begun(chat, None)
-    assert chat.undo() == ONE and chat.messages == []
-
-
-def test_a_question_that_has_no_answer_yet_is_the_one_taken_back(plain: mlx_mtp.Engine) -> None:
-    chat = plain.chat()
-    first = said(chat, ONE)
-    taken = []
-    list(chat.send(TWO, on_prefill=lambda done, total: taken.append(chat.undo())))
-    assert taken == [TWO] and chat.messages == turn(ONE, first.text)
-    works(chat)
-
-
-def test_edited_messages_win_over_the_reply(plain: mlx_mtp.Engine) -> None:
-    mine = turn("x", "y")
-    for edit in (lambda chat: setattr(chat, "messages", list(mine)), lambda chat: chat.messages.extend(mine)):
-        chat = plain.chat()
-        events, _ = begun(chat)
-        edit(chat)
-        list(events)
-        assert chat.messages == mine
-        works(chat)
-
-
 def test_a_change_from_another_thread(plain: mlx_mtp.Engine) -> None:
     """A window's button, while the reply is at work in another thread; here in the middle of its prompt."""
     for change in ("reset", "undo", "stop"):
@@ -354,19 +260,4 @@ def test_replies_that_nobody_reads_lock_nothing(plain: mlx_mtp.Engine) -> None:
     chat.reset()
     assert list(late) == [] and chat.messages == []
     next(chat.send(ONE, max_tokens=60))  # dropped at once
-    works(chat)
-
-
-def test_an_exception_in_the_consumer(plain: mlx_mtp.Engine) -> None:
-    chat, heard = plain.chat(), []
-
-    def consume() -> None:
-        for event in chat.send(ONE, max_tokens=60):
-            heard.append(event.text)
-            if len("".join(heard)) > 12:
-                raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        consume()
-    assert chat.messages == turn(ONE, "".join(heard))
     works(chat)

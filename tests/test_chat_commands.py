@@ -1,21 +1,21 @@
-"""What a chat understands: every command, and that one which fails leaves everything as it was."""
-
-from __future__ import annotations
+"""What a chat understands: every command, and that one which fails leaves all as it was; which model it takes."""
 
 import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 from thinking import ANSWER, THOUGHT, thinking_engine
 
 import mlx_mtp
+from mlx_mtp.checkpoints.pairs import KnownPair
+from mlx_mtp.cli import chat
 from mlx_mtp.cli.chat import converse
 from mlx_mtp.cli.commands import COMMANDS, is_command
 from mlx_mtp.cli.conversation import Conversation, Screen, Settings
-from mlx_mtp.generation.depth import DepthController
 
 QUESTION, NEXT = "What does os.walk do?", "And os.listdir?"
 
@@ -88,19 +88,6 @@ def test_messages_and_the_quiet_line(talk: Talk) -> None:
     assert "plain" not in notes  # a fixed depth has no curve
 
 
-def test_the_estimate_against_plain(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO())
-    engine = mlx_mtp.load()
-    talk = Talk(engine, capsys)
-    control = DepthController(range(9))
-    for _ in range(9):  # plain decoding is slow: drafts always pay
-        control.costs.learn(0, 60.0)
-    engine._decoder.policy = control
-    *_, notes, _ = talk.run(QUESTION)
-    rate, plain = talk.conversation.chat.last.stats.decode_tokens_per_second, engine.plain_seconds_per_token
-    assert f"est. {rate * plain:.2f}x plain" in notes
-
-
 def test_help_names_every_command(talk: Talk) -> None:
     out, notes, err = talk.run("/help")
     assert out == "" and err == ""
@@ -113,11 +100,6 @@ def test_help_names_every_command(talk: Talk) -> None:
 def test_unknown_commands(talk: Talk, text: str) -> None:
     talk.refused(text)
     assert "'/retry'" in talk.refused("/retyr")
-
-
-def test_a_space_in_front_makes_a_message(talk: Talk) -> None:
-    out, *_ = talk.run(" /usr/bin is what?")
-    assert out and talk.conversation.chat.messages[0]["content"] == " /usr/bin is what?"
 
 
 def test_undo_retry_reset(talk: Talk) -> None:
@@ -252,21 +234,43 @@ def test_thinking(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert "no answer, so nothing is kept" in notes and talk.conversation.chat.messages == messages
 
 
-def test_a_loaded_chat_brings_its_thinking(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO())
-    talk = Talk(thinking_engine(tmp_path), capsys, thinking="hide")
-    talk.run("Why?", f"/save {tmp_path / 'a'}", "/set thinking off", f"/save {tmp_path / 'b'}")
-    talk.run(f"/load {tmp_path / 'a'}")
-    assert talk.conversation.settings.thinking == "show" and talk.conversation.chat.thinking
-    talk.run(f"/load {tmp_path / 'b'}")
-    assert talk.conversation.settings.thinking == "off" and not talk.conversation.chat.thinking
-
-
 def test_what_is_a_command() -> None:
     meant = ("/help", "/reset", "/system Be\nbrief.", "/quit ", "/save /tmp/file", "/hepl", "/Users", "/", "/ help")
     assert all(map(is_command, meant))
     messages = ("/Users/me/file.txt what is this?", "/Users/me/file.txt", "/etc/passwd", "/helpful people",
                 "/tmp is full", "/quit\nmore", "/undo\nx", " /help", "help", "/file.txt", "/1", "")
     assert not any(map(is_command, messages))
+
+
+# Which model is taken when none is named: the best pair that fits if somebody agrees, else the embedded one
+
+BEST = KnownPair(target="org/best-it", assistant="org/best-it-assistant", download_bytes=3 * 10**9, weight_bytes=1)
+
+
+@pytest.mark.parametrize(
+    ("terminal", "answers", "cached", "agrees", "pair", "asked", "said"),
+    [
+        (True, True, False, True, BEST, ("3.0 GB", False), None),  # offered with its size
+        (True, False, True, True, BEST, ("already", True), None),  # one that is here needs no hub
+        (True, True, False, False, BEST, ("3.0 GB", False), "embedded"),  # declined
+        (True, False, False, True, BEST, None, "does not answer"),
+        (True, False, False, True, None, None, "embedded"),  # nothing fits
+        (False, True, True, True, BEST, None, "embedded"),  # a pipe is not asked
+    ],
+)  # fmt: skip
+def test_who_is_asked_and_what_is_taken(
+    terminal: bool, answers: bool, cached: bool, agrees: bool, pair: KnownPair | None, asked: tuple[str, bool] | None,
+    said: str | None, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    stream, notes, questions = SimpleNamespace(isatty=lambda: terminal), [], []
+    monkeypatch.setattr(chat, "sys", SimpleNamespace(stdin=stream, stdout=stream))
+    monkeypatch.setattr(chat.pairs, "best_pair", lambda size: pair)
+    monkeypatch.setattr(chat.hub, "hub_answers", lambda: answers)
+    monkeypatch.setattr(chat.hub, "cached", lambda name: "here" if cached else None)
+    monkeypatch.setattr(chat.typer, "confirm", lambda text, default: questions.append((text, default)) or agrees)
+    screen = SimpleNamespace(note=notes.append)
+    assert chat.choose_model("org/other", screen) == "org/other" and not questions and not notes
+    assert chat.choose_model(None, screen) == (None if said else "org/best-it")
+    assert len(questions) == (asked is not None) and len(notes) == (said is not None)
+    assert all(asked[0] in text and "org/best-it" in text and default is asked[1] for text, default in questions)
+    assert all(said in note for note in notes)

@@ -1,8 +1,5 @@
 """`mlx-mtp chat` in a pseudo-terminal and in pipes: typing, Ctrl-C, resize, a paste, exit codes."""
 
-from __future__ import annotations
-
-import io
 import os
 import re
 import shlex
@@ -164,18 +161,6 @@ def test_no_colours_and_40_columns(
     assert "\x1b" not in chat.raw or "TERM" not in variables
 
 
-def test_only_standard_output_is_a_file(tmp_path: Path, opened: Callable[..., Terminal]) -> None:
-    """The prompt and the figures are on the terminal, the replies in the file."""
-    file = tmp_path / "replies"
-    chat = opened("--max-tokens", "12", into=f" > {shlex.quote(str(file))}")
-    chat.child.send("What does os.walk do?\r")
-    chat.wait("tokens/s")
-    chat.child.send("\x04")
-    assert chat.ended() == 0
-    assert file.read_bytes().startswith(b"```python\n") and b"\x1b" not in file.read_bytes()
-    assert "```python" not in chat.text
-
-
 @pytest.fixture
 def piped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> Piped:
     """The command in this process, its standard input and output being pipes: exit code, stdout, stderr."""
@@ -183,8 +168,7 @@ def piped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> 
         monkeypatch.setenv(name, value)
 
     def call(text: bytes, *options: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
-        return command("chat", "--depth", "3", *options)
+        return command("chat", "--depth", "3", *options, stdin=text)
 
     return call
 

@@ -1,14 +1,13 @@
 """Self-generated data: what a target writes to itself is its own, no pass is padding, and it is kept whole."""
 
 import importlib.util
-import shutil
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import GOLDEN
-from thinking import PLAIN_TEMPLATE, TOKENS, write_tokenizer
+from families import copy_with_tokenizer
+from thinking import TOKENS
 
 import mlx_mtp
 from mlx_mtp.generation.interfaces import Target
@@ -23,11 +22,9 @@ LENGTH = 40
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> mlx_mtp.Engine:
-    place = tmp_path_factory.mktemp("chats") / "target"
-    shutil.copytree(GOLDEN / "ple" / "target", place, copy_function=shutil.copyfile)
     words = [*(f"w{i:03}," for i in range(len(TOKENS), 125)), "Apples", "zebra", "Yes"]
-    write_tokenizer(place, [*TOKENS, *words], PLAIN_TEMPLATE)
-    return mlx_mtp.load(place, drafter=None)
+    folder = copy_with_tokenizer("ple", tmp_path_factory.mktemp("chats") / "target", [*TOKENS, *words])
+    return mlx_mtp.load(folder, drafter=None)
 
 
 def written(target: Target, script: Script, folder: Path, tokens: int = 8 * LENGTH, **options: object) -> Chats:

@@ -115,39 +115,6 @@ def test_converted_by_mlx_lm(tmp_path: Path, variant: str, how: str) -> None:
         assert found == expected
 
 
-@pytest.mark.peers
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("how", ["as it is", "affine 4", "mxfp4"])
-def test_converted_by_mlx_vlm(published: Path, tmp_path: Path, how: str) -> None:
-    pytest.importorskip("mlx_vlm")
-    from mlx_vlm.convert import convert
-    from mlx_vlm.utils import load_model
-
-    with_tower(published)
-    convert(str(published), str(tmp_path / "converted"), dtype="float32", **QUANTISED[how])
-    reference = load_model(tmp_path / "converted")
-    compare(our_logits(tmp_path / "converted"), np.array(reference.language_model(mx.array(TOKENS)).logits))
-
-
-TOWER = {"model_type": "gemma4_vision", "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1,
-         "hidden_size": 64, "intermediate_size": 64, "head_dim": 64}  # fmt: skip
-
-
-def with_tower(folder: Path) -> None:
-    """Adds what mlx-vlm's own vision tower consists of: it always builds one."""
-    from mlx_vlm.models import gemma4
-
-    config = json.loads((folder / "config.json").read_text()) | {"vision_config": TOWER}
-    (folder / "config.json").write_text(json.dumps(config))
-    parsed = gemma4.ModelConfig.from_dict(config)
-    parsed.text_config = gemma4.TextConfig.from_dict(config["text_config"])
-    parsed.vision_config = gemma4.VisionConfig.from_dict(TOWER)
-    tower = named_parameters(gemma4.Model(parsed))
-    weights = dict(mx.load(str(folder / "model.safetensors")))
-    weights |= {f"model.{k}": w for k, w in tower.items() if not k.startswith("language_model.")}
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
-
-
 @pytest.mark.parametrize(("centroid", "mode"), [(False, {"bits": 4, "group_size": 32}),
                                                 (True, {"bits": 8, "group_size": 64})])  # fmt: skip
 def test_a_quantised_assistant(tmp_path: Path, centroid: bool, mode: dict[str, int]) -> None:

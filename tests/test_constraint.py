@@ -3,15 +3,13 @@
 Reference: languages small enough to be listed. A token may follow a text where some text of the list goes on with it.
 """
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,19 +17,17 @@ import mlx.core as mx
 import numpy as np
 import pydantic
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, Command
 from greedy import NEAR_TIE, lively
 from llguidance import LLTokenizer, TokenizerWrapper
 
 import mlx_mtp
 from mlx_mtp import OptionError, Sampling
-from mlx_mtp.cli import app as cli
-from mlx_mtp.generation import acceptance
 from mlx_mtp.generation.constraint import WORD, Constraint, Grammar
 from mlx_mtp.generation.depth import FixedDepth
 from mlx_mtp.generation.loop import Decoder
 from mlx_mtp.generation.request import GenerationRequest
-from mlx_mtp.generation.sampling import SamplingSpec, TokenDistribution, point_mass, stacked
+from mlx_mtp.generation.sampling import point_mass, stacked
 from mlx_mtp.generation.types import NEUTRAL, Stats
 from mlx_mtp.testing import MarkovDrafter, MarkovTarget
 from mlx_mtp.text.channels import ThoughtTokens
@@ -110,66 +106,6 @@ def test_masks_after_every_draft(name: str) -> None:
     assert seen > 1000
 
 
-@pytest.mark.parametrize("odds", [acceptance.block_odds, acceptance.token_odds])
-@pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("name", LANGUAGES)
-def test_enumeration(name: str, depth: int, odds: Any) -> None:
-    """Every block of drafts, drawn without any grammar: what a round emits follows plain constrained decoding."""
-    size, chance = len(TOKENS), np.random.default_rng(depth)
-    p_logits, q_logits = (chance.normal(size=(size, size)).astype(np.float32) * 1.5 for _ in range(2))
-    full = Sampling(temperature=1.3, top_p=0.9).over(NEUTRAL)
-    spec = SamplingSpec.of(full, size)
-    arrays = spec.arrays(full, size)
-    constraint = Constraint(grammar(name))
-    wanted: dict[tuple[int, ...], float] = {}
-    emitted: dict[tuple[int, ...], float] = {}
-
-    def chances(before: tuple[int, ...]) -> np.ndarray:
-        """Plain constrained decoding in float64: the grammar before the filters."""
-        logits = np.where(may_follow(name, before), p_logits[before[-1] if before else 1].astype(np.float64), -np.inf)
-        weights = np.exp((logits - logits.max()) / 1.3)
-        order = np.argsort(-weights, kind="stable")
-        share = weights[order] / weights.sum()
-        kept = order[np.cumsum(share) - share < 0.9]
-        out = np.zeros(size)
-        out[kept] = weights[kept] / weights[kept].sum()
-        return out
-
-    def walk(before: tuple[int, ...], weight: float) -> None:
-        if len(before) == depth + 1 or (before and before[-1] == END):
-            wanted[before] = wanted.get(before, 0.0) + weight
-            return
-        for token, one in enumerate(chances(before)):
-            if one > 0:
-                walk((*before, token), weight * one)
-
-    walk((), 1.0)
-    for drafts in itertools.product(range(size), repeat=depth):
-        rows = mx.array(p_logits[[1, *drafts]])[None]
-        p = spec.distribution(constraint(mx.array([drafts]), rows), None, arrays)
-        q = TokenDistribution(None, mx.softmax(mx.array(q_logits[[1, *drafts[:-1]]])[None], axis=-1))
-        drawn = float(np.array(q.at(mx.array([drafts]))).prod())
-        found = odds(mx.array([drafts]), q, p)
-        passes, residual = np.array(found.pass_)[0], np.array(found.residual.probabilities)[0]
-        for accepted in range(depth + 1):
-            if found.prefix:
-                chance_of = passes[:accepted].prod() * (1.0 - passes[accepted] if accepted < depth else 1.0)
-            else:
-                chance_of = (passes[accepted - 1] if accepted else 1.0) * (1.0 - passes[accepted:]).prod()
-            for token in range(size):
-                said = (*drafts[:accepted], token)
-                said = said[: said.index(END) + 1] if END in said else said
-                if one := float(drawn * chance_of * residual[accepted, token]):
-                    emitted[said] = emitted.get(said, 0.0) + one
-    for said, weight in wanted.items():
-        got = sum(emitted.get(said[:i], 0.0) * np.prod([chances(said[:j])[said[j]] for j in range(i, len(said))])
-                  for i in range(1, len(said) + 1))  # fmt: skip
-        assert abs(got - weight) < 1e-5, said
-    assert sum(emitted.values()) == pytest.approx(1.0, abs=1e-4) and set(map(lambda s: s[0], emitted)) <= {
-        token for token, follows in enumerate(may_follow(name, ())) if follows
-    }
-
-
 def test_forced_drafts_are_point_masses() -> None:
     """Where only one text can follow, whatever the drafter thinks of it."""
     forced = {"mask": mx.array([[True, False]]), "tokens": mx.array([[3, 0]])}
@@ -189,8 +125,7 @@ def test_forced_drafts_are_point_masses() -> None:
     assert stacked([point_mass(mx.array([[3]]))]).at(mx.array([[3]])).item() == 1.0
 
 
-@pytest.mark.parametrize("depth", [0, 1, 3])
-@pytest.mark.parametrize("name", LANGUAGES)
+@pytest.mark.parametrize(("name", "depth"), [("regex", 0), *((name, 3) for name in LANGUAGES)])
 def test_the_real_loop(name: str, depth: int) -> None:
     """Many replies by seed: every text of the language as often as plain constrained decoding gives it."""
     chance = np.random.default_rng(5)
@@ -207,7 +142,7 @@ def test_the_real_loop(name: str, depth: int) -> None:
         return float(total)
 
     counts: dict[tuple[int, ...], int] = {}
-    runs, rules, accepted = 400, grammar(name), 0
+    runs, rules, accepted = 300, grammar(name), 0
     for seed in range(runs):
         request = GenerationRequest(ids=[2, 1], budget=12, sampling=Sampling(temperature=1.0).over(NEUTRAL), seed=seed,
                                     seeded=True, grammar=rules)  # fmt: skip
@@ -289,36 +224,30 @@ class Record(pydantic.BaseModel):
     tags: list[Literal["x", "y"]] = pydantic.Field(max_length=3)
 
 
-@pytest.fixture(scope="module")
-def engine() -> mlx_mtp.Engine:
-    return mlx_mtp.load(depth=3)
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0, 2.0])
-def test_every_reply_is_a_record(engine: mlx_mtp.Engine, temperature: float) -> None:
+def test_every_reply_is_a_record(embedded: mlx_mtp.Engine) -> None:
     complete = drafted = accepted = 0
-    for seed in range(6):
-        result = engine.generate("A record.", json_schema=Record, max_tokens=160, temperature=temperature, seed=seed)
+    for seed, temperature in enumerate((0.0, 1.0, 1.0, 2.0)):
+        result = embedded.generate("A record.", json_schema=Record, max_tokens=160, temperature=temperature, seed=seed)
         drafted, accepted = drafted + result.stats.drafted, accepted + result.stats.accepted
         if result.finish_reason == "stop":
             Record.model_validate_json(str(result), strict=True)
             complete += 1
         else:
             assert len(result.tokens) == 160
-    assert complete >= 4 and 0 < accepted < drafted
+    assert complete >= 2 and 0 < accepted < drafted
 
 
-def test_every_way_to_ask(engine: mlx_mtp.Engine) -> None:
+def test_every_way_to_ask(embedded: mlx_mtp.Engine) -> None:
     pattern, lark = "[a-c]{3}-[0-9]{1,4}", 'start: "yes" | "no"'
-    assert re.fullmatch(pattern, str(engine.generate("A number.", regex=pattern, max_tokens=20)))
-    assert str(engine.generate("Yes?", grammar=lark, max_tokens=20)) in ("yes", "no")
-    chat = engine.chat()
+    assert re.fullmatch(pattern, str(embedded.generate("A number.", regex=pattern, max_tokens=20)))
+    assert str(embedded.generate("Yes?", grammar=lark, max_tokens=20)) in ("yes", "no")
+    chat = embedded.chat()
     for _ in range(2):  # the second turn goes on in the same session
         assert str(chat.ask("Yes?", grammar=lark, max_tokens=20)) in ("yes", "no")
     assert len(chat.messages) == 4
 
     async def streamed() -> str:
-        return "".join([event.text async for event in engine.astream("Yes?", grammar=lark, max_tokens=20)])
+        return "".join([event.text async for event in embedded.astream("Yes?", grammar=lark, max_tokens=20)])
 
     assert asyncio.run(streamed()) in ("yes", "no")
 
@@ -334,33 +263,23 @@ def test_every_way_to_ask(engine: mlx_mtp.Engine) -> None:
     ({"temperature": 1.0, "sampling": Sampling()}, "both given"),
     ({"top_k": 1.5}, "top_k"),
 ])  # fmt: skip
-def test_what_cannot_be_asked_for(engine: mlx_mtp.Engine, options: dict[str, Any], words: str) -> None:
+def test_what_cannot_be_asked_for(embedded: mlx_mtp.Engine, options: dict[str, Any], words: str) -> None:
     with pytest.raises(OptionError, match=words):
-        engine.stream("x", **options)
+        embedded.stream("x", **options)
 
 
-def test_bans_that_leave_nothing(engine: mlx_mtp.Engine) -> None:
+def test_bans_that_leave_nothing(embedded: mlx_mtp.Engine) -> None:
     """Found out when it happens, and the engine goes on."""
-    (seven,) = engine.tokenizer.encode("7", special=False)[-1:]
+    (seven,) = embedded.tokenizer.encode("7", special=False)[-1:]
     with pytest.raises(mlx_mtp.MLXMTPError, match="bans all"):
-        engine.generate("x", regex="7", logit_bias={seven: -float("inf")}, max_tokens=5)
-    assert str(engine.generate("x", regex="7", max_tokens=5)) == "7"
+        embedded.generate("x", regex="7", logit_bias={seven: -float("inf")}, max_tokens=5)
+    assert str(embedded.generate("x", regex="7", max_tokens=5)) == "7"
 
 
-def test_the_command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command(tmp_path: Path, command: Command) -> None:
     schema = tmp_path / "schema.json"
     schema.write_text(json.dumps(Record.model_json_schema()))
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mlx-mtp", "generate", "A record.", *words])
-        try:
-            cli.main()
-        except SystemExit as left:
-            return int(left.code or 0), *capsys.readouterr()
-        return 0, *capsys.readouterr()
-
+    run = partial(command, "generate", "A record.")
     code, out, _ = run("--json-schema", str(schema), "--max-tokens", "160", "--json")
     assert code == 0
     Record.model_validate_json(json.loads(out)["text"])

@@ -3,10 +3,7 @@
 The logits of target and heads are compared with forward passes under the original names, orders and rotary convention.
 """
 
-from __future__ import annotations
-
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,37 +11,32 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, Command, one_sentence, ran
 from families import config_of, drafted, written
 from greedy import same_or_tie
 from layouts import (
     DEEPSEEK,
-    GLM,
     META_PARAMS,
     META_VOCABULARY,
     MIMO,
     Arrays,
     deepseek_arrays,
-    deepseek_module,
     from_fp8,
-    glm_arrays,
     meta_arrays,
     meta_folder,
     meta_logits,
     mimo_arrays,
-    mimo_module,
     write_folder,
     write_pth,
 )
-from references import below, float64
+from mlx_lm.utils import load_model
+from references import DecoderLayer, below, float64, rms
 
 import mlx_mtp
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
-from mlx_mtp.cli import app
 from mlx_mtp.converting import convert as converted
 from mlx_mtp.converting import meta
 from mlx_mtp.drafters import load_drafter
-from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.targets import load_target
 
 TOLERANCE = 1e-3
@@ -96,12 +88,6 @@ def test_weights_in_several_files_are_refused(tmp_path: Path) -> None:
         converted(source, tmp_path / "out")
 
 
-def test_a_baseline_without_extra_heads_is_a_target_alone(tmp_path: Path) -> None:
-    params = {**META_PARAMS, "n_layers": 3, "n_future_tokens": 1}
-    written = converted(meta_folder(tmp_path / "in", meta_arrays(params), **params), tmp_path / "out")
-    assert [folder.name for folder in written] == ["target"]
-
-
 def sentencepiece_model(file: Path) -> Any:
     import sentencepiece
 
@@ -145,30 +131,6 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
         converted(source, tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"n_future_tokens": 4}, "3 are extra heads"),
-        ({"dim": 40}, "shape"),
-        ({"dim": "wide"}, "'dim'"),
-        ({"n_heads": 3}, "divide"),
-        ({"n_kv_heads": 4}, "k_proj"),
-        ({"use_scaled_rope": True}, "Llama 3"),
-    ],
-)
-def test_params_that_do_not_belong_are_refused(change: dict[str, Any], says: str, tmp_path: Path) -> None:
-    with pytest.raises(mlx_mtp.MLXMTPError, match=says):
-        converted(meta_folder(tmp_path / "in", meta_arrays(), **change), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("lost", ["extra_heads.0.ffn_norm.", "tok_embeddings.", "output.", "layers.1."])
-def test_a_missing_tensor_is_named(lost: str, tmp_path: Path) -> None:
-    arrays = {name: array for name, array in meta_arrays().items() if not name.startswith(lost)}
-    with pytest.raises(mlx_mtp.CheckpointError, match="lacks|counts"):
-        converted(meta_folder(tmp_path / "in", arrays), tmp_path / "out")
-
-
 # Modules in a checkpoint
 
 
@@ -192,9 +154,26 @@ def module_agrees(target: Path, drafter: Path, logits_of: Any, normed: bool = Tr
     assert rounds > 3
 
 
-def deepseek_reference(arrays: Arrays, prefix: str = "model.layers.2.") -> Any:
-    own = {name: array.astype(np.float64) for name, array in below(arrays, prefix).items()}
-    return lambda states, embedded: deepseek_module(own, DEEPSEEK, states, embedded)
+def joined(w: Arrays, names: tuple[str, str, str], first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """The norms of both, side by side, through a matrix: [T, D] and [T, D] -> [T, D]."""
+    parts = [rms(rows, w[f"{name}.weight"], 1e-5) for name, rows in zip(names, (first, second), strict=False)]
+    return np.concatenate(parts, axis=1) @ w[f"{names[2]}.weight"].T
+
+
+def deepseek_reference(arrays: Arrays, folder: Path) -> Any:
+    """The equations around a third layer, as mlx-lm reads one from the same numbers."""
+    own = {name: array.astype(np.float64) for name, array in below(arrays, "model.layers.2.").items()}
+    others = [f"model.layers.2.{name}" for name in ("enorm", "hnorm", "eh_proj", "shared_head", "embed_tokens")]
+    whole = {name: array for name, array in arrays.items() if not name.startswith(tuple(others))}
+    config = {**DEEPSEEK, "num_hidden_layers": 3, "num_nextn_predict_layers": 0}
+    model, _ = load_model(write_folder(folder, config, whole))
+
+    def logits(states: np.ndarray, embedded: np.ndarray) -> np.ndarray:
+        x = mx.array(joined(own, ("enorm", "hnorm", "eh_proj"), embedded, states)[None].astype(np.float32))
+        rows = np.array(model.layers[2](x, mx.tri(x.shape[1], dtype=mx.bool_)))[0].astype(np.float64)
+        return rms(rows, own["shared_head.norm.weight"], 1e-5) @ own["shared_head.head.weight"].T
+
+    return logits
 
 
 @pytest.mark.parametrize("with_target", [False, True])
@@ -208,18 +187,9 @@ def test_deepseeks_module_gives_its_own_logits(with_target: bool, tmp_path: Path
     assert (target / "tokenizer_config.json").exists()
     if with_target:
         assert Checkpoint.open(target).weights().keys() == {n for n in arrays if not n.startswith("model.layers.2.")}
-    module_agrees(target, written[-1], deepseek_reference(arrays))
+    module_agrees(target, written[-1], deepseek_reference(arrays, tmp_path / "whole"))
     if not with_target:
         decodes_alike(source, written[-1])
-
-
-def test_two_modules_stay_in_order(tmp_path: Path) -> None:
-    config = {**DEEPSEEK, "num_nextn_predict_layers": 2}
-    arrays = deepseek_arrays(config)
-    (out,) = converted(write_folder(tmp_path / "in", config, arrays), tmp_path / "out")
-    found = Checkpoint.open(out).weights()
-    for k in (0, 1):
-        assert np.array_equal(np.array(found[f"blocks.{k}.hnorm.weight"]), arrays[f"model.layers.{2 + k}.hnorm.weight"])
 
 
 def test_fp8_blocks_are_unpacked(tmp_path: Path) -> None:
@@ -234,53 +204,54 @@ def test_fp8_blocks_are_unpacked(tmp_path: Path) -> None:
     assert np.allclose(np.array(found.astype(mx.float32))[3], from_fp8(packed) * 0.25, rtol=1e-2)
 
 
-def test_other_models_of_deepseeks_layout(tmp_path: Path) -> None:
-    arrays = glm_arrays()
-    source = write_folder(tmp_path / "in", GLM, arrays)
-    (drafter,) = converted(source, tmp_path / "out")
-    stacked = Checkpoint.open(drafter).weights()["blocks.0.layer.mlp.switch_mlp.down_proj.weight"]
-    assert np.array_equal(np.array(stacked[2]), arrays["model.layers.2.mlp.experts.2.down_proj.weight"])
-    decodes_alike(source, drafter)
-
-
 def test_mimos_module_gives_its_own_logits(tmp_path: Path) -> None:
     arrays = mimo_arrays()
     source = write_folder(tmp_path / "in", MIMO, arrays)
     (drafter,) = converted(source, tmp_path / "out")
     own = {name: array.astype(np.float64) for name, array in below(arrays, "model.mtp_layers.0.").items()}
     head = arrays["lm_head.weight"].astype(np.float64)
-    module_agrees(source, drafter, lambda states, embedded: mimo_module(own, MIMO, states, embedded, head), False)
+
+    def logits(states: np.ndarray, embedded: np.ndarray) -> np.ndarray:
+        x = joined(own, ("hidden_layernorm", "token_layernorm", "input_proj"), states, embedded)
+        return rms(DecoderLayer(own).over(x), own["final_layernorm.weight"], 1e-5) @ head.T
+
+    module_agrees(source, drafter, logits, normed=False)
     decodes_alike(source, drafter)
 
 
-@pytest.mark.parametrize(
-    ("lost", "changed", "says"),
-    [
-        ("model.layers.2.hnorm.weight", {}, "'hnorm.weight' in module 0"),
-        ("model.layers.2.mlp.experts.3.up_proj.weight", {}, "cannot be brought"),
-        ("model.layers.2.self_attn.o_proj.weight", {}, "lacks 1 tensors: self_attn.o_proj.weight"),
-        ("", {"num_nextn_predict_layers": 2}, "is 2, but there are the modules"),
-        ("", {"num_nextn_predict_layers": 99}, "in/config.json: .*num_nextn_predict_layers"),
-        ("", {"vocab_size": "many"}, "in/config.json: .*vocab_size"),
-        ("", {"hidden_size": 64}, "shape"),
-        ("", {"model_type": "nonsense"}, "nonsense"),
-    ],
-)
-def test_modules_that_are_not_whole_are_refused(
-    lost: str, changed: dict[str, Any], says: str, tmp_path: Path
-) -> None:
+def meta_source(folder: Path, lost: str = "none", **params: Any) -> Path:
+    return meta_folder(folder, {n: a for n, a in meta_arrays().items() if not n.startswith(lost)}, **params)
+
+
+def deepseek_source(folder: Path, lost: str = "", copy: float = 0.0, **changed: Any) -> Path:
     arrays = {name: array for name, array in deepseek_arrays().items() if name != lost}
-    with pytest.raises(mlx_mtp.MLXMTPError, match=says) as caught:
-        converted(write_folder(tmp_path / "in", {**DEEPSEEK, **changed}, arrays), tmp_path / "out")
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_embedding_of_its_own_is_refused(tmp_path: Path) -> None:
-    arrays = deepseek_arrays()
     key = "model.layers.2.shared_head.head.weight"
-    with pytest.raises(mlx_mtp.UnsupportedModel, match="copy"):
-        converted(write_folder(tmp_path / "in", DEEPSEEK, {**arrays, key: arrays[key] + 1}), tmp_path / "out")
+    arrays[key] = arrays[key] + copy
+    return write_folder(folder, {**DEEPSEEK, **changed}, arrays)
+
+
+@pytest.mark.parametrize(
+    ("source", "changed", "says"),
+    [
+        *((meta_source, changed, says) for changed, says in (
+            ({"n_future_tokens": 4}, "3 are extra heads"), ({"dim": 40}, "shape"), ({"dim": "wide"}, "'dim'"),
+            ({"n_heads": 3}, "divide"), ({"n_kv_heads": 4}, "k_proj"), ({"use_scaled_rope": True}, "Llama 3"),
+            *(({"lost": name}, "lacks|counts")
+              for name in ("extra_heads.0.ffn_norm.", "tok_embeddings.", "output.", "layers.1.")))),
+        *((deepseek_source, changed, says) for changed, says in (
+            ({"lost": "model.layers.2.hnorm.weight"}, "'hnorm.weight' in module 0"),
+            ({"lost": "model.layers.2.mlp.experts.3.up_proj.weight"}, "cannot be brought"),
+            ({"lost": "model.layers.2.self_attn.o_proj.weight"}, "lacks 1 tensors: self_attn.o_proj.weight"),
+            ({"num_nextn_predict_layers": 2}, "is 2, but there are the modules"),
+            ({"num_nextn_predict_layers": 99}, "in/config.json: .*num_nextn_predict_layers"),
+            ({"vocab_size": "many"}, "in/config.json: .*vocab_size"), ({"hidden_size": 64}, "shape"),
+            ({"model_type": "nonsense"}, "nonsense"), ({"copy": 1.0}, "copy"))),
+    ],
+)  # fmt: skip
+def test_what_is_not_whole_is_refused(source: Any, changed: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(mlx_mtp.MLXMTPError, match=says) as caught:
+        converted(source(tmp_path / "in", **changed), tmp_path / "out")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
 # Quantising
@@ -309,41 +280,6 @@ def test_a_target_and_its_heads_are_quantised(tmp_path: Path) -> None:
     assert engine.generate(TOKENS[:6].tolist(), max_tokens=8, ignore_end=True).stats.drafted > 0
     with pytest.raises(mlx_mtp.CheckpointError, match="full precision"):
         converted(small[0], tmp_path / "twice", bits=4, group_size=32)
-
-
-def test_the_embedded_pair_is_quantised(tmp_path: Path) -> None:
-    (target,) = converted(EMBEDDED / "target", tmp_path / "target", bits=8)
-    (drafter,) = converted(EMBEDDED / "assistant", tmp_path / "drafter", bits=8)
-    size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
-    assert size < 0.6 * sum(file.stat().st_size for file in (EMBEDDED / "target").glob("*.safetensors"))
-    engine, whole = mlx_mtp.load(target, drafter=drafter, depth=2), load_target(Checkpoint.open(EMBEDDED / "target"))
-    assert engine.tokenizer is not None and engine.tokenizer.has_chat_template
-    tokens = mx.array([engine.tokenizer.encode("import os\nimport sys\n\ndef main():\n")])
-    expected = whole.logits(tokens)
-    assert 0 < mx.abs(engine.target.logits(tokens) - expected).max().item() < 0.1 * mx.abs(expected).max().item()
-    stats = engine.generate(tokens[0].tolist(), max_tokens=24, ignore_end=True).stats
-    assert stats.accepted > 0.3 * stats.drafted  # what it drafts still makes sense
-
-
-def test_a_quantised_assistant_keeps_its_order(tmp_path: Path) -> None:
-    """A centroid head's table is reordered at load; the files must hold it in the order of tokens."""
-    source = GOLDEN / "ple" / "assistant_centroid"
-    (out,) = converted(source, tmp_path / "out", bits=8, group_size=32)
-    weights, packed = Checkpoint.open(source).weights(), Checkpoint.open(out).weights()
-    assert "pre_projection.scales" in packed
-    table = "model.embed_tokens.weight"  # too narrow for groups here: it stays as it is
-    assert mx.array_equal(packed[table], weights[table]).item()
-    result = mlx_mtp.load(GOLDEN / "ple" / "target", drafter=out, depth=2).generate([5, 6, 7], max_tokens=12)
-    assert result.stats.drafted > 0
-
-
-def test_sequential_modules_are_quantised(tmp_path: Path) -> None:
-    source = write_folder(tmp_path / "in", DEEPSEEK, deepseek_arrays())
-    target, drafter = converted(source, tmp_path / "out", bits=8, group_size=32, with_target=True)
-    names = Checkpoint.open(drafter).weights()
-    assert "blocks.0.eh_proj.scales" in names and "blocks.0.layer.mlp.gate.scales" not in names
-    result = mlx_mtp.load(target, drafter=drafter, depth=2).generate(TOKENS[:6].tolist(), max_tokens=8, ignore_end=True)
-    assert result.stats.drafted > 0
 
 
 def test_a_group_that_fits_nowhere_is_refused(tmp_path: Path) -> None:
@@ -402,21 +338,11 @@ def test_an_interrupted_conversion_leaves_nothing_and_what_was_there(
 # The command
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["mlx-mtp", "convert", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        app.main()
-    return int(ended.value.code or 0)
-
-
-def test_the_command_converts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_converts(tmp_path: Path, command: Command) -> None:
     source = meta_folder(tmp_path / "in", meta_arrays())
-    assert command(monkeypatch, source / "consolidated.pth", "--out", tmp_path / "out") == 0
-    shown = capsys.readouterr()
-    assert str(tmp_path / "out" / "parallel") in shown.err and not shown.out
-    assert command(monkeypatch, tmp_path / "out/target", "--out", tmp_path / "q", "--bits", 4, "--group-size", 32) == 0
+    code, out, err = command("convert", source / "consolidated.pth", "--out", tmp_path / "out")
+    assert (code, out) == (0, "") and str(tmp_path / "out" / "parallel") in err
+    assert ran("convert", tmp_path / "out/target", "--out", tmp_path / "q", "--bits", 4, "--group-size", 32) == 0
 
 
 @pytest.mark.parametrize(
@@ -434,16 +360,13 @@ def test_the_command_converts(
     ],
 )
 def test_misuse_is_one_sentence(
-    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
     (tmp_path / "target").symlink_to(GOLDEN / "ple" / "target")
     (tmp_path / "pth").mkdir()
     (tmp_path / "pth" / "other.pth").write_bytes(b"")
     monkeypatch.chdir(tmp_path)
-    assert command(monkeypatch, *arguments) == 2
-    shown = capsys.readouterr()
-    assert says in shown.err and shown.err.count("\n") == 1 and not shown.out
+    assert says in one_sentence(*command("convert", *arguments))
     assert not (tmp_path / "out").exists()
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from conftest import GOLDEN
 from greedy import lively
-from simulation import CPU, FLAT, GPU, MACHINES, Machine, Text, always, best_fixed, simulate, switching
+from simulation import CPU, GPU, MACHINES, Machine, Text, always, best_fixed, simulate, switching
 
 import mlx_mtp
-from mlx_mtp.generation.depth import HOLD, DepthController, DepthPolicy, FixedDepth, RoundCosts
-from mlx_mtp.generation.depth_profile import Profile, ProfileFile, forget, possible
+from mlx_mtp.generation.depth import DepthController, DepthPolicy, FixedDepth, RoundCosts
+from mlx_mtp.generation.depth_profile import Profile, ProfileFile
 from mlx_mtp.generation.loop import Decoder
 
 NEVER, SELDOM, OFTEN, NEARLY = always(0.0), always(0.3), always(0.8), always(0.95)
@@ -68,8 +68,8 @@ def test_wrong_memories_are_found_out(
     machine: Machine, text: Text, depths: Sequence[int], factor: float, tmp_path: Path
 ) -> None:
     file = remembered(machine, depths, factor, tmp_path)
-    assert share_of_best([DepthController(range(9), file) for _ in range(SEEDS)], machine, text) > 0.95
-    assert share_of_best([believed(machine, depths, factor) for _ in range(SEEDS)], machine, text) > 0.95
+    for begun in (lambda: DepthController(range(9), file), lambda: believed(machine, depths, factor)):
+        assert share_of_best([begun(), begun()], machine, text) > 0.95
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)
@@ -100,12 +100,6 @@ def test_never_slower_than_plain(machine: Machine, acceptance: float) -> None:
     assert statistics.fmean(rates) > 0.98 * statistics.fmean(plain)
 
 
-def test_short_requests_learn_too() -> None:
-    """Replies that end after 30 tokens; each begins with what all of them found."""
-    records = [simulate(control, GPU, OFTEN, TOKENS, seed, reply=30) for seed, control in enumerate(fresh())]
-    assert statistics.fmean(record.rate(100) for record in records) > 0.9 * best_fixed(GPU, OFTEN, TOKENS)
-
-
 def test_the_pace_gets_the_blame_where_a_cost_is_known() -> None:
     """The worked example of the module: 26 ms in place of 13 are a slower machine, or after a start a dearer depth."""
     costs = RoundCosts(2)
@@ -122,36 +116,12 @@ def test_the_pace_gets_the_blame_where_a_cost_is_known() -> None:
     assert new.cost(2) == pytest.approx(2.6, rel=0.05) and new.plain_seconds == pytest.approx(0.010, rel=0.05)
 
 
-def test_costs_never_fall_nor_exceed_what_can_pay() -> None:
-    costs = RoundCosts(4, [1.0, 1.5, 1.2, 50.0, 60.0])
-    assert [costs.cost(depth) for depth in range(5)] == pytest.approx([1.0, 1.5, 1.5, 4.0, 5.0])
-
-
 def test_only_allowed_depths() -> None:
     control, depths = DepthController([0, 3, 5]), set()
     for _ in range(300):
         depths.add(depth := control.next())
         control.learn(depth, depth, 0.01 + 0.0001 * depth)
     assert depths <= {0, 3, 5} and 5 in depths
-
-
-def test_every_change_lasts_long_enough_to_be_timed() -> None:
-    control, depths = DepthController(range(9)), []
-    for seed, text in enumerate((OFTEN, NEVER, NEARLY)):
-        depths += simulate(control, GPU, text, 400, seed).depths
-    changes = [place for place in range(1, len(depths)) if depths[place] != depths[place - 1]]
-    assert len(changes) > 10
-    # A request may begin with another depth and end at any time.
-    short = [b - a for a, b in zip(changes, changes[1:], strict=False) if b - a < HOLD]
-    assert len(short) <= 2
-
-
-def test_plain_decoding_remembers_why() -> None:
-    """Long replies without drafts do not make the next request start from hopes."""
-    control = DepthController(range(9))
-    simulate(control, CPU, NEVER, 3000, 0, reply=3000)
-    control.begin()
-    assert control.tokens(8) < 1.2 and control.next() == 0
 
 
 def test_reasons() -> None:
@@ -207,20 +177,6 @@ def test_costs_of_a_bad_hour_are_not_kept(tmp_path: Path, worse: Profile) -> Non
     assert found is not None and found.accepted == [5.0, 4.0] and (found.costs is None or worse.noise == 0.11)
 
 
-def test_a_busy_machine_leaves_no_costs(tmp_path: Path) -> None:
-    file = ProfileFile(tmp_path / "depth.json", "pair")
-    control = DepthController(range(9), file)
-    simulate(control, replace(GPU, noise="lognormal"), OFTEN, 800, 0)
-    control.save()
-    found = file.load(8)
-    assert found is not None and found.costs is None and found.accepted[0] > 10
-
-
-def test_possible_costs() -> None:
-    assert possible([1.0, 1.0, 4.9]) and possible([1.0, 3.0, 5.0])
-    assert not any(map(possible, ([1.0, 3.1], [1.1, 1.0], [0.9], [float("nan")])))
-
-
 @pytest.mark.parametrize(
     "profile", [1, {}, {"costs": None}, {"costs": [1, "x"], "noise": 0, "verified": [1, 1], "accepted": [0, 0]},
                 {"costs": None, "noise": 0, "verified": [1, 1], "accepted": [2, 0]},
@@ -239,15 +195,6 @@ def test_a_damaged_profile_is_not_used(tmp_path: Path, profile: object) -> None:
         assert file.load(2) is None
         file.save(GOOD)
         assert file.load(2) == GOOD
-
-
-def test_forgetting(tmp_path: Path) -> None:
-    file = ProfileFile(tmp_path / "depth.json", "pair")
-    assert forget(file.path) == []
-    file.save(GOOD)
-    assert forget(file.path) == ["pair"] and not file.path.exists() and forget(file.path) == []
-    file.path.write_text("{")
-    assert forget(file.path) == [] and not file.path.exists()
 
 
 # In the engine
@@ -304,26 +251,6 @@ def test_the_engine_learns_and_keeps_a_profile(tmp_path: Path, monkeypatch: pyte
     assert kept["version"] == 2 and set(profile) == {"costs", "noise", "verified", "accepted"}
     assert profile["verified"][0] > 0
     assert sum(result.stats.depth_counts.values()) == result.stats.rounds
-
-
-def test_a_poisoned_profile_is_outweighed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine's own replies, with the times of a machine on which drafts cost little in the place of this one's."""
-    monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
-    real = DepthController.learn
-    monkeypatch.setattr(
-        DepthController, "learn",
-        lambda self, depth, accepted, seconds: real(self, depth, accepted, FLAT.seconds[depth]),
-    )  # fmt: skip
-
-    def tokens_a_round() -> float:
-        return mlx_mtp.load().generate("import os\n", raw=True, max_tokens=256, ignore_end=True).stats.tokens_per_round
-
-    found = tokens_a_round()
-    kept = json.loads((tmp_path / "depth.json").read_text())
-    for profile in kept["profiles"].values():
-        profile.update(costs=[2.0 * depth + 1.0 for depth in range(9)], noise=0.02)
-    (tmp_path / "depth.json").write_text(json.dumps(kept))
-    assert found > 4.0 and tokens_a_round() > 0.8 * found
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,5 @@
 """doctor: advice on made-up facts, the depth table, exactness per width, and the command as a user runs it."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
@@ -11,27 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import pytest
 from conftest import GOLDEN, Command, uncompiled
 
 import mlx_mtp
 from mlx_mtp.backend import blas
 from mlx_mtp.checkpoints import memory
-from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.cli import doctor
-from mlx_mtp.drafters.assistant import Convention
-from mlx_mtp.drafters.lookup import Lookup, LookupFirst
 from mlx_mtp.generation import exactness
-from mlx_mtp.generation.depth import GAIN, FixedDepth
+from mlx_mtp.generation.depth import GAIN
 from mlx_mtp.generation.depth_profile import Profile, ProfileFile
 from mlx_mtp.generation.exactness import Exactness
-from mlx_mtp.generation.loop import Decoder, GenerationRequest
-from mlx_mtp.generation.sampling import DraftSampler
-from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.measuring import advice, diagnosis, machine
-from mlx_mtp.measuring.diagnosis import Costs, Curve, Effort
-from mlx_mtp.measuring.timing import PieceTime, timed_in_turns
+from mlx_mtp.measuring.diagnosis import Costs, Effort
 from mlx_mtp.testing import MarkovTarget
 
 # Passes of 1 to 8 rows over one row, as others measured them (performance.md, A2), and made-up ones of known kinds.
@@ -139,33 +129,6 @@ def test_the_depth_table_against_enumeration(ratios: tuple[float, ...]) -> None:
         assert one["speed_up"] == pytest.approx(tokens[best] * curve.at(0) / curve.at(best))
 
 
-def test_the_curve_goes_through_what_was_measured() -> None:
-    measured = costs(M4_PRO)
-    curve = measured.curve()
-    assert curve.at(0) == measured.plain and curve.at(4) == pytest.approx(measured.drafted)
-    row_and_draft = measured.verify[6] - measured.verify[5] + measured.draft_step
-    assert curve.at(6) - curve.at(5) == pytest.approx(row_and_draft)
-    # Passes padded to 5 tokens cost the same from 1 to 5: then a draft adds its own step alone.
-    padded = measured.curve(padded=5)
-    assert padded.at(3) - padded.at(2) == pytest.approx(measured.draft_step)
-    assert costs(drafted=None, draft_step=None).curve() == Curve({0: 0.021})
-
-
-def test_turns_and_medians() -> None:
-    """Without a clock: who computes when, and what is made of given times."""
-    order: list[str] = []
-
-    def build(name: str) -> mx.array:
-        order.append(name)
-        return mx.zeros(1)
-
-    found = timed_in_turns([lambda: build("a"), lambda: build("b")], repeats=3, warm=2)
-    assert order == ["a", "b"] * 5 and len(found) == 2
-    timing = PieceTime.of([(1.0, 5.0, 10.0), (3.0, 4.0, 20.0), (2.0, 6.0, 30.0)])
-    assert (timing.build, timing.submit, timing.device) == (2.0, 5.0, 20.0)
-    assert timing.scatter == pytest.approx(1.0)
-
-
 def test_exactness_per_width(monkeypatch: pytest.MonkeyPatch) -> None:
     """A target without a product, whose rows are equal on any BLAS, but for one bit in passes of some widths."""
     target = MarkovTarget(mx.random.normal((50, 50), key=mx.random.key(0)))
@@ -204,72 +167,6 @@ def test_a_probe_that_the_engine_has_made_is_not_made_again(monkeypatch: pytest.
 def engine() -> mlx_mtp.Engine:
     """The embedded pair."""
     return mlx_mtp.load(depth=0)
-
-
-def test_what_is_loaded(engine: mlx_mtp.Engine) -> None:
-    pair = diagnosis.describe_pair(engine.target, engine.drafter)
-    for size, folder in ((pair["bytes"], "target"), (pair["drafter_bytes"], "assistant")):
-        weights = Checkpoint.open(EMBEDDED / folder).weights()
-        assert size == sum(w.size for w in weights.values()) * 4  # float16 in the file, float32 on a CPU
-    assert pair["path"] == str(EMBEDDED / "target")
-    assert (pair["family"], pair["max_depth"], pair["mixture"], pair["quantisation"]) == ("assistant", 8, False, [])
-    assert diagnosis.family_name(LookupFirst(engine.drafter)) == "lookup+assistant"
-    assert diagnosis.describe_pair(engine.target, None)["family"] is None
-    assert diagnosis.describe_pair(engine.target, Lookup())["drafter_bytes"] == 0
-
-
-def test_quantisation_as_found_and_experts() -> None:
-    class Small(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.wide, self.narrow = nn.Linear(64, 256, bias=False), nn.Linear(64, 32, bias=False)
-            self.norm = nn.RMSNorm(64)
-
-    class Holder(MarkovTarget):
-        def modules(self) -> list[nn.Module]:
-            return [small]
-
-    small = Small()
-    small.wide = small.wide.to_quantized(32, 4, "mxfp4")
-    small.narrow = small.narrow.to_quantized(32, 8)
-    pair = diagnosis.describe_pair(Holder(mx.zeros((4, 4))), None)
-    assert pair["quantisation"] == [
-        {"bits": 4, "group_size": 32, "mode": "mxfp4", "bytes": 256 * 64 // 2 + 256 * 2},
-        {"bits": 8, "group_size": 32, "mode": "affine", "bytes": 32 * 64 + 2 * 4 * 32 * 2},
-    ]
-    assert pair["bytes"] == sum(kind["bytes"] for kind in pair["quantisation"]) + 4 * 64
-    moe = mlx_mtp.load(GOLDEN / "moe" / "target", drafter=None)
-    assert diagnosis.describe_pair(moe.target, None)["mixture"]
-
-
-def test_conventions_are_compared_on_the_replies_of_the_target(
-    engine: mlx_mtp.Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Against single prefills of every beginning of the reply; A is made a bad position, so that the two differ."""
-    def position(self: Convention, length: mx.array) -> mx.array:
-        return length + 3000 if self is Convention.A else length - 1
-
-    monkeypatch.setattr(Convention, "position", position)
-    assert engine.tokenizer is not None
-    assistant: Any = engine.drafter
-    prompts = [engine.tokenizer.encode(text) for text in ("import os\n\ndef main(", "class Queue:\n")]
-    decoder, right = Decoder(engine.target, assistant, FixedDepth(0)), []
-    found = diagnosis.compare_conventions(decoder, assistant, prompts, (), 10)
-    drafters = [type(assistant)(assistant.model, convention=convention) for convention in Convention]
-    for drafter in drafters:
-        drafter.attach(engine.target)
-    for ids in prompts:
-        reply = engine.generate(ids, max_tokens=11, ignore_end=True).tokens
-        for at in range(10):
-            state = decoder.prefill(GenerationRequest(ids=ids + reply[:at], budget=1), 4)
-            decoder.rounds.first(state)
-            sample = DraftSampler(state.spec, {}, {}, mx.random.split(state.key, 1))
-            drafts = [one.draft({}, state.token, state.hidden, state.cache, 1, sample)[0] for one in drafters]
-            right.append(tuple(draft.item() == reply[at + 1] for draft in drafts))
-    a, b = (sum(column) for column in zip(*right, strict=True))
-    assert (found["tokens"], found["used"], found["share_a"], found["share_b"]) == (20, "B", a / 20, b / 20) and b > 4
-    assert (found["only_a"], found["only_b"]) == (right.count((True, False)), right.count((False, True)))
-    assert found["only_a"] != found["only_b"] and found["better"] in (None, "B")
 
 
 def test_facts_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,9 +262,3 @@ def test_forget(quick: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     (tmp_path / "depth.json").mkdir()
     code, out, err = quick("--forget")
     assert (code, out) == (2, "") and err.count("\n") == 1 and "remove" in err
-
-
-def test_curves_are_straight_between_and_beyond_measurements() -> None:
-    curve = Curve({0: 10.0, 2: 12.0, 4: 16.0})
-    assert [curve.at(d) for d in (0, 1, 2, 3, 4, 6)] == [10.0, 11.0, 12.0, 14.0, 16.0, 20.0]
-    assert [Curve({0: 10.0, 2: 12.0, 4: 8.0}).at(d) for d in (0, 1, 2, 3, 4, 8)] == [10.0, 11.0, 12.0, 12.0, 12.0, 12.0]

@@ -4,14 +4,13 @@ Commands run with the embedded model in place of other names, with few tokens an
 is only parsed is listed in PARSED_ONLY with the reason; anything else that a page shows must run.
 """
 
-from __future__ import annotations
-
 import argparse
+import contextlib
 import io
 import json
 import os
 import re
-import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,16 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tables
 import typer
+from blocks import arms_of
+from conftest import Command as Run
+from conftest import ran
 from documents import PROGRAMS, ROOT, Command, blocks, commands, inline_commands, links
 from layouts import DEEPSEEK, deepseek_arrays, meta_arrays, meta_folder, write_folder
 
-from mlx_mtp import drafters, targets
-from mlx_mtp.cli import app as cli
+from mlx_mtp import drafters
 from mlx_mtp.cli import doctor
 from mlx_mtp.cli.command_line import COMMANDS, application
 from mlx_mtp.generation import exactness
 from mlx_mtp.loading import EMBEDDED, FAMILIES
+from mlx_mtp.training import stages
 
 PATIENCE = 300  # seconds; a backstop
 LANGUAGES = ("bash", "python", "text", "toml")
@@ -54,7 +57,7 @@ PARSED_ONLY = {
     ("mlx-mtp", "serve"): "one of them is the server that the requests of the pages go to",
     ("make",): "this is one of its runs",
     ("pip",): "needs an index; tools/check_wheel.py installs the package",
-    ("python",): "measures for minutes; tests/test_tables.py runs tables.py",
+    ("python",): "measures for minutes; but for tables.py, which is run below",
     ("printf",): "its text goes into the command behind it",
 }
 
@@ -72,27 +75,6 @@ def parsed(argv: tuple[str, ...] | list[str]) -> dict[str, Any]:
     return parameters
 
 
-class Parsed(Exception):
-    """A script has parsed its options."""
-
-
-def check_script(argv: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """`python FILE options`: the file is there, and its own parser takes the options."""
-    original = argparse.ArgumentParser.parse_args
-
-    def parse(parser: argparse.ArgumentParser, *args: Any) -> None:
-        parser.exit_on_error = False
-        original(parser, *args)
-        raise Parsed
-
-    script = ROOT / argv[1]
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
-    monkeypatch.setattr(sys, "argv", [str(script), *argv[2:]])
-    monkeypatch.syspath_prepend(str(script.parent))
-    with pytest.raises(Parsed):
-        runpy.run_path(str(script), run_name="__main__")
-
-
 def check_pip(argv: tuple[str, ...]) -> None:
     """`pip install .[extra]`: the extra is there."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -102,7 +84,7 @@ def check_pip(argv: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("command", [*commands(), *inline_commands()], ids=named)
-def test_every_command_parses(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_parses(command: Command) -> None:
     program, *arguments = command.argv
     assert program in PROGRAMS, f"no test knows what to do with '{program}'"
     if program == "mlx-mtp" and len(arguments) == 1:
@@ -114,18 +96,7 @@ def test_every_command_parses(command: Command, monkeypatch: pytest.MonkeyPatch)
     elif program == "pip" and arguments:
         check_pip(command.argv)
     elif program == "python":
-        check_script(command.argv, monkeypatch)
-
-
-@pytest.mark.parametrize("wrong", ["generate --nonsense", "nonsense", "train", "generate x --max-tokens many"])
-def test_the_parser_sees_what_is_wrong(wrong: str) -> None:
-    with pytest.raises(typer.TyperException):
-        parsed(wrong.split())
-
-
-def test_a_script_with_a_wrong_option_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises((argparse.ArgumentError, SystemExit)):
-        check_script(("python", "benchmarks/tables.py", "--nonsense"), monkeypatch)
+        assert (ROOT / arguments[0]).exists()
 
 
 def stand_ins(folder: Path) -> None:
@@ -163,22 +134,16 @@ def converted_from(argv: list[str], folder: Path) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """run(arguments of mlx-mtp, standard input) -> (exit code, standard output, standard error)."""
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """A command of mlx-mtp in a folder with what the commands read."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("XDG_DATA_HOME", "XDG_CONFIG_HOME"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
     stand_ins(tmp_path)
 
-    def call(arguments: list[str], text: bytes = b"") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mlx-mtp", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+    def call(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
         capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(end.value.code or 0), out, err
+        return ran(*arguments, stdin=stdin), *capsys.readouterr()
 
     return call
 
@@ -199,10 +164,12 @@ def to_run() -> list[Command]:
 
 @pytest.fixture(scope="module")
 def measured_once() -> Iterator[None]:
-    """The diagnosis and the probe for exact mode take seconds and say the same of one target every time."""
+    """The diagnosis and the probe for exact mode take seconds and say the same of one target every time; replies by
+    which drafters are measured are short."""
     with pytest.MonkeyPatch.context() as patched:
         for module, name in ((doctor, "diagnose"), (exactness, "probe")):
             patched.setattr(module, name, once(getattr(module, name)))
+        patched.setattr(stages, "MEASURED_TOKENS", 8)
         yield
 
 
@@ -218,15 +185,15 @@ def once(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("command", to_run(), ids=named)
-def test_every_command_runs(command: Command, run: Any, tmp_path: Path, measured_once: None) -> None:
+def test_every_command_runs(command: Command, run: Run, tmp_path: Path, measured_once: None) -> None:
     arguments = list(command.argv[1:])
     if "--resume" in arguments:
         first = [*arguments[: arguments.index("--resume")], "--family", "parallel"]
-        assert run(shortened(first, tmp_path))[0] == 0
+        assert run(*shortened(first, tmp_path))[0] == 0
     text = b"What is os.path?\n/quit\n" if arguments[0] == "chat" else b""
     if command.stdin is not None:
         text = subprocess.run(command.stdin.argv, capture_output=True, check=True).stdout
-    code, out, err = run(shortened(arguments, tmp_path), text)
+    code, out, err = run(*shortened(arguments, tmp_path), stdin=text)
     if arguments[0] == "adapt" and "nothing was replaced" in err:
         return  # one step need not make a drafter better, and then it must say so
     assert code == 0, err
@@ -234,12 +201,6 @@ def test_every_command_runs(command: Command, run: Any, tmp_path: Path, measured
     assert all(Path(arguments[i]).is_dir() for i in outs) and (outs or out.strip())
     if "--json" in arguments:
         assert isinstance(json.loads(out), dict)
-
-
-def test_what_only_parses_is_on_the_pages() -> None:
-    """No reason is kept for a command that no page shows any more."""
-    shown = {command.argv[:n] for command in commands() for n in (1, 2)}
-    assert set(PARSED_ONLY) <= shown
 
 
 @pytest.fixture(scope="module")
@@ -299,11 +260,6 @@ def test_every_snippet_runs(
         assert out.rstrip().endswith("True")  # the family's output is that of plain decoding
 
 
-def test_entry_points_are_those_that_are_read() -> None:
-    groups = [tomllib.loads(text)["project"]["entry-points"] for _, _, text in blocks("toml")]
-    assert {name for group in groups for name in group} == {targets.registry.group, drafters.registry.group}
-
-
 def test_every_block_has_a_language_that_is_checked() -> None:
     assert {language for _, language, _ in blocks()} <= set(LANGUAGES)
     assert not [text for _, language, text in blocks() if language == "text" and re.search(r"^\s*mlx-mtp ", text, re.M)]
@@ -339,9 +295,39 @@ def test_every_link_leads_somewhere() -> None:
             assert anchor in [re.sub(r"[^\w\- ]", "", head).lower().replace(" ", "-") for head in heads], address
 
 
-def test_the_site_builds_strictly(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
-    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "site" / "architecture" / "index.html").exists()
-    assert (tmp_path / "site" / "images" / "round.svg").exists()
+# Tables and charts say what benchmarks/results/ holds
+
+
+def tables_command(*options: str) -> tuple[int, list[str]]:
+    """The command in this process: exit code, lines on stderr."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as err:
+        patch.setattr(sys, "argv", ["tables.py", *options])
+        return tables.main(), err.getvalue().splitlines()
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A checkout that may be changed."""
+    shutil.copy(ROOT / "README.md", tmp_path)
+    for name in ("docs", "benchmarks/results"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def test_nothing_is_stale() -> None:
+    assert tables_command("--check") == (0, [])
+
+
+def test_another_result_is_noticed_and_written(copy: Path) -> None:
+    file = copy / "benchmarks" / "results" / "bench.json"
+    found = json.loads(file.read_text())
+    arms_of(found["samplings"][0])["mtp@4"]["over_stock"]["ratio"] = 7.125
+    file.write_text(json.dumps(found))
+    before = (copy / "README.md").read_text()
+    code, lines = tables_command("--check", "--root", str(copy))
+    named = {line.partition(";")[0] for line in lines}
+    assert code == 1 and {"README.md is stale", "docs/images/speed.svg is stale"} <= named
+    assert (copy / "README.md").read_text() == before  # checking writes nothing
+    assert tables_command("--root", str(copy)) == (0, [])
+    assert "7.12" in (copy / "README.md").read_text() and "7.12" in (copy / "docs" / "images" / "speed.svg").read_text()
+    assert tables_command("--check", "--root", str(copy)) == (0, [])

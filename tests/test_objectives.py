@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -20,7 +18,6 @@ from training_memory import peak
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.parallel import ParallelConfig, ParallelModel
-from mlx_mtp.generation.cache import NoCache
 from mlx_mtp.generation.interfaces import Target
 from mlx_mtp.targets import load_target
 from mlx_mtp.targets.gemma4 import Gemma4Model, Gemma4Target
@@ -151,47 +148,7 @@ def test_joint_sequential(modules: int, steps: int, progress: float) -> None:
     check(joint, objective.joint_sequential_loss(steps), batch, by_hand, progress)
 
 
-def test_lambda_is_deepseeks() -> None:
-    found = [objective.deepseek_weight(mx.array(progress)).item() for progress in (0.0, 0.5, 0.67, 0.68, 0.99)]
-    assert np.allclose(found, [0.3, 0.3, 0.3, 0.1, 0.1])
-
-
-def test_joint_figures_are_shares_of_the_labels() -> None:
-    batch, joint = batch_of(40, 4), Joint(gemma(), heads(2))
-    _, figures = objective.joint_parallel_loss()(joint, mx.array(batch))
-    states, _ = joint.target.run(mx.array(batch[:, :37]), NoCache(WINDOW, 4))
-    for i, hidden in enumerate([states.hidden, *joint.drafter(states.trunk)]):
-        right = np.array(joint.target.head(hidden)).argmax(axis=-1) == batch[:, i + 1 : i + 38]
-        assert abs(figures[i].item() - right.mean()) < 1e-6
-
-
 # One head after the other
-
-
-def naive(model: Gemma4Model, batch: mx.array, hiddens: list[mx.array], weights: list[Any]) -> objective.Result:
-    """The same sum with the logits of all heads at once."""
-    rows, losses, right = hiddens[0].shape[1], [], []
-    for i, hidden in enumerate(hiddens):
-        labels = batch[:, i + 1 : i + 1 + rows]
-        logits = model.head(hidden)
-        losses.append(weights[i] * nn.losses.cross_entropy(logits, labels, reduction="mean"))
-        right.append((mx.argmax(logits, axis=-1) == labels).mean())
-    return sum(losses), mx.stack(right)
-
-
-@pytest.mark.parametrize("family", ["parallel", "sequential"])
-def test_gradients_in_order_equal_those_at_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if family == "parallel":
-        joint, loss = Joint(gemma(), heads(3)), objective.joint_parallel_loss(0.5)
-    else:
-        modules = model_of(config_of("sequential_modules", WIDTH, VOCABULARY, 2))
-        joint, loss = Joint(gemma(), modules), objective.joint_sequential_loss(3)
-    batch = mx.array(batch_of(30, 3))
-    found = nn.value_and_grad(joint, loss)(joint, batch)
-    monkeypatch.setattr(objective, "_on_labels", naive)
-    expected = nn.value_and_grad(joint, loss)(joint, batch)
-    for (name, one), (_, other) in zip(tree_flatten(found), tree_flatten(expected), strict=True):
-        assert mx.abs(one - other).max() < 1e-5 * max(1.0, mx.abs(other).max().item()), name
 
 
 def test_the_logits_of_one_head_at_a_time() -> None:
@@ -352,12 +309,3 @@ def test_a_centroid_drafter_learns_like_a_dense_one(targets: dict[str, Target]) 
         loss = objective.assistant_loss(target, 3)
         (one, right), (other, also) = (loss(drafter, batch, mx.array(progress)) for drafter in (dense, centroid))
         assert abs(one.item() - other.item()) < 1e-5 and mx.allclose(right, also)
-
-
-@pytest.mark.parametrize("wrong", [0.0, 1.1])
-def test_options_out_of_range(wrong: float, targets: dict[str, Target]) -> None:
-    for loss in (objective.parallel_loss, lambda target, decay: objective.assistant_loss(target, 2, decay)):
-        with pytest.raises(mlx_mtp.OptionError, match="decay"):
-            loss(targets["gemma"], wrong)
-    with pytest.raises(mlx_mtp.OptionError, match="1 step"):
-        objective.sequential_loss(targets["gemma"], 0)

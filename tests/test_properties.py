@@ -1,16 +1,13 @@
-"""Properties, against plain models: the round and its cache, and stop strings.
+"""The round and its cache, against a plain list.
 
 The target here reads its tokens back out of the cache and nothing else: what it answers depends on every row that the
 masks show, so one slot, position or mask that is wrong anywhere changes the text.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from conftest import uncompiled
 from hypothesis import given, settings
@@ -19,10 +16,9 @@ from hypothesis import strategies as st
 import mlx_mtp
 from mlx_mtp.generation import loop
 from mlx_mtp.generation.cache import FULL, SLIDING, KVCache, LayerShape
-from mlx_mtp.generation.interfaces import Memory, SampleDraft, States, TargetInfo
+from mlx_mtp.generation.interfaces import Memory, SampleDraft, States
 from mlx_mtp.generation.types import Sampling
-from mlx_mtp.testing import ScriptedDrafter
-from mlx_mtp.text.tokenizer import StopStrings
+from mlx_mtp.testing import MarkovTarget, ScriptedDrafter
 
 VOCABULARY = 11
 GREEDY = Sampling(temperature=0.0)
@@ -31,25 +27,16 @@ PROPERTY = {"deadline": None, "derandomize": True}
 # The round
 
 
-class SummingTarget:
+class SummingTarget(MarkovTarget):
     """The next token is a sum over the rows that a full and a sliding layer see, and the row's position."""
 
     def __init__(self, window: int) -> None:
-        self.path = None
-        self.info = TargetInfo(
-            vocab_size=VOCABULARY, hidden_size=3, max_context=1 << 20, window=window, readable={}, storing_layers={},
-            attention_heads=1,
-        )  # fmt: skip
-
-    def modules(self) -> list[nn.Module]:
-        return []
+        super().__init__(mx.zeros((VOCABULARY, VOCABULARY)))
+        self.info = replace(self.info, hidden_size=3, window=window)
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         shapes = (LayerShape(FULL, 1, 1), LayerShape(SLIDING, 1, 1))
         return KVCache(shapes, self.info.window, capacity, mx.float32, batch)
-
-    def embed(self, tokens: mx.array) -> mx.array:
-        return tokens[..., None].astype(mx.float32)
 
     def forward(self, tokens: mx.array, cache: KVCache, keep: int | None = None) -> States:
         step, fresh = cache.plan(tokens.shape[1]), self.embed(tokens)[:, None]
@@ -179,34 +166,3 @@ def test_any_round_is_the_plain_list(story: Story) -> None:
             said = [*prompt, *result.tokens]
             prompt = [*said[: int(story.kept * len(said))], *story.added]
 
-
-# Stop strings
-
-
-def cut(text: str, data: st.DataObject) -> list[str]:
-    places = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=9)))
-    return [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
-
-
-def stopped(text: str, stops: list[str]) -> str | None:
-    """The text in front of the stop that is complete first, the longest of these; None without any."""
-    for end in range(len(text) + 1):
-        if begins := [end - len(stop) for stop in stops if stop and text[:end].endswith(stop)]:
-            return text[: min(begins)]
-    return None
-
-
-@settings(max_examples=300, **PROPERTY)
-@given(st.text("ab\n", max_size=30), st.lists(st.text("ab\n", max_size=4), max_size=4), st.data())
-def test_stop_strings_like_a_search(text: str, stops: list[str], data: st.DataObject) -> None:
-    stream, shown, read = StopStrings(stops), "", ""
-    for part in cut(text, data):
-        shown, read = shown + stream.feed(part), read + part
-        expected = stopped(read, stops)
-        assert stream.hit == (expected is not None)
-        if expected is None:  # held back is what may become a stop, and nothing more
-            starts = [stop[:n] for stop in stops for n in range(len(stop))]
-            expected = read[: len(read) - max((len(start) for start in starts if read.endswith(start)), default=0)]
-        assert shown == expected
-    whole = stopped(text, stops)
-    assert shown + stream.flush() == (text if whole is None else whole)

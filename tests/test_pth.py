@@ -1,7 +1,5 @@
 """PyTorch's files read without PyTorch: every number, and nothing that is no number."""
 
-from __future__ import annotations
-
 import pickle
 import zipfile
 from pathlib import Path
@@ -75,49 +73,40 @@ class Attack:
         return Path.touch, (self.file,)
 
 
-def bad_pth(case: str, file: Path) -> None:
-    eight = bytes(8 * 4)
-    good = {"norm.weight": tensor_opcodes("0", "FloatStorage", (8,), 8)}
-    if case == "runs code":
-        write_zip(file, pickle.dumps({"norm.weight": Attack(file.with_name("attacked"))}, 2), {})
-    elif case == "no zip":
-        file.write_bytes(b"not a zip" * 50)
-    elif case == "empty":
-        file.write_bytes(b"")
-    elif case == "cut short":
-        write_zip(file, state_dict_opcodes(good), {"0": eight})
-        file.write_bytes(file.read_bytes()[:200])
-    elif case == "compressed":
-        write_zip(file, state_dict_opcodes(good), {"0": eight}, zipfile.ZIP_DEFLATED)
-    elif case == "storage missing":
-        write_zip(file, state_dict_opcodes(good), {})
-    elif case == "storage too short":
-        write_zip(file, state_dict_opcodes(good), {"0": eight[:9]})
-    elif case == "tensor too long":
-        write_zip(file, state_dict_opcodes({"a": tensor_opcodes("0", "FloatStorage", (3, 3), 8)}), {"0": eight})
-    elif case == "tensor before its storage":
-        write_zip(file, state_dict_opcodes({"a": tensor_opcodes("0", "FloatStorage", (2,), 8, -4)}), {"0": eight})
-    elif case == "odd type":
-        write_zip(file, state_dict_opcodes({"a": tensor_opcodes("0", "ComplexFloatStorage", (2,), 8)}), {"0": eight})
-    elif case == "no dictionary":
-        write_zip(file, pickle.dumps([1, 2], 2), {})
-    elif case == "no tensors":
-        write_zip(file, pickle.dumps({"model": {}}, 2), {})
-    elif case == "half a pickle":
-        write_zip(file, state_dict_opcodes(good)[:60], {"0": eight})
-    elif case == "calls a type":  # the stand-in for torch.FloatStorage must not be callable
-        write_zip(file, b"\x80\x02ctorch\nFloatStorage\n)R.", {})
+EIGHT = {"0": bytes(8 * 4)}
 
 
-CASES = ("runs code", "no zip", "empty", "cut short", "compressed", "storage missing", "storage too short",
-         "tensor too long", "tensor before its storage", "odd type", "no dictionary", "no tensors", "half a pickle",
-         "calls a type")  # fmt: skip
+def one(*tensor: object) -> bytes:
+    """The opcodes of a state dict of one tensor."""
+    return state_dict_opcodes({"norm.weight": tensor_opcodes("0", *tensor)})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("case", CASES)
+WHOLE = one("FloatStorage", (8,), 8)
+# What the file holds, or the arguments of `write_zip`.
+BAD: dict[str, bytes | tuple[object, ...]] = {
+    "no zip": b"not a zip" * 50, "empty": b"",
+    "compressed": (WHOLE, EIGHT, zipfile.ZIP_DEFLATED),
+    "storage missing": (WHOLE, {}), "storage too short": (WHOLE, {"0": bytes(9)}),
+    "tensor too long": (one("FloatStorage", (3, 3), 8), EIGHT),
+    "tensor before its storage": (one("FloatStorage", (2,), 8, -4), EIGHT),
+    "odd type": (one("ComplexFloatStorage", (2,), 8), EIGHT),
+    "no dictionary": (pickle.dumps([1, 2], 2), {}), "no tensors": (pickle.dumps({"model": {}}, 2), {}),
+    "half a pickle": (WHOLE[:60], EIGHT),
+    # The stand-in for torch.FloatStorage must not be callable.
+    "calls a type": (b"\x80\x02ctorch\nFloatStorage\n)R.", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*BAD, "cut short", "runs code"])
 def test_a_bad_pth_is_one_sentence_and_runs_nothing(case: str, tmp_path: Path) -> None:
     source = meta_folder(tmp_path / "in", meta_arrays())
-    bad_pth(case, source / "consolidated.pth")
+    file = source / "consolidated.pth"
+    attack = pickle.dumps({"norm.weight": Attack(file.with_name("attacked"))}, 2)
+    content = {**BAD, "cut short": file.read_bytes()[:200], "runs code": (attack, {})}[case]
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        write_zip(file, *content)
     with pytest.raises(mlx_mtp.CheckpointError, match="consolidated.pth") as caught:
         convert(source, tmp_path / "out")
     assert len(str(caught.value)) < 700 and "\n" not in str(caught.value)

@@ -1,7 +1,5 @@
 """What exact mode found is kept for the same machine and weights, shown while it is made, and dropped by name."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

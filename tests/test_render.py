@@ -1,7 +1,5 @@
 """mlx_mtp/measuring/tables.py: one JSON object for a terminal and as Markdown."""
 
-from __future__ import annotations
-
 import io
 
 import pytest

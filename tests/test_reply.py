@@ -3,15 +3,12 @@
 References are searches in the whole text and counts by hand. Drafts are accepted and rejected for real.
 """
 
-from __future__ import annotations
-
 import codecs
 import itertools
 import os
 import tracemalloc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 
 import mlx.core as mx
@@ -19,7 +16,6 @@ import pytest
 from conftest import uncompiled
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from thinking import TOKENS, thinking_engine
 
 import mlx_mtp
 from mlx_mtp.generation.loop import Chunk
@@ -328,32 +324,6 @@ def test_what_is_not_in_the_reply_was_not_accepted() -> None:
     rejected = told_to_write(parts, 8, wrong=[4]).generate([0], raw=True, max_tokens=4, sampling=GREEDY).stats
     assert rejected.accepted_by_position == [1, 1, 0, 0, 0, 0, 0, 0]
     assert rejected.verified_by_position == [1, 1, 1, 0, 0, 0, 0, 0]
-
-
-@pytest.mark.parametrize("depth", [0, 8])
-def test_stop_strings_count_in_the_answer_alone(tmp_path: Path, depth: int) -> None:
-    """thinking.py's checkpoint writes "<|channel>thought\\nHm, so<channel|>Yes, sure."."""
-    engine = thinking_engine(tmp_path, depth)
-    messages = [{"role": "user", "content": "Why?"}]
-    ids = engine.tokenizer.chat(messages, thinking=True)
-    spelled = "<|channel>thought\nHm, so<channel|>"
-    for stop, answer, last in (
-        (["\n"], "Yes, sure.", "."), (["Hm", "so", "<", "channel", "thought"], "Yes, sure.", "."),
-        ([", s"], "Yes", ", sure"), (["soYes"], "Yes, sure.", "."), (["sure.", "ure"], "Yes, s", ", sure"),
-        (["."], "Yes, sure", "."), (["Yes"], "", "Yes"),
-    ):  # fmt: skip
-        chat = engine.chat(thinking=True)
-        events = list(chat.send("Why?", stop=stop))
-        direct = engine.generate(ids, stop=stop)
-        assert chat.last.text == answer == "".join(event.text for event in events)
-        assert "".join(event.thinking for event in events) == "Hm, so"
-        assert direct.text == spelled + answer and direct.tokens == chat.last.tokens
-        assert TOKENS[direct.tokens[-1]] == last and direct.stats.tokens == len(direct.tokens)
-        assert direct.finish_reason == chat.last.finish_reason == "stop"
-        kept = [] if not answer else [*messages, {"role": "assistant", "content": answer}]
-        assert chat.messages == kept
-    raw = engine.generate(ids, stop=["\n"], raw=True)
-    assert raw.text == "<|channel>thought" and TOKENS[raw.tokens[-1]] == "thought\n"
 
 
 @pytest.mark.parametrize("depth", [0, 8])

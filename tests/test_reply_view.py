@@ -1,7 +1,5 @@
 """Replies on a terminal: what is there at the end does not depend on how the text came; nothing is printed twice."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Iterable, Iterator

@@ -115,23 +115,6 @@ def test_enumeration_of_every_block(odds: str, sampling: Sampling, vocabulary: i
     assert np.abs(emitted - target).max() < 1e-6
 
 
-def test_block_verification_keeps_more() -> None:
-    """Never fewer accepted drafts than token by token (Sun et al. 2024, theorem 2), and here more."""
-    random = np.random.default_rng(5)
-    p_logits, kept = random.normal(size=(4096, 5, 6)) * 1.5, {}
-    q_logits = p_logits[:, :4] + random.normal(size=(4096, 4, 6))
-    p, q = (distribution_of(x, Sampling(temperature=1.0)) for x in (p_logits, q_logits))
-    drafts = q.draw(mx.random.key(1))
-    for name, odds in ODDS.items():
-        found = odds(drafts, q, p)
-        passes = np.array(found.pass_)
-        if found.prefix:
-            kept[name] = np.cumprod(passes, axis=1).sum(axis=1).mean()
-        else:
-            kept[name] = (1 - np.cumprod(1 - passes[:, ::-1], axis=1)).sum(axis=1).mean()
-    assert kept["block"] > 1.01 * kept["token"]
-
-
 def markov_pair(seed: int = 0, vocabulary: int = 6) -> tuple[np.ndarray, MarkovTarget, MarkovDrafter]:
     random = np.random.default_rng(seed)
     table = random.normal(size=(vocabulary, vocabulary)).astype(np.float32) * 1.5
@@ -222,20 +205,6 @@ def test_penalties_and_logprobs_by_hand() -> None:
         assert np.abs(np.array(list(result.top_logprobs[i].values())) - logprobs[best]).max() < NEAR_TIE
     assert 9 not in result.tokens and len(set(result.tokens)) > 20
     assert 0 < result.stats.accepted < result.stats.drafted
-
-
-def test_penalties_count_every_draft_before() -> None:
-    """A drafter that is always right: what each row of a round has counted decides its token."""
-    table = np.random.default_rng(4).normal(size=(6, 6)).astype(np.float32)
-    engine = mlx_mtp.Engine(MarkovTarget(mx.array(table)), MarkovDrafter(mx.array(table)), None, depth=6)
-    sampling = Sampling(temperature=0.0, presence_penalty=0.3, frequency_penalty=0.07)
-    result = engine.generate([0], max_tokens=60, sampling=sampling, ignore_end=True)
-    last, counts = 0, np.zeros(6)
-    for token in result.tokens:
-        last = int((table[last] - 0.3 * (counts > 0) - 0.07 * counts).argmax())
-        counts[last] += 1
-        assert token == last
-    assert result.stats.accepted > 45 and len(set(result.tokens)) > 3
 
 
 def test_python_logits_processors_see_every_token() -> None:

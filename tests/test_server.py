@@ -1,9 +1,6 @@
 """The server as its clients see it: OpenAI's own client, plain HTTP, and bare sockets."""
 
-from __future__ import annotations
-
 import json
-import shutil
 import socket
 import sys
 import threading
@@ -35,14 +32,11 @@ import mlx_mtp
 import mlx_mtp.serving
 from mlx_mtp.generation.prefix import Session
 from mlx_mtp.generation.request import GenerationRequest
-from mlx_mtp.loading import EMBEDDED
-from mlx_mtp.serving.options import is_loopback
 from mlx_mtp.serving.server import Connection, listen
 from mlx_mtp.serving.sessions import SessionPool
+from mlx_mtp.testing import NEAR_TIE
 
 QUESTION = [{"role": "user", "content": "What does shutil.copytree do?"}]
-# A drafter's token can only differ from the target's own where the two best are closer than this.
-NEAR_TIE = 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -81,19 +75,6 @@ def test_chat_is_what_generate_writes(server: Running, embedded: mlx_mtp.Engine)
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1] if chunk.choices[0].finish_reason] == ["length"]
     assert chunks[-1].choices == [] and chunks[-1].usage.total_tokens == expected.stats.prompt_tokens + 12
     assert {chunk.id for chunk in chunks} == {chunks[0].id} and chunks[-2].model_extra["stats"]["tokens"] == 12
-
-
-def test_a_conversation_runs_only_what_is_new(server: Running, embedded: mlx_mtp.Engine) -> None:
-    said: list[dict[str, str]] = [{"role": "system", "content": "Answer in one line."}]
-    with server.openai() as client:
-        for turn, question in enumerate(("What does zip do?", "And enumerate?", "And map?")):
-            said.append({"role": "user", "content": question})
-            reply = client.chat.completions.create(model="test", messages=said, max_tokens=8)
-            ids = embedded.tokenizer.chat(said, thinking=False)
-            expected = clear(embedded.generate(ids, max_tokens=8, logprobs=2))
-            assert reply.choices[0].message.content == expected.text
-            assert (reply.usage.prompt_tokens_details.cached_tokens > len(ids) // 2) == (turn > 0)
-            said.append({"role": "assistant", "content": reply.choices[0].message.content})
 
 
 def test_completion_of_text_and_of_tokens(server: Running, embedded: mlx_mtp.Engine) -> None:
@@ -136,22 +117,6 @@ def test_logprobs_in_both_forms(server: Running, embedded: mlx_mtp.Engine) -> No
                                                                   strict=True))  # fmt: skip
     assert old.text_offset == [len("".join(spelled[:i])) for i in range(len(spelled))]
     assert [t for part in parts if part.choices[0].logprobs for t in part.choices[0].logprobs.tokens] == spelled
-
-
-def test_sampling_reaches_the_engine(server: Running, embedded: mlx_mtp.Engine) -> None:
-    """Seeded and penalised replies are those of generate; a bias of 100 forces a token."""
-    ids = embedded.tokenizer.chat(QUESTION, thinking=False)
-    sampling = {"temperature": 0.9, "top_p": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.25}
-    extra = {"top_k": 20, "min_p": 0.01, "repetition_penalty": 1.1}
-    fresh = [embedded.generate(ids, max_tokens=8, seed=seed, sampling=mlx_mtp.Sampling(**sampling, **extra)).text
-             for seed in (3, 4)]  # fmt: skip
-    with server.openai() as client:
-        ask = client.chat.completions.create
-        replies = [ask(model="test", messages=QUESTION, max_tokens=8, seed=seed, extra_body=extra, **sampling)
-                   for seed in (3, 4, 3)]  # fmt: skip
-        forced = ask(model="test", messages=QUESTION, max_tokens=3, logit_bias={"470": 100}, temperature=0)
-    assert [reply.choices[0].message.content for reply in replies] == [*fresh, fresh[0]] and fresh[0] != fresh[1]
-    assert forced.choices[0].message.content == embedded.tokenizer.spell(470)[0] * 3
 
 
 CALLS = ('Let me see.<|tool_call>call:get_weather{city:<|"|>Z', 'ürich, "Old', ' Town"<|"|>,days:3,hourly:true}',
@@ -226,45 +191,6 @@ def test_tools_both_ways() -> None:
         assert not fake.tokenizer.seen[-1]["tools"]
 
 
-GEMMA = (
-    "{% if tools or enable_thinking %}<|turn>system\n{% if enable_thinking %}<|think|>{% endif %}"
-    "{% for tool in tools or [] %}{{ '<|tool>declaration:' + tool.function.name + '{description:<|\"|>' }}"
-    "{{ tool.function.description + '<|\"|>}<tool|>' }}{% endfor %}<turn|>\n{% endif %}"
-    "{% for message in messages %}{% if message.role == 'tool' %}"
-    "{{ '<|tool_response>response:' + message.name + '{value:<|\"|>' + message.content + '<|\"|>}<tool_response|>' }}"
-    "{% else %}<|turn>{{ message.role + '\n' + message.content }}{% for call in message.tool_calls or [] %}"
-    "{{ '<|tool_call>call:' + call.function.name + '{' }}{% for key, value in call.function.arguments | dictsort %}"
-    "{{ key }}:{{ value }}{% endfor %}{{ '}<tool_call|>' }}{% endfor %}"
-    "{% if not message.tool_calls %}<turn|>\n{% endif %}{% endif %}{% endfor %}"
-    "{% if messages[-1].role != 'tool' %}<|turn>model\n{% endif %}"
-)
-
-
-def test_a_template_gets_what_gemmas_asks_for(tmp_path: Path) -> None:
-    """A real tokenizer with a template that reads arguments as an object, names of tools and enable_thinking."""
-    target = shutil.copytree(EMBEDDED / "target", tmp_path / "target", copy_function=shutil.copyfile)
-    (target / "chat_template.jinja").write_text(GEMMA)
-    call = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"days": 3}'}}
-    messages = [
-        {"role": "user", "content": [{"type": "text", "text": "Rain"}, {"type": "text", "text": "today?"}]},
-        {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "c1", "content": "no"},
-    ]
-    body = {"messages": messages, "tools": [TOOL], "max_tokens": 1, "reasoning_effort": "low"}
-    with running(lambda: mlx_mtp.load(target, drafter=None)) as server:
-        reply = server.post(CHAT, body).json()
-        plain = server.post(CHAT, {"messages": QUESTION, "max_tokens": 1}).json()
-    tokenizer = mlx_mtp.load(target, drafter=None).tokenizer
-    expected = (
-        '<|turn>system\n<|think|><|tool>declaration:get_weather{description:<|"|><|"|>}<tool|><turn|>\n'
-        "<|turn>user\nRain\ntoday?<turn|>\n<|turn>assistant\n<|tool_call>call:get_weather{days:3}<tool_call|>"
-        '<|tool_response>response:get_weather{value:<|"|>no<|"|>}<tool_response|>'
-    )
-    assert reply["usage"]["prompt_tokens"] == len(tokenizer.encode(expected, special=False))
-    assert plain["usage"]["prompt_tokens"] == len(tokenizer.encode(
-        f"<|turn>user\n{QUESTION[0]['content']}<turn|>\n<|turn>model\n", special=False))  # fmt: skip
-
-
 def test_thoughts_are_told_apart() -> None:
     fake = ScriptedEngine(("<|chan", "nel>thought\nFirst ", "this.", "<channel|>Then", " that."))
     with running(lambda: fake) as server, server.openai() as client:
@@ -281,16 +207,6 @@ def test_thoughts_are_told_apart() -> None:
         history = [*QUESTION, {"role": "assistant", "content": "a", "reasoning_content": "t"}, *QUESTION]
         ask(model="test", messages=history)
         assert fake.tokenizer.seen[-1]["messages"][1]["reasoning_content"] == "t"
-
-
-def test_levels_of_thinking() -> None:
-    """`none` and `minimal` are off for a switch; the level itself goes to the template."""
-    fake = ScriptedEngine()
-    with running(lambda: fake) as server:
-        for effort, on in (("none", False), ("minimal", False), ("low", True), ("max", True), (None, False)):
-            assert server.post(CHAT, {"messages": QUESTION, "reasoning_effort": effort}).status_code == 200
-            seen = fake.tokenizer.seen[-1]
-            assert (seen["thinking"], seen["effort"]) == (on, effort)
 
 
 def test_what_the_template_drops() -> None:
@@ -368,25 +284,6 @@ def test_models_errors_and_addresses(server: Running) -> None:
             assert response.status_code == status and "message" in response.json()["error"], (method, path)
         assert client.post(CHAT, content=b"{}", headers={"Content-Type": "text/plain"}).status_code == 415
         assert client.get("/health").json()["status"] == "ok"
-
-
-def test_metrics_count(server: Running) -> None:
-    def figures() -> dict[str, float]:
-        with server.http() as client:
-            lines = client.get("/metrics").text.splitlines()
-        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
-
-    before = figures()
-    reply = server.post(COMPLETION, {"prompt": "import", "max_tokens": 5}).json()
-    assert server.idle()
-    after = figures()
-    grown = {name: after[name] - before.get(name, 0.0) for name in after}
-    assert grown['mlx_mtp_requests_total{route="/v1/completions",status="200"}'] == 1
-    assert grown["mlx_mtp_generated_tokens_total"] == 5
-    assert grown["mlx_mtp_prompt_tokens_total"] == reply["usage"]["prompt_tokens"]
-    assert grown["mlx_mtp_accepted_tokens_total"] == reply["stats"]["accepted"]
-    assert after["mlx_mtp_queue_length"] == after["mlx_mtp_running"] == 0
-    assert after["mlx_mtp_session_bytes"] > 0 < after["mlx_mtp_sessions"]
 
 
 def test_the_pool_of_sessions() -> None:
@@ -603,16 +500,3 @@ def test_what_the_command_refuses(monkeypatch: pytest.MonkeyPatch, command: Comm
     monkeypatch.delitem(sys.modules, "mlx_mtp.serving.server")
     monkeypatch.delattr(mlx_mtp.serving, "server")
     assert "pip install 'mlx-mtp[serve]'" in refused()
-
-
-def test_loopback() -> None:
-    assert all(map(is_loopback, ("127.0.0.1", "localhost", "::1", "127.8.8.8")))
-    assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.1", "example.com", "")))
-
-
-def test_tokens_as_they_read_in_a_text(embedded: mlx_mtp.Engine) -> None:
-    tokenizer = embedded.tokenizer
-    ids = tokenizer.encode("import os é <|turn>", special=False)
-    spelled = [tokenizer.spell(token) for token in ids]
-    assert b"".join(data for _, data in spelled).decode() == tokenizer.decode(ids)
-    assert spelled[0] == ("import", b"import") and (" os", b" os") in spelled and ("�", b"\xc3") in spelled

@@ -1,13 +1,15 @@
-"""What a client sees while it waits: headers at once, comments in place of silence, nobody held up by a long prompt.
+"""What a client sees while it waits and under load: headers at once, comments in place of silence, nothing mixed up.
 
 The engine writes what it is told to, and only once the test lets it: nothing here depends on how fast anything is.
 """
 
-from __future__ import annotations
-
+import gc
+import json
+import random
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -16,12 +18,14 @@ from itertools import islice
 from typing import Any
 
 import httpx
+import mlx.core as mx
 import pytest
-from servers import CHAT, COMPLETION, FakeTokenizer, ScriptedEngine, eventually, raw_request, running, until
+from servers import CHAT, COMPLETION, FakeTokenizer, Running, ScriptedEngine, eventually, raw_request, running
 
 import mlx_mtp
 from mlx_mtp.generation.request import GenerationRequest
 from mlx_mtp.generation.types import Event
+from mlx_mtp.testing import NEAR_TIE
 
 PROMPT = {"prompt": "x", "stream": True}
 ALWAYS = 0.02  # seconds of silence before a comment
@@ -213,15 +217,83 @@ def test_a_second_signal_ends_the_server_at_once(
     assert capfd.readouterr().err == (said if number == signal.SIGINT else "")
 
 
-def test_a_reply_that_is_not_streamed_waits_in_silence() -> None:
-    fake = ScriptedEngine(gate=threading.Semaphore(0))
-    replies: list[httpx.Response] = []
-    with running(lambda: fake, quiet_seconds=ALWAYS) as server, server.connect() as first:
-        first.sendall(raw_request(COMPLETION, PROMPT))
-        assert b": generating\n\n" in until(first, b": generating\n\n")
-        second = threading.Thread(target=lambda: replies.append(server.post(COMPLETION, {"prompt": "x"})))
-        second.start()
-        assert eventually(lambda: server.queue.waiting == 1)
-        fake.gate.release(100)
-        second.join()
-    assert replies[0].json()["choices"][0]["text"] == "Hello!"
+# Many at a time, by the embedded pair
+
+STARTS = (
+    "import os\n\n\ndef walk(", "class Reader:\n    def ", "def binary_search(", "import json\nimport sys\n\n",
+)  # fmt: skip
+SESSION_BYTES = 4_000_000
+
+
+@pytest.fixture(scope="module")
+def server(embedded: mlx_mtp.Engine) -> Iterator[Running]:
+    """Places for all at once, and room for about six conversations."""
+    with running(lambda: mlx_mtp.load(depth=2), places=64, session_bytes=SESSION_BYTES, body_bytes=100_000) as found:
+        yield found
+
+
+Asked = tuple[dict[str, Any], str]
+
+
+def requests(embedded: mlx_mtp.Engine) -> list[Asked]:
+    """Bodies and what generate answers: beginnings, and two ways to go on after each, told apart late."""
+    greedy, found = mlx_mtp.Sampling(temperature=0.0), list[Asked]()
+
+    def ask(prompt: str, count: int) -> str:
+        result = embedded.generate(prompt, max_tokens=count, logprobs=2, sampling=greedy, raw=True)
+        if min(max(row.values()) - min(row.values()) for row in result.top_logprobs) > NEAR_TIE:
+            found.append(({"prompt": prompt, "max_tokens": count, "temperature": 0}, result.text))
+        return prompt + result.text
+
+    for i, start in enumerate(STARTS):
+        text = ask(start, 5 + i)
+        for more in ("\n\n\nclass Writer(", "\n\n\ndef close("):
+            ask(text + more, 12 - i)
+    assert len(found) >= 10 and len({text for _, text in found}) >= 8
+    return found
+
+
+def ask(client: httpx.Client, number: int, asked: Asked) -> str:
+    """One request: a third streamed and dropped in mid-stream, a third streamed, a third whole; how it went."""
+    body, expected = asked
+    kind = ("dropped", "streamed", "whole")[number % 3]
+    if kind == "whole":
+        assert client.post(COMPLETION, json=body).json()["choices"][0]["text"] == expected
+        return kind
+    text, ended = "", False
+    with client.stream("POST", COMPLETION, json={**body, "stream": True}) as response:
+        assert response.status_code == 200
+        for i, line in enumerate(line for line in response.iter_lines() if line.startswith("data: ")):
+            data = line.removeprefix("data: ")
+            ended = data == "[DONE]"
+            text += "" if ended else json.loads(data)["choices"][0]["text"]
+            if kind == "dropped" and i >= number % 4:
+                break
+    assert expected.startswith(text) if kind == "dropped" else (text == expected and ended)
+    return kind
+
+
+def test_many_requests_at_a_time(server: Running, embedded: mlx_mtp.Engine) -> None:
+    chance, known, memory = random.Random(5), requests(embedded), []
+    asked = [chance.choice(known) for _ in range(36)]
+
+    def go(number: int) -> str:
+        with server.http() as client:  # a connection of its own, as clients come and go
+            return ask(client, number, asked[number])
+
+    kinds: Counter[str] = Counter()
+    with ThreadPoolExecutor(12) as pool:
+        for start in range(0, 36, 12):
+            kinds.update(pool.map(go, range(start, start + 12)))
+            assert server.idle()
+            gc.collect()
+            memory.append(mx.get_active_memory())
+    assert kinds == {"dropped": 12, "streamed": 12, "whole": 12}
+    # The pool of sessions fills up in the first third and stays within its bound.
+    assert max(memory[1:]) <= memory[0] + 2_000_000, memory
+    with server.http() as client:
+        figures = client.get("/metrics").text
+    assert 'requests_total{route="/v1/completions",status="200"} 36\n' in figures
+    assert "mlx_mtp_dropped_total 0\n" not in figures
+    bytes_kept = next(line for line in figures.splitlines() if line.startswith("mlx_mtp_session_bytes "))
+    assert SESSION_BYTES / 2 < float(bytes_kept.split()[1]) <= SESSION_BYTES

@@ -3,8 +3,6 @@
 References: the tokenizers library and transformers decode whole texts; here they are decoded token by token.
 """
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from pathlib import Path
@@ -14,7 +12,7 @@ import mlx.core as mx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers_at_hand import CHATML, KINDS, SPECIAL, TEXTS, byte_level, write
+from tokenizers_at_hand import CHATML, KINDS, SPECIAL, byte_level, write
 from transformers import AutoTokenizer
 
 import mlx_mtp
@@ -71,28 +69,6 @@ def test_streamed_text_is_decoded_text(folders: dict[str, Path], name: str, data
     if name != "newlines":  # three tokens that spell <n> are a line's end for it
         whole = theirs.decode([*front, *known], clean_up_tokenization_spaces=False)
         assert theirs.decode(front) + ours.decode(known) == whole
-
-
-@pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_prompt_and_reply_read_on(folders: dict[str, Path], name: str, data: st.DataObject) -> None:
-    ours, theirs = both(folders[name])
-    text = data.draw(st.sampled_from(sorted(set(TEXTS))))
-    ids = theirs.encode(text, add_special_tokens=False)
-    # Where spaces are marks at the ends of words, a reply begins a word.
-    ends = ["</w>" in token or name != "suffixes" for token in theirs.convert_ids_to_tokens(ids)]
-    cut = data.draw(st.sampled_from([i + 1 for i, end in enumerate(ends) if end]))
-    front = theirs.decode(ids[:cut], clean_up_tokenization_spaces=False)
-    if "\ufffd" not in front:  # else a character is cut in two
-        assert front + ours.decode(ids[cut:]) == theirs.decode(ids, clean_up_tokenization_spaces=False)
-
-
-@pytest.mark.parametrize("name", ["byte level", "gemma", "embedded"])
-def test_decoded_text_encodes_to_the_same(folders: dict[str, Path], name: str) -> None:
-    ours, _ = both(folders[name])
-    for text in TEXTS[:4]:
-        assert ours.decode(ours.encode(text, special=False)) == text
 
 
 def test_broken_characters_are_shown_one_by_one(folders: dict[str, Path]) -> None:
@@ -168,16 +144,6 @@ def test_a_prompt_does_not_end_itself(tmp_path: Path) -> None:
     assert ours.encode("hello") == hello and ours.encode("<s>hello") == [start, *hello]
 
 
-def test_a_packed_document_begins_once_and_as_a_prompt(tmp_path: Path) -> None:
-    start, end = SPECIAL.index("<s>"), SPECIAL.index("</s>")
-    for name, more in (("bos", {"bos": True, "eos": True}), ("none", {})):
-        ours, theirs = both(write(tmp_path / name, byte_level(), **more))  # type: ignore[arg-type]
-        documents = [Document("m", text="<s>hello"), Document("m", text="hello")]
-        packed = pack(documents, theirs).tolist()
-        assert packed == [*ours.encode("<s>hello"), end, *ours.encode("hello"), end]
-        assert packed.count(start) == (2 if more else 1)
-
-
 # The tokens that end a reply
 
 TURNS = {
@@ -244,21 +210,11 @@ def test_ends_are_whole_numbers(tmp_path: Path, file: str, value: Any) -> None:
         ends_of(edited(tmp_path / "x", **{file: {"eos_token_id": value}}))
 
 
-def test_a_reply_ends_where_only_the_template_says_so(folders: dict[str, Path]) -> None:
-    ours, theirs = both(folders["byte level"])
-    hello = ours.encode("hello world", special=False)
-    start, end = ours.chat([{"role": "user", "content": "?"}])[-1], SPECIAL.index("<|im_end|>")
-    engine = chain(ours, [start, *hello, end, 7], len(theirs), stop_tokens=ours.stop_tokens)
-    result = engine.generate("?", max_tokens=30)
-    assert (result.text, result.finish_reason) == ("hello world", "stop")
-
-
 # Thinking: one default
 
 SWITCH = CHATML.replace(
     "assistant\n", "assistant\n{% if NAME is defined and NAME is false %}<think>\n\n</think>\n\n{% endif %}"
 )
-LEVELS = "{{ 'Reasoning: ' + (reasoning_effort or 'medium') }}" + CHATML
 OPENED = CHATML.replace("assistant\n", "assistant\n<think>\n")
 QUESTION = [{"role": "user", "content": "Why?"}]
 EMPTY = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
@@ -288,13 +244,6 @@ def test_thinking_is_off_unless_it_is_asked_for(tmp_path: Path, switch: str) -> 
             engine.generate(**wrong, thinking=True)  # type: ignore[arg-type]
 
 
-def test_thinking_is_refused_where_nothing_can_ask_for_it(folders: dict[str, Path]) -> None:
-    ours, theirs = both(folders["byte level"])
-    with pytest.raises(mlx_mtp.OptionError, match="thinking only with"):
-        chain(ours, [1, 2], len(theirs)).generate("Why?", thinking=True)
-    assert not ours.can_think
-
-
 def test_what_is_trained_is_what_is_used(tmp_path: Path) -> None:
     from mlx_mtp.training.prompts import prompts_of
 
@@ -313,13 +262,10 @@ def test_what_is_trained_is_what_is_used(tmp_path: Path) -> None:
 
 
 def test_levels_reach_the_templates_that_know_them(tmp_path: Path) -> None:
-    ours, _ = both(write(tmp_path / "levels", byte_level(), LEVELS))
-    shown = {effort: ours.decode(ours.chat(QUESTION, effort=effort)).partition("<|im_start|>")[0]
-             for effort in (None, "minimal", "low", "high")}  # fmt: skip
-    assert shown == {None: "Reasoning: medium", "minimal": "Reasoning: minimal", "low": "Reasoning: low",
-                     "high": "Reasoning: high"}  # fmt: skip
-    ours, _ = both(write(tmp_path / "none", byte_level()))
-    assert ours.chat(QUESTION, effort="high") == ours.chat(QUESTION)  # documented: without effect
+    levels = "{{ 'Reasoning: ' + (reasoning_effort or 'medium') }}" + CHATML
+    ours, _ = both(write(tmp_path, byte_level(), levels))
+    shown = [ours.decode(ours.chat(QUESTION, effort=effort)).partition("<|im_start|>")[0] for effort in (None, "low")]
+    assert shown == ["Reasoning: medium", "Reasoning: low"]
 
 
 def test_a_template_that_opens_thoughts_by_itself(tmp_path: Path) -> None:
@@ -402,17 +348,6 @@ def test_a_template_that_refuses_says_so(tmp_path: Path) -> None:
         ours.chat([*QUESTION, *QUESTION])
 
 
-def test_each_kind_of_part_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, _ = both(write(tmp_path, byte_level(), CALLS))
-    rendered: list[int] = []
-    inner = ours.template._rendered
-    monkeypatch.setattr(ours.template, "_rendered", lambda *given, **more: rendered.append(1) or inner(*given, **more))
-    ours.chat(CALLED * 8, tools=[TOOL])
-    first = len(rendered)
-    ours.chat(CALLED * 8, tools=[TOOL])
-    assert first < 12 and len(rendered) == first + 1
-
-
 @pytest.mark.parametrize(
     "content", [None, 7, {"text": "x"}, [{"type": "image_url", "image_url": "x"}], [{"type": "text"}], ["x"]]
 )
@@ -423,17 +358,3 @@ def test_a_message_is_text(folders: dict[str, Path], content: Any) -> None:
     for wrong in ({"content": "x"}, {"role": 1, "content": "x"}, "x"):
         with pytest.raises(mlx_mtp.PromptError, match="give each a role"):
             ours.chat([wrong])  # type: ignore[list-item]
-
-
-def test_parts_of_text_are_lines_of_one(folders: dict[str, Path]) -> None:
-    ours, _ = both(folders["byte level"])
-    parts = [{"type": "text", "text": "Why"}, {"type": "text", "text": "so?"}]
-    assert ours.chat([{"role": "user", "content": parts}]) == ours.chat([{"role": "user", "content": "Why\nso?"}])
-
-
-def test_a_chat_with_a_dropped_instruction_is_refused(tmp_path: Path) -> None:
-    ours, theirs = both(write(tmp_path, byte_level(), TWO_ROLES))
-    chat = chain(ours, [1, 2], len(theirs)).chat(system="Be brief.")
-    with pytest.raises(mlx_mtp.PromptError, match="no system message"):
-        chat.send("Why?")
-    assert chat.messages == [SYSTEM]

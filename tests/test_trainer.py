@@ -388,12 +388,6 @@ def test_a_log_of_odd_lines(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2]
 
 
-def test_the_rate_is_flat_then_falls_straight() -> None:
-    schedule = TrainOptions(steps=1000, learning_rate=1.0).schedule()
-    rates = [schedule(mx.array(step)).item() for step in (0, 10, 20, 150, 299, 650, 1000)]
-    assert np.allclose(rates, [0.0, 0.5, 1.0, 1.0, 1.0, 0.51, 0.02], atol=5e-3)
-
-
 def test_a_run_ends_where_nothing_is_gained(tmp_path: Path) -> None:
     """The held-out figures of this loss never rise; a run that goes on ends at once, for it knows what came before."""
     options = {"steps": 40, "evaluate_every": 2, "patience": 3}

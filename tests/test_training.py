@@ -3,23 +3,23 @@
 import dataclasses
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import Command, ran
+from references import log_softmax
 from test_objectives import kept
 
 import mlx_mtp
-from mlx_mtp.cli import app
 from mlx_mtp.drafters.assistant import AssistantConfig, AssistantModel
 from mlx_mtp.targets.gemma4 import Gemma4Model, Gemma4Target
 from mlx_mtp.targets.gemma4_config import Gemma4Config
-from mlx_mtp.training import pipeline
+from mlx_mtp.training import pipeline, stages
 from mlx_mtp.training.data import Batches
 from mlx_mtp.training.families import FAMILIES, DrafterShape, describe_assistant, write_drafter
-from mlx_mtp.training.objective import assistant_loss, next_token_loss
+from mlx_mtp.training.objective import assistant_loss
 from mlx_mtp.training.recipe import Recipe
 from mlx_mtp.training.small_target import target_config
 
@@ -39,6 +39,7 @@ def small(vocabulary: int) -> dict:
 @pytest.fixture(autouse=True)
 def small_target(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "target_config", small)
+    monkeypatch.setattr(stages, "MEASURED_TOKENS", 12)
 
 
 def pair() -> tuple[Gemma4Model, AssistantModel]:
@@ -46,28 +47,6 @@ def pair() -> tuple[Gemma4Model, AssistantModel]:
     target = Gemma4Model(Gemma4Config.from_dict(small(64)))
     config = describe_assistant(DrafterShape(), Gemma4Target(target, mx.float32), 32)
     return target, AssistantModel(AssistantConfig.from_dict(config))
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    logits = logits.astype(np.float64)
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-
-
-def test_next_token_loss_is_the_mean_cross_entropy() -> None:
-    target, _ = pair()
-    batch = np.random.default_rng(0).integers(0, 64, (2, 20))
-    loss, right = next_token_loss(target, mx.array(batch))
-    distributions = log_softmax(np.array(target.head(_states(target, batch[:, :-1]))))
-    expected = -np.take_along_axis(distributions, batch[:, 1:, None], axis=-1).mean()
-    assert abs(loss.item() - expected) < 1e-5
-    assert abs(right.item() - (distributions.argmax(-1) == batch[:, 1:]).mean()) < 1e-6
-
-
-def _states(target: Gemma4Model, tokens: np.ndarray) -> mx.array:
-    from mlx_mtp.generation.cache import NoCache
-
-    return target(mx.array(tokens), NoCache(target.config.sliding_window, len(tokens)))[0]
 
 
 @pytest.mark.parametrize("progress", [0.1, 0.7])
@@ -112,16 +91,8 @@ def corpus(tmp_path: Path) -> Path:
     return folder
 
 
-def command(*words: object) -> int:
-    """Runs `mlx-mtp train` in this process and gives its exit code."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(sys, "argv", ["mlx-mtp", "train", *map(str, words)])
-        app.main()
-    return int(end.value.code or 0)
-
-
 def test_the_command_goes_on_after_an_interrupt_and_makes_a_pair(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
     out, batch = tmp_path / "run", Batches.batch
     log = out / "train-target" / "log.jsonl"
@@ -133,13 +104,12 @@ def test_the_command_goes_on_after_an_interrupt_and_makes_a_pair(
 
     with monkeypatch.context() as patch:
         patch.setattr(Batches, "batch", interrupted)
-        assert command("--out", out, "--data", corpus, *OPTIONS) == 130
+        assert ran("train", "--out", out, "--data", corpus, *OPTIONS) == 130
     assert (out / "train-target" / "training.safetensors").exists()
-    capsys.readouterr()
-    assert command("--out", out, "--data", corpus, *OPTIONS) == 0  # the same command goes on
-    shown = capsys.readouterr().out
-    assert f"{out / 'assistant'}: 1.00 tokens per round before" in shown and "Next: mlx-mtp chat --model" in shown
-    assert command("--out", out, "--resume") == 0
+    code, shown, _ = command("train", "--out", out, "--data", corpus, *OPTIONS)  # the same command goes on
+    assert code == 0 and f"{out / 'assistant'}: 1.00 tokens per round before" in shown
+    assert "Next: mlx-mtp chat --model" in shown
+    assert ran("train", "--out", out, "--resume") == 0
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps == list(range(1, 7))  # no step twice, none missing
     engine = mlx_mtp.load(out / "target", depth=2)  # the assistant beside it is found
@@ -332,13 +302,12 @@ def test_numbers_are_checked_before_data_are_read(wrong: dict, words: str) -> No
      (("--optimizer", "adamw", "--seed", "0"), "another value of options"), (("--length", "32"), "/nowhere: expected")],
 )  # fmt: skip
 def test_resume_takes_no_other_values(
-    options: tuple[str, ...], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: tuple[str, ...], words: str, tmp_path: Path, command: Command
 ) -> None:
     """What the run began with may be said again; anything else is refused and not ignored."""
     began = {"optimizer": "muon", "accumulate": 1, "checkpoint_gradients": False, "memory_saving": False,
              "dtype": "float32"}  # fmt: skip
     recipe = Recipe(data=["/nowhere"], options=began, **FRESH)
     (tmp_path / "recipe.json").write_text(json.dumps(recipe.saved()))
-    assert command("--out", tmp_path, "--resume", *options) == 2
-    shown = capsys.readouterr().err
-    assert words in " ".join(shown.split()) and "Traceback" not in shown
+    code, _, err = command("train", "--out", tmp_path, "--resume", *options)
+    assert code == 2 and words in " ".join(err.split()) and "Traceback" not in err

@@ -4,17 +4,14 @@ The tokenizer is a small one, trained here; no network, no model.
 """
 
 import gzip
-import itertools
 import json
 import logging
 import random
-import runpy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import sentencepiece
 
 from mlx_mtp.errors import DataError, OptionError
 from mlx_mtp.training.data import Batches, Document, documents_of, fingerprint, pack, read_documents, split
@@ -67,68 +64,21 @@ def test_the_standard_library_is_read_where_no_data_are_named(monkeypatch: pytes
     assert (len(learned), len(held_out)) == (48, 2)
 
 
-def test_the_embedded_models_corpus() -> None:
-    corpus = runpy.run_path(str(EMBEDDED / "corpus.py"))
-    held_out, documents = corpus["is_held_out"], list(itertools.islice(corpus["standard_library"](), 400))
-    assert held_out("tomllib") and held_out("tomllib._parser") and not held_out("shutil")
-    assert all((d.text is None) != (d.messages is None) for d in documents)
-    chats = {d.messages[0]["content"]: d.messages[1]["content"] for d in documents if d.messages}
-    answer = next(answer for question, answer in chats.items() if "`argparse.ArgumentParser`" in question)
-    assert answer.startswith("```python\nclass ArgumentParser(") and "Object for parsing" in answer
-
-
-def test_the_embedded_models_tokenizer_in_both_its_forms(tmp_path: Path) -> None:
-    """sentencepiece and tokenizer.json give the same ids, and every text comes back."""
-    from transformers import AutoTokenizer
-
-    train = runpy.run_path(str(EMBEDDED / "tokenizer.py"))["train_tokenizer"]
-    train([Path(json.__file__).read_text(), Path(random.__file__).read_text()], tmp_path, 420)
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    fast = AutoTokenizer.from_pretrained(tmp_path)
-    for text in some_texts():
-        ids = fast.encode(text, add_special_tokens=False)
-        assert ids == pieces.encode(text), repr(text)
-        assert fast.decode(ids) == text
-
-
 def test_the_small_targets_tokenizer(tokenizer: Any, tmp_path: Path) -> None:
-    """Every text comes back; an indentation is a piece of its own; too small a vocabulary is refused."""
+    """Every text comes back; an indentation is a piece of its own; it begins and asks as Gemma 4's does."""
     for text in some_texts():
         assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
     indented, plain = (tokenizer.encode(text, add_special_tokens=False) for text in ("x\n    y", "y"))
     assert indented[-len(plain) :] == plain and len(indented) == 3 + len(plain)
-    with pytest.raises(OptionError, match="vocabulary must be at least 265"):
-        train_tokenizer(["text"], tmp_path, 200)
-
-
-def test_special_ids_and_one_bos(tokenizer: Any) -> None:
-    names = ["<pad>", "<eos>", "<bos>", "<unk>"]
-    names += ["<|turn>", "<turn|>", "<|think|>", "<|channel>", "<channel|>"]
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", "<|think|>", "<|channel>", "<channel|>"]
     assert tokenizer.convert_tokens_to_ids(names) == list(range(9))
-    ids = tokenizer("import x").input_ids
-    assert ids[0] == 2 and ids.count(2) == 1
-
-
-def test_chat_template_is_gemma4s(tokenizer: Any) -> None:
+    assert tokenizer("import x").input_ids[0] == 2 and tokenizer("import x").input_ids.count(2) == 1
     system = [{"role": "system", "content": "Be brief."}, CHAT[0]]
-    prompt = tokenizer.apply_chat_template(system, tokenize=False, add_generation_prompt=True)
-    assert prompt == (
+    assert tokenizer.apply_chat_template(system, tokenize=False, add_generation_prompt=True) == (
         "<bos><|turn>system\nBe brief.<turn|>\n<|turn>user\nWhat is 3 + 4?<turn|>\n<|turn>model\n"
     )
-    with pytest.raises(Exception, match="robot"):
-        tokenizer.apply_chat_template([{"role": "robot", "content": "x"}], tokenize=False)
-
-
-def test_pack(tokenizer: Any) -> None:
-    plain = tokenizer.encode("a = 1\n", add_special_tokens=False)
-    chat = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
-    ids = pack([Document("m", text="a = 1\n"), Document("m", messages=CHAT)], tokenizer)
-    assert ids.dtype == np.uint16 and ids.tolist() == [2, *plain, 1, *chat, 1]
-    # What training sees begins with exactly what the engine sends as a prompt.
-    prompt = tokenizer.apply_chat_template(
-        CHAT[:1], tokenize=True, add_generation_prompt=True, return_dict=False
-    )
-    assert chat[: len(prompt)] == prompt and tokenizer.decode(chat).endswith("7<turn|>\n")
+    with pytest.raises(OptionError, match="vocabulary must be at least 265"):
+        train_tokenizer(["text"], tmp_path, 200)
 
 
 def test_reads_every_kind_of_file(tmp_path: Path) -> None:

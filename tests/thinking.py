@@ -1,7 +1,5 @@
 """A tiny checkpoint that thinks: a tokenizer with a template in Gemma 4's manner, and a target that follows a chain."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import mlx.core as mx

@@ -1,7 +1,5 @@
 """Small tokenizers of every kind, made here and now: byte-level, with byte fallback, by words, by suffixes."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable

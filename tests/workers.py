@@ -7,8 +7,6 @@ header is compiled once: g++ looks for it beside the kernels' sources first, and
 does not do: change a kernel, or import MLX, which must come later.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import os

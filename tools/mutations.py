@@ -1,8 +1,8 @@
 """Seeded faults: is each of them caught by the tests?
 
-What it does: puts one fault at a time into a scratch copy of the tree, runs the tests that should notice, and says
-"caught", and by which test, or "NOT caught". What it does not do: touch the checkout, or invent faults; the list below
-is by hand. A selection of tests that finds none, or of which one is skipped, is an error: it notices nothing.
+Puts one fault at a time into a scratch copy of the tree, runs the tests that should notice, and says "caught", and by
+which test, or "NOT caught". A selection of tests that finds none, or of which one is skipped, is an error: it notices
+nothing.
 
     python tools/mutations.py                 all of them, after the same tests passed on the unchanged copy
     python tools/mutations.py ring window     only those whose name holds one of the words
@@ -87,7 +87,8 @@ FAULTS = (
           "AttentionPlan(self.offset + (total - rows), masks", "AttentionPlan(self.offset, masks",
           ("tests/test_gemma4.py",)),
     Fault("positions: the drafter asks from one place later", "mlx_mtp/drafters/assistant.py",
-          "return length if self is Convention.A else length - 1", "return length", ("tests/test_assistant.py",)),
+          "return length if self is Convention.A else length - 1", "return length",
+          ("tests/test_drafters.py", "-k", "four_steps")),
     Fault("masks: a window of one more", "mlx_mtp/generation/cache.py",
           "(keys > rows - window)", "(keys >= rows - window)", CACHE),
     Fault("masks: a full layer sees one row of the future", "mlx_mtp/generation/cache.py",
@@ -124,8 +125,7 @@ FAULTS = (
     Fault("exact mode: the end of a prompt is run again for its state", "mlx_mtp/generation/loop.py",
           "found[1].states) if found", "None) if found", EXACT),
     Fault("stop strings: what may become one is shown", "mlx_mtp/text/tokenizer.py",
-          "keep = max((overlap(self._held, stop) for stop in self._stops), default=0)", "keep = 0",
-          ("tests/test_properties.py", "-k", "stop")),
+          "keep = max((overlap(self._held, stop) for stop in self._stops), default=0)", "keep = 0", REPLY),
     Fault("stop strings: the reply is cut one token late", "mlx_mtp/generation/reply.py",
           "if end >= place), len", "if end > place), len", REPLY),
     Fault("stop strings: thoughts are searched too", "mlx_mtp/generation/reply.py",
