@@ -226,13 +226,13 @@ def bench_parts(report: dict[str, Any]) -> list[Part]:
         by_category = [{"arm": row["arm"], **{group["category"]: group["arms"][at][base] for group in groups}}
                        for at, row in enumerate(rows)]  # fmt: skip
         parts.append(Table.of(f"By category, over {BASES[base][1]}", by_category))
-    return parts + (["Notes:", *(f"- {note}" for note in report["notes"])] if report["notes"] else [])
+    return [*parts, "\n".join(["Notes:", *(f"- {note}" for note in report["notes"])])] if report["notes"] else parts
 
 
 def bench_markdown(report: dict[str, Any]) -> str:
     """The whole report ready to paste, with what every figure means."""
     meanings = [f"- {name}: {text}." for name, text in report["definitions"].items()]
-    return markdown(["## mlx-mtp bench", *bench_parts(report), "Definitions:", *meanings])
+    return markdown(["## mlx-mtp bench", *bench_parts(report), "\n".join(["Definitions:", *meanings])])
 
 
 def compared(found: dict[str, Any] | None) -> str | None:
