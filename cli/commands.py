@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -88,8 +89,7 @@ def _undo(conversation: Conversation, _: str) -> None:
     taken = conversation.chat.undo()
     if taken is None:
         raise PromptError("There is no question to take back; the conversation is empty.")
-    line = " ".join(taken.split())
-    conversation.screen.note(f"taken back: {line if len(line) <= SHOWN else line[: SHOWN - 4] + ' ...'}")
+    conversation.screen.note(f"taken back: {textwrap.shorten(taken, SHOWN, placeholder=' ...')}")
 
 
 def _retry(conversation: Conversation, _: str) -> None:
