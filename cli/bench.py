@@ -165,4 +165,4 @@ def _depths(depth: str | None, depths: str | None) -> tuple[int | str, ...] | No
     if depth is not None and depths is not None:
         raise OptionError("--depth and --depths mean the same drafts; leave one out.")
     given = depth if depths is None else depths
-    return None if given is None else tuple(options.depth_value(one.strip()) for one in given.split(","))
+    return None if given is None else tuple(options.number_or_word(one.strip()) for one in given.split(","))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mlx_mtp import OptionError, PromptError
+from mlx_mtp import PromptError
 
 Model = Annotated[
     str | None,
@@ -48,19 +48,12 @@ def is_utf8(text: str) -> bool:
     return True
 
 
-def depth_value(text: str) -> int | str:
-    """'auto' or a whole number; its range is checked where the drafter is known."""
-    if text == "auto":
-        return text
+def number_or_word(text: str) -> int | str:
+    """'3' -> 3, 'auto' as it is; the library checks what it means."""
     try:
         return int(text)
     except ValueError:
-        raise OptionError(f"--depth must be 'auto' or 0 to 8, not '{text}'.") from None
-
-
-def head_bits_value(text: str) -> int | str:
-    """'auto' or a whole number; the library checks which."""
-    return int(text) if text.isdecimal() else text
+        return text
 
 
 def token_ids(text: str) -> list[int]:

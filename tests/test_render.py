@@ -34,7 +34,7 @@ Speed
 
 | configuration | tokens/s [range] |
 |---------------|------------------|
-| x\\|y          |        two lines |
+| x\\|y          |       two, lines |
 | [bold]z       |             1.00 |
 
 inner

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,14 @@ def label(name: str) -> str:
     return LABELS.get(name, name.replace("_", " "))
 
 
+def show(parts: Iterable[Part]) -> None:
+    """On standard output: as they are on a terminal, as Markdown in a pipe."""
+    if sys.stdout.isatty():
+        print_parts(Console(), parts)
+    else:
+        print(markdown(parts), end="")
+
+
 def markdown(parts: Iterable[Part]) -> str:
     """All parts as text, ready to paste."""
     output = io.StringIO()
@@ -105,7 +114,7 @@ def print_parts(console: Console, parts: Iterable[Part], style: box.Box = box.HE
         for at, head in enumerate(part.heads or ("", "")):
             table.add_column(Text(head), overflow="fold", justify="right" if part.heads and at else "left")
         for row in part.rows:
-            table.add_row(*(Text(" ".join(one.replace("|", "\\|").split("\n")) if is_markdown else one) for one in row))
+            table.add_row(*(Text(one.replace("|", "\\|").replace("\n", ", ") if is_markdown else one) for one in row))
         console.print(table)
         if not is_markdown:  # whose tables have empty lines for edges
             console.print()
