@@ -13,6 +13,7 @@ from mlx_mtp.cli import commands, loading, notices, options
 from mlx_mtp.cli.conversation import Conversation, Screen, Settings
 from mlx_mtp.cli.line_input import HINT, Lines, lines
 
+THINKING_HELP = "Thoughts of models that have them: 'show', 'hide' or 'off'."
 Max = Annotated[int, typer.Option(help="Most tokens of a reply.")]
 
 
@@ -35,10 +36,7 @@ def chat(
     max_context: options.MaxContext = None,
     system: Annotated[str | None, typer.Option(help="An instruction for the whole conversation.")] = None,
     load: Annotated[str | None, typer.Option(metavar="FILE", help="Go on with a saved conversation.")] = None,
-    thinking: Annotated[
-        str | None,
-        typer.Option(help="Thoughts of models that have them: 'show', 'hide' or 'off'.", show_default="off"),
-    ] = None,
+    thinking: Annotated[str | None, typer.Option(help=THINKING_HELP, show_default="off")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Text as it comes, no Markdown.")] = False,
     verbose: options.Verbose = False,
 ) -> None:
