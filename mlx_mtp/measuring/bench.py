@@ -93,19 +93,17 @@ class Bench:
         count = sum(one.drafter is not None for one in each) + len(each) * self.plan.repeats
         return count * len(self.prompts) * len(self.lineup.samplings())
 
-    def run(self) -> Iterator[str]:
-        """Measures everything; yields after every step what it was."""
+    def run(self) -> Iterator[None]:
+        """Measures everything; yields after every step."""
         if self.meter:
             _, joules = self.meter.of(lambda: time.sleep(IDLE_SECONDS))
             self.idle_watts = None if joules is None else joules / IDLE_SECONDS
         for at, sampling in enumerate(self.lineup.samplings()):
-            name = sampling_name(sampling)
-            done = self.results.setdefault(name, [])
+            done = self.results.setdefault(sampling_name(sampling), [])
             for i, (prompt, ids) in enumerate(zip(self.prompts, self._ids, strict=True)):
                 seed = self.plan.seed + at * BETWEEN_SAMPLINGS + i
                 done.append(Measured(prompt, DecodeJob(ids, self.plan.max_tokens, sampling, seed)))
-                for _ in self._measure(done[-1]):
-                    yield f"{prompt.category}, {name}"
+                yield from self._measure(done[-1])
 
     def _measure(self, measured: Measured) -> Iterator[None]:
         job, configurations = measured.job, self.lineup.configurations
