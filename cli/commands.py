@@ -97,7 +97,7 @@ def _retry(conversation: Conversation, _: str) -> None:
     if not _drawn(conversation) or settings.seed is not None:
         why = "there is a seed" if _drawn(conversation) else "temperature is 0"
         conversation.screen.note(f"{why}: the same question gives the same reply")
-    conversation.retry()
+    conversation.say(None)
 
 
 def _drawn(conversation: Conversation) -> bool:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import MofNCompleteColumn
 
-from mlx_mtp import Chat, Engine, Event, MLXMTPError, OptionError, Result, Sampling, Session
+from mlx_mtp import Chat, Engine, MLXMTPError, OptionError, Result, Sampling, Session
 from mlx_mtp.cli.line_input import interruption, no_echo
 from mlx_mtp.cli.progress import PatientBar
 from mlx_mtp.cli.reply_view import THINKING, MarkdownView, PlainView, View
@@ -118,16 +119,12 @@ class Conversation:
         self.chat.engine.stream([0], **replace(settings, stop=()).options()).close()
         self.settings, self.chat.thinking = settings, settings.thinking != "off"
 
-    def say(self, text: str) -> None:
-        """Sends a message and shows the reply."""
-        self._reply(lambda **options: self.chat.send(text, **options))
+    def say(self, text: str | None) -> None:
+        """Sends a message, None for the last one in place of its reply, and shows what comes.
 
-    def retry(self) -> None:
-        """Shows another reply to the last question."""
-        self._reply(self.chat.retry)
-
-    def _reply(self, ask: Callable[..., Generator[Event, None, None]]) -> None:
-        """Ctrl-C stops a reply: what there is then is kept, and where nobody is there to go on the program ends."""
+        Ctrl-C stops a reply: what there is then is kept, and where nobody is there to go on the program ends.
+        """
+        ask = self.chat.retry if text is None else partial(self.chat.send, text)
         before, view = self.chat.messages, self.screen.view(self.settings.thinking)
         try:
             with (

@@ -11,7 +11,7 @@ import tty
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Event
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from mlx_mtp import PromptError
 from mlx_mtp.cli.options import is_utf8
@@ -21,19 +21,11 @@ UTF_16 = ("\udcff\udcfe", "\udcfe\udcff")  # its byte order marks, as Python rea
 HINT = "Ctrl-D leaves, /help shows the commands."
 
 
-class Lines(Protocol):
-    """Where messages come from. interactive: whether somebody sits there, may give commands and can be asked again."""
-
-    interactive: bool
-
-    def read(self) -> str:
-        """The next message; EOFError when there is none, KeyboardInterrupt for a Ctrl-C that it does not answer."""
-
-
 class PlainLines:
     """Every line of standard input is a message, in a pipe and on a terminal that only knows text (TERM=dumb).
 
-    prompts: where somebody is asked for it. echo: shows the lines, for a reader of the output.
+    prompts: where somebody is asked for it, who then may give commands and be asked again: it is interactive. echo:
+    shows the lines, for a reader of the output.
     """
 
     def __init__(self, prompts: TextIO | None, echo: bool) -> None:
@@ -118,6 +110,9 @@ class TerminalLines:
             self._session.placeholder = None
             if (text := self._session.prompt()).strip():
                 return text.rstrip()
+
+
+Lines = PlainLines | TerminalLines
 
 
 def lines(commands: Sequence[str]) -> Lines:

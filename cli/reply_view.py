@@ -13,7 +13,7 @@ from typing import TextIO
 
 from rich.console import Console
 from rich.live import Live
-from rich.segment import Segment, Segments
+from rich.segment import Segment, SegmentLines
 from rich.text import Text
 
 from mlx_mtp import Event
@@ -122,9 +122,9 @@ class MarkdownView(View):
         self._live.start()
         with self._console:  # what is written leaves in one go
             if rows:
-                self._live.update(_segments([]), refresh=True)
-                self._console.print(_segments([*rows, []]))
-            self._live.update(_segments(left[gone:]), refresh=True)
+                self._live.update("", refresh=True)
+                self._console.print(SegmentLines(rows, new_lines=True))
+            self._live.update(SegmentLines(left[gone:], new_lines=True), refresh=True)
 
     def _rows(self, kind: str, text: str) -> list[Row]:
         """A block as rows of this terminal, with an empty one before it where another block is above."""
@@ -142,11 +142,6 @@ def _trimmed(row: Row) -> Row:
     while row and not row[-1].text.strip():
         row = row[:-1]
     return [*row[:-1], Segment(row[-1].text.rstrip(), row[-1].style)] if row else row
-
-
-def _segments(rows: list[Row]) -> Segments:
-    """Rows with line ends between them."""
-    return Segments([segment for i, row in enumerate(rows) for segment in ([Segment.line()] if i else []) + row])
 
 
 class PlainView(View):
