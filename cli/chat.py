@@ -14,14 +14,13 @@ from mlx_mtp.cli.conversation import Conversation, Screen, Settings
 from mlx_mtp.cli.line_input import HINT, Lines, lines
 
 THINKING_HELP = "Thoughts of models that have them: 'show', 'hide' or 'off'."
-Max = Annotated[int, typer.Option(help="Most tokens of a reply.")]
 
 
 def chat(
     model: options.Model = None,
     drafter: options.Drafter = "auto",
     depth: options.Depth = "auto",
-    max_tokens: Max = 1024,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of a reply.")] = 1024,
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
     top_p: options.TopP = None,

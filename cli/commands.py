@@ -127,43 +127,32 @@ def _set(conversation: Conversation, text: str) -> None:
 
 
 def _stats(conversation: Conversation, _: str) -> None:
-    conversation.screen.show(_table(_figures(conversation)))
-    conversation.screen.show(_depth(conversation))
-    if conversation.chat.last is None:
-        conversation.screen.show("no finished reply yet")
-
-
-def _depth(conversation: Conversation) -> str:
-    """Why so many tokens are drafted, as replies are asked for now."""
-    engine = conversation.chat.engine
-    if engine.depth == "auto" and conversation.settings.seed is not None and _drawn(conversation):
-        return f"Drafting {SEEDED_DEPTH} tokens a round at most: a seed above temperature 0 fixes the depth."
-    return engine.depth_reason
-
-
-def _figures(conversation: Conversation) -> list[tuple[str, str]]:
-    chat = conversation.chat
-    kept = f"{len(chat.session.ids)} of at most {chat.engine.max_context} tokens kept"
-    found = [
+    chat, engine = conversation.chat, conversation.chat.engine
+    kept = f"{len(chat.session.ids)} of at most {engine.max_context} tokens kept"
+    rows = [
         ("conversation", f"{conversation.turns} turns, {kept}"),
         ("K/V kept", f"{chat.session.nbytes / 1e6:.1f} MB"),
     ]
+    if chat.last is not None:
+        stats = chat.last.stats
+        accepted = [f"{i}: {share:.0%}" for i, share in enumerate(acceptance([stats]), 1)]
+        depths = [f"{depth}: {count}" for depth, count in sorted(stats.depth_counts.items())]
+        rows += [
+            ("last reply", f"{stats.tokens} tokens, ended by {chat.last.finish_reason}, mode {stats.mode}"),
+            ("prompt", f"{stats.prompt_tokens} tokens, {stats.prefilled_tokens} prefilled"),
+            ("prefill", f"{stats.prefill_seconds:.2f} s"),
+            ("decoding", f"{stats.decode_seconds:.2f} s, {stats.decode_tokens_per_second:.1f} tokens/s"),
+            ("tokens per round", f"{stats.tokens_per_round:.2f}"),
+            ("drafts accepted", ", ".join(accepted) or "none drafted"),
+            ("rounds by depth", ", ".join(depths) or "none"),
+            ("peak memory", f"{stats.peak_memory_bytes / 1e6:.0f} MB"),
+        ]
+    conversation.screen.show(_table(rows))
+    fixed = engine.depth == "auto" and conversation.settings.seed is not None and _drawn(conversation)
+    why = f"Drafting {SEEDED_DEPTH} tokens a round at most: a seed above temperature 0 fixes the depth."
+    conversation.screen.show(why if fixed else engine.depth_reason)
     if chat.last is None:
-        return found
-    stats = chat.last.stats
-    accepted = [f"{i}: {share:.0%}" for i, share in enumerate(acceptance([stats]), 1)]
-    depths = [f"{depth}: {count}" for depth, count in sorted(stats.depth_counts.items())]
-    return [
-        *found,
-        ("last reply", f"{stats.tokens} tokens, ended by {chat.last.finish_reason}, mode {stats.mode}"),
-        ("prompt", f"{stats.prompt_tokens} tokens, {stats.prefilled_tokens} prefilled"),
-        ("prefill", f"{stats.prefill_seconds:.2f} s"),
-        ("decoding", f"{stats.decode_seconds:.2f} s, {stats.decode_tokens_per_second:.1f} tokens/s"),
-        ("tokens per round", f"{stats.tokens_per_round:.2f}"),
-        ("drafts accepted", ", ".join(accepted) or "none drafted"),
-        ("rounds by depth", ", ".join(depths) or "none"),
-        ("peak memory", f"{stats.peak_memory_bytes / 1e6:.0f} MB"),
-    ]
+        conversation.screen.show("no finished reply yet")
 
 
 def _save(conversation: Conversation, name: str) -> None:
