@@ -23,19 +23,20 @@ from typing import Any
 import common
 
 from mlx_mtp.cli.loading import load
+from mlx_mtp.engine import DEEPEST
 from mlx_mtp.generation.cache import CAPACITY_STEP
 from mlx_mtp.generation.depth import FixedDepth
 from mlx_mtp.generation.loop import Decoder
 from mlx_mtp.generation.types import Sampling, Stats
 from mlx_mtp.measuring.configurations import PLAIN, STOCK, Configuration, Lineup, Plan, line_up, sampling_name
-from mlx_mtp.measuring.diagnosis import WIDEST_TIMED, Costs, Curve, Effort, measure
+from mlx_mtp.measuring.diagnosis import Costs, measure
 from mlx_mtp.measuring.engines import DecodeJob, TimedRun
 from mlx_mtp.measuring.prompts import read_prompts
 from mlx_mtp.measuring.timing import Passes
 from mlx_mtp.measuring.turns import Runs, fair_turns
 
 # Pipelined rounds above all, for those decide; by their mean, since a run's time is the sum of its rounds.
-PIECES = Effort(repeats=3, warm=1, pipelined=16, turns=1, middle=statistics.fmean)
+REPEATS, PIPELINED = 3, 16
 COUNTED = ("verify", "draft", "gap")
 
 
@@ -72,18 +73,13 @@ class Parts:
 
 def round_parts(costs: Costs, counts: Mapping[int, int], padded: int | None = None) -> Parts:
     """The average round of these depths (rounds by depth). padded: rows of every pass at least, in exact mode."""
-    curve, total = costs.curve(padded), sum(counts.values())
+    total = sum(counts.values())
     verify = draft = whole = 0.0
     for depth, count in counts.items():
-        verify += count / total * pass_seconds(costs, max(depth + 1, padded or 1))
+        verify += count / total * costs.verify[max(depth + 1, padded or 1) - 1]
         draft += count / total * depth * (costs.draft_step or 0.0)
-        whole += count / total * curve.at(depth)
+        whole += count / total * costs.round(depth, padded)
     return Parts(verify, draft, whole - verify - draft)
-
-
-def pass_seconds(costs: Costs, rows: int) -> float:
-    """A pass of so many rows; beyond the widest that was timed by a straight line."""
-    return Curve(dict(enumerate(costs.verify))).at(rows - 1)
 
 
 def seconds_per_token(
@@ -122,12 +118,14 @@ class Foretold:
     def pieces(self, job: DecodeJob) -> dict[str, Costs]:
         """The verify curve, then rounds of every drafter ("" = without), all after this prompt and so sampled."""
         ids = list(job.prompt)
-        passes = self.passes.alone(ids, range(1, WIDEST_TIMED + 1), PIECES.repeats, PIECES.warm)
+        passes = self.passes.alone(ids, range(1, DEEPEST + 2), REPEATS)
         deepest = {name: max(engine.allowed_depths) for name, engine in self.drafting.items()}
         return {
-            name: measure(decoder, ids, deepest.get(name, 0), PIECES, job.sampling, passes)
+            name: measure(
+                decoder, ids, deepest.get(name, 0), REPEATS, PIPELINED, job.sampling, passes, statistics.fmean
+            )
             for name, decoder in self.decoders.items()
-        }
+        }  # fmt: skip
 
     def run(self, sampling: Sampling, seed: int) -> Iterator[Found]:
         """Times everything; yields what there is so far after every prompt."""

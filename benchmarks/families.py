@@ -30,7 +30,7 @@ from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.measuring import tables
 from mlx_mtp.measuring.engines import DecodeJob, with_engine, with_mlx_lm
 from mlx_mtp.measuring.timing import Passes
-from mlx_mtp.measuring.turns import differences
+from mlx_mtp.measuring.turns import difference
 from mlx_mtp.targets.gemma4 import Gemma4Target
 from mlx_mtp.training.data import Batches
 from mlx_mtp.training.families import DrafterShape
@@ -63,7 +63,10 @@ def compare(depth: int, context: int, prompts: int, repeats: int, runs: Path | N
     for name, runs_of in everything.items():
         faster, low, high = runs_of.ratio(everything["stock mlx-lm"])
         row = found[name] = {"tokens_per_second": common.rate(runs_of), "ratio": faster, "interval": [low, high]}
-        row["same_tokens_as_plain"] = not differences(plain.target, jobs, everything["plain"], runs_of)
+        row["same_tokens_as_plain"] = not any(
+            difference(plain.target, job, *pair)
+            for job, *pair in zip(jobs, everything["plain"].by_job, runs_of.by_job, strict=True)
+        )
         if name in engines:
             used = min(depth, engines[name].drafter.max_depth)  # type: ignore[union-attr]
             alone = round_seconds(engines[name], ids[0], used, 15)["device_milliseconds"]

@@ -24,7 +24,7 @@ from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.measuring import machine
 from mlx_mtp.measuring.configurations import GEMMA, sampling_name
 from mlx_mtp.measuring.engines import Decode, DecodeJob, with_engine
-from mlx_mtp.measuring.turns import Runs, differences
+from mlx_mtp.measuring.turns import Runs, difference
 
 PLAIN = "depth 0"
 
@@ -57,7 +57,8 @@ def printed(engine: mlx_mtp.Engine, jobs: list[DecodeJob], found_runs: dict[str,
         line = f"  {name:22} {row['tokens_per_second']:7.1f} tokens/s  {over:5.2f} [{low:.2f}, {high:.2f}] of plain"
         line += f"  {row['drafted_rounds']:.1%} of rounds drafted"
         if not jobs[0].sampling.temperature:
-            differing = differences(engine.target, jobs, found_runs[PLAIN], runs)
+            pairs = zip(jobs, found_runs[PLAIN].by_job, runs.by_job, strict=True)
+            differing = [at for job, *pair in pairs if (at := difference(engine.target, job, *pair))]
             row["same_tokens"] = not differing
             line += f"  (differs at token {differing[0].token + 1})" if differing else ""
         print(line, flush=True)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn
 
 import mlx_mtp
 from mlx_mtp.checkpoints.atomic import replacing
 from mlx_mtp.cli import options
 from mlx_mtp.cli.loading import load
+from mlx_mtp.cli.progress import PatientBar
 from mlx_mtp.errors import MLXMTPError, OptionError, brief
 from mlx_mtp.measuring import tables
 from mlx_mtp.measuring.bench import Bench
@@ -28,37 +29,25 @@ from mlx_mtp.measuring.report import bench_markdown, bench_parts, build
 
 DEFAULTS = Plan()
 STDOUT = Path("-")
-OUTPUT, PROMPTS, CONFIGURATIONS = "Output", "Prompts", "Configurations"
+Arms = partial(typer.Option, rich_help_panel="Configurations")
+Prompts = partial(typer.Option, rich_help_panel="Prompts")
+Output = partial(typer.Option, rich_help_panel="Output")
+DEPTHS = ",".join(map(str, DEFAULT_DEPTHS))
+ARMS_HELP = "stock, plain, mtp, lookup, mlx-vlm or any drafter's name; NAME@3 and NAME@auto set a depth."
+PROMPTS_HELP = "File of prompts: Spec-Bench, HumanEval (.gz too), chat JSONL or text; may be repeated."
 
 
 def bench(
     model: options.Model = None,
     drafter: options.Drafter = "auto",
-    depth: Annotated[
-        str | None, typer.Option(help="One depth for all drafters, 'auto' or 0 to 8.", rich_help_panel=CONFIGURATIONS)
-    ] = None,
-    depths: Annotated[
-        str | None,
-        typer.Option(help="Their depths, with commas.", show_default=",".join(map(str, DEFAULT_DEPTHS)),
-                     rich_help_panel=CONFIGURATIONS),
-    ] = None,
-    arms: Annotated[
-        str, typer.Option(help="stock, plain, mtp, lookup, mlx-vlm or any drafter's name; NAME@3 and NAME@auto set a "
-                          "depth.", rich_help_panel=CONFIGURATIONS)
-    ] = ",".join(DEFAULT_NAMES),
+    depth: Annotated[str | None, Arms(help="One depth for all drafters, 'auto' or 0 to 8.")] = None,
+    depths: Annotated[str | None, Arms(help="Their depths, with commas.", show_default=DEPTHS)] = None,
+    arms: Annotated[str, Arms(help=ARMS_HELP)] = ",".join(DEFAULT_NAMES),
     mode: options.Mode = "fast",
-    prompts: Annotated[
-        list[Path] | None,
-        typer.Option(help="File of prompts: Spec-Bench, HumanEval (.gz too), chat JSONL or text; may be repeated.",
-                     show_default="a built-in set", rich_help_panel=PROMPTS),
-    ] = None,
-    category: Annotated[
-        list[str] | None, typer.Option(help="Only this one; may be repeated.", rich_help_panel=PROMPTS)
-    ] = None,
-    per_category: Annotated[int, typer.Option(help="Most prompts of a category.", rich_help_panel=PROMPTS)] = 1,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue texts as they stand, no chat template.", rich_help_panel=PROMPTS)
-    ] = False,
+    prompts: Annotated[list[Path] | None, Prompts(help=PROMPTS_HELP, show_default="a built-in set")] = None,
+    category: Annotated[list[str] | None, Prompts(help="Only this one; may be repeated.")] = None,
+    per_category: Annotated[int, Prompts(help="Most prompts of a category.")] = 1,
+    raw: Annotated[bool, Prompts("--raw", help="Continue texts as they stand, no chat template.")] = False,
     max_tokens: Annotated[int, typer.Option(help="Tokens of every timed run.")] = DEFAULTS.max_tokens,
     repeats: Annotated[int, typer.Option(help="Timed runs of each, in turns.")] = DEFAULTS.repeats,
     cool_down: Annotated[float, typer.Option(help="Seconds of rest before every turn.")] = DEFAULTS.cool_down,
@@ -69,18 +58,10 @@ def bench(
     repetition_penalty: options.RepetitionPenalty = None,
     seed: Annotated[int, typer.Option(help="Of the first prompt where tokens are drawn.")] = DEFAULTS.seed,
     max_context: options.MaxContext = None,
-    as_json: Annotated[
-        Path | None, typer.Option("--json", help="File for everything that was measured; '-' = stdout.",
-                                  rich_help_panel=OUTPUT)
-    ] = None,
-    as_markdown: Annotated[
-        Path | None, typer.Option("--markdown", help="File for tables ready to paste; '-' = stdout.",
-                                  rich_help_panel=OUTPUT)
-    ] = None,
-    as_plot: Annotated[
-        Path | None, typer.Option("--plot", help="PNG file for speed and acceptance.", rich_help_panel=OUTPUT)
-    ] = None,
-) -> None:  # fmt: skip
+    as_json: Annotated[Path | None, Output("--json", help="All that was measured, to a file; '-' = stdout.")] = None,
+    as_markdown: Annotated[Path | None, Output("--markdown", help="Tables to paste, to a file; '-' = stdout.")] = None,
+    as_plot: Annotated[Path | None, Output("--plot", help="PNG file for speed and acceptance.")] = None,
+) -> None:
     """Measure this machine: stock mlx-lm, plain, and every drafter, on the same prompts in turns."""
     files = {"--json": as_json, "--markdown": as_markdown, "--plot": as_plot}
     _check_files({option: file for option, file in files.items() if file is not None})
@@ -109,7 +90,9 @@ def _measure(run: Bench, files: dict[str, Path | None]) -> None:
     """Runs everything; Ctrl-C and errors, of MLX or of another engine, cost nothing that was measured before."""
     ended: BaseException | None = None
     try:
-        _follow(run.run(), run.steps)
+        with PatientBar(Console(stderr=True), MofNCompleteColumn()) as bar:
+            for done, _ in enumerate(run.run(), 1):
+                bar.update("measuring", done, run.steps)
     except (KeyboardInterrupt, Exception) as error:
         ended = error
         sentence = f"Stopped by an error: {brief(error)}." if isinstance(error, Exception) else "Interrupted."
@@ -137,18 +120,6 @@ def _measure(run: Bench, files: dict[str, Path | None]) -> None:
         raise typer.Exit(130)
 
 
-def _follow(steps: Iterator[str], total: int) -> None:
-    """Takes all steps under a bar with the time left, on a terminal."""
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    # Steps differ in length, so the time left goes by all of them and not by the last few.
-    with Progress(*columns, console=console, transient=True, speed_estimate_period=24 * 3600.0,
-                  disable=not console.is_interactive) as bar:  # fmt: skip
-        task = bar.add_task("measuring", total=total)
-        for what in steps:
-            bar.update(task, advance=1, description=what)
-
-
 def _check_files(files: dict[str, Path]) -> None:
     """Before anything is measured."""
     places = [file.resolve() for file in files.values()]
@@ -165,4 +136,4 @@ def _depths(depth: str | None, depths: str | None) -> tuple[int | str, ...] | No
     if depth is not None and depths is not None:
         raise OptionError("--depth and --depths mean the same drafts; leave one out.")
     given = depth if depths is None else depths
-    return None if given is None else tuple(options.depth_value(one.strip()) for one in given.split(","))
+    return None if given is None else tuple(options.number_or_word(one.strip()) for one in given.split(","))

@@ -13,14 +13,14 @@ from mlx_mtp.cli import commands, loading, notices, options
 from mlx_mtp.cli.conversation import Conversation, Screen, Settings
 from mlx_mtp.cli.line_input import HINT, Lines, lines
 
-Max = Annotated[int, typer.Option(help="Most tokens of a reply.")]
+THINKING_HELP = "Thoughts of models that have them: 'show', 'hide' or 'off'."
 
 
 def chat(
     model: options.Model = None,
     drafter: options.Drafter = "auto",
     depth: options.Depth = "auto",
-    max_tokens: Max = 1024,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of a reply.")] = 1024,
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
@@ -35,10 +35,7 @@ def chat(
     max_context: options.MaxContext = None,
     system: Annotated[str | None, typer.Option(help="An instruction for the whole conversation.")] = None,
     load: Annotated[str | None, typer.Option(metavar="FILE", help="Go on with a saved conversation.")] = None,
-    thinking: Annotated[
-        str | None,
-        typer.Option(help="Thoughts of models that have them: 'show', 'hide' or 'off'.", show_default="off"),
-    ] = None,
+    thinking: Annotated[str | None, typer.Option(help=THINKING_HELP, show_default="off")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Text as it comes, no Markdown.")] = False,
     verbose: options.Verbose = False,
 ) -> None:

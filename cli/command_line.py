@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -72,8 +72,8 @@ def options(
     """Options before the command."""
 
 
-def run(arguments: Sequence[str], on_begin: Callable[[], None]) -> bool:
-    """Does what the arguments say and exits; returns only after an interrupt, False.
+def run(arguments: Sequence[str], on_begin: Callable[[], object]) -> NoReturn:
+    """Does what the arguments say and exits; KeyboardInterrupt for an interrupt.
 
     on_begin: called once everything is imported, when an interrupt may be raised as an exception.
     """
@@ -90,8 +90,8 @@ def run(arguments: Sequence[str], on_begin: Callable[[], None]) -> bool:
     except MLXMTPError as error:
         print(" ".join(str(error).split()), file=sys.stderr)  # one line, whatever a path or a name holds
         sys.exit(2)
-    except (KeyboardInterrupt, typer.Abort):
-        return False
+    except typer.Abort as error:
+        raise KeyboardInterrupt from error
     except OSError as error:
         if error.errno not in OUTPUT_FULL:
             raise

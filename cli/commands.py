@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -88,8 +89,7 @@ def _undo(conversation: Conversation, _: str) -> None:
     taken = conversation.chat.undo()
     if taken is None:
         raise PromptError("There is no question to take back; the conversation is empty.")
-    line = " ".join(taken.split())
-    conversation.screen.note(f"taken back: {line if len(line) <= SHOWN else line[: SHOWN - 4] + ' ...'}")
+    conversation.screen.note(f"taken back: {textwrap.shorten(taken, SHOWN, placeholder=' ...')}")
 
 
 def _retry(conversation: Conversation, _: str) -> None:
@@ -97,7 +97,7 @@ def _retry(conversation: Conversation, _: str) -> None:
     if not _drawn(conversation) or settings.seed is not None:
         why = "there is a seed" if _drawn(conversation) else "temperature is 0"
         conversation.screen.note(f"{why}: the same question gives the same reply")
-    conversation.retry()
+    conversation.say(None)
 
 
 def _drawn(conversation: Conversation) -> bool:
@@ -127,43 +127,32 @@ def _set(conversation: Conversation, text: str) -> None:
 
 
 def _stats(conversation: Conversation, _: str) -> None:
-    conversation.screen.show(_table(_figures(conversation)))
-    conversation.screen.show(_depth(conversation))
-    if conversation.chat.last is None:
-        conversation.screen.show("no finished reply yet")
-
-
-def _depth(conversation: Conversation) -> str:
-    """Why so many tokens are drafted, as replies are asked for now."""
-    engine = conversation.chat.engine
-    if engine.depth == "auto" and conversation.settings.seed is not None and _drawn(conversation):
-        return f"Drafting {SEEDED_DEPTH} tokens a round at most: a seed above temperature 0 fixes the depth."
-    return engine.depth_reason
-
-
-def _figures(conversation: Conversation) -> list[tuple[str, str]]:
-    chat = conversation.chat
-    kept = f"{len(chat.session.ids)} of at most {chat.engine.max_context} tokens kept"
-    found = [
+    chat, engine = conversation.chat, conversation.chat.engine
+    kept = f"{len(chat.session.ids)} of at most {engine.max_context} tokens kept"
+    rows = [
         ("conversation", f"{conversation.turns} turns, {kept}"),
         ("K/V kept", f"{chat.session.nbytes / 1e6:.1f} MB"),
     ]
+    if chat.last is not None:
+        stats = chat.last.stats
+        accepted = [f"{i}: {share:.0%}" for i, share in enumerate(acceptance([stats]), 1)]
+        depths = [f"{depth}: {count}" for depth, count in sorted(stats.depth_counts.items())]
+        rows += [
+            ("last reply", f"{stats.tokens} tokens, ended by {chat.last.finish_reason}, mode {stats.mode}"),
+            ("prompt", f"{stats.prompt_tokens} tokens, {stats.prefilled_tokens} prefilled"),
+            ("prefill", f"{stats.prefill_seconds:.2f} s"),
+            ("decoding", f"{stats.decode_seconds:.2f} s, {stats.decode_tokens_per_second:.1f} tokens/s"),
+            ("tokens per round", f"{stats.tokens_per_round:.2f}"),
+            ("drafts accepted", ", ".join(accepted) or "none drafted"),
+            ("rounds by depth", ", ".join(depths) or "none"),
+            ("peak memory", f"{stats.peak_memory_bytes / 1e6:.0f} MB"),
+        ]
+    conversation.screen.show(_table(rows))
+    fixed = engine.depth == "auto" and conversation.settings.seed is not None and _drawn(conversation)
+    why = f"Drafting {SEEDED_DEPTH} tokens a round at most: a seed above temperature 0 fixes the depth."
+    conversation.screen.show(why if fixed else engine.depth_reason)
     if chat.last is None:
-        return found
-    stats = chat.last.stats
-    accepted = [f"{i}: {share:.0%}" for i, share in enumerate(acceptance([stats]), 1)]
-    depths = [f"{depth}: {count}" for depth, count in sorted(stats.depth_counts.items())]
-    return [
-        *found,
-        ("last reply", f"{stats.tokens} tokens, ended by {chat.last.finish_reason}, mode {stats.mode}"),
-        ("prompt", f"{stats.prompt_tokens} tokens, {stats.prefilled_tokens} prefilled"),
-        ("prefill", f"{stats.prefill_seconds:.2f} s"),
-        ("decoding", f"{stats.decode_seconds:.2f} s, {stats.decode_tokens_per_second:.1f} tokens/s"),
-        ("tokens per round", f"{stats.tokens_per_round:.2f}"),
-        ("drafts accepted", ", ".join(accepted) or "none drafted"),
-        ("rounds by depth", ", ".join(depths) or "none"),
-        ("peak memory", f"{stats.peak_memory_bytes / 1e6:.0f} MB"),
-    ]
+        conversation.screen.show("no finished reply yet")
 
 
 def _save(conversation: Conversation, name: str) -> None:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import MofNCompleteColumn
 
-from mlx_mtp import Chat, Engine, Event, MLXMTPError, OptionError, Result, Sampling, Session
-from mlx_mtp.cli.line_input import Interruption, no_echo
+from mlx_mtp import Chat, Engine, MLXMTPError, OptionError, Result, Sampling, Session
+from mlx_mtp.cli.line_input import interruption, no_echo
 from mlx_mtp.cli.progress import PatientBar
 from mlx_mtp.cli.reply_view import THINKING, MarkdownView, PlainView, View
 
 SAMPLING = tuple(entry.name for entry in fields(Sampling) if entry.name != "logit_bias")
-WHOLE = ("top_k", "max_tokens", "seed")
-NO_DEFAULT = ("max_tokens", "thinking")  # settings that always have a value
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.thinking not in THINKING:
-            raise OptionError(f"Thinking can be 'show', 'hide' or 'off', not '{self.thinking[:60]}'.")
+            raise OptionError(f"Thinking can be 'show', 'hide' or 'off', not '{self.thinking!s:.60}'.")
 
     def options(self) -> dict[str, Any]:
         """For Engine.stream."""
@@ -46,25 +45,21 @@ class Settings:
         return values | {"max_tokens": self.max_tokens, "seed": self.seed, "thinking": self.thinking}
 
     def with_value(self, name: str, text: str) -> Settings:
-        """The same with one value changed; OptionError where there is no such setting or value."""
+        """The same with one value changed; OptionError where there is no such setting, or no such value of it."""
         name = name.lower().lstrip("-").replace("-", "_")
         if name not in self.values():
             raise OptionError(f"There is no setting '{name[:60]}'; there are {', '.join(self.values())}.")
-        value: Any = text if name == "thinking" else _number(name, text)
         if name in SAMPLING:
-            return replace(self, sampling=replace(self.sampling, **{name: value}))
-        return replace(self, **{name: value})
+            return replace(self, sampling=replace(self.sampling, **{name: _value(text)}))
+        return replace(self, **{name: _value(text)})
 
 
-def _number(name: str, text: str) -> float | int | None:
-    optional = name not in NO_DEFAULT
-    if optional and text == "default":
-        return None
-    try:
-        return int(text) if name in WHOLE else float(text)
-    except ValueError:
-        what = ("a whole number" if name in WHOLE else "a number") + (" or 'default'" if optional else "")
-        raise OptionError(f"The value of {name} must be {what}, not '{text[:60]}'.") from None
+def _value(text: str) -> Any:
+    """A number, None for 'default', or the text; whoever gets it checks it."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return None if text == "default" else text
 
 
 @dataclass
@@ -124,47 +119,45 @@ class Conversation:
         self.chat.engine.stream([0], **replace(settings, stop=()).options()).close()
         self.settings, self.chat.thinking = settings, settings.thinking != "off"
 
-    def say(self, text: str) -> None:
-        """Sends a message and shows the reply."""
-        self._reply(lambda **options: self.chat.send(text, **options))
+    def say(self, text: str | None) -> None:
+        """Sends a message, None for the last one in place of its reply, and shows what comes.
 
-    def retry(self) -> None:
-        """Shows another reply to the last question."""
-        self._reply(self.chat.retry)
-
-    def _reply(self, ask: Callable[..., Generator[Event, None, None]]) -> None:
-        """Ctrl-C stops a reply: what there is then is kept, and where nobody is there to go on the program ends."""
-        stop, bar = Interruption(), PatientBar(self.screen.err, MofNCompleteColumn())
-
-        def on_prefill(done: int, total: int) -> None:
-            if stop.asked:
-                raise KeyboardInterrupt
-            bar.update("reading the prompt", done, total)
-
+        Ctrl-C stops a reply: what there is then is kept, and where nobody is there to go on the program ends.
+        """
+        ask = self.chat.retry if text is None else partial(self.chat.send, text)
         before, view = self.chat.messages, self.screen.view(self.settings.thinking)
-        events = ask(**self.settings.options(), on_prefill=on_prefill)
         try:
-            with no_echo(), stop, bar, contextlib.closing(events), contextlib.closing(view):
-                for event in events:
-                    bar.close()
-                    view.show(event)
-                    if stop.asked:
-                        break
+            with (
+                no_echo(), interruption() as stop, PatientBar(self.screen.err, MofNCompleteColumn()) as bar,
+                contextlib.closing(view),
+            ):  # fmt: skip
+
+                def on_prefill(done: int, total: int) -> None:
+                    if stop.is_set():
+                        raise KeyboardInterrupt
+                    bar.update("reading the prompt", done, total)
+
+                with contextlib.closing(ask(**self.settings.options(), on_prefill=on_prefill)) as events:
+                    for event in events:
+                        bar.close()
+                        view.show(event)
+                        if stop.is_set():
+                            break
         except KeyboardInterrupt:
             pass
         except (RuntimeError, MemoryError) as error:  # most often memory that the device does not have
             raise MLXMTPError(f"The reply failed ({error}); take turns back with /undo, or /reset the chat.") from None
         finally:
-            self.thoughts = view.thoughts
             if self.chat.session.busy:  # broken off where nobody can say what it had written
                 self.chat.session = Session()
+        self.thoughts = view.thoughts
         if self.chat.last is not None:
             self.screen.note(" · ".join(self._figures(self.chat.last)))
         elif self.chat.messages is not before:
             self.screen.note("stopped")
         else:
             self.screen.note("stopped before there was an answer: nothing is kept of it")
-        if stop.asked and not self.interactive:
+        if stop.is_set() and not self.interactive:
             raise KeyboardInterrupt
 
     def _figures(self, result: Result) -> list[str]:

@@ -7,8 +7,10 @@ the package index, from which the model comes, the embedded toy takes its place.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import groupby, product
+from typing import NamedTuple
 
 import mlx.core as mx
 from rich.columns import Columns
@@ -51,23 +53,26 @@ class _Written:
     title: str
     pieces: list[tuple[str, bool]] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
-    stats: Stats | None = None
+    stats: Stats = field(default_factory=Stats)
 
     def panel(self, width: int) -> Panel:
         """Drafts that were accepted stand out."""
         text = Text.assemble(*((piece, DRAFT if drafted else "") for piece, drafted in self.pieces))
-        speed = f" · {self.stats.decode_tokens_per_second:.1f} tokens/s" if self.stats else ""
+        speed = f" · {self.stats.decode_tokens_per_second:.1f} tokens/s" if self.stats.tokens else ""
         return Panel(text, title=self.title + speed, width=width)
 
 
-@dataclass(frozen=True)
-class _Run:
+class _Run(NamedTuple):
     """A task at a temperature, without drafts and with them."""
 
     task: str
     temperature: float
     plain: _Written
     mtp: _Written
+
+    def panels(self, width: int) -> Columns:
+        """Both side by side, where there is room for that."""
+        return Columns([each.panel(max(38, width // 2 - 2)) for each in (self.plain, self.mtp)])
 
 
 def demo() -> None:
@@ -101,33 +106,28 @@ def _loaded(console: Console) -> tuple[mlx_mtp.Engine, dict[str, str]]:
 
 def _runs(console: Console, plain: mlx_mtp.Engine, mtp: mlx_mtp.Engine, tasks: dict[str, str]) -> Iterator[_Run]:
     """Every task at T = 0 and then at T = 1, as far as the time goes."""
-    began, turn = time.perf_counter(), 0
-    for temperature in (0.0, 1.0):
-        for task, prompt in tasks.items():
-            if time.perf_counter() - began > SECONDS:
-                console.print(f"[dim]After {SECONDS:.0f} s the demo ends here.[/dim]")
-                return
-            run = _Run(task, temperature, _Written("plain"), _Written("MTP"))
-            console.print(Text(f"{task}, T = {temperature:.0f}: {prompt.splitlines()[0]}", style="bold"))
-            with Live(_panels(console, run), console=console, refresh_per_second=12) as live:
-                order = [(plain, run.plain), (mtp, run.mtp)]
-                for engine, written in order if turn % 2 == 0 else reversed(order):
-                    for _ in _write(engine, prompt, temperature, written):
-                        live.update(_panels(console, run))
-            console.print()
-            turn += 1
-            yield run
-
-
-def _panels(console: Console, run: _Run) -> Columns:
-    width = max(38, console.width // 2 - 2)
-    return Columns([run.plain.panel(width), run.mtp.panel(width)])
+    began = time.perf_counter()
+    for turn, (temperature, (task, prompt)) in enumerate(product((0.0, 1.0), tasks.items())):
+        if time.perf_counter() - began > SECONDS:
+            console.print(f"[dim]After {SECONDS:.0f} s the demo ends here.[/dim]")
+            return
+        run = _Run(task, temperature, _Written("plain"), _Written("MTP"))
+        console.print(Text(f"{task}, T = {temperature:.0f}: {prompt.splitlines()[0]}", style="bold"))
+        with Live(run.panels(console.width), console=console, refresh_per_second=12) as live:
+            order = [(plain, run.plain), (mtp, run.mtp)]
+            for engine, written in order if turn % 2 == 0 else reversed(order):
+                for _ in _write(engine, prompt, temperature, written):
+                    live.update(run.panels(console.width))
+        console.print()
+        yield run
 
 
 def _write(engine: mlx_mtp.Engine, prompt: str, temperature: float, written: _Written) -> Iterator[None]:
     """Streams a reply; of what comes at once all but the last token was drafted."""
+    assert engine.tokenizer is not None  # both models have one
+    decode = engine.tokenizer.decode
     for event in engine.stream(prompt, max_tokens=TOKENS, sampling=mlx_mtp.Sampling(temperature=temperature)):
-        drafted = _text(engine, [*written.tokens, *event.tokens[:-1]])[len(_text(engine, written.tokens)) :]
+        drafted = decode([*written.tokens, *event.tokens[:-1]])[len(decode(written.tokens)) :]
         drafted = drafted if engine.drafter is not None and event.text.startswith(drafted) else ""
         written.pieces += [(drafted, True), (event.text.removeprefix(drafted), False)]
         written.tokens += event.tokens
@@ -136,41 +136,34 @@ def _write(engine: mlx_mtp.Engine, prompt: str, temperature: float, written: _Wr
         yield
 
 
-def _text(engine: mlx_mtp.Engine, tokens: list[int]) -> str:
-    assert engine.tokenizer is not None  # both models have one
-    return engine.tokenizer.decode(tokens)
-
-
 def summary(runs: list[_Run]) -> list[Part]:
     """A row a run, a row for all of one temperature, and a sentence."""
     rows, verdicts = [], []
-    for temperature in (0.0, 1.0):
-        if not (of_it := [run for run in runs if run.temperature == temperature]):
-            continue
-        rows += [_row(run.task, temperature, [run]) for run in of_it]
-        rows.append(_row("all", temperature, of_it))
+    for temperature, group in groupby(runs, key=lambda run: run.temperature):
+        of_it = list(group)
+        rows += [*(_row(run.task, [run]) for run in of_it), _row("all", of_it)]
         *_, times, per_pass, _, output = rows[-1]
-        verdicts.append(f"At T = {temperature:.0f} MTP was {times} times as fast as plain decoding, "
+        verdicts.append(f"t T = {temperature:.0f} MTP was {times} times as fast as plain decoding, "
                         f"{per_pass} tokens per pass" + ("" if temperature else f", output {output}"))  # fmt: skip
     title = f"Tokens per second of {len(runs)} pairs of up to {TOKENS} tokens, from the first token to the last"
-    return [Table(title, HEADS, rows), "; a".join(each.removeprefix("A") if i else each
-                                                  for i, each in enumerate(verdicts)) + "."]  # fmt: skip
+    return [Table(title, HEADS, rows), f"A{'; a'.join(verdicts)}."] if runs else []
 
 
-def _row(task: str, temperature: float, runs: list[_Run]) -> list[str]:
+def _row(task: str, runs: list[_Run]) -> list[str]:
     """Figures of these runs together. Every cell follows from sums over them, the ratio from the two speeds shown."""
-    speeds = []
-    for replies in ([run.plain for run in runs], [run.mtp for run in runs]):
-        stats = [written.stats for written in replies if written.stats]
-        seconds = sum(each.decode_seconds for each in stats)
-        later = sum(max(0, each.tokens - 1) for each in stats)  # than the first, which the prompt's pass gives
-        speeds.append(round(later / seconds, 1) if seconds else 0.0)
-    mtp = [run.mtp.stats for run in runs if run.mtp.stats]
-    rounds, drafted = sum(each.rounds for each in mtp), sum(each.drafted for each in mtp)
+    plain, fast = _speed(run.plain.stats for run in runs), _speed(run.mtp.stats for run in runs)
+    mtp, temperature = [run.mtp.stats for run in runs], runs[0].temperature
+    rounds = sum(each.rounds for each in mtp)
     per_pass = sum(max(0, each.tokens - 1) for each in mtp) / rounds if rounds else 0.0
-    accepted = f"{sum(each.accepted for each in mtp)} of {drafted}"
+    accepted = f"{sum(each.accepted for each in mtp)} of {sum(each.drafted for each in mtp)}"
     same = sum(run.plain.tokens == run.mtp.tokens for run in runs)
     output = "drawn" if temperature else "identical" if same == len(runs) else f"{same} of {len(runs)} identical"
-    times = f"{speeds[1] / speeds[0]:.2f}" if speeds[0] else "?"
-    plain, fast = map("{:.1f}".format, speeds)
-    return [task, f"{temperature:.0f}", plain, fast, times, f"{per_pass:.2f}", accepted, output]
+    times = f"{fast / plain:.2f}" if plain else "?"
+    return [task, f"{temperature:.0f}", f"{plain:.1f}", f"{fast:.1f}", times, f"{per_pass:.2f}", accepted, output]
+
+
+def _speed(replies: Iterable[Stats]) -> float:
+    """Tokens a second, but for the first of each reply, which the prompt's pass gives."""
+    counted = [(max(0, each.tokens - 1), each.decode_seconds) for each in replies]
+    tokens, seconds = map(sum, zip(*counted, strict=True))
+    return round(tokens / seconds, 1) if seconds else 0.0

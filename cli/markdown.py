@@ -1,4 +1,4 @@
-"""Markdown for a terminal while it streams: rich's, with nothing of the text dropped, cut into finished parts."""
+"""Markdown for a terminal while it streams: rich's, with nothing of the text dropped, cut into its blocks."""
 
 from __future__ import annotations
 
@@ -18,44 +18,31 @@ PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "tab
 UNDECIDED = re.compile(r"\s*(?:[`~#>|=*+_-]*|\d{1,9}[.)]?)\s*")
 
 
-def split(text: str) -> list[tuple[str, bool]]:
-    """The text cut where a block or an item of a list begins, and whether each part is such an item.
-
-    Later lines change nothing but the last part, and a part looks alone as it does among the others.
-    """
-    starts: list[tuple[int, bool]] = []
-    for token in PARSER.parse(text):
-        item = token.type == "list_item_open" and token.level == 1
-        is_list = token.type in ("bullet_list_open", "ordered_list_open")
-        if token.map and (item or (token.level == 0 and not is_list)):
-            starts.append((token.map[0], item))
+def split(text: str) -> list[str]:
+    """The text cut where its blocks begin; later lines change nothing but the last of them."""
+    starts = [token.map[0] for token in PARSER.parse(text) if token.map and token.level == 0]
     lines = text.split("\n")
-    cuts = [0, *(start for start, _ in starts[1:]), len(lines)]
-    return [("\n".join(lines[cuts[i] : cuts[i + 1]]), item) for i, (_, item) in enumerate(starts)]
+    cuts = [0, *starts[1:], len(lines)]
+    return ["\n".join(lines[cuts[i] : cuts[i + 1]]) for i in range(len(starts))]
 
 
 class _Code(CodeBlock):
-    """Code between its fences: where it begins and ends must show without colours, and in what is copied.
+    """Code between its fences, so that it is told apart without colours and in what is copied; no background."""
 
-    It has no background, which would only suit one kind of terminal.
-    """
+    fence = ""  # where the code is only indented
 
     @classmethod
     def create(cls, markdown: Markdown, token: Token) -> _Code:
-        return cls(token.info.partition(" ")[0], token.markup)
-
-    def __init__(self, language: str, fence: str) -> None:
-        super().__init__(language or "text", "ansi_dark")
-        self._opening, self._closing = Text(fence + language, style="dim"), Text(fence, style="dim")
+        block = cls(token.info.partition(" ")[0], "ansi_dark")
+        block.fence = token.markup
+        return block
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        code = str(self.text).removesuffix("\n")
-        if self._opening:
-            yield self._opening
+        code, language = str(self.text).removesuffix("\n"), self.lexer_name
+        yield Text(self.fence + language, style="dim")
         if code:
-            yield Syntax(code, self.lexer_name, theme=self.theme, background_color="default", word_wrap=True)
-        if self._closing:
-            yield self._closing
+            yield Syntax(code, language or "text", theme=self.theme, background_color="default", word_wrap=True)
+        yield Text(self.fence, style="dim")
 
 
 class _Heading(Heading):

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from mlx_mtp.checkpoints import hub, memory, packaged, pairs
 from mlx_mtp.loading import packaged_drafters
+from mlx_mtp.measuring import tables
 
-COLUMNS = ("model", "drafter", "download", "memory", "fits", "here")
+HEADS = ("model, drafter", "download", "memory", "fits", "here")
 
 
 def models(
@@ -34,12 +31,12 @@ def models(
         rows = [row for row in rows if row["fits"]]
     if as_json:
         print(json.dumps({"memory_bytes": available, "best": best.target if best else None, "pairs": rows}))
-    elif sys.stdout.isatty():
-        _show(rows, available, best.target if best else None)
     else:
-        print("\t".join(COLUMNS))
-        for row in rows:
-            print("\t".join(_cells(row)))
+        tables.show([
+            f"{memory.readable(available)} of memory for a model and its drafter; sizes are approximate",
+            tables.Table("", HEADS, list(map(_cells, rows))),
+            f"The first that fits: {best.target}" if best else "None fits; the embedded model needs no download.",
+        ])  # fmt: skip
 
 
 def _row(pair: pairs.KnownPair, available: int) -> dict[str, Any]:
@@ -69,26 +66,7 @@ def _packaged_row(model: packaged.PackagedModel, available: int) -> dict[str, An
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
+    """The drafter in a line of its own below the model: a terminal of any width can hold that."""
     sizes = [memory.readable(row[key]) if row[key] else "?" for key in ("download_bytes", "memory_bytes")]
     fits = "?" if row["fits"] is None else "yes" if row["fits"] else "no"
-    return [row["target"], row["assistant"] or "none", *sizes, fits, row["downloaded"]]
-
-
-def _show(rows: list[dict[str, Any]], available: int, best: str | None) -> None:
-    """A table that a terminal of any width can hold: the drafter in a line of its own below the model."""
-    table = Table(
-        title=f"{memory.readable(available)} of memory for a model and its drafter; sizes are approximate",
-        title_justify="left",
-        caption=Text(f"The first that fits: {best}" if best else "None fits; the embedded model needs no download."),
-        caption_justify="left",
-    )
-    table.add_column("model, drafter", overflow="fold")
-    for name in COLUMNS[2:4]:
-        table.add_column(name, justify="right")
-    for name in COLUMNS[4:]:
-        table.add_column(name)
-    for row in rows:
-        target, drafter, *rest = _cells(row)
-        style = "bold" if row["target"] == best else "" if row["fits"] else "dim"
-        table.add_row(Text.assemble(target, "\n", (drafter, "dim")), *rest, style=style)
-    Console().print(table)
+    return [f"{row['target']}\n{row['assistant'] or 'none'}", *sizes, fits, row["downloaded"]]

@@ -6,14 +6,10 @@ from typing import Annotated
 
 import typer
 
-from mlx_mtp import OptionError, PromptError
+from mlx_mtp import PromptError
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model", "-m", help="Folder or hub name of the target, or 'smollm2'.", show_default="the embedded model"
-    ),
-]
+MODEL_HELP = "Folder or hub name of the target, or 'smollm2'."
+Model = Annotated[str | None, typer.Option("--model", "-m", help=MODEL_HELP, show_default="the embedded model")]
 Drafter = Annotated[str, typer.Option(help="Folder or hub name of the drafter, 'auto', 'lookup' or 'none'.")]
 Depth = Annotated[str, typer.Option(help="Drafts per round: 'auto' or 0 to 8; 0 decodes plainly.")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
@@ -21,22 +17,17 @@ OWN = "the checkpoint's own"
 Temperature = Annotated[float | None, typer.Option(help="0 = greedy.", show_default=OWN)]
 TopK = Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0 = all.", show_default=OWN)]
 TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this weight.", show_default=OWN)]
-MinP = Annotated[
-    float | None, typer.Option(help="Keep tokens at least this likely beside the best.", show_default=OWN)
-]
+MinP = Annotated[float | None, typer.Option(help="Keep those at least this likely beside the best.", show_default=OWN)]
 RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 avoids tokens seen before.", show_default=OWN)]
 PresencePenalty = Annotated[float | None, typer.Option(help="Taken once from tokens generated before.")]
 FrequencyPenalty = Annotated[float | None, typer.Option(help="Taken per occurrence from tokens generated before.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same reply.", show_default="another each time")]
-Mode = Annotated[
-    str, typer.Option(help="'fast', or 'exact': greedy output bit-equal with and without the drafter.")
-]
+Mode = Annotated[str, typer.Option(help="'fast', or 'exact': greedy output bit-equal with and without the drafter.")]
 HeadBits = Annotated[str, typer.Option(help="Bits of a drafter's dense output head: 'auto', 0 (as it is), 4 or 8.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the reply; may be repeated.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Say when the number of drafts changes.")]
-MaxContext = Annotated[
-    int | None, typer.Option(help="Most tokens of prompt and reply together.", show_default="the model's limit")
-]
+CONTEXT_HELP = "Most tokens of prompt and reply together."
+MaxContext = Annotated[int | None, typer.Option(help=CONTEXT_HELP, show_default="the model's limit")]
 
 
 def is_utf8(text: str) -> bool:
@@ -48,19 +39,12 @@ def is_utf8(text: str) -> bool:
     return True
 
 
-def depth_value(text: str) -> int | str:
-    """'auto' or a whole number; its range is checked where the drafter is known."""
-    if text == "auto":
-        return text
+def number_or_word(text: str) -> int | str:
+    """'3' -> 3, 'auto' as it is; the library checks what it means."""
     try:
         return int(text)
     except ValueError:
-        raise OptionError(f"--depth must be 'auto' or 0 to 8, not '{text}'.") from None
-
-
-def head_bits_value(text: str) -> int | str:
-    """'auto' or a whole number; the library checks which."""
-    return int(text) if text.isdecimal() else text
+        return text
 
 
 def token_ids(text: str) -> list[int]:

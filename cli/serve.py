@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,35 +15,22 @@ from mlx_mtp.cli import notices, options
 from mlx_mtp.cli.loading import load
 from mlx_mtp.loading import EMBEDDED
 
-WHO = "Who may ask, and where"
-LIMITS = "Limits"
+Who = partial(typer.Option, rich_help_panel="Who may ask, and where")
+Limits = partial(typer.Option, rich_help_panel="Limits")
+KEY_HELP = "What clients must send as their key."
+CORS_HELP = "Web page (https://name) that may ask, or '*'; may be repeated."
+HOST_HELP = "Another name clients may call it by, such as host.docker.internal; may be repeated."
 
 
 def serve(
     model: options.Model = None,
     drafter: options.Drafter = "auto",
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; all but loopback need --api-key.", rich_help_panel=WHO)
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 = any free one.", rich_help_panel=WHO)] = 8080,
-    api_key: Annotated[
-        str | None,
-        typer.Option(envvar="MLX_MTP_API_KEY", help="What clients must send as their key.", show_default="none needed",
-                     rich_help_panel=WHO),
-    ] = None,
-    cors: Annotated[
-        list[str] | None,
-        typer.Option(help="Web page (https://name) that may ask, or '*'; may be repeated.", show_default="none",
-                     rich_help_panel=WHO),
-    ] = None,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(help="Another name clients may call it by, such as host.docker.internal; may be repeated.",
-                     show_default="none; with --api-key all", rich_help_panel=WHO),
-    ] = None,
-    model_name: Annotated[
-        str | None, typer.Option(help="The model's name for clients.", show_default="that of --model")
-    ] = None,
+    host: Annotated[str, Who(help="Address to listen on; all but loopback need --api-key.")] = "127.0.0.1",
+    port: Annotated[int, Who(help="Port to listen on; 0 = any free one.")] = 8080,
+    api_key: Annotated[str | None, Who(envvar="MLX_MTP_API_KEY", help=KEY_HELP, show_default="none needed")] = None,
+    cors: Annotated[list[str] | None, Who(help=CORS_HELP, show_default="none")] = None,
+    allow_host: Annotated[list[str] | None, Who(help=HOST_HELP, show_default="none; with --api-key all")] = None,
+    model_name: Annotated[str | None, typer.Option(help="Its name for clients.", show_default="as --model")] = None,
     depth: options.Depth = "auto",
     mode: options.Mode = "fast",
     max_tokens: Annotated[int, typer.Option(help="Tokens of a reply whose request names no number.")] = 1024,
@@ -51,28 +39,16 @@ def serve(
     top_p: options.TopP = None,
     min_p: options.MinP = None,
     repetition_penalty: options.RepetitionPenalty = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Seed of requests that bring none.", show_default="another each time")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of requests that bring none.", show_default="random")] = None,
     draft_head_bits: options.HeadBits = "auto",
     max_context: options.MaxContext = None,
-    most_tokens: Annotated[
-        int | None,
-        typer.Option(help="Most tokens a request may ask for.", show_default="what the context leaves",
-                     rich_help_panel=LIMITS),
-    ] = None,
-    queue: Annotated[int, typer.Option(help="Requests that may wait; more get 429.", rich_help_panel=LIMITS)] = 32,
-    session_memory: Annotated[
-        float, typer.Option(help="GB of K/V kept between requests; 0 = none.", rich_help_panel=LIMITS)
-    ] = 1.0,
-    body_size: Annotated[float, typer.Option(help="Most MB of a request.", rich_help_panel=LIMITS)] = 8.0,
-    grace: Annotated[
-        float, typer.Option(help="Seconds for running replies to finish after SIGTERM.", rich_help_panel=LIMITS)
-    ] = 30.0,
+    most_tokens: Annotated[int | None, Limits(help="Most tokens of a reply.", show_default="what fits")] = None,
+    queue: Annotated[int, Limits(help="Requests that may wait; more get 429.")] = 32,
+    session_memory: Annotated[float, Limits(help="GB of K/V kept between requests; 0 = none.")] = 1.0,
+    body_size: Annotated[float, Limits(help="Most MB of a request.")] = 8.0,
+    grace: Annotated[float, Limits(help="Seconds for running replies to finish after SIGTERM.")] = 30.0,
     lenient: Annotated[
-        bool,
-        typer.Option("--lenient", help="Leave out fields that are not known, and name them in the header "
-                     "x-ignored-fields, in place of refusing the request."),
+        bool, typer.Option("--lenient", help="Leave out unknown fields, and name them in the header x-ignored-fields.")
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log every request.")] = False,
 ) -> None:

@@ -64,67 +64,6 @@ def test_an_ignored_interrupt_stays_ignored(tmp_path: Path) -> None:
     assert (code, out) == (0, f"{mlx_mtp.__version__}\n")
 
 
-ODD_PLACES = {
-    "in a finaliser": """
-class Odd:
-    def __del__(self):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(60)
-Odd()
-""",
-    "in an import that catches everything": """
-sys.path.insert(0, sys.argv[1])
-try:
-    import odd
-except BaseException:
-    pass
-""",
-    "at the end": "atexit.register(os.kill, os.getpid(), signal.SIGINT)",
-    "while nothing can be written": """
-sys.stdout = open("/dev/full", "w")
-print("text")
-interrupts.running = False
-os.kill(os.getpid(), signal.SIGINT)
-""",
-}
-
-
-@pytest.mark.parametrize("code", ODD_PLACES.values(), ids=ODD_PLACES.keys())
-def test_an_interrupt_in_odd_places(code: str, tmp_path: Path) -> None:
-    kill = "os.kill(os.getpid(), signal.SIGINT)"
-    (tmp_path / "odd.py").write_text(f"import os, signal\n{kill}\nfor _ in range(9): pass\n")
-    begin = """
-import atexit, os, signal, sys, time
-from mlx_mtp.cli.app import Interrupts
-signal.signal(signal.SIGINT, signal.default_int_handler)
-atexit.register(lambda: time.sleep(1))
-interrupts = Interrupts()
-interrupts.take()
-interrupts.begin()
-"""
-    found = subprocess.run(
-        [sys.executable, "-c", begin + code, tmp_path], capture_output=True, text=True, timeout=PATIENCE
-    )
-    assert (found.returncode, found.stdout, found.stderr) == (130, "", "")
-
-
-def test_while_a_command_runs_an_interrupt_is_an_exception() -> None:
-    code = """
-import os, signal
-from mlx_mtp.cli.app import Interrupts
-signal.signal(signal.SIGINT, signal.default_int_handler)
-interrupts = Interrupts()
-interrupts.take()
-interrupts.begin()
-try:
-    os.kill(os.getpid(), signal.SIGINT)
-except KeyboardInterrupt:
-    print("answered")
-"""
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
-    assert (found.returncode, found.stdout, found.stderr) == (0, "answered\n", "")
-
-
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_help_and_version_import_little(option: str) -> None:
     found = subprocess.run([sys.executable, "-X", "importtime", "-m", "mlx_mtp.cli.app", option],

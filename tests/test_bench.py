@@ -19,7 +19,7 @@ from mlx_mtp.measuring import energy, prompts
 from mlx_mtp.measuring.configurations import GEMMA, Plan, name_and_depth, sampling_name
 from mlx_mtp.measuring.engines import DecodeJob, TimedRun
 from mlx_mtp.measuring.report import verdict
-from mlx_mtp.measuring.turns import Runs, differences, fair_turns
+from mlx_mtp.measuring.turns import Runs, difference, fair_turns
 
 CATEGORIES = ["code", "edit", "prose", "chat", "JSON", "translation", "long context"]
 
@@ -170,14 +170,14 @@ def test_the_first_difference_is_found_with_its_logit_gap() -> None:
     logits = target.logits(mx.array([[2, 10, 20]]))[0, -1]
     best, second = (int(i) for i in np.argsort(-np.array(logits))[:2])
     same, other = TimedRun([best, 5, 6], 1.0), TimedRun([second, 5, 6], 1.0)
-    assert differences(target, [job], Runs([[same]]), Runs([[same]])) == []
-    (found,) = differences(target, [job], Runs([[same]]), Runs([[same, other]]))
-    assert (found.job, found.token) == (0, 0)
+    assert difference(target, job, [same], [same]) is None
+    found = difference(target, job, [same], [same, other])
+    assert found is not None and found.token == 0
     assert found.gap == pytest.approx(float(logits[best] - logits[second]), rel=1e-4) and found.gap > 0
     # With a penalty the logits are no measure.
     penalised = DecodeJob([2, 10, 20], 3, Sampling(repetition_penalty=1.1).over(NEUTRAL))
-    (found,) = differences(target, [penalised], Runs([[same]]), Runs([[other]]))
-    assert np.isnan(found.gap)
+    found = difference(target, penalised, [same], [other])
+    assert found is not None and np.isnan(found.gap)
 
 
 def test_acceptance_is_conditional_and_ends_where_nothing_tells() -> None:

@@ -113,7 +113,7 @@ def test_what_was_measured_before_an_end_is_reported(
     error: BaseException, code: int, words: str, turns: int, prompt_file: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, command: Command,
 ) -> None:  # fmt: skip
-    def cut(self: bench.Bench) -> Iterator[str]:
+    def cut(self: bench.Bench) -> Iterator[None]:
         yield from itertools.islice(whole(self), turns)
         raise error
 

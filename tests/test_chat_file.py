@@ -160,8 +160,8 @@ def rewritten(file: Path, copy: Path, edit: Edit) -> Path:
 
 
 ABOUT = {
-    "format": [0, 2, None, "1"], "thinking": [None, 1, "yes"], "target": [None, "other", 3], "version": [None, 3],
-    "drafter": [None, []], "mode": [None], "capacity": [0, -1, 3, 1.5, True, "256", 300, 512, 2**31, 2**40, 10**30],
+    "format": [0, 1, None, "2"], "thinking": [None, 1, "yes"], "target": [None, "other", 3],
+    "capacity": [0, -1, 3, 1.5, True, "256", 300, 512, 2**31, 2**40, 10**30],
     "newest": [-1, 0, 255.0, True, "9", 256, 2**40, None],
     "messages": [None, {}, "text", [None], ["text"], [{}], [{"role": "user"}], [{"role": "tool", "content": ""}],
                  [{"role": "user", "content": None}], [{"role": "user", "content": [{"type": "text"}]}],

@@ -572,7 +572,12 @@ def test_hub_answers(online: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 # The command line
 
 
-def test_models_as_json_and_as_lines(online: Hub, small, user_table, command: Command) -> None:
+def rows(shown: str) -> list[list[str]]:
+    """The cells of a Markdown table."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines() if line.startswith("|")]
+
+
+def test_models_as_json_and_as_markdown(online: Hub, small, user_table, command: Command) -> None:
     small(9e9)
     user_table(json.dumps({"pairs": [{"target": NAME, "assistant": DRAFTER}]}))
     for expected in ("no", "partly", "yes"):
@@ -585,11 +590,11 @@ def test_models_as_json_and_as_lines(online: Hub, small, user_table, command: Co
         assert (own["target"], own["fits"], own["download_bytes"], own["downloaded"]) == (NAME, None, None, expected)
         fetched(NAME if expected == "no" else DRAFTER)
     code, out, err = command("models")
-    lines = [line.split("\t") for line in out.splitlines()]
-    assert code == 0 and err == "" and len(lines) == 23 and {len(line) for line in lines} == {6}
-    assert lines[1] == [NAME, DRAFTER, "?", "?", "?", "yes"]
+    assert code == 0 and err == "" and "The first that fits: mlx-community/gemma-4-e4b-it-4bit" in out
+    lines = rows(out)
+    assert len(lines) == 24 and lines[2] == [f"{NAME}, {DRAFTER}", "?", "?", "?", "yes"]
     _, out, _ = command("models", "--fitting")
-    assert {line.split("\t")[4] for line in out.splitlines()[1:]} == {"yes"}
+    assert {line[3] for line in rows(out)[2:]} == {"yes"}
     user_table("{")
     code, out, err = command("models")
     assert code == 2 and out == "" and err.count("\n") == 1 and "pairs.json" in err

@@ -13,7 +13,7 @@ PARTS: list[Part] = [
         "Speed": [{"arm": "x|y", "tokens_per_second": "two\nlines"}, {"arm": "[bold]z", "tokens_per_second": 1.0}],
         "inner": {"acceptance": [0.5, 0.25]},
     }),
-    "Notes:", "- one", "- two",
+    "Notes:\n- one\n- two",
 ]  # fmt: skip
 
 
@@ -22,27 +22,26 @@ def test_markdown_keeps_columns_and_lists() -> None:
 
 Two prompts.
 
-|  |  |
-| --- | --- |
-| chip | M9 |
+|            |        |
+|------------|--------|
+| chip       | M9     |
 | free bytes | 3.0 GB |
-| works | yes |
+| works      | yes    |
 
-Speed:
+Speed
 
 | configuration | tokens/s [range] |
-| --- | --- |
-| x\\|y | two lines |
-| [bold]z | 1.00 |
+|---------------|------------------|
+| x\\|y          |       two, lines |
+| [bold]z       |             1.00 |
 
-inner:
+inner
 
-|  |  |
-| --- | --- |
+|                 |         |
+|-----------------|---------|
 | drafts accepted | 50% 25% |
 
 Notes:
-
 - one
 - two
 """

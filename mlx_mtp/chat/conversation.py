@@ -130,14 +130,14 @@ class Chat:
     def save(self, file: str | Path) -> Path:
         """Writes messages and K/V to `file` (".safetensors" is added where it is missing) and returns its path."""
         self.stop()
-        return saved.save_chat(self.engine, saved.SavedChat(self.messages, self.thinking, self.session), Path(file))
+        return saved.save_chat(self, Path(file))
 
     @classmethod
     def load(cls, engine: Engine, file: str | Path) -> Chat:
         """The conversation that `save` wrote; CheckpointError where it is another model's or not whole."""
-        found = saved.load_chat(engine, Path(file))
-        chat = cls(engine, thinking=found.thinking)
-        chat.messages, chat.session = found.messages, found.session
+        messages, thinking, session = saved.load_chat(engine, Path(file))
+        chat = cls(engine, thinking=thinking)
+        chat.messages, chat.session = messages, session
         return chat
 
     def stop(self) -> None:

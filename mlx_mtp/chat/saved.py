@@ -1,9 +1,9 @@
 """A conversation on disk: its messages and its K/V, for the same model only.
 
 Format: safetensors; the metadata field "mlx_mtp" is JSON with `format`, `version`, `target`, `drafter` (fingerprints),
-`mode`, `messages`, `thinking`, `capacity`, `newest`, `memory` (the tree of a drafter's memory) and `digest`, the
-SHA-256 of all that and of the tensors. These are `ids` int32 [T], `keys.<i>` and `values.<i>` [1, G, T, d] (committed
-positions of full layers, whole rings of sliding ones), and `memory.<path>`, the leaves of the memory.
+`mode`, `messages`, `thinking`, `capacity`, `newest` and `digest`, the SHA-256 of all that and of the tensors. These are
+`ids` int32 [T], `keys.<i>` and `values.<i>` [1, G, T, d] (committed positions of full layers, whole rings of sliding
+ones), and `memory.<path>`, the leaves of the drafter's memory.
 """
 
 from __future__ import annotations
@@ -12,30 +12,31 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_mtp.backend import threads
 from mlx_mtp.checkpoints.atomic import write_state
 from mlx_mtp.checkpoints.checkpoint import header_of, visible
 from mlx_mtp.errors import CheckpointError
-from mlx_mtp.generation.cache import FULL, SLACK, KVCache, capacity_for
+from mlx_mtp.generation.cache import FULL, SLACK, capacity_for
 from mlx_mtp.generation.prefix import Lease, Session
 from mlx_mtp.version import __version__
 
 if TYPE_CHECKING:
+    from mlx_mtp.chat.conversation import Chat
     from mlx_mtp.engine import Engine
 
-FORMAT = 1
+FORMAT = 2
 SAMPLE = 1 << 16  # bytes of every weight file that a fingerprint reads at its start, middle and end
 WEIGHTS = 64  # values of every tensor of a drafter that its fingerprint reads at the start and at the end
 SUFFIX = ".safetensors"
 START = b'{"__metadata__":{"mlx_mtp":"{\\"format\\": '  # of the header, after its length
+ROLES = ("system", "user", "assistant")
 ELSEWHERE = "free some disk space, or choose another path"
 
 
@@ -63,26 +64,16 @@ def drafter_fingerprint(engine: Engine) -> str:
     drafter = engine.drafter
     if drafter is None or not drafter.reads_prompt:
         return "none"
-    digest = hashlib.sha256()
-    for module in drafter.modules():
+    ends = {}
+    for i, module in enumerate(drafter.modules()):
         for path, tensor in dict(tree_flatten(module.parameters())).items():
             flat = tensor.reshape(-1)
-            ends = mx.concatenate([flat[:WEIGHTS], flat[-WEIGHTS:]])
-            digest.update(f"{path} {tensor.dtype} {tensor.shape}".encode() + _bytes(ends))
-    return f"{type(drafter).__name__} {drafter.name} {digest.hexdigest()[:32]}"
-
-
-@dataclass(frozen=True)
-class SavedChat:
-    """What is kept of a chat. messages: role and content each. thinking: whether the model is asked to think first."""
-
-    messages: list[dict[str, Any]]
-    thinking: bool
-    session: Session
+            ends[f"{i}.{path} {tensor.shape}"] = mx.concatenate([flat[:WEIGHTS], flat[-WEIGHTS:]])
+    return f"{type(drafter).__name__} {drafter.name} {_digest({}, ends)[:32]}"
 
 
 @threads.device_work
-def save_chat(engine: Engine, chat: SavedChat, file: Path) -> Path:
+def save_chat(chat: Chat, file: Path) -> Path:
     """Writes the conversation and returns its file's name, which ends in .safetensors.
 
     CheckpointError where the disk does not take it, or where another kind of file has that name; it is untouched then.
@@ -90,7 +81,7 @@ def save_chat(engine: Engine, chat: SavedChat, file: Path) -> Path:
     file = _named(file)
     if os.path.exists(file) and not _is_ours(file):
         raise CheckpointError(f"{file} is no saved conversation and is not replaced; choose another name.")
-    session = chat.session
+    engine, session = chat.engine, chat.session
     about: dict[str, Any] = {
         "format": FORMAT, "messages": chat.messages, "thinking": chat.thinking,
         "target": fingerprint(engine.target.path), **_layout(engine),
@@ -98,8 +89,7 @@ def save_chat(engine: Engine, chat: SavedChat, file: Path) -> Path:
     tensors = {"ids": mx.array(session.ids, dtype=mx.int32)}
     if session.lease is not None:
         about |= {"capacity": session.lease.cache.capacity, "newest": session.lease.newest}
-        about["memory"] = packed(session.lease.memory, tensors)
-        tensors |= _rows(session.lease.cache, len(session.ids))
+        tensors |= _rows(session.lease, len(session.ids))
     about["digest"] = _digest(about, tensors)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -143,47 +133,18 @@ def _bytes(tensor: mx.array) -> bytes:
     return np.array(mx.view(tensor.reshape(-1), mx.uint8)).tobytes() if tensor.size else b""
 
 
-def packed(tree: Any, tensors: dict[str, mx.array], name: str = "memory") -> Any:
-    """A tree of dicts, lists, tuples, plain values and arrays as JSON; the arrays go into `tensors`.
-
-    Nothing is lost: not an empty dict, not what kind of sequence it was, not a key that is no string.
-    """
-    if isinstance(tree, mx.array):
-        tensors[name] = tree
-        return {"tensor": name}
-    if isinstance(tree, dict):
-        entries = enumerate(tree.items())
-        return {"dict": [[key, packed(value, tensors, f"{name}.{i}")] for i, (key, value) in entries]}
-    if isinstance(tree, list | tuple):
-        kind = "list" if isinstance(tree, list) else "tuple"
-        return {kind: [packed(value, tensors, f"{name}.{i}") for i, value in enumerate(tree)]}
-    return {"value": tree}
-
-
-def unpacked(tree: Any, tensors: Mapping[str, mx.array]) -> Any:
-    """The tree that was `packed`."""
-    ((kind, inner),) = tree.items()
-    if kind == "tensor":
-        return tensors[inner]
-    if kind == "dict":
-        return {key: unpacked(value, tensors) for key, value in inner}
-    if kind == "value":
-        return inner
-    return (list if kind == "list" else tuple)(unpacked(value, tensors) for value in inner)
-
-
-def _rows(cache: KVCache, length: int) -> dict[str, mx.array]:
-    """K/V without positions that were not committed."""
-    found = {}
-    for i, shape in enumerate(cache.shapes):
-        for name, buffers in (("keys", cache.keys), ("values", cache.values)):
+def _rows(lease: Lease, length: int) -> dict[str, mx.array]:
+    """K/V without positions that were not committed, and the drafter's memory."""
+    found = {f"memory.{path}": leaf for path, leaf in dict(tree_flatten(lease.memory)).items()}
+    for i, shape in enumerate(lease.cache.shapes):
+        for name, buffers in (("keys", lease.cache.keys), ("values", lease.cache.values)):
             found[f"{name}.{i}"] = buffers[i][:, :, :length] if shape.kind == FULL else buffers[i]
     return found
 
 
 @threads.device_work
-def load_chat(engine: Engine, file: Path) -> SavedChat:
-    """The conversation of a file; CheckpointError where it is another model's, damaged, or no conversation.
+def load_chat(engine: Engine, file: Path) -> tuple[list[dict[str, Any]], bool, Session]:
+    """Messages, thinking and K/V of a file; CheckpointError where it is another model's, damaged, or no conversation.
 
     With another drafter, mode or version of mlx_mtp than it was saved with, the K/V are computed anew when the
     conversation goes on.
@@ -197,14 +158,14 @@ def load_chat(engine: Engine, file: Path) -> SavedChat:
             "was saved with."
         )
     session = Session()
-    if "capacity" in about and all(about[name] == mine for name, mine in _layout(engine).items()):
+    if "capacity" in about and all(about.get(name) == mine for name, mine in _layout(engine).items()):
         ids = np.array(tensors.pop("ids")).tolist()
-        if (lease := _lease(engine, tensors, about, ids, file)) is not None:
-            session.fill(engine.pair, lease, ids)
-    return SavedChat(about["messages"], about["thinking"], session)
+        session.fill(engine.pair, _lease(engine, tensors, about, ids, file), ids)
+    return about["messages"], about["thinking"], session
 
 
 def _read(file: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """Tensors and metadata of a sound file."""
     if not os.path.isfile(file):
         raise CheckpointError(f"There is no saved conversation at '{file}'; check the path.")
     header_of(file)
@@ -213,31 +174,23 @@ def _read(file: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
         tensors, metadata = loaded
         about = json.loads(metadata["mlx_mtp"])
         mx.eval(tensors)
-    except (RuntimeError, ValueError, KeyError, TypeError, RecursionError) as error:
+        sound = about.pop("digest") == _digest(about, tensors)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(file, "was not saved by this program") from error
-    if not isinstance(about, dict) or about.pop("digest", None) != _digest(about, tensors):
+    if not sound:
         raise _damaged(file, "was changed or damaged")
-    if not _is_sound(about, tensors):
+    ids = tensors.get("ids", mx.array(0))
+    if about.get("format") != FORMAT or ids.dtype != mx.int32 or ids.ndim != 1:
         raise _damaged(file, f"is not of format {FORMAT}")
+    if not (isinstance(about.get("thinking"), bool) and _are_messages(about.get("messages"))):
+        raise _damaged(file, "holds no conversation")
     return tensors, about
 
 
-def _is_sound(about: dict[str, Any], tensors: Mapping[str, mx.array]) -> bool:
-    """Whether everything that is read later is there and of its type."""
-    strings = ("target", "drafter", "version", "mode")
-    types = {"thinking": bool, "messages": list} | dict.fromkeys(strings, str)
-    ids = tensors.get("ids")
-    if about.get("format") != FORMAT or not all(isinstance(about.get(name), kind) for name, kind in types.items()):
-        return False
-    if ids is None or ids.dtype != mx.int32 or ids.ndim != 1:
-        return False
-    roles = ("system", "user", "assistant")
-    for message in about["messages"]:
-        if not isinstance(message, dict) or message.get("role") not in roles:
-            return False
-        if not isinstance(message.get("content"), str):
-            return False
-    return all(type(about.get(name, 0)) is int for name in ("capacity", "newest"))
+def _are_messages(found: Any) -> bool:
+    return isinstance(found, list) and all(
+        isinstance(one, dict) and one.get("role") in ROLES and isinstance(one.get("content"), str) for one in found
+    )
 
 
 def _damaged(file: Path, found: str) -> CheckpointError:
@@ -246,27 +199,24 @@ def _damaged(file: Path, found: str) -> CheckpointError:
 
 def _lease(
     engine: Engine, tensors: dict[str, mx.array], about: dict[str, Any], ids: list[int], file: Path
-) -> Lease | None:
-    """Buffers of this engine's own layout, with the file's K/V in them; CheckpointError where those do not fit.
-
-    None where the drafter's memory is another tree than this one's, so that all of it must be computed anew.
-    """
-    info, capacity = engine.target.info, about["capacity"]
-    newest, most = about.get("newest", -1), capacity_for(info.max_context + 2 * SLACK)
-    if not 0 < len(ids) <= min(newest + 1, info.max_context) or not newest < capacity <= most:
+) -> Lease:
+    """Buffers of this engine's own layout, with the file's K/V in them; CheckpointError where those do not fit."""
+    info, capacity, newest = engine.target.info, about["capacity"], about.get("newest")
+    most = capacity_for(info.max_context + 2 * SLACK)
+    if not type(capacity) is type(newest) is int or not 0 < len(ids) <= min(newest + 1, info.max_context) or (
+        not newest < capacity <= most
+    ):
         raise _damaged(file, f"has {len(ids)} tokens in room for {capacity}, which this model cannot have written")
     cache = engine.target.new_cache(capacity)
-    memory: Any = engine.drafter.start(1, capacity) if engine.drafter else {}
-    leaves: dict[str, mx.array] = {}
-    if packed(memory, leaves) != about.get("memory"):
-        return None
-    wanted = {name: (t.shape, t.dtype) for name, t in (leaves | _rows(cache, len(ids))).items()}
-    if wanted != {name: (t.shape, t.dtype) for name, t in tensors.items()}:
+    lease = Lease(cache, engine.drafter.start(1, capacity) if engine.drafter else {}, newest)
+    wanted, found = ({name: (t.shape, t.dtype) for name, t in each.items()}
+                     for each in (_rows(lease, len(ids)), tensors))  # fmt: skip
+    if wanted != found:
         raise _damaged(file, "has K/V of other shapes than this model's")
-    for i, shape in enumerate(cache.shapes):
+    for i in range(len(cache.shapes)):
         for name, buffers in (("keys", cache.keys), ("values", cache.values)):
             rows = tensors[f"{name}.{i}"]
-            missing = buffers[i].shape[2] - rows.shape[2] if shape.kind == FULL else 0
-            buffers[i] = mx.pad(rows, [(0, 0), (0, 0), (0, missing), (0, 0)])
+            buffers[i][:, :, : rows.shape[2]] = rows
     cache.length = mx.array([len(ids)], dtype=mx.int32)
-    return Lease(cache, unpacked(about["memory"], tensors), newest)
+    lease.memory = tree_map_with_path(lambda path, _: tensors[f"memory.{path}"], lease.memory)
+    return lease

@@ -16,13 +16,14 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_mtp.errors import PromptError
+from mlx_mtp.generation.interfaces import Target
 from mlx_mtp.generation.types import Stats
 from mlx_mtp.measuring import machine
-from mlx_mtp.measuring.configurations import Lineup, sampling_name
+from mlx_mtp.measuring.configurations import PLAIN, Lineup, sampling_name
 from mlx_mtp.measuring.energy import EnergyMeter
 from mlx_mtp.measuring.engines import Decode, DecodeJob, TimedRun
 from mlx_mtp.measuring.prompts import BenchPrompt
-from mlx_mtp.measuring.turns import fair_turns
+from mlx_mtp.measuring.turns import Difference, difference, fair_turns
 
 BETWEEN_SAMPLINGS = 1_000_003  # seeds
 IDLE_SECONDS = 2.0
@@ -33,17 +34,25 @@ class Measured:
     """One prompt under one sampling.
 
     replies: statistics of replies that ended by themselves, by configuration. runs: in the order of the turns.
+    differing: where greedy tokens first differ from ours plain, empty where that was not compared.
     """
 
     prompt: BenchPrompt
     job: DecodeJob
     replies: dict[str, Stats] = field(default_factory=dict)
     runs: dict[str, list[TimedRun]] = field(default_factory=dict)
+    differing: dict[str, Difference | None] = field(default_factory=dict)
 
     @property
     def turns(self) -> int:
         """Turns that every configuration finished."""
         return min(map(len, self.runs.values()), default=0)
+
+    def compare(self, target: Target) -> None:
+        """Fills `differing`."""
+        if PLAIN in self.runs and not self.job.sampling.temperature:
+            self.differing = {name: difference(target, self.job, self.runs[PLAIN], its)
+                              for name, its in self.runs.items() if name != PLAIN}  # fmt: skip
 
 
 class Bench:
@@ -84,19 +93,17 @@ class Bench:
         count = sum(one.drafter is not None for one in each) + len(each) * self.plan.repeats
         return count * len(self.prompts) * len(self.lineup.samplings())
 
-    def run(self) -> Iterator[str]:
-        """Measures everything; yields after every step what it was."""
+    def run(self) -> Iterator[None]:
+        """Measures everything; yields after every step."""
         if self.meter:
             _, joules = self.meter.of(lambda: time.sleep(IDLE_SECONDS))
             self.idle_watts = None if joules is None else joules / IDLE_SECONDS
         for at, sampling in enumerate(self.lineup.samplings()):
-            name = sampling_name(sampling)
-            done = self.results.setdefault(name, [])
+            done = self.results.setdefault(sampling_name(sampling), [])
             for i, (prompt, ids) in enumerate(zip(self.prompts, self._ids, strict=True)):
                 seed = self.plan.seed + at * BETWEEN_SAMPLINGS + i
                 done.append(Measured(prompt, DecodeJob(ids, self.plan.max_tokens, sampling, seed)))
-                for _ in self._measure(done[-1]):
-                    yield f"{prompt.category}, {name}"
+                yield from self._measure(done[-1])
 
     def _measure(self, measured: Measured) -> Iterator[None]:
         job, configurations = measured.job, self.lineup.configurations

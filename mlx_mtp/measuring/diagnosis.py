@@ -5,85 +5,43 @@ Speed-up = tokens a round / (verify(M) / verify(1) + depth * draft step / verify
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlx_mtp.checkpoints.checkpoint import named_parameters
-from mlx_mtp.drafters.assistant import Assistant, Convention
 from mlx_mtp.drafters.lookup import LookupFirst
 from mlx_mtp.engine import DEEPEST, Engine
 from mlx_mtp.generation.cache import CAPACITY_STEP, capacity_for
 from mlx_mtp.generation.depth import FixedDepth, best_depth, expected_tokens
 from mlx_mtp.generation.exactness import Exactness, Probes
 from mlx_mtp.generation.interfaces import Drafter, Target
-from mlx_mtp.generation.loop import Decoder, GenerationRequest
-from mlx_mtp.generation.sampling import DraftSampler
+from mlx_mtp.generation.loop import Decoder
 from mlx_mtp.generation.types import NEUTRAL, Sampling
 from mlx_mtp.measuring import machine
 from mlx_mtp.measuring.prompts import read_prompts
-from mlx_mtp.measuring.timing import WARM, Passes, PieceTime, pipelined_rounds, rounds_alone
+from mlx_mtp.measuring.timing import Passes, PieceTime, pipelined_rounds, rounds_alone
 
-WIDEST_TIMED = 8  # tokens of the widest pass in the curve
 CONTEXT, SAMPLES = 200, 4
+REPEATS, PIPELINED = 11, 33  # timed passes and rounds alone; timed rounds in the loop
 # The depth whose rounds are timed for the cost of a draft step: deep enough to divide by, within every chip's reach.
 TIMED_DEPTH = 4
 ACCEPTANCES = (0.5, 0.7, 0.9)
 PROBED_CAPACITIES = (CAPACITY_STEP, 1024, 3840)  # for which `doctor --mode exact` says how passes are exact
-COMPARED_TOKENS = 48  # of each reply on which the two conventions are compared
-DEVIATIONS = 2.0  # of the standard kind, from which on two conventions differ by more than noise
-
-@dataclass
-class Curve:
-    """Seconds of a round by depth, as measured: straight lines between and beyond, and more drafts take no less."""
-
-    seconds: dict[int, float]
-
-    def __post_init__(self) -> None:
-        depths = sorted(self.seconds)
-        self.seconds = dict(zip(depths, accumulate((self.seconds[depth] for depth in depths), max), strict=True))
-
-    def at(self, depth: int) -> float:
-        """Expected seconds of a round of this depth."""
-        known = sorted(self.seconds)
-        below = max((d for d in known[:-1] if d <= depth), default=known[0])
-        above = next((d for d in known if d > below), below)
-        slope = (self.seconds[above] - self.seconds[below]) / max(1, above - below)
-        return self.seconds[below] + slope * (depth - below)
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How often pieces are timed: `repeats` times, two at least, after `warm` that do not count.
-
-    pipelined: how often rounds in the loop are, in each of `turns` turns of both depths. middle: which of their times
-    counts; the fastest, for whatever else runs only ever makes a round slower.
-    """
-
-    repeats: int = 11
-    warm: int = WARM
-    pipelined: int = 11
-    turns: int = 3
-    middle: Callable[[Sequence[float]], float] = min
-
-
-USUAL = Effort()
 
 
 @dataclass(frozen=True)
 class Costs:
     """Seconds of the pieces, after `context` tokens.
 
-    verify: passes of 1, 2, ... tokens. plain, drafted: pipelined rounds without drafts and with `drafted_depth` of
-    them. draft_step: what one draft adds beside its token of the pass; None without a drafter, as is `drafted`.
-    build, submit: the host's part of a round (the drafted one, if there is one), see PieceTime. scatter: of the passes.
+    verify: passes of 1, 2, ... DEEPEST + 1 tokens. plain, drafted: pipelined rounds without drafts and with
+    `drafted_depth` of them. draft_step: what one draft adds beside its token of the pass; None without a drafter, as is
+    `drafted`. build, submit: the host's part of a round (the drafted one, if there is one), see PieceTime. scatter: of
+    the passes.
     """
 
     context: int
@@ -96,38 +54,34 @@ class Costs:
     submit: float
     scatter: float
 
-    def curve(self, padded: int | None = None) -> Curve:
-        """Seconds of a round by depth; padded: tokens every pass is padded to in exact mode."""
-        if self.drafted is None or self.draft_step is None:
-            return Curve({0: self.plain})
-
-        def passes(depth: int) -> float:
-            return self.verify[max(depth + 1, padded or 1) - 1] + depth * (self.draft_step or 0.0)
-
-        # What a pipelined round takes beside passes and drafts, acceptance and waiting, is measured at one depth.
-        rest = self.drafted - passes(self.drafted_depth)
-        return Curve({0: self.plain} | {depth: passes(depth) + rest for depth in range(1, len(self.verify))})
+    def round(self, depth: int, padded: int | None = None) -> float:
+        """Expected seconds of a pipelined round; padded: tokens every pass is padded to in exact mode."""
+        step, rest = self.draft_step, self.drafted
+        if not depth or step is None or rest is None:
+            return self.plain
+        # What it takes beside passes and drafts, acceptance and waiting, is measured at one depth.
+        for sign, drafts in ((-1, self.drafted_depth), (1, depth)):
+            rest += sign * (self.verify[max(drafts + 1, padded or 1) - 1] + drafts * step)
+        return max(rest, self.plain)
 
 
 def diagnose(
-    engine: Engine, effort: Effort = USUAL, on_step: Callable[[str], None] = lambda step: None
+    engine: Engine, repeats: int = REPEATS, on_step: Callable[[str], None] = lambda step: None
 ) -> dict[str, Any]:
     """Measures the loaded pair on this machine; on_step is told in a few words what comes next.
 
     The JSON object of `mlx-mtp doctor --json`, without the advice; times in milliseconds, "rows" are tokens of a pass.
     exactness: with the room that short texts need; exactness_by_capacity: with more of it, in exact mode.
-    convention: None unless the drafter is an assistant and text can be tokenised. depth_reason: how much the engine
-    drafts after what it learned in earlier runs, and why.
+    depth_reason: how much the engine drafts after what it learned in earlier runs, and why.
     """
     on_step("asking the machine")
     here, prompt = machine.describe(), sample_prompt(engine)
     decoder = Decoder(engine.target, engine.drafter, FixedDepth(0), engine.exactness)
     on_step("timing passes and rounds")
-    costs = measure(decoder, prompt, max(engine.allowed_depths), effort)
+    costs = measure(decoder, prompt, max(engine.allowed_depths), repeats)
     on_step("comparing passes bit for bit")
     probes = engine.exactness or Probes(engine.target)
     exact, longest = probes.at(CAPACITY_STEP), capacity_for(engine.max_context) if engine.exactness else 0
-    passes = zip(range(1, WIDEST_TIMED + 1), costs.verify, strict=True)
     return {
         "machine": here,
         "mode": engine.mode,
@@ -135,7 +89,7 @@ def diagnose(
         "context": costs.context,
         "verify": [
             {"rows": m, "milliseconds": 1e3 * t, "ratio": t / costs.verify[0], "exact": m in (1, *exact.equal_widths)}
-            for m, t in passes
+            for m, t in enumerate(costs.verify, 1)
         ],
         "plain_round_milliseconds": 1e3 * costs.plain,
         "drafted_depth": costs.drafted_depth,
@@ -148,8 +102,7 @@ def diagnose(
         "exactness_by_capacity": [
             {"capacity": size, **_exactness(probes.at(size))} for size in PROBED_CAPACITIES if size <= longest
         ],
-        "choices": choices(costs.curve(exact.width if engine.exactness else None), engine.allowed_depths),
-        "convention": _convention(engine, decoder, on_step),
+        "choices": choices(costs, engine.allowed_depths, exact.width if engine.exactness else None),
         "depth_reason": engine.depth_reason,
     }
 
@@ -159,24 +112,21 @@ def _exactness(found: Exactness) -> dict[str, Any]:
 
 
 def measure(
-    decoder: Decoder, prompt: list[int], deepest: int, effort: Effort, sampling: Sampling = NEUTRAL,
-    verify: Sequence[PieceTime] | None = None,
+    decoder: Decoder, prompt: list[int], deepest: int, repeats: int, pipelined: int = PIPELINED,
+    sampling: Sampling = NEUTRAL, verify: Sequence[PieceTime] | None = None,
+    middle: Callable[[Sequence[float]], float] = min,
 ) -> Costs:  # fmt: skip
     """Times the pieces of rounds; deepest: drafts a round may have at most, 0 = there is no drafter to time.
 
-    sampling: of the rounds. verify: the passes, where they are timed already.
+    sampling, middle: of the pipelined rounds. verify: the passes, where they are timed already.
     """
-    repeats, warm, middle = effort.repeats, effort.warm, effort.middle
-    passes = verify or Passes(decoder.target).alone(prompt, range(1, WIDEST_TIMED + 1), repeats, warm)
+    passes = verify or Passes(decoder.target).alone(prompt, range(1, DEEPEST + 2), repeats)
     seconds = [one.device for one in passes]
     depth = min(TIMED_DEPTH, deepest)
-    depths = [0, depth] if depth else [0]
-    alone = rounds_alone(decoder, prompt, depths, repeats, sampling, warm)
+    alone = rounds_alone(decoder, prompt, [0, depth] if depth else [0], repeats, sampling)
     # The first rounds after a prompt are the slowest: drafted ones begin, as in a reply; plain ones come after them, or
     # after others of their own, for of those a reply has many. Of a depth that is there twice the last time counts.
-    walls = [pipelined_rounds(decoder, prompt, [depth, 0], effort.pipelined, sampling, middle)
-             for _ in range(effort.turns)]  # fmt: skip
-    wall = {d: middle([turn[d] for turn in walls]) for d in depths}
+    wall = pipelined_rounds(decoder, prompt, [depth, 0], pipelined, sampling, middle)
     step = None
     if depth:
         width = (decoder.exact and decoder.exact.at(CAPACITY_STEP).width) or 1
@@ -190,16 +140,16 @@ def measure(
 
 
 def choices(
-    curve: Curve, allowed: Sequence[int], acceptances: Sequence[float] = ACCEPTANCES
+    costs: Costs, allowed: Sequence[int], padded: int | None = None, acceptances: Sequence[float] = ACCEPTANCES
 ) -> list[dict[str, float]]:
     """What the depth control would do if every draft were accepted with this chance; speed_up: over plain decoding."""
-    found = []
+    found, seconds = [], {depth: costs.round(depth, padded) for depth in allowed}
     for acceptance in acceptances:
         rates = [acceptance] * max(allowed)
-        depth = best_depth(curve.at, rates, allowed)
+        depth = best_depth(seconds.__getitem__, rates, allowed)
         tokens = expected_tokens(rates, depth)
         found.append({"acceptance": acceptance, "depth": depth, "tokens_per_round": tokens,
-                      "speed_up": tokens * curve.at(0) / curve.at(depth)})  # fmt: skip
+                      "speed_up": tokens * seconds[0] / seconds[depth]})  # fmt: skip
     return found
 
 
@@ -258,45 +208,3 @@ def sample_prompt(engine: Engine) -> list[int]:
     ids = [token for text in sample_texts(engine) for token in text]
     ids = ids or [(31 * i + 5) % info.vocab_size for i in range(length)]
     return (ids * (1 + length // len(ids)))[:length]
-
-
-def _convention(engine: Engine, decoder: Decoder, on_step: Callable[[str], None]) -> dict[str, Any] | None:
-    drafter = engine.drafter.drafter if isinstance(engine.drafter, LookupFirst) else engine.drafter
-    if not isinstance(drafter, Assistant) or engine.tokenizer is None:
-        return None
-    on_step("comparing positions of the assistant's query")
-    return compare_conventions(decoder, drafter, sample_texts(engine), engine.stop_tokens, COMPARED_TOKENS)
-
-
-def compare_conventions(
-    decoder: Decoder, assistant: Assistant, prompts: Iterable[list[int]], stop: Collection[int], tokens: int
-) -> dict[str, Any]:
-    """First drafts under both conventions against the target's own next token, all along its greedy replies.
-
-    tokens: places compared. share_a, share_b: of the first drafts that were right. only_a, only_b: places where one
-    alone was. used: the convention that the drafter is run with. better: None where the difference may be chance.
-    """
-    drafters = [Assistant(assistant.model, assistant.name, convention) for convention in Convention]
-    for drafter in drafters:
-        drafter.attach(decoder.target)
-    right: list[tuple[bool, bool]] = []
-    for ids in prompts:
-        state = decoder.prefill(GenerationRequest(ids=ids, budget=tokens + 2), tokens + 2)
-        token = decoder.rounds.first(state).tokens[0, 0].item()
-        for _ in range(tokens):
-            if token in stop:
-                break
-            sample = DraftSampler(state.spec, state.arrays, state.history, mx.random.split(state.key, 1))
-            drafts = [one.draft({}, state.token, state.hidden, state.cache, 1, sample)[0] for one in drafters]
-            # Evaluated before the round is submitted: a buffer they still held would be copied, not updated.
-            mx.eval(drafts)
-            token = decoder.rounds.submit(state, 0).tokens[0, 0].item()
-            a, b = (draft[0, 0].item() == token for draft in drafts)
-            right.append((a, b))
-    only_a, only_b, both = (right.count(case) for case in ((True, False), (False, True), (True, True)))
-    # A split by chance alone is so lopsided less than once in twenty times.
-    lopsided = abs(only_a - only_b) > DEVIATIONS * math.sqrt(only_a + only_b)
-    better = None if not lopsided else "A" if only_a > only_b else "B"
-    count = max(1, len(right))
-    return {"tokens": len(right), "share_a": (only_a + both) / count, "share_b": (only_b + both) / count,
-            "only_a": only_a, "only_b": only_b, "used": assistant.convention.value, "better": better}  # fmt: skip

@@ -66,13 +66,8 @@ def read_prompts(
         there, asked = (", ".join(map(repr, names)) for names in (found, sorted(missing)))
         raise OptionError(f"There is no category {asked} among the prompts; --category takes {there}.")
     groups = [prompts for name, prompts in found.items() if not wanted or name.casefold() in wanted]
-    return [prompt for group in groups for prompt in _evenly(group, per_category)]
-
-
-def _evenly(prompts: list[BenchPrompt], most: int | None) -> list[BenchPrompt]:
-    if most is None or len(prompts) <= most:
-        return prompts
-    return [prompts[i * len(prompts) // most] for i in range(most)]
+    counts = [len(group) if per_category is None else min(per_category, len(group)) for group in groups]
+    return [group[i * len(group) // n] for group, n in zip(groups, counts, strict=True) for i in range(n)]
 
 
 def _read(file: Path, raw: bool) -> Iterator[BenchPrompt]:

@@ -18,7 +18,7 @@ from mlx_mtp.measuring.bench import Bench, Measured
 from mlx_mtp.measuring.configurations import PLAIN, STOCK, Configuration
 from mlx_mtp.measuring.diagnosis import describe_pair
 from mlx_mtp.measuring.tables import Part, Table, cell, markdown, parts_of
-from mlx_mtp.measuring.turns import Difference, Runs, differences
+from mlx_mtp.measuring.turns import Runs
 
 FORMAT = 2
 BY_POSITION = ("drafted_by_position", "verified_by_position", "accepted_by_position")
@@ -103,13 +103,14 @@ def _fastest(rows: Sequence[dict[str, Any]]) -> str:
 
 def _sampling(bench: Bench, name: str, done: list[Measured]) -> dict[str, Any]:
     finished = [measured for measured in done if measured.turns]
-    groups, differing = {ALL: finished} if finished else {}, _differing(bench, finished)
+    groups = {ALL: finished} if finished else {}
     for measured in finished:
+        measured.compare(bench.lineup.engine.target)
         groups.setdefault(measured.prompt.category, []).append(measured)
     return {
         "name": name,
         "sampling": asdict(done[0].job.sampling) if done else None,
-        "groups": [{"category": category, "prompts": len(group), "arms": _rows(bench, group, differing)}
+        "groups": [{"category": category, "prompts": len(group), "arms": _rows(bench, group)}
                    for category, group in groups.items()],
         # Everything raw, so that any other figure can be computed from it.
         "prompts": [
@@ -127,33 +128,17 @@ def _sampling(bench: Bench, name: str, done: list[Measured]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _runs(bench: Bench, group: list[Measured]) -> dict[str, Runs]:
-    """The turns that every configuration finished."""
-    return {name: Runs([one.runs[name][: one.turns] for one in group]) for name in bench.lineup.configurations}
-
-
-def _differing(bench: Bench, group: list[Measured]) -> dict[str, dict[int, Difference]]:
-    """Where greedy tokens first differ from ours plain, by configuration and the prompt's id(); empty without plain."""
-    if not group or group[0].job.sampling.temperature or PLAIN not in bench.lineup.configurations:
-        return {}
-    jobs, runs = [measured.job for measured in group], _runs(bench, group)
-    return {
-        name: {id(group[one.job]): one for one in differences(bench.lineup.engine.target, jobs, runs[PLAIN], its)}
-        for name, its in runs.items()
-        if name != PLAIN
-    }
-
-
-def _rows(bench: Bench, group: list[Measured], differing: dict[str, dict[int, Difference]]) -> list[dict[str, Any]]:
+def _rows(bench: Bench, group: list[Measured]) -> list[dict[str, Any]]:
     """The figures of a category, or of everything; one row a configuration."""
-    runs = _runs(bench, group)
+    # The turns that every configuration finished.
+    runs = {name: Runs([one.runs[name][: one.turns] for one in group]) for name in bench.lineup.configurations}
     return [
         {
             "arm": one.name, "drafter": one.drafter, "depth": one.depth,
             **_speed(runs[one.name]),
             **{base: _ratio(runs, one.name, name) for base, (name, _) in BASES.items()},
             **_drafting(one, group, runs[one.name]),
-            "output": _output(group, differing.get(one.name)),
+            "output": _output(group, one.name),
         }
         for one in bench.lineup.configurations.values()
     ]  # fmt: skip
@@ -196,14 +181,14 @@ def _drafting(one: Configuration, group: list[Measured], runs: Runs) -> dict[str
     }  # fmt: skip
 
 
-def _output(group: list[Measured], differing: dict[int, Difference] | None) -> dict[str, Any] | None:
+def _output(group: list[Measured], name: str) -> dict[str, Any] | None:
     """Greedy tokens against ours plain; None where there is nothing to compare."""
-    if differing is None:
+    if any(name not in one.differing for one in group):
         return None
-    found = [(measured.prompt.where, differing[id(measured)]) for measured in group if id(measured) in differing]
-    places = [{"where": where, "token": one.token + 1, "logit_gap": None if math.isnan(one.gap) else one.gap}
-              for where, one in found]  # fmt: skip
-    return {"identical": not found, "prompts": len(group), "differences": places}
+    places = [{"where": one.prompt.where, "token": found.token + 1,
+               "logit_gap": None if math.isnan(found.gap) else found.gap}
+              for one in group if (found := one.differing[name])]  # fmt: skip
+    return {"identical": not places, "prompts": len(group), "differences": places}
 
 
 def bench_parts(report: dict[str, Any]) -> list[Part]:
@@ -226,13 +211,13 @@ def bench_parts(report: dict[str, Any]) -> list[Part]:
         by_category = [{"arm": row["arm"], **{group["category"]: group["arms"][at][base] for group in groups}}
                        for at, row in enumerate(rows)]  # fmt: skip
         parts.append(Table.of(f"By category, over {BASES[base][1]}", by_category))
-    return parts + (["Notes:", *(f"- {note}" for note in report["notes"])] if report["notes"] else [])
+    return [*parts, "\n".join(["Notes:", *(f"- {note}" for note in report["notes"])])] if report["notes"] else parts
 
 
 def bench_markdown(report: dict[str, Any]) -> str:
     """The whole report ready to paste, with what every figure means."""
     meanings = [f"- {name}: {text}." for name, text in report["definitions"].items()]
-    return markdown(["## mlx-mtp bench", *bench_parts(report), "Definitions:", *meanings])
+    return markdown(["## mlx-mtp bench", *bench_parts(report), "\n".join(["Definitions:", *meanings])])
 
 
 def compared(found: dict[str, Any] | None) -> str | None:

@@ -1,10 +1,12 @@
-"""One way to show what was measured: any JSON object as facts and tables, on a terminal or as Markdown."""
+"""One way to show what was measured: any JSON object as facts and tables, by rich; on a terminal or as Markdown."""
 
 from __future__ import annotations
 
+import io
+import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from rich import box
@@ -12,7 +14,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-RATES = ("acceptance", "scatter", "share_a", "share_b")
+WIDE = 100_000  # columns of Markdown, whose rows may not wrap
+RATES = ("acceptance", "scatter")
 # Names of the JSON objects that say too little by themselves.
 LABELS = {
     "arm": "configuration", "rows": "tokens of a pass", "tau": "tokens per round", "output": "greedy output",
@@ -20,7 +23,6 @@ LABELS = {
     "acceptance": "drafts accepted", "milliseconds_per_round": "ms a round", "run_bytes": "memory",
     "first_token_milliseconds": "first token ms", "joules_per_token": "J/token", "exact": "same bits as one token",
     "verify": "passes over the target", "choices": "depth it would choose (estimate)", "speed_up": "times plain",
-    "convention": "position of the assistant's query",
 }  # fmt: skip
 
 
@@ -39,7 +41,7 @@ class Table:
         return cls(title, [label(name) for name in names], [[cell(name, row[name]) for name in names] for row in rows])
 
 
-# A paragraph is a string; one that begins with "#" is a heading, as in Markdown, one that begins with "- " of a list.
+# A paragraph is a string; one that begins with "#" is a heading, as in Markdown.
 Part = Table | str
 
 
@@ -81,33 +83,38 @@ def label(name: str) -> str:
     return LABELS.get(name, name.replace("_", " "))
 
 
+def show(parts: Iterable[Part]) -> None:
+    """On standard output: as they are on a terminal, as Markdown in a pipe."""
+    if sys.stdout.isatty():
+        print_parts(Console(), parts)
+    else:
+        print(markdown(parts), end="")
+
+
 def markdown(parts: Iterable[Part]) -> str:
     """All parts as text, ready to paste."""
-    blocks = [_markdown_table(part) if isinstance(part, Table) else part for part in parts]
-    joints = ["\n" if one.startswith("- ") and other.startswith("- ") else "\n\n" for one, other in pairwise(blocks)]
-    return "".join(block + joint for block, joint in zip(blocks, [*joints, "\n"], strict=True))
+    output = io.StringIO()
+    print_parts(Console(file=output, width=WIDE, color_system=None, force_terminal=False), parts, box.MARKDOWN)
+    text = "\n".join(line.rstrip() for line in output.getvalue().split("\n"))
+    return re.sub(r"\n{3,}", "\n\n", text).strip("\n") + "\n"
 
 
-def _markdown_table(table: Table) -> str:
-    heads = list(table.heads) or [""] * len(table.rows[0])
-    safe = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [heads, *table.rows]]
-    first, *lines = [f"| {' | '.join(row)} |" for row in safe]
-    title = [f"{table.title}:", ""] if table.title else []
-    return "\n".join([*title, first, "|" + " --- |" * len(heads), *lines])
-
-
-def print_parts(console: Console, parts: Iterable[Part]) -> None:
-    """Prints all parts; cells are folded where the terminal is narrow."""
+def print_parts(console: Console, parts: Iterable[Part], style: box.Box = box.HEAVY_HEAD) -> None:
+    """Prints all parts with an empty line after each; cells are folded where the terminal is narrow."""
+    is_markdown = style is box.MARKDOWN
     for part in parts:
         if isinstance(part, str):
-            console.print(Text(part.lstrip("# "), style="bold" if part.startswith("#") else ""))
+            text = part if is_markdown else part.lstrip("# ")
+            console.print(Text(text, style="bold" if part.startswith("#") else ""), end="\n\n")
             continue
         if part.title:
             console.print(Text(part.title, style="italic"))
-        style = box.HEAVY_HEAD if part.heads else None
-        table = RichTable(show_header=bool(part.heads), box=style, pad_edge=bool(part.heads))
+        framed = bool(part.heads) or is_markdown
+        table = RichTable(show_header=framed, show_edge=framed, pad_edge=framed, box=style if framed else None)
         for at, head in enumerate(part.heads or ("", "")):
-            table.add_column(head, overflow="fold", justify="right" if part.heads and at else "left")
+            table.add_column(Text(head), overflow="fold", justify="right" if part.heads and at else "left")
         for row in part.rows:
-            table.add_row(*map(Text, row))
-        console.print(table, "")
+            table.add_row(*(Text(one.replace("|", "\\|").replace("\n", ", ") if is_markdown else one) for one in row))
+        console.print(table)
+        if not is_markdown:  # whose tables have empty lines for edges
+            console.print()

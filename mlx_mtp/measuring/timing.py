@@ -16,7 +16,7 @@ from mlx_mtp.generation.interfaces import Target
 from mlx_mtp.generation.loop import Decoder, GenerationRequest
 from mlx_mtp.generation.types import NEUTRAL, Sampling
 
-WARM = 3  # computations that are not timed, before those that are
+WARM = 3  # computations before those that are timed
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class PieceTime:
         return cls(statistics.median(builds), statistics.median(submits), middle, (high - low) / middle)
 
 
-def timed_in_turns(builds: Sequence[Callable[[], Any]], repeats: int, warm: int = WARM) -> list[PieceTime]:
+def timed_in_turns(builds: Sequence[Callable[[], Any]], repeats: int) -> list[PieceTime]:
     """Times computations that take turns, so that a machine that slows down slows all of them.
 
     A build returns the arrays that are to be computed.
     """
     times: list[list[tuple[float, float, float]]] = [[] for _ in builds]
-    for _ in range(repeats + warm):
+    for _ in range(repeats + WARM):
         for build, found in zip(builds, times, strict=True):
             began = time.perf_counter()
             arrays = build()
@@ -55,7 +55,7 @@ def timed_in_turns(builds: Sequence[Callable[[], Any]], repeats: int, warm: int 
             submitted = time.perf_counter()
             mx.eval(arrays)
             found.append((built - began, submitted - built, time.perf_counter() - built))
-    return [PieceTime.of(found[warm:]) for found in times]
+    return [PieceTime.of(found[WARM:]) for found in times]
 
 
 class Passes:
@@ -64,7 +64,7 @@ class Passes:
     def __init__(self, target: Target) -> None:
         self._decoder, self._pass = Decoder(target, None, FixedDepth(0)), TargetPass(target)
 
-    def alone(self, prompt: list[int], widths: Sequence[int], repeats: int, warm: int = WARM) -> list[PieceTime]:
+    def alone(self, prompt: list[int], widths: Sequence[int], repeats: int) -> list[PieceTime]:
         """Passes of so many tokens after a prompt, each evaluated alone."""
         cache = self._decoder.prefill(GenerationRequest(ids=prompt, budget=1), max(widths)).cache
 
@@ -72,22 +72,21 @@ class Passes:
             tokens = mx.array([(prompt * width)[-width:]])
             return lambda: (mx.argmax(self._pass(tokens, cache)[1], axis=-1), cache.arrays)
 
-        return timed_in_turns([of(width) for width in widths], repeats, warm)
+        return timed_in_turns([of(width) for width in widths], repeats)
 
 
 def rounds_alone(
-    decoder: Decoder, prompt: list[int], depths: Sequence[int], repeats: int, sampling: Sampling = NEUTRAL,
-    warm: int = WARM,
-) -> list[PieceTime]:  # fmt: skip
+    decoder: Decoder, prompt: list[int], depths: Sequence[int], repeats: int, sampling: Sampling = NEUTRAL
+) -> list[PieceTime]:
     """Whole rounds of so many drafts after a prompt, each evaluated before the next is built."""
-    room = (repeats + warm) * sum(depth + 1 for depth in depths)
+    room = (repeats + WARM) * sum(depth + 1 for depth in depths)
     state = decoder.prefill(GenerationRequest(ids=prompt, budget=room, sampling=sampling), room)
     decoder.rounds.first(state)
 
     def of(depth: int) -> Callable[[], Any]:
         return lambda: (decoder.rounds.build(state, depth).tokens, state.tree)
 
-    return timed_in_turns([of(depth) for depth in depths], repeats, warm)
+    return timed_in_turns([of(depth) for depth in depths], repeats)
 
 
 def pipelined_rounds(

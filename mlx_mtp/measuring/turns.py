@@ -80,27 +80,24 @@ def _speed_up(seconds: Iterable[np.ndarray]) -> float:
 class Difference:
     """Where a greedy output first differs from the reference's.
 
-    job, token: indices. gap: the reference's logit of its own token less that of the other's; near-ties are rounding.
-    NaN where the logits are no measure: penalties or a bias stand between them and the choice.
+    token: its index. gap: the reference's logit of its own token less that of the other's; near-ties are rounding. NaN
+    where the logits are no measure: penalties or a bias stand between them and the choice.
     """
 
-    job: int
     token: int
     gap: float
 
 
-def differences(target: Target, jobs: Sequence[DecodeJob], expected: Runs, found: Runs) -> list[Difference]:
-    """The first difference of every job whose greedy tokens differ in any turn; empty = identical output."""
-    differing = []
-    for at, (job, one, other) in enumerate(zip(jobs, expected.by_job, found.by_job, strict=True)):
-        mine = one[0].tokens
-        for its in (run.tokens for run in other if run.tokens != mine):
-            first = next((i for i, (a, b) in enumerate(zip(mine, its, strict=False)) if a != b), None)
-            if first is not None:
-                gap = _logit_gap(target, job, mine[:first], mine[first], its[first])
-                differing.append(Difference(at, first, gap))
-                break
-    return differing
+def difference(
+    target: Target, job: DecodeJob, expected: Sequence[TimedRun], found: Iterable[TimedRun]
+) -> Difference | None:
+    """The first difference in the first turn that has one; None = identical output."""
+    mine = expected[0].tokens
+    for its in (run.tokens for run in found):
+        for at, (a, b) in enumerate(zip(mine, its, strict=False)):
+            if a != b:
+                return Difference(at, _logit_gap(target, job, mine[:at], a, b))
+    return None
 
 
 def _logit_gap(target: Target, job: DecodeJob, said: list[int], mine: int, its: int) -> float:
