@@ -23,7 +23,7 @@ from mlx_mtp.checkpoints.atomic import replacing_or_refused
 from mlx_mtp.errors import CheckpointError, PromptError
 from mlx_mtp.generation.interfaces import Target
 from mlx_mtp.text.tokenizer import Tokenizer
-from mlx_mtp.training.run_folder import RESUME, hashed, write_array
+from mlx_mtp.training.run_folder import RESUME, hashed
 
 GIVEN, REPLY, QUESTION = range(3)
 TEMPERATURES = (0.0, 1.0, 0.0, 0.7)  # of replies, by row; questions are drawn at 1
@@ -153,9 +153,10 @@ def write_chats(
                 if place == length:
                     break
             arrays: dict[str, Any] = next(written)
-            write_array(file.with_suffix(".npy"), arrays.pop("states"))
-            with replacing_or_refused(file, RESUME) as fresh, fresh.open("wb") as out:
-                np.savez_compressed(out, **arrays)
+            with replacing_or_refused(file.with_suffix(".npy"), RESUME) as fresh:
+                np.save(fresh, arrays.pop("states"))
+            with replacing_or_refused(file, RESUME) as fresh:
+                np.savez_compressed(fresh, **arrays)
 
 
 def _shard(
@@ -241,14 +242,13 @@ class Chats:
 
     def questions(self) -> frozenset[tuple[int, ...]]:
         """What the target asked itself."""
-        return frozenset(tuple(ids) for ids in self._runs(QUESTION))
+        found: set[tuple[int, ...]] = set()
+        for tokens, mask in zip(self.tokens, self.mask == QUESTION, strict=True):
+            edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]])))
+            found |= {tuple(tokens[start:stop].tolist()) for start, stop in zip(edges[::2], edges[1::2], strict=True)}
+        return frozenset(found)
 
     def prompts(self, most: int) -> list[list[int]]:
         """What stands in front of the first reply of the rows, for measuring."""
         starts = [(row, int(np.argmax(mask == REPLY))) for row, mask in enumerate(self.mask)]
         return [self.tokens[row, :start].tolist() for row, start in starts if start][:most]
-
-    def _runs(self, kind: int) -> Iterator[list[int]]:
-        for tokens, mask in zip(self.tokens, self.mask == kind, strict=True):
-            edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]])))
-            yield from (tokens[start:stop].tolist() for start, stop in zip(edges[::2], edges[1::2], strict=True))

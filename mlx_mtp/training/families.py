@@ -14,13 +14,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_mtp.checkpoints.atomic import replacing_or_refused
-from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters, read_json, write_checkpoint
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters, write_checkpoint
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.assistant import AssistantConfig, AssistantModel, in_token_order
 from mlx_mtp.drafters.parallel import MOST_HEADS, ParallelConfig, ParallelModel
 from mlx_mtp.drafters.sequential import MOST_MODULES, SequentialConfig, SequentialModel
 from mlx_mtp.drafters.shortlist import with_shortlist
 from mlx_mtp.errors import OptionError
+from mlx_mtp.generation import checks
 from mlx_mtp.generation.cache import FULL, SLIDING
 from mlx_mtp.generation.interfaces import Target
 from mlx_mtp.training.chats import Chats
@@ -31,11 +32,10 @@ from mlx_mtp.training.objective import (
     parallel_loss,
     sequential_loss,
 )
-from mlx_mtp.training.ranges import check_ranges
 
 HEAD_DIM = 64
-MOST_DRAFTS = 8
 SIZES = (8, 1 << 16)
+LIMITS = {"drafts": (1, 8), "modules": (1, MOST_MODULES), "width": SIZES, "inner": SIZES, "shortlist": (0, 1 << 20)}
 NORM_START = 0.4
 # Widths of the released assistants: 256 for targets up to 2,560 wide, 1,024 beyond; ours for very small ones.
 ASSISTANT_WIDTHS = ((512, 192), (2560, 256), (1 << 30, 1024))
@@ -59,10 +59,10 @@ class DrafterShape:
     shortlist: int = 8192
 
     def __post_init__(self) -> None:
-        if self.family not in FAMILIES:
-            raise OptionError(f"There is no family '{self.family}'; choose one of {', '.join(FAMILIES)}.")
-        check_ranges(self, drafts=(1, MOST_DRAFTS), modules=(1, MOST_MODULES), width=SIZES, inner=SIZES,
-                     shortlist=(0, 1 << 20))  # fmt: skip
+        checks.one_of("family", self.family, FAMILIES)
+        for name, (least, most) in LIMITS.items():
+            if vars(self)[name] is not None:
+                checks.whole(name, vars(self)[name], least, most)
 
 
 @dataclass(frozen=True)
@@ -191,12 +191,21 @@ def family_of(config: Mapping[str, Any], name: str) -> str:
     return MODEL_TYPES[model_type]
 
 
+def fresh(shape: DrafterShape, target: Target, length: int) -> tuple[dict[str, Any], nn.Module]:
+    """config.json and random parameters of a drafter for sequences of `length`."""
+    family = FAMILIES[shape.family]
+    config = family.describe(shape, target, length)
+    return config, _trainable(family.build(config))
+
+
 def started(folder: str | Path, shape: DrafterShape, target: Target) -> tuple[dict[str, Any], nn.Module]:
     """config.json and float32 parameters of a drafter to go on training, a quantised one restored.
 
     OptionError where it is of another family or has another number of heads, IncompatibleDrafter where it does not
     fit the target.
     """
+    from mlx_lm.utils import dequantize_model
+
     checkpoint = Checkpoint.open(folder)
     if (found := family_of(checkpoint.config, str(folder))) != shape.family:
         raise OptionError(f"The drafter at '{folder}' is of the family {found} and not {shape.family}.")
@@ -204,17 +213,17 @@ def started(folder: str | Path, shape: DrafterShape, target: Target) -> tuple[di
         raise OptionError(f"The drafter at '{folder}' has {heads} heads; train it for {heads} drafts.")
     drafter: Any = load_drafter(checkpoint)
     drafter.attach(target)
-    config = {key: value for key, value in with_shortlist(checkpoint)[0].items() if key not in QUANTISED}
-    return config, for_training(drafter)
-
-
-def for_training(drafter: Any) -> nn.Module:
-    """A loaded drafter's parameters in float32, quantised ones restored."""
-    from mlx_lm.utils import dequantize_model
-
     module: nn.Module = dequantize_model(drafter.model)
     module.set_dtype(mx.float32)
-    return trainable(module)
+    config = {key: value for key, value in with_shortlist(checkpoint)[0].items() if key not in QUANTISED}
+    return config, _trainable(module)
+
+
+def _trainable(module: nn.Module) -> nn.Module:
+    """The same module with what is not learned frozen: which block of the vocabulary a centroid stands for."""
+    if isinstance(module, AssistantModel) and module.config.centroids:
+        module.masked_embedding.freeze()
+    return module
 
 
 def prepared(module: nn.Module, chats: Chats) -> nn.Module:
@@ -226,24 +235,6 @@ def prepared(module: nn.Module, chats: Chats) -> nn.Module:
         if module.config.shortlist:
             module.shortlist = mx.array(chats.frequent(module.config.shortlist, module.config.vocab_size))
     return module
-
-
-def trainable(module: nn.Module) -> nn.Module:
-    """The same module with what is not learned frozen: which block of the vocabulary a centroid stands for."""
-    if isinstance(module, AssistantModel) and module.config.centroids:
-        module.masked_embedding.freeze()
-    return module
-
-
-def check_place(folder: Path) -> None:
-    """OptionError where a drafter written to `folder` would replace anything but a drafter."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    model_type = read_json(folder / "config.json").get("model_type") if (folder / "config.json").is_file() else None
-    if model_type not in MODEL_TYPES:
-        raise OptionError(
-            f"'{folder}' holds something else than a drafter, which stays; choose another folder."
-        )
 
 
 def write_drafter(folder: Path, config: Mapping[str, Any], module: nn.Module) -> None:
