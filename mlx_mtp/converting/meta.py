@@ -25,15 +25,15 @@ import mlx.nn as nn
 from mlx_lm.models import llama
 
 from mlx_mtp.checkpoints.checkpoint import check_shapes, number, read_json, visible, write_tensors
-from mlx_mtp.converting.llama_tokenizer import write_tokenizer
 from mlx_mtp.converting.pth import STORAGES, StoredTensor, read_pth
+from mlx_mtp.converting.tokenizers import write_llama
 from mlx_mtp.drafters.parallel import MOST_HEADS, ParallelConfig, ParallelModel
 from mlx_mtp.errors import CheckpointError, UnsupportedModel
+from mlx_mtp.targets.generic import MAX_COUNT, MAX_SIZE
 
 log = logging.getLogger(__name__)
 
 PARAMS = "params.json"
-MAX_SIZE, MAX_COUNT = 2**24, 2**10
 TRAINED_CONTEXT = 4096  # of the release and of Llama 2; params.json does not say
 LAYER = re.compile(r"(layers|extra_heads)\.(\d+)\.(.+)$")
 PLACES = {"layers": "model.layers.{}.", "extra_heads": "heads.{}.layer."}
@@ -169,7 +169,7 @@ def bring_in(folder: Path, out: Path) -> list[str]:
     tokenizers = [place / "tokenizer.model" for place in (folder, folder.resolve().parent)]
     if tokenizer := next((file for file in tokenizers if file.is_file()), None):
         context = config["max_position_embeddings"]
-        config = config | write_tokenizer(tokenizer, out / "target", config["vocab_size"], context)
+        config = config | write_llama(tokenizer, out / "target", config["vocab_size"], context)
     else:
         log.warning("No tokenizer.model in '%s' or above it: the target will take token ids only.", folder)
     write_tensors(out / "target", config, model.read(model.target))
