@@ -208,7 +208,7 @@ GOOD = ['{"prompt": "w030,"}'] * 8
     [('{"prompt": "w031,"}', "chat template .*not this one"), ('{"prompt": "w032,"}', "chat template"),
      ('{"prompt": "' + "w030," * 600 + '"}', "a row of --length 32 has room for 24"),
      ('{"prompt": " "}', "prompt of the user"),
-     ('{"messages": [{"role": "assistant", "content": "x"}]}', "prompt of the user"), ("{", "expected JSON"),
+     ('{"messages": [{"role": "assistant", "content": "x"}]}', "prompt of the user"), ("{", "one JSON object"),
      ('{"messages": [{"role": "tool", "content": "x"}]}', "role")],
 )  # fmt: skip
 def test_all_prompts_are_checked_before_any_is_answered(

@@ -222,7 +222,7 @@ def json_rows(raw: bytes, path: Path, suffix: str) -> Iterator[tuple[dict[str, A
     """
     if suffix == JSON:
         text = decode_text(raw, path).strip() or "[]"
-        found = _json(text, path, "repair it, or name the file .jsonl where every line is an object")
+        found = _json(text, path, "JSON", "repair it, or name the file .jsonl where every line is an object")
         for number, record in enumerate(found if isinstance(found, list) else [found], start=1):
             where = f"{path}, item {number}" if isinstance(found, list) else str(path)
             yield _object(record, where, "write a list of objects"), where
@@ -230,14 +230,15 @@ def json_rows(raw: bytes, path: Path, suffix: str) -> Iterator[tuple[dict[str, A
     for number, line in enumerate(raw.split(b"\n"), start=1):
         where = f"{path}, line {number}"
         if text := decode_text(line, path, number).strip():
-            yield _object(_json(text, where, "repair the line"), where, "write one object per line"), where
+            found = _json(text, where, "one JSON object", "repair the line")
+            yield _object(found, where, "write one object per line"), where
 
 
-def _json(text: str, where: object, advice: str) -> Any:
+def _json(text: str, where: object, expected: str, advice: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _wrong(where, "JSON", error, advice) from error
+        raise _wrong(where, expected, error, advice) from error
 
 
 def _object(record: object, where: str, advice: str) -> dict[str, Any]:

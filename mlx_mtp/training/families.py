@@ -17,7 +17,7 @@ from mlx_mtp.checkpoints.atomic import replacing_or_refused
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters, write_checkpoint
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.assistant import AssistantConfig, AssistantModel, in_token_order
-from mlx_mtp.drafters.parallel import MOST_HEADS, ParallelConfig, ParallelModel
+from mlx_mtp.drafters.parallel import ParallelConfig, ParallelModel
 from mlx_mtp.drafters.sequential import MOST_MODULES, SequentialConfig, SequentialModel
 from mlx_mtp.drafters.shortlist import with_shortlist
 from mlx_mtp.errors import OptionError
@@ -123,41 +123,31 @@ def _ids_of(target: Target) -> dict[str, int]:
     return {f"{name}_token_id": value for name, value in first.items() if isinstance(value, int)}
 
 
-def llama_block(target: Target, inner: int | None) -> dict[str, Any]:
-    """mlx-lm config of one layer of the target's width, with a quarter of its heads for K/V."""
-    width = target.info.hidden_size
+def _layered(shape: DrafterShape, target: Target, **own: Any) -> dict[str, Any]:
+    """config.json of a drafter of llama layers of the target's width, with a quarter of its heads for K/V.
+
+    The shortlist only where the vocabulary has twice as many tokens.
+    """
+    width, vocabulary = target.info.hidden_size, target.info.vocab_size
     heads = max(1, width // HEAD_DIM)
-    return {
-        "model_type": "llama", "hidden_size": width, "intermediate_size": inner or 2 * width,
+    block = {
+        "model_type": "llama", "hidden_size": width, "intermediate_size": shape.inner or 2 * width,
         "num_attention_heads": heads, "num_key_value_heads": heads // 4 if heads % 4 == 0 else 1,
-        "head_dim": HEAD_DIM if width >= HEAD_DIM else width, "num_hidden_layers": 1, "rms_norm_eps": 1e-6,
-        "vocab_size": target.info.vocab_size, "rope_theta": 10000.0, "tie_word_embeddings": True,
-        "max_position_embeddings": target.info.max_context,
+        "head_dim": min(HEAD_DIM, width), "num_hidden_layers": 1, "rms_norm_eps": 1e-6, "vocab_size": vocabulary,
+        "rope_theta": 10000.0, "tie_word_embeddings": True, "max_position_embeddings": target.info.max_context,
     }  # fmt: skip
-
-
-def _listed(shape: DrafterShape, target: Target) -> dict[str, int]:
-    """The shortlist as config.json says it."""
-    return {"shortlist": shape.shortlist} if 0 < 2 * shape.shortlist <= target.info.vocab_size else {}
+    listed = {"shortlist": shape.shortlist} if 0 < 2 * shape.shortlist <= vocabulary else {}
+    return {**own, "hidden_size": width, "vocab_size": vocabulary, "block": block, **listed}
 
 
 def describe_parallel(shape: DrafterShape, target: Target, length: int) -> dict[str, Any]:
     """As many heads as drafts, each a llama layer on the finished target's states."""
-    if shape.drafts > MOST_HEADS:
-        raise OptionError(f"Parallel heads make at most {MOST_HEADS} drafts, not {shape.drafts}.")
-    return {
-        "model_type": "parallel_heads", "heads": shape.drafts, "reads": "hidden",
-        "hidden_size": target.info.hidden_size, "vocab_size": target.info.vocab_size,
-        "block": llama_block(target, shape.inner), **_listed(shape, target),
-    }  # fmt: skip
+    return _layered(shape, target, model_type="parallel_heads", heads=shape.drafts, reads="hidden")
 
 
 def describe_sequential(shape: DrafterShape, target: Target, length: int) -> dict[str, Any]:
     """Modules of one llama layer each."""
-    return {
-        "model_type": "sequential_modules", "modules": shape.modules, "hidden_size": target.info.hidden_size,
-        "vocab_size": target.info.vocab_size, "block": llama_block(target, shape.inner), **_listed(shape, target),
-    }  # fmt: skip
+    return _layered(shape, target, model_type="sequential_modules", modules=shape.modules)
 
 
 FAMILIES: dict[str, Family] = {
