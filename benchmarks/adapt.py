@@ -27,8 +27,7 @@ from mlx_mtp.targets.gemma4 import Gemma4Target, published_weights
 from mlx_mtp.training.adapt import DEFAULTS, adapt
 from mlx_mtp.training.data import Batches, pack, read_documents
 from mlx_mtp.training.objective import next_token_loss
-from mlx_mtp.training.stages import run_stage
-from mlx_mtp.training.trainer import TrainOptions
+from mlx_mtp.training.trainer import Trainer, TrainOptions
 
 HEADERS = Path(mx.__file__).parent / "include"
 
@@ -54,9 +53,10 @@ def drifted(folder: Path, texts: Path, steps: int) -> Path:
     ids = pack(read_documents([str(texts)]), load_tokenizer(target.path))
     cut = len(ids) * 9 // 10
     learned, held = Batches(ids[:cut], 4, 256, 0), Batches(ids[cut:], 4, 256, 0)
-    for stage in run_stage("target", folder, target.model, next_token_loss, learned.batch,
-                           TrainOptions(steps=steps, learning_rate=1e-3), data=learned.name,
-                           held_out=[held.batch(i) for i in range(4)], figures=("accuracy",)):  # fmt: skip
+    options = TrainOptions(steps=steps, learning_rate=1e-3)
+    trainer = Trainer(target.model, next_token_loss, learned.batch, options, folder / "train-target", data=learned.name,
+                      held_out=[held.batch(i) for i in range(4)], figures=("accuracy",), name="target")  # fmt: skip
+    for stage in trainer.go_on():
         if stage.step % 20 == 0:
             print(f"target: step {stage.step}, loss {stage.figures['loss']:.3f}", flush=True)
     shutil.copytree(EMBEDDED / "target", out)

@@ -67,7 +67,7 @@ def adapt(model: str | Path | None, drafter: str | Path, out: Path, recipe: Reci
         chats, held = yield from stages.chats_of(folder, engine, data.prompts, data.held_prompts, recipe)
         options = replace(recipe, target=None, start=None, data=()).saved()
         run = folder / hashed((model_digest(source), options))
-        report = yield from stages.drafter_stages(run, candidate, engine, shape, recipe, chats, held, data.held_prompts)
+        report = yield from stages.make_drafter(run, candidate, engine, shape, recipe, chats, held, data.held_prompts)
         if report.after <= (best := max(best, report.before)):
             raise NotBetter(
                 f"The new drafter makes {report.after:.2f} tokens per round on {report.prompts} held-out prompts, the "

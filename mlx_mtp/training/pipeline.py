@@ -35,8 +35,8 @@ from mlx_mtp.training.prompts import FEWEST, prompts_of
 from mlx_mtp.training.recipe import FILE, Recipe
 from mlx_mtp.training.run_folder import RESUME, digest, locked, model_digest
 from mlx_mtp.training.small_target import target_config, train_tokenizer
-from mlx_mtp.training.stages import HELD_OUT_BATCHES, Report, chats_of, drafter_stages, run_stage
-from mlx_mtp.training.trainer import Loss, Stage
+from mlx_mtp.training.stages import HELD_OUT_BATCHES, Report, chats_of, make_drafter
+from mlx_mtp.training.trainer import Loss, Stage, Trainer
 
 Ids = list[list[int]]
 
@@ -78,7 +78,7 @@ def train(folder: Path, recipe: Recipe) -> Generator[Stage, None, list[Report]]:
         reports = []
         for shape in left:
             chats, held = yield from chats_of(folder, engine, data.prompts, data.held_prompts, recipe)
-            reports.append((yield from drafter_stages(folder, folder / shape.family, engine, shape, recipe, chats, held,
+            reports.append((yield from make_drafter(folder, folder / shape.family, engine, shape, recipe, chats, held,
                                                       data.held_prompts)))  # fmt: skip
         return reports
 
@@ -226,10 +226,12 @@ def _learned(
     folder: Path, recipe: Recipe, name: str, module: nn.Module, loss: Loss, texts: Batches, held: Batches,
     figures: tuple[str, ...],
 ) -> Iterator[Stage]:  # fmt: skip
-    yield from run_stage(
-        name, folder, module, loss, texts.batch, recipe.options(recipe.target_steps), data=texts.name, figures=figures,
-        held_out=[held.batch(i) for i in range(min(HELD_OUT_BATCHES, held.steps_per_epoch))],
+    trainer = Trainer(
+        module, loss, texts.batch, recipe.options(recipe.target_steps), folder / f"train-{name}", name=name,
+        held_out=[held.batch(i) for i in range(min(HELD_OUT_BATCHES, held.steps_per_epoch))], data=texts.name,
+        figures=figures,
     )  # fmt: skip
+    yield from trainer.go_on()
 
 
 def _write_target(folder: Path, config: dict[str, Any], model: Gemma4Model) -> None:

@@ -5,10 +5,9 @@ Every stage has a folder of its own and is resumed there; one that is done yield
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,7 +21,7 @@ from mlx_mtp.training.chats import Chats, Script, write_chats
 from mlx_mtp.training.families import FAMILIES, DrafterShape, fresh, prepared, started, write_drafter
 from mlx_mtp.training.recipe import Recipe
 from mlx_mtp.training.run_folder import read_log
-from mlx_mtp.training.trainer import Loss, Stage, Trainer, TrainOptions
+from mlx_mtp.training.trainer import Stage, Trainer
 
 DECAY = 0.6  # weight of a draft against the one before it
 DRAFTER_RATE = 3.0  # a fresh drafter's learning rate against a target's
@@ -41,17 +40,6 @@ class Report:
     after: float
     depth: int
     prompts: int
-
-
-def run_stage(
-    name: str, folder: Path, module: nn.Module, loss: Loss, batch_at: Callable[[int], Any], options: TrainOptions, *,
-    data: str, held_out: Sequence[Any], figures: tuple[str, ...],
-) -> Iterator[Stage]:  # fmt: skip
-    """Trains `module` from the weights it has, or from the checkpoint in folder/train-<name>."""
-    trainer = Trainer(module, loss, batch_at, options, folder / f"train-{name}", data=data, held_out=held_out,
-                      figures=figures, name=name)  # fmt: skip
-    trainer.resume()
-    yield from trainer.run()
 
 
 def chats_of(
@@ -75,7 +63,7 @@ def chats_of(
     return made[1], made[0]
 
 
-def drafter_stages(
+def make_drafter(
     run: Path, out: Path, engine: Engine, shape: DrafterShape, recipe: Recipe, chats: Chats, held: Chats,
     asked: Sequence[Sequence[int]],
 ) -> Generator[Stage, None, Report]:  # fmt: skip
@@ -116,12 +104,14 @@ def drafter_stage(
     size = min(recipe.batch_size, len(held.tokens))
     fixed = held.batches(size, 0)
     options = recipe.options(recipe.drafter_steps, DRAFTER_RATE if new else 1.0, PATIENCE)
-    for stage in run_stage(
-        shape.family, run, module, loss, chats.batches(recipe.batch_size, recipe.seed), options, data=chats.name,
-        held_out=[fixed(i) for i in range(min(HELD_OUT_BATCHES, len(held.tokens) // size))], figures=figures,
-    ):  # fmt: skip
+    trainer = Trainer(
+        module, loss, chats.batches(recipe.batch_size, recipe.seed), options, run / f"train-{shape.family}",
+        data=chats.name, held_out=[fixed(i) for i in range(min(HELD_OUT_BATCHES, len(held.tokens) // size))],
+        figures=figures, name=shape.family,
+    )  # fmt: skip
+    for stage in trainer.go_on():
         if stage.held_out:
-            plot(run / f"train-{shape.family}" / "log.jsonl", figures, recipe.batch_size * recipe.length)
+            plot(trainer.log_file, figures, recipe.batch_size * recipe.length)
         yield stage
 
 

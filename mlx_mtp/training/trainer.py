@@ -160,6 +160,11 @@ class Trainer:
         patience, seen = self.options.patience, self.evaluations
         return 0 < patience < len(seen) and max(seen[-patience:]) <= max(seen[:-patience])
 
+    def go_on(self) -> Iterator[Stage]:
+        """Trains from the checkpoint in the folder, or from the weights the module has where there is none."""
+        self.resume()
+        yield from self.run()
+
     def run(self) -> Iterator[Stage]:
         """Trains to the last step, saving as it goes, and yields every step.
 
