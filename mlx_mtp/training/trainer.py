@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -182,21 +182,11 @@ class Trainer:
                 try:
                     while self.step < self.options.steps and not self.stalled:
                         with interrupts_wait():
-                            batch = self.batch_at(self.step)
-                            figures, held_out = self._take_step(step_fn, tree_map(mx.array, batch))
-                            seconds = time.perf_counter() - began
-                            tokens = (batch[0] if isinstance(batch, tuple) else batch).size
-                            speed = round((self.step + 1 - first) * tokens / seconds, 1)
-                            record = {"step": self.step + 1, **figures, "tokens_per_second": speed,
-                                      "seconds": round(seconds, 1)}  # fmt: skip
-                            log.write(json.dumps(record | ({"held_out": held_out} if held_out else {})) + "\n")
-                            log.flush()
-                            self.step += 1
-                            self.evaluations += [self._sum(held_out)] if held_out else []
+                            stage = self._advance(step_fn, log, began, first)
                         if time.perf_counter() - saved > self.options.save_seconds:
                             self._save_after(log.fileno())
                             saved = time.perf_counter()
-                        yield Stage(self.name, self.step, self.options.steps, figures, held_out, speed)
+                        yield stage
                 finally:
                     if optimizers.steps_taken(self.optimizer) == self.step:  # not after a step that went wrong
                         self._save_after(log.fileno())
@@ -208,6 +198,20 @@ class Trainer:
 
     def _sum(self, held_out: Mapping[str, float]) -> float:
         return sum(held_out.get(name, 0.0) for name in self.figures)
+
+    def _advance(self, step_fn: Callable[..., Any], log: TextIO, began: float, first: int) -> Stage:
+        """Takes the next step, logs and counts it; `first` steps were done when the run `began`."""
+        batch = self.batch_at(self.step)
+        figures, held_out = self._take_step(step_fn, tree_map(mx.array, batch))
+        seconds, step = time.perf_counter() - began, self.step + 1
+        tokens = (batch[0] if isinstance(batch, tuple) else batch).size
+        speed = round((step - first) * tokens / seconds, 1)
+        record = {"step": step, **figures, "tokens_per_second": speed, "seconds": round(seconds, 1)}
+        log.write(json.dumps(record | ({"held_out": held_out} if held_out else {})) + "\n")
+        log.flush()
+        self.step = step
+        self.evaluations += [self._sum(held_out)] if held_out else []
+        return Stage(self.name, step, self.options.steps, figures, held_out, speed)
 
     def _take_step(self, step_fn: Callable[..., Any], batch: Any) -> tuple[dict[str, float], dict[str, float] | None]:
         """The loss and figures of the next step and, where it is time, of the batches held out; OptionError where
