@@ -14,6 +14,7 @@ import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import common
@@ -23,11 +24,10 @@ import numpy as np
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, write_checkpoint
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.targets.gemma4 import Gemma4Target, published_weights
-from mlx_mtp.training.adapt import Adapting, adapt
-from mlx_mtp.training.data import pack, read_documents
+from mlx_mtp.training.adapt import DEFAULTS, adapt
+from mlx_mtp.training.data import Batches, pack, read_documents
 from mlx_mtp.training.objective import next_token_loss
-from mlx_mtp.training.recipe import Recipe
-from mlx_mtp.training.stages import run_stage
+from mlx_mtp.training.trainer import Trainer, TrainOptions
 
 HEADERS = Path(mx.__file__).parent / "include"
 
@@ -52,11 +52,13 @@ def drifted(folder: Path, texts: Path, steps: int) -> Path:
     assert isinstance(target, Gemma4Target) and target.path
     ids = pack(read_documents([str(texts)]), load_tokenizer(target.path))
     cut = len(ids) * 9 // 10
-    recipe = Recipe(length=256, learning_rate=1e-3)
-    for stage in run_stage("target", folder, target.model, next_token_loss, ids[:cut], ids[cut:], recipe, steps=steps,
-                           lookahead=0, figures=("accuracy",)):  # fmt: skip
-        if stage.progress and stage.step % 20 == 0:
-            print(f"target: step {stage.step}, loss {stage.progress.loss:.3f}", flush=True)
+    learned, held = Batches(ids[:cut], 4, 256, 0), Batches(ids[cut:], 4, 256, 0)
+    options = TrainOptions(steps=steps, learning_rate=1e-3)
+    trainer = Trainer(target.model, next_token_loss, learned.batch, options, folder / "train-target", data=learned.name,
+                      held_out=[held.batch(i) for i in range(4)], figures=("accuracy",), name="target")  # fmt: skip
+    for stage in trainer.go_on():
+        if stage.step % 20 == 0:
+            print(f"target: step {stage.step}, loss {stage.figures['loss']:.3f}", flush=True)
     shutil.copytree(EMBEDDED / "target", out)
     write_checkpoint(out, Checkpoint.open(EMBEDDED / "target").config, published_weights(target.model))
     return out
@@ -69,8 +71,8 @@ def main() -> None:
         raise SystemExit("Name a folder with --out.")
     texts = headers(args.out)
     target = drifted(args.out, texts, args.steps)
-    began, stages = time.perf_counter(), adapt(target, EMBEDDED / args.family, args.out / args.family, [str(texts)],
-                                               Adapting())  # fmt: skip
+    began, recipe = time.perf_counter(), replace(DEFAULTS, data=(str(texts),))
+    stages = adapt(target, EMBEDDED / args.family, args.out / args.family, recipe)
     try:
         while True:
             stage = next(stages)

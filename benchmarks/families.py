@@ -21,6 +21,7 @@ import blocks
 import common
 import mlx.core as mx
 import numpy as np
+from mlx_lm.tokenizer_utils import load as load_tokenizer
 from verify_cost import round_seconds
 
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
@@ -32,7 +33,7 @@ from mlx_mtp.measuring.engines import DecodeJob, with_engine, with_mlx_lm
 from mlx_mtp.measuring.timing import Passes
 from mlx_mtp.measuring.turns import difference
 from mlx_mtp.targets.gemma4 import Gemma4Target
-from mlx_mtp.training.data import Batches
+from mlx_mtp.training.data import Batches, pack, split, standard_library
 from mlx_mtp.training.families import DrafterShape
 from mlx_mtp.training.objective import next_token_loss
 from mlx_mtp.training.pipeline import train
@@ -87,11 +88,12 @@ def main_head_losses(folder: Path, steps: int) -> dict[str, float]:
         shapes = (DrafterShape(family=shape, inner=320),) if shape else ()
         recipe = Recipe(drafters=shapes, joint=bool(shape), target_steps=steps, length=256)
         for stage in train(folder / name, recipe):
-            if stage.progress and stage.step % 20 == 0:
-                print(f"joint, {name}: step {stage.step}, loss {stage.progress.loss:.3f}", flush=True)
+            if stage.figures and stage.step % 20 == 0:
+                print(f"joint, {name}: step {stage.step}, loss {stage.figures['loss']:.3f}", flush=True)
         target = mlx_mtp.load(folder / name / "target", drafter=None).target
         assert isinstance(target, Gemma4Target)
-        held = Batches(np.load(folder / name / "held_out.npy"), 4, 512, 0)
+        _, held_out = split(list(standard_library()))
+        held = Batches(pack(held_out, load_tokenizer(folder / name / "tokenizer")), 4, 512, 0)
         losses = [next_token_loss(target.model, mx.array(held.batch(i)))[0].item() for i in range(16)]
         found[name] = float(np.mean(losses))
         print(f"main head, {name}: held-out loss {found[name]:.4f}", flush=True)

@@ -28,7 +28,7 @@ from embedded.corpus import standard_library
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.measuring.turns import fair_turns
 from mlx_mtp.targets.gemma4 import Gemma4Target
-from mlx_mtp.training.data import Batches, fingerprint, pack
+from mlx_mtp.training.data import Batches, pack
 from mlx_mtp.training.objective import next_token_loss
 from mlx_mtp.training.trainer import Trainer, TrainOptions
 
@@ -50,10 +50,9 @@ def ours(ids: np.ndarray, steps: int) -> Callable[[], list[float]]:
 
     def turn() -> list[float]:
         with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(
-                target.model, next_token_loss, Batches(ids, BATCH, LENGTH, 0).batch,
-                TrainOptions(steps=steps, learning_rate=RATE, optimizer="adamw"), Path(folder), data=fingerprint(ids),
-            )  # fmt: skip
+            batches = Batches(ids, BATCH, LENGTH, 0)
+            options = TrainOptions(steps=steps, learning_rate=RATE, optimizer="adamw")
+            trainer = Trainer(target.model, next_token_loss, batches.batch, options, Path(folder), data=batches.name)
             times, began = [], time.perf_counter()
             for _ in trainer.run():
                 now = time.perf_counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -13,20 +13,18 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from mlx_mtp.errors import OptionError
 from mlx_mtp.training.families import FAMILIES, DrafterShape
 from mlx_mtp.training.optimizers import OPTIMIZERS
 from mlx_mtp.training.pipeline import train as run
 from mlx_mtp.training.recipe import FILE, Recipe
-from mlx_mtp.training.stages import Report, Stage
-from mlx_mtp.training.trainer import TrainOptions
+from mlx_mtp.training.stages import Report
+from mlx_mtp.training.trainer import Stage
 
-DEFAULTS, SHAPE, OPTIONS = Recipe(), DrafterShape(), TrainOptions(steps=1)
+DEFAULTS, SHAPE = Recipe(), DrafterShape()
 Model = partial(typer.Option, rich_help_panel="The model")
 Drafter = partial(typer.Option, rich_help_panel="The drafter")
 Length = partial(typer.Option, rich_help_panel="How long, and how")
 Size = partial(Drafter, show_default="by target")
-RUN_OPTIONS = ("optimizer", "accumulate", "checkpoint_gradients", "memory_saving", "dtype")
 GIVEN = ("COMMANDLINE", "ENVIRONMENT")  # where an option comes from that is not a default
 Returned = TypeVar("Returned")
 
@@ -59,15 +57,8 @@ def train(
     batch_size: Annotated[int, Length(help="Sequences per step.")] = DEFAULTS.batch_size,
     length: Annotated[int, Length(help="Tokens per sequence.")] = DEFAULTS.length,
     learning_rate: Annotated[float, Length(help="Highest learning rate.")] = DEFAULTS.learning_rate,
-    optimizer: Annotated[str, Length(help=f"{' or '.join(OPTIMIZERS)}.")] = OPTIONS.optimizer,
-    accumulate: Annotated[int, Length(help="Parts in which a batch goes through.")] = OPTIONS.accumulate,
-    checkpoint_gradients: Annotated[
-        bool, Length("--checkpoint-gradients", help="Run layers again for the gradient, to save memory.")
-    ] = False,
-    memory_saving: Annotated[
-        bool, Length("--memory-saving", help="Keep MLX's CPU backend from working ahead.")
-    ] = False,
-    dtype: Annotated[str, Length(help="float32 or bfloat16 while training.")] = OPTIONS.dtype,
+    optimizer: Annotated[str, Length(help=f"{' or '.join(OPTIMIZERS)}.")] = DEFAULTS.optimizer,
+    accumulate: Annotated[int, Length(help="Parts in which a batch goes through.")] = DEFAULTS.accumulate,
     seed: Annotated[int, Length(help="Seed of weights and batches.")] = DEFAULTS.seed,
 ) -> None:
     """Train drafters for a finished target, or a small Gemma-4-shaped target and drafters for it."""
@@ -76,9 +67,9 @@ def train(
         for name in ([] if family == ["none"] else family or [SHAPE.family])
     )
     given = {f.name: context.params[f.name] for f in fields(Recipe) if f.name in context.params}
-    options = {name: context.params[name] for name in RUN_OPTIONS}
-    asked = Recipe(**given | {"drafters": shapes, "data": tuple(data or ()), "options": options})
-    recipe = _resumed(context, out, asked) if resume or (out / FILE).exists() else asked
+    recipe = Recipe(**given | {"drafters": shapes, "data": tuple(data or ())})
+    if resume or (out / FILE).exists():
+        recipe = _resumed(context, out, recipe)
     console = Console(stderr=True)
     console.print(f"Training into {out} (Ctrl-C saves; mlx-mtp train --out {out} goes on).", soft_wrap=True)
     reports = show(run(out, recipe), console)
@@ -99,17 +90,11 @@ def worth(report: Report, target: str | None) -> str:
 
 
 def _resumed(context: typer.Context, out: Path, asked: Recipe) -> Recipe:
-    """The recipe of the run in `out`; OptionError where an option on the command line asks for something else."""
-    recipe = Recipe.read(out)
-    given = {name for name in context.params if (source := context.get_parameter_source(name)) and source.name in GIVEN}
-    given |= {"drafters"} if given & {field.name for field in fields(DrafterShape)} else set()
-    given |= {"options"} if given & asked.options.keys() else set()
-    if changed := sorted(given & set(recipe.differs(asked))):
-        raise OptionError(
-            f"The run in {out} began with another value of {', '.join(changed)}; leave it out to go on, or "
-            "train into another folder."
-        )
-    return recipe
+    """The recipe of the run in `out`, with what the command line says of it: another value is refused later."""
+    said = {name for name in context.params if (source := context.get_parameter_source(name)) and source.name in GIVEN}
+    if said & {"family", *(field.name for field in fields(DrafterShape))}:
+        said |= {"drafters"}
+    return replace(Recipe.read(out), **{f.name: getattr(asked, f.name) for f in fields(Recipe) if f.name in said})
 
 
 def show(stages: Generator[Stage, None, Returned], console: Console) -> Returned:
@@ -125,10 +110,10 @@ def show(stages: Generator[Stage, None, Returned], console: Console) -> Returned
                 return returned
             if stage.name not in tasks:
                 tasks[stage.name] = bars.add_task(stage.name, total=stage.steps)
-            at = stage.progress
-            line = f"{stage.name}: loss {at.loss:.3f}, {at.tokens_per_second:,.0f} tokens/s" if at else stage.name
+            line = stage.name
+            if stage.figures:
+                line += f": loss {stage.figures['loss']:.3f}, {stage.tokens_per_second:,.0f} tokens/s"
             bars.update(tasks[stage.name], completed=stage.step, description=line)
-            if at and at.held_out is not None:
-                named = zip(("loss", *stage.figures), at.held_out, strict=False)
-                figures = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in named)
-                bars.console.print(f"{stage.name} step {at.step}, held out: {figures}", soft_wrap=True)
+            if stage.held_out:
+                figures = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in stage.held_out.items())
+                bars.console.print(f"{stage.name} step {stage.step}, held out: {figures}", soft_wrap=True)

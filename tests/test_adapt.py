@@ -16,12 +16,17 @@ from thinking import PLAIN_TEMPLATE, TOKENS, write_tokenizer
 import mlx_mtp
 from mlx_mtp.cli import app
 from mlx_mtp.training import adapt as library
-from mlx_mtp.training.adapt import Adapting, NotBetter
+from mlx_mtp.training import stages
+from mlx_mtp.training.adapt import NotBetter
 from mlx_mtp.training.chats import Chats
-from mlx_mtp.training.stages import Report, Stage
+from mlx_mtp.training.data import Document
+from mlx_mtp.training.families import DrafterShape
+from mlx_mtp.training.prompts import prompts_of
+from mlx_mtp.training.recipe import Recipe
+from mlx_mtp.training.stages import Report
+from mlx_mtp.training.trainer import Stage
 
-OPTIONS: dict[str, Any] = {"prompts": 9, "tokens": 64, "steps": 2, "batch_size": 1, "length": 32, "drafts": 2,
-                           "depth": 2, "learning_rate": 1e-2}  # fmt: skip
+OPTIONS: dict[str, Any] = {"tokens": 64, "drafter_steps": 2, "batch_size": 1, "length": 32, "learning_rate": 1e-2}
 GREEDY = mlx_mtp.Sampling(temperature=0.0)
 
 
@@ -45,13 +50,17 @@ def measured(monkeypatch: pytest.MonkeyPatch, *values: float) -> None:
         yield Stage(name, 1, 1)
         return next(left)
 
-    monkeypatch.setattr(library, "measured", measure)
+    monkeypatch.setattr(stages, "measured", measure)
+
+
+def recipe(folder: Path, data: str = "questions.jsonl", **changes: Any) -> Recipe:
+    shape = DrafterShape(drafts=2)
+    return Recipe(drafters=(shape,), data=(str(folder / data),), **OPTIONS | changes)
 
 
 def run(folder: Path, out: Path, drafter: str | Path | None = None, **changes: Any) -> tuple[list[str], Report]:
     """Names of the stages as they came, each once, and the report."""
-    walk = library.adapt(folder / "target", drafter or folder / "parallel", out, [str(folder / "questions.jsonl")],
-                           Adapting(**OPTIONS | changes))  # fmt: skip
+    walk = library.adapt(folder / "target", drafter or folder / "parallel", out, recipe(folder, **changes))
     names: list[str] = []
     while True:
         try:
@@ -70,7 +79,7 @@ def test_a_better_drafter_is_written_and_chats_are_kept(
 ) -> None:
     measured(monkeypatch, 1.0, 1.5)
     names, report = run(folder, tmp_path / "new")
-    assert names == ["before", "chats held out", "chats", "adapt", "after"]
+    assert names == ["chats held out", "chats", "before", "parallel", "parallel measured"]
     assert report == Report(tmp_path / "new", 1.0, 1.5, 2, 2)
     old, new = (mx.load(str(place / "model.safetensors")) for place in (folder / "parallel", tmp_path / "new"))
     assert set(old) == set(new) and max(mx.abs(old[name] - new[name]).max().item() for name in old) > 1e-4
@@ -88,7 +97,7 @@ def test_a_better_drafter_is_written_and_chats_are_kept(
 def test_one_that_is_no_better_replaces_nothing_and_asks_nothing_twice(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured(monkeypatch, 1.0, 1.5, 1.0, 2.0, 1.8)
+    measured(monkeypatch, 1.0, 1.5, 2.0, 1.0, 1.8)
     run(folder, tmp_path / "new")
     kept = (tmp_path / "new" / "model.safetensors").read_bytes()
     written = shards(tmp_path / "new.work")
@@ -114,9 +123,8 @@ def test_chats_are_those_that_an_empty_folder_would_have_got(
 ) -> None:
     """After a first run with another target or option; the same files in another place are the same."""
     measured(monkeypatch, *[1.0, 1.5] * 3)
-    target, drafter, options = folder / "target", folder / "parallel", dict(OPTIONS)
-    data = [str(folder / "questions.jsonl")]
-    list(library.adapt(target, drafter, tmp_path / "used", data, Adapting(**options)))
+    target, drafter, options = folder / "target", folder / "parallel", {}
+    list(library.adapt(target, drafter, tmp_path / "used", recipe(folder)))
     first = shards(tmp_path / "used.work")
     shutil.rmtree(tmp_path / "used")
     if change == "path":
@@ -124,28 +132,53 @@ def test_chats_are_those_that_an_empty_folder_would_have_got(
     elif change == "target":
         target = moved(target, tmp_path / "other")
     else:
-        options |= {change: 1 if change == "seed" else 31}
+        options = {change: 1 if change == "seed" else 31}
     for out in ("used", "empty"):
-        list(library.adapt(target, drafter, tmp_path / out, data, Adapting(**options)))
+        list(library.adapt(target, drafter, tmp_path / out, recipe(folder, **options)))
     used, empty = (shards(tmp_path / f"{out}.work") for out in ("used", "empty"))
     assert used == (first if change == "path" else first | empty)
     new = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("used", "empty")]
     assert new[0] == new[1]
 
 
-def test_prompts_are_chosen_from_all_over_the_data(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    measured(monkeypatch, 1.0, 1.5)
-    run(folder, tmp_path / "new", prompts=4)  # every second question but one, of which the first is held out
-    (asked,) = (tmp_path / "new.work").glob("*/chats")
-    tokens = {tuple(row) for row in Chats(asked).prompts(9)}
-    chat = mlx_mtp.load(folder / "target", drafter=None).tokenizer.chat
-    assert tokens <= {tuple(chat([{"role": "user", "content": f"w{i:03},w{i + 1:03},"}])) for i in (32, 34, 36)}
+def test_tokens_per_round_are_counted_over_all_prompts(folder: Path) -> None:
+    engine = mlx_mtp.load(folder / "target", drafter="lookup", depth=2)
+    prompts = [[30, 31, 30, 31], [40, 41, 42]]
+    walk, seen, found = stages.measured("before", engine, prompts), [], 0.0
+    try:
+        while True:
+            seen.append(next(walk))
+    except StopIteration as end:
+        found = end.value
+    stats = [engine.generate(prompt, max_tokens=stages.MEASURED_TOKENS, sampling=GREEDY).stats for prompt in prompts]
+    assert found == sum(s.tokens - 1 for s in stats) / sum(s.rounds for s in stats) >= 1.0
+    assert seen == [Stage("before", 1, 2), Stage("before", 2, 2)]
+
+
+class Words:
+    """A tokenizer whose ids are the lengths of words; a conversation is its roles."""
+
+    def encode(self, text: str) -> list[int]:
+        return [len(word) for word in text.split()]
+
+    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+        return [len(message["role"]) for message in messages]
+
+
+def test_prompts_are_conversations_up_to_the_reply_and_openings_of_texts() -> None:
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    text = " ".join("x" * (i + 1) for i in range(40))
+    documents = [Document("m", messages=said), Document("m", messages=[*said, *said]), Document("m", text=text),
+                 Document("m", text="")]  # fmt: skip
+    found = prompts_of(iter(documents), Words(), 16)
+    # A third of every 16 words; no piece is begun whose half is not there.
+    assert found == [[4], [4, 9, 4], [1, 2, 3, 4, 5], [17, 18, 19, 20, 21]]
+
+
+def test_too_few_prompts(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "few.jsonl").write_text('{"prompt": "w030,"}\n' * 3)
     with pytest.raises(mlx_mtp.DataError, match="hold 3 prompts and at least 4"):
-        list(library.adapt(folder / "target", folder / "parallel", tmp_path / "few", [str(tmp_path / "few.jsonl")],
-                           Adapting(**OPTIONS)))  # fmt: skip
+        list(library.adapt(folder / "target", folder / "parallel", tmp_path / "few", recipe(tmp_path, "few.jsonl")))
 
 
 STRICT = PLAIN_TEMPLATE.replace(
@@ -169,10 +202,9 @@ def test_all_prompts_are_checked_before_any_is_answered(
     shutil.copytree(folder / "target", tmp_path / "target", copy_function=shutil.copyfile)
     write_tokenizer(tmp_path / "target", [*TOKENS, *(f"w{i:03}," for i in range(len(TOKENS), 128))], STRICT)
     (tmp_path / "questions.jsonl").write_text("\n".join([*GOOD, line]) + "\n")
-    monkeypatch.setattr(library, "measured", None)
+    monkeypatch.setattr(stages, "chats_of", None)
     with pytest.raises(mlx_mtp.DataError, match=rf"questions\.jsonl, line 9: .*{words}"):
-        list(library.adapt(tmp_path / "target", folder / "parallel", tmp_path / "new",
-                           [str(tmp_path / "questions.jsonl")], Adapting(**OPTIONS)))  # fmt: skip
+        list(library.adapt(tmp_path / "target", folder / "parallel", tmp_path / "new", recipe(tmp_path)))
     assert not (tmp_path / "new").exists()
 
 
@@ -194,12 +226,11 @@ def test_what_would_fail_afterwards_is_refused_before(folder: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("wrong", "words"),
-    [({"prompts": 3}, "prompts must be at least 4"), ({"depth": 0}, "depth must be at least 1"),
-     ({"tokens": 31}, "one batch"), ({"steps": -1}, "steps")],
+    [({"tokens": 31}, "one batch"), ({"drafter_steps": -1}, "steps")],
 )  # fmt: skip
 def test_impossible_options(wrong: dict[str, Any], words: str) -> None:
     with pytest.raises(mlx_mtp.OptionError, match=words):
-        Adapting(**OPTIONS | wrong)
+        Recipe(**OPTIONS | wrong)
 
 
 def test_what_cannot_be_adapted(folder: Path, tmp_path: Path) -> None:
@@ -207,7 +238,7 @@ def test_what_cannot_be_adapted(folder: Path, tmp_path: Path) -> None:
         run(folder, tmp_path / "new", drafter="lookup")
     shutil.copytree(folder / "target", tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     with pytest.raises(mlx_mtp.OptionError, match="target has no tokenizer"):
-        list(library.adapt(tmp_path / "bare", folder / "parallel", tmp_path / "new", [], Adapting(**OPTIONS)))
+        list(library.adapt(tmp_path / "bare", folder / "parallel", tmp_path / "new", recipe(folder)))
     assert not (tmp_path / "new").exists()
 
 
@@ -218,7 +249,8 @@ def test_the_command(
 ) -> None:  # fmt: skip
     measured(monkeypatch, 1.25, after)
     given = {"model": folder / "target", "drafter": folder / "parallel", "data": folder / "questions.jsonl",
-             "out": tmp_path / "new", **OPTIONS}  # fmt: skip
+             "out": tmp_path / "new", "drafts": 2, **OPTIONS}  # fmt: skip
+    given["steps"] = given.pop("drafter_steps")
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     monkeypatch.setattr(sys, "argv", ["mlx-mtp", "adapt", *words])
     with pytest.raises(SystemExit) as end:

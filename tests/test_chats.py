@@ -105,7 +105,7 @@ def test_loops_and_the_most_frequent() -> None:
 @pytest.mark.parametrize("family", ["sequential", "parallel"])
 def test_a_drafter_learns_from_chats(family: str, engine: mlx_mtp.Engine, tmp_path: Path) -> None:
     """What it foresees of the data rises; its shortlist is what is written, and a picture shows it where one can."""
-    recipe = Recipe(batch_size=4, length=LENGTH, tokens=16 * LENGTH, drafter_steps=60, options={"evaluate_every": 20})
+    recipe = Recipe(batch_size=4, length=LENGTH, tokens=16 * LENGTH, drafter_steps=60, evaluate_every=20)
     given = [[30, 31, 32], [40, 41]], [[50, 51]]
     walk = stages.chats_of(tmp_path, engine, *given, recipe)
     try:
@@ -117,8 +117,7 @@ def test_a_drafter_learns_from_chats(family: str, engine: mlx_mtp.Engine, tmp_pa
     config = FAMILIES[family].describe(shape, engine.target, LENGTH)
     mx.random.seed(0)
     module = FAMILIES[family].build(config)
-    found = [stage.progress for stage in stages.drafter_stage("x", tmp_path, module, family, engine, 2, chats, held,
-                                                              recipe, fresh=True)]  # fmt: skip
+    found = list(stages.drafter_stage(tmp_path, module, engine, shape, recipe, chats, held, new=True))
     mx.random.seed(0)
     fresh = prepared(FAMILIES[family].build(config), chats)
     rows = chats.rows(range(16))
@@ -127,4 +126,5 @@ def test_a_drafter_learns_from_chats(family: str, engine: mlx_mtp.Engine, tmp_pa
     assert after < 0.8 * before
     assert module.shortlist.tolist() == chats.frequent(40, 128).tolist()
     assert found[-1].held_out is not None and len(found[-1].held_out) == 3
-    assert (tmp_path / "train-x" / "acceptance.png").exists() == (importlib.util.find_spec("matplotlib") is not None)
+    drawn = tmp_path / f"train-{family}" / "acceptance.png"
+    assert drawn.exists() == (importlib.util.find_spec("matplotlib") is not None)

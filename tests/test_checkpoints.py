@@ -28,7 +28,6 @@ from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.targets import load_target
 from mlx_mtp.targets.gemma4 import Gemma4Model, published_weights
 from mlx_mtp.targets.gemma4_config import DEFAULT_ROPE, Gemma4Config
-from mlx_mtp.training.small_target import TOKENIZER_FILES
 
 TOLERANCE = 1e-3
 TOKENS = np.random.default_rng(0).integers(3, 128, (1, 30))
@@ -74,7 +73,7 @@ def write(folder: Path, variant: str, dtype: mx.Dtype = mx.float32) -> Path:
     model.update(tree_map(lambda w: 1.0 + 0.2 * mx.random.normal(w.shape) if w.ndim == 1
                           else mx.random.normal(w.shape) * w.shape[-1] ** -0.5, model.parameters()))  # fmt: skip
     write_tensors(folder, config, ((k, w.astype(dtype)) for k, w in published_weights(model).items()))
-    for name in TOKENIZER_FILES:
+    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(EMBEDDED / "target" / name, folder)
     return folder
 

@@ -327,7 +327,7 @@ def test_an_interrupted_conversion_leaves_nothing_and_what_was_there(
         seen.extend(path.name for path in tmp_path.iterdir())
         raise error
 
-    monkeypatch.setattr(meta.MetaModel, "read", fails)
+    monkeypatch.setattr(meta, "halves", fails)
     with pytest.raises((error, mlx_mtp.OptionError)):
         converted(source, out, force=True)
     assert any(name.startswith(".out.partial") for name in seen)

@@ -50,7 +50,7 @@ TINY_TRAINING = ["--target-steps", "1", "--drafter-steps", "1", "--tokens", "32"
 SMALL = {
     "generate": ["--max-tokens", "8"],
     "chat": ["--max-tokens", "8"],
-    "adapt": ["--prompts", "4", "--tokens", "32", "--steps", "1", "--batch-size", "1", "--length", "32"],
+    "adapt": ["--tokens", "32", "--steps", "1", "--batch-size", "1", "--length", "32"],
 }
 PARSED_ONLY = {
     ("mlx-mtp", "bench"): "takes minutes; its own tests run it",

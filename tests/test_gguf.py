@@ -187,7 +187,7 @@ def test_sentencepieces_ids(tmp_path: Path, prefix: bool) -> None:
         ({"tokenizer": byte_level_keys() | {"model": "t5"}}, "'t5'"),
         ({"tokenizer": byte_level_keys() | {"eos_token_id": 10**6}}, "eos_token_id"),
         ({"tokenizer": byte_level_keys() | {"merges": ["no such"]}}, "make no tokenizer"),
-        ({"tensors": {"blk.0.ffn_gate_exps.weight": np.zeros((4, 32), np.float32)}}, "no llama model has"),
+        ({"tensors": {"blk.0.ffn_gate_exps.weight": np.zeros((4, 32), np.float32)}}, "no llama model has,"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

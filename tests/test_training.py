@@ -98,7 +98,7 @@ def test_the_command_goes_on_after_an_interrupt_and_makes_a_pair(
     log = out / "train-target" / "log.jsonl"
 
     def interrupted(self: Batches, step: int) -> np.ndarray:
-        if step == 3 and self.batch_size == 2:
+        if step == 3 and log.exists():
             raise KeyboardInterrupt
         return batch(self, step)
 
@@ -143,7 +143,7 @@ def test_joint_training_makes_a_pair(family: str, corpus: Path, tmp_path: Path) 
     recipe = Recipe(drafters=[DrafterShape(family=family, drafts=2)], joint=True, data=[str(corpus)], **TINY)
     stages = list(pipeline.train(tmp_path, recipe))
     assert {stage.name for stage in stages} == {"joint"} and len(stages) == 3
-    assert len({stage.progress.loss for stage in stages}) == 3
+    assert len({stage.figures["loss"] for stage in stages}) == 3
     engine = mlx_mtp.load(tmp_path / "target", drafter=tmp_path / family, depth=2)
     plain = mlx_mtp.load(tmp_path / "target", drafter=None)
     found = [one.generate("tree stone", raw=True, max_tokens=20, ignore_end=True).tokens for one in (engine, plain)]
@@ -160,8 +160,8 @@ def test_training_goes_on_from_a_target_and_from_a_drafter(corpus: Path, tmp_pat
     on = Recipe(drafters=[], start=str(tmp_path / "one" / "target"), data=[str(corpus)], seed=0,
                 **{**options, "target_steps": 1, "learning_rate": 1e-6, "vocabulary": 4096})  # fmt: skip
     (stage,) = pipeline.train(tmp_path / "two", on)
-    losses = [s.progress.loss for s in fresh if s.name == "target"]
-    assert stage.progress.loss < losses[0] - 0.5  # the same batch: the seed's first
+    losses = [s.figures["loss"] for s in fresh if s.name == "target"]
+    assert stage.figures["loss"] < losses[0] - 0.5  # the same batch: the seed's first
     one, two = (mlx_mtp.load(tmp_path / name / "target", drafter=None) for name in ("one", "two"))
     assert one.tokenizer.encode("tree stone") == two.tokenizer.encode("tree stone")
     assert apart(one.target, two.target) < 1e-3
@@ -225,11 +225,10 @@ def test_data_are_checked_before_anything_is_trained_and_leave_nothing(corpus: P
     short = tmp_path / "short"
     short.mkdir()
     for i in range(10):
-        (short / f"{i}.txt").write_text("tree stone river " * (200 if i < 9 else 8))
-    deep = [DrafterShape(drafts=8)]
+        (short / f"{i}.txt").write_text("tree stone river " * (8 if i % 8 == 0 else 200))
     for recipe, words in (
         (Recipe(data=[str(late), str(corpus)], **FRESH), r"late\.jsonl, line 2: .*system message first"),
-        (Recipe(data=[str(short)], drafters=deep, **FRESH), "at least [0-9]+ tokens"),
+        (Recipe(data=[str(short)], **{**FRESH, "length": 64}), "at least [0-9]+ tokens"),
     ):
         with pytest.raises(mlx_mtp.DataError, match=words):
             next(pipeline.train(out, recipe))
@@ -239,7 +238,7 @@ def test_data_are_checked_before_anything_is_trained_and_leave_nothing(corpus: P
 
 
 def test_a_run_goes_on_only_with_what_it_began_with(corpus: Path, tmp_path: Path) -> None:
-    """Changed data or another target under the same name are refused; data that are gone are kept packed."""
+    """Changed data or another target under the same name are refused."""
     out = tmp_path / "run"
     recipe = Recipe(data=[str(corpus)], **FRESH)
     list(pipeline.train(out, recipe))
@@ -261,20 +260,14 @@ def test_a_run_goes_on_only_with_what_it_began_with(corpus: Path, tmp_path: Path
         list(pipeline.train(out, recipe))
     text.write_text(kept)
     list(pipeline.train(out, recipe))
-    shutil.rmtree(corpus)
     shutil.rmtree(out / "assistant")
-    packed = (out / "train.npy").read_bytes()
-    (out / "train.npy").write_bytes(packed[:50])
-    with pytest.raises(mlx_mtp.CheckpointError, match=r"train\.npy: not an array"):
-        next(pipeline.train(out, recipe))
-    (out / "train.npy").write_bytes(packed)
     list(pipeline.train(out, recipe))
     assert (out / "assistant" / "config.json").exists()
 
 
 def test_a_run_begins_in_a_folder_of_its_own(corpus: Path, tmp_path: Path) -> None:
     recipe = Recipe(data=[str(corpus)], **FRESH)
-    for name in ("target", "assistant", "tokenizer", "train.npy"):
+    for name in ("target", "assistant", "tokenizer"):
         (tmp_path / name).mkdir()
         with pytest.raises(mlx_mtp.OptionError, match=f"named {name} already"):
             next(pipeline.train(tmp_path, recipe))
@@ -289,7 +282,7 @@ def test_a_run_begins_in_a_folder_of_its_own(corpus: Path, tmp_path: Path) -> No
     [({"batch_size": 0}, "batch_size"), ({"length": 1}, "length"), ({"length": 3}, "above the 3 drafts"),
      ({"seed": -1}, "seed"), ({"target_steps": 0}, "target_steps"), ({"drafter_steps": 0}, "drafter_steps"),
      ({"tokens": 100}, "one batch"), ({"tokens": 0}, "tokens"), ({"vocabulary": 0}, "vocabulary"),
-     ({"options": {"accumulate": 3}}, "another accumulate")],
+     ({"accumulate": 3}, "another accumulate")],
 )  # fmt: skip
 def test_numbers_are_checked_before_data_are_read(wrong: dict, words: str) -> None:
     with pytest.raises(mlx_mtp.OptionError, match=words):
@@ -299,15 +292,13 @@ def test_numbers_are_checked_before_data_are_read(wrong: dict, words: str) -> No
 @pytest.mark.parametrize(
     ("options", "words"),
     [(("--length", "64"), "another value of length"), (("--drafts", "2"), "another value of drafters"),
-     (("--optimizer", "adamw", "--seed", "0"), "another value of options"), (("--length", "32"), "/nowhere: expected")],
+     (("--optimizer", "adamw", "--seed", "0"), "value of optimizer"), (("--length", "32"), "/nowhere: expected")],
 )  # fmt: skip
 def test_resume_takes_no_other_values(
     options: tuple[str, ...], words: str, tmp_path: Path, command: Command
 ) -> None:
     """What the run began with may be said again; anything else is refused and not ignored."""
-    began = {"optimizer": "muon", "accumulate": 1, "checkpoint_gradients": False, "memory_saving": False,
-             "dtype": "float32"}  # fmt: skip
-    recipe = Recipe(data=["/nowhere"], options=began, **FRESH)
+    recipe = Recipe(data=["/nowhere"], **FRESH)
     (tmp_path / "recipe.json").write_text(json.dumps(recipe.saved()))
     code, _, err = command("train", "--out", tmp_path, "--resume", *options)
     assert code == 2 and words in " ".join(err.split()) and "Traceback" not in err

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mlx_mtp.errors import DataError, OptionError
-from mlx_mtp.training.data import Batches, Document, documents_of, fingerprint, pack, read_documents, split
+from mlx_mtp.training.data import Batches, Document, pack, read_documents, split, standard_library
 from mlx_mtp.training.small_target import train_tokenizer
 
 EMBEDDED = Path(__file__).parents[1] / "benchmarks" / "embedded"
@@ -57,11 +57,11 @@ def test_the_standard_library_is_read_where_no_data_are_named(monkeypatch: pytes
         (tmp_path / name).write_text(text)
     (tmp_path / "g.py").write_bytes(b"\xff")
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    documents = documents_of([])
+    documents = list(standard_library())
     assert [document.text for document in documents] == ["a = 1\n", "c = 1\n"]
-    assert split(documents) == (documents[:1], documents[1:])
-    learned, held_out = split(documents * 25)
-    assert (len(learned), len(held_out)) == (48, 2)
+    assert split(documents) == (documents[1:], documents[:1])
+    learned, held_out = split(list(range(1000)))
+    assert len(held_out) == 24 and sorted(learned + held_out) == list(range(1000))
 
 
 def test_the_small_targets_tokenizer(tokenizer: Any, tmp_path: Path) -> None:
@@ -202,6 +202,7 @@ def test_bad_batch_options_and_too_little_data() -> None:
         Batches(np.arange(30), 4, 10, 0)
 
 
-def test_fingerprint_is_of_the_ids_not_of_their_type() -> None:
+def test_the_name_of_data_is_of_the_ids_not_of_their_type() -> None:
     ids = np.arange(100, dtype=np.uint16)
-    assert fingerprint(ids) == fingerprint(ids.astype(np.int32)) != fingerprint(ids[::-1])
+    names = [Batches(found, 2, 10, 0).name for found in (ids, ids.astype(np.int32), ids[::-1])]
+    assert names[0] == names[1] != names[2]

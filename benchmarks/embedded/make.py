@@ -65,7 +65,7 @@ def main() -> None:
     recipe = Recipe(start=str(start), data=(str(corpus),), **{name: getattr(args, name) for name in SIZES})
     for stage in train(args.out / "run", recipe):
         if stage.step % 20 == 0 or stage.step == stage.steps:
-            loss = f", loss {stage.progress.loss:.3f}" if stage.progress else ""
+            loss = f", loss {stage.figures['loss']:.3f}" if stage.figures else ""
             print(f"{stage.name}: {stage.step} of {stage.steps}{loss}", flush=True)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -19,7 +20,8 @@ import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from mlx_mtp.errors import DataError
-from mlx_mtp.training.small_target import CHAT_TEMPLATE, CONTROL, MARKERS
+from mlx_mtp.loading import EMBEDDED
+from mlx_mtp.training.small_target import CONTROL, MARKERS
 
 SPACE = "\u2581"
 NEWLINES = ("\n", "\n\n", "\n\n\n")
@@ -38,7 +40,7 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int = 4096) 
     fast = _fast_tokenizer(sentencepiece.SentencePieceProcessor(model_proto=model))
     (folder / "tokenizer.json").write_text(fast.to_str(pretty=True), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(_config(), indent=2) + "\n", encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    shutil.copyfile(EMBEDDED / "target" / "chat_template.jinja", folder / "chat_template.jinja")
 
 
 def _train(texts: Iterable[str], vocabulary: int) -> bytes:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,18 +24,17 @@ import numpy as np
 from mlx_lm.utils import _get_classes
 
 from mlx_mtp.checkpoints.checkpoint import check_shapes, write_json, write_tensors
-from mlx_mtp.converting.gguf_file import BlockTensor, GGUFFile
-from mlx_mtp.converting.gguf_tokenizer import GGUFTokenizer
+from mlx_mtp.converting.gguf_file import Array, BlockTensor, GGUFFile
 from mlx_mtp.converting.meta import halves
+from mlx_mtp.converting.tokenizers import GGUFTokenizer
 from mlx_mtp.errors import CheckpointError, UnsupportedModel
+from mlx_mtp.targets.generic import MAX_COUNT, MAX_SIZE
 
-Array = np.ndarray[Any, Any]
 Number = TypeVar("Number", int, float)
 
 ELSE = "use the checkpoint in Hugging Face's layout"  # what to do about what is not known
 GROUP = 32
 BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}  # block types that MLX has
-MAX_SIZE, MAX_COUNT = 2**24, 2**10
 LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 OUTER = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
          "output.weight": "lm_head.weight"}  # fmt: skip
@@ -108,10 +107,9 @@ def bring_in(source: Path, folder: Path) -> None:
 class _Model:
     """The tensors of a file under their new names, and the config.json that goes with them."""
 
-    file: GGUFFile
     architecture: _Architecture
     config: dict[str, Any]
-    tensors: Mapping[str, BlockTensor]
+    tensors: dict[str, BlockTensor]
     half: mx.Dtype
 
     @classmethod
@@ -126,20 +124,22 @@ class _Model:
         architecture = ARCHITECTURES[name]
         tensors = {_name(file, architecture, each): tensor for each, tensor in file.tensors.items()
                    if each != ROPE_FACTORS}  # fmt: skip
-        kinds = {tensor.kind for tensor in tensors.values()}
-        half = mx.float16 if kinds & {*BITS, "F16"} else mx.bfloat16
+        half = mx.float16 if {tensor.kind for tensor in tensors.values()} & {*BITS, "F16"} else mx.bfloat16
         config = _Keys(file, name, architecture).config("lm_head.weight" not in tensors)
-        bits_of = {name.removesuffix(".weight"): _bits(tensor) for name, tensor in tensors.items()}
-        if groups := {name: bits for name, bits in bits_of.items() if bits}:
+        groups = {name.removesuffix(".weight"): bits for name, tensor in tensors.items() if (bits := _bits(tensor))}
+        if groups:
             usual = min(groups.values())
             config["quantization"] = config["quantization_config"] = {
                 "group_size": GROUP, "bits": usual, "mode": "affine",
                 **{name: {"group_size": GROUP, "bits": bits} for name, bits in groups.items() if bits != usual},
             }  # fmt: skip
         config["torch_dtype"] = str(half).removeprefix("mlx.core.")
-        found = cls(file, architecture, config, tensors, half)
-        found._check_shapes()
-        return found
+        # The tensors must be those of the model that mlx-lm builds from the config.
+        model_class, args_class = _get_classes(config)
+        module: nn.Module = model_class(args_class.from_dict(config))
+        module.sanitize(dict.fromkeys(tensors))  # gemma3_text drops its own head there where it is tied
+        check_shapes(module, {name: tensor.shape for name, tensor in tensors.items()}, str(file.path))
+        return cls(architecture, config, tensors, half)
 
     def arrays(self) -> Iterator[tuple[str, mx.array]]:
         """What is stored, tensor by tensor."""
@@ -147,10 +147,7 @@ class _Model:
         for name, tensor in self.tensors.items():
             stem, _, kind = name.rpartition(".")
             turned = heads.get(stem.rpartition(".")[2]) if self.architecture.turned else None
-            if _bits(tensor):
-                found = dict(zip(("weight", "scales", "biases"), _groups(tensor), strict=True))
-            else:
-                found = {kind: self._plain(name, tensor)}
+            found = _groups(tensor) if _bits(tensor) else {kind: self._plain(name, tensor)}
             for part, array in found.items():
                 yield f"{stem}.{part}", halves(array, turned) if turned else array
 
@@ -164,13 +161,9 @@ class _Model:
         rounded = tensor.kind in ("F32", "F16", "BF16") and not mx.array_equal(short.astype(mx.float32), array).item()
         return array if rounded else short
 
-    def _check_shapes(self) -> None:
-        """That the tensors are those of the model that mlx-lm builds from the config."""
-        model_class, args_class = _get_classes(self.config)
-        module: nn.Module = model_class(args_class.from_dict(self.config))
-        module.sanitize(dict.fromkeys(self.tensors))  # gemma3_text drops its own head there where it is tied
-        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
-        check_shapes(module, shapes, str(self.file.path))
+
+def _unknown(file: GGUFFile, what: str) -> UnsupportedModel:
+    return UnsupportedModel(f"{file.path}: {what} is not known here; {ELSE}.")
 
 
 def _name(file: GGUFFile, architecture: _Architecture, name: str) -> str:
@@ -180,8 +173,7 @@ def _name(file: GGUFFile, architecture: _Architecture, name: str) -> str:
     found = LAYER.fullmatch(name)
     inner = INNER | architecture.inner
     if not found or found[2] not in inner:
-        raise UnsupportedModel(f"{file.path} holds a tensor '{name:.80}', which no {architecture.model_type} model has "
-                               f"that is known here; {ELSE}.")  # fmt: skip
+        raise _unknown(file, f"a tensor '{name:.80}', which no {architecture.model_type} model has,")
     return f"model.layers.{found[1]}.{inner[found[2]]}.{found[3]}"
 
 
@@ -190,27 +182,25 @@ def _bits(tensor: BlockTensor) -> int | None:
     return BITS.get(tensor.kind) if len(tensor.shape) == 2 else None
 
 
-def _groups(tensor: BlockTensor) -> tuple[mx.array, mx.array, mx.array]:
-    """Packed uint32, scales and offsets (float16) of MLX's groups of 32; each number is the block's own.
+def _groups(tensor: BlockTensor) -> dict[str, mx.array]:
+    """MLX's groups of 32 (packed uint32, scales and offsets float16); each number is the block's own.
 
     A block: its scale, for Q4_1 an offset (float16), then 32 numbers: bytes, or halves of bytes, the lower halves
     first. MLX packs upwards from the lowest bits.
     """
     rows = len(tensor.data)
+    head, factor = {"Q8_0": (2, -128), "Q4_0": (2, -8), "Q4_1": (4, None)}[tensor.kind]
+    block = tensor.data.reshape(rows, -1, head + (32 if tensor.kind == "Q8_0" else 16))
+    halves_of_head = np.ascontiguousarray(block[..., :head]).view("<f2")
+    scale, numbers = halves_of_head[..., 0], block[..., head:]
     if tensor.kind == "Q8_0":
-        block = tensor.data.reshape(rows, -1, 34)
-        scales, numbers = block[..., :2], block[..., 2:] ^ 0x80  # int8 q as q + 128
-        packed = np.ascontiguousarray(numbers.reshape(rows, -1)).view("<u4")
+        packed = (numbers ^ 0x80).reshape(rows, -1)  # int8 q as q + 128
     else:
-        head = 4 if tensor.kind == "Q4_1" else 2
-        block = tensor.data.reshape(rows, -1, head + 16)
-        scales, pairs = block[..., :2], block[..., head:]
-        numbers = np.concatenate([pairs & 15, pairs >> 4], axis=-1).reshape(rows, -1)
-        packed = np.ascontiguousarray(numbers[:, 0::2] | numbers[:, 1::2] << 4).view("<u4")
-    scale = np.ascontiguousarray(scales).view("<f2")[..., 0]
-    factor = {"Q4_0": np.float16(-8), "Q8_0": np.float16(-128)}.get(tensor.kind)
-    offset = np.ascontiguousarray(block[..., 2:4]).view("<f2")[..., 0] if factor is None else scale * factor
-    return mx.array(packed), mx.array(scale), mx.array(offset)
+        numbers = np.concatenate([numbers & 15, numbers >> 4], axis=-1).reshape(rows, -1)
+        packed = numbers[:, 0::2] | numbers[:, 1::2] << 4
+    offset = halves_of_head[..., 1] if factor is None else scale * np.float16(factor)
+    return {"weight": mx.array(np.ascontiguousarray(packed).view("<u4")), "scales": mx.array(scale),
+            "biases": mx.array(offset)}  # fmt: skip
 
 
 class _Keys:
@@ -220,8 +210,7 @@ class _Keys:
         self._file, self._prefix, self._architecture = file, f"{name}.", architecture
         of_model = {key.removeprefix(self._prefix) for key in file.keys if key.startswith(self._prefix)}
         if unknown := sorted(of_model - set(architecture.keys)):
-            raise UnsupportedModel(f"{file.path}: what '{name}.{unknown[0]:.80}' asks of the model is not known here; "
-                                   f"{ELSE}.")  # fmt: skip
+            raise _unknown(file, f"what '{name}.{unknown[0]:.80}' asks of the model")
 
     def config(self, tied: bool) -> dict[str, Any]:
         width = self._number("embedding_length", int, 1, MAX_SIZE)
@@ -234,11 +223,9 @@ class _Keys:
                                   "do not divide; download the file again.")  # fmt: skip
         for name in ("attention.value_length", "rope.dimension_count"):
             if self._number(name, int, 1, MAX_SIZE, size) != size:
-                raise UnsupportedModel(f"{self._file.path}: '{self._prefix}{name}' is not {size}, the size of a head, "
-                                       f"which is not known here; {ELSE}.")  # fmt: skip
+                raise _unknown(self._file, f"'{self._prefix}{name}' that is not {size}, the size of a head,")
         if self._number("expert_count", int, 0, MAX_COUNT, 0):
-            raise UnsupportedModel(f"{self._file.path} is a mixture of experts, which is not read from a GGUF here; "
-                                   f"{ELSE}.")  # fmt: skip
+            raise _unknown(self._file, "a mixture of experts")
         embedding = self._file.tensors.get("token_embd.weight")
         if embedding is None:
             raise CheckpointError(f"{self._file.path} lacks the tensor 'token_embd.weight'; download it again.")
@@ -287,8 +274,7 @@ class _Keys:
             return None
         elif factors is None and kind == "linear":
             return {"rope_type": "linear", "factor": self._number("rope.scaling.factor", float, 1.0, 1e6)}
-        raise UnsupportedModel(f"{self._file.path} scales its rotary embedding in a way that is not known here "
-                               f"({reprlib.repr(kind)}); {ELSE}.")  # fmt: skip
+        raise _unknown(self._file, f"its way of scaling the rotary embedding ({reprlib.repr(kind)})")
 
     def _number(self, key: str, kind: type[Number], low: Number, high: Number, default: Number | None = None) -> Number:
         value = self._file.keys.get(self._prefix + key, default)

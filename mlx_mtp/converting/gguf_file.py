@@ -12,18 +12,17 @@ from __future__ import annotations
 import math
 import mmap
 import reprlib
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from mlx_mtp.checkpoints.checkpoint import GGUF_MAGIC
 from mlx_mtp.errors import CheckpointError, UnsupportedModel, brief
 
-VERSIONS = (2, 3)
+Array = np.ndarray[Any, Any]
 SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8",
            12: "<f8"}  # fmt: skip
 STRING, ARRAY = 8, 9
@@ -37,19 +36,18 @@ KINDS = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32
 class BlockTensor:
     """A tensor in its blocks. shape: as in NumPy, rows first; the file has it the other way round."""
 
-    name: str
     kind: str
-    kind_number: int
     shape: tuple[int, ...]
     data: np.ndarray[Any, np.dtype[np.uint8]]  # [rows, bytes of a row], mapped
 
-    def floats(self) -> np.ndarray[Any, Any]:
+    def floats(self) -> Array:
         """Its numbers: float32 as gguf computes them, float16 where it holds those."""
         if self.kind in ("F32", "F16"):
             return self.data.view("<f4" if self.kind == "F32" else "<f2").reshape(self.shape)
         if self.kind == "BF16":
             return (self.data.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(self.shape)
-        return _library().dequantize(self.data, _library().GGMLQuantizationType(self.kind_number)).reshape(self.shape)
+        library = _library()
+        return library.dequantize(self.data, library.GGMLQuantizationType[self.kind]).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -69,14 +67,10 @@ class GGUFFile:
         except (OSError, ValueError) as error:  # the second for an empty file
             raise CheckpointError(f"{path} cannot be read ({brief(error)}); check the file and its rights.") from error
         try:
-            return _Walk(path, data).opened()
+            return cls(path, *_Walk(path, data).contents())
         # Damage can be anything: text that is none, sizes beyond all memory, ...
-        except (ValueError, OverflowError, MemoryError, struct.error) as error:
-            _damaged(path, brief(error))
-
-
-def _damaged(path: Path, found: str) -> NoReturn:
-    raise CheckpointError(f"{path} is no whole GGUF file ({found}); download it again.")
+        except (ValueError, OverflowError, MemoryError) as error:
+            raise CheckpointError(f"{path} is no whole GGUF file ({brief(error)}); download it again.") from error
 
 
 def _library() -> Any:
@@ -96,26 +90,25 @@ class _Walk:
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.at = path, data, 0
 
-    def opened(self) -> GGUFFile:
+    def contents(self) -> tuple[dict[str, Any], dict[str, BlockTensor]]:
+        """The keys and the tensors."""
         if self.bytes(4) != GGUF_MAGIC:
-            _damaged(self.path, "it does not begin with 'GGUF'")
-        if (version := self.whole("<I")) not in VERSIONS:
+            raise ValueError("it does not begin with 'GGUF'")
+        if (version := self.whole("<u4")) not in (2, 3):
             other = "big-endian numbers" if version & 0xFFFF == 0 else f"version {version}"
             raise UnsupportedModel(f"{self.path} is a GGUF of {other}, and only versions 2 and 3 in little-endian are "
                                    "read here; convert it anew with today's llama.cpp.")  # fmt: skip
-        tensors, keys = self.whole("<Q"), self.whole("<Q")
-        found = dict(self.pair() for _ in self.counted(keys, 12))
-        if len(found) != keys:
-            raise ValueError("a key stands in it twice")
+        tensors, keys = self.whole(), self.whole()
+        found = dict((self.text(), self.value(self.whole("<u4"))) for _ in self.counted(keys, 12))
         infos = [self.info() for _ in self.counted(tensors, 24)]
         alignment = found.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
             raise ValueError(f"an alignment of {reprlib.repr(alignment)}")
         start = -(-self.at // alignment) * alignment
         stored = {name: self.tensor(name, shape, kind, start + offset) for name, shape, kind, offset in infos}
-        if len(stored) != tensors:
-            raise ValueError("a tensor stands in it twice")
-        return GGUFFile(self.path, found, stored)
+        if len(found) != keys or len(stored) != tensors:
+            raise ValueError("a name stands in it twice")
+        return found, stored
 
     def bytes(self, count: int) -> bytes:
         if count > len(self.data) - self.at:
@@ -123,48 +116,42 @@ class _Walk:
         self.at += count
         return self.data[self.at - count : self.at]
 
-    def whole(self, form: str) -> int:
-        (value,) = struct.unpack(form, self.bytes(struct.calcsize(form)))
-        return int(value)
-
     def counted(self, count: int, least: int) -> Iterator[int]:
         """`count` times, where each takes at least so many bytes."""
         if count > (len(self.data) - self.at) // least:
             raise ValueError(f"{count} entries for {len(self.data)} bytes")
         return iter(range(count))
 
-    def text(self) -> str:
-        return self.bytes(self.whole("<Q")).decode()
+    def numbers(self, dtype: str, count: int) -> Array:
+        return np.frombuffer(self.bytes(count * np.dtype(dtype).itemsize), dtype)
 
-    def pair(self) -> tuple[str, Any]:
-        return self.text(), self.value(self.whole("<I"))
+    def whole(self, dtype: str = "<u8") -> int:
+        return int(self.numbers(dtype, 1)[0])
+
+    def text(self) -> str:
+        return self.bytes(self.whole()).decode()
 
     def value(self, kind: int) -> Any:
         if kind == STRING:
             return self.text()
         if kind in SCALARS:
             return self.numbers(SCALARS[kind], 1)[0].item()
-        if kind != ARRAY:
-            raise ValueError(f"a value of type {kind}")
-        inner, count = self.whole("<I"), self.whole("<Q")
+        inner, count = (self.whole("<u4"), self.whole()) if kind == ARRAY else (kind, 0)
         if inner == STRING:
             return [self.text() for _ in self.counted(count, 8)]
         if inner not in SCALARS:
-            raise ValueError(f"an array of type {inner}")
+            raise ValueError(f"a value of type {inner}")
         return self.numbers(SCALARS[inner], count)
 
-    def numbers(self, dtype: str, count: int) -> np.ndarray[Any, Any]:
-        return np.frombuffer(self.bytes(count * np.dtype(dtype).itemsize), dtype)
-
     def info(self) -> tuple[str, tuple[int, ...], int, int]:
-        name, dimensions = self.text(), self.whole("<I")
+        name, dimensions = self.text(), self.whole("<u4")
         if not 1 <= dimensions <= MOST_DIMENSIONS:
             raise ValueError(f"'{name}' has {dimensions} dimensions")
-        sizes = [self.whole("<Q") for _ in range(dimensions)]
-        return name, tuple(reversed(sizes)), self.whole("<I"), self.whole("<Q")
+        sizes = [self.whole() for _ in range(dimensions)]
+        return name, tuple(reversed(sizes)), self.whole("<u4"), self.whole()
 
     def tensor(self, name: str, shape: tuple[int, ...], number: int, start: int) -> BlockTensor:
-        kind, block, size = self.kind(name, number)
+        kind, block, size = KINDS.get(number) or self.other_kind(name, number)
         *rows, width = shape
         if 0 in shape or width % block:
             raise ValueError(f"'{name}' of {kind} has rows of {width} numbers")
@@ -172,18 +159,18 @@ class _Walk:
         if start + math.prod(rows) * length > len(self.data):
             raise ValueError(f"it ends before '{name}' does")
         data = np.frombuffer(self.data, np.uint8, math.prod(rows) * length, start)
-        return BlockTensor(name, kind, number, shape, data.reshape(-1, length))
+        return BlockTensor(kind, shape, data.reshape(-1, length))
 
-    def kind(self, name: str, number: int) -> tuple[str, int, int]:
-        if number in KINDS:
-            return KINDS[number]
+    def other_kind(self, name: str, number: int) -> tuple[str, int, int]:
+        """Name, numbers and bytes of blocks that the library reads."""
         library = _library()
         try:
             kind = library.GGMLQuantizationType(number)
-            library.dequantize(np.zeros((1, library.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+            block, size = library.GGML_QUANT_SIZES[kind]
+            library.dequantize(np.zeros((1, size), np.uint8), kind)
         except (ValueError, KeyError, NotImplementedError) as error:
             raise UnsupportedModel(
                 f"{self.path}: '{name}' is stored in blocks of type {number}, which the package gguf cannot read; use "
                 "a file in Q4_K_M, Q8_0 or another common type."
             ) from error
-        return kind.name, *library.GGML_QUANT_SIZES[kind]
+        return kind.name, block, size

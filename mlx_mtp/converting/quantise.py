@@ -10,10 +10,9 @@ import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters, number, section, write_tensors
@@ -26,18 +25,12 @@ from mlx_mtp.targets import generic
 BITS, GROUPS = (4, 8), (32, 64, 128)
 
 
-class _HasModel(Protocol):
-    """What every drafter with weights has."""
-
-    model: nn.Module
-
-
 def check_options(bits: int, group: int) -> None:
     """OptionError for bits or groups that are not offered."""
-    if bits not in BITS:
-        raise OptionError(f"--bits is {bits}, but must be 4 or 8.")
-    if group not in GROUPS:
-        raise OptionError(f"--group-size is {group}, but must be 32, 64 or 128.")
+    for name, value, known in (("--bits", bits, BITS), ("--group-size", group, GROUPS)):
+        if value not in known:
+            *first, last = map(str, known)
+            raise OptionError(f"{name} is {value}, but must be {', '.join(first)} or {last}.")
 
 
 def quantise(checkpoint: Checkpoint, folder: Path, bits: int, group: int) -> None:
@@ -89,10 +82,10 @@ def _target(checkpoint: Checkpoint, folder: Path, bits: int, group: int) -> bool
 
 def _drafter(checkpoint: Checkpoint, folder: Path, bits: int, group: int) -> bool:
     """Layers are told by the loaded drafter, tensors taken from the files: some families reorder them at load."""
-    model = cast(_HasModel, load_drafter(checkpoint)).model
+    drafter: Any = load_drafter(checkpoint)  # every one with weights has a model
     layers = {
         f"{path}.weight"
-        for path, layer in model.named_modules()
+        for path, layer in drafter.model.named_modules()
         if hasattr(layer, "to_quantized") and layer.weight.shape[-1] % group == 0
     }
     settings = {"group_size": group, "bits": bits, "mode": "affine"}

@@ -21,7 +21,7 @@ from typing import Any
 
 from mlx_mtp.errors import DataError, OptionError, PromptError
 from mlx_mtp.text.tokenizer import Prompt, Tokenizer, prompt_ids
-from mlx_mtp.training.data import JSON, JSON_LINES, decode_text, json_object, json_rows, string_of, turns_of
+from mlx_mtp.training.data import JSON, JSON_LINES, decode_text, json_rows, string_of, turns_of
 
 BUILT_IN = Path(__file__).with_name("prompts.jsonl")
 
@@ -89,12 +89,8 @@ def _records(file: Path, suffix: str) -> Iterator[tuple[dict[str, Any], str]]:
         raise DataError(f"{file}: this is no whole gzip file ({error}); fetch it again.") from error
     except OSError as error:
         raise DataError(f"{file}: the file cannot be read ({error.strerror}); check the path.") from error
-    if suffix in JSON_LINES:
-        for number, line in enumerate(content.split(b"\n"), start=1):
-            if (text := decode_text(line, file, number)).strip():
-                yield json_object(text, f"{file}, line {number}"), f"{file}, line {number}"
-    elif suffix == JSON:
-        yield from json_rows(decode_text(content, file), file)
+    if suffix == JSON or suffix in JSON_LINES:
+        yield from json_rows(content, file, suffix)
     elif text := decode_text(content, file).strip("\n"):
         yield {"prompt": text}, str(file)
 

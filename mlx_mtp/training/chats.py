@@ -23,7 +23,7 @@ from mlx_mtp.checkpoints.atomic import replacing_or_refused
 from mlx_mtp.errors import CheckpointError, PromptError
 from mlx_mtp.generation.interfaces import Target
 from mlx_mtp.text.tokenizer import Tokenizer
-from mlx_mtp.training.run_folder import RESUME, hashed, write_array
+from mlx_mtp.training.run_folder import RESUME, hashed
 
 GIVEN, REPLY, QUESTION = range(3)
 TEMPERATURES = (0.0, 1.0, 0.0, 0.7)  # of replies, by row; questions are drawn at 1
@@ -148,25 +148,22 @@ def write_chats(
     for number in range(shards):
         file = folder / f"{number:04}.npz"
         if not file.exists():
-            for place in (written := _shard(target, script, rows, length, (seed, number), avoided)):
-                yield (number * length + place) * rows, shards * rows * length
-                if place == length:
-                    break
-            arrays: dict[str, Any] = next(written)
-            write_array(file.with_suffix(".npy"), arrays.pop("states"))
-            with replacing_or_refused(file, RESUME) as fresh, fresh.open("wb") as out:
-                np.savez_compressed(out, **arrays)
+            arrays = yield from _shard(target, script, rows, length, (seed, number), avoided, shards)
+            with replacing_or_refused(file.with_suffix(".npy"), RESUME) as fresh:
+                np.save(fresh, arrays.pop("states"))
+            with replacing_or_refused(file, RESUME) as fresh:
+                np.savez_compressed(fresh, **arrays)
 
 
 def _shard(
-    target: Target, script: Script, rows: int, length: int, seed: tuple[int, int], avoided: frozenset[Any]
-) -> Generator[Any, None, None]:
-    """Yields every place 1..length as it is written, and last the arrays of a shard."""
+    target: Target, script: Script, rows: int, length: int, seed: tuple[int, int], avoided: frozenset[Any], shards: int
+) -> Generator[tuple[int, int], None, dict[str, Any]]:
+    """The arrays of shard seed[1] of so many; yields as write_chats does."""
     random, cache = np.random.default_rng(seed), target.new_cache(length, rows)
     chats = [_Row(script, random, TEMPERATURES[i % len(TEMPERATURES)], avoided) for i in range(rows)]
 
-    def one_pass(tokens: mx.array, heat: mx.array, key: mx.array, arrays: Any) -> Any:
-        inner = cache.around(arrays)
+    def one_pass(tokens: mx.array, heat: mx.array, key: mx.array, memory: Any) -> Any:
+        inner = cache.around(memory)
         hidden = target.forward(tokens, inner, 1).hidden
         inner.advance(1)
         logits, (key, draw) = target.head(hidden)[:, 0], mx.random.split(key)
@@ -175,7 +172,7 @@ def _shard(
         found = mx.where(heat > 0, drawn, best), best, logsumexp(logits), hidden[:, 0].astype(mx.float16)
         return found, key, inner.arrays
 
-    compiled, key, arrays = mx.compile(one_pass), mx.random.key(int(random.integers(1 << 31))), cache.arrays
+    compiled, key, memory = mx.compile(one_pass), mx.random.key(int(random.integers(1 << 31))), cache.arrays
     tokens, mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
     drawn: Any = [0] * rows
     kept: list[Any] = []
@@ -183,12 +180,12 @@ def _shard(
         for i, row in enumerate(chats):
             row.put(drawn[i], place, tokens[i], mask[i])
         heat = mx.array([row.heat for row in chats])
-        found, key, arrays = compiled(mx.array(tokens[:, place : place + 1]), heat, key, arrays)
-        mx.eval(found, key, arrays)
+        found, key, memory = compiled(mx.array(tokens[:, place : place + 1]), heat, key, memory)
+        mx.eval(found, key, memory)
         drawn, kept = found[0].tolist(), [*kept, found[1:]]
-        yield place + 1
+        yield (seed[1] * length + place + 1) * rows, shards * rows * length
     best, norm, states = (np.stack([np.array(one) for one in part], axis=1) for part in zip(*kept, strict=True))
-    yield {"tokens": tokens, "mask": mask, "best": best.astype(np.int32), "norm": norm, "states": states}
+    return {"tokens": tokens, "mask": mask, "best": best.astype(np.int32), "norm": norm, "states": states}
 
 
 class Chats:
@@ -241,14 +238,13 @@ class Chats:
 
     def questions(self) -> frozenset[tuple[int, ...]]:
         """What the target asked itself."""
-        return frozenset(tuple(ids) for ids in self._runs(QUESTION))
+        found: set[tuple[int, ...]] = set()
+        for tokens, mask in zip(self.tokens, self.mask == QUESTION, strict=True):
+            edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]])))
+            found |= {tuple(tokens[start:stop].tolist()) for start, stop in zip(edges[::2], edges[1::2], strict=True)}
+        return frozenset(found)
 
     def prompts(self, most: int) -> list[list[int]]:
         """What stands in front of the first reply of the rows, for measuring."""
         starts = [(row, int(np.argmax(mask == REPLY))) for row, mask in enumerate(self.mask)]
         return [self.tokens[row, :start].tolist() for row, start in starts if start][:most]
-
-    def _runs(self, kind: int) -> Iterator[list[int]]:
-        for tokens, mask in zip(self.tokens, self.mask == kind, strict=True):
-            edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]])))
-            yield from (tokens[start:stop].tolist() for start, stop in zip(edges[::2], edges[1::2], strict=True))

@@ -14,13 +14,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_mtp.checkpoints.atomic import replacing_or_refused
-from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters, read_json, write_checkpoint
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters, write_checkpoint
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.assistant import AssistantConfig, AssistantModel, in_token_order
-from mlx_mtp.drafters.parallel import MOST_HEADS, ParallelConfig, ParallelModel
+from mlx_mtp.drafters.parallel import ParallelConfig, ParallelModel
 from mlx_mtp.drafters.sequential import MOST_MODULES, SequentialConfig, SequentialModel
 from mlx_mtp.drafters.shortlist import with_shortlist
 from mlx_mtp.errors import OptionError
+from mlx_mtp.generation import checks
 from mlx_mtp.generation.cache import FULL, SLIDING
 from mlx_mtp.generation.interfaces import Target
 from mlx_mtp.training.chats import Chats
@@ -31,11 +32,10 @@ from mlx_mtp.training.objective import (
     parallel_loss,
     sequential_loss,
 )
-from mlx_mtp.training.ranges import check_ranges
 
 HEAD_DIM = 64
-MOST_DRAFTS = 8
 SIZES = (8, 1 << 16)
+LIMITS = {"drafts": (1, 8), "modules": (1, MOST_MODULES), "width": SIZES, "inner": SIZES, "shortlist": (0, 1 << 20)}
 NORM_START = 0.4
 # Widths of the released assistants: 256 for targets up to 2,560 wide, 1,024 beyond; ours for very small ones.
 ASSISTANT_WIDTHS = ((512, 192), (2560, 256), (1 << 30, 1024))
@@ -59,10 +59,10 @@ class DrafterShape:
     shortlist: int = 8192
 
     def __post_init__(self) -> None:
-        if self.family not in FAMILIES:
-            raise OptionError(f"There is no family '{self.family}'; choose one of {', '.join(FAMILIES)}.")
-        check_ranges(self, drafts=(1, MOST_DRAFTS), modules=(1, MOST_MODULES), width=SIZES, inner=SIZES,
-                     shortlist=(0, 1 << 20))  # fmt: skip
+        checks.one_of("family", self.family, FAMILIES)
+        for name, (least, most) in LIMITS.items():
+            if vars(self)[name] is not None:
+                checks.whole(name, vars(self)[name], least, most)
 
 
 @dataclass(frozen=True)
@@ -123,41 +123,31 @@ def _ids_of(target: Target) -> dict[str, int]:
     return {f"{name}_token_id": value for name, value in first.items() if isinstance(value, int)}
 
 
-def llama_block(target: Target, inner: int | None) -> dict[str, Any]:
-    """mlx-lm config of one layer of the target's width, with a quarter of its heads for K/V."""
-    width = target.info.hidden_size
+def _layered(shape: DrafterShape, target: Target, **own: Any) -> dict[str, Any]:
+    """config.json of a drafter of llama layers of the target's width, with a quarter of its heads for K/V.
+
+    The shortlist only where the vocabulary has twice as many tokens.
+    """
+    width, vocabulary = target.info.hidden_size, target.info.vocab_size
     heads = max(1, width // HEAD_DIM)
-    return {
-        "model_type": "llama", "hidden_size": width, "intermediate_size": inner or 2 * width,
+    block = {
+        "model_type": "llama", "hidden_size": width, "intermediate_size": shape.inner or 2 * width,
         "num_attention_heads": heads, "num_key_value_heads": heads // 4 if heads % 4 == 0 else 1,
-        "head_dim": HEAD_DIM if width >= HEAD_DIM else width, "num_hidden_layers": 1, "rms_norm_eps": 1e-6,
-        "vocab_size": target.info.vocab_size, "rope_theta": 10000.0, "tie_word_embeddings": True,
-        "max_position_embeddings": target.info.max_context,
+        "head_dim": min(HEAD_DIM, width), "num_hidden_layers": 1, "rms_norm_eps": 1e-6, "vocab_size": vocabulary,
+        "rope_theta": 10000.0, "tie_word_embeddings": True, "max_position_embeddings": target.info.max_context,
     }  # fmt: skip
-
-
-def _listed(shape: DrafterShape, target: Target) -> dict[str, int]:
-    """The shortlist as config.json says it."""
-    return {"shortlist": shape.shortlist} if 0 < 2 * shape.shortlist <= target.info.vocab_size else {}
+    listed = {"shortlist": shape.shortlist} if 0 < 2 * shape.shortlist <= vocabulary else {}
+    return {**own, "hidden_size": width, "vocab_size": vocabulary, "block": block, **listed}
 
 
 def describe_parallel(shape: DrafterShape, target: Target, length: int) -> dict[str, Any]:
     """As many heads as drafts, each a llama layer on the finished target's states."""
-    if shape.drafts > MOST_HEADS:
-        raise OptionError(f"Parallel heads make at most {MOST_HEADS} drafts, not {shape.drafts}.")
-    return {
-        "model_type": "parallel_heads", "heads": shape.drafts, "reads": "hidden",
-        "hidden_size": target.info.hidden_size, "vocab_size": target.info.vocab_size,
-        "block": llama_block(target, shape.inner), **_listed(shape, target),
-    }  # fmt: skip
+    return _layered(shape, target, model_type="parallel_heads", heads=shape.drafts, reads="hidden")
 
 
 def describe_sequential(shape: DrafterShape, target: Target, length: int) -> dict[str, Any]:
     """Modules of one llama layer each."""
-    return {
-        "model_type": "sequential_modules", "modules": shape.modules, "hidden_size": target.info.hidden_size,
-        "vocab_size": target.info.vocab_size, "block": llama_block(target, shape.inner), **_listed(shape, target),
-    }  # fmt: skip
+    return _layered(shape, target, model_type="sequential_modules", modules=shape.modules)
 
 
 FAMILIES: dict[str, Family] = {
@@ -191,12 +181,21 @@ def family_of(config: Mapping[str, Any], name: str) -> str:
     return MODEL_TYPES[model_type]
 
 
+def fresh(shape: DrafterShape, target: Target, length: int) -> tuple[dict[str, Any], nn.Module]:
+    """config.json and random parameters of a drafter for sequences of `length`."""
+    family = FAMILIES[shape.family]
+    config = family.describe(shape, target, length)
+    return config, _trainable(family.build(config))
+
+
 def started(folder: str | Path, shape: DrafterShape, target: Target) -> tuple[dict[str, Any], nn.Module]:
     """config.json and float32 parameters of a drafter to go on training, a quantised one restored.
 
     OptionError where it is of another family or has another number of heads, IncompatibleDrafter where it does not
     fit the target.
     """
+    from mlx_lm.utils import dequantize_model
+
     checkpoint = Checkpoint.open(folder)
     if (found := family_of(checkpoint.config, str(folder))) != shape.family:
         raise OptionError(f"The drafter at '{folder}' is of the family {found} and not {shape.family}.")
@@ -204,17 +203,17 @@ def started(folder: str | Path, shape: DrafterShape, target: Target) -> tuple[di
         raise OptionError(f"The drafter at '{folder}' has {heads} heads; train it for {heads} drafts.")
     drafter: Any = load_drafter(checkpoint)
     drafter.attach(target)
-    config = {key: value for key, value in with_shortlist(checkpoint)[0].items() if key not in QUANTISED}
-    return config, for_training(drafter)
-
-
-def for_training(drafter: Any) -> nn.Module:
-    """A loaded drafter's parameters in float32, quantised ones restored."""
-    from mlx_lm.utils import dequantize_model
-
     module: nn.Module = dequantize_model(drafter.model)
     module.set_dtype(mx.float32)
-    return trainable(module)
+    config = {key: value for key, value in with_shortlist(checkpoint)[0].items() if key not in QUANTISED}
+    return config, _trainable(module)
+
+
+def _trainable(module: nn.Module) -> nn.Module:
+    """The same module with what is not learned frozen: which block of the vocabulary a centroid stands for."""
+    if isinstance(module, AssistantModel) and module.config.centroids:
+        module.masked_embedding.freeze()
+    return module
 
 
 def prepared(module: nn.Module, chats: Chats) -> nn.Module:
@@ -226,24 +225,6 @@ def prepared(module: nn.Module, chats: Chats) -> nn.Module:
         if module.config.shortlist:
             module.shortlist = mx.array(chats.frequent(module.config.shortlist, module.config.vocab_size))
     return module
-
-
-def trainable(module: nn.Module) -> nn.Module:
-    """The same module with what is not learned frozen: which block of the vocabulary a centroid stands for."""
-    if isinstance(module, AssistantModel) and module.config.centroids:
-        module.masked_embedding.freeze()
-    return module
-
-
-def check_place(folder: Path) -> None:
-    """OptionError where a drafter written to `folder` would replace anything but a drafter."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    model_type = read_json(folder / "config.json").get("model_type") if (folder / "config.json").is_file() else None
-    if model_type not in MODEL_TYPES:
-        raise OptionError(
-            f"'{folder}' holds something else than a drafter, which stays; choose another folder."
-        )
 
 
 def write_drafter(folder: Path, config: Mapping[str, Any], module: nn.Module) -> None:

@@ -1,6 +1,5 @@
 """Losses: next token for a target, and what every drafter family is trained for, with its target or on a frozen one.
 
-All unembeddings of a batch go one after the other (less_memory.in_order).
 Every loss is a function (module, batch, progress): batch int32 [B, T + 1 + K], whose first T tokens are the places
 that learn; progress float32 in [0, 1), the share of the training that is done. K is the number of drafts. Draft j
 (from 0) at place t knows the tokens up to t and perhaps those up to t + 1 + j, and proposes token t + 2 + j.
@@ -12,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,35 +20,59 @@ from mlx_mtp.backend.activations import logsumexp
 from mlx_mtp.drafters.assistant import AssistantModel
 from mlx_mtp.drafters.parallel import ParallelModel
 from mlx_mtp.drafters.sequential import SequentialModel
-from mlx_mtp.errors import OptionError
 from mlx_mtp.generation.cache import KVCache, NoCache
 from mlx_mtp.generation.interfaces import States, Target
 from mlx_mtp.targets.gemma4 import Gemma4Model
 from mlx_mtp.training.chats import REPLY
-from mlx_mtp.training.less_memory import in_order
 
 START = mx.array(0.0)
-LATE = 0.6  # share of the training behind which acceptance itself is learned
+LATE = 0.6  # share of the training after which acceptance itself is learned
 Result = tuple[mx.array, mx.array]
-Schedule = Callable[[mx.array], mx.array]
+Loss = Callable[..., Result]
 
 
-@dataclass(frozen=True)
-class Drafted:
-    """What a family makes of a frozen target's pass: K results [B, T, D] that only lack the unembedding.
+def in_order(leaf: Loss, weights: Sequence[float | mx.array]) -> Loss:
+    """(hiddens [n, B, T, D], *shared) -> sum of weights[i] * loss_i, and the figures [n].
 
-    unembed: result and `learning` -> logits; learning: the arrays of a family's own unembedding; ordering [V]: the
-    tokens its logits are for, None = all in order.
+    leaf(i, hidden [B, T, D], *shared) -> loss and figure of head i, both scalars. shared: arrays that every head uses
+    and that learn, such as the unembedding [V, D]. The gradient is computed with the loss, head by head, so that a step
+    needs memory for the logits of one head and not of n (Gloeckle et al. 2024, section 2).
     """
 
-    hiddens: list[mx.array]
-    unembed: Callable[..., mx.array]
-    learning: tuple[mx.array, ...] = ()
-    ordering: mx.array | None = None
+    @mx.custom_function
+    def forward(hiddens: mx.array, *shared: mx.array) -> tuple[mx.array, ...]:
+        total = mx.array(0.0)
+        figures: list[mx.array] = []
+        by_hidden: list[mx.array] = []
+        by_shared = [mx.zeros_like(array) for array in shared]
+        for i, weight in enumerate(weights):
+            # Nothing of this head is computed before the gradients of the last one are.
+            (hidden,) = mx.depends([hiddens[i]], [total, *figures[-1:], *by_hidden[-1:], *by_shared])
+
+            def one(arrays: list[mx.array], i: int = i) -> Result:
+                return leaf(i, *arrays)
+
+            (loss, figure), gradients = mx.value_and_grad(one)([hidden, *shared])
+            total = total + weight * loss
+            figures.append(figure)
+            by_hidden.append(weight * gradients[0])
+            by_shared = [sum_ + weight * new for sum_, new in zip(by_shared, gradients[1:], strict=True)]
+        return total, mx.stack(figures), mx.stack(by_hidden), *by_shared
+
+    @forward.vjp
+    def backward(
+        primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+    ) -> tuple[mx.array, ...]:
+        return tuple(cotangents[0] * gradient for gradient in outputs[2:])
+
+    def loss(hiddens: mx.array, *shared: mx.array) -> Result:
+        total, figures, *_ = cast(tuple[mx.array, ...], forward(hiddens, *shared))
+        return total, mx.stop_gradient(figures)
+
+    return loss
 
 
-# (drafter, the target's states, tokens [B, T + K], T) -> drafts of every place.
-Draft = Callable[[Any, States, mx.array, int], Drafted]
+# A target, alone or together with its drafter
 
 
 class Joint(nn.Module):
@@ -62,16 +85,10 @@ class Joint(nn.Module):
 
 def next_token_loss(model: Gemma4Model, batch: mx.array, progress: mx.array = START) -> Result:
     """Mean cross-entropy of tokens 1.. given those before; batch [B, T + 1]. Second result: share predicted right."""
-    tokens, labels = batch[:, :-1], batch[:, 1:]
-    hidden, _ = model(tokens, NoCache(model.config.sliding_window, tokens.shape[0]))
-    logits, right = _verified(model.head(hidden), labels)
-    return _surprise(logits, labels), right[None]
+    return _on_labels(model, batch, [_states(model, batch[:, :-1]).hidden], [1.0])
 
 
-# A target and its drafter together
-
-
-def joint_parallel_loss(weight: float = 1.0) -> Callable[..., Result]:
+def joint_parallel_loss(weight: float = 1.0) -> Loss:
     """Gloeckle et al. 2024, equation 2: the sum over n heads of the cross-entropy of the token i = 1..n places on.
 
     Head 1 is the target's own, so without others this is next_token_loss; heads 2..n count `weight` times. Batches
@@ -93,22 +110,21 @@ def deepseek_weight(progress: mx.array) -> mx.array:
     return mx.where(progress < 10.0 / 14.8, 0.3, 0.1)
 
 
-def joint_sequential_loss(steps: int, weight: Schedule = deepseek_weight) -> Callable[..., Result]:
+def joint_sequential_loss(steps: int) -> Loss:
     """DeepSeek-V3, equations 21 to 25: the target's cross-entropy plus lambda / K times the sum of the modules'.
 
-    steps: K; beyond the number of modules the last one is trained for being used again on its own states. weight:
-    lambda as a function of progress. Every module's mean is over the same T places, where the paper's, without the
-    tokens after a sequence, has fewer for later modules. Batches [B, T + 1 + K] for a Joint of Gemma4Model and
-    SequentialModel. Second result [1 + K]: share of tokens predicted right.
+    steps: K; beyond the number of modules the last one is trained for being used again on its own states. Every
+    module's mean is over the same T places, where the paper's, without the tokens after a sequence, has fewer for
+    later modules. Batches [B, T + 1 + K] for a Joint of Gemma4Model and SequentialModel. Second result [1 + K]: share
+    of tokens predicted right.
     """
-    _check(steps)
 
     def loss(module: Joint, batch: mx.array, progress: mx.array = START) -> Result:
         modules: SequentialModel = module.drafter
         target, rows = module.target, batch.shape[1] - 1 - steps
         hidden = _states(target, batch[:, :rows]).hidden
         hiddens = [hidden, *modules(hidden, target.embed(batch[:, 1 : rows + steps]), steps)]
-        return _on_labels(target, batch, hiddens, [1.0] + [weight(progress) / steps] * steps)
+        return _on_labels(target, batch, hiddens, [1.0] + [deepseek_weight(progress) / steps] * steps)
 
     return loss
 
@@ -121,13 +137,16 @@ def _states(model: Gemma4Model, tokens: mx.array) -> States:
 def _on_labels(
     model: Gemma4Model, batch: mx.array, hiddens: list[mx.array], weights: Sequence[float | mx.array]
 ) -> Result:
-    """Weighted sum of cross-entropies: result i [B, T, D] of `hiddens` against the tokens i + 1 places on."""
+    """Weighted sum of mean cross-entropies, in nats: result i [B, T, D] of `hiddens` against the tokens i + 1 places
+    on. Second result: the shares of places where the best token is that one."""
     rows = hiddens[0].shape[1]
 
     def leaf(i: int, hidden: mx.array, table: mx.array) -> Result:
         labels = batch[:, i + 1 : i + 1 + rows]
-        logits, right = _verified(model.capped(hidden @ table.T), labels)
-        return _surprise(logits, labels), right
+        logits = model.capped(hidden @ table.T)
+        right = (mx.argmax(mx.stop_gradient(logits), axis=-1) == labels).mean()
+        (logits,) = mx.depends([logits], [right])  # nobody else needs them then, and the gradient may take their place
+        return (logsumexp(logits) - mx.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]).mean(), right
 
     return in_order(leaf, weights)(mx.stack(hiddens), model.embed_tokens.weight)
 
@@ -135,21 +154,35 @@ def _on_labels(
 # A drafter on a frozen target
 
 
-def parallel_loss(target: Target, decay: float = 1.0, shortlist: mx.array | None = None) -> Callable[..., Result]:
+@dataclass(frozen=True)
+class Drafted:
+    """What a family makes of a frozen target's pass: K results [B, T, D] that only lack the unembedding.
+
+    table: a family's own unembedding [V, D]; None = the target's. ordering [V]: the tokens its rows are for; None = all
+    in order.
+    """
+
+    hiddens: list[mx.array]
+    table: mx.array | None = None
+    ordering: mx.array | None = None
+
+
+# (drafter, the target's states, tokens [B, T + K], T) -> drafts of every place.
+Draft = Callable[[Any, States, mx.array, int], Drafted]
+
+
+def parallel_loss(target: Target, decay: float = 1.0, shortlist: mx.array | None = None) -> Loss:
     """Heads 2..n (K = n - 1) of a ParallelModel on a frozen target, whose own head is head 1; as in _frozen."""
 
     def draft(drafter: ParallelModel, states: States, tokens: mx.array, rows: int) -> Drafted:
         if drafter.config.reads == "trunk":
             states = target.forward(tokens, _remembering(target, tokens))
-        return Drafted(drafter(drafter.read(states.first(rows))), _head_of(head, states))
+        return Drafted(drafter(drafter.read(states.first(rows))))
 
-    head = target.head if shortlist is None else target.head_on(shortlist)
-    return _frozen(target, head, draft, None, decay, shortlist)
+    return _frozen(target, draft, None, decay, shortlist)
 
 
-def sequential_loss(
-    target: Target, steps: int, decay: float = 1.0, shortlist: mx.array | None = None
-) -> Callable[..., Result]:
+def sequential_loss(target: Target, steps: int, decay: float = 1.0, shortlist: mx.array | None = None) -> Loss:
     """K = steps of a SequentialModel on a frozen target; beyond its modules the last one goes on from its own states.
 
     Each row sees what it will see in decoding: of the rows before its chain the K/V from true states, and of the
@@ -157,14 +190,12 @@ def sequential_loss(
     """
 
     def draft(drafter: SequentialModel, states: States, tokens: mx.array, rows: int) -> Drafted:
-        hiddens = drafter(states.hidden[:, :rows], target.embed(tokens[:, 1 : rows + steps]), steps)
-        return Drafted(hiddens, _head_of(head, states))
+        return Drafted(drafter(states.hidden[:, :rows], target.embed(tokens[:, 1 : rows + steps]), steps))
 
-    head = target.head if shortlist is None else target.head_on(shortlist)
-    return _frozen(target, head, draft, steps, decay, shortlist)
+    return _frozen(target, draft, steps, decay, shortlist)
 
 
-def assistant_loss(target: Target, steps: int, decay: float = 0.8) -> Callable[..., Result]:
+def assistant_loss(target: Target, steps: int, decay: float = 0.8) -> Loss:
     """An assistant on a frozen target, K = steps, as in _frozen.
 
     The drafter's row at position t reads the target's K/V up to t, as in decoding (convention B: query position
@@ -185,24 +216,12 @@ def assistant_loss(target: Target, steps: int, decay: float = 0.8) -> Callable[.
             inner, state = drafter.step(embedded, state, view.offset, shared, view.masks)
             found.append(inner)
         ordering = drafter.masked_embedding.token_ordering if drafter.config.centroids else None
-        return Drafted(found, _products, (drafter.model.embed_tokens.weight,), ordering)
+        return Drafted(found, drafter.model.embed_tokens.weight, ordering)
 
-    return _frozen(target, target.head, draft, steps, decay, None)
-
-
-def _head_of(head: Callable[[mx.array], mx.array], states: States) -> Callable[[mx.array], mx.array]:
-    """A head for hiddens of another precision."""
-    return lambda hidden: head(hidden.astype(states.hidden.dtype))
+    return _frozen(target, draft, steps, decay, None)
 
 
-def _products(hidden: mx.array, table: mx.array) -> mx.array:
-    return (hidden @ table.T).astype(mx.float32)
-
-
-def _frozen(
-    target: Target, head: Callable[[mx.array], mx.array], draft: Draft, steps: int | None, decay: float,
-    shortlist: mx.array | None,
-) -> Callable[..., Result]:  # fmt: skip
+def _frozen(target: Target, draft: Draft, steps: int | None, decay: float, shortlist: mx.array | None) -> Loss:
     """The loss of K drafts (None = as many as the drafter has heads) on a target that does not learn.
 
     Batches are those of chats.py: tokens, mask, best, norm [B, T + 1 + K] and states [B, T + 1 + K, D]; places count
@@ -212,30 +231,27 @@ def _frozen(
     were accepted; the weights add up to 1. Second result [K]: share of places where this draft and all before it are
     the target's best tokens, so that 1 + their sum are the tokens of a round.
     """
-    _check(1 if steps is None else steps)
-    if not 0.0 < decay <= 1.0:
-        raise OptionError(f"The decay of later drafts must be above 0 and up to 1, not {decay}.")
+    head = target.head if shortlist is None else target.head_on(shortlist)
 
     def loss(drafter: Any, batch: tuple[mx.array, ...], progress: mx.array = START) -> Result:
         tokens, mask, best, norm, kept = batch
-        count = len(drafter.heads) if steps is None else steps
+        count = steps or len(drafter.heads)
         rows = tokens.shape[1] - 1 - count
-        read = tokens[:, : rows + count]
         states = States(kept[:, : rows + count].astype(mx.float32))
-        drafted = draft(drafter, states, read, rows)
-        wanted = head(states.hidden)
-        ids = shortlist if drafted.ordering is None else drafted.ordering
+        drafted = draft(drafter, states, tokens[:, : rows + count], rows)
+        wanted, ids = head(states.hidden), shortlist
         if drafted.ordering is not None:
+            ids = drafted.ordering
             wanted = wanted[..., ids]
         late = progress >= LATE
 
-        def leaf(j: int, hidden: mx.array, *learning: mx.array) -> Result:
+        def leaf(j: int, hidden: mx.array, *table: mx.array) -> Result:
             told, there = mask[:, j + 2 : j + 2 + rows] == REPLY, slice(j + 1, j + 1 + rows)
             share = told / mx.maximum(told.sum(), 1)
-            q = drafted.unembed(hidden, *learning)
+            q = hidden @ table[0].T if table else head(hidden)
             drawn = mx.argmax(mx.stop_gradient(q), axis=-1)
             right = (drawn if ids is None else ids[drawn]) == best[:, there]
-            (q,) = mx.depends([q], [right])  # nobody else needs them then, and the gradient may take their place
+            (q,) = mx.depends([q], [right])  # as in _on_labels
             p, size = mx.exp(wanted[:, there] - norm[:, there, None]), logsumexp(q)
             surprise = size * p.sum(axis=-1) - (p * q).sum(axis=-1)
             overlap = mx.minimum(p, mx.exp(q - size[..., None])).sum(axis=-1)
@@ -243,7 +259,8 @@ def _frozen(
             return (value * share).sum(), (right & told).astype(mx.float32)
 
         weights = [decay**j / sum(decay**i for i in range(count)) for j in range(count)]
-        total, right = in_order(leaf, weights)(mx.stack(drafted.hiddens), *drafted.learning)
+        own = () if drafted.table is None else (drafted.table,)
+        total, right = in_order(leaf, weights)(mx.stack(drafted.hiddens), *own)
         asked = mx.maximum((mask[:, 2 : 2 + rows] == REPLY).sum(), 1)
         return total, mx.cumprod(right, axis=0).sum(axis=(1, 2)) / asked
 
@@ -256,23 +273,3 @@ def _remembering(target: Target, tokens: mx.array) -> KVCache:
     own = target.new_cache(rows, batch)
     dtype = own.keys[0].dtype if own.keys else mx.float32
     return KVCache(own.shapes, own.window, rows, dtype, batch, slack=rows)
-
-
-def _surprise(logits: mx.array, labels: mx.array) -> mx.array:
-    """Mean cross-entropy of logits [B, T, V] against labels [B, T], in nats."""
-    return (logsumexp(logits) - mx.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]).mean()
-
-
-def _verified(logits: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
-    """The logits, and for how many rows the best token is that of `tokens` [B, T].
-
-    Counted before the logits are used, so that nobody else needs them then and the gradient may take their place.
-    """
-    right = (mx.argmax(mx.stop_gradient(logits), axis=-1) == tokens).mean()
-    (logits,) = mx.depends([logits], [right])
-    return logits, right
-
-
-def _check(steps: int) -> None:
-    if steps < 1:
-        raise OptionError(f"A drafter is trained for at least 1 step of drafting, not {steps}.")

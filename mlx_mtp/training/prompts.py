@@ -11,6 +11,7 @@ from mlx_mtp.training.data import Document
 
 CUT = 3  # a text is an opening of a third of its piece; the target writes the rest
 ROOM = 8  # least tokens of a reply in a row
+FEWEST = 4
 
 
 def prompts_of(
@@ -22,43 +23,34 @@ def prompts_of(
     """
     found: list[list[int]] = []
     for document in documents:
-        asked = [_question(document, tokenizer)] if document.messages is not None else _openings(
-            tokenizer.encode(document.text or ""), length
-        )  # fmt: skip
+        if document.messages is not None:
+            asked = [_question(document.module, list(document.messages), tokenizer)]
+        else:  # no piece is begun whose half is not there
+            ids = tokenizer.encode(document.text or "")
+            starts = range(0, max(1, len(ids) - length // 2), length)
+            asked = [ids[start : start + max(1, min(length, len(ids) - start) // CUT)] for start in starts]
         for ids in filter(None, asked):
-            if info is not None:
-                _check_prompt(ids, document.module, info, length)
+            if info is not None and len(ids) + ROOM > length:
+                raise DataError(
+                    f"{document.module}: the prompt has {len(ids)} tokens and a row of --length {length} has room for "
+                    f"{length - ROOM}; shorten it or raise --length."
+                )
+            if info is not None and max(ids) >= info.vocab_size:
+                raise DataError(
+                    f"{document.module}: token {max(ids)} is not among the target's {info.vocab_size}; "
+                    "use the tokenizer that belongs to the target."
+                )
             found.append(ids)
     return found
 
 
-def _question(document: Document, tokenizer: Tokenizer) -> list[int]:
+def _question(where: str, messages: list[dict[str, str]], tokenizer: Tokenizer) -> list[int]:
     """A conversation up to the last thing asked."""
-    messages = list(document.messages or [])
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
-        raise DataError(f"{document.module}: there is no prompt of the user; write one.")
+        raise DataError(f"{where}: there is no prompt of the user; write one.")
     try:
         return tokenizer.chat(messages)
     except PromptError as error:
-        raise DataError(f"{document.module}: {error}") from error
-
-
-def _openings(ids: list[int], length: int) -> list[list[int]]:
-    """The first third of every piece of a text; no piece is begun whose half is not there."""
-    starts = range(0, max(1, len(ids) - length // 2), length)
-    return [ids[start : start + max(1, min(length, len(ids) - start) // CUT)] for start in starts]
-
-
-def _check_prompt(ids: list[int], where: str, info: TargetInfo, length: int) -> None:
-    if len(ids) + ROOM > length:
-        raise DataError(
-            f"{where}: the prompt has {len(ids)} tokens and a row of --length {length} has room for {length - ROOM}; "
-            "shorten it or raise --length."
-        )
-    if max(ids) >= info.vocab_size:
-        raise DataError(
-            f"{where}: token {max(ids)} is not among the target's {info.vocab_size}; "
-            "use the tokenizer that belongs to the target."
-        )
+        raise DataError(f"{where}: {error}") from error

@@ -1,21 +1,21 @@
-"""What `train` shall make and how: the recipe is kept beside the checkpoints, and everything follows from it."""
+"""What `train` and `adapt` shall make and how: kept beside the checkpoints, and everything follows from it."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from mlx_mtp.checkpoints.checkpoint import read_json
 from mlx_mtp.errors import CheckpointError, OptionError
+from mlx_mtp.generation import checks
 from mlx_mtp.training.families import FAMILIES, DrafterShape
-from mlx_mtp.training.ranges import check_ranges
 from mlx_mtp.training.trainer import TrainOptions
 
 FILE = "recipe.json"
+LEAST = {"target_steps": 1, "drafter_steps": 1, "tokens": 1, "batch_size": 1, "length": 2, "seed": 0, "vocabulary": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,8 @@ class Recipe:
 
     target: a folder or hub name of a finished one; None = the small one is trained. start: a folder of what the
     training begins with: a Gemma 4 target and its tokenizer, or beside a finished target one drafter of the family
-    to be trained. joint: its first drafter learns together with it.
+    to be trained. joint: its first drafter learns together with it. optimizer, accumulate, evaluate_every: of
+    TrainOptions.
     """
 
     drafters: Sequence[DrafterShape] = (DrafterShape(),)
@@ -40,17 +41,19 @@ class Recipe:
     seed: int = 0
     vocabulary: int = 4096
     data: Sequence[str] = ()  # empty = a finished target asks itself; for a small one Python's standard library
-    options: dict[str, Any] = field(default_factory=dict)  # of TrainOptions: optimizer, accumulate, ...
+    optimizer: str = "muon"
+    accumulate: int = 1
+    evaluate_every: int = 200
 
     def __post_init__(self) -> None:
+        for name, least in LEAST.items():
+            checks.whole(name, vars(self)[name], least)
+        self.options(1)
         if self.joint and (self.target or len(self.drafters) != 1 or FAMILIES[self.drafters[0].family].joint is None):
             raise OptionError(
                 "Training jointly takes one drafter, parallel or sequential, and no finished target; "
                 "train on a frozen target in place of that."
             )
-        at_least = {"target_steps": 1, "drafter_steps": 1, "tokens": 1, "batch_size": 1, "length": 2,
-                    "seed": 0, "vocabulary": 1}  # fmt: skip
-        check_ranges(self, **{name: (least, math.inf) for name, least in at_least.items()})
         if self.start:
             self._check_start(self.start)
         if self.target and not self.drafters:
@@ -62,17 +65,11 @@ class Recipe:
                 f"tokens must be at least {self.batch_size * self.length} for one batch of {self.batch_size} rows of "
                 f"{self.length}, not {self.tokens}."
             )
-        options = TrainOptions(steps=1, learning_rate=self.learning_rate, **self.options)
-        if self.batch_size % options.accumulate:
+        if self.batch_size % self.accumulate:
             raise OptionError(
-                f"A batch of {self.batch_size} rows cannot go through in {options.accumulate} equal parts; "
+                f"A batch of {self.batch_size} rows cannot go through in {self.accumulate} equal parts; "
                 "choose another accumulate."
             )
-
-    @property
-    def ahead(self) -> int:
-        """The most drafts of a drafter: how many tokens after a row a batch holds."""
-        return max((shape.drafts for shape in self.drafters), default=0)
 
     def _check_start(self, start: str) -> None:
         """OptionError for what a start cannot serve, and for sizes that it brings itself."""
@@ -82,6 +79,17 @@ class Recipe:
         if list(self.drafters) != fresh if self.target else self.vocabulary != type(self).vocabulary:
             what = "modules, width and inner size" if self.target else "vocabulary"
             raise OptionError(f"'{start}' brings its own {what}; leave the option out.")
+
+    @property
+    def ahead(self) -> int:
+        """The most drafts of a drafter: how many tokens after a row a batch holds."""
+        return max((shape.drafts for shape in self.drafters), default=0)
+
+    def options(self, steps: int, rate: float = 1.0, patience: int = 0) -> TrainOptions:
+        """Of a stage of so many steps, `rate` times the learning rate."""
+        return TrainOptions(steps=steps, learning_rate=rate * self.learning_rate, patience=patience,
+                            optimizer=self.optimizer, accumulate=self.accumulate,
+                            evaluate_every=self.evaluate_every)  # fmt: skip
 
     def saved(self) -> dict[str, Any]:
         """As JSON's types."""
@@ -93,9 +101,10 @@ class Recipe:
         """The recipe of an earlier run in `folder`; CheckpointError where there is none."""
         file = folder / FILE
         if not file.exists():
-            raise CheckpointError(f"'{folder}' holds no earlier run's recipe.json; leave --resume out.")
+            raise CheckpointError(f"'{folder}' holds no earlier run's {FILE}; leave --resume out.")
         try:
             found = read_json(file)
+            found.pop("inputs", None)
             drafters = tuple(DrafterShape(**shape) for shape in found.pop("drafters"))
             return cls(**found, drafters=drafters)
         except (TypeError, KeyError) as error:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_mtp.checkpoints.atomic import replacing_or_refused
 from mlx_mtp.errors import CheckpointError
 
+RESUME = "the last checkpoint is untouched, free some disk space and resume"
 MODEL_SUFFIXES = frozenset({".json", ".safetensors", ".model", ".jinja", ".txt"})
 
 
@@ -43,30 +43,6 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-RESUME = "the last checkpoint is untouched, free some disk space and resume"
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Replaces `file` by a JSON file as people like to read it."""
-    with replacing_or_refused(file, RESUME) as fresh:
-        fresh.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def write_array(file: Path, array: np.ndarray) -> None:
-    """Replaces a .npy file."""
-    with replacing_or_refused(file, RESUME) as fresh:
-        np.save(fresh, array)
-
-
-def read_array(file: Path) -> np.ndarray:
-    """What write_array wrote. Raises CheckpointError for any other file."""
-    try:
-        found: np.ndarray = np.load(file)
-    except (OSError, ValueError, EOFError) as error:
-        raise CheckpointError(f"{file}: not an array of this trainer ({error}); delete it.") from error
-    return found
-
-
 def hashed(parts: object) -> str:
     """A short hash of plain values: numbers, strings, tuples, lists and dictionaries of them."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
@@ -80,9 +56,7 @@ def digest(files: Iterable[Path]) -> str:
             with file.open("rb") as content:
                 found.append((file.name, hashlib.file_digest(content, "sha256").hexdigest()))
         except OSError as error:
-            raise CheckpointError(
-                f"{file}: expected a readable file, found {error.strerror}; check its rights."
-            ) from error
+            raise CheckpointError(f"{file} cannot be read ({error.strerror}); check its rights.") from error
     return hashed(found)
 
 
@@ -92,7 +66,7 @@ def model_digest(folder: Path) -> str:
 
 
 def read_state(file: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    """What write_state wrote. Raises CheckpointError for any other file."""
+    """What checkpoints.atomic.write_state wrote. Raises CheckpointError for any other file."""
     try:
         loaded: Any = mx.load(str(file), return_metadata=True)
         tensors, metadata = loaded
@@ -122,7 +96,6 @@ def read_log(file: Path, last: int | None = None) -> list[dict[str, Any]]:
 
 def cut_log(file: Path, last: int) -> None:
     """Drops what a run logged after step `last`, from which it is about to go on."""
-    if not file.exists():
-        return
-    with replacing_or_refused(file, RESUME) as fresh:
-        fresh.write_text("".join(json.dumps(record) + "\n" for record in read_log(file, last)), encoding="utf-8")
+    if file.exists():
+        with replacing_or_refused(file, RESUME) as fresh:
+            fresh.write_text("".join(json.dumps(record) + "\n" for record in read_log(file, last)), encoding="utf-8")

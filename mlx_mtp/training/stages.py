@@ -1,6 +1,6 @@
-"""A stage of training: so many steps with a log and a checkpoint in a folder of its own, resumed there.
+"""The stages that `train` and `adapt` share: a target writes chats, a module learns, tokens per round are measured.
 
-What was finished or interrupted before goes on from its checkpoint; a stage that is done yields nothing more.
+Every stage has a folder of its own and is resumed there; one that is done yields nothing more.
 """
 
 from __future__ import annotations
@@ -13,33 +13,22 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+import mlx_mtp
 from mlx_mtp.engine import Engine
 from mlx_mtp.errors import OptionError
 from mlx_mtp.generation.types import Sampling
 from mlx_mtp.training.chats import Chats, Script, write_chats
-from mlx_mtp.training.data import Batches, fingerprint
-from mlx_mtp.training.families import FAMILIES, prepared
+from mlx_mtp.training.families import FAMILIES, DrafterShape, fresh, prepared, started, write_drafter
 from mlx_mtp.training.recipe import Recipe
 from mlx_mtp.training.run_folder import read_log
-from mlx_mtp.training.trainer import Loss, Progress, Trainer, TrainOptions
+from mlx_mtp.training.trainer import Stage, Trainer
 
 DECAY = 0.6  # weight of a draft against the one before it
-DRAFTER_RATE = 3.0  # a drafter's learning rate against a target's
+DRAFTER_RATE = 3.0  # a fresh drafter's learning rate against a target's
 PATIENCE = 6
 HELD_OUT_BATCHES = 8
 HELD_OUT_SHARE, MOST_HELD_OUT = 20, 32_768  # tokens held out: one in so many, and at most
 MEASURED_PROMPTS, MEASURED_TOKENS = 8, 96
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What is being done and how far it is, for whoever shows it; `progress` where something is trained."""
-
-    name: str
-    step: int
-    steps: int
-    progress: Progress | None = None
-    figures: Sequence[str] = ()  # names of progress.figures
 
 
 @dataclass(frozen=True)
@@ -51,24 +40,6 @@ class Report:
     after: float
     depth: int
     prompts: int
-
-
-def run_stage(
-    name: str, folder: Path, module: nn.Module, loss: Loss, train_ids: np.ndarray, held_ids: np.ndarray,
-    recipe: Recipe, *, steps: int, lookahead: int, figures: tuple[str, ...],
-) -> Iterator[Stage]:  # fmt: skip
-    """Trains `module` on packed ids from the weights it has, or from the checkpoint in folder/train-<name>."""
-    batches = Batches(train_ids, recipe.batch_size, recipe.length, recipe.seed, lookahead)
-    held_size = min(recipe.batch_size, max(1, len(held_ids) // (2 * recipe.length)))
-    fixed = Batches(held_ids, held_size, recipe.length, 0, lookahead)
-    options = TrainOptions(steps=steps, learning_rate=recipe.learning_rate, **recipe.options)
-    trainer = Trainer(
-        module, loss, batches.batch, options, folder / f"train-{name}", data=fingerprint(train_ids),
-        held_out=[fixed.batch(i) for i in range(min(HELD_OUT_BATCHES, fixed.steps_per_epoch))], figures=figures,
-    )  # fmt: skip
-    trainer.resume()
-    for progress in trainer.run():
-        yield Stage(name, progress.step, progress.steps, progress, figures)
 
 
 def chats_of(
@@ -92,31 +63,56 @@ def chats_of(
     return made[1], made[0]
 
 
+def make_drafter(
+    run: Path, out: Path, engine: Engine, shape: DrafterShape, recipe: Recipe, chats: Chats, held: Chats,
+    asked: Sequence[Sequence[int]],
+) -> Generator[Stage, None, Report]:  # fmt: skip
+    """Trains a drafter on a finished target's chats, and writes it to `out`; log and checkpoint go to `run`.
+
+    It begins as recipe.start, or fresh. Measured before (1.0 for a fresh one) and after with the prompts `asked`, or
+    where there are none with those of the chats held out.
+    """
+    mx.random.seed(recipe.seed + 1)
+    target, start = engine.target, recipe.start if recipe.target else None
+    if start:
+        config, module = started(start, shape, target)
+    else:
+        config, module = fresh(shape, target, recipe.length)
+    asked = asked or held.prompts(MEASURED_PROMPTS) or chats.prompts(MEASURED_PROMPTS)
+    before = 1.0
+    if start:
+        there = mlx_mtp.load(target.path, drafter=start, depth=shape.drafts, draft_head_bits=0)
+        before = yield from measured("before", there, asked)
+    yield from drafter_stage(run, module, engine, shape, recipe, chats, held, new=not start)
+    write_drafter(out, config, module)
+    made = mlx_mtp.load(target.path, drafter=out, depth=shape.drafts, draft_head_bits=0)
+    after = yield from measured(f"{shape.family} measured", made, asked)
+    return Report(out, before, after, shape.drafts, len(asked))
+
+
 def drafter_stage(
-    name: str, folder: Path, module: nn.Module, family: str, engine: Engine, drafts: int, chats: Chats, held: Chats,
-    recipe: Recipe, *, fresh: bool,
+    run: Path, module: nn.Module, engine: Engine, shape: DrafterShape, recipe: Recipe, chats: Chats, held: Chats, *,
+    new: bool,
 ) -> Iterator[Stage]:  # fmt: skip
-    """Trains a drafter to agree with a target that does not change, on its chats; fresh: from random weights."""
-    if fresh:
+    """Trains a drafter to agree with a target that does not change, on its chats; new: from random weights."""
+    if new:
         module = prepared(module, chats)
     # An array of its own: a compiled step takes the module's as its input, and the loss needs a constant.
     listed = mx.array(np.array(module.shortlist)) if "shortlist" in module else None
-    loss = FAMILIES[family].objective(engine.target, drafts, DECAY, listed)
-    figures = tuple(f"accepted_{j + 1}" for j in range(drafts))
-    options = TrainOptions(steps=recipe.drafter_steps, patience=PATIENCE, **recipe.options,
-                           learning_rate=recipe.learning_rate * (DRAFTER_RATE if fresh else 1.0))  # fmt: skip
+    loss = FAMILIES[shape.family].objective(engine.target, shape.drafts, DECAY, listed)
+    figures = tuple(f"accepted_{j + 1}" for j in range(shape.drafts))
     size = min(recipe.batch_size, len(held.tokens))
     fixed = held.batches(size, 0)
+    options = recipe.options(recipe.drafter_steps, DRAFTER_RATE if new else 1.0, PATIENCE)
     trainer = Trainer(
-        module, loss, chats.batches(recipe.batch_size, recipe.seed), options, folder / f"train-{name}",
-        data=chats.name, figures=figures,
-        held_out=[fixed(i) for i in range(min(HELD_OUT_BATCHES, len(held.tokens) // size))],
+        module, loss, chats.batches(recipe.batch_size, recipe.seed), options, run / f"train-{shape.family}",
+        data=chats.name, held_out=[fixed(i) for i in range(min(HELD_OUT_BATCHES, len(held.tokens) // size))],
+        figures=figures, name=shape.family,
     )  # fmt: skip
-    trainer.resume()
-    for progress in trainer.run():
-        if progress.held_out is not None:
+    for stage in trainer.go_on():
+        if stage.held_out:
             plot(trainer.log_file, figures, recipe.batch_size * recipe.length)
-        yield Stage(name, progress.step, progress.steps, progress, figures)
+        yield stage
 
 
 def measured(name: str, engine: Engine, prompts: Sequence[Sequence[int]]) -> Generator[Stage, None, float]:

@@ -1,0 +1,220 @@
+"""Tokenizers of other formats as tokenizer.json and tokenizer_config.json, written with the library tokenizers.
+
+Two kinds: byte-level pairs with a list of merges (GGUF's "gpt2"; `tokenizer.ggml.pre` names how text is cut first), and
+sentencepiece's pairs (GGUF's "llama", Meta's tokenizer.model): pieces with scores, which tell the order of merges.
+Facts: llama.cpp's llama-vocab.cpp and convert_hf_to_gguf.py, and the tokenizers of the models as published.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from mlx_mtp.checkpoints.checkpoint import write_json
+from mlx_mtp.converting.gguf_file import GGUFFile
+from mlx_mtp.errors import CheckpointError, UnsupportedModel, brief
+
+SPACE = "\u2581"
+UNKNOWN, CONTROL, USER = 2, 3, 4  # of tokenizer.ggml.token_type
+PROBES = ("def f(x):\n    return x", "    x = 1\n\n", "a  b\tc", "caf\u00e9 \u6f22\u5b57 \U0001f600", "", " ")
+WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+# Words of Mistral's tokenizer "tekken": a change from small to large letters ends one.
+LARGE, SMALL = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?[{LARGE}]*[{SMALL}]+|[^\r\n\p{{L}}\p{{N}}]?[{LARGE}]+[{SMALL}]*"
+         r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
+# These take a word that is in the vocabulary as it is, whatever the merges would make of it.
+WHOLE_WORDS = ("llama-bpe", "tekken")
+# Ids that end a reply, in the order in which a checkpoint names them.
+ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+
+
+def _cut(pattern: str) -> Any:
+    return pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False),
+    ])  # fmt: skip
+
+
+def _digits() -> Any:
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)])
+
+
+# `tokenizer.ggml.pre` -> how text is cut into words.
+CUTS: dict[str, Callable[[], Any]] = {
+    "gpt-2": lambda: pre_tokenizers.ByteLevel(False),
+    "smollm": _digits,
+    "starcoder": _digits,
+    "qwen2": lambda: _cut(WORDS % r"\p{N}"),
+    "llama-bpe": lambda: _cut(WORDS % r"\p{N}{1,3}"),
+    "tekken": lambda: _cut(CASED),
+}
+
+
+def _byte_level(tokens: Sequence[str], merges: Sequence[str], cut: str) -> Tokenizer:
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    pairs: list[Any] = [tuple(merge.split(" ", 1)) for merge in merges]
+    tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=cut in WHOLE_WORDS))
+    if cut == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = CUTS[cut]()
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _pairs(tokens: Sequence[str], scores: Sequence[float], unknown: int | None, prefix: bool) -> Tokenizer:
+    """sentencepiece's: prefix: a space is put before every text, also before one that begins with a space, as code
+    often does (transformers' own LlamaTokenizer puts none there)."""
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    merges = []
+    for piece, score in zip(tokens, scores, strict=True):
+        for at in range(1, len(piece)):
+            left, right = vocabulary.get(piece[:at]), vocabulary.get(piece[at:])
+            if left is not None and right is not None:
+                merges.append((-score, left, right))
+    tokenizer = Tokenizer(models.BPE(
+        vocabulary, [(tokens[left], tokens[right]) for _, left, right in sorted(merges)],
+        unk_token=None if unknown is None else tokens[unknown], fuse_unk=True, byte_fallback=True,
+    ))  # fmt: skip
+    spaces: list[Any] = [normalizers.Replace(" ", SPACE)]
+    ends: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if prefix:
+        spaces.insert(0, normalizers.Prepend(SPACE))
+        ends.append(decoders.Strip(" ", 1, 0))
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.normalizer, tokenizer.decoder = normalizers.Sequence(spaces), decoders.Sequence(ends)
+    return tokenizer
+
+
+def _finish(tokenizer: Tokenizer, tokens: Sequence[str], kinds: Sequence[int], first: int | None) -> Tokenizer:
+    """Marks the special tokens among them; `first` is the id that is put before a text, None where none is."""
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind in (UNKNOWN, CONTROL)]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    users = [token for token, kind in zip(tokens, kinds, strict=True) if kind == USER]
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in users])
+    after: list[Any] = []
+    if isinstance(tokenizer.decoder, decoders.ByteLevel):
+        after.append(processors.ByteLevel(trim_offsets=False))
+    if first is not None:
+        name = tokens[first]
+        after.append(processors.TemplateProcessing(single=[name, "$A"], pair=[name, "$A", f"{name}:1", "$B:1"],
+                                                   special_tokens=[(name, first)]))  # fmt: skip
+    if after:
+        tokenizer.post_processor = processors.Sequence(after)
+    return tokenizer
+
+
+def _write(
+    folder: Path, tokenizer: Tokenizer, tokens: Sequence[str], ids: Mapping[str, int | None], context: int,
+    template: str | None = None,
+) -> None:  # fmt: skip
+    """Both files. ids: by the names of transformers, as "bos_token". context: most positions."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # the class that takes tokenizer.json as it is
+        "clean_up_tokenization_spaces": False,
+        **{name: tokens[token] for name, token in ids.items() if token is not None},
+        "model_max_length": context,
+        **({"chat_template": template} if template else {}),
+    })  # fmt: skip
+
+
+def write_llama(model: Path, folder: Path, vocabulary: int, context: int) -> dict[str, Any]:
+    """Llama 2's tokenizer.model in both forms, with the ids of sentencepiece; what config.json must know of them.
+
+    Raises CheckpointError where `model` is no sentencepiece model, one that works otherwise than Llama 2's, or one with
+    more pieces than the target's vocabulary.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(model, folder / "tokenizer.model")
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
+        every = range(pieces.get_piece_size())
+        if len(every) > vocabulary:
+            raise ValueError(f"{len(every)} pieces for a vocabulary of {vocabulary}")
+        tokens, scores = [pieces.id_to_piece(i) for i in every], [pieces.get_score(i) for i in every]
+        kinds = [CONTROL if pieces.is_control(i) else UNKNOWN if pieces.is_unknown(i) else 0 for i in every]
+        special = {"bos_token": pieces.bos_id(), "eos_token": pieces.eos_id(), "unk_token": pieces.unk_id()}
+        ids = {name: token if token >= 0 else None for name, token in special.items()}
+        fast = _finish(_pairs(tokens, scores, ids["unk_token"], True), tokens, kinds, ids["bos_token"])
+        wrong = [text for text in PROBES if fast.encode(text).ids != [pieces.bos_id(), *pieces.encode(text)]]
+        if wrong:
+            raise ValueError(f"other ids than sentencepiece's for {wrong[0]!r}")
+    # sentencepiece and tokenizers raise RuntimeError, OSError, ValueError, plain Exception, ...
+    except Exception as error:
+        raise CheckpointError(f"{model} is no sentencepiece tokenizer like Llama 2's ({brief(error)}); "
+                              "use the tokenizer.model of this checkpoint.") from error  # fmt: skip
+    _write(folder, fast, tokens, ids, context)
+    return {"bos_token_id": ids["bos_token"], "eos_token_id": ids["eos_token"]}
+
+
+class GGUFTokenizer:
+    """What a GGUF says of its tokenizer. Raises UnsupportedModel for a kind that is not known here."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self._keys, self._path = file.keys, file.path
+        self.tokens = self._listed("tokens")
+        kinds = self._get("token_type")
+        if kinds is None or len(kinds) != len(self.tokens) or len(set(self.tokens)) != len(self.tokens):
+            raise CheckpointError(f"{self._path}: 'tokenizer.ggml.tokens' and 'tokenizer.ggml.token_type' do not "
+                                  "belong together, or a token is in them twice; download the file again.")  # fmt: skip
+        self._kinds = [int(kind) for kind in kinds]
+        self._model, self._cut = self._get("model"), self._get("pre")
+        if self._model != "llama" and (self._model != "gpt2" or self._cut not in CUTS):
+            kind = f"'{self._model}'" + (f" that cuts text as '{self._cut}'" if self._model == "gpt2" else "")
+            raise UnsupportedModel(
+                f"{self._path} has a tokenizer of kind {kind}, and those known here are 'llama', and 'gpt2' with "
+                f"{', '.join(CUTS)}; use the checkpoint in Hugging Face's layout."
+            )
+
+    @property
+    def stop_tokens(self) -> list[int]:
+        """Ids that end a reply, each once."""
+        return list(dict.fromkeys(found for name in ENDS if (found := self._id(name)) is not None))
+
+    @property
+    def first_token(self) -> int | None:
+        """Id of the token that begins a text, whether or not one is put there."""
+        return self._id("bos_token_id")
+
+    def write(self, folder: Path, context: int) -> None:
+        """tokenizer.json and tokenizer_config.json, the chat template in it. context: most positions."""
+        llama = self._model == "llama"
+        first = self.first_token if self._get("add_bos_token", llama) else None
+        try:
+            if llama:
+                scores = [float(score) for score in self._get("scores")]
+                prefix = bool(self._get("add_space_prefix", True))
+                tokenizer = _pairs(self.tokens, scores, self._id("unknown_token_id"), prefix)
+            else:
+                tokenizer = _byte_level(self.tokens, self._listed("merges"), self._cut)
+            _finish(tokenizer, self.tokens, self._kinds, first)
+        except CheckpointError:
+            raise
+        except Exception as error:  # tokenizers raises plain Exception
+            raise CheckpointError(f"{self._path}: its tokens and merges make no tokenizer ({brief(error)}); "
+                                  "download the file again.") from error  # fmt: skip
+        named = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+        ids = {f"{ours}_token": self._id(f"{theirs}_token_id") for ours, theirs in named.items()}
+        _write(folder, tokenizer, self.tokens, ids, context, self._keys.get("tokenizer.chat_template"))
+
+    def _get(self, name: str, default: Any = None) -> Any:
+        return self._keys.get(f"tokenizer.ggml.{name}", default)
+
+    def _listed(self, name: str) -> list[str]:
+        found = self._get(name)
+        if not isinstance(found, list) or not found:  # lists are of strings, numbers are arrays
+            raise CheckpointError(f"{self._path} lacks 'tokenizer.ggml.{name}'; use a file that holds its tokenizer.")
+        return found
+
+    def _id(self, name: str) -> int | None:
+        """An id of the vocabulary, None where the file names none."""
+        found = self._get(name)
+        if found is not None and (type(found) is not int or not 0 <= found < len(self.tokens)):
+            raise CheckpointError(f"{self._path}: 'tokenizer.ggml.{name}' is {found!r:.40}, and the vocabulary has "
+                                  f"{len(self.tokens)} tokens; download the file again.")  # fmt: skip
+        return found
