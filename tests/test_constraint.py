@@ -23,11 +23,12 @@ from llguidance import LLTokenizer, TokenizerWrapper
 
 import mlx_mtp
 from mlx_mtp import OptionError, Sampling
+from mlx_mtp.generation import acceptance
 from mlx_mtp.generation.constraint import WORD, Constraint, Grammar
 from mlx_mtp.generation.depth import FixedDepth
 from mlx_mtp.generation.loop import Decoder
 from mlx_mtp.generation.request import GenerationRequest
-from mlx_mtp.generation.sampling import point_mass, stacked
+from mlx_mtp.generation.sampling import SamplingSpec, TokenDistribution, point_mass, stacked
 from mlx_mtp.generation.types import NEUTRAL, Stats
 from mlx_mtp.testing import MarkovDrafter, MarkovTarget
 from mlx_mtp.text.channels import ThoughtTokens
@@ -104,6 +105,66 @@ def test_masks_after_every_draft(name: str) -> None:
                 if text.encode().startswith(b"".join(TOKENS[one] for one in said))}  # fmt: skip
         assert all(one.startswith(text) for one in rest)
     assert seen > 1000
+
+
+@pytest.mark.parametrize("odds", [acceptance.block_odds, acceptance.token_odds])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("name", LANGUAGES)
+def test_enumeration(name: str, depth: int, odds: Any) -> None:
+    """Every block of drafts, drawn without any grammar: what a round emits follows plain constrained decoding."""
+    size, chance = len(TOKENS), np.random.default_rng(depth)
+    p_logits, q_logits = (chance.normal(size=(size, size)).astype(np.float32) * 1.5 for _ in range(2))
+    full = Sampling(temperature=1.3, top_p=0.9).over(NEUTRAL)
+    spec = SamplingSpec.of(full, size)
+    arrays = spec.arrays(full, size)
+    constraint = Constraint(grammar(name))
+    wanted: dict[tuple[int, ...], float] = {}
+    emitted: dict[tuple[int, ...], float] = {}
+
+    def chances(before: tuple[int, ...]) -> np.ndarray:
+        """Plain constrained decoding in float64: the grammar before the filters."""
+        logits = np.where(may_follow(name, before), p_logits[before[-1] if before else 1].astype(np.float64), -np.inf)
+        weights = np.exp((logits - logits.max()) / 1.3)
+        order = np.argsort(-weights, kind="stable")
+        share = weights[order] / weights.sum()
+        kept = order[np.cumsum(share) - share < 0.9]
+        out = np.zeros(size)
+        out[kept] = weights[kept] / weights[kept].sum()
+        return out
+
+    def walk(before: tuple[int, ...], weight: float) -> None:
+        if len(before) == depth + 1 or (before and before[-1] == END):
+            wanted[before] = wanted.get(before, 0.0) + weight
+            return
+        for token, one in enumerate(chances(before)):
+            if one > 0:
+                walk((*before, token), weight * one)
+
+    walk((), 1.0)
+    for drafts in itertools.product(range(size), repeat=depth):
+        rows = mx.array(p_logits[[1, *drafts]])[None]
+        p = spec.distribution(constraint(mx.array([drafts]), rows), None, arrays)
+        q = TokenDistribution(None, mx.softmax(mx.array(q_logits[[1, *drafts[:-1]]])[None], axis=-1))
+        drawn = float(np.array(q.at(mx.array([drafts]))).prod())
+        found = odds(mx.array([drafts]), q, p)
+        passes, residual = np.array(found.pass_)[0], np.array(found.residual.probabilities)[0]
+        for accepted in range(depth + 1):
+            if found.prefix:
+                chance_of = passes[:accepted].prod() * (1.0 - passes[accepted] if accepted < depth else 1.0)
+            else:
+                chance_of = (passes[accepted - 1] if accepted else 1.0) * (1.0 - passes[accepted:]).prod()
+            for token in range(size):
+                said = (*drafts[:accepted], token)
+                said = said[: said.index(END) + 1] if END in said else said
+                if one := float(drawn * chance_of * residual[accepted, token]):
+                    emitted[said] = emitted.get(said, 0.0) + one
+    for said, weight in wanted.items():
+        got = sum(emitted.get(said[:i], 0.0) * np.prod([chances(said[:j])[said[j]] for j in range(i, len(said))])
+                  for i in range(1, len(said) + 1))  # fmt: skip
+        assert abs(got - weight) < 1e-5, said
+    assert sum(emitted.values()) == pytest.approx(1.0, abs=1e-4) and set(map(lambda s: s[0], emitted)) <= {
+        token for token, follows in enumerate(may_follow(name, ())) if follows
+    }
 
 
 def test_forced_drafts_are_point_masses() -> None:
