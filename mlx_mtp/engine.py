@@ -281,6 +281,15 @@ class Engine:
         table = self.tokenizer.grammar_table(vocabulary, self.stop_tokens)
         return constraint.Grammar.of(table, vocabulary, self.stop_tokens, *wanted)
 
+    def prepare_grammars(self) -> None:
+        """Makes what all grammars need of the tokenizer, which takes seconds with a large vocabulary; from any thread.
+
+        The first request under a grammar does so otherwise. Nothing happens where there can be no grammar.
+        """
+        with contextlib.suppress(OptionError):
+            if self.tokenizer is not None:
+                self.tokenizer.grammar_table(self.target.info.vocab_size, self.stop_tokens)
+
     def after_thought(self, request: GenerationRequest, thinking: bool) -> GenerationRequest:
         """The same request, its grammar after the thought that the prompt's messages asked for or opened.
 

@@ -149,6 +149,9 @@ class ScriptedEngine:
         options.pop("tool_choice")
         return GenerationRequest(ids=ids, budget=max_tokens, **options)
 
+    def prepare_grammars(self) -> None:
+        """There are none."""
+
     def after_thought(self, request: GenerationRequest, thinking: bool) -> GenerationRequest:
         """No grammar, no change."""
         return request

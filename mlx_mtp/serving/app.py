@@ -35,6 +35,7 @@ def create_app(engine: Engine, options: ServerOptions, places: int = 32) -> Star
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        endpoints.prepare()
         yield
         await endpoints.close()
 

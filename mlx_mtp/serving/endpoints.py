@@ -68,6 +68,10 @@ class Endpoints:
         self._small, self._large = ThreadPoolExecutor(SMALL_THREADS), ThreadPoolExecutor(1)
         self._created = int(time.time())
 
+    def prepare(self) -> None:
+        """Begins what would keep the first request under a grammar waiting, beside everything else."""
+        self._large.submit(self._engine.prepare_grammars)
+
     async def close(self) -> None:
         """Nothing more is tokenised or written."""
         for pool in (self._small, self._large):
