@@ -30,7 +30,6 @@ from mlx_mtp.generation.depth_profile import ProfileFile
 from mlx_mtp.generation.interfaces import Drafter, Target
 from mlx_mtp.generation.loop import Decoder
 from mlx_mtp.generation.prefix import Pair, Session
-from mlx_mtp.generation.probe_file import ProbeFile
 from mlx_mtp.generation.reply import Reply
 from mlx_mtp.generation.request import (
     GenerationRequest,
@@ -57,8 +56,8 @@ class Engine:
     """A target, perhaps a drafter, and the loop. Made by `mlx_mtp.load`.
 
     depth: drafts per round, "auto" or 0..8. mode: "fast" or "exact". max_context: most tokens of prompt and reply
-    together. defaults: sampling where a request leaves it open. profile, probes: files and keys under which is kept
-    what the depth control learns and what exact mode finds out.
+    together. defaults: sampling where a request leaves it open. profile, probes: where is kept what the depth
+    control learns and what exact mode finds out.
     """
 
     def __init__(
@@ -72,8 +71,8 @@ class Engine:
         mode: str = "fast",
         max_context: int | None = None,
         defaults: Sampling = NEUTRAL,
-        profile: tuple[Path, str] | None = None,
-        probes: tuple[Path, str] | None = None,
+        profile: ProfileFile | None = None,
+        probes: exactness.ProbeFile | None = None,
     ) -> None:
         self.mode = checks.one_of("mode", mode, MODES)
         self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
@@ -84,8 +83,8 @@ class Engine:
         self.max_context = limit if max_context is None else checks.whole("max_context", max_context, 2, limit)
         if drafter is not None:
             drafter.attach(target)
-        self.exactness = exactness.Probes(target, probes and ProbeFile(*probes)) if mode == "exact" else None
-        self._profile = ProfileFile(*profile) if profile else None
+        self.exactness = exactness.Probes(target, probes) if mode == "exact" else None
+        self._profile = profile
         self._made: Decoder | None = None
         self._making = threading.Lock()
 

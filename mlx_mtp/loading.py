@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from mlx_mtp import assets, drafters, targets
 from mlx_mtp.backend import blas, threads
-from mlx_mtp.checkpoints import hub, memory, pairs
+from mlx_mtp.checkpoints import hub, kept, memory, pairs
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, read_json, section, visible
 from mlx_mtp.checkpoints.hub import Listing, OnProgress, Progress, Source
 from mlx_mtp.checkpoints.packaged import model_of
@@ -25,9 +25,9 @@ from mlx_mtp.drafters.lookup import Lookup, LookupFirst
 from mlx_mtp.engine import MODES, Engine
 from mlx_mtp.errors import CheckpointError, IncompatibleDrafter, ModelNotFound, OptionError
 from mlx_mtp.generation import checks
-from mlx_mtp.generation.depth_profile import profile_path
+from mlx_mtp.generation.depth_profile import ProfileFile
+from mlx_mtp.generation.exactness import ProbeFile
 from mlx_mtp.generation.interfaces import Drafter
-from mlx_mtp.generation.probe_file import probes_path
 from mlx_mtp.generation.types import Sampling
 from mlx_mtp.text.tokenizer import Tokenizer
 from mlx_mtp.version import __version__
@@ -99,8 +99,8 @@ def load(
         mode=mode,
         max_context=max_context,
         defaults=_default_sampling(generation, checkpoint.path),
-        profile=(profile_path(), _profile_key(checkpoint.path, drafter, loaded, mode, head_bits)),
-        probes=(probes_path(), _probes_key(checkpoint)),
+        profile=ProfileFile(kept.profiles_path(), _profile_key(checkpoint.path, drafter, loaded, mode, head_bits)),
+        probes=ProbeFile(kept.probes_path(), _probes_key(checkpoint)),
     )
     memory.wired.add(engine, sum(memory.held_bytes(each.tensors()) for each in (checkpoint, *plan.sources())))
     return engine

@@ -77,7 +77,6 @@ class ScriptedDrafter(Drafter):
     def draft(
         self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
     ) -> tuple[mx.array, Memory]:
-        """The script's tokens after `token`, whose position is the committed length."""
         places = cache.length[:, None] + 1 + mx.arange(depth, dtype=mx.int32)
         return sample.point_mass(self.proposals[mx.minimum(places, self.proposals.size - 1)]), memory
 
@@ -94,23 +93,18 @@ class MarkovTarget(Target):
         )  # fmt: skip
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
-        """A cache that only counts."""
         return KVCache((), 1, capacity, mx.float32, batch)
 
     def embed(self, tokens: mx.array) -> mx.array:
-        """The ids themselves, [B, M, 1]."""
         return tokens[..., None].astype(mx.float32)
 
     def forward(self, tokens: mx.array, cache: KVCache, keep: int | None = None) -> States:
-        """The ids as states."""
         return States(self.embed(tokens if keep is None else tokens[:, tokens.shape[1] - keep :]))
 
     def head(self, hidden: mx.array) -> mx.array:
-        """The table's rows."""
         return self.table[hidden[..., 0].astype(mx.int32)]
 
     def logits(self, tokens: mx.array) -> mx.array:
-        """The table's rows."""
         return self.table[tokens]
 
 
@@ -124,7 +118,6 @@ class MarkovDrafter(ScriptedDrafter):
     def draft(
         self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
     ) -> tuple[mx.array, Memory]:
-        """A chain through the table."""
         drafts = [token]
         for _ in range(depth):
             drafts.append(sample(self.table[drafts[-1]]))

@@ -14,8 +14,9 @@ from greedy import lively
 from simulation import CPU, FLAT, GPU, MACHINES, Machine, Text, always, best_fixed, simulate, switching
 
 import mlx_mtp
+from mlx_mtp.checkpoints.kept import forget
 from mlx_mtp.generation.depth import HOLD, DepthController, DepthPolicy, FixedDepth, RoundCosts
-from mlx_mtp.generation.depth_profile import Profile, ProfileFile, forget, possible
+from mlx_mtp.generation.depth_profile import Profile, ProfileFile, possible
 from mlx_mtp.generation.loop import Decoder
 
 NEVER, SELDOM, OFTEN, NEARLY = always(0.0), always(0.3), always(0.8), always(0.95)

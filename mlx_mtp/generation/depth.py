@@ -97,13 +97,11 @@ class FixedDepth(DepthPolicy):
 
     @property
     def reason(self) -> str:
-        """One sentence: how much it drafts, and why."""
         if not self.deepest:
             return "Not drafting: the depth is fixed at 0."
         return f"Drafting {_drafts(self.deepest)} a round: the depth is fixed."
 
     def next(self) -> int:
-        """The depth."""
         return self.deepest
 
 
@@ -285,15 +283,12 @@ class DepthController(DepthPolicy):
 
     @property
     def plain_seconds(self) -> float | None:
-        """An estimate that follows the machine, never a measurement; None before any round was timed."""
         return self.costs.plain_seconds
 
     def for_seed(self, most: int) -> DepthPolicy:
-        """The deepest of up to `most` drafts that is allowed."""
         return FixedDepth(max(depth for depth in self.allowed if depth <= most))
 
     def begin(self) -> None:
-        """Starts from the long run, ready to be convinced otherwise within a few rounds."""
         self.costs.pause()
         self._here = Acceptance.unknown(self.deepest)
         self._rates = self.long_run.rates()
@@ -314,7 +309,6 @@ class DepthController(DepthPolicy):
         return self.tokens(depth) / self.costs.cost(depth)
 
     def next(self) -> int:
-        """The depth in use, or now and then some rounds of another one, to see whether that would pay."""
         self._rounds += 1
         self._run += 1
         if self._run <= HOLD + PATIENCE * self.costs.scatter:
@@ -369,7 +363,6 @@ class DepthController(DepthPolicy):
         return [depth for place, depth in enumerate(self.allowed) if place < 2 or depth <= reach]
 
     def learn(self, depth: int, accepted: int, seconds: float | None) -> None:
-        """Counts a round: which drafts were accepted, and how long it took."""
         # What a depth that is out of use was found to give fades within a request, so that an unlucky one gets another
         # chance; over all of them only new drafts make old ones count less, or plain decoding would forget why.
         for acceptance, fades in ((self._here, True), (self.long_run, depth > 0)):
@@ -382,7 +375,6 @@ class DepthController(DepthPolicy):
 
     @property
     def reason(self) -> str:
-        """One sentence: how much it drafts, and why."""
         depth = self._chosen or max((d for d in self.allowed if d), key=self.speed_up)
         if not self.costs.known:
             return "Not enough rounds yet to say whether drafting pays."
@@ -398,7 +390,6 @@ class DepthController(DepthPolicy):
         )
 
     def save(self) -> None:
-        """Keeps what was learned for the next start: costs only where enough quiet rounds tell them."""
         if self.kept is None:
             return
         costs = [self.costs.cost(depth) for depth in range(self.deepest + 1)]

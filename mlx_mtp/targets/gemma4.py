@@ -324,34 +324,27 @@ class Gemma4Target:
         )
 
     def modules(self) -> list[nn.Module]:
-        """The model."""
         return [self.model]
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
-        """An empty cache for `capacity` positions."""
         return KVCache(self.shapes, self.config.sliding_window, capacity, self.dtype, batch)
 
     def embed(self, tokens: mx.array) -> mx.array:
-        """Token ids [B, M] -> the embedding a drafter reads, [B, M, D]."""
         return self.model.embed(tokens)
 
     def forward(self, tokens: mx.array, cache: KVCache, keep: int | None = None) -> States:
-        """Runs tokens [B, M] after the cache's length and writes their K/V; does not move the length."""
         states, _ = self.model.run(tokens, cache, keep)
         return states
 
     def head(self, hidden: mx.array) -> mx.array:
-        """Hidden [B, M, D] -> float32 logits [B, M, V]."""
         return self.model.head(hidden)
 
     def head_on(self, tokens: mx.array) -> Callable[[mx.array], mx.array]:
-        """The head of `tokens` [N] alone, by their rows of the table."""
         table = rows_of(self.model.embed_tokens, tokens)
         return lambda hidden: self.model.capped(table.as_linear(hidden))
 
     @threads.device_arrays
     def logits(self, tokens: mx.array) -> mx.array:
-        """Logits of every position without a cache: int [B, M] -> float32 [B, M, V]."""
         hidden, _ = self.model(tokens, NoCache(self.config.sliding_window, tokens.shape[0]))
         return self.model.head(hidden)
 

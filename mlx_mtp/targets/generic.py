@@ -185,15 +185,12 @@ class GenericTarget:
         self._check()
 
     def modules(self) -> list[nn.Module]:
-        """The model."""
         return [self.model]
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
-        """An empty cache for `capacity` positions."""
         return KVCache(self.shapes, self.info.window, capacity, self.dtype, batch)
 
     def embed(self, tokens: mx.array) -> mx.array:
-        """Token ids [B, M] -> what the first layer receives, [B, M, D]."""
         layers = self._anatomy.trunk[self._anatomy.layers]
         trunk = self._anatomy.with_layers([_Entrance(layers[0]), *layers[1:]])
         try:
@@ -205,7 +202,6 @@ class GenericTarget:
         )
 
     def forward(self, tokens: mx.array, cache: KVCache, keep: int | None = None) -> States:
-        """Runs tokens [B, M] after the cache's length and writes their K/V; does not move the length."""
         rows = tokens.shape[1]
         step = cache.plan(rows)
         states, _ = self._run(tokens, [LayerView(cache, layer, step) for layer in range(len(cache.shapes))])
@@ -216,7 +212,6 @@ class GenericTarget:
         return States(states.hidden[:, rows - keep :], trunk)
 
     def head(self, hidden: mx.array) -> mx.array:
-        """Hidden [B, M, D] -> float32 logits [B, M, V], by all that the model does after its trunk."""
         return self._head(hidden).astype(mx.float32)
 
     def head_on(self, tokens: mx.array) -> Callable[[mx.array], mx.array]:
@@ -239,7 +234,6 @@ class GenericTarget:
 
     @threads.device_arrays
     def logits(self, tokens: mx.array) -> mx.array:
-        """Logits of every position as mlx-lm itself computes them: int [B, M] -> float32 [B, M, V]."""
         return self.model(tokens, cache=mlx_lm_cache.make_prompt_cache(self.model)).astype(mx.float32)
 
     def _run(self, tokens: mx.array, cache: list[Any]) -> tuple[States, mx.array]:
