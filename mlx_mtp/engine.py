@@ -39,7 +39,7 @@ from mlx_mtp.generation.request import (
     SamplingFields,
 )
 from mlx_mtp.generation.types import NEUTRAL, Event, Result, Sampling, Stats
-from mlx_mtp.text.channels import CallFormat, Channels
+from mlx_mtp.text.channels import Channels
 from mlx_mtp.text.tokenizer import Prompt, Tokenizer, prompt_ids
 
 log = logging.getLogger(__name__)
@@ -201,21 +201,17 @@ class Engine:
     ) -> GenerationRequest:
         """Checks a prompt and its options, for `run`; PromptError or OptionError where something is wrong.
 
-        sampling, or its fields as keywords: how tokens are chosen (see Sampling).
-        stop: strings that end the reply where they turn up in its answer, never in a thought or a call of a tool; the
-        text ends in front of the first, the tokens with the one that completes it. Of two that the same character
-        completes the longer counts. seed: the same seed gives the same reply; without one every reply is another
-        (temperature 0 needs none). logprobs: 0 = none, n = that of every token and of the n likeliest of its place.
-        raw: continue the prompt as it is, without the chat template, and take all that comes for answer. thinking:
-        asks a checkpoint that can to think first (part of the text then); off as in a chat.
-        ignore_end: go on past stop tokens (for timing). logits_processors: Python functions in mlx-lm's convention,
-        (tokens so far [T], logits [1, V]) -> logits [1, V]; they run on every row, and rounds are then read one by one.
-        on_prefill(done, total) is called after every chunk.
-        session: keeps the K/V of this prompt and reply; what the next prompt has in common with them is not run again.
-        tools: whether calls of tools are told apart from the answer; or what was declared to the model, in OpenAI's
-        form, for formats whose arguments carry no types.
-        json_schema (an object or a pydantic class), regex, grammar (lark, as llguidance reads it): what the answer is
-        held to; a thought before it is free. A reply that ends by its length is not complete.
+        sampling, or its fields as keywords: how tokens are chosen (see Sampling). stop: strings that end the reply in
+        its answer, never in a thought or a call of a tool: the text in front of the first, the tokens with the one that
+        completes it; of two that end at once the longer counts. seed: the same seed gives the same reply. logprobs: n =
+        that of every token and of the n likeliest of its place. raw: continue the prompt as it is, without the chat
+        template, and take all that comes for answer. thinking: asks a checkpoint that can to think first. ignore_end:
+        go on past stop tokens (for timing). logits_processors: functions in mlx-lm's convention, (tokens so far [T],
+        logits [1, V]) -> logits [1, V], for every row; rounds are then read one by one. on_prefill(done, total) is
+        called after every chunk. session: keeps the K/V of prompt and reply, for what the next prompt has in common
+        with them. tools: whether calls of tools are told apart from the answer; or those declared, in OpenAI's form,
+        for formats whose arguments carry no types. json_schema (an object or a pydantic class), regex, grammar (lark,
+        as llguidance reads it): what the answer is held to; a thought before it is free.
         """
         max_tokens = checks.whole("max_tokens", max_tokens, 1)
         logprobs = checks.whole("logprobs", logprobs, 0, min(MOST_LOGPROBS, self.target.info.vocab_size))
@@ -230,21 +226,16 @@ class Engine:
         if session is not None:
             session.check(self.pair)
         checked = GenerationRequest(
-            ids=ids,
-            budget=min(max_tokens, self.max_context - len(ids)),
+            ids=ids, budget=min(max_tokens, self.max_context - len(ids)),
             sampling=self._checked_sampling(sampling, fields),
-            seed=secrets.randbits(63) if seed is None else seed,
-            seeded=seed is not None,
+            seed=secrets.randbits(63) if seed is None else seed, seeded=seed is not None,
             logprobs=logprobs,
             processors=checks.functions("logits_processors", logits_processors),
             on_prefill=checks.function("on_prefill", on_prefill),
-            session=session,
-            stop=stops,
-            stop_tokens=frozenset() if ignore_end else self.stop_tokens,
-            raw=raw,
-            tools=checks.declarations("tools", tools),
+            session=session, stop=stops, stop_tokens=frozenset() if ignore_end else self.stop_tokens,
+            raw=raw, tools=checks.declarations("tools", tools),
             grammar=self._grammar({"json_schema": json_schema, "grammar": grammar, "regex": regex}),
-        )
+        )  # fmt: skip
         return self.after_thought(checked, thinking)
 
     def _grammar(self, given: Mapping[str, object]) -> constraint.Grammar | None:
@@ -300,15 +291,11 @@ class Engine:
         tokenizer = self.tokenizer
         if tokenizer is None:
             return Reply(None, (), None)
-        told_apart = tokenizer.has_chat_template and not request.raw
-        channels = Channels(tokenizer.opened_thought(request.ids), self._calls(request)) if told_apart else None
-        return Reply(tokenizer.stream(), request.stop, channels)
-
-    def _calls(self, request: GenerationRequest) -> CallFormat | None:
-        """How calls of tools are told apart from the answer; None where they are not."""
-        if not request.tools or self.tokenizer is None:
-            return None
-        return self.tokenizer.call_format(None if request.tools is True else request.tools)
+        if request.raw or not tokenizer.has_chat_template:
+            return Reply(tokenizer.stream(), request.stop, None)
+        declared = None if request.tools is True else request.tools
+        calls = tokenizer.call_format(declared or None) if request.tools else None
+        return Reply(tokenizer.stream(), request.stop, Channels(tokenizer.opened_thought(request.ids), calls))
 
     def _events(self, request: GenerationRequest) -> Generator[Event, None, None]:
         decoder, reply = self._decoder, self._reply(request)

@@ -86,14 +86,10 @@ class MarkovTarget(Target):
 
     def __init__(self, table: mx.array, max_context: int = 1 << 20) -> None:
         self.table = table
-        self.path = None
         self.info = TargetInfo(
             vocab_size=table.shape[0], hidden_size=1, max_context=max_context, window=1, readable={},
             storing_layers={}, attention_heads=1,
         )  # fmt: skip
-
-    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
-        return KVCache((), 1, capacity, mx.float32, batch)
 
     def embed(self, tokens: mx.array) -> mx.array:
         return tokens[..., None].astype(mx.float32)

@@ -18,13 +18,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.checkpoints.checkpoint import Checkpoint, compute_dtype, load_into, number, section
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, compute_dtype, load_into, misfit, number, section
 from mlx_mtp.drafters import registry
 from mlx_mtp.drafters.layers import require_equal
 from mlx_mtp.errors import CheckpointError, IncompatibleDrafter
 from mlx_mtp.generation.cache import FULL, SLIDING, KVCache
 from mlx_mtp.generation.interfaces import Drafter, Memory, SampleDraft, Target
-from mlx_mtp.targets.gemma4 import Layer, Norm
+from mlx_mtp.targets.gemma4 import Layer
 from mlx_mtp.targets.gemma4_config import MAX_SIZE, Gemma4Config
 
 MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
@@ -81,10 +81,7 @@ class AssistantConfig:
             centroids = number(config, "num_centroids", int, 1, parsed.vocab_size, 2048)
             chosen = number(config, "centroid_intermediate_top_k", int, 1, centroids, 32)
         if centroids and parsed.vocab_size % centroids:
-            raise CheckpointError(
-                f"config.json: expected a vocabulary that the {centroids} centroids divide, found "
-                f"{parsed.vocab_size} tokens; use the config.json that belongs to this drafter."
-            )
+            raise misfit(f"a vocabulary that the {centroids} centroids divide", f"{parsed.vocab_size} tokens")
         last = number(config, "reads_last", int, 1, MAX_SIZE) if config.get("reads_last") is not None else None
         return cls(
             text=parsed, backbone_hidden_size=backbone, centroids=centroids, chosen_centroids=chosen, reads_last=last
@@ -98,7 +95,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Layer(config, i) for i in range(config.num_hidden_layers)]
-        self.norm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class MaskedEmbedding(nn.Module):

@@ -21,9 +21,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.checkpoints.checkpoint import Checkpoint, compute_dtype, load_into, number, section
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, compute_dtype, load_into, misfit, number, section
 from mlx_mtp.drafters.shortlist import DraftHead, with_shortlist
-from mlx_mtp.errors import CheckpointError, IncompatibleDrafter, brief
+from mlx_mtp.errors import IncompatibleDrafter, brief
 from mlx_mtp.generation.cache import FULL, KVCache, LayerShape, LayerView
 from mlx_mtp.generation.interfaces import Drafter, Memory, Target
 
@@ -47,10 +47,7 @@ class LayersConfig:
         """The fields of a config.json whose `reads` is one of `states`; CheckpointError where one makes no sense."""
         block, reads = section(config, "block"), config.get("reads", default)
         if reads not in states:
-            raise CheckpointError(
-                f"config.json: expected 'reads' to be one of {', '.join(states)}, found {reads!r}; "
-                "use the config.json that belongs to this drafter."
-            )
+            raise misfit(f"'reads' to be one of {', '.join(states)}", repr(reads))
         return {
             "reads": reads, "block": block, "hidden_size": number(config, "hidden_size", int, 1, 1 << 20),
             "vocab_size": number(config, "vocab_size", int, 2, 1 << 24),
@@ -78,10 +75,8 @@ def build_layers(block: Mapping[str, Any], count: int, width: int) -> list[nn.Mo
             raise ValueError(f"{len(layers)} layers with results of shape {found}")
     # Another project's code on any config.json raises anything, and one of its models prints and exits.
     except (Exception, SystemExit) as error:
-        raise CheckpointError(
-            f"config.json: expected in 'block' an mlx-lm config of decoder layers for states of {width} numbers, found "
-            f"one that mlx-lm cannot run ({brief(error)}); use the config.json that belongs to this drafter."
-        ) from error
+        wanted = f"in 'block' an mlx-lm config of decoder layers for states of {width} numbers"
+        raise misfit(wanted, f"one that mlx-lm cannot run ({brief(error)})") from error
     return layers
 
 

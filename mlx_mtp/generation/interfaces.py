@@ -59,15 +59,18 @@ class Target(Protocol):
     """A model that answers. `forward` writes after the cache's length and never moves it: committing is the loop's."""
 
     info: TargetInfo
-    path: Path | None  # local folder of the checkpoint
+    path: Path | None = None  # local folder of the checkpoint
+    # What its layers store, and the type of it.
+    shapes: Sequence[LayerShape] = ()
+    dtype: mx.Dtype = mx.float32
 
     def modules(self) -> Sequence[nn.Module]:
         """The modules that hold its weights; for reports."""
         return ()
 
-    @abstractmethod
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """An empty cache for `capacity` positions."""
+        return KVCache(self.shapes, self.info.window, capacity, self.dtype, batch)
 
     @abstractmethod
     def embed(self, tokens: mx.array) -> mx.array:
