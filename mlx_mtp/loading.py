@@ -19,7 +19,7 @@ from mlx_mtp import assets, drafters, targets
 from mlx_mtp.backend import blas, threads
 from mlx_mtp.checkpoints import hub, kept, memory, pairs
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, misfit, read_json, section, visible
-from mlx_mtp.checkpoints.hub import Listing, OnProgress, Progress, Source
+from mlx_mtp.checkpoints.hub import Listing, LoadProgress, OnProgress, Source
 from mlx_mtp.checkpoints.packaged import model_of
 from mlx_mtp.drafters.lookup import Lookup, LookupFirst
 from mlx_mtp.engine import MODES, Engine
@@ -64,7 +64,7 @@ def load(
     answer. on_progress: hears how far downloads and reading are, in the thread that loads.
 
     A model too large for this machine is refused (DoesNotFit) before it is downloaded or read; the environment
-    variable MLX_MTP_IGNORE_MEMORY=1 loads it all the same. On Metal the weights stay resident (memory.Wired).
+    variable MLX_MTP_IGNORE_MEMORY=1 loads it all the same. On Metal the weights stay resident (memory.keep_resident).
     """
     if model is not None:
         model = checks.place("model", model)
@@ -99,7 +99,7 @@ def load(
         profile=ProfileFile(kept.profiles_path(), _profile_key(checkpoint.path, drafter, loaded, mode, head_bits)),
         probes=ProbeFile(kept.probes_path(), _probes_key(checkpoint)),
     )
-    memory.wired.add(engine, sum(memory.held_bytes(each.tensors()) for each in (checkpoint, *plan.sources())))
+    memory.keep_resident(engine, sum(memory.held_bytes(each.tensors()) for each in (checkpoint, *plan.sources())))
     return engine
 
 
@@ -262,7 +262,7 @@ def _supported(drafter: Source, target: Source) -> Source:
 
 def _telling(name: str, on_progress: OnProgress | None) -> Callable[[int, int], None] | None:
     """What a checkpoint calls while it is read."""
-    return on_progress and (lambda done, total: on_progress(Progress("load", name, done, total)))
+    return on_progress and (lambda done, total: on_progress(LoadProgress("load", name, done, total)))
 
 
 def _read_drafter(plan: DrafterPlan, head_bits: int | str, on_progress: OnProgress | None) -> Drafter | None:

@@ -19,14 +19,7 @@ from mlx_mtp.generation.interfaces import Drafter, Memory, SampleDraft, States, 
 from mlx_mtp.generation.loop import Decoder
 from mlx_mtp.generation.prefix import Session
 from mlx_mtp.generation.request import GenerationRequest
-from mlx_mtp.generation.sampling import (
-    Forced,
-    SamplingArrays,
-    SamplingSpec,
-    TokenDistribution,
-    point_mass,
-    stacked,
-)
+from mlx_mtp.generation.sampling import Forced, SamplingArrays, SamplingSpec, TokenDistribution, point_mass, stacked
 from mlx_mtp.generation.types import NEUTRAL, Result, Sampling, Stats
 
 # Kernels round differently for one row and for several. This is more than rounding explains on any device, and far

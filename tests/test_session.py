@@ -122,7 +122,7 @@ def test_only_what_was_released_is_held() -> None:
     assert session.acquire([1, 2], 0) is None
     session.release(Lease(KVCache((), 1, 256, mx.float32), {}, 4), [1, 2, 3])
     assert session.common([1, 2, 9]) == 2 and session.common([]) == 0 and session.common([1, 2, 3, 4]) == 3
-    lease, begin = session.acquire([1, 2, 3], 0) or (None, 0)
+    lease, begin, _ = session.acquire([1, 2, 3], 0) or (None, 0, None)
     assert lease is not None and begin == 2 and lease.cache.length.item() == 2 and session.ids == []
     with pytest.raises(mlx_mtp.OptionError):
         session.acquire([1], 0)

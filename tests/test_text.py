@@ -405,8 +405,8 @@ def test_a_template_that_refuses_says_so(tmp_path: Path) -> None:
 def test_each_kind_of_part_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, _ = both(write(tmp_path, byte_level(), CALLS))
     rendered: list[int] = []
-    inner = ours.template._rendered
-    monkeypatch.setattr(ours.template, "_rendered", lambda *given, **more: rendered.append(1) or inner(*given, **more))
+    inner = ours._rendered
+    monkeypatch.setattr(ours, "_rendered", lambda *given, **more: rendered.append(1) or inner(*given, **more))
     ours.chat(CALLED * 8, tools=[TOOL])
     first = len(rendered)
     ours.chat(CALLED * 8, tools=[TOOL])

@@ -71,19 +71,16 @@ class TargetPass:
     def __call__(self, rows: mx.array, cache: KVCache) -> tuple[States, mx.array]:
         """Rows [B, M] written after the cache's length: their states, and float32 logits [B, M, V]."""
         if cache.capacity not in self._compiled:
-            self._compiled[cache.capacity] = mx.compile(self._pass(cache.layout()))
+            target, layout = self._target, cache.layout()
+
+            def one_pass(rows: mx.array, arrays: Any) -> tuple[mx.array, mx.array | None, mx.array, Any]:
+                cache = layout.around(arrays)
+                states = target.forward(rows, cache)
+                return states.hidden, states.trunk, target.head(states.hidden), cache.arrays
+
+            self._compiled[cache.capacity] = mx.compile(one_pass)
         hidden, trunk, logits, cache.arrays = self._compiled[cache.capacity](rows, cache.arrays)
         return States(hidden, trunk), logits
-
-    def _pass(self, layout: KVCache) -> Callable[..., Any]:
-        target = self._target
-
-        def one_pass(rows: mx.array, arrays: Any) -> tuple[mx.array, mx.array | None, mx.array, Any]:
-            cache = layout.around(arrays)
-            states = target.forward(rows, cache)
-            return states.hidden, states.trunk, target.head(states.hidden), cache.arrays
-
-        return one_pass
 
 
 class ProbeFile(Kept):

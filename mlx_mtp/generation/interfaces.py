@@ -37,6 +37,11 @@ class States:
         """The same of the first `rows` rows."""
         return States(self.hidden[:, :rows], None if self.trunk is None else self.trunk[:, :rows])
 
+    def last(self, rows: int = 1) -> States:
+        """The same of the last `rows` rows, which may be none."""
+        start = self.hidden.shape[1] - rows
+        return States(self.hidden[:, start:], None if self.trunk is None else self.trunk[:, start:])
+
 
 @dataclass(frozen=True, kw_only=True)
 class TargetInfo:

@@ -156,6 +156,7 @@ class Decoder:
     ) -> None:
         self.target, self.drafter, self.policy, self.exact = target, drafter, policy, exact
         self.rounds = Rounds(target, drafter, exact is not None)
+        self._reads_states = drafter is not None and drafter.reads_states
 
     @property
     def pair(self) -> Pair:
@@ -169,7 +170,10 @@ class Decoder:
         policy = policy or self.policy
         policy.begin()
         session, decoding = request.session, None
-        reused = self._reused(session, request.ids) if session is not None else None
+        reused = None
+        if session is not None:  # a drafter that reads states needs the last row's, which is run again for it
+            back = None if self.exact is not None else int(self._reads_states)
+            reused = session.acquire(request.ids, back, self.pair)
         try:
             began = time.perf_counter()
             state, newest = self._prefill(request, policy.deepest, reused, stats)
@@ -228,8 +232,12 @@ class Decoder:
         depth = state.exact.deepest(depth) if state.exact else depth
         rows = decoding.bound + max(depth + 1, (state.exact and state.exact.width) or 0)
         decoding.newest = max(decoding.newest, rows - 1)
-        grown = self._reserve(state, rows)
-        if grown or self.rounds.is_new(state, depth):
+        if rows > state.cache.capacity:
+            state.cache.grow(capacity_for(rows))
+            if self.drafter is not None:
+                state.memory = self.drafter.grow(state.memory, state.cache.capacity)
+            decoding.clock.disturb()
+        if self.rounds.is_new(state, depth):
             decoding.clock.disturb()
         decoding.bound += depth + 1
         if decoding.changes:
@@ -238,20 +246,8 @@ class Decoder:
             decoding.stats.host_syncs += decoding.constraint is not None  # the drafts are read
         else:
             output = self.rounds.submit(state, depth)
-        stats = decoding.stats
-        stats.rounds += 1
-        stats.head_passes += 1
-        stats.depth_counts[depth] = stats.depth_counts.get(depth, 0) + 1
+        decoding.stats.submitted(depth)
         return depth, output
-
-    def _reserve(self, state: SequenceState, rows: int) -> bool:
-        """Makes room for `rows` positions; whether anything had to grow."""
-        if rows <= state.cache.capacity:
-            return False
-        state.cache.grow(capacity_for(rows))
-        if self.drafter is not None:
-            state.memory = self.drafter.grow(state.memory, state.cache.capacity)
-        return True
 
     def prefill(self, request: GenerationRequest, deepest: int) -> SequenceState:
         """Runs the prompt in chunks that bound memory; leaves the state of its last token."""
@@ -269,7 +265,7 @@ class Decoder:
         exact = self._exactness(capacity)  # before there are buffers: the probe has some of its own
         cache, memory, states, begin, newest = self._start(ids, capacity, reused)
         # In exact mode every family goes the same way, plain decoding too: the same rows through every layer.
-        wants_all = self.exact is not None or (drafter is not None and drafter.reads_states)
+        wants_all = self.exact is not None or self._reads_states
         score_bytes = 4 * target.info.attention_heads * cache.capacity  # of one row
         rows_at_once = max(MIN_CHUNK, min(MAX_CHUNK, CHUNK_BYTES // score_bytes))
         for start in range(begin, len(ids), rows_at_once):
@@ -286,7 +282,7 @@ class Decoder:
         assert states is not None, "a prompt has a last token"
         stats.prefilled_tokens, newest = len(ids) - begin, max(newest, len(ids) - 1)
         if request.session is not None and begin < len(ids):
-            request.session.snapshot(cache, len(ids), newest, _last(states) if self.exact else None)
+            request.session.snapshot(cache, len(ids), newest, states.last() if self.exact else None)
         vocabulary = target.info.vocab_size
         spec = SamplingSpec.of(request.sampling, vocabulary, request.logprobs)
         state = SequenceState(
@@ -307,19 +303,6 @@ class Decoder:
                         "decoding plainly where that much is needed.", capacity)  # fmt: skip
         return found
 
-    def _reused(self, session: Session, ids: list[int]) -> Reused | None:
-        """What a session has of a prompt."""
-        if self.exact is not None:
-            found = session.acquire_snapshot(ids, self.pair)
-            return (found[0], found[1].length, found[1].states) if found else None
-        taken = session.acquire(ids, self._runs_again, self.pair)
-        return (*taken, None) if taken else None
-
-    @property
-    def _runs_again(self) -> int:
-        """Rows of a kept conversation that are run again, for a drafter that needs the last one's state."""
-        return int(self.drafter is not None and self.drafter.reads_states)
-
     def _start(
         self, ids: list[int], capacity: int, reused: Reused | None
     ) -> tuple[KVCache, Memory, States | None, int, int]:
@@ -333,16 +316,11 @@ class Decoder:
         cache, memory = lease.cache, lease.memory
         cache.grow(capacity)
         if drafter is not None:
-            if self._runs_again and states is None:
+            if self._reads_states and states is None:
                 states = target.forward(mx.array([[ids[length - 1]]], dtype=mx.int32), cache)
                 cache.advance(1)
             memory = drafter.rewind(drafter.grow(memory, cache.capacity), length, states)
         return cache, memory, states, length, lease.newest
-
-
-def _last(states: States) -> States:
-    """Those of the last row."""
-    return States(states.hidden[:, -1:], None if states.trunk is None else states.trunk[:, -1:])
 
 
 def _leave(session: Session, decoding: _Decoding | None, exact: bool) -> None:

@@ -27,7 +27,7 @@ from mlx_mtp.backend import threads
 from mlx_mtp.backend.activations import gelu, tanh
 from mlx_mtp.backend.attention import attend
 from mlx_mtp.checkpoints.checkpoint import TOWERS, Checkpoint, compute_dtype, load_into, named_parameters, renamed
-from mlx_mtp.checkpoints.unpacking import unpack_and_say
+from mlx_mtp.checkpoints.unpacking import unpack
 from mlx_mtp.generation.cache import FULL, KVCache, LayerShape, NoCache
 from mlx_mtp.generation.interfaces import States, Target, TargetInfo
 from mlx_mtp.targets import registry
@@ -131,21 +131,13 @@ class Router(nn.Module):
         return experts, weights * self.per_expert_scale[experts]
 
 
-class GatedGelu(nn.Module):
-    """The experts' activation, in SwitchGLU's argument order."""
-
-    def __call__(self, x: mx.array, gate: mx.array) -> mx.array:
-        return gelu(gate) * x
-
-
 class Experts(nn.Module):
     """Weighted sum of the chosen experts."""
 
     def __init__(self, config: Gemma4Config) -> None:
         super().__init__()
-        self.switch_glu = SwitchGLU(
-            config.hidden_size, config.moe_intermediate_size, config.num_experts, activation=GatedGelu()
-        )
+        width, inner = config.hidden_size, config.moe_intermediate_size
+        self.switch_glu = SwitchGLU(width, inner, config.num_experts, activation=lambda x, gate: gelu(gate) * x)
 
     def __call__(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
         return (self.switch_glu(x, experts) * weights[..., None]).sum(axis=-2)
@@ -352,7 +344,7 @@ def load(checkpoint: Checkpoint) -> Gemma4Target:
         log.warning("Text only: skipped %d tensors of %s.", skipped, ", ".join(sorted(towers)))
     dtype = compute_dtype(weights)
     load_into(model, adapt_weights(model, weights), dtype, checkpoint)
-    unpack_and_say(model, checkpoint.name)
+    unpack(model, checkpoint.name)
     mx.eval(model.parameters())
     return Gemma4Target(model, dtype, checkpoint.path)
 

@@ -29,7 +29,7 @@ from mlx_lm.utils import _get_classes, load_model
 
 from mlx_mtp.backend import threads
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, misfit, number, section
-from mlx_mtp.checkpoints.unpacking import unpack_and_say
+from mlx_mtp.checkpoints.unpacking import unpack
 from mlx_mtp.errors import CheckpointError, MLXMTPError, UnsupportedModel, brief
 from mlx_mtp.generation.cache import CAPACITY_STEP, FULL, SLACK, SLIDING, KVCache, LayerShape, LayerView
 from mlx_mtp.generation.interfaces import States, Target, TargetInfo
@@ -192,11 +192,8 @@ class GenericTarget(Target):
         rows = tokens.shape[1]
         step = cache.plan(rows)
         states, _ = self._run(tokens, [LayerView(cache, layer, step) for layer in range(len(cache.shapes))])
-        if keep is None or keep >= rows:
-            return states
         # Lazy: of the rows that are cut away the last layer computes no more than their K/V.
-        trunk = None if states.trunk is None else states.trunk[:, rows - keep :]
-        return States(states.hidden[:, rows - keep :], trunk)
+        return states if keep is None or keep >= rows else states.last(keep)
 
     def head(self, hidden: mx.array) -> mx.array:
         return self._head(hidden).astype(mx.float32)
@@ -369,7 +366,6 @@ def _classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
     return WithoutDraftModules, args_class
 
 
-@registry.register_fallback(has_model, f"a model type of mlx-lm {importlib.metadata.version('mlx-lm')}")
 def load(checkpoint: Checkpoint) -> GenericTarget:
     """A target from any checkpoint that mlx-lm can load, quantised or not."""
     for names, high in ((LAYERS, MAX_COUNT), (("hidden_size",), MAX_SIZE), (("vocab_size",), MAX_SIZE)):
@@ -379,7 +375,7 @@ def load(checkpoint: Checkpoint) -> GenericTarget:
         model, _ = load_model(checkpoint.path, lazy=True, get_model_classes=_classes)
         if mx.default_device() == mx.Device(mx.cpu):
             model.set_dtype(mx.float32)  # half precision is emulated there, and slow
-            unpack_and_say(model, checkpoint.name)
+            unpack(model, checkpoint.name)
         checkpoint.read(model)
     except Exception as error:  # mlx-lm has no error class of its own
         raise CheckpointError(
@@ -387,3 +383,6 @@ def load(checkpoint: Checkpoint) -> GenericTarget:
             "the weights and config.json must be whole and belong together."
         ) from error
     return GenericTarget(model, checkpoint.config, checkpoint.path)
+
+
+registry.fallback = has_model, load, f"a model type of mlx-lm {importlib.metadata.version('mlx-lm')}"

@@ -346,7 +346,7 @@ def _render(document: Document, tokenizer: Tokenizer) -> str:
     if document.messages is None:
         return document.text or ""
     try:
-        return tokenizer.template.conversation(document.messages)
+        return tokenizer.conversation(document.messages)
     except PromptError as error:
         raise DataError(f"{document.module}: {error}") from error
 
