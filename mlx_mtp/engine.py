@@ -25,8 +25,7 @@ from mlx_mtp.chat.conversation import Chat
 from mlx_mtp.errors import OptionError, PromptError
 from mlx_mtp.generation import checks, constraint, exactness
 from mlx_mtp.generation.cache import CAPACITY_STEP
-from mlx_mtp.generation.depth import DepthController, DepthPolicy, FixedDepth
-from mlx_mtp.generation.depth_profile import ProfileFile
+from mlx_mtp.generation.depth import DepthController, DepthPolicy, FixedDepth, ProfileFile
 from mlx_mtp.generation.interfaces import Drafter, Target
 from mlx_mtp.generation.loop import Decoder
 from mlx_mtp.generation.prefix import Pair, Session

@@ -25,7 +25,7 @@ from mlx_mtp.drafters.lookup import Lookup, LookupFirst
 from mlx_mtp.engine import MODES, Engine
 from mlx_mtp.errors import CheckpointError, IncompatibleDrafter, ModelNotFound, OptionError
 from mlx_mtp.generation import checks
-from mlx_mtp.generation.depth_profile import ProfileFile
+from mlx_mtp.generation.depth import ProfileFile
 from mlx_mtp.generation.exactness import ProbeFile
 from mlx_mtp.generation.interfaces import Drafter
 from mlx_mtp.generation.types import Sampling

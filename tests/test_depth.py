@@ -15,8 +15,16 @@ from simulation import CPU, FLAT, GPU, MACHINES, Machine, Text, always, best_fix
 
 import mlx_mtp
 from mlx_mtp.checkpoints.kept import forget
-from mlx_mtp.generation.depth import HOLD, DepthController, DepthPolicy, FixedDepth, RoundCosts
-from mlx_mtp.generation.depth_profile import Profile, ProfileFile, possible
+from mlx_mtp.generation.depth import (
+    HOLD,
+    DepthController,
+    DepthPolicy,
+    FixedDepth,
+    Profile,
+    ProfileFile,
+    RoundCosts,
+    possible,
+)
 from mlx_mtp.generation.loop import Decoder
 
 NEVER, SELDOM, OFTEN, NEARLY = always(0.0), always(0.3), always(0.8), always(0.95)

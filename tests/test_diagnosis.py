@@ -23,8 +23,7 @@ from mlx_mtp.cli import doctor
 from mlx_mtp.drafters.assistant import Convention
 from mlx_mtp.drafters.lookup import Lookup, LookupFirst
 from mlx_mtp.generation import exactness
-from mlx_mtp.generation.depth import GAIN, FixedDepth
-from mlx_mtp.generation.depth_profile import Profile, ProfileFile
+from mlx_mtp.generation.depth import GAIN, FixedDepth, Profile, ProfileFile
 from mlx_mtp.generation.exactness import Exactness
 from mlx_mtp.generation.loop import Decoder, GenerationRequest
 from mlx_mtp.generation.sampling import DraftSampler

@@ -1,7 +1,7 @@
 """How many tokens to draft: what a round costs x how often drafts are accepted -> the depth with most tokens a second.
 
 Chooses a depth before every round, 0 (plain decoding) included, and learns from every round that was read. Touches no
-device and no clock; `depth_profile.py` keeps what was learned.
+device and no clock. What was learned is kept for the next start (ProfileFile).
 
 A worked example. A plain round takes 10 ms, one of 2 drafts 13 ms: it costs 1.3. Drafts are accepted 80 times of 100,
 so that a round of 2 yields 1 + 0.8 + 0.8 * 0.8 = 2.44 tokens, and 2.44 / 1.3 = 1.88 times the tokens per second of
@@ -19,13 +19,13 @@ import statistics
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
+from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import numpy as np
 
-from mlx_mtp.generation.depth_profile import Profile, ProfileFile
+from mlx_mtp.checkpoints.kept import Kept
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,8 @@ PRIOR = 0.6
 HOLD = 4
 # Share of the time that may be lost on trying other depths.
 TRYING = 0.008
+# Costs are kept only where rounds scatter by no more than this share.
+CALM = 0.2
 
 
 class DepthPolicy(Protocol):
@@ -242,6 +244,56 @@ def expected_tokens(rates: Sequence[float], depth: int) -> float:
 def best_depth(cost: Callable[[int], float], rates: Sequence[float], allowed: Sequence[int]) -> int:
     """The depth with most expected tokens per cost of a round; drafting must promise more than LITTLE."""
     return max(allowed, key=lambda d: expected_tokens(rates, d) / cost(d) * (1.0 if d else 1.0 + LITTLE))
+
+
+@dataclass
+class Profile:
+    """costs: of a round of 0, 1, ... drafts, in plain rounds; None where they are not known well.
+
+    noise: by what share the rounds they come from scattered. verified, accepted: drafts at each position, older ones
+    counting less.
+    """
+
+    costs: list[float] | None
+    noise: float
+    verified: list[float]
+    accepted: list[float]
+
+
+class ProfileFile(Kept):
+    """Where the profile of one machine and pair is kept: costs only if the machine was quiet, never seconds."""
+
+    def load(self, deepest: int) -> Profile | None:
+        """What an earlier run learned of 0 to `deepest` drafts; None where nothing usable is kept."""
+        known = self.read()
+        try:
+            costs, verified, accepted = (list(map(float, known[name] or ()))
+                                         for name in ("costs", "verified", "accepted"))  # fmt: skip
+            noise = float(known["noise"])
+        except (KeyError, TypeError, ValueError):
+            return None
+        if {len(verified), len(accepted)} != {deepest}:
+            return None
+        if not all(0 <= few <= many < math.inf for many, few in zip(verified, accepted, strict=True)):
+            return None
+        usable = len(costs) == deepest + 1 and possible(costs) and 0 <= noise <= CALM
+        return Profile(costs if usable else None, noise, verified, accepted)
+
+    def save(self, profile: Profile) -> None:
+        """Keeps a profile, with the former costs where those are better."""
+        former = self.load(len(profile.verified))
+        ours = profile.costs is not None and profile.noise <= CALM and possible(profile.costs)
+        if former is not None and former.costs and (not ours or former.noise < profile.noise / 2):
+            profile = replace(profile, costs=former.costs, noise=former.noise)
+        elif not ours:
+            profile = replace(profile, costs=None, noise=CALM)
+        self.write(asdict(profile))
+
+
+def possible(costs: Sequence[float]) -> bool:
+    """Whether rounds can cost that: more drafts no less, and a draft no more than two passes of one row."""
+    rising = all(1.0 <= one <= other for one, other in pairwise([1.0, *costs]))
+    return rising and all(cost <= 1.0 + 2.0 * depth for depth, cost in enumerate(costs))
 
 
 @dataclass

@@ -30,9 +30,8 @@ from mlx_mtp.checkpoints.checkpoint import TOWERS, Checkpoint, compute_dtype, lo
 from mlx_mtp.checkpoints.unpacking import unpack
 from mlx_mtp.generation.cache import FULL, KVCache, LayerShape, NoCache
 from mlx_mtp.generation.interfaces import States, Target, TargetInfo
-from mlx_mtp.targets import registry
+from mlx_mtp.targets import registry, rows_of
 from mlx_mtp.targets.gemma4_config import Gemma4Config
-from mlx_mtp.targets.rows import rows_of
 
 log = logging.getLogger(__name__)
 

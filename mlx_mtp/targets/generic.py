@@ -33,8 +33,7 @@ from mlx_mtp.checkpoints.unpacking import unpack
 from mlx_mtp.errors import CheckpointError, MLXMTPError, UnsupportedModel, brief
 from mlx_mtp.generation.cache import CAPACITY_STEP, FULL, SLACK, SLIDING, KVCache, LayerShape, LayerView
 from mlx_mtp.generation.interfaces import States, Target, TargetInfo
-from mlx_mtp.targets import registry
-from mlx_mtp.targets.rows import WITH_ROWS, rows_of
+from mlx_mtp.targets import WITH_ROWS, registry, rows_of
 
 # Names under which config.json files keep one size. The bounds are far above any model: building a module takes time
 # in proportion to its layers, whatever the files hold.
