@@ -86,7 +86,8 @@ def load(
 
     if loaded is None and plan.wanted:
         depth = "auto"  # that no drafter was found has been said; a depth for one is then without object
-    generation, tokenizer = _generation_config(checkpoint), Tokenizer.load(checkpoint.path)
+    file, tokenizer = checkpoint.path / "generation_config.json", Tokenizer.load(checkpoint.path)
+    generation = read_json(file) if file.exists() else {}
     engine = Engine(
         target,
         loaded,
@@ -327,11 +328,6 @@ def _ensure_compile_works() -> None:
         except RuntimeError:
             log.warning("MLX cannot compile kernels here (g++ or its folder in the temporary directory): slower.")
             mx.disable_compile()
-
-
-def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    file = checkpoint.path / "generation_config.json"
-    return read_json(file) if file.exists() else {}
 
 
 def _default_sampling(generation: dict[str, Any], path: Path) -> Sampling:

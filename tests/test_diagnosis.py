@@ -23,7 +23,7 @@ from mlx_mtp.cli import doctor
 from mlx_mtp.drafters.assistant import Convention
 from mlx_mtp.drafters.lookup import Lookup, LookupFirst
 from mlx_mtp.generation import exactness
-from mlx_mtp.generation.depth import GAIN, FixedDepth, Profile, ProfileFile
+from mlx_mtp.generation.depth import LITTLE, FixedDepth, Profile, ProfileFile
 from mlx_mtp.generation.exactness import Exactness
 from mlx_mtp.generation.loop import Decoder, GenerationRequest
 from mlx_mtp.generation.sampling import DraftSampler
@@ -133,7 +133,7 @@ def test_the_depth_table_against_enumeration(ratios: tuple[float, ...]) -> None:
             * ((*accepted, False).index(False) + 1)
             for accepted in itertools.product((True, False), repeat=depth)
         ) for depth in allowed}  # fmt: skip
-        best = max(allowed, key=lambda depth: tokens[depth] / curve.at(depth) * (1.0 if depth else GAIN))
+        best = max(allowed, key=lambda depth: tokens[depth] / curve.at(depth) * (1.0 if depth else 1.0 + LITTLE))
         assert (one["depth"], one["tokens_per_round"]) == (best, pytest.approx(tokens[best]))
         assert one["speed_up"] == pytest.approx(tokens[best] * curve.at(0) / curve.at(best))
 

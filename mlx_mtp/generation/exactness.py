@@ -162,7 +162,8 @@ class _Trial:
         for start in self._starts:
             alone = self._left(start, single, [1] * PROBE_TOKENS) if found else []
             found = [width for width in found if all(
-                _same(alone, self._left(start, width, commits)) for commits in _commits(width)
+                mx.array_equal(one, other).item() for commits in _commits(width)
+                for one, other in zip(alone, self._left(start, width, commits), strict=True)
             )]  # fmt: skip
         return found
 
@@ -194,10 +195,6 @@ def _commits(width: int) -> Iterator[list[int]]:
     for sizes in ([width] * PROBE_TOKENS, [1 + i % width for i in range(PROBE_TOKENS)]):
         passes = next(n for n in range(1, PROBE_TOKENS + 1) if sum(sizes[:n]) >= PROBE_TOKENS)
         yield [*sizes[: passes - 1], PROBE_TOKENS - sum(sizes[: passes - 1])]
-
-
-def _same(one: _Left, other: _Left) -> bool:
-    return all(mx.array_equal(a, b).item() for a, b in zip(one, other, strict=True))
 
 
 def _filled(target: Target, capacity: int) -> KVCache:
