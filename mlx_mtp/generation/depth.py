@@ -363,17 +363,13 @@ class DepthController(DepthPolicy):
         return depth
 
     def _worth_a_try(self) -> int:
-        """The depth that may well be better than the one in use, else the others by turns, or the one in use.
+        """The depth that was tried longest ago of those whose loss is saved, or the one in use.
 
-        A try is made once its loss is saved, by the hopeful end of what its cost is thought to be.
+        The loss is by the hopeful end of what its cost is thought to be: one that may well be better loses nothing.
         """
-        others = [depth for depth in self._within_reach() if depth != self._chosen]
-        hope = {depth: self._hope(depth) for depth in others}
-        turns = sorted(others, key=lambda d: self._tried_at[d])
-        best = min(others, key=lambda d: hope[d] / self.tokens(d))
-        if self.tokens(best) / hope[best] > self.speed_up(self._chosen):
-            turns.insert(0, best)
-        affordable = (depth for depth in turns if self._saved >= HOLD * self._loss(depth, hope[depth]))
+        turns = sorted(self._within_reach(), key=lambda depth: self._tried_at[depth])
+        affordable = (depth for depth in turns if depth != self._chosen
+                      and self._saved >= HOLD * self._loss(depth, self._hope(depth)))  # fmt: skip
         return next(affordable, self._chosen)
 
     def _hope(self, depth: int) -> float:
