@@ -8,11 +8,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from mlx_mtp.checkpoints.kept import forget, probes_path, profiles_path
 from mlx_mtp.cli import options
 from mlx_mtp.cli.loading import load
 from mlx_mtp.errors import MLXMTPError, OptionError
-from mlx_mtp.generation.depth_profile import forget, profile_path
-from mlx_mtp.generation.probe_file import probes_path
 from mlx_mtp.measuring import tables
 from mlx_mtp.measuring.advice import advise
 from mlx_mtp.measuring.diagnosis import diagnose
@@ -46,7 +45,7 @@ def doctor(
 def _forget(as_json: bool) -> None:
     """Drops the profiles of the depth control and what exact mode found, and says whose they were."""
     dropped = []
-    for path in (profile_path(), probes_path()):
+    for path in (profiles_path(), probes_path()):
         try:
             dropped += forget(path)
         except OSError as error:

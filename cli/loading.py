@@ -10,7 +10,7 @@ from rich.progress import DownloadColumn, TransferSpeedColumn
 
 import mlx_mtp
 import mlx_mtp.loading
-from mlx_mtp.checkpoints.hub import Progress
+from mlx_mtp.checkpoints.hub import LoadProgress
 from mlx_mtp.checkpoints.packaged import model_of
 from mlx_mtp.cli import notices, options
 from mlx_mtp.cli.progress import PatientBar
@@ -31,7 +31,7 @@ def load(
     """An engine from options as they are on the command line; bars on a terminal for what takes long."""
     with notices.held_back(), PatientBar(Console(stderr=True), DownloadColumn(), TransferSpeedColumn()) as bar:
 
-        def tell(at: Progress) -> None:
+        def tell(at: LoadProgress) -> None:
             bar.update(f"{VERBS[at.what]} {at.name}", at.done, at.total)
 
         if packaged := model_of(model):

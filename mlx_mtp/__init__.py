@@ -21,53 +21,20 @@ from mlx_mtp.version import __version__  # noqa: E402
 if TYPE_CHECKING:
     from mlx_mtp.chat.conversation import Chat
     from mlx_mtp.engine import Engine
-    from mlx_mtp.errors import (
-        CheckpointError,
-        DataError,
-        DoesNotFit,
-        IncompatibleDrafter,
-        MLXMTPError,
-        ModelNotFound,
-        OptionError,
-        PromptError,
-        UnsupportedModel,
-    )
+    from mlx_mtp.errors import CheckpointError, DataError, DoesNotFit, IncompatibleDrafter, MLXMTPError, ModelNotFound
+    from mlx_mtp.errors import OptionError, PromptError, UnsupportedModel
     from mlx_mtp.loading import load
     from mlx_mtp.generation.types import Event, Result, Sampling, Stats
     from mlx_mtp.generation.prefix import Session
 
 __all__ = [
-    "Chat",
-    "CheckpointError",
-    "DataError",
-    "DoesNotFit",
-    "Engine",
-    "Event",
-    "IncompatibleDrafter",
-    "MLXMTPError",
-    "ModelNotFound",
-    "OptionError",
-    "PromptError",
-    "Result",
-    "Sampling",
-    "Session",
-    "Stats",
-    "UnsupportedModel",
-    "__version__",
-    "load",
-]
-
+    "Chat", "CheckpointError", "DataError", "DoesNotFit", "Engine", "Event", "IncompatibleDrafter", "MLXMTPError",
+    "ModelNotFound", "OptionError", "PromptError", "Result", "Sampling", "Session", "Stats", "UnsupportedModel",
+    "__version__", "load",
+]  # fmt: skip
 # Where a public name is, but for those in errors.py.
-_MODULES = {
-    "Chat": "chat.conversation",
-    "Engine": "engine",
-    "load": "loading",
-    "Event": "generation.types",
-    "Result": "generation.types",
-    "Sampling": "generation.types",
-    "Stats": "generation.types",
-    "Session": "generation.prefix",
-}
+_MODULES = {"Chat": "chat.conversation", "Engine": "engine", "load": "loading", "Session": "generation.prefix"}
+_MODULES |= dict.fromkeys(("Event", "Result", "Sampling", "Stats"), "generation.types")
 
 
 def __getattr__(name: str) -> Any:

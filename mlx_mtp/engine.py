@@ -25,12 +25,10 @@ from mlx_mtp.chat.conversation import Chat
 from mlx_mtp.errors import OptionError, PromptError
 from mlx_mtp.generation import checks, constraint, exactness
 from mlx_mtp.generation.cache import CAPACITY_STEP
-from mlx_mtp.generation.depth import DepthController, DepthPolicy, FixedDepth
-from mlx_mtp.generation.depth_profile import ProfileFile
+from mlx_mtp.generation.depth import DepthController, DepthPolicy, FixedDepth, ProfileFile
 from mlx_mtp.generation.interfaces import Drafter, Target
 from mlx_mtp.generation.loop import Decoder
 from mlx_mtp.generation.prefix import Pair, Session
-from mlx_mtp.generation.probe_file import ProbeFile
 from mlx_mtp.generation.reply import Reply
 from mlx_mtp.generation.request import (
     GenerationRequest,
@@ -41,7 +39,7 @@ from mlx_mtp.generation.request import (
 )
 from mlx_mtp.generation.types import NEUTRAL, Event, Result, Sampling, Stats
 from mlx_mtp.text.call_grammar import ToolChoice
-from mlx_mtp.text.channels import CallFormat, Channels
+from mlx_mtp.text.channels import Channels
 from mlx_mtp.text.tokenizer import Prompt, Tokenizer, prompt_ids
 
 log = logging.getLogger(__name__)
@@ -58,8 +56,8 @@ class Engine:
     """A target, perhaps a drafter, and the loop. Made by `mlx_mtp.load`.
 
     depth: drafts per round, "auto" or 0..8. mode: "fast" or "exact". max_context: most tokens of prompt and reply
-    together. defaults: sampling where a request leaves it open. profile, probes: files and keys under which is kept
-    what the depth control learns and what exact mode finds out.
+    together. defaults: sampling where a request leaves it open. profile, probes: where is kept what the depth
+    control learns and what exact mode finds out.
     """
 
     def __init__(
@@ -73,8 +71,8 @@ class Engine:
         mode: str = "fast",
         max_context: int | None = None,
         defaults: Sampling = NEUTRAL,
-        profile: tuple[Path, str] | None = None,
-        probes: tuple[Path, str] | None = None,
+        profile: ProfileFile | None = None,
+        probes: exactness.ProbeFile | None = None,
     ) -> None:
         self.mode = checks.one_of("mode", mode, MODES)
         self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
@@ -85,8 +83,8 @@ class Engine:
         self.max_context = limit if max_context is None else checks.whole("max_context", max_context, 2, limit)
         if drafter is not None:
             drafter.attach(target)
-        self.exactness = exactness.Probes(target, probes and ProbeFile(*probes)) if mode == "exact" else None
-        self._profile = ProfileFile(*profile) if profile else None
+        self.exactness = exactness.Probes(target, probes) if mode == "exact" else None
+        self._profile = profile
         self._made: Decoder | None = None
         self._making = threading.Lock()
 
@@ -204,23 +202,19 @@ class Engine:
     ) -> GenerationRequest:
         """Checks a prompt and its options, for `run`; PromptError or OptionError where something is wrong.
 
-        sampling, or its fields as keywords: how tokens are chosen (see Sampling).
-        stop: strings that end the reply where they turn up in its answer, never in a thought or a call of a tool; the
-        text ends in front of the first, the tokens with the one that completes it. Of two that the same character
-        completes the longer counts. seed: the same seed gives the same reply; without one every reply is another
-        (temperature 0 needs none). logprobs: 0 = none, n = that of every token and of the n likeliest of its place.
-        raw: continue the prompt as it is, without the chat template, and take all that comes for answer. thinking:
-        asks a checkpoint that can to think first (part of the text then); off as in a chat.
-        ignore_end: go on past stop tokens (for timing). logits_processors: Python functions in mlx-lm's convention,
-        (tokens so far [T], logits [1, V]) -> logits [1, V]; they run on every row, and rounds are then read one by one.
-        on_prefill(done, total) is called after every chunk.
-        session: keeps the K/V of this prompt and reply; what the next prompt has in common with them is not run again.
-        tools: whether calls of tools are told apart from the answer; or declarations in OpenAI's form, which go into
-        the prompt where it is no list of ids. tool_choice: "auto", "required" (a call, no answer), the name of the one
-        tool to call, or a ToolChoice. A reply that must call, or may call a tool that is `strict`, is held to a
-        grammar: its calls can always be read, and their arguments keep to the tool's schema.
-        json_schema (an object or a pydantic class), regex, grammar (lark, as llguidance reads it): what the answer is
-        held to; a thought before it is free. A reply that ends by its length is not complete.
+        sampling, or its fields as keywords: how tokens are chosen (see Sampling). stop: strings that end the reply in
+        its answer, never in a thought or a call of a tool: the text in front of the first, the tokens with the one that
+        completes it; of two that end at once the longer counts. seed: the same seed gives the same reply. logprobs: n =
+        that of every token and of the n likeliest of its place. raw: continue the prompt as it is, without the chat
+        template, and take all that comes for answer. thinking: asks a checkpoint that can to think first. ignore_end:
+        go on past stop tokens (for timing). logits_processors: functions in mlx-lm's convention, (tokens so far [T],
+        logits [1, V]) -> logits [1, V], for every row; rounds are then read one by one. on_prefill(done, total) is
+        called after every chunk. session: keeps the K/V of prompt and reply, for what the next prompt has in common
+        with them. tools: whether calls of tools are told apart from the answer; or declarations in OpenAI's form, which
+        go into the prompt where it is no list of ids. tool_choice: "auto", "required" (a call, no answer), the name of
+        the one tool to call, or a ToolChoice. A reply that must call, or may call a tool that is `strict`, is held to a
+        grammar: its calls can always be read, and their arguments keep to the tool's schema. json_schema (an object or
+        a pydantic class), regex, grammar (lark, as llguidance reads it): what the answer is held to; a thought before it is free.
         """
         max_tokens = checks.whole("max_tokens", max_tokens, 1)
         logprobs = checks.whole("logprobs", logprobs, 0, min(MOST_LOGPROBS, self.target.info.vocab_size))
@@ -237,11 +231,9 @@ class Engine:
         if session is not None:
             session.check(self.pair)
         checked = GenerationRequest(
-            ids=ids,
-            budget=min(max_tokens, self.max_context - len(ids)),
+            ids=ids, budget=min(max_tokens, self.max_context - len(ids)),
             sampling=self._checked_sampling(sampling, fields),
-            seed=secrets.randbits(63) if seed is None else seed,
-            seeded=seed is not None,
+            seed=secrets.randbits(63) if seed is None else seed, seeded=seed is not None,
             logprobs=logprobs,
             processors=checks.functions("logits_processors", logits_processors),
             on_prefill=checks.function("on_prefill", on_prefill),
@@ -332,15 +324,11 @@ class Engine:
         tokenizer = self.tokenizer
         if tokenizer is None:
             return Reply(None, (), None)
-        told_apart = tokenizer.has_chat_template and not request.raw
-        channels = Channels(tokenizer.opened_thought(request.ids), self._calls(request)) if told_apart else None
-        return Reply(tokenizer.stream(), request.stop, channels)
-
-    def _calls(self, request: GenerationRequest) -> CallFormat | None:
-        """How calls of tools are told apart from the answer; None where they are not."""
-        if not request.tools or self.tokenizer is None:
-            return None
-        return self.tokenizer.call_format(None if request.tools is True else request.tools)
+        if request.raw or not tokenizer.has_chat_template:
+            return Reply(tokenizer.stream(), request.stop, None)
+        declared = None if request.tools is True else request.tools
+        calls = tokenizer.call_format(declared or None) if request.tools else None
+        return Reply(tokenizer.stream(), request.stop, Channels(tokenizer.opened_thought(request.ids), calls))
 
     def _events(self, request: GenerationRequest) -> Generator[Event, None, None]:
         decoder, reply = self._decoder, self._reply(request)

@@ -1,15 +1,5 @@
 """Every error mlx_mtp raises on purpose; the command line prints one as one sentence and exits with code 2.
 
-    MLXMTPError
-    |-- ModelNotFound       no such path, or no such name on the hub
-    |-- CheckpointError     files are missing, cut short or do not fit their config.json
-    |-- UnsupportedModel    a model_type or an option of a config.json that no file here implements
-    |-- IncompatibleDrafter the drafter cannot read this target
-    |-- PromptError         empty, too long, or with token ids outside the vocabulary
-    |-- OptionError         an option out of its range
-    |-- DoesNotFit          more memory or disk than this machine has free; says what would fit
-    `-- DataError           a training file that cannot be used; names the file and the line
-
 A message says what was expected, what was found and what to do about it.
 """
 
@@ -23,15 +13,15 @@ class MLXMTPError(Exception):
 
 
 class ModelNotFound(MLXMTPError):
-    """No checkpoint at this path or under this name."""
+    """No such path, and no such name on the hub."""
 
 
 class CheckpointError(MLXMTPError):
-    """A checkpoint's files are missing, corrupt, or contradict each other."""
+    """A checkpoint's files are missing, cut short, or do not fit their config.json."""
 
 
 class UnsupportedModel(MLXMTPError):
-    """A checkpoint of a kind that is not implemented."""
+    """A model_type or an option of a config.json that no file here implements."""
 
 
 class IncompatibleDrafter(MLXMTPError):
@@ -39,7 +29,7 @@ class IncompatibleDrafter(MLXMTPError):
 
 
 class PromptError(MLXMTPError):
-    """A prompt that cannot be run."""
+    """A prompt that is empty, too long, or has token ids outside the vocabulary."""
 
 
 class OptionError(MLXMTPError):
@@ -51,7 +41,7 @@ class DoesNotFit(MLXMTPError):
 
 
 class DataError(MLXMTPError):
-    """Training data that cannot be read."""
+    """A training file that cannot be used; the message names the file and the line."""
 
 
 def brief(error: BaseException) -> str:

@@ -17,17 +17,17 @@ import mlx.core as mx
 
 from mlx_mtp import assets, drafters, targets
 from mlx_mtp.backend import blas, threads
-from mlx_mtp.checkpoints import hub, memory, pairs
-from mlx_mtp.checkpoints.checkpoint import Checkpoint, read_json, section, visible
-from mlx_mtp.checkpoints.hub import Listing, OnProgress, Progress, Source
+from mlx_mtp.checkpoints import hub, kept, memory, pairs
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, misfit, read_json, section, visible
+from mlx_mtp.checkpoints.hub import Listing, LoadProgress, OnProgress, Source
 from mlx_mtp.checkpoints.packaged import model_of
 from mlx_mtp.drafters.lookup import Lookup, LookupFirst
 from mlx_mtp.engine import MODES, Engine
 from mlx_mtp.errors import CheckpointError, IncompatibleDrafter, ModelNotFound, OptionError
 from mlx_mtp.generation import checks
-from mlx_mtp.generation.depth_profile import profile_path
+from mlx_mtp.generation.depth import ProfileFile
+from mlx_mtp.generation.exactness import ProbeFile
 from mlx_mtp.generation.interfaces import Drafter
-from mlx_mtp.generation.probe_file import probes_path
 from mlx_mtp.generation.types import Sampling
 from mlx_mtp.text.tokenizer import Tokenizer
 from mlx_mtp.version import __version__
@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 
 ASSETS = Path(assets.__path__[0])
 EMBEDDED = ASSETS / "standard-library"
-FAMILIES = ("assistant", "parallel", "sequential")  # drafters of the embedded model, by folder; the first is "auto"
-OF_PACKAGED = ("sequential", "parallel")  # of a packaged model; the first that is there is "auto"
+# Folders of the drafters that come with the embedded model and with packaged ones; the first that is there is "auto".
+FAMILIES = ("assistant", "sequential", "parallel")
 LOOKUP_FIRST = "lookup+"  # in front of a drafter's name: the lookup overrules it where it has a long match
 
 
@@ -55,19 +55,16 @@ def load(
     """Loads a target and its drafter, from the hub where they are not here yet.
 
     model: a folder, a hub name, the name of a packaged model that was fetched ("smollm2"), or None for the embedded
-    model. drafter: a folder, a hub name, "auto" (the
-    assistant made for this target, or none where none is known), "lookup" (what followed the same words before),
-    "lookup+" in front of any other, or None / "none" for plain decoding; for the embedded and packaged models also the
-    family of a drafter that comes with them, "assistant", "parallel" or "sequential".
-    mode: "fast" or "exact" (greedy output bit-equal with and without the drafter).
-    depth: drafts per round, "auto" or 0..8. draft_head_bits: 4 or 8 stores a drafter's dense output head in so many
-    bits, 0 leaves it as it is; "auto" = 4 on a GPU, 0 on a CPU, where quantised products are the slower ones. Only
-    proposals change, never the answer.
-    on_progress: hears how far downloads and reading are (hub.Progress), in the thread that loads.
+    model. drafter: a folder, a hub name, "auto" (the assistant made for this target, or none where none is known),
+    "lookup" (what followed the same words before), "lookup+" in front of any other, or None / "none" for plain
+    decoding; for the embedded and packaged models also "assistant", "parallel" or "sequential", which come with them.
+    depth: drafts per round, "auto" or 0..8. mode: "fast" or "exact" (greedy output bit-equal with and without the
+    drafter). draft_head_bits: 4 or 8 stores a drafter's dense output head in so many bits, 0 leaves it as it is;
+    "auto" = 4 on a GPU, 0 on a CPU, where quantised products are the slower ones. Only proposals change, never the
+    answer. on_progress: hears how far downloads and reading are, in the thread that loads.
 
     A model too large for this machine is refused (DoesNotFit) before it is downloaded or read; the environment
-    variable MLX_MTP_IGNORE_MEMORY=1 loads it all the same. On Metal the weights stay resident (memory.Wired).
-    Raises a subclass of MLXMTPError whose message says what to do.
+    variable MLX_MTP_IGNORE_MEMORY=1 loads it all the same. On Metal the weights stay resident (memory.keep_resident).
     """
     if model is not None:
         model = checks.place("model", model)
@@ -89,7 +86,8 @@ def load(
 
     if loaded is None and plan.wanted:
         depth = "auto"  # that no drafter was found has been said; a depth for one is then without object
-    generation, tokenizer = _generation_config(checkpoint), Tokenizer.load(checkpoint.path)
+    file, tokenizer = checkpoint.path / "generation_config.json", Tokenizer.load(checkpoint.path)
+    generation = read_json(file) if file.exists() else {}
     engine = Engine(
         target,
         loaded,
@@ -99,10 +97,10 @@ def load(
         mode=mode,
         max_context=max_context,
         defaults=_default_sampling(generation, checkpoint.path),
-        profile=(profile_path(), _profile_key(checkpoint.path, drafter, loaded, mode, head_bits)),
-        probes=(probes_path(), _probes_key(checkpoint)),
+        profile=ProfileFile(kept.profiles_path(), _profile_key(checkpoint.path, drafter, loaded, mode, head_bits)),
+        probes=ProbeFile(kept.probes_path(), _probes_key(checkpoint)),
     )
-    memory.wired.add(engine, sum(memory.held_bytes(each.tensors()) for each in (checkpoint, *plan.sources())))
+    memory.keep_resident(engine, sum(memory.held_bytes(each.tensors()) for each in (checkpoint, *plan.sources())))
     return engine
 
 
@@ -125,7 +123,11 @@ def drafter_folder(model: str | Path | None, drafter: str | Path | None) -> Path
 
 def packaged_drafters(model: str) -> list[str]:
     """Families of the drafters that come with a packaged model; the first is "auto"."""
-    return [family for family in OF_PACKAGED if (ASSETS / model / family / "config.json").is_file()]
+    return _families(ASSETS / model)
+
+
+def _families(place: Path | None) -> list[str]:
+    return [family for family in FAMILIES if place and (place / family / "config.json").is_file()]
 
 
 # Resolve: what a name stands for
@@ -182,17 +184,19 @@ def _plan_drafter(model: str | Path | None, target: Source, drafter: str | Path 
         if name in ("", "none") or name.startswith("lookup"):
             raise OptionError(f"drafter '{drafter}' names none after 'lookup+'; 'lookup' alone needs no other.")
         return replace(_plan_drafter(model, target, name), lookup=True)
-    if model is None and drafter in ("auto", *FAMILIES):
-        family = FAMILIES[0] if drafter == "auto" else str(drafter)
-        return DrafterPlan(source=Checkpoint.open(_bundled_drafter("the embedded model", EMBEDDED, family)))
-    if packaged := model_of(model):
-        of_it = packaged_drafters(packaged.name)
-        if drafter in FAMILIES or drafter == "auto" and of_it:
-            family = of_it[0] if drafter == "auto" else str(drafter)
-            folder = _bundled_drafter(f"'{packaged.name}'", ASSETS / packaged.name, family)
-            return DrafterPlan(source=Checkpoint.open(folder))
+    packaged = model_of(model)
+    place = EMBEDDED if model is None else ASSETS / packaged.name if packaged else None
+    there = _families(place)
+    if drafter in there or drafter == "auto" and there:
+        family = there[0] if drafter == "auto" else str(drafter)
+        return DrafterPlan(source=Checkpoint.open(Path(str(place)) / family))
     if drafter == "auto":
         return _known_drafter(model, target)
+    if drafter in FAMILIES and place:
+        which, whose = " or ".join(f"'{family}'" for family in there), f"'{model}'" if model else "the embedded model"
+        raise OptionError(f"Expected a drafter that comes with {whose} ({which or 'none does'}), found '{drafter}', "
+                          "which this installation does not hold; name another one, a folder, 'lookup' or 'none'."
+                          )  # fmt: skip
     if drafter in FAMILIES:
         raise OptionError(f"Expected a drafter's folder or hub name, 'auto', 'lookup' or 'none', found '{drafter}'.")
     return DrafterPlan(source=_resolve(drafter))
@@ -208,18 +212,6 @@ def _known_drafter(model: str | Path | None, target: Source) -> DrafterPlan:
         log.warning("No drafter is known for '%s': decoding plainly. Name one with --drafter.", model)
         return DrafterPlan()
     return DrafterPlan(chosen=False).having(lambda: _resolve(name))
-
-
-def _bundled_drafter(model: str, place: Path, family: str) -> Path:
-    """The folder of a drafter that comes with a model of this package."""
-    folder = place / family
-    if not folder.is_dir():
-        there = [f"'{name}'" for name in FAMILIES if (place / name).is_dir()]
-        raise OptionError(
-            f"Expected a drafter that comes with {model} ({' or '.join(there) or 'none does'}), found "
-            f"'{family}', which this installation does not hold; name another one, a folder, 'lookup' or 'none'."
-        )
-    return folder
 
 
 # Check: before anything large is downloaded or read
@@ -271,7 +263,7 @@ def _supported(drafter: Source, target: Source) -> Source:
 
 def _telling(name: str, on_progress: OnProgress | None) -> Callable[[int, int], None] | None:
     """What a checkpoint calls while it is read."""
-    return on_progress and (lambda done, total: on_progress(Progress("load", name, done, total)))
+    return on_progress and (lambda done, total: on_progress(LoadProgress("load", name, done, total)))
 
 
 def _read_drafter(plan: DrafterPlan, head_bits: int | str, on_progress: OnProgress | None) -> Drafter | None:
@@ -338,11 +330,6 @@ def _ensure_compile_works() -> None:
             mx.disable_compile()
 
 
-def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    file = checkpoint.path / "generation_config.json"
-    return read_json(file) if file.exists() else {}
-
-
 def _default_sampling(generation: dict[str, Any], path: Path) -> Sampling:
     """The checkpoint's own sampling; greedy unless it says do_sample, as transformers reads the same file."""
     if not generation.get("do_sample"):
@@ -368,9 +355,6 @@ def _end_tokens(
         given = source.get("eos_token_id")
         ids = given if isinstance(given, list) else [] if given is None else [given]
         if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-            raise CheckpointError(
-                f"{checkpoint.path}: expected whole numbers as 'eos_token_id', found {reprlib.repr(given)}; "
-                "use the files that belong to this checkpoint."
-            )
+            raise misfit("whole numbers as 'eos_token_id'", reprlib.repr(given), checkpoint.name)
         found |= set(ids)
     return {token for token in found if 0 <= token < vocabulary}

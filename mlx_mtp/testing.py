@@ -19,14 +19,7 @@ from mlx_mtp.generation.interfaces import Drafter, Memory, SampleDraft, States, 
 from mlx_mtp.generation.loop import Decoder
 from mlx_mtp.generation.prefix import Session
 from mlx_mtp.generation.request import GenerationRequest
-from mlx_mtp.generation.sampling import (
-    Forced,
-    SamplingArrays,
-    SamplingSpec,
-    TokenDistribution,
-    point_mass,
-    stacked,
-)
+from mlx_mtp.generation.sampling import Forced, SamplingArrays, SamplingSpec, TokenDistribution, point_mass, stacked
 from mlx_mtp.generation.types import NEUTRAL, Result, Sampling, Stats
 
 # Kernels round differently for one row and for several. This is more than rounding explains on any device, and far
@@ -77,7 +70,6 @@ class ScriptedDrafter(Drafter):
     def draft(
         self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
     ) -> tuple[mx.array, Memory]:
-        """The script's tokens after `token`, whose position is the committed length."""
         places = cache.length[:, None] + 1 + mx.arange(depth, dtype=mx.int32)
         return sample.point_mass(self.proposals[mx.minimum(places, self.proposals.size - 1)]), memory
 
@@ -87,30 +79,21 @@ class MarkovTarget(Target):
 
     def __init__(self, table: mx.array, max_context: int = 1 << 20) -> None:
         self.table = table
-        self.path = None
         self.info = TargetInfo(
             vocab_size=table.shape[0], hidden_size=1, max_context=max_context, window=1, readable={},
             storing_layers={}, attention_heads=1,
         )  # fmt: skip
 
-    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
-        """A cache that only counts."""
-        return KVCache((), 1, capacity, mx.float32, batch)
-
     def embed(self, tokens: mx.array) -> mx.array:
-        """The ids themselves, [B, M, 1]."""
         return tokens[..., None].astype(mx.float32)
 
     def forward(self, tokens: mx.array, cache: KVCache, keep: int | None = None) -> States:
-        """The ids as states."""
         return States(self.embed(tokens if keep is None else tokens[:, tokens.shape[1] - keep :]))
 
     def head(self, hidden: mx.array) -> mx.array:
-        """The table's rows."""
         return self.table[hidden[..., 0].astype(mx.int32)]
 
     def logits(self, tokens: mx.array) -> mx.array:
-        """The table's rows."""
         return self.table[tokens]
 
 
@@ -124,7 +107,6 @@ class MarkovDrafter(ScriptedDrafter):
     def draft(
         self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
     ) -> tuple[mx.array, Memory]:
-        """A chain through the table."""
         drafts = [token]
         for _ in range(depth):
             drafts.append(sample(self.table[drafts[-1]]))

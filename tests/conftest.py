@@ -22,7 +22,6 @@ from mlx_mtp.checkpoints.packaged import PackagedModel
 from mlx_mtp.engine import Engine
 from mlx_mtp.generation import exactness
 from mlx_mtp.generation.interfaces import Target
-from mlx_mtp.generation.probe_file import ProbeFile
 
 GOLDEN = Path(__file__).parent / "golden"
 VARIANTS = ("ple", "keqv", "moe", "unified")
@@ -130,7 +129,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PackagedModel:
 def nothing_remembered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What exact mode found in one test does not answer for another, which may have changed the weights since."""
     if request.node.get_closest_marker("remembering") is None:
-        monkeypatch.setattr(ProbeFile, "load", lambda self: {})
+        monkeypatch.setattr(exactness.ProbeFile, "load", lambda self: {})
 
 
 # What the depth control learns in tests is nobody's business.

@@ -73,7 +73,7 @@ class Calls:
 
     def written(self, *calls: tuple[str, dict[str, Any]]) -> str:
         """As the template itself writes them."""
-        return str(self.tokenizer.template.reply(calls)).removesuffix("<|im_end|>\n").lstrip("\n")
+        return str(self.tokenizer.reply(calls)).removesuffix("<|im_end|>\n").lstrip("\n")
 
     def grammar(self, choice: ToolChoice, tools: list[dict[str, Any]] = TOOLS, answer: Any = None) -> Grammar:
         text = self.tokenizer.call_grammar().text(tools, choice, answer)

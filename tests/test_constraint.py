@@ -181,7 +181,7 @@ def test_forced_drafts_are_point_masses() -> None:
         seen.append(drafts.tolist()[0])
         return mx.where(mx.arange(6) == drafts[0, 0], 50.0, logits)  # surely accepted, as q is 1 there
 
-    output = decoder.rounds.submit_between(state, 2, change, forced)
+    output = decoder.rounds.submit(state, 2, change, forced)
     assert seen[0][0] == 3 and output.tokens.tolist()[0][0] == 3 and output.tokens.tolist()[0][-1] >= 1
     assert stacked([point_mass(mx.array([[3]]))]).at(mx.array([[3]])).item() == 1.0
 

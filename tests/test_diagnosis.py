@@ -17,8 +17,7 @@ from mlx_mtp.backend import blas
 from mlx_mtp.checkpoints import memory
 from mlx_mtp.cli import doctor
 from mlx_mtp.generation import exactness
-from mlx_mtp.generation.depth import GAIN
-from mlx_mtp.generation.depth_profile import Profile, ProfileFile
+from mlx_mtp.generation.depth import LITTLE, Profile, ProfileFile
 from mlx_mtp.generation.exactness import Exactness
 from mlx_mtp.measuring import advice, diagnosis, machine
 from mlx_mtp.measuring.diagnosis import Costs
@@ -120,7 +119,7 @@ def test_the_depth_table_against_enumeration(ratios: tuple[float, ...]) -> None:
             * ((*accepted, False).index(False) + 1)
             for accepted in itertools.product((True, False), repeat=depth)
         ) for depth in allowed}  # fmt: skip
-        best = max(allowed, key=lambda depth: tokens[depth] / measured.round(depth) * (1.0 if depth else GAIN))
+        best = max(allowed, key=lambda depth: tokens[depth] / measured.round(depth) * (1.0 if depth else 1.0 + LITTLE))
         assert (one["depth"], one["tokens_per_round"]) == (best, pytest.approx(tokens[best]))
         assert one["speed_up"] == pytest.approx(tokens[best] * measured.round(0) / measured.round(best))
 

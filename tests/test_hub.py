@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import types
+import weakref
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -133,7 +134,7 @@ def test_after_a_break_for_good_the_next_run_asks_only_for_the_rest(online: Hub,
 def test_an_interrupt_keeps_what_has_come(online: Hub, cache: Path) -> None:
     online.faults.stall["model.safetensors"] = CUT
 
-    def interrupt(at: hub.Progress) -> None:
+    def interrupt(at: hub.LoadProgress) -> None:
         if at.done >= CUT:
             raise KeyboardInterrupt
 
@@ -176,7 +177,7 @@ def test_progress_tells_bytes_and_ends_at_all(online: Hub, tmp_path: Path) -> No
     online.faults.breaks["model-00002-of-00003.safetensors"] = [20_000] + [0] * 50
     refusal(fetched)
     online.faults.breaks.clear()
-    seen: list[hub.Progress] = []
+    seen: list[hub.LoadProgress] = []
     folder = fetched(on_progress=seen.append)
     assert {file.name for file in folder.iterdir()} == {"config.json", *shards}
     assert {at.what for at in seen} == {"download"} and {at.name for at in seen} == {NAME}
@@ -186,7 +187,7 @@ def test_progress_tells_bytes_and_ends_at_all(online: Hub, tmp_path: Path) -> No
 
 def test_reading_is_told_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "PIECE_BYTES", 40_000)
-    seen: list[hub.Progress] = []
+    seen: list[hub.LoadProgress] = []
     mlx_mtp.load(TARGET, drafter=TIED, depth=2, on_progress=seen.append)
     for name in (str(TARGET), "its drafter"):
         steps = [at for at in seen if at.name == name]
@@ -426,17 +427,18 @@ def test_wired_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
     monkeypatch.setattr(memory.mx, "set_wired_limit", set_limit)
-    wired, first, second, third = memory.Wired(), Owner(), Owner(), Owner()
-    wired.add(first, 10**9)
+    monkeypatch.setattr(memory, "_engines", weakref.WeakKeyDictionary())
+    first, second, third = Owner(), Owner(), Owner()
+    memory.keep_resident(first, 10**9)
     assert limits == [7]  # no Metal here
     monkeypatch.setattr(memory, "on_metal", lambda: True)
     monkeypatch.setattr(memory, "available_bytes", lambda: 3 * 10**9)
     for owner, weights in ((first, 1), (second, 1), (third, 2)):
-        wired.add(owner, weights * 10**9)
+        memory.keep_resident(owner, weights * 10**9)
     # never more than macOS recommends
     assert limits == [7, memory.needed_bytes(10**9), memory.needed_bytes(2 * 10**9), 3 * 10**9]
     del first, second, owner
-    wired.add(third, 2 * 10**9)
+    memory.keep_resident(third, 2 * 10**9)
     assert limits[-1] == memory.needed_bytes(2 * 10**9)  # of those alive
 
 

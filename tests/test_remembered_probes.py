@@ -9,11 +9,10 @@ import pytest
 from conftest import GOLDEN
 
 import mlx_mtp
+from mlx_mtp.checkpoints.kept import forget, probes_path
 from mlx_mtp.generation import exactness
-from mlx_mtp.generation.depth_profile import forget
-from mlx_mtp.generation.exactness import Exactness
+from mlx_mtp.generation.exactness import Exactness, ProbeFile
 from mlx_mtp.generation.interfaces import Target
-from mlx_mtp.generation.probe_file import ProbeFile, probes_path
 
 pytestmark = pytest.mark.remembering
 

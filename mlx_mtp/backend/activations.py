@@ -1,11 +1,11 @@
-"""tanh, gelu, softmax and logsumexp, written so that they are also fast on a CPU.
+"""tanh, gelu and logsumexp, written so that they are also fast on a CPU.
 
 MLX's CPU backend computes tanh one value at a time (16 ns each, measured with MLX 0.32.4), which made gelu half of
 a training step; sums and products are vectorised and a hundred times faster. So on a CPU tanh is Lambert's
 continued fraction, cut at depth 6, at half the argument, and the addition theorem: error below 2e-7 in float32.
 On a GPU it is MLX's own.
 
-The same holds for exp (9 ns each; powers of two cost a third), so on a CPU softmax and logsumexp count in base 2.
+The same holds for exp (9 ns each; powers of two cost a third), so on a CPU attention and logsumexp count in base 2.
 """
 
 from __future__ import annotations
@@ -85,14 +85,6 @@ def gelu(x: mx.array) -> mx.array:
 def powers_of_two(x: mx.array) -> mx.array:
     """2 ** x for x <= 0 in float32; values below 2 ** -126 become that."""
     return mx.power(2.0, mx.maximum(x, NOTHING))
-
-
-def softmax(x: mx.array) -> mx.array:
-    """Softmax over the last axis, for what nothing is learned through: its gradient is not the fast one."""
-    if not float32_on_cpu(x):
-        return mx.softmax(x, axis=-1)
-    weights = powers_of_two((x - x.max(axis=-1, keepdims=True)) * PER_OCTAVE)
-    return weights / weights.sum(axis=-1, keepdims=True)
 
 
 def _logsumexp(x: mx.array) -> mx.array:

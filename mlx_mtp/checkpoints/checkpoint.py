@@ -13,6 +13,7 @@ import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,8 +36,6 @@ PIECE_BYTES = 256 * 2**20
 SHARD_BYTES = 4 * 10**9
 
 Number = TypeVar("Number", int, float)
-
-
 OnRead = Callable[[int, int], None]  # hears (bytes read, bytes in all)
 
 
@@ -120,17 +119,14 @@ class Checkpoint:
         RuntimeError from MLX where a file cannot be read.
         """
         arrays = list(named_parameters(module).values())
-        total, done, waiting = sum(array.nbytes for array in arrays), 0, 0
-        piece: list[mx.array] = []
-        for i, array in enumerate(arrays):
-            piece.append(array)
-            waiting += array.nbytes
-            if waiting >= PIECE_BYTES or i + 1 == len(arrays):
-                mx.eval(piece)
+        begun, done = 0, list(accumulate(array.nbytes for array in arrays))
+        for i, so_far in enumerate(done):
+            if so_far - (done[begun - 1] if begun else 0) >= PIECE_BYTES or i + 1 == len(arrays):
+                mx.eval(arrays[begun : i + 1])
                 threads.pause()
-                done, piece, waiting = done + waiting, [], 0
+                begun = i + 1
                 if self.on_read is not None:
-                    self.on_read(done, total)
+                    self.on_read(so_far, done[-1])
 
 
 def is_gguf(path: Path) -> bool:
@@ -179,10 +175,7 @@ def read_config(file: Path) -> dict[str, Any]:
     """A config.json, which must say what it is of."""
     config = read_json(file)
     if not isinstance(found := config.get("model_type"), str):
-        raise CheckpointError(
-            f"{file}: expected a name as 'model_type', found {reprlib.repr(found)}; "
-            "use the config.json that belongs to this checkpoint."
-        )
+        raise misfit("a name as 'model_type'", reprlib.repr(found), str(file))
     return config
 
 
@@ -222,24 +215,21 @@ def _type_and_bytes(tensor: Any) -> tuple[str, int]:
     return dtype, math.prod(tensor.get_shape()) * int(bits[0] if bits else 8) // 8
 
 
+def misfit(expected: str, found: str, where: str = "config.json") -> CheckpointError:
+    """The error for a file that says something else than it must."""
+    return CheckpointError(f"{where}: expected {expected}, found {found}; use the one that belongs to this checkpoint.")
+
+
 def number(
-    fields: Mapping[str, Any],
-    key: str,
-    kind: type[Number],
-    low: Number,
-    high: Number,
-    default: Number | None = None,
+    fields: Mapping[str, Any], key: str, kind: type[Number], low: Number, high: Number, default: Number | None = None,
     where: str = "config.json",
-) -> Number:
+) -> Number:  # fmt: skip
     """A field of a config.json; absent or null it is the default. CheckpointError outside low..high."""
     value = default if fields.get(key) is None else fields[key]
     kinds = (int,) if kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
         what = "a whole number" if kind is int else "a number"
-        raise CheckpointError(
-            f"{where}: expected {what} from {low} to {high} as '{key}', found {reprlib.repr(value)}; "
-            "use the config.json that belongs to this checkpoint."
-        )
+        raise misfit(f"{what} from {low} to {high} as '{key}'", reprlib.repr(value), where)
     return kind(value)
 
 
@@ -247,10 +237,7 @@ def section(fields: Mapping[str, Any], key: str, where: str = "config.json") -> 
     """An object inside a config.json, empty where it is absent or null; CheckpointError for anything else."""
     value = fields.get(key)
     if value is not None and not isinstance(value, dict):
-        raise CheckpointError(
-            f"{where}: expected a JSON object as '{key}', found {reprlib.repr(value)}; "
-            "use the file that belongs to this checkpoint."
-        )
+        raise misfit(f"a JSON object as '{key}'", reprlib.repr(value), where)
     return value or {}
 
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Any, BinaryIO, cast
 
 from mlx_mtp.errors import CheckpointError
@@ -122,21 +121,17 @@ def fetch_all(files: Sequence[LargeFile], tell: Callable[[int, int], None]) -> N
     The first failure stops all and is raised; what has come stays for the next time, after an interrupt too.
     """
     stop, total = threading.Event(), sum(file.size for file in files)
-    waiting: SimpleQueue[LargeFile] = SimpleQueue()
-    for file in files:
-        waiting.put(file)
+    waiting = iter(files)  # shared: each file goes to one thread
 
     def work(end: Future[None]) -> None:
         try:
-            while not stop.is_set():
-                waiting.get_nowait().fetch(stop)
-        except Empty:
+            for file in waiting:
+                if not stop.is_set():
+                    file.fetch(stop)
             end.set_result(None)
         except Exception as error:
             stop.set()
             end.set_exception(error)
-        else:
-            end.set_result(None)
 
     ends = [Future[None]() for _ in files[:AT_ONCE]]
     try:

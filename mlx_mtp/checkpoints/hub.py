@@ -41,7 +41,7 @@ Returned = TypeVar("Returned")
 
 
 @dataclass(frozen=True)
-class Progress:
+class LoadProgress:
     """How far a load is: `what` is "download" or "load" (from disk into memory), `done` of `total` bytes."""
 
     what: str
@@ -50,7 +50,7 @@ class Progress:
     total: int
 
 
-OnProgress = Callable[[Progress], None]
+OnProgress = Callable[[LoadProgress], None]
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,8 @@ class Listing:
         from huggingface_hub import hf_hub_download
 
         with _explaining(self.name):
-            return read_config(Path(hf_hub_download(
-                self.name, "config.json", revision=self.commit, tqdm_class=_no_bar(),
-            )))  # fmt: skip
+            file = hf_hub_download(self.name, "config.json", revision=self.commit, tqdm_class=_no_bar())
+            return read_config(Path(file))
 
     def tensors(self) -> Iterator[tuple[str, str, int]]:
         """Name, type and bytes of every stored tensor, by the headers of the files; at least as much without them."""
@@ -102,17 +101,16 @@ class Listing:
                         yield name, tensor.dtype, tensor.data_offsets[1] - tensor.data_offsets[0]
 
     def fetch(self, on_progress: OnProgress | None = None) -> Checkpoint:
-        """Fetches what is missing; `check_disk` first.
+        """Fetches what is missing; on_progress hears of it in this thread. Ctrl-C leaves what has come for later.
 
-        on_progress is called in the caller's thread, some times a second. Ctrl-C leaves what has come for the next
-        time. Raises ModelNotFound where the hub refuses or the network breaks for good, CheckpointError where what
-        came is not what the hub announced.
+        ModelNotFound where the hub refuses or the network breaks for good, CheckpointError where what came is not what
+        the hub announced.
         """
         from huggingface_hub import snapshot_download
 
         def tell(done: int, total: int) -> None:
             if on_progress is not None:
-                on_progress(Progress("download", self.name, done, total))
+                on_progress(LoadProgress("download", self.name, done, total))
 
         with _explaining(self.name):
             fetch_all([file for file in self.large if file.size <= LARGEST_BY_HTTP], tell)
@@ -131,8 +129,7 @@ Source = Checkpoint | Listing  # a model whose files are here, or are to come
 def find(name: str) -> Source:
     """A model's files here, or what the hub lists where its newest files are not all here.
 
-    A whole copy in the cache is used when the hub cannot be asked (no network, HF_HUB_OFFLINE, an error of the hub).
-    Raises ModelNotFound where there is neither.
+    A whole copy in the cache is used when the hub cannot be asked; ModelNotFound where there is neither.
     """
     local = cached(name)
     try:
@@ -166,20 +163,14 @@ def started(name: str) -> bool:
 
 
 def hub_answers(seconds: float = GLANCE) -> bool:
-    """Whether the hub can be reached now: one small request; no answer within `seconds` is a no.
-
-    False at once under HF_HUB_OFFLINE. Meant for `chat`, which offers a download only where one is possible.
-    """
+    """Whether the hub can be reached now: one small request; no answer within `seconds` is a no."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
-    def ask() -> bool:
-        answer = get_session().head(constants.ENDPOINT, timeout=seconds)
-        return bool(answer.status_code < 500)
-
     try:
         with _quiet():
-            return _within(seconds, ask)
+            answer = _within(seconds, lambda: get_session().head(constants.ENDPOINT, timeout=seconds))
+            return bool(answer.status_code < 500)
     except Exception as error:  # whatever it is, the hub did not answer
         log.debug("the hub does not answer: %s", error)
         return False

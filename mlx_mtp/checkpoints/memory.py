@@ -102,22 +102,16 @@ def readable(size: int) -> str:
     return f"{size} bytes"
 
 
-class Wired:
-    """MLX's wired limit, which keeps weights resident on Metal (macOS 15); elsewhere nothing happens.
+_engines: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
 
-    The limit is the process's, not an engine's: min(what macOS recommends, weights of all engines alive + head-room),
-    worked out anew at every load. Nothing lowers it in between, since it must not change while MLX computes.
+
+def keep_resident(engine: object, weights: int) -> None:
+    """Raises MLX's wired limit for an engine with weights of so many bytes, on Metal (macOS 15).
+
+    The limit is the process's: min(what macOS recommends, weights of all engines alive + head-room), worked out anew at
+    every load. Nothing lowers it in between, since it must not change while MLX computes.
     """
-
-    def __init__(self) -> None:
-        self._engines: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
-
-    def add(self, engine: object, weights: int) -> None:
-        """An engine with weights of so many bytes was loaded and lives as long as `engine` does."""
-        if on_metal():
-            self._engines[engine] = weights
-            mx.synchronize()  # another engine may have a round in flight
-            mx.set_wired_limit(min(available_bytes(), needed_bytes(sum(self._engines.values()))))
-
-
-wired = Wired()
+    if on_metal():
+        _engines[engine] = weights
+        mx.synchronize()  # another engine may have a round in flight
+        mx.set_wired_limit(min(available_bytes(), needed_bytes(sum(_engines.values()))))

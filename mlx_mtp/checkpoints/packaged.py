@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_mtp.checkpoints.kept import cache_folder
 from mlx_mtp.errors import ModelNotFound
 
 
@@ -64,10 +65,3 @@ def model_of(name: object) -> PackagedModel | None:
     """The model of that name, unless there is a file or folder of that name here; None for any other."""
     found = MODELS.get(name) if isinstance(name, str) else None
     return None if found is None or os.path.lexists(found.name) else found
-
-
-def cache_folder() -> Path:
-    """Where this program keeps what it made or learned: $MLX_MTP_CACHE, else the user's cache folder."""
-    if chosen := os.environ.get("MLX_MTP_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_mtp"

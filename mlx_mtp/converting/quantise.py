@@ -43,7 +43,7 @@ def quantise(checkpoint: Checkpoint, folder: Path, bits: int, group: int) -> Non
     if section(checkpoint.config, "quantization") or any(name.endswith(".scales") for name, *_ in checkpoint.tensors()):
         raise CheckpointError(f"{checkpoint.path} is not in full precision but quantised already; "
                               "quantise the checkpoint it was made from.")  # fmt: skip
-    if drafters.knows(model_type):
+    if model_type in drafters.model_types:
         quantised = _drafter(checkpoint, folder, bits, group)
     elif generic.has_model(checkpoint.config):
         quantised = _target(checkpoint, folder, bits, group)

@@ -18,12 +18,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.checkpoints.checkpoint import Checkpoint, compute_dtype, load_into, number, section
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, compute_dtype, load_into, misfit, number, section
 from mlx_mtp.drafters import registry
+from mlx_mtp.drafters.layers import require_equal
 from mlx_mtp.errors import CheckpointError, IncompatibleDrafter
 from mlx_mtp.generation.cache import FULL, SLIDING, KVCache
-from mlx_mtp.generation.interfaces import Drafter, Memory, SampleDraft, Target, TargetInfo
-from mlx_mtp.targets.gemma4 import Layer, Norm
+from mlx_mtp.generation.interfaces import Drafter, Memory, SampleDraft, Target
+from mlx_mtp.targets.gemma4 import Layer
 from mlx_mtp.targets.gemma4_config import MAX_SIZE, Gemma4Config
 
 MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
@@ -80,10 +81,7 @@ class AssistantConfig:
             centroids = number(config, "num_centroids", int, 1, parsed.vocab_size, 2048)
             chosen = number(config, "centroid_intermediate_top_k", int, 1, centroids, 32)
         if centroids and parsed.vocab_size % centroids:
-            raise CheckpointError(
-                f"config.json: expected a vocabulary that the {centroids} centroids divide, found "
-                f"{parsed.vocab_size} tokens; use the config.json that belongs to this drafter."
-            )
+            raise misfit(f"a vocabulary that the {centroids} centroids divide", f"{parsed.vocab_size} tokens")
         last = number(config, "reads_last", int, 1, MAX_SIZE) if config.get("reads_last") is not None else None
         return cls(
             text=parsed, backbone_hidden_size=backbone, centroids=centroids, chosen_centroids=chosen, reads_last=last
@@ -97,7 +95,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Layer(config, i) for i in range(config.num_hidden_layers)]
-        self.norm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class MaskedEmbedding(nn.Module):
@@ -168,19 +166,33 @@ class AssistantModel(nn.Module):
 class Assistant(Drafter):
     """A loaded assistant as the loop sees it (interfaces.Drafter)."""
 
+    _target: Target  # from attach() on
+
     def __init__(self, model: AssistantModel, name: str = "assistant", convention: Convention = Convention.B) -> None:
-        self.model = model
-        self.name = name
-        self.convention = convention
-        self._target: Target | None = None
+        self.model, self.name, self.convention = model, name, convention
 
     def attach(self, target: Target) -> None:
-        """Raises IncompatibleDrafter unless sizes and layer kinds fit the target's."""
-        mismatch(self.model.config, target.info, self.name)
+        config, text, info = self.model.config, self.model.config.text, target.info
+        pairs: list[tuple[str, object, object]] = [
+            ("vocabulary", text.vocab_size, info.vocab_size),
+            ("hidden size", config.backbone_hidden_size, info.hidden_size),
+            ("sliding window", text.sliding_window, info.window),
+        ]
+        for i, kind in enumerate(text.layer_types):
+            if kind not in info.readable:
+                there = f"stores only {', '.join(sorted(info.readable))}" if info.readable else "gives none to read"
+                raise IncompatibleDrafter(
+                    f"{self.name} does not fit the target: its layer {i} reads the K/V of a {kind} layer, and the "
+                    f"target {there}; use the drafter made for this target."
+                )
+            shape = info.readable[kind]
+            pairs += [(f"head size of {kind} layers", text.head_dims[i], shape.head_dim),
+                      (f"K/V heads of {kind} layers", text.kv_heads[i], shape.heads)]  # fmt: skip
+        for what, found, expected in pairs:
+            require_equal(self.name, what, found, expected)
         self._target = target
 
     def modules(self) -> list[nn.Module]:
-        """The assistant."""
         return [self.model]
 
     def quantise_head(self, bits: int) -> bool:
@@ -199,7 +211,6 @@ class Assistant(Drafter):
 
     def view(self, cache: KVCache) -> tuple[mx.array, SharedKV, Masks]:
         """Query position [B], the target's K/V per kind, and which of it may be seen; the same for a whole round."""
-        assert self._target is not None, "attach() comes first"
         info, length = self._target.info, cache.length
         shared = {k: (cache.keys[i], cache.values[i]) for k, i in info.storing_layers.items()}
         spans = {FULL: None, SLIDING: self.convention.window(self.model.config.text.sliding_window)}
@@ -213,8 +224,6 @@ class Assistant(Drafter):
     def draft(
         self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
     ) -> tuple[mx.array, Memory]:
-        """A chain of `depth` tokens [B, K] after `token`; one lazy graph."""
-        assert self._target is not None, "attach() comes first"
         position, shared, masks = self.view(cache)
         drafts, state = [], hidden
         for _ in range(depth):
@@ -223,32 +232,6 @@ class Assistant(Drafter):
             token = sample(logits, scored)
             drafts.append(token)
         return mx.concatenate(drafts, axis=1), memory
-
-
-def mismatch(config: AssistantConfig, info: TargetInfo, name: str) -> None:
-    """Raises IncompatibleDrafter with the first size in which drafter and target differ."""
-    text = config.text
-    pairs: list[tuple[str, object, object]] = [
-        ("vocabulary", text.vocab_size, info.vocab_size),
-        ("hidden size", config.backbone_hidden_size, info.hidden_size),
-        ("sliding window", text.sliding_window, info.window),
-    ]
-    for i, kind in enumerate(text.layer_types):
-        if kind not in info.readable:
-            found = f"stores only {', '.join(sorted(info.readable))}" if info.readable else "gives none to read"
-            raise IncompatibleDrafter(
-                f"{name} does not fit the target: its layer {i} reads the K/V of a {kind} layer, and the target "
-                f"{found}; use the drafter made for this target."
-            )
-        shape = info.readable[kind]
-        pairs.append((f"head size of {kind} layers", text.head_dims[i], shape.head_dim))
-        pairs.append((f"K/V heads of {kind} layers", text.kv_heads[i], shape.heads))
-    for what, drafter, target in pairs:
-        if drafter != target:
-            raise IncompatibleDrafter(
-                f"{name} does not fit the target: expected {what} {target} as in the target, found {drafter}; "
-                "use the drafter made for this target."
-            )
 
 
 def in_slot_order(weights: dict[str, mx.array]) -> dict[str, mx.array]:

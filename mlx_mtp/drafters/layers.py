@@ -14,17 +14,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.checkpoints.checkpoint import number, section
-from mlx_mtp.errors import CheckpointError, IncompatibleDrafter, brief
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, compute_dtype, load_into, misfit, number, section
+from mlx_mtp.drafters.shortlist import DraftHead, with_shortlist
+from mlx_mtp.errors import IncompatibleDrafter, brief
 from mlx_mtp.generation.cache import FULL, KVCache, LayerShape, LayerView
-from mlx_mtp.generation.interfaces import Target
+from mlx_mtp.generation.interfaces import Drafter, Memory, Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +47,7 @@ class LayersConfig:
         """The fields of a config.json whose `reads` is one of `states`; CheckpointError where one makes no sense."""
         block, reads = section(config, "block"), config.get("reads", default)
         if reads not in states:
-            raise CheckpointError(
-                f"config.json: expected 'reads' to be one of {', '.join(states)}, found {reads!r}; "
-                "use the config.json that belongs to this drafter."
-            )
+            raise misfit(f"'reads' to be one of {', '.join(states)}", repr(reads))
         return {
             "reads": reads, "block": block, "hidden_size": number(config, "hidden_size", int, 1, 1 << 20),
             "vocab_size": number(config, "vocab_size", int, 2, 1 << 24),
@@ -77,10 +75,8 @@ def build_layers(block: Mapping[str, Any], count: int, width: int) -> list[nn.Mo
             raise ValueError(f"{len(layers)} layers with results of shape {found}")
     # Another project's code on any config.json raises anything, and one of its models prints and exits.
     except (Exception, SystemExit) as error:
-        raise CheckpointError(
-            f"config.json: expected in 'block' an mlx-lm config of decoder layers for states of {width} numbers, found "
-            f"one that mlx-lm cannot run ({brief(error)}); use the config.json that belongs to this drafter."
-        ) from error
+        wanted = f"in 'block' an mlx-lm config of decoder layers for states of {width} numbers"
+        raise misfit(wanted, f"one that mlx-lm cannot run ({brief(error)})") from error
     return layers
 
 
@@ -117,49 +113,74 @@ class ChainedRows:
         return LayerShape(FULL, heads, size, None if width == size else width)
 
 
-class OwnLayers:
-    """The layers of one drafter and the memory of their K/V.
+class LayersDrafter(Drafter):
+    """A family whose model has layers of its own: Parallel and Sequential as the loop sees them.
 
-    first[i]: rows before this one are no rows of layer i, and are masked. The memory is a tree of arrays
-    (length [B], keys, values), to be kept in the drafter's Memory.
+    first[i]: rows before this one are no rows of layer i, and are masked. memory["layers"] is the K/V of all layers, as
+    a tree of arrays (length [B], keys, values).
     """
 
-    def __init__(self, layers: Sequence[nn.Module], width: int, dtype: mx.Dtype, first: Sequence[int]) -> None:
-        self._layers, self._first, self._dtype = layers, first, dtype
-        self._shapes = [_shape(layer, width, dtype) for layer in layers]
+    reads_prompt = reads_states = True
+    _target: Target  # both from attach() on
+    _head: DraftHead
 
-    def start(self, batch: int, capacity: int) -> Any:
-        """The memory of a new request."""
-        return KVCache(self._shapes, 0, capacity, self._dtype, batch).arrays
+    def __init__(
+        self, model: Any, dtype: mx.Dtype, name: str, layers: Sequence[nn.Module], first: Sequence[int]
+    ) -> None:
+        self.model, self.name, self._dtype, self._layers, self._first = model, name, dtype, layers, first
+        self._shapes = [_shape(layer, model.config.hidden_size, dtype) for layer in layers]
 
-    def grow(self, memory: Any, capacity: int) -> Any:
-        """The same memory with room for `capacity` rows."""
-        cache = self.open(memory)
-        cache.grow(capacity)
-        return cache.arrays
+    def attach(self, target: Target) -> None:
+        config, info = self.model.config, target.info
+        for what, found, expected in (("hidden size", config.hidden_size, info.hidden_size),
+                                      ("vocabulary", config.vocab_size, info.vocab_size)):  # fmt: skip
+            require_equal(self.name, what, found, expected)
+        self._target, self._head = target, DraftHead(target, self.model.get("shortlist"))
 
-    def rewind(self, memory: Any, length: int) -> Any:
-        """The same memory with `length` rows committed."""
-        committed, keys, values = memory
+    def modules(self) -> list[nn.Module]:
+        return [self.model]
+
+    def start(self, batch: int, capacity: int) -> Memory:
+        return {"layers": KVCache(self._shapes, 0, capacity, self._dtype, batch).arrays}
+
+    def grow(self, memory: Memory, capacity: int) -> Memory:
+        own = self.opened(memory)
+        own.grow(capacity)
+        return {**memory, "layers": own.arrays}
+
+    def opened(self, memory: Memory) -> KVCache:
+        """The layers' K/V as a cache, whose `arrays` are memory["layers"] again."""
+        layout, (_, keys, _) = KVCache(self._shapes, 0, 0, self._dtype), memory["layers"]
+        layout.batch, layout.capacity = keys[0].shape[0], keys[0].shape[2]
+        return layout.around(memory["layers"])
+
+    def rewound(self, memory: Memory, length: int) -> Any:
+        """memory["layers"] with `length` rows committed."""
+        committed, keys, values = memory["layers"]
         return mx.full(committed.shape, length, dtype=mx.int32), keys, values
 
-    def open(self, memory: Any) -> KVCache:
-        """The memory as a cache; `arrays` of it is the memory again."""
-        layout = KVCache(self._shapes, 0, 0, self._dtype)
-        _, keys, _ = memory
-        layout.batch, layout.capacity = keys[0].shape[0], keys[0].shape[2]
-        return layout.around(memory)
+    def no_state(self, batch: int) -> mx.array:
+        """What stands for a state before the first row, [B, 1, D]."""
+        return mx.zeros((batch, 1, self.model.config.hidden_size), dtype=self._dtype)
 
-    def run(self, layer: int, x: mx.array, cache: KVCache, ahead: int = 0) -> mx.array:
+    def run(self, layer: int, x: mx.array, own: KVCache, ahead: int = 0) -> mx.array:
         """Layer i over rows x [B, M, D] that come `ahead` rows after the cache's length -> [B, M, D]."""
-        later = copy.copy(cache)
-        later.length = cache.length + ahead
+        later = copy.copy(own)
+        later.length = own.length + ahead
         step = later.plan(x.shape[1])
-        slots = mx.arange(cache.capacity, dtype=mx.int32)
+        slots = mx.arange(own.capacity, dtype=mx.int32)
         itself = slots == step.slots[FULL][:, None, :, None]  # a row that sees nothing would be no number
         mask = step.masks[FULL] & ((slots >= self._first[layer]) | itself)
-        out: mx.array = self._layers[layer](x, mask, LayerView(cache, layer, step))
+        out: mx.array = self._layers[layer](x, mask, LayerView(own, layer, step))
         return out
+
+
+def load_layers(checkpoint: Checkpoint, model_of: Callable[[Mapping[str, Any]], nn.Module]) -> tuple[Any, mx.Dtype]:
+    """The model of a checkpoint of ours, trained here or brought in by `mlx-mtp convert`, and its type."""
+    config, weights = with_shortlist(checkpoint)
+    model, dtype = model_of(config), compute_dtype(weights)
+    load_into(model, weights, dtype, checkpoint)
+    return model, dtype
 
 
 def _shape(layer: nn.Module, width: int, dtype: mx.Dtype) -> LayerShape:
@@ -169,12 +190,8 @@ def _shape(layer: nn.Module, width: int, dtype: mx.Dtype) -> LayerShape:
     return seen.shape
 
 
-def check_sizes(name: str, hidden_size: int, vocab_size: int, target: Target) -> None:
-    """Raises IncompatibleDrafter unless a drafter's sizes are its target's."""
-    pairs = (("hidden size", hidden_size, target.info.hidden_size), ("vocabulary", vocab_size, target.info.vocab_size))
-    for what, found, expected in pairs:
-        if found != expected:
-            raise IncompatibleDrafter(
-                f"{name} does not fit the target: expected {what} {expected} as in the target, found {found}; "
-                "use the drafter made for this target."
-            )
+def require_equal(name: str, what: str, found: object, expected: object) -> None:
+    """Raises IncompatibleDrafter unless a size of a drafter is its target's."""
+    if found != expected:
+        raise IncompatibleDrafter(f"{name} does not fit the target: expected {what} {expected} as in the target, found "
+                                  f"{found}; use the drafter made for this target.")  # fmt: skip

@@ -9,7 +9,7 @@ Shapes: B batch, S places for tokens, K drafts, n length of a match.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,29 +30,24 @@ class Lookup(Drafter):
     reads_prompt = True
 
     def start(self, batch: int, capacity: int) -> Memory:
-        """No tokens yet."""
         return {"tokens": mx.full((batch, capacity), NOTHING, dtype=mx.int32), "length": mx.zeros((batch,), mx.int32)}
 
     def grow(self, memory: Memory, capacity: int) -> Memory:
-        """More places."""
         missing = max(0, capacity - memory["tokens"].shape[1])
         return {**memory, "tokens": mx.pad(memory["tokens"], [(0, 0), (0, missing)], constant_values=NOTHING)}
 
     def draft(
         self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
     ) -> tuple[mx.array, Memory]:
-        """The continuation of the longest match; the newest token again where there is none."""
         found, _ = self.continuation(memory, token, depth)
         return sample.point_mass(found), memory
 
     def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:
-        """Keeps all M tokens; those beyond the accepted are overwritten by the next round."""
         places = memory["length"][:, None] + mx.arange(tokens.shape[1], dtype=mx.int32)
         kept = mx.put_along_axis(memory["tokens"], places, tokens.astype(mx.int32), axis=1)
         return {**memory, "tokens": kept, "length": memory["length"] + accepted + 1}
 
     def rewind(self, memory: Memory, length: int, states: States | None) -> Memory:
-        """Tokens beyond the length are overwritten as they come."""
         return {**memory, "length": mx.full(memory["length"].shape, length, dtype=mx.int32)}
 
     @staticmethod
@@ -85,50 +80,36 @@ class LookupFirst(Drafter):
         self.name = f"in front of {type(drafter).__name__} {drafter.name}"
 
     def attach(self, target: Target) -> None:
-        """Binds the drafter."""
         self.drafter.attach(target)
 
     def modules(self) -> Sequence[nn.Module]:
-        """The drafter's."""
         return self.drafter.modules()
 
     def quantise_head(self, bits: int) -> bool:
-        """The drafter's."""
         return self.drafter.quantise_head(bits)
 
     def start(self, batch: int, capacity: int) -> Memory:
-        """The memories of both."""
         return {"lookup": self.lookup.start(batch, capacity), "drafter": self.drafter.start(batch, capacity)}
 
+    def _both(self, memory: Memory, change: Callable[[Drafter, Memory], Memory]) -> Memory:
+        return {"lookup": change(self.lookup, memory["lookup"]), "drafter": change(self.drafter, memory["drafter"])}
+
     def grow(self, memory: Memory, capacity: int) -> Memory:
-        """Both, larger."""
-        return {
-            "lookup": self.lookup.grow(memory["lookup"], capacity),
-            "drafter": self.drafter.grow(memory["drafter"], capacity),
-        }
+        return self._both(memory, lambda one, its: one.grow(its, capacity))
 
     def draft(
         self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
     ) -> tuple[mx.array, Memory]:
-        """The drafter's chain, with the lookup's token in the place of every one where the match is long."""
         found, size = self.lookup.continuation(memory["lookup"], token, depth)
         overridden = _Override(sample, (size >= TRUSTED)[:, None], found)
         drafts, inner = self.drafter.draft(memory["drafter"], token, hidden, cache, depth, overridden)
         return drafts, {**memory, "drafter": inner}
 
     def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:
-        """Both hear the round."""
-        return {
-            "lookup": self.lookup.observe(memory["lookup"], tokens, states, accepted),
-            "drafter": self.drafter.observe(memory["drafter"], tokens, states, accepted),
-        }
+        return self._both(memory, lambda one, its: one.observe(its, tokens, states, accepted))
 
     def rewind(self, memory: Memory, length: int, states: States | None) -> Memory:
-        """Both go back."""
-        return {
-            "lookup": self.lookup.rewind(memory["lookup"], length, states),
-            "drafter": self.drafter.rewind(memory["drafter"], length, states),
-        }
+        return self._both(memory, lambda one, its: one.rewind(its, length, states))
 
 
 class _Override:
@@ -138,11 +119,9 @@ class _Override:
         self._sample, self._mask, self._found, self._step = sample, mask, found, 0
 
     def __call__(self, logits: mx.array, tokens: mx.array | None = None, forced: Forced | None = None) -> mx.array:
-        """The next draft [B, 1]."""
         at = self._step
         self._step += 1
         return self._sample(logits, tokens, forced or (self._mask, self._found[:, at : at + 1]))
 
     def point_mass(self, tokens: mx.array) -> mx.array:
-        """Drafts [B, K] proposed without scores."""
         return self._sample.point_mass(mx.where(self._mask, self._found, tokens))

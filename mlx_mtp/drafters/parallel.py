@@ -18,13 +18,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.checkpoints.checkpoint import Checkpoint, compute_dtype, load_into, number
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, number
 from mlx_mtp.drafters import registry
-from mlx_mtp.drafters.layers import ChainedRows, LayersConfig, OwnLayers, build_layers, check_sizes
-from mlx_mtp.drafters.shortlist import DraftHead, add_shortlist, with_shortlist
+from mlx_mtp.drafters.layers import ChainedRows, LayersConfig, LayersDrafter, build_layers, load_layers
+from mlx_mtp.drafters.shortlist import add_shortlist
 from mlx_mtp.errors import IncompatibleDrafter
 from mlx_mtp.generation.cache import CAPACITY_STEP, KVCache
-from mlx_mtp.generation.interfaces import Drafter, Memory, SampleDraft, States, Target
+from mlx_mtp.generation.interfaces import Memory, SampleDraft, States, Target
 
 MOST_HEADS = 16
 READS = ("trunk", "hidden")
@@ -76,76 +76,47 @@ class ParallelModel(nn.Module):
         return found
 
 
-class Parallel(Drafter):
-    """Loaded heads as the loop sees them (interfaces.Drafter).
-
-    Row r of every head's K/V is the state of the row before: it is known when the token after r is drafted.
-    """
-
-    reads_prompt = True
-    reads_states = True
+class Parallel(LayersDrafter):
+    """Loaded heads. Row r of every head's K/V is the state of the row before: it is known when the token after r is
+    drafted."""
 
     def __init__(self, model: ParallelModel, dtype: mx.Dtype, name: str = "parallel heads") -> None:
-        self.model, self.name = model, name
+        super().__init__(model, dtype, name, [head.layer for head in model.heads], [1] * len(model.heads))
         self.max_depth = model.config.heads
-        self._dtype = dtype
-        layers = [head.layer for head in model.heads]
-        self._own = OwnLayers(layers, model.config.hidden_size, dtype, [1] * len(layers))
-        self._head: DraftHead | None = None
 
     def attach(self, target: Target) -> None:
-        """Raises IncompatibleDrafter unless the sizes are the target's and it gives the states the heads read."""
-        check_sizes(self.name, self.model.config.hidden_size, self.model.config.vocab_size, target)
+        super().attach(target)
         token = mx.zeros((1, 1), dtype=mx.int32)
         self.model.read(target.forward(token, target.new_cache(CAPACITY_STEP)))  # lazy: nothing is run
-        self._head = DraftHead(target, self.model.get("shortlist"))
-
-    def modules(self) -> list[nn.Module]:
-        """The heads."""
-        return [self.model]
 
     def start(self, batch: int, capacity: int) -> Memory:
-        """Empty K/V, and no state before the first row."""
-        state = mx.zeros((batch, 1, self.model.config.hidden_size), dtype=self._dtype)
-        return {"layers": self._own.start(batch, capacity), "state": state}
-
-    def grow(self, memory: Memory, capacity: int) -> Memory:
-        """More rows."""
-        return {**memory, "layers": self._own.grow(memory["layers"], capacity)}
+        return {**super().start(batch, capacity), "state": self.no_state(batch)}
 
     def draft(
         self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
     ) -> tuple[mx.array, Memory]:
-        """Drafts [B, K] of the first K heads: one pass of the unembedding over all of them."""
-        assert self._head is not None, "attach() comes first"
-        own = self._own.open(memory["layers"])
-        rows = [head.norm(self._own.run(i, memory["state"], own)) for i, head in enumerate(self.model.heads[:depth])]
+        own = self.opened(memory)
+        rows = [head.norm(self.run(i, memory["state"], own)) for i, head in enumerate(self.model.heads[:depth])]
         drafts = self._head.each(mx.concatenate(rows, axis=1).astype(hidden.dtype), sample)
         return mx.concatenate(drafts, axis=1), {**memory, "layers": own.arrays}
 
     def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:
-        """Writes every head's K/V for M rows; only those are computed, for nobody asks for the layers' results."""
         reads = self.model.read(states).astype(self._dtype)
         before = mx.concatenate([memory["state"], reads[:, :-1]], axis=1)
-        own = self._own.open(memory["layers"])
+        own = self.opened(memory)
         for i in range(len(self.model.heads)):
-            self._own.run(i, before, own)
+            self.run(i, before, own)  # writes K/V; only those are computed, for nobody asks for the results
         own.advance(accepted + 1)
-        state = mx.take_along_axis(reads, accepted[:, None, None], axis=1)
-        return {**memory, "layers": own.arrays, "state": state}
+        return {"layers": own.arrays, "state": mx.take_along_axis(reads, accepted[:, None, None], axis=1)}
 
     def rewind(self, memory: Memory, length: int, states: States | None) -> Memory:
-        """Fewer rows, and the state of the last of them."""
         assert states is not None, "this family reads states"
-        return {"layers": self._own.rewind(memory["layers"], length),
-                "state": self.model.read(states)[:, -1:].astype(self._dtype)}  # fmt: skip
+        state = self.model.read(states)[:, -1:].astype(self._dtype)
+        return {"layers": self.rewound(memory, length), "state": state}
 
 
 @registry.register("parallel_heads")
 def load(checkpoint: Checkpoint) -> Parallel:
-    """Heads from a checkpoint of ours, trained here or brought in by `mlx-mtp convert`."""
-    config, weights = with_shortlist(checkpoint)
-    model = ParallelModel(ParallelConfig.from_dict(config))
-    dtype = compute_dtype(weights)
-    load_into(model, weights, dtype, checkpoint)
-    return Parallel(model, dtype, str(checkpoint.path))
+    """Heads from a checkpoint of ours."""
+    model, dtype = load_layers(checkpoint, lambda config: ParallelModel(ParallelConfig.from_dict(config)))
+    return Parallel(model, dtype, checkpoint.name)

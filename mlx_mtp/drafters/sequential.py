@@ -22,12 +22,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.checkpoints.checkpoint import Checkpoint, compute_dtype, load_into, number
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, number
 from mlx_mtp.drafters import registry
-from mlx_mtp.drafters.layers import ChainedRows, LayersConfig, OwnLayers, build_layers, check_sizes
-from mlx_mtp.drafters.shortlist import DraftHead, add_shortlist, with_shortlist
+from mlx_mtp.drafters.layers import ChainedRows, LayersConfig, LayersDrafter, build_layers, load_layers
+from mlx_mtp.drafters.shortlist import add_shortlist
 from mlx_mtp.generation.cache import KVCache
-from mlx_mtp.generation.interfaces import Drafter, Memory, SampleDraft, States, Target
+from mlx_mtp.generation.interfaces import Memory, SampleDraft, States
 
 MOST_MODULES = 8
 READS = ("hidden", "residual")
@@ -92,52 +92,25 @@ class SequentialModel(nn.Module):
         return found
 
 
-class Sequential(Drafter):
-    """Loaded modules as the loop sees them (interfaces.Drafter).
-
-    memory["states"][k] [B, 1, D] is what module k (0 = the target) left at the last committed row.
-    """
-
-    reads_prompt = True
-    reads_states = True
+class Sequential(LayersDrafter):
+    """Loaded modules. memory["states"][k] [B, 1, D] is what module k (0 = the target) left at the last true row."""
 
     def __init__(self, model: SequentialModel, dtype: mx.Dtype, name: str = "sequential modules") -> None:
-        self.model, self.name = model, name
-        self._dtype = dtype
         layers = [module.layer for module in model.blocks]
         # The k-th module's first k rows lack a state or a token.
-        self._own = OwnLayers(layers, model.config.hidden_size, dtype, range(1, len(layers) + 1))
-        self._target: Target | None = None
-        self._head: DraftHead | None = None
-
-    def attach(self, target: Target) -> None:
-        """Raises IncompatibleDrafter unless the sizes are the target's."""
-        check_sizes(self.name, self.model.config.hidden_size, self.model.config.vocab_size, target)
-        self._target = target
-        self._head = DraftHead(target, self.model.get("shortlist"))
-
-    def modules(self) -> list[nn.Module]:
-        """The modules of the checkpoint."""
-        return [self.model]
+        super().__init__(model, dtype, name, layers, range(1, len(layers) + 1))
 
     def start(self, batch: int, capacity: int) -> Memory:
-        """Empty K/V, and no states before the first row."""
-        state = mx.zeros((batch, 1, self.model.config.hidden_size), dtype=self._dtype)
-        return {"layers": self._own.start(batch, capacity), "states": [state] * len(self.model.blocks)}
-
-    def grow(self, memory: Memory, capacity: int) -> Memory:
-        """More rows."""
-        return {**memory, "layers": self._own.grow(memory["layers"], capacity)}
+        return {**super().start(batch, capacity), "states": [self.no_state(batch)] * len(self.model.blocks)}
 
     def draft(
         self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
     ) -> tuple[mx.array, Memory]:
-        """A chain of `depth` tokens [B, K]: step j is drafted by module j, and by the last one from there on.
+        """Step j of the chain is drafted by module j, and by the last one from there on.
 
         At every row the modules still to come run too: their K/V of this row is what they will look back at.
         """
-        assert self._target is not None and self._head is not None, "attach() comes first"
-        own, states, last = self._own.open(memory["layers"]), list(memory["states"]), len(self.model.blocks) - 1
+        own, states, last = self.opened(memory), list(memory["states"]), len(self.model.blocks) - 1
         drafts = []
         for step in range(depth):
             embedded, active = self._target.embed(token).astype(self._dtype), min(step, last)
@@ -151,36 +124,29 @@ class Sequential(Drafter):
 
     def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:
         """Writes every module's K/V for M rows from true states and tokens, over what drafting guessed there."""
-        assert self._target is not None, "attach() comes first"
-        own, embedded = self._own.open(memory["layers"]), self._target.embed(tokens).astype(self._dtype)
+        own, embedded = self.opened(memory), self._target.embed(tokens).astype(self._dtype)
         reads, kept = self.model.read(states.hidden.astype(self._dtype)), []
         for k, state in enumerate(memory["states"]):
             kept.append(mx.take_along_axis(reads, accepted[:, None, None], axis=1))
             reads = self._row(k, embedded, mx.concatenate([state, reads[:, :-1]], axis=1), own, 0)
         own.advance(accepted + 1)
-        return {**memory, "layers": own.arrays, "states": kept}
+        return {"layers": own.arrays, "states": kept}
 
     def rewind(self, memory: Memory, length: int, states: States | None) -> Memory:
-        """Fewer rows, and the target's state of the last of them.
-
-        What later modules left there is not known any more: they begin as in front of a text's first row, which costs
-        a draft or two and never the answer.
-        """
+        """What later modules left at the last row is not known any more: they begin as in front of a text's first row,
+        which costs a draft or two and never the answer."""
         assert states is not None, "this family reads states"
         state = self.model.read(states.hidden[:, -1:].astype(self._dtype))
         unknown = [mx.zeros_like(state)] * (len(self.model.blocks) - 1)
-        return {"layers": self._own.rewind(memory["layers"], length), "states": [state, *unknown]}
+        return {"layers": self.rewound(memory, length), "states": [state, *unknown]}
 
     def _row(self, k: int, embedded: mx.array, state: mx.array, own: KVCache, ahead: int) -> mx.array:
         """Module k over rows `ahead` of the committed ones: embeddings and states [B, M, D] -> [B, M, D]."""
-        return self._own.run(k, self.model.blocks[k].join(embedded, state), own, ahead)
+        return self.run(k, self.model.blocks[k].join(embedded, state), own, ahead)
 
 
 @registry.register("sequential_modules")
 def load(checkpoint: Checkpoint) -> Sequential:
-    """Modules from a checkpoint of ours, trained here or brought in by `mlx-mtp convert`."""
-    config, weights = with_shortlist(checkpoint)
-    model = SequentialModel(SequentialConfig.from_dict(config))
-    dtype = compute_dtype(weights)
-    load_into(model, weights, dtype, checkpoint)
-    return Sequential(model, dtype, str(checkpoint.path))
+    """Modules from a checkpoint of ours."""
+    model, dtype = load_layers(checkpoint, lambda config: SequentialModel(SequentialConfig.from_dict(config)))
+    return Sequential(model, dtype, checkpoint.name)

@@ -88,11 +88,8 @@ class KVCache:
         self, shapes: Sequence[LayerShape], window: int, capacity: int, dtype: mx.Dtype, batch: int = 1,
         slack: int = SLACK,
     ) -> None:  # fmt: skip
-        self.shapes = tuple(shapes)
-        self.window = window
-        self.slack = slack
-        self.capacity = capacity
-        self.batch = batch
+        self.shapes, self.window, self.slack = tuple(shapes), window, slack
+        self.capacity, self.batch = capacity, batch
         self.length = mx.zeros((batch,), dtype=mx.int32)
         sizes = [(batch, s.heads, self.slots(s.kind)) for s in self.shapes]
         widths = [s.head_dim if s.value_dim is None else s.value_dim for s in self.shapes]
@@ -148,10 +145,8 @@ class KVCache:
         kind = self.shapes[layer].kind
         slots = step.slots[kind]
         if kind == SLIDING and not step.ring_in_place:
-            working = (
-                mx.concatenate([self.keys[layer], keys], axis=2),
-                mx.concatenate([self.values[layer], values], axis=2),
-            )
+            working = (mx.concatenate([self.keys[layer], keys], axis=2),
+                       mx.concatenate([self.values[layer], values], axis=2))  # fmt: skip
             kept = min(keys.shape[2], self.slots(kind))  # only the newest rows; slots must not repeat in one write
             slots, keys, values = slots[:, -kept:], keys[:, :, -kept:], values[:, :, -kept:]
         else:
@@ -251,8 +246,7 @@ class NoCache:
     """Stands in for a KVCache where nothing is kept: training, and logits of a whole sequence."""
 
     def __init__(self, window: int, batch: int = 1) -> None:
-        self.window = window
-        self.batch = batch
+        self.window, self.batch = window, batch
 
     def plan(self, rows: int) -> AttentionPlan:
         """A pass over positions 0..rows-1."""
@@ -273,6 +267,5 @@ def _write(buffer: mx.array, rows: mx.array, slots: mx.array, contiguous: bool) 
     if buffer.shape[0] == 1:
         buffer[:, :, slots[0]] = rows
     else:
-        batch = mx.arange(buffer.shape[0])[:, None]
-        buffer[batch, :, slots] = rows.transpose(0, 2, 1, 3)
+        buffer[mx.arange(buffer.shape[0])[:, None], :, slots] = rows.transpose(0, 2, 1, 3)
     return buffer

@@ -1,7 +1,7 @@
-"""What callers hand in, checked before anything runs: types, whole numbers, numbers that float32 holds, prompts.
+"""What callers hand in, checked before anything runs; the ranges of a checkpoint (vocabulary, context) are its own.
 
 Every check returns the value as plain Python (NumPy's numbers and arrays are welcome) or raises OptionError or
-PromptError with one sentence. The ranges of a checkpoint (vocabulary, context) are the engine's.
+PromptError with one sentence.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ LARGEST, SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).
 
 def whole(name: str, value: object, low: int, high: int | None = None) -> int:
     """A whole number from `low` to `high` (None = no limit); True, 1.0 and '1' are none."""
-    found = _index(value)
+    found, span = _index(value), f"of at least {low}" if high is None else f"from {low} to {high}"
     if found is None or found < low or (high is not None and found > high):
-        span = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise OptionError(f"{name} must be a whole number {span}, not {shown(value)}.")
+        raise _odd(name, f"a whole number {span}", value)
     return found
 
 
@@ -45,14 +44,14 @@ def number(name: str, value: object, low: float, high: float, note: str = "") ->
 def flag(name: str, value: object) -> bool:
     """True or False."""
     if not isinstance(value, (bool, np.bool_)):
-        raise OptionError(f"{name} must be True or False, not {shown(value)}.")
+        raise _odd(name, "True or False", value)
     return bool(value)
 
 
 def text(name: str, value: object, error: type[OptionError] | type[PromptError] = OptionError) -> str:
     """A string that UTF-8 can write."""
     if not isinstance(value, str):
-        raise error(f"{name} must be a string, not {shown(value)}.")
+        raise _odd(name, "a string", value, error)
     try:
         value.encode()
     except UnicodeError:
@@ -63,24 +62,22 @@ def text(name: str, value: object, error: type[OptionError] | type[PromptError] 
 def place(name: str, value: object) -> str | Path:
     """A folder, a file or a hub name."""
     if not isinstance(value, (str, Path)) or not str(value).strip():
-        raise OptionError(f"{name} must be a path or a name, not {shown(value)}.")
+        raise _odd(name, "a path or a name", value)
     return value
 
 
 def function(name: str, value: object) -> Callable[..., Any] | None:
     """Something to call, or None."""
     if value is not None and not callable(value):
-        raise OptionError(f"{name} must be a function, not {shown(value)}.")
+        raise _odd(name, "a function", value)
     return value
 
 
 def functions(name: str, value: object) -> tuple[Callable[..., Any], ...]:
     """A sequence of things to call; None for none."""
-    if value is None:
-        return ()
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise OptionError(f"{name} must be a list of functions, not {shown(value)}.")
-    found = tuple(value)
+    if isinstance(value, str) or not isinstance(value, Iterable | None):
+        raise _odd(name, "a list of functions", value)
+    found = tuple(value or ())
     if wrong := [one for one in found if not callable(one)]:
         raise OptionError(f"{name} must be a list of functions; {shown(wrong[0])} in it is not one.")
     return found
@@ -90,14 +87,14 @@ def one_of(name: str, value: object, choices: Collection[str]) -> str:
     """One of some words."""
     if not isinstance(value, str) or value not in choices:
         *first, last = (f"'{choice}'" for choice in choices)
-        raise OptionError(f"{name} must be {', '.join(first)} or {last}, not {shown(value)}.")
+        raise _odd(name, f"{', '.join(first)} or {last}", value)
     return value
 
 
 def instance(name: str, value: object, kind: type) -> None:
     """None or an object of one class."""
     if value is not None and not isinstance(value, kind):
-        raise OptionError(f"{name} must be a {kind.__name__}, not {shown(value)}.")
+        raise _odd(name, f"a {kind.__name__}", value)
 
 
 def declarations(name: str, value: object) -> bool | list[Mapping[str, Any]]:
@@ -118,7 +115,7 @@ def stop_strings(value: object) -> list[str]:
     """What ends a reply: a string, some strings, or None for none; an empty one would end every reply at once."""
     given = [] if value is None else [value] if isinstance(value, str) else value
     if isinstance(given, (bytes, Mapping)) or not isinstance(given, Iterable):
-        raise OptionError(f"stop must be a string or a list of strings, not {shown(value)}.")
+        raise _odd("stop", "a string or a list of strings", value)
     found = [text("Every stop string", one) for one in given]
     if "" in found:
         raise OptionError("Every stop string needs at least one character; leave the empty one out.")
@@ -126,13 +123,12 @@ def stop_strings(value: object) -> list[str]:
 
 
 def bias(value: object) -> dict[int, float]:
-    """logit_bias: token id -> what is added to its logit; -inf bans a token, and not every token may be banned."""
+    """logit_bias: token id -> what is added to its logit; -inf bans a token."""
     if not isinstance(value, Mapping):
         raise OptionError(f"logit_bias must map token ids to numbers, not be {shown(value)}.")
     found = {}
     for token, added in value.items():
-        name = f"logit_bias of token {shown(token)}"
-        key = _index(token)
+        name, key = f"logit_bias of token {shown(token)}", _index(token)
         if key is None or key < 0:
             raise OptionError(f"logit_bias must map token ids to numbers; {shown(token)} is no token id.")
         banned = _float(added) == -math.inf
@@ -145,7 +141,8 @@ def prompt(value: object) -> str | list[int] | list[dict[str, Any]]:
     if isinstance(value, str):
         return text("The prompt", value, PromptError)
     if isinstance(value, (np.ndarray, mx.array)):
-        if value.ndim != 1 or not _holds_integers(value):
+        kinds = mx.issubdtype(value.dtype, mx.integer) if isinstance(value, mx.array) else value.dtype.kind in "iu"
+        if value.ndim != 1 or not kinds:
             raise PromptError(
                 f"Token ids must be one row of whole numbers, not an array of {value.dtype} with shape {value.shape}."
             )
@@ -199,10 +196,10 @@ def _index(value: object) -> int | None:
         return None
 
 
-def _holds_integers(array: np.ndarray | mx.array) -> bool:
-    if isinstance(array, mx.array):
-        return mx.issubdtype(array.dtype, mx.integer)
-    return np.issubdtype(array.dtype, np.integer)
+def _odd(
+    name: str, wanted: str, value: object, error: type[OptionError] | type[PromptError] = OptionError
+) -> OptionError | PromptError:
+    return error(f"{name} must be {wanted}, not {shown(value)}.")
 
 
 def shown(value: object) -> str:

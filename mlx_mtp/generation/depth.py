@@ -1,7 +1,7 @@
 """How many tokens to draft: what a round costs x how often drafts are accepted -> the depth with most tokens a second.
 
 Chooses a depth before every round, 0 (plain decoding) included, and learns from every round that was read. Touches no
-device and no clock; `depth_profile.py` keeps what was learned.
+device and no clock. What was learned is kept for the next start (ProfileFile).
 
 A worked example. A plain round takes 10 ms, one of 2 drafts 13 ms: it costs 1.3. Drafts are accepted 80 times of 100,
 so that a round of 2 yields 1 + 0.8 + 0.8 * 0.8 = 2.44 tokens, and 2.44 / 1.3 = 1.88 times the tokens per second of
@@ -19,38 +19,38 @@ import statistics
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
+from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate, pairwise
 from typing import Protocol
 
-from mlx_mtp.generation.depth_profile import Profile, ProfileFile
+import numpy as np
+
+from mlx_mtp.checkpoints.kept import Kept
 
 log = logging.getLogger(__name__)
 
-# Where nothing is known a draft is thought to add this share of a plain round, within a factor of e**STEP.
-SLOPE, STEP = 0.25, 0.4
-# Remembered costs are all dropped when a depth's first round takes e**CONTRADICTED times what they say, or less by it.
-CONTRADICTED = 0.3
-# From round to round the pace may change by this share, the cost of a draft by this one (a context that grows);
-# PAUSED: what a new request may find changed of the pace.
-PACE, AGE, PAUSED = 0.01, 0.002, 0.3
-# A time off by more than so many times the noise may always mean that the pace has changed, by as much: a laptop slept,
-# another program began. The next rounds of another depth tell.
-USUAL = 3.0
-# How far times scatter at first and at least, and from how many of the latest it is found.
-NOISE, QUIET, SCATTER = 0.3, 0.02, 15
+# Where nothing is known a draft is thought to add this share of a plain round.
+SLOPE = 0.25
+# How far off (as a logarithm) what nobody knows yet may be: a draft's cost, a time, the pace after a pause. Where the
+# first round of a depth is further off what is remembered of it, all remembered costs are dropped.
+VAGUE = 0.3
+# From round to round the pace may change by this share.
+PACE = 0.01
+# Differences below this share mean nothing: times scatter by it at least, and a change of depth must promise more.
+LITTLE = 0.02
+# From how many of the latest times it is found how far they scatter.
+SCATTER = 15
 # Acceptance is a share of rounds that fade by this factor: within a request with every round, over all requests with
 # every round that drafted.
 FADE = 0.97
-# How many rounds of its own the earlier requests count for in a new one, and the position before for a position.
-MEMORY, NEIGHBOUR, PRIOR = 4.0, 1.0, 0.6
-# A change must promise this much.
-GAIN = 1.02
-# Any change lasts so many rounds (two between others of its depth are timed), and more where times scatter.
-HOLD, PATIENCE = 4, 20
-# Share of the time that may be lost on trying other depths, in rounds the loss allowed at first (and the debt at most),
-# and rounds between two tries.
-TRYING, CREDIT, BETWEEN = 0.008, 1.0, 6
+# The chance of a draft where none was made; what is expected counts for one round of a request.
+PRIOR = 0.6
+# Any change lasts so many rounds: two between others of its depth are timed.
+HOLD = 4
+# Share of the time that may be lost on trying other depths.
+TRYING = 0.008
+# Costs are kept only where rounds scatter by no more than this share.
+CALM = 0.2
 
 
 class DepthPolicy(Protocol):
@@ -97,13 +97,11 @@ class FixedDepth(DepthPolicy):
 
     @property
     def reason(self) -> str:
-        """One sentence: how much it drafts, and why."""
         if not self.deepest:
             return "Not drafting: the depth is fixed at 0."
         return f"Drafting {_drafts(self.deepest)} a round: the depth is fixed."
 
     def next(self) -> int:
-        """The depth."""
         return self.deepest
 
 
@@ -116,26 +114,26 @@ class RoundCosts:
 
     log(seconds of a round of d drafts) = pace + log cost(d) + noise, cost(0) = 1. A time shows only the sum of two
     unknowns. Its surprise is shared between them by how uncertain each of them is, and makes both more certain; that
-    is what the covariance keeps. The pace becomes uncertain again with every round, costs hardly do. Costs are
+    is what the covariance keeps. The pace becomes uncertain again with every round, costs do not. Costs are
     uncertain together: a draft more adds something unknown to all deeper rounds, so that one depth tells of the others.
+
+    remembered: what 0, 1, ... drafts cost in an earlier run; a prior that a few rounds outweigh.
     """
 
     def __init__(self, deepest: int, remembered: Sequence[float] | None = None) -> None:
-        """remembered: what 0, 1, ... drafts cost in an earlier run; a prior that a few rounds outweigh."""
-        self._deepest, self.remembered = deepest, remembered is not None
+        self.remembered, self.timed = remembered is not None, [0] * (deepest + 1)
         # A round that costs more than the tokens it can yield never pays, and how much more is of no interest.
         sane = [min(cost, 1.0 + depth) for depth, cost in enumerate(accumulate(remembered or (), max, initial=1.0), -1)]
         self._expect(0.0, 1e3, sane[1:])  # nobody knows how fast the machine is
-        self.timed = [0] * (deepest + 1)
         self._changes: deque[float] = deque(maxlen=SCATTER)
         self._before: float | None = None  # log seconds of the round before, where this one is of the same depth
 
     def _expect(self, pace: float, variance: float, costs: Sequence[float] | None) -> None:
         """What is thought before the first rounds. Index 0 is the pace, the others log costs."""
-        depths = range(self._deepest + 1)
-        self._mean = [math.log(cost) for cost in costs or [1.0 + SLOPE * depth for depth in depths]]
-        self._covariance = [[STEP**2 * min(i, j) for j in depths] for i in depths]
-        self._mean[0], self._covariance[0][0] = pace, variance
+        depths = np.arange(len(self.timed))
+        self._mean = np.log(costs or 1.0 + SLOPE * depths)
+        self._covariance = VAGUE**2 * np.minimum.outer(depths, depths)
+        self._mean[0], self._covariance[0, 0] = pace, variance
 
     @property
     def known(self) -> bool:
@@ -146,7 +144,7 @@ class RoundCosts:
     def plain_seconds(self) -> float | None:
         """Of a plain round, as fast as the machine is now and no more than any other; None before that can be known."""
         known = self.timed[0] or (self.remembered and any(self.timed))
-        return math.exp(self._mean[0] + min(0.0, *self._mean[1:])) if known else None
+        return float(np.exp(self._mean[0] + min(0.0, *self._mean[1:]))) if known else None
 
     @property
     def scatter(self) -> float:
@@ -155,26 +153,23 @@ class RoundCosts:
         Half of the differences of two normal times are below 0.95 of their standard deviation.
         """
         few = len(self._changes) < SCATTER // 3
-        return 0.0 if few else max(QUIET, statistics.median(self._changes) / 0.95)
+        return 0.0 if few else max(LITTLE, statistics.median(self._changes) / 0.95)
 
     def cost(self, depth: int) -> float:
-        """In plain rounds, never below that of fewer drafts.
-
-        Nor above the tokens it can yield: such a depth cannot pay, and how little it does is of no interest.
-        """
-        return min(1.0 + depth, math.exp(max(0.0, *self._mean[1 : depth + 1]))) if depth else 1.0
+        """In plain rounds: not below that of fewer drafts, nor above the tokens it can yield, where it cannot pay."""
+        return min(1.0 + depth, float(np.exp(max(0.0, *self._mean[1 : depth + 1])))) if depth else 1.0
 
     def uncertainty(self, depth: int, other: int) -> float:
         """Standard deviation of the logarithm of cost(depth) / cost(other)."""
-
-        def between(a: int, b: int) -> float:
-            return self._covariance[a][b] if a and b else 0.0
-
-        return math.sqrt(max(0.0, between(depth, depth) + between(other, other) - 2.0 * between(depth, other)))
+        weights = np.zeros(len(self.timed))
+        weights[depth] += 1.0
+        weights[other] -= 1.0
+        weights[0] = 0.0  # a plain round's cost is 1
+        return float(np.sqrt(max(0.0, (weights[:, None] * self._covariance * weights).sum())))
 
     def pause(self) -> None:
         """Time went by, with whatever else the machine did."""
-        self._covariance[0][0] += PAUSED**2
+        self._covariance[0, 0] += VAGUE**2
         self._before = None
 
     def learn(self, depth: int, seconds: float | None) -> None:
@@ -186,27 +181,17 @@ class RoundCosts:
         if before is None or self._before is None:
             return
         self._changes.append(abs(self._before - before))
-        time, mean, covariance, size = min(before, self._before), self._mean, self._covariance, self._deepest + 1
-        covariance[0][0] += PACE**2
-        for i in range(1, size):
-            for j in range(1, size):
-                covariance[i][j] += AGE**2 * min(i, j)
-        parts = {0, depth}  # of what the time is the sum
-        surprise = time - sum(mean[part] for part in parts)
-        if self.remembered and any(self.timed) and not self.timed[depth] and abs(surprise) > CONTRADICTED:
+        time, parts = min(before, self._before), sorted({0, depth})  # of what the time is the sum
+        self._covariance[0, 0] += PACE**2
+        off = abs(time - self._mean[parts].sum()) > VAGUE
+        if off and self.remembered and any(self.timed) and not self.timed[depth]:
             log.info("what rounds cost in an earlier run is not what they cost now: forgotten")
             self.remembered = False
-            self._expect(mean[0], covariance[0][0], None)
-            mean, covariance = self._mean, self._covariance
-            surprise = time - sum(mean[part] for part in parts)
-        noise = self.scatter or NOISE
-        covariance[0][0] += max(0.0, abs(surprise) - USUAL * noise) ** 2
-        gains = [sum(row[part] for part in parts) for row in covariance]
-        variance = sum(gains[part] for part in parts) + noise**2
-        for i in range(size):
-            mean[i] += gains[i] / variance * surprise
-            for j in range(size):
-                covariance[i][j] -= gains[i] * gains[j] / variance
+            self._expect(self._mean[0], self._covariance[0, 0], None)
+        gains = self._covariance[:, parts].sum(axis=1)
+        gains, shared = gains / (gains[parts].sum() + (self.scatter or VAGUE) ** 2), gains
+        self._mean += gains * (time - self._mean[parts].sum())
+        self._covariance -= np.multiply.outer(gains, shared)
         self.timed[depth] += 1
 
 
@@ -237,18 +222,14 @@ class Acceptance:
         """Twice as many drafts as were ever accepted in a row: nobody starts with eight."""
         return 2 * sum(accepted > 0.5 for accepted in self.accepted) or 1
 
-    def rates(self) -> list[float]:
-        """Of each position, once those before it were accepted; where little was seen, that of the position before."""
+    def rates(self, expected: Sequence[float] | None = None) -> list[float]:
+        """Of each position, once those before it were accepted; where little was seen as expected, or, where nothing
+        is, as at the position before."""
         found, rate = [], PRIOR
-        for verified, accepted in zip(self.verified, self.accepted, strict=True):
-            rate = (NEIGHBOUR * rate + accepted) / (NEIGHBOUR + verified)
+        for i, (verified, accepted) in enumerate(zip(self.verified, self.accepted, strict=True)):
+            rate = ((expected[i] if expected else rate) + accepted) / (1.0 + verified)
             found.append(rate)
         return found
-
-    def rates_given(self, expected: Sequence[float]) -> list[float]:
-        """The same, where little was seen as expected."""
-        rows = zip(expected, self.verified, self.accepted, strict=True)
-        return [(MEMORY * rate + accepted) / (MEMORY + verified) for rate, verified, accepted in rows]
 
 
 def expected_tokens(rates: Sequence[float], depth: int) -> float:
@@ -261,8 +242,58 @@ def expected_tokens(rates: Sequence[float], depth: int) -> float:
 
 
 def best_depth(cost: Callable[[int], float], rates: Sequence[float], allowed: Sequence[int]) -> int:
-    """The depth with most expected tokens per cost of a round; drafting must beat plain decoding by GAIN."""
-    return max(allowed, key=lambda d: expected_tokens(rates, d) / cost(d) * (1.0 if d else GAIN))
+    """The depth with most expected tokens per cost of a round; drafting must promise more than LITTLE."""
+    return max(allowed, key=lambda d: expected_tokens(rates, d) / cost(d) * (1.0 if d else 1.0 + LITTLE))
+
+
+@dataclass
+class Profile:
+    """costs: of a round of 0, 1, ... drafts, in plain rounds; None where they are not known well.
+
+    noise: by what share the rounds they come from scattered. verified, accepted: drafts at each position, older ones
+    counting less.
+    """
+
+    costs: list[float] | None
+    noise: float
+    verified: list[float]
+    accepted: list[float]
+
+
+class ProfileFile(Kept):
+    """Where the profile of one machine and pair is kept: costs only if the machine was quiet, never seconds."""
+
+    def load(self, deepest: int) -> Profile | None:
+        """What an earlier run learned of 0 to `deepest` drafts; None where nothing usable is kept."""
+        known = self.read()
+        try:
+            costs, verified, accepted = (list(map(float, known[name] or ()))
+                                         for name in ("costs", "verified", "accepted"))  # fmt: skip
+            noise = float(known["noise"])
+        except (KeyError, TypeError, ValueError):
+            return None
+        if {len(verified), len(accepted)} != {deepest}:
+            return None
+        if not all(0 <= few <= many < math.inf for many, few in zip(verified, accepted, strict=True)):
+            return None
+        usable = len(costs) == deepest + 1 and possible(costs) and 0 <= noise <= CALM
+        return Profile(costs if usable else None, noise, verified, accepted)
+
+    def save(self, profile: Profile) -> None:
+        """Keeps a profile, with the former costs where those are better."""
+        former = self.load(len(profile.verified))
+        ours = profile.costs is not None and profile.noise <= CALM and possible(profile.costs)
+        if former is not None and former.costs and (not ours or former.noise < profile.noise / 2):
+            profile = replace(profile, costs=former.costs, noise=former.noise)
+        elif not ours:
+            profile = replace(profile, costs=None, noise=CALM)
+        self.write(asdict(profile))
+
+
+def possible(costs: Sequence[float]) -> bool:
+    """Whether rounds can cost that: more drafts no less, and a draft no more than two passes of one row."""
+    rising = all(1.0 <= one <= other for one, other in pairwise([1.0, *costs]))
+    return rising and all(cost <= 1.0 + 2.0 * depth for depth, cost in enumerate(costs))
 
 
 @dataclass
@@ -280,20 +311,17 @@ class DepthController(DepthPolicy):
         self.long_run = Acceptance(known.verified, known.accepted) if known else Acceptance.unknown(self.deepest)
         # Counted over all requests: many short ones must find out what a long one does.
         self._rounds, self._tried_at = 0, dict.fromkeys(self.allowed, 0)
-        self._saved = CREDIT  # rounds' worth of time that may be lost on tries
+        self._saved = 1.0  # rounds' worth of time that may be lost on tries
         self.begin()
 
     @property
     def plain_seconds(self) -> float | None:
-        """An estimate that follows the machine, never a measurement; None before any round was timed."""
         return self.costs.plain_seconds
 
     def for_seed(self, most: int) -> DepthPolicy:
-        """The deepest of up to `most` drafts that is allowed."""
         return FixedDepth(max(depth for depth in self.allowed if depth <= most))
 
     def begin(self) -> None:
-        """Starts from the long run, ready to be convinced otherwise within a few rounds."""
         self.costs.pause()
         self._here = Acceptance.unknown(self.deepest)
         self._rates = self.long_run.rates()
@@ -314,39 +342,34 @@ class DepthController(DepthPolicy):
         return self.tokens(depth) / self.costs.cost(depth)
 
     def next(self) -> int:
-        """The depth in use, or now and then some rounds of another one, to see whether that would pay."""
         self._rounds += 1
         self._run += 1
-        if self._run <= HOLD + PATIENCE * self.costs.scatter:
+        if self._run <= HOLD:
             return self._now
         tried, best = self._now if self._now != self._chosen else None, self._best()
-        if best != self._chosen and self.speed_up(best) > GAIN * self.speed_up(self._chosen):
+        if best != self._chosen and self.speed_up(best) > (1.0 + LITTLE) * self.speed_up(self._chosen):
             log.info("depth %d -> %d: %.2f times plain decoding expected in place of %.2f",
                      self._chosen, best, self.speed_up(best), self.speed_up(self._chosen))  # fmt: skip
             self._chosen = best
         self._saved += TRYING * self.speed_up(self._chosen)
         depth = self._chosen
         if tried is not None:
-            self._saved = max(-CREDIT, self._saved - (self._run - 1) * self._loss(tried, self.costs.cost(tried)))
+            self._saved = max(-1.0, self._saved - (self._run - 1) * self._loss(tried, self.costs.cost(tried)))
             self._tried_at[tried] = self._rounds
-        elif self._rounds - max(self._tried_at.values()) >= BETWEEN:
+        else:
             depth = self._worth_a_try()
         if depth != self._now:
             self._now, self._run = depth, 1
         return depth
 
     def _worth_a_try(self) -> int:
-        """The depth that may well be better than the one in use, else the others by turns, or the one in use.
+        """The depth that was tried longest ago of those whose loss is saved, or the one in use.
 
-        A try is made once its loss is saved, by the hopeful end of what its cost is thought to be.
+        The loss is by the hopeful end of what its cost is thought to be: one that may well be better loses nothing.
         """
-        others = [depth for depth in self._within_reach() if depth != self._chosen]
-        hope = {depth: self._hope(depth) for depth in others}
-        turns = sorted(others, key=lambda d: self._tried_at[d])
-        best = min(others, key=lambda d: hope[d] / self.tokens(d))
-        if self.tokens(best) / hope[best] > self.speed_up(self._chosen):
-            turns.insert(0, best)
-        affordable = (depth for depth in turns if self._saved >= HOLD * self._loss(depth, hope[depth]))
+        turns = sorted(self._within_reach(), key=lambda depth: self._tried_at[depth])
+        affordable = (depth for depth in turns if depth != self._chosen
+                      and self._saved >= HOLD * self._loss(depth, self._hope(depth)))  # fmt: skip
         return next(affordable, self._chosen)
 
     def _hope(self, depth: int) -> float:
@@ -369,20 +392,18 @@ class DepthController(DepthPolicy):
         return [depth for place, depth in enumerate(self.allowed) if place < 2 or depth <= reach]
 
     def learn(self, depth: int, accepted: int, seconds: float | None) -> None:
-        """Counts a round: which drafts were accepted, and how long it took."""
         # What a depth that is out of use was found to give fades within a request, so that an unlucky one gets another
         # chance; over all of them only new drafts make old ones count less, or plain decoding would forget why.
         for acceptance, fades in ((self._here, True), (self.long_run, depth > 0)):
             acceptance.fade(FADE if fades else 1.0)
             acceptance.count(depth, accepted)
-        self._rates = self._here.rates_given(self.long_run.rates())
+        self._rates = self._here.rates(self.long_run.rates())
         # The first round of a depth may be charged with the end of the one before.
         self.costs.learn(depth, seconds if depth == self._learned else None)
         self._learned = depth
 
     @property
     def reason(self) -> str:
-        """One sentence: how much it drafts, and why."""
         depth = self._chosen or max((d for d in self.allowed if d), key=self.speed_up)
         if not self.costs.known:
             return "Not enough rounds yet to say whether drafting pays."
@@ -398,7 +419,6 @@ class DepthController(DepthPolicy):
         )
 
     def save(self) -> None:
-        """Keeps what was learned for the next start: costs only where enough quiet rounds tell them."""
         if self.kept is None:
             return
         costs = [self.costs.cost(depth) for depth in range(self.deepest + 1)]

@@ -8,13 +8,15 @@ pass is padded to, plain ones included, so that every row goes through the same 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import mlx.core as mx
 
+from mlx_mtp.checkpoints.kept import Kept
 from mlx_mtp.generation.cache import CAPACITY_STEP, FULL, KVCache
 from mlx_mtp.generation.interfaces import States, Target
 
@@ -69,53 +71,57 @@ class TargetPass:
     def __call__(self, rows: mx.array, cache: KVCache) -> tuple[States, mx.array]:
         """Rows [B, M] written after the cache's length: their states, and float32 logits [B, M, V]."""
         if cache.capacity not in self._compiled:
-            self._compiled[cache.capacity] = mx.compile(self._pass(cache.layout()))
+            target, layout = self._target, cache.layout()
+
+            def one_pass(rows: mx.array, arrays: Any) -> tuple[mx.array, mx.array | None, mx.array, Any]:
+                cache = layout.around(arrays)
+                states = target.forward(rows, cache)
+                return states.hidden, states.trunk, target.head(states.hidden), cache.arrays
+
+            self._compiled[cache.capacity] = mx.compile(one_pass)
         hidden, trunk, logits, cache.arrays = self._compiled[cache.capacity](rows, cache.arrays)
         return States(hidden, trunk), logits
 
-    def _pass(self, layout: KVCache) -> Callable[..., Any]:
-        target = self._target
 
-        def one_pass(rows: mx.array, arrays: Any) -> tuple[mx.array, mx.array | None, mx.array, Any]:
-            cache = layout.around(arrays)
-            states = target.forward(rows, cache)
-            return states.hidden, states.trunk, target.head(states.hidden), cache.arrays
+class ProbeFile(Kept):
+    """Where the results of one target on one device are kept: finding them takes half a minute."""
 
-        return one_pass
+    def load(self) -> dict[int, Exactness]:
+        """What earlier runs found, by capacity; without what cannot be such a result."""
+        known, found = self.read(), {}
+        for capacity, entry in known.items() if isinstance(known, dict) else ():
+            with contextlib.suppress(KeyError, TypeError, ValueError, IndexError):
+                result = Exactness(tuple(map(int, entry["depths"])), entry["width"] and int(entry["width"]))
+                if result.depths[0] == 0 and all(0 <= depth < WIDEST for depth in result.depths):
+                    found[int(capacity)] = result
+        return found
 
-
-class Remembered(Protocol):
-    """Results of earlier runs, by capacity (probe_file.ProbeFile)."""
-
-    def load(self) -> dict[int, Exactness]: ...
-
-    def save(self, found: dict[int, Exactness]) -> None: ...
+    def save(self, found: dict[int, Exactness]) -> None:
+        """Keeps results beside those of other capacities."""
+        self.write({str(capacity): asdict(result) for capacity, result in (self.load() | found).items()})
 
 
 class Probes:
     """What was found of a target, capacity by capacity; each is probed when a request first meets it.
 
-    found: the results so far. Of one target on one device they are always the same, so that those of earlier runs,
-    where something remembers them, need not be found again.
+    found: the results so far. kept: where those of earlier runs are, which of one target on one device are the same.
     """
 
-    def __init__(self, target: Target, remembered: Remembered | None = None) -> None:
-        self.target, self.found = target, dict[int, Exactness]()
-        self._remembered = remembered
+    def __init__(self, target: Target, kept: ProbeFile | None = None) -> None:
+        self.target, self.found, self._kept = target, dict[int, Exactness](), kept
 
     def at(self, capacity: int) -> Exactness:
         """How passes over a cache of this capacity can be exact."""
         if capacity not in self.found:
-            earlier = self._remembered.load() if self._remembered else {}
-            if capacity in earlier:
-                self.found[capacity] = earlier[capacity]
-                return earlier[capacity]
-            log.warning("Exact mode: comparing passes of one and of several tokens bit for bit (room for %d tokens); "
-                        "it may take half a minute%s.", capacity,
-                        " and is remembered for this model here" if self._remembered else "")  # fmt: skip
-            self.found[capacity] = probe(self.target, capacity)
-            if self._remembered:
-                self._remembered.save({capacity: self.found[capacity]})
+            known = self._kept.load() if self._kept else {}
+            if capacity not in known:
+                log.warning("Exact mode: comparing passes of one and of several tokens bit for bit (room for %d "
+                            "tokens); it may take half a minute%s.", capacity,
+                            " and is remembered for this model here" if self._kept else "")  # fmt: skip
+                known = {capacity: probe(self.target, capacity)}
+                if self._kept:
+                    self._kept.save(known)
+            self.found[capacity] = known[capacity]
         return self.found[capacity]
 
 
@@ -156,7 +162,8 @@ class _Trial:
         for start in self._starts:
             alone = self._left(start, single, [1] * PROBE_TOKENS) if found else []
             found = [width for width in found if all(
-                _same(alone, self._left(start, width, commits)) for commits in _commits(width)
+                mx.array_equal(one, other).item() for commits in _commits(width)
+                for one, other in zip(alone, self._left(start, width, commits), strict=True)
             )]  # fmt: skip
         return found
 
@@ -188,10 +195,6 @@ def _commits(width: int) -> Iterator[list[int]]:
     for sizes in ([width] * PROBE_TOKENS, [1 + i % width for i in range(PROBE_TOKENS)]):
         passes = next(n for n in range(1, PROBE_TOKENS + 1) if sum(sizes[:n]) >= PROBE_TOKENS)
         yield [*sizes[: passes - 1], PROBE_TOKENS - sum(sizes[: passes - 1])]
-
-
-def _same(one: _Left, other: _Left) -> bool:
-    return all(mx.array_equal(a, b).item() for a, b in zip(one, other, strict=True))
 
 
 def _filled(target: Target, capacity: int) -> KVCache:

@@ -37,6 +37,11 @@ class States:
         """The same of the first `rows` rows."""
         return States(self.hidden[:, :rows], None if self.trunk is None else self.trunk[:, :rows])
 
+    def last(self, rows: int = 1) -> States:
+        """The same of the last `rows` rows, which may be none."""
+        start = self.hidden.shape[1] - rows
+        return States(self.hidden[:, start:], None if self.trunk is None else self.trunk[:, start:])
+
 
 @dataclass(frozen=True, kw_only=True)
 class TargetInfo:
@@ -59,15 +64,18 @@ class Target(Protocol):
     """A model that answers. `forward` writes after the cache's length and never moves it: committing is the loop's."""
 
     info: TargetInfo
-    path: Path | None  # local folder of the checkpoint
+    path: Path | None = None  # local folder of the checkpoint
+    # What its layers store, and the type of it.
+    shapes: Sequence[LayerShape] = ()
+    dtype: mx.Dtype = mx.float32
 
     def modules(self) -> Sequence[nn.Module]:
         """The modules that hold its weights; for reports."""
         return ()
 
-    @abstractmethod
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """An empty cache for `capacity` positions."""
+        return KVCache(self.shapes, self.info.window, capacity, self.dtype, batch)
 
     @abstractmethod
     def embed(self, tokens: mx.array) -> mx.array:

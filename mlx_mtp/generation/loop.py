@@ -2,7 +2,7 @@
 
 Rounds come back as chunks of tokens; text and stop conditions are the engine's.
 
-Invariant: the device is read in one place (`_Reader`), once per round; everything a request changes belongs to that
+Invariant: the device is read in one place (`_read`), once per round; everything a request changes belongs to that
 request, so stopping early, cancelling or an exception in the consumer leave nothing behind.
 """
 
@@ -51,22 +51,19 @@ class Chunk:
     accepted: int = 0
 
 
-@dataclass
-class _Reader:
-    """The only place that waits for the device after prefill."""
+def _read(output: RoundOutput, stats: Stats) -> tuple[Chunk, int]:
+    """The whole round as a chunk, not cut to the accepted drafts yet, and how many these are.
 
-    stats: Stats
-
-    def read(self, output: RoundOutput) -> tuple[Chunk, int]:
-        """The whole round as a chunk, not cut to the accepted drafts yet, and how many these are."""
-        self.stats.host_syncs += 1
-        *tokens, accepted = _first(output.tokens)
-        if output.logprobs is None or output.top is None:
-            return Chunk(tokens), accepted
-        # Computed with the tokens by one graph, so these wait for nothing.
-        ids, values = map(_first, output.top)
-        top = [dict(zip(*row, strict=True)) for row in zip(ids, values, strict=True)]
-        return Chunk(tokens, _first(output.logprobs), top), accepted
+    The only place that waits for the device after prefill.
+    """
+    stats.host_syncs += 1
+    *tokens, accepted = _first(output.tokens)
+    if output.logprobs is None or output.top is None:
+        return Chunk(tokens), accepted
+    # Computed with the tokens by one graph, so these wait for nothing.
+    ids, values = map(_first, output.top)
+    top = [dict(zip(*row, strict=True)) for row in zip(ids, values, strict=True)]
+    return Chunk(tokens, _first(output.logprobs), top), accepted
 
 
 def _first(array: mx.array) -> list[Any]:
@@ -111,30 +108,33 @@ class RoundClock:
 class _Decoding:
     """Host side of one request: its tokens so far, and an upper bound of the device's length.
 
-    newest: the furthest row that was or will be written. processors, constraint: what changes logits on the host
-    between a pass and its acceptance, in this order; rounds are then read one by one.
+    newest: the furthest row that was or will be written. constraint: the grammar, which is one of the `changes`: what
+    changes logits on the host between a pass and its acceptance, in this order; rounds are then read one by one.
     """
 
     request: GenerationRequest
     state: SequenceState
     stats: Stats
-    bound: int
     newest: int
-    processors: Processors | None = None
-    constraint: Constraint | None = None
+    bound: int = field(init=False)
+    constraint: Constraint | None = field(init=False)
+    changes: list[Processors | Constraint] = field(default_factory=list)
     emitted: list[int] = field(default_factory=list)
     clock: RoundClock = field(default_factory=RoundClock)
+
+    def __post_init__(self) -> None:
+        request, self.bound = self.request, len(self.request.ids)
+        self.constraint = Constraint(request.grammar, request.thought) if request.grammar else None
+        if request.processors:
+            self.changes.append(Processors(request.processors, request.ids))
+        if self.constraint is not None:
+            self.changes.append(self.constraint)
 
     def add(self, tokens: list[int]) -> None:
         """Tokens that were read."""
         self.emitted += tokens
         for change in self.changes:
             change.add(tokens)
-
-    @property
-    def changes(self) -> list[Processors | Constraint]:
-        """What changes logits on the host."""
-        return [change for change in (self.processors, self.constraint) if change is not None]
 
     def change(self, drafts: mx.array | None, logits: mx.array) -> mx.array:
         """The logits [1, M, V] of a pass over drafts [1, K] as they are to be decided by."""
@@ -143,16 +143,9 @@ class _Decoding:
         return logits
 
 
-@dataclass
-class _Reused:
-    """What a session has of a prompt: `length` tokens whose rows are there, and the states of the last of them.
-
-    states: None where the caller has to run that token again if it wants them.
-    """
-
-    lease: Lease
-    length: int
-    states: States | None = None
+# What a session has of a prompt: what it lends, how many tokens' rows are there, and the states of the last of them,
+# None where the caller has to run that token again if it wants them.
+Reused = tuple[Lease, int, States | None]
 
 
 class Decoder:
@@ -163,6 +156,7 @@ class Decoder:
     ) -> None:
         self.target, self.drafter, self.policy, self.exact = target, drafter, policy, exact
         self.rounds = Rounds(target, drafter, exact is not None)
+        self._reads_states = drafter is not None and drafter.reads_states
 
     @property
     def pair(self) -> Pair:
@@ -176,13 +170,14 @@ class Decoder:
         policy = policy or self.policy
         policy.begin()
         session, decoding = request.session, None
-        reused = self._reused(session, request.ids) if session is not None else None
+        reused = None
+        if session is not None:  # a drafter that reads states needs the last row's, which is run again for it
+            back = None if self.exact is not None else int(self._reads_states)
+            reused = session.acquire(request.ids, back, self.pair)
         try:
             began = time.perf_counter()
             state, newest = self._prefill(request, policy.deepest, reused, stats)
-            processors = Processors(request.processors, request.ids) if request.processors else None
-            constraint = Constraint(request.grammar, request.thought) if request.grammar else None
-            decoding = _Decoding(request, state, stats, len(request.ids), newest, processors, constraint)
+            decoding = _Decoding(request, state, stats, newest)
             yield from self._rounds(decoding, policy, began)
         finally:
             if session is not None:
@@ -190,12 +185,12 @@ class Decoder:
 
     def _rounds(self, decoding: _Decoding, policy: DepthPolicy, began: float) -> Iterator[Chunk]:
         """The tokens after the prompt; one round in flight while the one before is read."""
-        request, stats, reader = decoding.request, decoding.stats, _Reader(decoding.stats)
+        request, stats = decoding.request, decoding.stats
         first = self.rounds.first(decoding.state, decoding.change)
         stats.head_passes += 1
         serial = bool(decoding.changes)  # what is done on the host wants every token before the next round is built
         # Read before a round is submitted: where that waits for the device (MLX on a CPU), the token would be late.
-        chunk, _ = reader.read(first)
+        chunk, _ = _read(first, stats)
         stats.prefill_seconds = time.perf_counter() - began
         decoding.clock.lap()
         decoding.add(chunk.tokens)
@@ -211,17 +206,17 @@ class Decoder:
                 ahead = self._submit(decoding, policy)
             # What a round takes shows only where it was built while the one before ran, and the next, which is built
             # meanwhile, is one like it: with nothing to build it looks far too short, with two of them too long.
-            alike = serial or (not alone and ahead is not None and ahead[0] == pending[0])
-            chunk = self._collect(decoding, reader, *pending, policy, alike)
+            alike = not alone and ahead is not None and ahead[0] == pending[0]
+            chunk = self._collect(decoding, *pending, policy, alike)
             with decoding.clock.pause():
                 yield chunk
             pending = ahead
 
     def _collect(
-        self, decoding: _Decoding, reader: _Reader, depth: int, output: RoundOutput, policy: DepthPolicy, alike: bool
+        self, decoding: _Decoding, depth: int, output: RoundOutput, policy: DepthPolicy, alike: bool
     ) -> Chunk:
         """Reads a round and cuts it to what was accepted and to the budget."""
-        chunk, accepted = reader.read(output)
+        chunk, accepted = _read(output, decoding.stats)
         seconds = decoding.clock.lap()
         policy.learn(depth, accepted, seconds if alike else None)
         decoding.bound -= depth - accepted
@@ -237,49 +232,42 @@ class Decoder:
         depth = state.exact.deepest(depth) if state.exact else depth
         rows = decoding.bound + max(depth + 1, (state.exact and state.exact.width) or 0)
         decoding.newest = max(decoding.newest, rows - 1)
-        grown = self._reserve(state, rows)
-        if grown or self.rounds.is_new(state, depth):
+        if rows > state.cache.capacity:
+            state.cache.grow(capacity_for(rows))
+            if self.drafter is not None:
+                state.memory = self.drafter.grow(state.memory, state.cache.capacity)
+            decoding.clock.disturb()
+        if self.rounds.is_new(state, depth):
             decoding.clock.disturb()
         decoding.bound += depth + 1
         if decoding.changes:
             override = decoding.constraint.override(depth) if decoding.constraint and depth else None
-            output = self.rounds.submit_between(state, depth, decoding.change, override)
+            output = self.rounds.submit(state, depth, decoding.change, override)
             decoding.stats.host_syncs += decoding.constraint is not None  # the drafts are read
         else:
             output = self.rounds.submit(state, depth)
-        stats = decoding.stats
-        stats.rounds += 1
-        stats.head_passes += 1
-        stats.depth_counts[depth] = stats.depth_counts.get(depth, 0) + 1
+        decoding.stats.submitted(depth)
         return depth, output
-
-    def _reserve(self, state: SequenceState, rows: int) -> bool:
-        """Makes room for `rows` positions; whether anything had to grow."""
-        if rows <= state.cache.capacity:
-            return False
-        state.cache.grow(capacity_for(rows))
-        if self.drafter is not None:
-            state.memory = self.drafter.grow(state.memory, state.cache.capacity)
-        return True
 
     def prefill(self, request: GenerationRequest, deepest: int) -> SequenceState:
         """Runs the prompt in chunks that bound memory; leaves the state of its last token."""
         return self._prefill(request, deepest, None, Stats())[0]
 
     def _prefill(
-        self, request: GenerationRequest, deepest: int, reused: _Reused | None, stats: Stats
+        self, request: GenerationRequest, deepest: int, reused: Reused | None, stats: Stats
     ) -> tuple[SequenceState, int]:
         """The sequence after its prompt, and the furthest row written; `reused` = what is there of it already."""
         target, drafter, ids = self.target, self.drafter, request.ids
         # In exact mode room for the whole reply: the kernels may depend on the size of the buffers, and when those
         # grow must not depend on how many drafts are in flight.
         rows = len(ids) + (request.budget + 4 * WIDEST if self.exact else deepest + 1)
-        capacity = max(capacity_for(rows), reused.lease.cache.capacity if reused else 0)
+        capacity = max(capacity_for(rows), reused[0].cache.capacity if reused else 0)
         exact = self._exactness(capacity)  # before there are buffers: the probe has some of its own
         cache, memory, states, begin, newest = self._start(ids, capacity, reused)
         # In exact mode every family goes the same way, plain decoding too: the same rows through every layer.
-        wants_all = self.exact is not None or (drafter is not None and drafter.reads_states)
-        rows_at_once = self._rows_at_once(cache)
+        wants_all = self.exact is not None or self._reads_states
+        score_bytes = 4 * target.info.attention_heads * cache.capacity  # of one row
+        rows_at_once = max(MIN_CHUNK, min(MAX_CHUNK, CHUNK_BYTES // score_bytes))
         for start in range(begin, len(ids), rows_at_once):
             tokens = mx.array([ids[start : start + rows_at_once]], dtype=mx.int32)
             final = start + rows_at_once >= len(ids)
@@ -294,7 +282,7 @@ class Decoder:
         assert states is not None, "a prompt has a last token"
         stats.prefilled_tokens, newest = len(ids) - begin, max(newest, len(ids) - 1)
         if request.session is not None and begin < len(ids):
-            request.session.snapshot(cache, len(ids), newest, _last(states) if self.exact else None)
+            request.session.snapshot(cache, len(ids), newest, states.last() if self.exact else None)
         vocabulary = target.info.vocab_size
         spec = SamplingSpec.of(request.sampling, vocabulary, request.logprobs)
         state = SequenceState(
@@ -315,21 +303,8 @@ class Decoder:
                         "decoding plainly where that much is needed.", capacity)  # fmt: skip
         return found
 
-    def _reused(self, session: Session, ids: list[int]) -> _Reused | None:
-        """What a session has of a prompt."""
-        if self.exact is not None:
-            found = session.acquire_snapshot(ids, self.pair)
-            return _Reused(found[0], found[1].length, found[1].states) if found else None
-        taken = session.acquire(ids, self._runs_again, self.pair)
-        return _Reused(*taken) if taken else None
-
-    @property
-    def _runs_again(self) -> int:
-        """Rows of a kept conversation that are run again, for a drafter that needs the last one's state."""
-        return int(self.drafter is not None and self.drafter.reads_states)
-
     def _start(
-        self, ids: list[int], capacity: int, reused: _Reused | None
+        self, ids: list[int], capacity: int, reused: Reused | None
     ) -> tuple[KVCache, Memory, States | None, int, int]:
         """Cache and drafter's memory to start from, the last token's states, how many tokens these hold, and the
         furthest row written."""
@@ -337,24 +312,15 @@ class Decoder:
         if reused is None:
             cache = target.new_cache(capacity)
             return cache, drafter.start(1, cache.capacity) if drafter else {}, None, 0, -1
-        cache, memory, states = reused.lease.cache, reused.lease.memory, reused.states
+        lease, length, states = reused
+        cache, memory = lease.cache, lease.memory
         cache.grow(capacity)
         if drafter is not None:
-            if self._runs_again and states is None:
-                states = target.forward(mx.array([[ids[reused.length - 1]]], dtype=mx.int32), cache)
+            if self._reads_states and states is None:
+                states = target.forward(mx.array([[ids[length - 1]]], dtype=mx.int32), cache)
                 cache.advance(1)
-            memory = drafter.rewind(drafter.grow(memory, cache.capacity), reused.length, states)
-        return cache, memory, states, reused.length, reused.lease.newest
-
-    def _rows_at_once(self, cache: KVCache) -> int:
-        """Rows of the prompt that one pass may take."""
-        score_bytes = 4 * self.target.info.attention_heads * cache.capacity
-        return max(MIN_CHUNK, min(MAX_CHUNK, CHUNK_BYTES // score_bytes))
-
-
-def _last(states: States) -> States:
-    """Those of the last row."""
-    return States(states.hidden[:, -1:], None if states.trunk is None else states.trunk[:, -1:])
+            memory = drafter.rewind(drafter.grow(memory, cache.capacity), length, states)
+        return cache, memory, states, length, lease.newest
 
 
 def _leave(session: Session, decoding: _Decoding | None, exact: bool) -> None:

@@ -122,35 +122,23 @@ class Session:
             other.lease = Lease(cache, memory, self.lease.newest)
         return other
 
-    def acquire(self, ids: Sequence[int], back: int, pair: Pair | None = None) -> tuple[Lease, int] | None:
-        """The cache rolled back to as many tokens of `ids` as it can, and that number; None where there are none.
+    def acquire(
+        self, ids: Sequence[int], back: int | None, pair: Pair | None = None
+    ) -> tuple[Lease, int, States | None] | None:
+        """The cache rolled back to as many tokens of `ids` as it can, that number, and the last one's states.
 
-        back: rows before that number which the caller runs again (and whose windows must be intact too). At least the
-        last token of `ids` is left to run. pair: who asks. OptionError as for `check`.
+        back: rows before that number which the caller runs again, for states that it then needs (and whose windows must
+        be intact too); at least the last token of `ids` is left to run. None: for exact mode, where what is found
+        depends on the prompts so far and on nothing else: the end of the longest prompt that `ids` begin with. pair:
+        who asks. OptionError as for `check`.
         """
         lease = self._claim(pair)
-        found = None if lease is None else self._reach(lease, min(self.common(ids), len(ids) - 1), back)
+        found = None if lease is None else self._reach(lease, ids, back)
+        self._clear_above(found[0] if found else 0)
         if found is None or lease is None:
-            self._clear_above(0)
             return None
-        self._clear_above(found)
-        lease.cache.length = mx.array([found - back], dtype=mx.int32)
-        return lease, found
-
-    def acquire_snapshot(self, ids: Sequence[int], pair: Pair | None = None) -> tuple[Lease, Snapshot] | None:
-        """The cache as it was at the end of the longest prompt so far that `ids` begin with, and that end; or None.
-
-        For exact mode: what is found depends on the prompts so far and on nothing else. OptionError as for `take`.
-        """
-        lease, common = self._claim(pair), self.common(ids)
-        snapshot = next((snapshot for snapshot in reversed(self.snapshots) if snapshot.length <= common), None)
-        if snapshot is None or lease is None:
-            self._clear_above(0)
-            return None
-        self._clear_above(snapshot.length)
-        self._restore(lease, snapshot)
-        lease.cache.length = mx.array([snapshot.length], dtype=mx.int32)
-        return lease, snapshot
+        lease.cache.length = mx.array([found[0] - (back or 0)], dtype=mx.int32)
+        return (lease, *found)
 
     def _claim(self, pair: Pair | None) -> Lease | None:
         """What the session holds, for a request that has it to itself from now on."""
@@ -174,16 +162,19 @@ class Session:
                 buffers[layer] = mx.pad(ring, [(0, 0), (0, 0), (0, missing), (0, 0)]) if missing else mx.array(ring)
         lease.newest = snapshot.newest
 
-    def _reach(self, lease: Lease, wanted: int, back: int) -> int | None:
-        """The furthest of up to `wanted` tokens whose rows are all there, after bringing old rings back if it must."""
-        if wanted <= back:
-            return None
-        if _intact(lease.cache, wanted - back, lease.newest):
-            return wanted
+    def _reach(self, lease: Lease, ids: Sequence[int], back: int | None) -> tuple[int, States | None] | None:
+        """The most tokens of `ids` whose rows are all there, after bringing old rings back if it must."""
+        wanted = self.common(ids) if back is None else min(self.common(ids), len(ids) - 1)
+        if back is not None and back < wanted and _intact(lease.cache, wanted - back, lease.newest):
+            return wanted, None
         for snapshot in reversed(self.snapshots):
-            if back < snapshot.length <= wanted and _intact(lease.cache, snapshot.length - back, snapshot.newest):
+            length = snapshot.length
+            if back is None and length <= wanted:
                 self._restore(lease, snapshot)
-                return snapshot.length
+                return length, snapshot.states
+            if back is not None and back < length <= wanted and _intact(lease.cache, length - back, snapshot.newest):
+                self._restore(lease, snapshot)
+                return length, None
         return None
 
     def snapshot(self, cache: KVCache, length: int, newest: int, states: States | None = None) -> None:

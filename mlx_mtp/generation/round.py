@@ -22,6 +22,8 @@ from mlx_mtp.generation.exactness import Exactness, TargetPass
 from mlx_mtp.generation.interfaces import Drafter, Memory, States, Target
 from mlx_mtp.generation.sampling import DraftSampler, History, Override, SamplingArrays, SamplingSpec, TokenDistribution
 
+Tree = dict[str, Any]
+Output = tuple[Any, ...]  # the fields of a RoundOutput
 # Compiled rounds kept: a server meets every kind of sampling there is, and each graph takes memory.
 MOST_COMPILED = 128
 # Random keys a round spends besides one a draft: the next round's, acceptance, the token after the drafts.
@@ -60,7 +62,7 @@ class SequenceState:
     exact: Exactness | None = None
 
     @property
-    def tree(self) -> dict[str, Any]:
+    def tree(self) -> Tree:
         """Everything a round changes, as one tree of arrays."""
         return {
             "token": self.token, "hidden": self.hidden, "cache": self.cache.arrays, "memory": self.memory,
@@ -68,7 +70,7 @@ class SequenceState:
         }  # fmt: skip
 
     @tree.setter
-    def tree(self, tree: dict[str, Any]) -> None:
+    def tree(self, tree: Tree) -> None:
         self.token, self.hidden, self.cache.arrays = tree["token"], tree["hidden"], tree["cache"]
         self.memory, self.history, self.key = tree["memory"], tree["history"], tree["key"]
 
@@ -78,8 +80,8 @@ Part = Callable[..., Any]
 ChangeLogits = Callable[[mx.array | None, mx.array], mx.array]
 
 
-def _as_it_is(part: Part) -> Part:
-    """In place of mx.compile for what is part of a larger graph."""
+def _uncompiled(part: Part) -> Part:
+    """In place of mx.compile for what is part of a larger graph, or made of smaller ones."""
     return part
 
 
@@ -90,11 +92,10 @@ class Rounds:
     """
 
     def __init__(self, target: Target, drafter: Drafter | None, exact: bool = False) -> None:
-        self._target = target
-        self._drafter = drafter
+        self._target, self._drafter = target, drafter
         self._exact = TargetPass(target) if exact else None
         self._pass = self._exact or self._forward
-        self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self._compiled: dict[tuple[Any, ...], Any] = {}
         _alive.add(self)
 
     def forget(self) -> None:
@@ -107,41 +108,18 @@ class Rounds:
         """Whether the next `submit` with these sizes has to build its graph first (and its time says little)."""
         return (depth, state.cache.capacity, state.spec) not in self._compiled
 
-    def submit(self, state: SequenceState, depth: int) -> RoundOutput:
+    def submit(
+        self, state: SequenceState, depth: int, change: ChangeLogits | None = None, override: Override | None = None
+    ) -> RoundOutput:
         """Starts a round on the device and moves `state` past it.
 
         Reading the output is the only wait there is, and the caller may submit the next round first.
+        change: of the logits, on the host, once the drafts are known and while the pass runs. override: with it, drafts
+        that are not the drafter's.
         """
-        return _started(state, self.build(state, depth))
-
-    def build(self, state: SequenceState, depth: int) -> RoundOutput:
-        """A round that nobody has asked the device for yet; `state` is past it."""
-
-        def one_round() -> Callable[..., Any]:
-            verify, accept = self._stages(state, depth)
-
-            def both(tree: dict[str, Any], arrays: SamplingArrays) -> tuple[dict[str, Any], tuple[Any, ...]]:
-                return accept(arrays, *verify(tree, arrays, {}))
-
-            return both if self._apart(state) else mx.compile(both)
-
-        compiled = self._kept((depth, state.cache.capacity, state.spec), one_round)
-        state.tree, output = compiled(state.tree, state.arrays)
-        return RoundOutput(*output)
-
-    def submit_between(
-        self, state: SequenceState, depth: int, change: ChangeLogits, override: Override | None = None
-    ) -> RoundOutput:
-        """A round whose logits [B, M, V] are changed on the host once its drafts are known, while the pass runs.
-
-        override: drafts that are not the drafter's.
-        """
-
-        def stages() -> tuple[Callable[..., Any], Callable[..., Any]]:
-            verify, accept = self._stages(state, depth)
-            return (verify, accept) if self._apart(state) else (mx.compile(verify), mx.compile(accept))
-
-        verify, accept = self._kept((depth, state.cache.capacity, state.spec, override is not None), stages)
+        if change is None:
+            return _started(state, self.build(state, depth))
+        verify, accept = self._graphs(state, depth, (override is not None,))
         tree, cache, verified, logits = verify(state.tree, state.arrays, override or {})
         state.cache.arrays = cache  # nobody else may hold the buffers that the pass writes
         mx.async_eval(verified.get("drafts"))
@@ -149,6 +127,11 @@ class Rounds:
         logits = change(verified.get("drafts"), logits)
         state.tree, output = accept(state.arrays, tree, cache, verified, logits)
         return _started(state, RoundOutput(*output))
+
+    def build(self, state: SequenceState, depth: int) -> RoundOutput:
+        """A round that nobody has asked the device for yet; `state` is past it."""
+        state.tree, output = self._graphs(state, depth)(state.tree, state.arrays)
+        return RoundOutput(*output)
 
     def first(self, state: SequenceState, change: ChangeLogits | None = None) -> RoundOutput:
         """The token after the prompt, from `state.hidden`: a round without a pass of its own."""
@@ -160,13 +143,21 @@ class Rounds:
         state.tree, output = _accept(spec, tree, state.arrays, keys[1:], None, None, logits)
         return _started(state, RoundOutput(*output))
 
-    def _kept(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        """The compiled functions of this key, made where there are none."""
+    def _graphs(self, state: SequenceState, depth: int, between: tuple[bool, ...] = ()) -> Any:
+        """The compiled round; with `between` its two stages by themselves, for what is done between them."""
+        key = (depth, state.cache.capacity, state.spec, *between)
         compiled = self._compiled.pop(key, None)
         if compiled is None:
             if len(self._compiled) >= MOST_COMPILED:
                 self._compiled.pop(list(self._compiled)[0], None)  # the least recently used; two threads may be here
-            compiled = make()
+            verify, accept = self._stages(state, depth)
+            whole = _uncompiled if self._apart(state) else mx.compile
+
+            def both(tree: Tree, arrays: SamplingArrays) -> tuple[Tree, Output]:
+                found: tuple[Tree, Output] = accept(arrays, *verify(tree, arrays, {}))
+                return found
+
+            compiled = (whole(verify), whole(accept)) if between else whole(both)
         self._compiled[key] = compiled
         return compiled
 
@@ -179,22 +170,41 @@ class Rounds:
         """Whether the parts of a round are compiled each by itself: where bits count, and the pass is one of them."""
         return self._exact is not None and state.spec.greedy
 
-    def _stages(self, state: SequenceState, depth: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def _stages(self, state: SequenceState, depth: int) -> tuple[Part, Part]:
         """The round as two pure functions of arrays, for one cache layout, one SamplingSpec and one depth.
 
         The first drafts and runs the pass; the second decides by its logits, and commits.
         """
-        layout, spec = state.cache.layout(), state.spec
+        layout, spec, drafter = state.cache.layout(), state.spec, self._drafter
         width = state.exact.width if state.exact else None
-        part = mx.compile if self._apart(state) else _as_it_is
-        draft, decide = part(self._drafting(layout, spec, depth)), part(self._accepting(spec))
+        part = mx.compile if self._apart(state) else _uncompiled
         process = part(spec.processed)
 
-        def verify(tree: dict[str, Any], arrays: SamplingArrays, override: Override) -> tuple[Any, ...]:
+        def draft(tree: Tree, arrays: SamplingArrays, keys: mx.array, override: Override) -> tuple[Any, ...]:
+            assert drafter is not None
+            sample = DraftSampler(spec, arrays, tree["history"], keys, override)
+            cache = layout.around(tree["cache"])
+            drafts, memory = drafter.draft(tree["memory"], tree["token"], tree["hidden"], cache, depth, sample)
+            q = sample.distribution
+            return drafts, memory, None if q is None else (q.tokens, q.probabilities)
+
+        def decide(tree: Tree, arrays: SamplingArrays, verified: Tree, logits: mx.array) -> tuple[Tree, Output]:
+            drafts, q, states = verified.get("drafts"), verified.get("q"), States(*verified["states"])
+            q = None if q is None else TokenDistribution(*q)
+            tree, output = _accept(spec, tree, arrays, verified["keys"], drafts, q, logits)
+            accepted = output[0][:, -1]
+            if drafter is not None:
+                memory = drafter.observe(tree["memory"], verified["tokens"], states, accepted)
+                tree = {**tree, "memory": memory}
+            return {**tree, "hidden": mx.take_along_axis(states.hidden, accepted[:, None, None], axis=1)}, output
+
+        draft, decide = part(draft), part(decide)
+
+        def verify(tree: Tree, arrays: SamplingArrays, override: Override) -> tuple[Any, ...]:
             keys = mx.random.split(tree["key"], depth + SPARE_KEYS)
             tree, tokens = {**tree, "key": keys[0]}, tree["token"]
-            verified: dict[str, Any] = {"keys": keys[1:SPARE_KEYS]}
-            if self._drafter is not None and depth:
+            verified: Tree = {"keys": keys[1:SPARE_KEYS]}
+            if drafter is not None and depth:
                 verified["drafts"], tree["memory"], verified["q"] = draft(tree, arrays, keys[SPARE_KEYS:], override)
                 tokens = mx.concatenate([tokens, verified["drafts"]], axis=1)
             cache = layout.around(tree.pop("cache"))
@@ -204,8 +214,8 @@ class Rounds:
             return tree, cache.arrays, verified, logits[:, : depth + 1]
 
         def accept(
-            arrays: SamplingArrays, tree: dict[str, Any], cached: Any, verified: dict[str, Any], logits: mx.array
-        ) -> tuple[dict[str, Any], tuple[Any, ...]]:
+            arrays: SamplingArrays, tree: Tree, cached: Any, verified: Tree, logits: mx.array
+        ) -> tuple[Tree, Output]:
             cache = layout.around(cached)
             logits = _processed(spec, tree, arrays, verified.get("drafts"), logits, process)
             tree, output = decide(tree, arrays, verified, logits)
@@ -214,44 +224,11 @@ class Rounds:
 
         return verify, accept
 
-    def _drafting(self, layout: KVCache, spec: SamplingSpec, depth: int) -> Callable[..., Any]:
-        """From a round's state to drafts [B, K], the drafter's memory, and the distribution they were drawn from."""
-        drafter = self._drafter
-
-        def draft(
-            tree: dict[str, Any], arrays: SamplingArrays, keys: mx.array, override: Override
-        ) -> tuple[mx.array, Memory, tuple[mx.array | None, mx.array] | None]:
-            assert drafter is not None
-            sample = DraftSampler(spec, arrays, tree["history"], keys, override)
-            cache = layout.around(tree["cache"])
-            drafts, memory = drafter.draft(tree["memory"], tree["token"], tree["hidden"], cache, depth, sample)
-            q = sample.distribution
-            return drafts, memory, None if q is None else (q.tokens, q.probabilities)
-
-        return draft
-
-    def _accepting(self, spec: SamplingSpec) -> Callable[..., Any]:
-        """From what was verified and its logits to the state of the next round and what the host learns."""
-
-        def accept(
-            tree: dict[str, Any], arrays: SamplingArrays, verified: dict[str, Any], logits: mx.array
-        ) -> tuple[dict[str, Any], tuple[Any, ...]]:
-            drafts, q, states = verified.get("drafts"), verified.get("q"), States(*verified["states"])
-            q = None if q is None else TokenDistribution(*q)
-            tree, output = _accept(spec, tree, arrays, verified["keys"], drafts, q, logits)
-            accepted = output[0][:, -1]
-            if self._drafter is not None:
-                memory = self._drafter.observe(tree["memory"], verified["tokens"], states, accepted)
-                tree = {**tree, "memory": memory}
-            return {**tree, "hidden": mx.take_along_axis(states.hidden, accepted[:, None, None], axis=1)}, output
-
-        return accept
-
 
 def _accept(
-    spec: SamplingSpec, tree: dict[str, Any], arrays: SamplingArrays, keys: mx.array, drafts: mx.array | None,
+    spec: SamplingSpec, tree: Tree, arrays: SamplingArrays, keys: mx.array, drafts: mx.array | None,
     q: TokenDistribution | None, logits: mx.array,
-) -> tuple[dict[str, Any], tuple[Any, ...]]:  # fmt: skip
+) -> tuple[Tree, Output]:  # fmt: skip
     """Verifies drafts by logits [B, M, V]: the state with the newest token, and the fields of a RoundOutput.
 
     keys [2, 2]: for acceptance, and for the token after the accepted drafts.
@@ -286,16 +263,16 @@ def _padded(rows: mx.array, width: int | None) -> mx.array:
 
 
 def _processed(
-    spec: SamplingSpec, tree: dict[str, Any], arrays: SamplingArrays, drafts: mx.array | None, logits: mx.array,
-    process: Callable[..., mx.array],
-) -> mx.array:  # fmt: skip
+    spec: SamplingSpec, tree: Tree, arrays: SamplingArrays, drafts: mx.array | None, logits: mx.array, process: Part
+) -> mx.array:
     """Logits [B, M, V] after penalties and bias, each row with the history of its own."""
     if not spec.penalties and not spec.bias:
         return logits
     history = dict(tree["history"])
     if spec.penalties:
         history["generated"] = sampling.running_counts(history["generated"], drafts)
-    return process(logits, None, arrays, history)
+    found: mx.array = process(logits, None, arrays, history)
+    return found
 
 
 def _started(state: SequenceState, output: RoundOutput) -> RoundOutput:

@@ -162,10 +162,9 @@ class SamplingSpec:
             generated = generated if generated.ndim == 3 else generated[:, None]
             prompted = mx.broadcast_to(prompted[:, None], generated.shape)
             if tokens is not None:
-                generated = mx.take_along_axis(mx.broadcast_to(generated, (*tokens.shape[:2], generated.shape[-1])),
-                                               tokens, axis=-1)  # fmt: skip
-                prompted = mx.take_along_axis(mx.broadcast_to(prompted, (*tokens.shape[:2], prompted.shape[-1])),
-                                              tokens, axis=-1)  # fmt: skip
+                rows = (*tokens.shape[:2], generated.shape[-1])
+                generated, prompted = (mx.take_along_axis(mx.broadcast_to(seen, rows), tokens, axis=-1)
+                                       for seen in (generated, prompted))  # fmt: skip
             factor = arrays["repetition_penalty"]
             scaled = mx.where(logits > 0, logits / factor, logits * factor)
             logits = mx.where(prompted | (generated > 0), scaled, logits)
@@ -248,7 +247,8 @@ class DraftSampler:
                 distribution = distribution.overridden(mask, token)
             chosen = distribution.draw(self._keys[len(self._distributions)])
             self._distributions.append(distribution)
-        self._count(chosen)
+        if self._spec.penalties:
+            self._history["generated"] = counted(self._history["generated"], chosen)
         return chosen.astype(mx.int32)
 
     def point_mass(self, tokens: mx.array) -> mx.array:
@@ -265,7 +265,3 @@ class DraftSampler:
         if not self._override:
             return None
         return self._override["mask"][:, first : self._steps], self._override["tokens"][:, first : self._steps]
-
-    def _count(self, chosen: mx.array) -> None:
-        if self._spec.penalties:
-            self._history["generated"] = counted(self._history["generated"], chosen)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -43,8 +43,7 @@ class Sampling:
 
     def over(self, defaults: Sampling) -> Sampling:
         """This, with `defaults` where it has None."""
-        mine = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(defaults, **{name: value for name, value in mine.items() if value is not None})
+        return replace(defaults, **{name: value for name, value in vars(self).items() if value is not None})
 
 
 # A repetition penalty far from 1 takes logits out of float32's range.
@@ -100,6 +99,12 @@ class Stats:
         """(N - 1) / (t_N - t_1)."""
         return (self.tokens - 1) / self.decode_seconds if self.decode_seconds and self.tokens > 1 else 0.0
 
+    def submitted(self, depth: int) -> None:
+        """Records that a round of `depth` drafts was started."""
+        self.rounds += 1
+        self.head_passes += 1
+        self.depth_counts[depth] = self.depth_counts.get(depth, 0) + 1
+
     def count(self, rounds: Iterable[tuple[int, int]], tokens: int) -> None:
         """Records a reply of so many tokens; rounds: drafted and accepted of each, in order, before any cut."""
         self.tokens, left = tokens, max(0, tokens - 1)  # the first token is the prefill's
@@ -119,11 +124,8 @@ class Stats:
 
     def as_dict(self) -> dict[str, Any]:
         """Every figure under its public name, ready for JSON."""
-        derived = {
-            "tokens_per_round": self.tokens_per_round,
-            "decode_tokens_per_second": self.decode_tokens_per_second,
-        }
-        return asdict(self) | derived
+        derived = "tokens_per_round", "decode_tokens_per_second"
+        return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
 def acceptance(stats: Iterable[Stats]) -> list[float]:
@@ -163,12 +165,9 @@ class Result:
     def as_dict(self) -> dict[str, Any]:
         """The JSON object of `mlx-mtp generate --json`; top_logprobs only where logprobs were asked for."""
         found = {
-            "text": self.text,
-            "tokens": self.tokens,
-            "logprobs": self.logprobs,
-            "finish_reason": self.finish_reason,
+            "text": self.text, "tokens": self.tokens, "logprobs": self.logprobs, "finish_reason": self.finish_reason,
             "stats": self.stats.as_dict(),
-        }
+        }  # fmt: skip
         return found if self.top_logprobs is None else found | {"top_logprobs": self.top_logprobs}
 
 

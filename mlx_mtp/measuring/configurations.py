@@ -192,7 +192,7 @@ class Lineup:
         except Exception as error:  # another project's loader may raise anything
             return self.leave_out(name, f"it could not run this pair ({brief(error)})")
         self.configurations[name] = Configuration(name=name, decode=decode)
-        return memory.wired.add(decode, size)  # as resident as this engine's own copy
+        return memory.keep_resident(decode, size)  # as resident as this engine's own copy
 
     def leave_out(self, name: str, why: str) -> None:
         """Says so."""

@@ -26,36 +26,16 @@ from mlx_lm.models.switch_layers import SwitchGLU
 from mlx_mtp.backend import threads
 from mlx_mtp.backend.activations import gelu, tanh
 from mlx_mtp.backend.attention import attend
-from mlx_mtp.checkpoints.checkpoint import (
-    TOWERS,
-    Checkpoint,
-    compute_dtype,
-    load_into,
-    named_parameters,
-    renamed,
-)
-from mlx_mtp.checkpoints.unpacking import unpack_and_say
+from mlx_mtp.checkpoints.checkpoint import TOWERS, Checkpoint, compute_dtype, load_into, named_parameters, renamed
+from mlx_mtp.checkpoints.unpacking import unpack
 from mlx_mtp.generation.cache import FULL, KVCache, LayerShape, NoCache
-from mlx_mtp.generation.interfaces import States, TargetInfo
-from mlx_mtp.targets import registry
+from mlx_mtp.generation.interfaces import States, Target, TargetInfo
+from mlx_mtp.targets import registry, rows_of
 from mlx_mtp.targets.gemma4_config import Gemma4Config
-from mlx_mtp.targets.rows import rows_of
 
 log = logging.getLogger(__name__)
 
 MODEL_TYPES = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
-
-
-class Norm(nn.Module):
-    """RMS norm in float32 with a plain weight."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = mx.ones((size,))
-        self.eps = eps
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return mx.fast.rms_norm(x, self.weight, self.eps)
 
 
 def _rotation(config: Gemma4Config, layer: int) -> mx.array:
@@ -84,11 +64,11 @@ class Attention(nn.Module):
         self.eps = config.rms_norm_eps
         self._wave_lengths = _rotation(config, layer)
         self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=False)
-        self.q_norm = Norm(self.head_dim, self.eps)
+        self.q_norm = nn.RMSNorm(self.head_dim, self.eps)
         self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=False)
         if self.stores:
             self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
-            self.k_norm = Norm(self.head_dim, self.eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, self.eps)
             # K = V layers share the projection, not the tensors: v is the raw projection, before k's norm and rotation.
             self.shares_projection = config.attention_k_eq_v and self.kind == FULL
             if not self.shares_projection:
@@ -150,21 +130,13 @@ class Router(nn.Module):
         return experts, weights * self.per_expert_scale[experts]
 
 
-class GatedGelu(nn.Module):
-    """The experts' activation, in SwitchGLU's argument order."""
-
-    def __call__(self, x: mx.array, gate: mx.array) -> mx.array:
-        return gelu(gate) * x
-
-
 class Experts(nn.Module):
     """Weighted sum of the chosen experts."""
 
     def __init__(self, config: Gemma4Config) -> None:
         super().__init__()
-        self.switch_glu = SwitchGLU(
-            config.hidden_size, config.moe_intermediate_size, config.num_experts, activation=GatedGelu()
-        )
+        width, inner = config.hidden_size, config.moe_intermediate_size
+        self.switch_glu = SwitchGLU(width, inner, config.num_experts, activation=lambda x, gate: gelu(gate) * x)
 
     def __call__(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
         return (self.switch_glu(x, experts) * weights[..., None]).sum(axis=-2)
@@ -179,23 +151,23 @@ class Layer(nn.Module):
         wide = config.use_double_wide_mlp and layer >= config.first_shared
         self.self_attn = Attention(config, layer)
         self.mlp = GatedMLP(width, config.intermediate_size * (2 if wide else 1))
-        self.input_layernorm = Norm(width, eps)
-        self.post_attention_layernorm = Norm(width, eps)
-        self.pre_feedforward_layernorm = Norm(width, eps)
-        self.post_feedforward_layernorm = Norm(width, eps)
+        self.input_layernorm = nn.RMSNorm(width, eps)
+        self.post_attention_layernorm = nn.RMSNorm(width, eps)
+        self.pre_feedforward_layernorm = nn.RMSNorm(width, eps)
+        self.post_feedforward_layernorm = nn.RMSNorm(width, eps)
         self.layer_scalar = mx.ones((1,))
         self.mixture = config.enable_moe_block
         if self.mixture:
             self.router = Router(config)
             self.experts = Experts(config)
-            self.post_feedforward_layernorm_1 = Norm(width, eps)
-            self.post_feedforward_layernorm_2 = Norm(width, eps)
-            self.pre_feedforward_layernorm_2 = Norm(width, eps)
+            self.post_feedforward_layernorm_1 = nn.RMSNorm(width, eps)
+            self.post_feedforward_layernorm_2 = nn.RMSNorm(width, eps)
+            self.pre_feedforward_layernorm_2 = nn.RMSNorm(width, eps)
         if config.hidden_size_per_layer_input:
             inner = config.hidden_size_per_layer_input
             self.per_layer_input_gate = nn.Linear(width, inner, bias=False)
             self.per_layer_projection = nn.Linear(inner, width, bias=False)
-            self.post_per_layer_input_norm = Norm(width, eps)
+            self.post_per_layer_input_norm = nn.RMSNorm(width, eps)
 
     def feed_forward(self, x: mx.array) -> mx.array:
         """The dense branch, plus the experts' where there are any; both read the same residual x [B, M, D]."""
@@ -208,15 +180,9 @@ class Layer(nn.Module):
         )
 
     def __call__(
-        self,
-        x: mx.array,
-        offset: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        mask: mx.array,
-        normed: mx.array | None = None,
-        per_layer: mx.array | None = None,
-    ) -> mx.array:
+        self, x: mx.array, offset: mx.array, keys: mx.array, values: mx.array, mask: mx.array,
+        normed: mx.array | None = None, per_layer: mx.array | None = None,
+    ) -> mx.array:  # fmt: skip
         """x [B, M, D] -> [B, M, D]; `normed` is input_layernorm(x) where the caller has it, `per_layer` [B, M, p]."""
         normed = self.input_layernorm(x) if normed is None else normed
         x = x + self.post_attention_layernorm(self.self_attn(normed, offset, keys, values, mask))
@@ -236,12 +202,12 @@ class Gemma4Model(nn.Module):
         width, eps = config.hidden_size, config.rms_norm_eps
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.layers = [Layer(config, i) for i in range(config.num_hidden_layers)]
-        self.norm = Norm(width, eps)
+        self.norm = nn.RMSNorm(width, eps)
         if inner := config.hidden_size_per_layer_input:
             every_layer = config.num_hidden_layers * inner
             self.embed_tokens_per_layer = nn.Embedding(config.vocab_size_per_layer_input, every_layer)
             self.per_layer_model_projection = nn.Linear(width, every_layer, bias=False)
-            self.per_layer_projection_norm = Norm(inner, eps)
+            self.per_layer_projection_norm = nn.RMSNorm(inner, eps)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Token ids [B, M] -> scaled embedding [B, M, D]."""
@@ -302,56 +268,38 @@ class Gemma4Model(nn.Module):
         return logits if cap is None else tanh(logits / cap) * cap
 
 
-class Gemma4Target:
-    """A loaded Gemma 4 as the engine sees it (interfaces.Target)."""
+class Gemma4Target(Target):
+    """A loaded Gemma 4 as the engine sees it."""
 
     def __init__(self, model: Gemma4Model, dtype: mx.Dtype, path: Path | None = None) -> None:
-        config = model.config
-        self.path = path
-        self.model = model
-        self.config = config
-        self.dtype = dtype
-        storing = range(config.first_shared)
+        self.model, self.config, self.dtype, self.path = model, model.config, dtype, path
+        config, storing = model.config, range(model.config.first_shared)
         self.shapes = [LayerShape(config.layer_types[i], config.kv_heads[i], config.head_dims[i]) for i in storing]
         self.info = TargetInfo(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            max_context=config.max_position_embeddings,
-            window=config.sliding_window,
+            vocab_size=config.vocab_size, hidden_size=config.hidden_size, max_context=config.max_position_embeddings,
+            window=config.sliding_window, attention_heads=config.num_attention_heads,
             readable={kind: self.shapes[i] for kind, i in config.storing_layers.items()},
             storing_layers=config.storing_layers,
-            attention_heads=config.num_attention_heads,
-        )
+        )  # fmt: skip
 
     def modules(self) -> list[nn.Module]:
-        """The model."""
         return [self.model]
 
-    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
-        """An empty cache for `capacity` positions."""
-        return KVCache(self.shapes, self.config.sliding_window, capacity, self.dtype, batch)
-
     def embed(self, tokens: mx.array) -> mx.array:
-        """Token ids [B, M] -> the embedding a drafter reads, [B, M, D]."""
         return self.model.embed(tokens)
 
     def forward(self, tokens: mx.array, cache: KVCache, keep: int | None = None) -> States:
-        """Runs tokens [B, M] after the cache's length and writes their K/V; does not move the length."""
-        states, _ = self.model.run(tokens, cache, keep)
-        return states
+        return self.model.run(tokens, cache, keep)[0]
 
     def head(self, hidden: mx.array) -> mx.array:
-        """Hidden [B, M, D] -> float32 logits [B, M, V]."""
         return self.model.head(hidden)
 
     def head_on(self, tokens: mx.array) -> Callable[[mx.array], mx.array]:
-        """The head of `tokens` [N] alone, by their rows of the table."""
         table = rows_of(self.model.embed_tokens, tokens)
         return lambda hidden: self.model.capped(table.as_linear(hidden))
 
     @threads.device_arrays
     def logits(self, tokens: mx.array) -> mx.array:
-        """Logits of every position without a cache: int [B, M] -> float32 [B, M, V]."""
         hidden, _ = self.model(tokens, NoCache(self.config.sliding_window, tokens.shape[0]))
         return self.model.head(hidden)
 
@@ -395,7 +343,7 @@ def load(checkpoint: Checkpoint) -> Gemma4Target:
         log.warning("Text only: skipped %d tensors of %s.", skipped, ", ".join(sorted(towers)))
     dtype = compute_dtype(weights)
     load_into(model, adapt_weights(model, weights), dtype, checkpoint)
-    unpack_and_say(model, checkpoint.name)
+    unpack(model, checkpoint.name)
     mx.eval(model.parameters())
     return Gemma4Target(model, dtype, checkpoint.path)
 

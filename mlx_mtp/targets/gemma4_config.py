@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_mtp.checkpoints.checkpoint import number, section
-from mlx_mtp.errors import CheckpointError, UnsupportedModel
+from mlx_mtp.checkpoints.checkpoint import misfit, number, section
+from mlx_mtp.errors import UnsupportedModel
 from mlx_mtp.generation.cache import FULL, SLIDING
 
 # Bounds of sizes and of counts in a config.json: far above any model, low enough that no product leaves 31 bits.
@@ -90,7 +90,7 @@ class Gemma4Config:
             sliding_window=number(text, "sliding_window", int, 1, MAX_SIZE, 512),
             max_position_embeddings=number(text, "max_position_embeddings", int, 2, 2**31 - 1, 131_072),
             rope_parameters=_rope(text),
-            rms_norm_eps=number(text, "rms_norm_eps", float, 0.0, 1.0, 1e-6),
+            rms_norm_eps=number(text, "rms_norm_eps", float, 1e-30, 1.0, 1e-6),
             final_logit_softcapping=number(text, "final_logit_softcapping", float, 1e-3, 1e6) if cap else None,
             # Absent in re-saved unified configs, which never have per-layer embeddings: 0, not the class default.
             hidden_size_per_layer_input=number(text, "hidden_size_per_layer_input", int, 0, MAX_SIZE, 0),
@@ -109,16 +109,11 @@ def _kinds(text: Mapping[str, Any], layers: int, shared: int) -> list[str]:
     """The kind of every layer; one that reuses K/V needs a layer of its kind before it that stores them."""
     found = text.get("layer_types") or [FULL if (i + 1) % 6 == 0 else SLIDING for i in range(layers)]
     if not isinstance(found, list) or len(found) != layers or any(kind not in (FULL, SLIDING) for kind in found):
-        raise CheckpointError(
-            f"config.json: expected {layers} entries '{FULL}' or '{SLIDING}' in 'layer_types', found "
-            f"{reprlib.repr(found)}; use the config.json that belongs to this checkpoint."
-        )
+        raise misfit(f"{layers} entries '{FULL}' or '{SLIDING}' in 'layer_types'", reprlib.repr(found))
     kinds = [*found[:-1], FULL]  # as the reference implementation forces it
     if missing := set(kinds) - set(kinds[: layers - shared]):
-        raise CheckpointError(
-            f"config.json: expected a {missing.pop()} layer among the first {layers - shared}, which the "
-            f"{shared} layers after them could read, found none; use the config.json that belongs to this checkpoint."
-        )
+        raise misfit(f"a {missing.pop()} layer among the first {layers - shared}, which the {shared} layers after them "
+                     "could read", "none")  # fmt: skip
     return kinds
 
 
@@ -138,21 +133,15 @@ def _heads(text: Mapping[str, Any], kinds: list[str]) -> tuple[tuple[int, ...], 
     head_dims = tuple(number(layer, "head_dim", int, 2, MAX_SIZE, head_dim) for layer in layers)
     kv_counts = tuple(number(layer, "num_key_value_heads", int, 1, heads, kv_heads) for layer in layers)
     if any(size % 2 for size in head_dims) or any(heads % count for count in kv_counts):
-        raise CheckpointError(
-            f"config.json: expected even head sizes and K/V heads that divide the {heads} attention heads, found "
-            f"sizes {sorted(set(head_dims))} and K/V heads {sorted(set(kv_counts))}; "
-            "use the config.json that belongs to this checkpoint."
-        )
+        raise misfit(f"even head sizes and K/V heads that divide the {heads} attention heads",
+                     f"sizes {sorted(set(head_dims))} and K/V heads {sorted(set(kv_counts))}")  # fmt: skip
     return head_dims, kv_counts
 
 
 def _by_layer(given: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     """Overrides by layer; transformers pads the numbers with zeros to one width ("05"), others do not."""
     if odd := [key for key in given if not key.isdecimal()]:
-        raise CheckpointError(
-            f"config.json: expected layer numbers as the names in 'per_layer_config', found {reprlib.repr(odd[0])}; "
-            "use the config.json that belongs to this checkpoint."
-        )
+        raise misfit("layer numbers as the names in 'per_layer_config'", reprlib.repr(odd[0]))
     return {int(key): section(given, key) for key in given}
 
 

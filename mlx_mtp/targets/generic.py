@@ -28,13 +28,12 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.utils import _get_classes, load_model
 
 from mlx_mtp.backend import threads
-from mlx_mtp.checkpoints.checkpoint import Checkpoint, number, section
-from mlx_mtp.checkpoints.unpacking import unpack_and_say
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, misfit, number, section
+from mlx_mtp.checkpoints.unpacking import unpack
 from mlx_mtp.errors import CheckpointError, MLXMTPError, UnsupportedModel, brief
 from mlx_mtp.generation.cache import CAPACITY_STEP, FULL, SLACK, SLIDING, KVCache, LayerShape, LayerView
-from mlx_mtp.generation.interfaces import States, TargetInfo
-from mlx_mtp.targets import registry
-from mlx_mtp.targets.rows import WITH_ROWS, rows_of
+from mlx_mtp.generation.interfaces import States, Target, TargetInfo
+from mlx_mtp.targets import WITH_ROWS, registry, rows_of
 
 # Names under which config.json files keep one size. The bounds are far above any model: building a module takes time
 # in proportion to its layers, whatever the files hold.
@@ -141,7 +140,7 @@ def _replaced(module: nn.Module, path: tuple[str, ...], part: Any) -> nn.Module:
     return other
 
 
-class GenericTarget:
+class GenericTarget(Target):
     """A model of mlx-lm as the engine sees it (interfaces.Target).
 
     Raises UnsupportedModel where drafts could not be rolled back or trunk and head cannot be told apart, and
@@ -149,15 +148,11 @@ class GenericTarget:
     """
 
     def __init__(self, model: nn.Module, config: Mapping[str, Any], path: Path | None = None) -> None:
-        self.path = path
-        self.model = model
+        self.path, self.model = path, model
         self._name = f"{path or 'The model'} ({config.get('model_type')})"
         anatomy = _Anatomy.of(model)
         if anatomy is None:
-            raise UnsupportedModel(
-                f"{self._name}: expected a model with its decoder layers in a part of its own, apart from the output "
-                "head, found none; use another model."
-            )
+            raise self._unsupported("its decoder layers are not in a part of their own, apart from the output head")
         self._anatomy = anatomy
         self._head = anatomy.around(_Given(anatomy.trunk))
         try:
@@ -174,49 +169,32 @@ class GenericTarget:
             ) from error
         self.shapes, self.dtype = self._shapes(own, kinds)
         self.info = TargetInfo(
-            vocab_size=logits.shape[-1],
-            hidden_size=states.hidden.shape[-1],
-            max_context=_context(config, anatomy.trunk),
-            window=window,
-            readable={},
-            storing_layers={},
+            vocab_size=logits.shape[-1], hidden_size=states.hidden.shape[-1], window=window,
+            max_context=_context(config, anatomy.trunk), readable={}, storing_layers={},
             attention_heads=_size(config, HEADS, 1, MAX_COUNT) or max(shape.heads for shape in self.shapes),
-        )
+        )  # fmt: skip
         self._check()
 
     def modules(self) -> list[nn.Module]:
-        """The model."""
         return [self.model]
 
-    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
-        """An empty cache for `capacity` positions."""
-        return KVCache(self.shapes, self.info.window, capacity, self.dtype, batch)
-
     def embed(self, tokens: mx.array) -> mx.array:
-        """Token ids [B, M] -> what the first layer receives, [B, M, D]."""
         layers = self._anatomy.trunk[self._anatomy.layers]
         trunk = self._anatomy.with_layers([_Entrance(layers[0]), *layers[1:]])
         try:
             self._anatomy.around(trunk)(tokens)
         except _Reached as reached:
             return reached.args[0]
-        raise UnsupportedModel(
-            f"{self._name}: expected every pass to go through the first layer, which it does not; use another model."
-        )
+        raise self._unsupported("not every pass goes through its first layer")
 
     def forward(self, tokens: mx.array, cache: KVCache, keep: int | None = None) -> States:
-        """Runs tokens [B, M] after the cache's length and writes their K/V; does not move the length."""
         rows = tokens.shape[1]
         step = cache.plan(rows)
         states, _ = self._run(tokens, [LayerView(cache, layer, step) for layer in range(len(cache.shapes))])
-        if keep is None or keep >= rows:
-            return states
         # Lazy: of the rows that are cut away the last layer computes no more than their K/V.
-        trunk = None if states.trunk is None else states.trunk[:, rows - keep :]
-        return States(states.hidden[:, rows - keep :], trunk)
+        return states if keep is None or keep >= rows else states.last(keep)
 
     def head(self, hidden: mx.array) -> mx.array:
-        """Hidden [B, M, D] -> float32 logits [B, M, V], by all that the model does after its trunk."""
         return self._head(hidden).astype(mx.float32)
 
     def head_on(self, tokens: mx.array) -> Callable[[mx.array], mx.array]:
@@ -239,8 +217,10 @@ class GenericTarget:
 
     @threads.device_arrays
     def logits(self, tokens: mx.array) -> mx.array:
-        """Logits of every position as mlx-lm itself computes them: int [B, M] -> float32 [B, M, V]."""
         return self.model(tokens, cache=mlx_lm_cache.make_prompt_cache(self.model)).astype(mx.float32)
+
+    def _unsupported(self, why: str) -> UnsupportedModel:
+        return UnsupportedModel(f"{self._name}: {why}; use another model, or decode this one with mlx-lm.")
 
     def _run(self, tokens: mx.array, cache: list[Any]) -> tuple[States, mx.array]:
         """One pass of the model over any caches: its states, and its own logits (lazy, so free where unused)."""
@@ -250,10 +230,7 @@ class GenericTarget:
         logits = self._anatomy.around(trunk)(tokens, cache=cache)
         hidden, residual = trunk.returned, last.received
         if not isinstance(hidden, mx.array) or hidden.ndim != 3 or not isinstance(logits, mx.array):
-            raise UnsupportedModel(
-                f"{self._name}: expected one array of states [B, M, D] after the layers, found something else; "
-                "use another model."
-            )
+            raise self._unsupported("what its layers give is not one array of states [B, M, D]")
         fits = isinstance(residual, mx.array) and residual.shape == hidden.shape
         return States(hidden, residual if fits else None), logits
 
@@ -266,19 +243,14 @@ class GenericTarget:
             elif getattr(cache, "keep", 0):
                 found = f"RotatingKVCache that never forgets the first {cache.keep} tokens"
             if found:
-                raise UnsupportedModel(
-                    f"{self._name}: layer {layer} keeps its past in mlx-lm's {found}, from which rejected drafts "
-                    "cannot be taken back; use a model with plain or sliding K/V, or decode this one with mlx-lm."
-                )
+                raise self._unsupported(f"layer {layer} keeps its past in mlx-lm's {found}, from which rejected drafts "
+                                        "cannot be taken back")  # fmt: skip
         sliding = [cache.max_size for cache in caches if type(cache) is mlx_lm_cache.RotatingKVCache]
         if not all(type(window) is int and window > 0 for window in sliding):
-            raise CheckpointError("config.json: expected the size of the sliding window, found none; "
-                                  "use the config.json that belongs to this checkpoint.")  # fmt: skip
+            raise misfit("the size of the sliding window", "none")
         if len(set(sliding)) > 1:
-            raise UnsupportedModel(
-                f"{self._name}: its layers slide over windows of {' and '.join(map(str, sorted(set(sliding))))} "
-                "tokens, and the cache that takes drafts back holds one size; use another model."
-            )
+            raise self._unsupported(f"its layers slide over windows of {' and '.join(map(str, sorted(set(sliding))))} "
+                                    "tokens, and the cache that takes drafts back holds one size")  # fmt: skip
         kinds = [FULL if type(cache) is mlx_lm_cache.KVCache else SLIDING for cache in caches]
         return kinds, sliding[0] if sliding else 1
 
@@ -288,10 +260,7 @@ class GenericTarget:
         for layer, (cache, kind) in enumerate(zip(caches, kinds, strict=True)):
             if cache.keys is None or cache.keys.shape[1] != cache.values.shape[1]:
                 found = "stores none" if cache.keys is None else "stores them with different heads"
-                raise UnsupportedModel(
-                    f"{self._name}: expected keys and values of equal heads in layer {layer}, which {found}; "
-                    "use another model."
-                )
+                raise self._unsupported(f"layer {layer} needs keys and values of equal heads, and {found}")
             (_, heads, _, size), values = cache.keys.shape, cache.values.shape[-1]
             shapes.append(LayerShape(kind, heads, size, None if values == size else values))
         return shapes, caches[0].keys.dtype
@@ -315,10 +284,7 @@ class GenericTarget:
         except Exception as error:  # as above
             reason = brief(error)
         if reason:
-            raise UnsupportedModel(
-                f"{self._name}: this model does not run over the cache that takes drafts back ({reason}); "
-                "use another model, or decode this one with mlx-lm."
-            )
+            raise self._unsupported(f"it does not run over the cache that takes drafts back ({reason})")
 
     def _through_cache(self, tokens: mx.array) -> mx.array:
         """Logits [1, M, V] of the committed rows of CHECKED_PASSES."""
@@ -399,7 +365,6 @@ def _classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
     return WithoutDraftModules, args_class
 
 
-@registry.register_fallback(has_model, f"a model type of mlx-lm {importlib.metadata.version('mlx-lm')}")
 def load(checkpoint: Checkpoint) -> GenericTarget:
     """A target from any checkpoint that mlx-lm can load, quantised or not."""
     for names, high in ((LAYERS, MAX_COUNT), (("hidden_size",), MAX_SIZE), (("vocab_size",), MAX_SIZE)):
@@ -409,7 +374,7 @@ def load(checkpoint: Checkpoint) -> GenericTarget:
         model, _ = load_model(checkpoint.path, lazy=True, get_model_classes=_classes)
         if mx.default_device() == mx.Device(mx.cpu):
             model.set_dtype(mx.float32)  # half precision is emulated there, and slow
-            unpack_and_say(model, checkpoint.name)
+            unpack(model, checkpoint.name)
         checkpoint.read(model)
     except Exception as error:  # mlx-lm has no error class of its own
         raise CheckpointError(
@@ -417,3 +382,6 @@ def load(checkpoint: Checkpoint) -> GenericTarget:
             "the weights and config.json must be whole and belong together."
         ) from error
     return GenericTarget(model, checkpoint.config, checkpoint.path)
+
+
+registry.fallback = has_model, load, f"a model type of mlx-lm {importlib.metadata.version('mlx-lm')}"

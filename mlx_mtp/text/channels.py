@@ -193,56 +193,26 @@ def overlap(text: str, marker: str) -> int:
 
 
 def _gemma_call(body: str) -> list[ToolCall]:
-    """ValueError where a body is no call in Gemma's notation."""
+    """ValueError where a body is no call in Gemma's notation: JSON with bare names, and strings between QUOTEs."""
     matched = re.fullmatch(r"\s*call:([\w.\-/]+)\s*(\{.*\})\s*", body, re.DOTALL)
-    arguments, rest = _value(matched[2]) if matched else (None, "")
-    if matched is None or not isinstance(arguments, dict) or rest.strip():
+    if matched is None:
         raise ValueError("no call")
-    return [ToolCall(matched[1], arguments)]
+    parts = matched[2].split(QUOTE)
+    parts[::2] = [re.sub(r"[^,{}\[\]]+", _bare, part) for part in parts[::2]]
+    parts[1::2] = map(json.dumps, parts[1::2])
+    # NaN and its like are words: JSON has no such numbers.
+    return [ToolCall(matched[1], json.loads("".join(parts), parse_constant=str))]
 
 
-def _value(text: str) -> tuple[Any, str]:
-    """One value of Gemma's notation in front of a text, and the rest; ValueError where there is none."""
-    text = text.lstrip()
-    if text.startswith(QUOTE):
-        string, end, rest = text.removeprefix(QUOTE).partition(QUOTE)
-        if not end:
-            raise ValueError("a string without its end")
-        return string, rest
-    if text[:1] in ("{", "["):
-        return _container(text[0], text[1:])
-    word = re.match(r"[^,{}\[\]]+", text)
-    if not word:
-        raise ValueError("no value")
+def _bare(found: re.Match[str]) -> str:
+    """What stands between two brackets or commas, as JSON: a name, a colon and a value, or some of these."""
+    name, colon, value = found[0].partition(":")
+    name, value = (name.strip().strip('"'), value.strip()) if colon else ("", name.strip())
     try:
-        # NaN and its like are words: JSON has no such numbers.
-        return json.loads(word[0], parse_constant=str), text[word.end() :]
+        json.loads(value)
     except json.JSONDecodeError:
-        return word[0].strip(), text[word.end() :]
-
-
-def _container(opening: str, text: str) -> tuple[Any, str]:
-    """The inside of an object or a list, and what follows it."""
-    named, closing = opening == "{", {"{": "}", "[": "]"}[opening]
-    fields: dict[str, Any] = {}
-    items: list[Any] = []
-    text = text.lstrip()
-    while not text.startswith(closing):
-        if named:
-            key, colon, text = text.partition(":")
-            if not colon:
-                raise ValueError("a field without a value")
-            key = key.strip().removeprefix(QUOTE).removesuffix(QUOTE).strip('"')
-            fields[key], text = _value(text)
-        else:
-            item, text = _value(text)
-            items.append(item)
-        text = text.lstrip()
-        if text.startswith(","):
-            text = text[1:].lstrip()
-        elif not text.startswith(closing):
-            raise ValueError("neither a comma nor an end")
-    return fields if named else items, text[1:]
+        value = json.dumps(value) if value else ""
+    return (json.dumps(name) if name else "") + colon + value
 
 
 GEMMA = CallFormat("<|tool_call>", "<tool_call|>", _gemma_call)

@@ -31,25 +31,25 @@ class Dropped(PromptError):
 
 
 class ChatTemplate:
-    """The template of a tokenizer of transformers' or of mlx-lm's wrapper of one."""
+    """The template side of a Tokenizer; wrapped: what mlx-lm or transformers loads."""
 
     def __init__(self, wrapped: Any) -> None:
         self._wrapped = wrapped
         self._kept: set[tuple[object, ...]] = set()  # kinds of parts that were seen to arrive in the prompt
 
     @property
-    def exists(self) -> bool:
-        """Whether there is one."""
+    def has_chat_template(self) -> bool:
+        """Whether `chat` works."""
         found = getattr(self._wrapped, "has_chat_template", None)  # mlx-lm's wrapper knows templates in Python too
         return bool(getattr(self._wrapped, "chat_template", None) if found is None else found)
 
-    def prompt(
+    def chat(
         self, messages: Sequence[Message], thinking: bool = False, tools: Tools | None = None, effort: str | None = None
     ) -> list[int]:
         """Ids of a conversation up to where the reply begins; PromptError where the template refuses, or drops, any.
 
-        thinking: switches that know only on and off; off unless it is asked for. effort: a level for templates that
-        know levels (`reasoning_effort`), None = their own.
+        thinking: whether a checkpoint that can shall think first: the one default, for every command and for training.
+        tools: declarations in OpenAI's form. effort: a level for templates that know `reasoning_effort`, None = theirs.
         """
         found = _checked(messages)
         options = self._options(thinking, tools, effort)
@@ -71,7 +71,7 @@ class ChatTemplate:
 
     @cached_property
     def can_think(self) -> bool:
-        """Whether it can ask for thoughts, or the model is one that opens them by itself."""
+        """Whether the template can ask for thoughts, or opens them by itself."""
         on, off = (self._text(QUESTION, **self._options(thinking, None, None)) for thinking in (True, False))
         return on != off or any(self.writes(opening) for opening, _ in THOUGHTS)
 
@@ -138,7 +138,7 @@ class ChatTemplate:
             return None
 
     def _rendered(self, messages: Sequence[Message], **options: Any) -> Any:
-        if not self.exists:
+        if not self.has_chat_template:
             raise PromptError("Expected a checkpoint with a chat template, found none; pass a plain prompt or --raw.")
         if "return_dict" not in options and not hasattr(self._wrapped, "eos_token_ids"):
             options["return_dict"] = False  # mlx-lm's wrapper says so by itself

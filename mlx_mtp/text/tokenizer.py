@@ -26,15 +26,11 @@ FILL_IN = (
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
 
-class Tokenizer:
-    """A checkpoint's tokenizer: `encode`, `decode`, the chat template and a streaming detokeniser.
-
-    wrapped: what mlx-lm or transformers loads.
-    """
+class Tokenizer(ChatTemplate):
+    """A checkpoint's tokenizer: `encode`, `decode`, the chat template and a streaming detokeniser."""
 
     def __init__(self, wrapped: Any) -> None:
-        self._wrapped = wrapped
-        self.template = ChatTemplate(wrapped)
+        super().__init__(wrapped)
         self._making, self._tables = threading.Lock(), dict[tuple[int, ...], Any]()
 
     @classmethod
@@ -89,21 +85,6 @@ class Tokenizer:
         data = self._bytes.of(token) or b""
         return data.decode("utf-8", "replace"), data
 
-    def chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        thinking: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        effort: str | None = None,
-    ) -> list[int]:
-        """Messages to ids through the checkpoint's chat template, ready for the reply.
-
-        thinking: whether a checkpoint that can shall think first: the one default, for every command and for training.
-        Templates without a switch are as they are. tools: declarations in OpenAI's form. effort: a level for templates
-        that know `reasoning_effort`. PromptError where the template refuses the messages or would drop some of them.
-        """
-        return self.template.prompt(messages, thinking, tools, effort)
-
     def fill_in(self, before: str, after: str) -> list[int] | None:
         """The prompt whose reply stands between two texts; None where the tokenizer has no tokens for that."""
         vocabulary = self._wrapped.get_vocab()
@@ -126,7 +107,7 @@ class Tokenizer:
         if opened is None and not thinking:
             return None
         for opening, closing in THOUGHTS:
-            if opened == opening or (opened is None and self.template.writes(opening)):
+            if opened == opening or (opened is None and self.writes(opening)):
                 tokens = [self.encode(marker, special=False) for marker in (opening, closing)]
                 if all(len(one) == 1 for one in tokens):
                     return ThoughtTokens(tokens[0][0], tokens[1][0], opened is not None)
@@ -150,7 +131,7 @@ class Tokenizer:
         """
         opening = getattr(self._wrapped, "tool_call_start", None)  # mlx-lm's wrapper finds it in the template
         if opening is None or opening == GEMMA.opening:
-            return GEMMA if self.template.writes(GEMMA.opening) else None
+            return GEMMA if self.writes(GEMMA.opening) else None
         return CallFormat(opening, self._wrapped.tool_call_end, parsed_by(self._wrapped.tool_parser, tools))
 
     def call_grammar(self) -> CallGrammar | None:
@@ -161,7 +142,7 @@ class Tokenizer:
     @cached_property
     def _call_notation(self) -> Notation | None:
         shape = self.call_format()
-        return None if shape is None else notation(self.template.reply, shape.opening, shape.closing)
+        return None if shape is None else notation(self.reply, shape.opening, shape.closing)
 
     def _parts(self, text: str) -> list[str | int]:
         """A text as strings and the ids of tokens that no text can spell."""
@@ -172,16 +153,6 @@ class Tokenizer:
         found = re.split(f"({'|'.join(map(re.escape, sorted(marks, key=len, reverse=True)))})", text)
         return [part if part not in marks else int(marks[part]) for part in map(str, found) if part]
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether `chat` works."""
-        return self.template.exists
-
-    @property
-    def can_think(self) -> bool:
-        """Whether the chat template can ask for thoughts, or opens them by itself."""
-        return self.template.exists and self.template.can_think
-
     @cached_property
     def longest_token(self) -> int:
         """Most characters that one token stands for."""
@@ -191,7 +162,7 @@ class Tokenizer:
     def stop_tokens(self) -> set[int]:
         """Ids that end a reply, as the tokenizer sees it: its own, and what its template ends a reply with."""
         own = getattr(self._wrapped, "eos_token_ids", None) or {getattr(self._wrapped, "eos_token_id", None)}
-        return {token for token in (*own, self.template.turn_end()) if isinstance(token, int)}
+        return {token for token in (*own, self.turn_end()) if isinstance(token, int)}
 
     def stream(self) -> Detokenizer:
         """A fresh detokeniser."""

@@ -95,7 +95,7 @@ def pack(documents: Iterable[Document], tokenizer: Any) -> np.ndarray:
         else:
             try:
                 # A chat template writes its own <bos>.
-                ids = reader.encode(reader.template.conversation(document.messages), special=False)
+                ids = reader.encode(reader.conversation(document.messages), special=False)
             except PromptError as error:
                 raise DataError(f"{document.module}: {error}") from error
         rows.append(np.asarray([*ids, end], dtype))
