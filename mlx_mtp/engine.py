@@ -214,7 +214,8 @@ class Engine:
         go into the prompt where it is no list of ids. tool_choice: "auto", "required" (a call, no answer), the name of
         the one tool to call, or a ToolChoice. A reply that must call, or may call a tool that is `strict`, is held to a
         grammar: its calls can always be read, and their arguments keep to the tool's schema. json_schema (an object or
-        a pydantic class), regex, grammar (lark, as llguidance reads it): what the answer is held to; a thought before it is free.
+        a pydantic class), regex, grammar (lark, as llguidance reads it): what the answer is held to; a thought before
+        it is free.
         """
         max_tokens = checks.whole("max_tokens", max_tokens, 1)
         logprobs = checks.whole("logprobs", logprobs, 0, min(MOST_LOGPROBS, self.target.info.vocab_size))
