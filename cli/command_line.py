@@ -25,7 +25,7 @@ COMMANDS = {
     "demo": "Show a small real model with and without MTP, side by side.",
     "chat": "Chat on the terminal; in a pipe every line of standard input is a message.",
     "generate": "Generate one completion.",
-    "serve": "Serve an OpenAI-compatible API: chat completions, completions, models, /health, /metrics.",
+    "serve": "Serve OpenAI's APIs (Chat Completions, Completions, Responses), Anthropic's Messages, and a chat page.",
     "bench": "Measure this machine: stock mlx-lm, plain, and every drafter, on the same prompts in turns.",
     "train": "Train drafters for a finished target, or a small Gemma-4-shaped target and drafters for it.",
     "adapt": "Fine-tune a drafter to a target; the answers stay the target's own, they only come faster.",

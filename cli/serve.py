@@ -52,7 +52,7 @@ def serve(
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log every request.")] = False,
 ) -> None:
-    """Serve OpenAI's APIs (Chat Completions, Completions, Responses), Anthropic's Messages, and a page to chat on."""
+    """Serve OpenAI's APIs (Chat Completions, Completions, Responses), Anthropic's Messages, and a chat page."""
     try:
         from mlx_mtp.serving import app, server
         from mlx_mtp.serving import options as serving
@@ -88,8 +88,8 @@ def serve(
             running = server.Server(app.create_app(engine, wanted, queue), grace=grace, access_log=verbose)
         address = f"[{host}]" if ":" in host else host
         Console(stderr=True).print(
-            f"Serving {name} at http://{address}:{listener.getsockname()[1]}/v1, and a page to chat on at "
-            f"http://{address}:{listener.getsockname()[1]}/ (Ctrl-C stops).",
+            f"Serving {name} at http://{address}:{listener.getsockname()[1]}/v1 (Ctrl-C stops). "
+            f"A page to chat on: http://{address}:{listener.getsockname()[1]}/",
             soft_wrap=True, markup=False, highlight=False,
         )  # fmt: skip
         # uvicorn ends in good order and then raises the signal again; SIGTERM has had its effect by then.

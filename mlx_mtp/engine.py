@@ -195,6 +195,7 @@ class Engine:
         session: Session | None = None,
         tools: bool | Sequence[Mapping[str, Any]] = True,
         tool_choice: ToolChoice | str = "auto",
+        prediction: str | Sequence[int] = (),
         json_schema: Mapping[str, Any] | type | None = None,
         grammar: str | None = None,
         regex: str | None = None,
@@ -213,9 +214,10 @@ class Engine:
         with them. tools: whether calls of tools are told apart from the answer; or declarations in OpenAI's form, which
         go into the prompt where it is no list of ids. tool_choice: "auto", "required" (a call, no answer), the name of
         the one tool to call, or a ToolChoice. A reply that must call, or may call a tool that is `strict`, is held to a
-        grammar: its calls can always be read, and their arguments keep to the tool's schema. json_schema (an object or
-        a pydantic class), regex, grammar (lark, as llguidance reads it): what the answer is held to; a thought before
-        it is free.
+        grammar: its calls can always be read, and their arguments keep to the tool's schema. prediction: a text, or its
+        tokens, that much of the reply is expected to repeat, for lookups to draft from. json_schema (an object or a
+        pydantic class), regex, grammar (lark, as llguidance reads it): what the answer is held to; a thought before it
+        is free.
         """
         max_tokens = checks.whole("max_tokens", max_tokens, 1)
         logprobs = checks.whole("logprobs", logprobs, 0, min(MOST_LOGPROBS, self.target.info.vocab_size))
@@ -242,7 +244,7 @@ class Engine:
             stop=stops,
             stop_tokens=frozenset() if ignore_end else self.stop_tokens,
             raw=raw,
-            tools=tools,
+            tools=tools, prediction=self._expected(prediction),
             grammar=self._grammar({"json_schema": json_schema, "grammar": grammar, "regex": regex}, declared,
                                   ToolChoice.of(tool_choice, declared)),
         )
@@ -273,6 +275,15 @@ class Engine:
         vocabulary = self.target.info.vocab_size
         table = self.tokenizer.grammar_table(vocabulary, self.stop_tokens)
         return constraint.Grammar.of(table, vocabulary, self.stop_tokens, *wanted)
+
+    def _expected(self, prediction: str | Sequence[int]) -> list[int]:
+        """The tokens of a prediction."""
+        if not isinstance(prediction, str):
+            most = self.target.info.vocab_size - 1
+            return [checks.whole("Every token of prediction", token, 0, most) for token in prediction]
+        if self.tokenizer is None:
+            raise OptionError("prediction must be token ids, as this checkpoint has no tokenizer.")
+        return self.tokenizer.encode(prediction, special=False)
 
     def prepare_grammars(self) -> None:
         """Makes what all grammars need of the tokenizer, which takes seconds with a large vocabulary; from any thread.

@@ -137,6 +137,9 @@ class _Guided:
     def grow(self, memory: Memory, capacity: int) -> Memory:
         return {**memory, "own": self._drafter.grow(memory["own"], capacity)}
 
+    def expect(self, memory: Memory, tokens: mx.array) -> Memory:
+        return {**memory, "own": self._drafter.expect(memory["own"], tokens)}
+
     def draft(
         self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
     ) -> tuple[mx.array, Memory]:

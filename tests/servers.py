@@ -147,6 +147,7 @@ class ScriptedEngine:
         """Checks nothing."""
         assert options.pop("json_schema") is None
         options.pop("tool_choice")
+        options.pop("prediction")
         return GenerationRequest(ids=ids, budget=max_tokens, **options)
 
     def prepare_grammars(self) -> None:

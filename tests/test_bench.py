@@ -47,7 +47,7 @@ class Strict:
 
     has_chat_template = True
 
-    def chat(self, messages: object, thinking: bool = False) -> list[int]:
+    def chat(self, messages: object, thinking: bool = False, tools: object = None) -> list[int]:
         raise PromptError("no chat template takes this")
 
 

@@ -328,6 +328,20 @@ def test_agents_and_a_chat_in_turns(server: Running) -> None:
         assert second[1:] == first[1:] and second[0] <= first[0]
 
 
+def test_a_prediction_is_drafted_from(server: Running) -> None:
+    """The same reply, in fewer passes."""
+    body = {"messages": QUESTION, "max_tokens": 40, "temperature": 0}
+    free = server.post(CHAT, body).json()
+    text = free["choices"][0]["message"]["content"]
+    for content in (text, [{"type": "text", "text": text}]):
+        helped = server.post(CHAT, body | {"prediction": {"type": "content", "content": content}}).json()
+        assert helped["choices"][0]["message"]["content"] == text
+        assert helped["stats"]["accepted"] > free["stats"]["accepted"]
+    assert server.post(CHAT, body).json()["stats"]["accepted"] < helped["stats"]["accepted"]  # expected that once only
+    refused = server.post(CHAT, body | {"prediction": {"type": "moon"}})
+    assert refused.json()["error"]["param"] == "prediction.type"
+
+
 def test_counting_and_spelling_tokens(server: Running) -> None:
     made = server.post("/tokenize", {"prompt": "import os"}).json()
     assert made["count"] == len(made["tokens"]) and made["max_model_len"] == 8192

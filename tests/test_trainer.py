@@ -183,8 +183,12 @@ def test_an_interrupt_waits_for_the_step_and_saves(tmp_path: Path) -> None:
         return stack_batch(step)
 
     run = Trainer(Stack(), stack_loss, interrupted, TrainOptions(steps=6), tmp_path, data="same")
-    with pytest.raises(KeyboardInterrupt):
-        list(run.run())
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever another test has left there
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(run.run())
+    finally:
+        signal.signal(signal.SIGINT, before)
     again = Trainer(Stack(), stack_loss, stack_batch, TrainOptions(steps=6), tmp_path, data="same")
     assert again.resume() and again.step == 3
     assert [record["step"] for record in records(again.log_file)] == [1, 2, 3]

@@ -1,8 +1,8 @@
 """Lookup: what followed the last time the same words were written, found on the device; needs no weights.
 
-Keeps the tokens of prompt and reply, finds the longest match of their end (n-grams up to 8, the most recent of the
-longest) and proposes its continuation; alone, or in front of another drafter where the match is long enough to be
-trusted. The idea is prompt lookup decoding (Saxena 2023; LLMA, arXiv 2304.04487).
+Keeps the tokens of prompt and reply, and what the caller expects of the reply; finds the longest match of their end
+(n-grams up to 8, the most recent of the longest) and proposes its continuation; alone, or in front of another drafter
+where the match is long enough to be trusted. The idea is prompt lookup decoding (Saxena 2023; LLMA, arXiv 2304.04487).
 
 Shapes: B batch, S places for tokens, K drafts, n length of a match.
 """
@@ -30,11 +30,20 @@ class Lookup(Drafter):
     reads_prompt = True
 
     def start(self, batch: int, capacity: int) -> Memory:
-        return {"tokens": mx.full((batch, capacity), NOTHING, dtype=mx.int32), "length": mx.zeros((batch,), mx.int32)}
+        return {
+            "tokens": mx.full((batch, capacity), NOTHING, dtype=mx.int32), "length": mx.zeros((batch,), mx.int32),
+            "expected": mx.full((batch, 1), NOTHING, dtype=mx.int32),
+        }  # fmt: skip
 
     def grow(self, memory: Memory, capacity: int) -> Memory:
         missing = max(0, capacity - memory["tokens"].shape[1])
         return {**memory, "tokens": mx.pad(memory["tokens"], [(0, 0), (0, missing)], constant_values=NOTHING)}
+
+    def expect(self, memory: Memory, tokens: mx.array) -> Memory:
+        """In buffers of few sizes, so that few rounds are compiled; NOTHING parts it from the text."""
+        places = 1 << int(tokens.shape[1]).bit_length()
+        padding = [(0, 0), (0, places - tokens.shape[1])]
+        return {**memory, "expected": mx.pad(tokens.astype(mx.int32), padding, constant_values=NOTHING)}
 
     def draft(
         self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
@@ -53,8 +62,9 @@ class Lookup(Drafter):
     @staticmethod
     def continuation(memory: Memory, token: mx.array, depth: int) -> tuple[mx.array, mx.array]:
         """Proposals [B, K] after `token` [B, 1], and the length n [B] of the match they rest on."""
-        length = memory["length"][:, None]  # the place of `token`
-        text = mx.put_along_axis(memory["tokens"], length, token, axis=1)
+        text = mx.concatenate([memory["expected"], memory["tokens"]], axis=1)
+        length = memory["length"][:, None] + memory["expected"].shape[1]  # the place of `token`
+        text = mx.put_along_axis(text, length, token, axis=1)
         places = mx.arange(text.shape[1], dtype=mx.int32)[None]
         matches, run = mx.zeros(text.shape, dtype=mx.int32), places < length
         for back in range(LONGEST):
@@ -67,7 +77,7 @@ class Lookup(Drafter):
         step = mx.arange(depth, dtype=mx.int32) % mx.maximum(length - best, 1)
         found = mx.take_along_axis(text, best + 1 + step, axis=1)
         size = mx.take_along_axis(matches, best, axis=1)
-        return mx.where(size > 0, found, token), size[:, 0]
+        return mx.where((size > 0) & (found != NOTHING), found, token), size[:, 0]
 
 
 class LookupFirst(Drafter):
@@ -104,6 +114,9 @@ class LookupFirst(Drafter):
         overridden = _Override(sample, (size >= TRUSTED)[:, None], found)
         drafts, inner = self.drafter.draft(memory["drafter"], token, hidden, cache, depth, overridden)
         return drafts, {**memory, "drafter": inner}
+
+    def expect(self, memory: Memory, tokens: mx.array) -> Memory:
+        return self._both(memory, lambda one, its: one.expect(its, tokens))
 
     def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:
         return self._both(memory, lambda one, its: one.observe(its, tokens, states, accepted))

@@ -149,6 +149,11 @@ class Drafter(Protocol):
         """The same memory with room for `capacity` positions."""
         return memory
 
+    def expect(self, memory: Memory, tokens: mx.array) -> Memory:
+        """What the caller expects of the reply, tokens [B, E], in place of what was expected before; most drafters do
+        not ask."""
+        return memory
+
     @abstractmethod
     def draft(
         self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft

@@ -264,6 +264,8 @@ class Decoder:
         capacity = max(capacity_for(rows), reused[0].cache.capacity if reused else 0)
         exact = self._exactness(capacity)  # before there are buffers: the probe has some of its own
         cache, memory, states, begin, newest = self._start(ids, capacity, reused)
+        if drafter is not None:
+            memory = drafter.expect(memory, mx.array([list(request.prediction)], dtype=mx.int32))
         # In exact mode every family goes the same way, plain decoding too: the same rows through every layer.
         wants_all = self.exact is not None or self._reads_states
         score_bytes = 4 * target.info.attention_heads * cache.capacity  # of one row

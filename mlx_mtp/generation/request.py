@@ -57,6 +57,7 @@ class RequestOptions(ReplyOptions, total=False):
     session: Session | None
     tools: bool | Sequence[Mapping[str, Any]]
     tool_choice: ToolChoice | str
+    prediction: str | Sequence[int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,8 @@ class GenerationRequest:
     seeded: whether the caller gave the seed, so that the same seed must give the same reply. session: what an earlier
     request of the same conversation left, and where this one leaves its own. stop, stop_tokens: strings and tokens that
     end the reply. raw: its text is all answer. tools: whether calls of tools are told apart from it, or those declared.
-    grammar: what the answer is held to, after the thought where there may be one.
+    grammar: what the answer is held to, after the thought where there may be one. prediction: what the caller expects
+    of the reply, for drafters that look things up.
     """
 
     ids: list[int]
@@ -84,3 +86,4 @@ class GenerationRequest:
     tools: bool | Sequence[Mapping[str, Any]] = True
     grammar: Grammar | None = None
     thought: ThoughtTokens | None = None
+    prediction: Sequence[int] = ()

@@ -33,7 +33,7 @@ class Generation:
     choices: replies to each prompt. tools: declarations in OpenAI's form, `choice` what of them may be called.
     thinking: the model shall think first. effort: the level that was named, for templates with levels. logprobs: None =
     none, n = that of every token and of the n likeliest. suffix: what comes after the reply, for models that fill in.
-    json_schema: what the answer is held to.
+    json_schema: what the answer is held to. prediction: what much of the reply is expected to repeat.
     """
 
     messages: Messages | None = None
@@ -50,6 +50,7 @@ class Generation:
     seed: int | None = None
     logprobs: int | None = None
     json_schema: dict[str, Any] | None = None
+    prediction: str = ""
 
 
 @dataclass(frozen=True)

@@ -97,12 +97,29 @@ class StreamOptions(Schema):
     include_tokens: bool = False
 
 
+class Predicted(Schema):
+    """A part of a prediction."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Prediction(Schema):
+    """What much of the reply is expected to repeat."""
+
+    type: Literal["content"]
+    content: Annotated[
+        list[Predicted], FailFast(),
+        BeforeValidator(lambda value: [{"type": "text", "text": value}] if isinstance(value, str) else value),
+    ]  # fmt: skip
+
+
 class OpenAIBody(SampledBody):
     """What both endpoints take."""
 
     ignored = CACHING | {
         "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-        "prompt_cache_options", "prediction",
+        "prompt_cache_options",
     }  # fmt: skip
     stream_options: StreamOptions | None = None
     max_tokens: Tokens | None = None
@@ -118,6 +135,7 @@ class OpenAIBody(SampledBody):
     ] = []  # fmt: skip
     n: Annotated[Whole, Field(ge=1, le=MOST_CHOICES)] = 1
     response_format: ResponseFormat | None = None
+    prediction: Prediction | None = None
 
     def common(self, context: Context) -> dict[str, Any]:
         """What both endpoints ask for."""
@@ -132,6 +150,7 @@ class OpenAIBody(SampledBody):
             "sampling": self.sampling(options, {int(token): added for token, added in self.logit_bias.items()}),
             "stop": self.stop, "seed": options.seed if self.seed is None else self.seed % 2**64, "choices": self.n,
             "json_schema": self.response_format and self.response_format.schema_of(),
+            "prediction": "".join(part.text for part in self.prediction.content) if self.prediction else "",
         }  # fmt: skip
 
 

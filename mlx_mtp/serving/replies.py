@@ -50,6 +50,7 @@ class Replier:
             ids, max_tokens=asked.max_tokens, sampling=asked.sampling, stop=asked.stop, seed=seed,
             logprobs=0 if asked.logprobs is None else max(1, asked.logprobs), raw=asked.messages is None,
             tools=asked.tools or True, tool_choice=asked.choice, json_schema=asked.json_schema,
+            prediction=asked.prediction if self.engine.tokenizer else (),
         )  # fmt: skip
         return self.engine.after_thought(request, asked.thinking)
 
