@@ -1,0 +1,191 @@
+"""Clients of OpenAI's and Anthropic's APIs at their typed defaults, against a running server.
+
+    pip install -e '.[clients]'                      # in an environment of its own: some clients pin what others do not
+    mlx-mtp serve --model FOLDER --temperature 1 &   # a model whose template knows tools
+    python benchmarks/clients.py http://127.0.0.1:8080 MODEL [WORDS]
+
+A line a client and way of asking: whether what came is what its types say. WORDS: only those whose names have one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+TOKENS, QUESTION = 300, "Name a city in Switzerland and say how many people live there."
+MESSAGES = [{"role": "user", "content": QUESTION}]
+
+
+class City(BaseModel):
+    """A city."""
+
+    name: str
+    population: int
+
+
+Case = Callable[[], object]
+
+
+def _instructor(model: str) -> dict[str, Case]:
+    import instructor
+    import openai
+
+    def ask(mode: str) -> object:
+        client = instructor.from_openai(openai.OpenAI(), mode=instructor.Mode[mode])
+        return client.chat.completions.create(model=model, response_model=City, messages=MESSAGES, max_retries=0,
+                                              max_tokens=TOKENS)  # fmt: skip
+
+    return {f"instructor {mode}": lambda mode=mode: ask(mode) for mode in ("TOOLS", "TOOLS_STRICT", "JSON_SCHEMA")}
+
+
+def _pydantic_ai(model: str) -> dict[str, Case]:
+    from pydantic_ai import Agent, NativeOutput
+    from pydantic_ai.models.anthropic import AnthropicModel
+    from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
+
+    kinds = {"chat": OpenAIChatModel, "responses": OpenAIResponsesModel, "anthropic": AnthropicModel}
+    outputs: dict[str, Any] = {"tool": City, "native": NativeOutput(City), "text": str, "bool": bool, "list": list[int]}
+
+    def ask(kind: str, output: Any) -> object:
+        agent = Agent(kinds[kind](model), output_type=output)
+        return agent.run_sync(QUESTION, model_settings={"max_tokens": TOKENS}).output
+
+    return {
+        f"pydantic-ai {kind} {name}": lambda kind=kind, output=output: ask(kind, output)
+        for kind in kinds for name, output in outputs.items()
+        if (kind, name) != ("anthropic", "native")  # it says by itself that this model's name is not one for that
+    }  # fmt: skip
+
+
+def _langchain(model: str) -> dict[str, Case]:
+    from langchain_openai import ChatOpenAI
+
+    def ask(method: str, responses: bool = False) -> object:
+        client = ChatOpenAI(model=model, max_tokens=TOKENS, max_retries=0, use_responses_api=responses)
+        return client.with_structured_output(City, method=method).invoke(QUESTION)
+
+    def call() -> object:
+        client = ChatOpenAI(model=model, max_tokens=TOKENS, max_retries=0)
+        return client.bind_tools([City], tool_choice="any").invoke(QUESTION).tool_calls
+
+    return {
+        "langchain function_calling": lambda: ask("function_calling"), "langchain tools": call,
+        "langchain json_schema": lambda: ask("json_schema"), "langchain responses": lambda: ask("json_schema", True),
+    }  # fmt: skip
+
+
+def _litellm(model: str) -> dict[str, Case]:
+    import litellm
+
+    def ask(provider: str, **more: Any) -> object:
+        found = litellm.completion(f"{provider}/{model}", MESSAGES, max_tokens=TOKENS, **more)
+        text = found.choices[0].message.content
+        return City.model_validate_json(text) if more else text
+
+    def respond() -> object:
+        return litellm.responses(QUESTION, f"openai/{model}", max_output_tokens=TOKENS).output[0].content[0].text
+
+    return {
+        "litellm text": lambda: ask("openai"), "litellm schema": lambda: ask("openai", response_format=City),
+        "litellm anthropic": lambda: ask("anthropic"), "litellm responses": respond,
+    }  # fmt: skip
+
+
+def _agents(model: str) -> dict[str, Case]:
+    import agents
+
+    agents.set_tracing_disabled(True)
+
+    @agents.function_tool
+    def people(city: str) -> int:
+        """How many live in a city."""
+        return 134_000
+
+    def ask(api: str, output: Any = None, tools: bool = False) -> object:
+        agents.set_default_openai_api(api)  # type: ignore[arg-type]
+        settings = agents.ModelSettings(max_tokens=TOKENS, tool_choice="required" if tools else None)
+        agent = agents.Agent(name="a", instructions="Be brief.", model=model, model_settings=settings,
+                             output_type=output, tools=[people] if tools else [])  # fmt: skip
+        return agents.Runner.run_sync(agent, QUESTION, max_turns=3).final_output
+
+    return {
+        f"openai-agents {api} {name}": lambda api=api, options=options: ask(api, **options)
+        for api in ("responses", "chat_completions")
+        for name, options in (("text", {}), ("schema", {"output": City}), ("tool", {"tools": True}))
+    }  # fmt: skip
+
+
+def _llama_index(model: str) -> dict[str, Case]:
+    from llama_index.core.prompts import PromptTemplate
+    from llama_index.llms.openai_like import OpenAILike
+
+    def ask(native: bool) -> object:
+        client = OpenAILike(model=model, is_chat_model=True, is_function_calling_model=True, max_tokens=TOKENS,
+                            api_base=os.environ["OPENAI_BASE_URL"], api_key="-", context_window=4096,
+                            should_use_structured_outputs=native)  # fmt: skip
+        return client.structured_predict(City, PromptTemplate(QUESTION))
+
+    return {"llama-index tools": lambda: ask(False), "llama-index native": lambda: ask(True)}
+
+
+def _dspy(model: str) -> dict[str, Case]:
+    import dspy
+
+    def ask() -> object:
+        dspy.configure(lm=dspy.LM(f"openai/{model}", max_tokens=TOKENS, cache=False), adapter=dspy.JSONAdapter())
+        return dspy.Predict("question -> city: str, certain: bool")(question=QUESTION)
+
+    return {"dspy": ask}
+
+
+def _llm(model: str) -> dict[str, Case]:
+    def ask() -> object:
+        folder = Path(tempfile.mkdtemp())
+        (folder / "extra-openai-models.yaml").write_text(
+            f"- model_id: here\n  model_name: {model}\n  api_base: {os.environ['OPENAI_BASE_URL']}\n"
+            "  supports_schema: true\n"
+        )
+        command = ["llm", "-m", "here", "--no-stream", "--schema", "name, population int", "-o", "max_tokens",
+                   str(TOKENS), QUESTION]  # fmt: skip
+        found = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"LLM_USER_PATH": str(folder)})
+        return City.model_validate_json(found.stdout or found.stderr)
+
+    return {"llm --schema": ask}
+
+
+def main() -> None:
+    """Every client that is installed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("url")
+    parser.add_argument("model")
+    parser.add_argument("words", nargs="*")
+    given = parser.parse_args()
+    os.environ |= {"OPENAI_API_KEY": "-", "OPENAI_BASE_URL": f"{given.url}/v1", "ANTHROPIC_API_KEY": "-",
+                   "ANTHROPIC_BASE_URL": given.url, "LITELLM_LOG": "ERROR"}  # fmt: skip
+    failed = 0
+    for cases_of in (_instructor, _pydantic_ai, _langchain, _litellm, _agents, _llama_index, _dspy, _llm):
+        try:
+            cases = cases_of(given.model)
+        except ModuleNotFoundError as error:
+            print(f"not installed  {error.name}")
+            continue
+        for name, ask in cases.items():
+            if given.words and not any(word in name for word in given.words):
+                continue
+            try:
+                print(f"passed  {name}: {str(ask())[:80]!r}", flush=True)
+            except Exception as error:  # whatever a client raises
+                failed += 1
+                print(f"FAILED  {name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}", flush=True)
+    raise SystemExit(min(failed, 1))
+
+
+if __name__ == "__main__":
+    main()
