@@ -111,6 +111,7 @@ def test_what_the_template_writes(calls: Calls) -> None:
             assert not calls.takes(grammar, calls.written(wrong)), wrong
         if calls.tokenizer.call_grammar().notation.between is not None:
             assert calls.takes(grammar, calls.written(few, OTHER)) == bool(two)
+            assert calls.takes(grammar, calls.written(OTHER, OTHER)) == choice.several
 
 
 def test_an_answer_by_a_schema_or_a_call(calls: Calls) -> None:

@@ -13,8 +13,10 @@ from families import config_of, written
 from greedy import lively, same_or_tie
 
 import mlx_mtp
+from mlx_mtp.drafters.lookup import Lookup
 from mlx_mtp.generation.depth import FixedDepth
 from mlx_mtp.generation.loop import Decoder, GenerationRequest
+from mlx_mtp.generation.prefix import Session
 from mlx_mtp.generation.types import Stats
 from mlx_mtp.testing import ScriptedDrafter
 
@@ -177,3 +179,19 @@ def test_one_wait_a_round_for_other_targets(variant: str, waits: Waits) -> None:
     folder = GOLDEN / variant
     engine = mlx_mtp.load(folder / "target", drafter=folder / "assistant_centroid", depth=3)
     counted(engine, waits, [5, 6, 7, 8] * 3)
+
+
+def test_a_prediction_is_for_one_request(plain: mlx_mtp.Engine, expected: list[int]) -> None:
+    """Its tokens or its text; the same reply in fewer passes, and the next one knows nothing of it."""
+    engine = mlx_mtp.Engine(plain.target, Lookup(), plain.tokenizer, depth=4)
+    session, options = Session(), {"max_tokens": 60, "ignore_end": True}
+    free = engine.generate(IDS, **options)
+    helped = engine.generate(IDS, prediction=expected, session=session, **options)
+    after = engine.generate(IDS, session=session, **options)
+    for result in (free, helped, after):
+        same_or_tie(plain, IDS, expected, result.tokens)
+    assert 2 * helped.stats.rounds < min(free.stats.rounds, after.stats.rounds)
+    with pytest.raises(mlx_mtp.OptionError, match="token of prediction"):
+        engine.generate(IDS, prediction=[-1])
+    with pytest.raises(mlx_mtp.OptionError, match="prediction must be token ids"):
+        engine.generate(IDS, prediction="x")

@@ -48,6 +48,24 @@ def test_snapshots_are_not_written_into(engines: dict[str, mlx_mtp.Engine], fami
         assert again.stats.prefilled_tokens == (5 * seed or 50)
 
 
+@pytest.mark.parametrize("family", ["none", "assistant", "sequential"])
+def test_a_fork_goes_its_own_way(engines: dict[str, mlx_mtp.Engine], family: str) -> None:
+    """Both go on, in turns, and neither writes into what the other holds; processors make the loop write in place."""
+    engine, session = engines[family], Session()
+    processed = {"max_tokens": 12, "ignore_end": True, "logits_processors": [lambda tokens, logits: logits]}
+    one = ids(30)
+    one += engine.generate(one, session=session, **processed).tokens
+    other, fork = [*one[:30], *ids(6, 9)], session.fork()
+    for turn in range(3):
+        for said, its in ((other, fork), (one, session)):
+            said += ids(3, turn)
+            result = engine.generate(said, session=its, **processed)
+            assert_greedy(engine, said, result.tokens)
+            assert result.stats.prefilled_tokens < (30 if turn or its is session else 37)
+            said += result.tokens
+    assert session.fork().fork().ids == session.ids
+
+
 def test_a_reply_that_is_dropped_leaves_what_it_had(engines: dict[str, mlx_mtp.Engine]) -> None:
     engine, session = engines["assistant"], Session()
     stream = engine.stream(ids(40), max_tokens=50, ignore_end=True, session=session)
