@@ -106,7 +106,8 @@ def test_what_the_template_writes(calls: Calls) -> None:
         assert calls.takes(grammar, calls.written(OTHER)) == bool(other)
         assert calls.takes(grammar, "Let me see.") == bool(text)
         assert calls.takes(grammar, "So: " + calls.written(few)) == bool(text)
-        for wrong in (("weather", {}), ("weather", few[1] | {"unit": "K"}), ("weather", few[1] | {"days": -1}),
+        for wrong in (("weather", {}), ("weather", {"unit": "F"}), ("weather", {"city": "b"}),
+                      ("weather", few[1] | {"unit": "K"}), ("weather", few[1] | {"days": -1}),
                       ("later", {}), ("weather", few[1] | {"place": {}})):  # fmt: skip
             assert not calls.takes(grammar, calls.written(wrong)), wrong
         if calls.tokenizer.call_grammar().notation.between is not None:
