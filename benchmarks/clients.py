@@ -12,22 +12,23 @@ from __future__ import annotations
 import argparse
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 TOKENS, QUESTION = 300, "Name a city in Switzerland and say how many people live there."
 MESSAGES = [{"role": "user", "content": QUESTION}]
 
 
 class City(BaseModel):
-    """A city."""
+    """A city, within bounds: a very small model writes for ever where it may."""
 
-    name: str
-    population: int
+    name: str = Field(max_length=40)
+    population: int = Field(ge=0, le=100_000_000)
 
 
 Case = Callable[[], object]
@@ -152,7 +153,8 @@ def _llm(model: str) -> dict[str, Case]:
             f"- model_id: here\n  model_name: {model}\n  api_base: {os.environ['OPENAI_BASE_URL']}\n"
             "  supports_schema: true\n"
         )
-        command = ["llm", "-m", "here", "--no-stream", "--schema", "name, population int", "-o", "max_tokens",
+        program = Path(sys.executable).parent / "llm"
+        command = [program, "-m", "here", "--no-stream", "--schema", "name, population int", "-o", "max_tokens",
                    str(TOKENS), QUESTION]  # fmt: skip
         found = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"LLM_USER_PATH": str(folder)})
         return City.model_validate_json(found.stdout or found.stderr)
