@@ -278,12 +278,20 @@ class Engine:
 
     def _expected(self, prediction: str | Sequence[int]) -> list[int]:
         """The tokens of a prediction."""
+        if not isinstance(prediction, (str, Sequence)) or isinstance(prediction, bytes):
+            raise OptionError(f"prediction must be a text or a list of token ids, not {checks.shown(prediction)}.")
         if not isinstance(prediction, str):
             most = self.target.info.vocab_size - 1
-            return [checks.whole("Every token of prediction", token, 0, most) for token in prediction]
-        if self.tokenizer is None:
+            ids = [checks.whole("Every token of prediction", token, 0, most) for token in prediction]
+        elif self.tokenizer is None:
             raise OptionError("prediction must be token ids, as this checkpoint has no tokenizer.")
-        return self.tokenizer.encode(prediction, special=False)
+        else:
+            ids = self.tokenizer.encode(prediction, special=False)
+        if len(ids) > self.max_context:
+            raise OptionError(
+                f"prediction has {len(ids)} tokens, and no reply has more than {self.max_context}; shorten it."
+            )
+        return ids
 
     def prepare_grammars(self) -> None:
         """Makes what all grammars need of the tokenizer, which takes seconds with a large vocabulary; from any thread.

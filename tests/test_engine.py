@@ -196,5 +196,10 @@ def test_a_prediction_is_for_one_request(plain: mlx_mtp.Engine, expected: list[i
     assert 2 * helped.stats.rounds < free.stats.rounds and 2 * after.stats.rounds > alone.stats.rounds
     with pytest.raises(mlx_mtp.OptionError, match="token of prediction"):
         engine.generate(IDS, prediction=[-1])
-    with pytest.raises(mlx_mtp.OptionError, match="prediction must be token ids"):
-        engine.generate(IDS, prediction="x")
+    for wrong, words in (("x", "must be token ids"), (5, "a text or a list"), (b"x", "a text or a list"),
+                         ([1] * 100_000, "no reply has more")):  # fmt: skip
+        with pytest.raises(mlx_mtp.OptionError, match=f"prediction .*{words}"):
+            engine.generate(IDS, prediction=wrong)
+    for tool in ({"function": 5}, {"function": {"name": 5}}, {"function": {"name": "f", "parameters": [1]}}):
+        with pytest.raises(mlx_mtp.OptionError, match="tools must declare functions"):
+            engine.generate(IDS, tools=[tool])

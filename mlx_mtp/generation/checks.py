@@ -105,7 +105,8 @@ def declarations(name: str, value: object) -> bool | list[Mapping[str, Any]]:
         raise OptionError(f"{name} must be True, False or a list of declared tools, not {shown(value)}.")
     for tool in value:
         function = tool.get("function")
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        parameters = function.get("parameters") or {} if isinstance(function, Mapping) else None
+        if not isinstance(parameters, Mapping) or not isinstance(function.get("name"), str):
             raise OptionError(f"{name} must declare functions as {{'type': 'function', 'function': {{'name': ..., "
                               f"'parameters': ...}}}}, not {shown(tool)}.")  # fmt: skip
     return list(value)
