@@ -5,6 +5,7 @@ pyproject.toml).
 """
 
 import importlib.util
+import shutil
 import sys
 from collections.abc import Callable, Generator
 
@@ -19,9 +20,16 @@ def missing(module: str) -> bool:
     return importlib.util.find_spec(module) is None
 
 
+def chromium() -> str | None:
+    """Where the system's own is."""
+    return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
 # What a skip's reason begins with, and whether it is true here.
 EXCUSES: dict[str, Callable[[], bool]] = {
     **{f"could not import '{peer}'": lambda peer=peer: missing(peer) for peer in PEERS},
+    # tests/test_page.py: the package playwright, and a browser of the system's.
+    "no Chromium that can be driven": lambda: missing("playwright") or chromium() is None,
     "Linux only": lambda: not sys.platform.startswith("linux"),
     # What tools/setup.sh could not install: without root, or without a network.
     "no OpenBLAS or MKL on this machine": lambda: not any(map(blas._open, blas._candidates())),

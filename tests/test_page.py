@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import re
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from servers import Running, ScriptedEngine, running
+from skips import chromium, missing
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WRITTEN = ("<|channel>thought\nHm, <b>.<channel|>", "It is ", "<i>so</i>.")
 
 
@@ -24,11 +24,11 @@ def test_one_file_that_asks_nobody_else() -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium")
+    if missing("playwright") or chromium() is None:
+        pytest.skip("no Chromium that can be driven")
+    playwright = importlib.import_module("playwright.sync_api")
     with playwright.sync_playwright() as started:
-        found = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        found = started.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         yield found
         found.close()
 

@@ -202,10 +202,11 @@ class MessagesForm(TypedForm):
             "id": identifier("msg_"), "type": "message", "role": "assistant", "model": model, "content": [],
             "stop_reason": None, "stop_sequence": None,
         }  # fmt: skip
+        self._first = {**self._message, "content": []}  # `begin` may be asked for while the reply is being written
 
     def begin(self, prompt_tokens: int) -> Iterable[Object]:
         usage = _usage(Stats(prompt_tokens=prompt_tokens, prefilled_tokens=prompt_tokens))
-        return [{"type": "message_start", "message": {**self._message, "content": [], "usage": usage}}]
+        return [{"type": "message_start", "message": {**self._first, "usage": usage}}]
 
     def chunks(self, index: int, events: Iterable[Event]) -> Iterator[Object]:
         content = self._message["content"]

@@ -269,7 +269,7 @@ class ResponsesForm(TypedForm):
     def __init__(self, body: ResponsesBody, context: Context, asked: Generation) -> None:
         self._body, self._context, self._asked = body, context, asked
         self._before, self._given = body.items(context)
-        self._number, self._thought = 0, 0  # of the next event; tokens of thoughts
+        self._number, self._thought = 2, 0  # of the next event after `begin`; tokens of thoughts
         given = body.model_dump(include={
             "instructions", "max_output_tokens", "temperature", "top_p", "top_logprobs", "parallel_tool_calls", "store",
             "previous_response_id", "reasoning",
@@ -285,8 +285,11 @@ class ResponsesForm(TypedForm):
             **given, "instructions": body.instructions or None,
         }  # fmt: skip
 
+        self._first = {**self._response, "output": []}  # `begin` may be asked for while the reply is being written
+
     def begin(self, prompt_tokens: int) -> Iterable[Object]:
-        return [self._event(f"response.{what}", response=dict(self._response)) for what in ("created", "in_progress")]
+        return [{"type": f"response.{what}", "sequence_number": number, "response": self._first}
+                for number, what in enumerate(("created", "in_progress"))]  # fmt: skip
 
     def chunks(self, index: int, events: Iterable[Event]) -> Iterator[Object]:
         for event in events:
