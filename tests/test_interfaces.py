@@ -48,7 +48,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     target = shutil.copytree(EMBEDDED / "target", folder / "target", copy_function=shutil.copyfile)
     text = HERMES.replace("<|im_start|>", "<|turn>").replace("<|im_end|>", "<turn|>")
     (target / "chat_template.jinja").write_text(text)
-    with running(lambda: mlx_mtp.load(target, drafter="lookup"), seed=7) as found:
+    with running(lambda: mlx_mtp.load(target, drafter="lookup", depth=3), seed=7) as found:
         yield found
 
 
