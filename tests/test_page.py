@@ -74,7 +74,7 @@ def test_settings_and_stop(browser: Any) -> None:
         page.get_by_label("Instructions").fill("Be brief.")
         page.get_by_label("Message (").fill("Go")
         page.get_by_role("button", name="Send").click()
-        page.get_by_text("One").wait_for()
+        page.get_by_text("One", exact=True).wait_for()
         page.keyboard.press("Escape")
         page.get_by_text("Stopped.").wait_for()
         engine.gate.release(10)
