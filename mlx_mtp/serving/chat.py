@@ -13,22 +13,9 @@ from mlx_mtp.serving.body import as_json
 from mlx_mtp.serving.errors import RequestError
 from mlx_mtp.serving.interface import Context, Generation, Messages, Object, identifier, result_of, thinks
 from mlx_mtp.serving.openai import ChoicesForm, OpenAIBody, scored
-from mlx_mtp.serving.schema import CACHING, Arguments, Schema, ToolName, Whole, call, declared, only
-from mlx_mtp.text.call_grammar import ToolChoice
+from mlx_mtp.serving.schema import CACHING, Arguments, Part, Schema, ToolName, Whole, call, only, parts
+from mlx_mtp.serving.tools import Chosen, Function, Named, OfFunction, Word, in_words, offered
 from mlx_mtp.text.channels import ToolCall
-
-
-def parts(value: object) -> object:
-    """A string as a list of one part."""
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
-class Part(Schema):
-    """A part of a message; this server reads no images, sounds or files."""
-
-    type: Literal["text"]
-    text: str
-    refusal: ClassVar[str] = ""
 
 
 class AssistantPart(Schema):
@@ -93,15 +80,6 @@ class Answered(Schema):
 Message = Annotated[Said | Replied | Answered, Field(discriminator="role")]
 
 
-class Function(Schema):
-    """A tool's declaration. strict: calls keep to the schema of its parameters."""
-
-    name: ToolName
-    description: str = ""
-    parameters: dict[str, Any] = {}
-    strict: bool = False
-
-
 class Tool(Schema):
     """A tool: always a function."""
 
@@ -109,17 +87,15 @@ class Tool(Schema):
     function: Function
 
 
-class Named(Schema):
-    """The name of a tool."""
-
-    name: ToolName
-
-
-class NamedTool(Schema):
+class NamedTool(OfFunction):
     """The one tool to call."""
 
-    type: Literal["function"]
     function: Named
+
+    @property
+    def chosen(self) -> Chosen:
+        """This one."""
+        return [self.function.name], "one"
 
 
 class Allowed(Schema):
@@ -135,19 +111,10 @@ class AllowedTools(Schema):
     type: Literal["allowed_tools"]
     allowed_tools: Allowed
 
-
-WORDS = ("auto", "none", "required")
-
-
-def in_words(value: object) -> object:
-    """A choice that is one word, as an object."""
-    return {"type": value} if isinstance(value, str) and value in WORDS else value
-
-
-class Word(Schema):
-    """Whether tools may or must be called."""
-
-    type: Literal["auto", "none", "required"]
+    @property
+    def chosen(self) -> Chosen:
+        """These."""
+        return [tool.function.name for tool in self.allowed_tools.tools], self.allowed_tools.mode
 
 
 Choice = Annotated[Word | NamedTool | AllowedTools, Field(discriminator="type")]
@@ -188,22 +155,11 @@ class ChatBody(OpenAIBody):
         if effort is not None and switch is not None and thinks(effort) != switch:
             raise RequestError(f"reasoning_effort '{effort}' and enable_thinking {switch} contradict each other.",
                                param="reasoning_effort")  # fmt: skip
-        functions = [tool.function for tool in self.tools]
         return Generation(
             messages=for_template(self.messages), effort=effort, thinking=thinks(effort, switch),
-            tools=[] if isinstance(self.tool_choice, Word) and self.tool_choice.type == "none" else
-            [declared(one.name, one.description, one.parameters, one.strict) for one in functions],
-            choice=self._choice(), logprobs=self.top_logprobs if self.logprobs else None, **self.common(context),
+            logprobs=self.top_logprobs if self.logprobs else None, **self.common(context),
+            **offered([tool.function for tool in self.tools], self.tool_choice, self.parallel_tool_calls),
         )  # fmt: skip
-
-    def _choice(self) -> ToolChoice:
-        choice, several = self.tool_choice, self.parallel_tool_calls
-        if isinstance(choice, Word):
-            return ToolChoice(None, choice.type == "required", several)
-        if isinstance(choice, NamedTool):
-            return ToolChoice([choice.function.name], True, several=False)
-        names = [tool.function.name for tool in choice.allowed_tools.tools]
-        return ToolChoice(names, choice.allowed_tools.mode == "required", several)
 
     def form(self, context: Context, asked: Generation) -> ChatForm:
         return ChatForm(self, context, asked)
@@ -240,6 +196,7 @@ class ChatForm(ChoicesForm):
     """A message a choice; calls of tools are streamed as a head and their arguments."""
 
     prefix, whole_kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    empty: ClassVar[Object] = {"delta": {}}
 
     def __init__(self, body: ChatBody, context: Context, asked: Generation) -> None:
         super().__init__(body, context, asked)
@@ -266,8 +223,8 @@ class ChatForm(ChoicesForm):
             yield {"delta": {"tool_calls": [head]}}
             yield {"delta": {"tool_calls": [{"index": number, "function": {"arguments": arguments}}]}}
 
-    def _ended(self, index: int, result: Result) -> tuple[Object, str]:
-        return {"delta": {}}, _reason(result, bool(self._calls[index]))
+    def _reason(self, index: int, result: Result) -> str:
+        return _reason(result, bool(self._calls[index]))
 
     def _logprobs(self, index: int, events: Sequence[Event]) -> Object:
         most = self._asked.logprobs or 0

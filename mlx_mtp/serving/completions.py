@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, PlainValidator
 
-from mlx_mtp.generation.types import Event, Result
+from mlx_mtp.generation.types import Event
 from mlx_mtp.serving.errors import RequestError
 from mlx_mtp.serving.interface import Context, Generation, Object, result_of
 from mlx_mtp.serving.openai import ChoicesForm, OpenAIBody, scored
@@ -53,6 +53,7 @@ class CompletionForm(ChoicesForm):
     """A text a choice."""
 
     prefix, whole_kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+    empty: ClassVar[Object] = {"text": ""}
 
     def __init__(self, body: CompletionBody, context: Context, asked: Generation) -> None:
         super().__init__(body, context, asked)
@@ -65,9 +66,9 @@ class CompletionForm(ChoicesForm):
 
     def _prompt(self, index: int) -> str:
         """What a choice begins with."""
-        prompt = self._asked.prompts[index // self._asked.choices]
-        if not self._echo or isinstance(prompt, str):
-            return prompt if self._echo else ""  # type: ignore[return-value]
+        prompt = self._asked.prompts[index // self._asked.choices] if self._echo else ""
+        if isinstance(prompt, str):
+            return prompt
         return self._tokenizer.decode(prompt) if self._tokenizer else ""
 
     def _choice(self, index: int, events: Sequence[Event]) -> Object:
@@ -77,9 +78,6 @@ class CompletionForm(ChoicesForm):
     def _parts(self, index: int, event: Event) -> Iterator[Object]:
         if event.content:
             yield {"text": event.content}
-
-    def _ended(self, index: int, result: Result) -> tuple[Object, str]:
-        return {"text": ""}, result.finish_reason
 
     def _logprobs(self, index: int, events: Sequence[Event]) -> Object:
         """The older form: lists side by side; offsets count characters of the reply."""

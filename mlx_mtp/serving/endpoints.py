@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -19,7 +18,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from mlx_mtp.engine import Engine
 from mlx_mtp.serving.body import read_body
 from mlx_mtp.serving.errors import RequestError, told
-from mlx_mtp.serving.interface import Context, GenerationBody, Object
+from mlx_mtp.serving.interface import Context, GenerationBody, Object, now
 from mlx_mtp.serving.metrics import Metrics
 from mlx_mtp.serving.options import ServerOptions
 from mlx_mtp.serving.queue import ReplyQueue
@@ -66,7 +65,7 @@ class Endpoints:
         self._replier = Replier(engine, self._pool, self.metrics)
         self._context = Context(options, engine.tokenizer, ResponseStore())
         self._small, self._large = ThreadPoolExecutor(SMALL_THREADS), ThreadPoolExecutor(1)
-        self._created = int(time.time())
+        self._created = now()
 
     def prepare(self) -> None:
         """Begins what would keep the first request under a grammar waiting, beside everything else."""
@@ -224,4 +223,3 @@ class Endpoints:
             "sessions": self._pool.count, "active_memory_bytes": mx.get_active_memory(),
         }  # fmt: skip
         return PlainTextResponse(self.metrics.render(gauges), media_type="text/plain; version=0.0.4")
-

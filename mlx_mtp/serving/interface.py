@@ -83,7 +83,7 @@ class Form(ABC):
         """Chunks after the last reply."""
 
     @abstractmethod
-    def whole(self, prompt_tokens: int, replies: Sequence[Sequence[Event]]) -> Object:
+    def whole(self, replies: Sequence[Sequence[Event]]) -> Object:
         """The response that is not streamed."""
 
     def failed(self, error: RequestError) -> Object:

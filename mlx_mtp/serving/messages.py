@@ -9,12 +9,12 @@ from pydantic import BeforeValidator, FailFast, Field
 
 from mlx_mtp.generation.types import Event, Result, Stats
 from mlx_mtp.serving.body import strict
-from mlx_mtp.serving.chat import arguments_of, parts
+from mlx_mtp.serving.chat import arguments_of
 from mlx_mtp.serving.errors import RequestError, anthropic
 from mlx_mtp.serving.interface import Context, Generation, Messages, Object, TypedForm, identifier, limited
 from mlx_mtp.serving.openai import SampledBody
-from mlx_mtp.serving.schema import CACHING, Schema, Tokens, ToolName, call, declared, only
-from mlx_mtp.text.call_grammar import ToolChoice
+from mlx_mtp.serving.schema import CACHING, Schema, Tokens, ToolName, call, only, parts
+from mlx_mtp.serving.tools import Chosen, Function, offered
 
 
 class TextBlock(Schema):
@@ -71,15 +71,17 @@ class AssistantMessage(Schema):
     ]  # fmt: skip
 
 
-class Tool(Schema):
-    """A tool of the client's own. strict: calls keep to its schema."""
+class Custom(Schema):
+    """The kind of a tool; inherited last, so that one that Anthropic runs is refused for that first."""
+
+    type: Literal["custom"] = "custom"
+
+
+class Tool(Function, Custom):
+    """A tool of the client's own."""
 
     ignored = CACHING | {"eager_input_streaming", "input_examples"}
-    type: Literal["custom"] = "custom"
-    name: ToolName
-    description: str = ""
-    input_schema: dict[str, Any]
-    strict: bool = False
+    parameters: Annotated[dict[str, Any], Field(alias="input_schema")]
 
 
 class Choice(Schema):
@@ -88,6 +90,11 @@ class Choice(Schema):
     type: Literal["auto", "any", "tool", "none"]
     name: ToolName | None = None
     disable_parallel_tool_use: bool = False
+
+    @property
+    def chosen(self) -> Chosen:
+        """The named one, or all."""
+        return [self.name] if self.name else None, "required" if self.type in ("any", "tool") else self.type
 
 
 class Thinking(Schema):
@@ -134,7 +141,7 @@ class PromptBody(SampledBody):
         return 1
 
     def generation(self, context: Context) -> Generation:
-        choice, several = self.tool_choice, not self.tool_choice.disable_parallel_tool_use
+        choice = self.tool_choice
         if (choice.type == "tool") != (choice.name is not None):
             raise RequestError("tool_choice has a name with the type 'tool', and only there.", param="tool_choice")
         if self.messages[-1].role == "assistant":
@@ -144,9 +151,7 @@ class PromptBody(SampledBody):
         return Generation(
             messages=for_template(self.system, self.messages), thinking=self.thinking.type != "disabled",
             effort=self.output_config.effort if self.thinking.type != "disabled" else None,
-            tools=[] if choice.type == "none" else
-            [declared(one.name, one.description, one.input_schema, one.strict) for one in self.tools],
-            choice=ToolChoice([choice.name] if choice.name else None, choice.type in ("any", "tool"), several),
+            **offered(self.tools, choice, not choice.disable_parallel_tool_use),
             max_tokens=self.limit(context), sampling=self.sampling(context.options), stop=self.stop_sequences,
             seed=context.options.seed, json_schema=answer.schema_ if answer else None,
         )  # fmt: skip
@@ -236,7 +241,7 @@ class MessagesForm(TypedForm):
     def end(self, results: Sequence[Result]) -> Iterable[Object]:
         return []
 
-    def whole(self, prompt_tokens: int, replies: Sequence[Sequence[Event]]) -> Object:
+    def whole(self, replies: Sequence[Sequence[Event]]) -> Object:
         for _ in self.chunks(0, replies[0]):
             pass
         return self._message

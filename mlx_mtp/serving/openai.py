@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, FailFast, Field, ValidationInfo, field_validator
 
 from mlx_mtp.errors import OptionError
-from mlx_mtp.generation.types import Event, Result, Sampling, Stats
+from mlx_mtp.generation.types import Event, Result, Sampling
 from mlx_mtp.serving.errors import RequestError
 from mlx_mtp.serving.interface import (
     Context,
@@ -29,7 +29,7 @@ from mlx_mtp.serving.interface import (
     result_of,
 )
 from mlx_mtp.serving.options import ServerOptions
-from mlx_mtp.serving.schema import CACHING, JsonSchema, Schema, Tokens, Whole, fault
+from mlx_mtp.serving.schema import CACHING, JsonSchema, Part, Schema, Tokens, Whole, fault, parts
 from mlx_mtp.text.tokenizer import Tokenizer
 from mlx_mtp.version import __version__
 
@@ -97,21 +97,11 @@ class StreamOptions(Schema):
     include_tokens: bool = False
 
 
-class Predicted(Schema):
-    """A part of a prediction."""
-
-    type: Literal["text"]
-    text: str
-
-
 class Prediction(Schema):
     """What much of the reply is expected to repeat."""
 
     type: Literal["content"]
-    content: Annotated[
-        list[Predicted], FailFast(),
-        BeforeValidator(lambda value: [{"type": "text", "text": value}] if isinstance(value, str) else value),
-    ]  # fmt: skip
+    content: Annotated[list[Part], FailFast(), BeforeValidator(parts)]
 
 
 class OpenAIBody(SampledBody):
@@ -192,6 +182,7 @@ class ChoicesForm(Form):
     prefix: ClassVar[str]
     whole_kind: ClassVar[str]
     chunk_kind: ClassVar[str]
+    empty: ClassVar[Object]  # the part of a chunk that says nothing
     done = "data: [DONE]\n\n"
 
     def __init__(self, body: OpenAIBody, context: Context, asked: Generation) -> None:
@@ -214,11 +205,11 @@ class ChoicesForm(Form):
     def _logprobs(self, index: int, events: Sequence[Event]) -> Object:
         """Of the tokens of events."""
 
-    @abstractmethod
-    def _ended(self, index: int, result: Result) -> tuple[Object, str]:
-        """An empty part, and why a streamed reply ended."""
+    def _reason(self, index: int, result: Result) -> str:
+        """Why a streamed reply ended."""
+        return result.finish_reason
 
-    def whole(self, prompt_tokens: int, replies: Sequence[Sequence[Event]]) -> Object:
+    def whole(self, replies: Sequence[Sequence[Event]]) -> Object:
         results = [result_of(events) for events in replies]
         choices = [
             {"index": i, **self._choice(i, events), "logprobs": self._scores(i, events)} | self._stats(results[i], True)
@@ -238,10 +229,9 @@ class ChoicesForm(Form):
                 yield self.chunk(index, part, scores) | tokens
                 scores, tokens = None, {}
             if scores:
-                yield self.chunk(index, self._ended(index, Result("", [], None, "", Stats()))[0], scores)
+                yield self.chunk(index, self.empty, scores)
             if event.result is not None:
-                part, reason = self._ended(index, event.result)
-                chunk = self.chunk(index, part, None, reason)
+                chunk = self.chunk(index, self.empty, None, self._reason(index, event.result))
                 chunk["choices"][0] |= self._stats(event.result, True)
                 yield chunk | self._stats(event.result, False)
 

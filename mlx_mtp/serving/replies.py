@@ -38,9 +38,9 @@ class Replier:
         try:
             found: list[GenerationRequest] = []
             for ids in self.prompts(asked):
-                for _ in range(asked.choices):
-                    seed = None if asked.seed is None else (asked.seed + len(found)) % 2**64
-                    found.append(self._request(asked, ids, seed))
+                first = self._request(asked, ids, None if asked.seed is None else (asked.seed + len(found)) % 2**64)
+                # Checked, and its grammar compiled, once; the others differ by their seeds alone.
+                found += [first, *(replace(first, seed=(first.seed + i) % 2**64) for i in range(1, asked.choices))]
             return found
         except BaseException as error:  # a tokenizer's panic is no Exception
             raise told(error) from None
@@ -69,7 +69,7 @@ class Replier:
         if streamed:
             yield from form.end([result_of(one) for one in replies])
         else:
-            yield form.whole(len(requests[0].ids), replies)
+            yield form.whole(replies)
 
     def _events(self, request: GenerationRequest, ticket: Ticket) -> Generator[Event, None, None]:
         """One reply's events, with the session that knows most of its prompt."""

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, FailFast, Field
 
 from mlx_mtp.generation.types import Event, Result
 from mlx_mtp.serving.body import strict
-from mlx_mtp.serving.chat import Effort, arguments_of, in_words
+from mlx_mtp.serving.chat import Effort, arguments_of
 from mlx_mtp.serving.errors import RequestError
 from mlx_mtp.serving.interface import (
     Context,
@@ -23,9 +23,9 @@ from mlx_mtp.serving.interface import (
     thinks,
 )
 from mlx_mtp.serving.openai import SampledBody, scored
-from mlx_mtp.serving.schema import CACHING, Arguments, JsonSchema, Schema, Tokens, ToolName, Whole, call, declared, only
+from mlx_mtp.serving.schema import CACHING, Arguments, JsonSchema, Schema, Tokens, ToolName, Whole, call, only
 from mlx_mtp.serving.store import Items, Stored
-from mlx_mtp.text.call_grammar import ToolChoice
+from mlx_mtp.serving.tools import Chosen, Function, Named, OfFunction, Word, in_words, offered
 
 
 def _parts(value: object) -> object:
@@ -101,27 +101,17 @@ class ReferenceItem(Schema):
 Item = Annotated[MessageItem | CallItem | OutputItem | ReasoningItem | ReferenceItem, Field(discriminator="type")]
 
 
-class FunctionTool(Schema):
-    """A tool: always a function. strict: calls keep to the schema of its parameters."""
-
-    type: Literal["function"]
-    name: ToolName
-    description: str = ""
-    parameters: dict[str, Any] = {}
-    strict: bool = False
+class FunctionTool(Function, OfFunction):
+    """A tool: always a function."""
 
 
-class Word(Schema):
-    """Whether tools may or must be called."""
-
-    type: Literal["auto", "none", "required"]
-
-
-class NamedTool(Schema):
+class NamedTool(Named, OfFunction):
     """The one tool to call."""
 
-    type: Literal["function"]
-    name: ToolName
+    @property
+    def chosen(self) -> Chosen:
+        """This one."""
+        return [self.name], "one"
 
 
 class AllowedTools(Schema):
@@ -130,6 +120,11 @@ class AllowedTools(Schema):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
     tools: Annotated[list[NamedTool], FailFast(), Field(min_length=1)]
+
+    @property
+    def chosen(self) -> Chosen:
+        """These."""
+        return [tool.name for tool in self.tools], self.mode
 
 
 class Plain(Schema):
@@ -212,22 +207,13 @@ class ResponsesBody(SampledBody):
         return Generation(
             messages=for_template([*before, *given], self.instructions), effort=self.reasoning.effort,
             thinking=thinks(self.reasoning.effort),
-            tools=[] if isinstance(self.tool_choice, Word) and self.tool_choice.type == "none" else
-            [declared(one.name, one.description, one.parameters, one.strict) for one in self.tools],
-            choice=self._choice(), sampling=self.sampling(context.options), seed=context.options.seed,
+            **offered(self.tools, self.tool_choice, self.parallel_tool_calls),
+            sampling=self.sampling(context.options), seed=context.options.seed,
             max_tokens=limited(self.max_output_tokens, context.options, "max_output_tokens"),
             logprobs=self.top_logprobs if self.top_logprobs or LOGPROBS in self.include else None,
             json_schema=answer.schema_ if isinstance(answer, BySchema) else
             {"type": "object"} if answer.type == "json_object" else None,
         )  # fmt: skip
-
-    def _choice(self) -> ToolChoice:
-        choice, several = self.tool_choice, self.parallel_tool_calls
-        if isinstance(choice, Word):
-            return ToolChoice(None, choice.type == "required", several)
-        if isinstance(choice, NamedTool):
-            return ToolChoice([choice.name], True, several=False)
-        return ToolChoice([tool.name for tool in choice.tools], choice.mode == "required", several)
 
     def form(self, context: Context, asked: Generation) -> ResponsesForm:
         return ResponsesForm(self, context, asked)
@@ -310,7 +296,7 @@ class ResponsesForm(TypedForm):
     def end(self, results: Sequence[Result]) -> Iterable[Object]:
         return []
 
-    def whole(self, prompt_tokens: int, replies: Sequence[Sequence[Event]]) -> Object:
+    def whole(self, replies: Sequence[Sequence[Event]]) -> Object:
         *_, last = self.chunks(0, replies[0])
         response: Object = last["response"]
         return response

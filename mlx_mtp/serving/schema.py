@@ -7,7 +7,7 @@ A field is honoured, refused with a sentence, or in a schema's `ignored` because
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -76,6 +76,19 @@ ToolName = Annotated[str, Field(pattern=r"^[\w.\-/]{1,128}$")]
 Arguments = Annotated[dict[str, Any], BeforeValidator(parsed_arguments)]
 
 
+def parts(value: object) -> object:
+    """A string as a list of one part."""
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+class Part(Schema):
+    """A part of a message; this server reads no images, sounds or files."""
+
+    type: Literal["text"]
+    text: str
+    refusal: ClassVar[str] = ""  # only an assistant's part may be one
+
+
 class JsonSchema(Schema):
     """A schema that an answer keeps to, whatever `strict` says."""
 
@@ -83,13 +96,6 @@ class JsonSchema(Schema):
     description: str = ""
     schema_: Annotated[dict[str, Any], Field(alias="schema")] = {}
     strict: bool = True
-
-
-def declared(name: str, description: str, parameters: dict[str, Any], strict: bool) -> dict[str, Any]:
-    """A tool's declaration in OpenAI's form, with the parameters that templates ask for."""
-    parameters = {"type": "object", "properties": {}} | parameters
-    function: dict[str, Any] = {"name": name, "description": description, "parameters": parameters}
-    return {"type": "function", "function": function | ({"strict": True} if strict else {})}
 
 
 def call(number: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -37,8 +37,8 @@ class ReplyResponse(Response):
         super().__init__()
         self._ticket, self._form, self._streamed = ticket, form, streamed
         self._begin, self._waits_for, self._options, self._metrics = begin, waits_for, options, metrics
-        self._dropped = {"x-ignored-fields": ", ".join(dropped)[:4000].encode("ascii", "replace").decode()}
-        self._dropped = self._dropped if dropped else {}
+        names = ", ".join(dropped)[:4000].encode("ascii", "replace").decode()
+        self._dropped = {"x-ignored-fields": names} if names else {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI: speaks until the end, until the client leaves, or until the server cancels this."""
