@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,14 +13,24 @@ from mlx_mtp.cli import commands, loading, notices, options
 from mlx_mtp.cli.conversation import Conversation, Screen, Settings
 from mlx_mtp.cli.line_input import HINT, Lines, lines
 
-THINKING_HELP = "Thoughts of models that have them: 'show', 'hide' or 'off'."
+SYSTEM_HELP = "An instruction for the whole conversation."
+THINKING_HELP = "Thoughts of models that have them."
 
 
 def chat(
     model: options.Model = None,
     drafter: options.Drafter = "auto",
     depth: options.Depth = "auto",
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of a reply.")] = 1024,
+    mode: options.Mode = "fast",
+    draft_head_bits: options.HeadBits = "auto",
+    max_context: options.MaxContext = None,
+    system: Annotated[str | None, options.PromptPanel(help=SYSTEM_HELP)] = None,
+    load: Annotated[str | None, options.PromptPanel(metavar="FILE", help="Go on with a saved conversation.")] = None,
+    max_tokens: Annotated[int, options.MaxTokens(help="Most tokens of a reply.")] = 1024,
+    stop: options.Stop = None,
+    thinking: Annotated[
+        Literal["show", "hide", "off"] | None, options.ReplyPanel(help=THINKING_HELP, show_default="off")
+    ] = None,
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
@@ -29,17 +39,16 @@ def chat(
     presence_penalty: options.PresencePenalty = None,
     frequency_penalty: options.FrequencyPenalty = None,
     seed: options.Seed = None,
-    stop: options.Stop = None,
-    mode: options.Mode = "fast",
-    draft_head_bits: options.HeadBits = "auto",
-    max_context: options.MaxContext = None,
-    system: Annotated[str | None, typer.Option(help="An instruction for the whole conversation.")] = None,
-    load: Annotated[str | None, typer.Option(metavar="FILE", help="Go on with a saved conversation.")] = None,
-    thinking: Annotated[str | None, typer.Option(help=THINKING_HELP, show_default="off")] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Text as it comes, no Markdown.")] = False,
+    plain: Annotated[bool, options.OutputPanel("--plain", help="Text as it comes, no Markdown.")] = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Chat on the terminal; in a pipe every line of standard input is a message."""
+    """Chat on the terminal; in a pipe every line of standard input is a message.
+
+    Examples:
+      mlx-mtp chat
+      mlx-mtp chat -m smollm2 --system "Answer in one sentence."
+      mlx-mtp chat -m mlx-community/gemma-4-e4b-it-4bit --thinking show
+    """
     sampling = mlx_mtp.Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,

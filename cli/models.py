@@ -22,6 +22,10 @@ def models(
 
     Nothing is asked of the hub. The first that fits is what chat proposes. Your own pairs go into
     ~/.config/mlx-mtp/pairs.json. MLX_MTP_IGNORE_MEMORY=1 loads what does not fit all the same.
+
+    Examples:
+      mlx-mtp models --fitting
+      mlx-mtp models --json
     """
     available = memory.available_bytes()
     rows = [_row(pair, available) for pair in pairs.known_pairs()]

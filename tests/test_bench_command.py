@@ -151,4 +151,4 @@ def test_without_matplotlib_nothing_is_measured(
 ) -> None:
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else there(name))
-    assert "pip install 'mlx-mtp[plot]'" in one_sentence(*command("bench", "--plot", tmp_path / "a.png"))
+    assert "pip install '.[plot]'" in one_sentence(*command("bench", "--plot", tmp_path / "a.png"))
