@@ -14,7 +14,8 @@ import typer
 from mlx_mtp.cli.command_line import application
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")))
+TOP = ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")
+PAGES = (*(ROOT / f"{name}.md" for name in TOP), *sorted((ROOT / "docs").glob("**/*.md")))
 FENCE = re.compile(r"^```(.*?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
