@@ -13,11 +13,14 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn
 
 import mlx_mtp
-from mlx_mtp.cli import notices, options
+from mlx_mtp.cli import notices, options, toy
 from mlx_mtp.cli.loading import load
 from mlx_mtp.cli.progress import PatientBar
 from mlx_mtp.errors import brief
 from mlx_mtp.text.tokenizer import Prompt
+
+USUAL = 256
+SHOWN = toy.DEFAULT.format(usual=USUAL)
 
 
 def generate(
@@ -30,7 +33,7 @@ def generate(
     mode: options.Mode = "fast",
     draft_head_bits: options.HeadBits = "auto",
     max_context: options.MaxContext = None,
-    max_tokens: Annotated[int, options.MaxTokens(help="Most tokens to generate.")] = 256,
+    max_tokens: Annotated[int | None, options.MaxTokens(help="Most tokens to generate.", show_default=SHOWN)] = None,
     stop: options.Stop = None,
     thinking: Annotated[bool, options.ReplyPanel("--thinking", help="Let a model that can think first.")] = False,
     json_schema: Annotated[Path | None, options.ReplyPanel(help="File with a JSON schema that it keeps to.")] = None,
@@ -71,11 +74,13 @@ def generate(
             model, drafter, depth=depth, mode=mode, draft_head_bits=draft_head_bits, max_context=max_context
         )
         stream = engine.stream(
-            asked, max_tokens=max_tokens, sampling=sampling, stop=stop or [], seed=seed, logprobs=logprobs, raw=raw,
-            thinking=thinking, json_schema=schema, grammar=None if grammar is None else _read(grammar, "--grammar"),
-            regex=regex, on_prefill=functools.partial(bar.update, "reading the prompt"),
+            asked, max_tokens=toy.most_tokens(model, max_tokens, USUAL), sampling=sampling, stop=stop or [], seed=seed,
+            logprobs=logprobs, raw=raw, thinking=thinking, json_schema=schema, regex=regex,
+            grammar=None if grammar is None else _read(grammar, "--grammar"),
+            on_prefill=functools.partial(bar.update, "reading the prompt"),
         )  # fmt: skip
-    result, interrupted = None, False
+    result, interrupted, repetition = None, False, toy.Repetition()
+    short = model is None and max_tokens is None
     texts: list[str] = []
     ids: list[int] = []
     try:
@@ -89,6 +94,8 @@ def generate(
                     # Without a tokenizer the ids are all there is to show.
                     shown = event.text if engine.tokenizer else "".join(f"{token} " for token in event.tokens)
                     print(shown, end="", flush=True)
+                    if short and repetition.heard(event.tokens):
+                        break
     except KeyboardInterrupt:
         interrupted = True
     if as_json:
@@ -98,6 +105,8 @@ def generate(
         print()
         if result and sys.stdout.isatty():
             console.print(summary(result.stats), style="dim", highlight=False)
+        if short and sys.stdout.isatty() and not interrupted and (result is None or result.finish_reason == "length"):
+            console.print(toy.NOTE, style="dim", highlight=False)
     if interrupted:
         raise typer.Exit(130)
 
