@@ -101,6 +101,8 @@ def _measure(run: Bench, files: dict[str, Path | None]) -> None:
     """Runs everything; Ctrl-C and errors, of MLX or of another engine, cost nothing that was measured before."""
     ended: BaseException | None = None
     try:
+        print(f"{len(run.lineup.configurations)} configurations, {len(run.prompts)} prompts: about "
+              f"{_duration(run.expected_seconds())}. Ctrl-C shows what there is by then.", file=sys.stderr)  # fmt: skip
         with PatientBar(Console(stderr=True), MofNCompleteColumn()) as bar:
             for done, _ in enumerate(run.run(), 1):
                 bar.update("measuring", done, run.steps)
@@ -129,6 +131,10 @@ def _measure(run: Bench, files: dict[str, Path | None]) -> None:
         raise MLXMTPError(f"The bench stopped ({brief(ended)}); what was measured before is in the report.") from ended
     if ended:
         raise typer.Exit(130)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
 
 
 def _check_files(files: dict[str, Path]) -> None:

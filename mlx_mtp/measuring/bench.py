@@ -27,6 +27,7 @@ from mlx_mtp.measuring.turns import Difference, difference, fair_turns
 
 BETWEEN_SAMPLINGS = 1_000_003  # seeds
 IDLE_SECONDS = 2.0
+TRIED_TOKENS = 8  # of the reply that tells how long all will take
 
 
 @dataclass
@@ -92,6 +93,16 @@ class Bench:
         each = self.lineup.configurations.values()
         count = sum(one.drafter is not None for one in each) + len(each) * self.plan.repeats
         return count * len(self.prompts) * len(self.lineup.samplings())
+
+    def expected_seconds(self) -> float:
+        """About how long `run` will take, by a short reply of the first configuration to a prompt of middle length."""
+        ids = sorted(self._ids, key=len)[len(self._ids) // 2]
+        decode = next(iter(self.lineup.configurations.values())).decode
+        decode(DecodeJob(ids, TRIED_TOKENS))  # compiles
+        tried = decode(DecodeJob(ids, TRIED_TOKENS))
+        each = tried.first_seconds + self.plan.max_tokens * tried.seconds_per_token
+        turns = self.plan.repeats * len(self.prompts) * len(self.lineup.samplings())
+        return self.steps * each + turns * self.plan.cool_down
 
     def run(self) -> Iterator[None]:
         """Measures everything; yields after every step."""
