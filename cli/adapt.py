@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -42,5 +44,5 @@ def adapt(
     recipe = Recipe(data=tuple(data), drafters=(DrafterShape(drafts=drafts),), drafter_steps=steps, tokens=tokens,
                     batch_size=batch_size, length=length, learning_rate=learning_rate, seed=seed)  # fmt: skip
     console = Console(stderr=True)
-    console.print(f"Adapting into {out} (Ctrl-C saves; the same command goes on).", soft_wrap=True)
-    print(worth(show(run(model, drafter, out, recipe), console), model))
+    console.print(f"Adapting into {out}; Ctrl-C saves.", soft_wrap=True)
+    print(worth(show(run(model, drafter, out, recipe), console, shlex.join(["mlx-mtp", *sys.argv[1:]])), model))

@@ -101,8 +101,9 @@ def _measure(run: Bench, files: dict[str, Path | None]) -> None:
     """Runs everything; Ctrl-C and errors, of MLX or of another engine, cost nothing that was measured before."""
     ended: BaseException | None = None
     try:
-        print(f"{len(run.lineup.configurations)} configurations, {len(run.prompts)} prompts: about "
-              f"{_duration(run.expected_seconds())}. Ctrl-C shows what there is by then.", file=sys.stderr)  # fmt: skip
+        print(f"This takes about {_duration(run.expected_seconds())} (configurations: "
+              f"{len(run.lineup.configurations)}, prompts: {len(run.prompts)}). Ctrl-C shows what there is by then.",
+              file=sys.stderr)  # fmt: skip
         with PatientBar(Console(stderr=True), MofNCompleteColumn()) as bar:
             for done, _ in enumerate(run.run(), 1):
                 bar.update("measuring", done, run.steps)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import closing
+import os
+import shlex
+import signal
+import socket
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -89,8 +94,8 @@ def train(
     if resume or (out / FILE).exists():
         recipe = _resumed(context, out, recipe)
     console = Console(stderr=True)
-    console.print(f"Training into {out} (Ctrl-C saves; mlx-mtp train --out {out} goes on).", soft_wrap=True)
-    reports = show(run(out, recipe), console)
+    console.print(f"Training into {out}; Ctrl-C saves.", soft_wrap=True)
+    reports = show(run(out, recipe), console, shlex.join(["mlx-mtp", "train", "--out", str(out)]))
     made = [out / "target"] if recipe.target is None else []
     console.print(f"Done: {', '.join(str(path) for path in [*made, *(out / s.family for s in recipe.drafters)])}.",
                   soft_wrap=True)  # fmt: skip
@@ -115,8 +120,50 @@ def _resumed(context: typer.Context, out: Path, asked: Recipe) -> Recipe:
     return replace(Recipe.read(out), **{f.name: getattr(asked, f.name) for f in fields(Recipe) if f.name in said})
 
 
-def show(stages: Generator[Stage, None, Returned], console: Console) -> Returned:
-    """Runs stages to their end with a bar for each, and returns what they return; an interrupt saves first."""
+def show(stages: Generator[Stage, None, Returned], console: Console, command: str) -> Returned:
+    """Runs stages to their end with a bar for each, and returns what they return; an interrupt saves first.
+
+    command: what goes on where this one was stopped.
+    """
+    goes_on = f"Stopped; what was done is kept. To go on: {command}"
+    try:
+        with answered(console, goes_on):
+            return _shown(stages, console)
+    except KeyboardInterrupt:
+        console.print(goes_on, soft_wrap=True)
+        raise
+
+
+@contextmanager
+def answered(console: Console, goes_on: str) -> Iterator[None]:
+    """Within: Ctrl-C is answered at once, though what is being computed must end first; another one ends the process.
+
+    Python's own handlers wait for MLX, so a thread hears of the signal. goes_on: the last words of such an end.
+    """
+    heard, told = socket.socketpair()
+    told.setblocking(False)
+
+    def answer() -> None:
+        if heard.recv(1):
+            console.print("Stopping once this step is done and saved; Ctrl-C again does not wait.", soft_wrap=True)
+        if heard.recv(1):
+            console.show_cursor()
+            console.print(goes_on, soft_wrap=True)
+            os._exit(130)
+
+    thread = threading.Thread(target=answer, daemon=True)
+    before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        told.close()
+        thread.join()
+        heard.close()
+
+
+def _shown(stages: Generator[Stage, None, Returned], console: Console) -> Returned:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     tasks: dict[str, TaskID] = {}
     with Progress(*columns, console=console) as bars, closing(stages):

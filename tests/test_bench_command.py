@@ -140,7 +140,7 @@ def test_what_was_measured_before_an_end_is_reported(
     monkeypatch.setattr(bench.Bench, "run", cut)
     file = tmp_path / "report.json"
     found, out, err = command("bench", "--prompts", prompt_file, *SHORT, "--json", file)
-    assert found == code and re.search(r"1 configurations, 1 prompts: about \d+ (seconds|minutes)\. Ctrl-C", err)
+    assert found == code and re.search(r"about \d+ (seconds|minutes) \(configurations: 1, prompts: 1\)\. Ctrl-C", err)
     report = json.loads(file.read_text())
     assert report["interrupted"] and words in report["notes"] and words in err and "### Incomplete" in out
     runs = [prompt["runs"]["plain"] for sampling in report["samplings"] for prompt in sampling["prompts"]]
