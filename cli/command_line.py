@@ -80,9 +80,11 @@ def application(arguments: Sequence[str]) -> typer.Typer:
 
 
 def _plain(parameters: list[Any]) -> list[Any]:
-    """The same with kinds of values that people know: none for a flag, NUMBER, TEXT or PATH."""
+    """The same with kinds of values that people know: NUMBER, TEXT or PATH, none for a flag or an argument's name."""
     for one in parameters:
-        if one.param_type_name == "option" and one.metavar is None:
+        if one.param_type_name == "argument":
+            one.display_type_rich = lambda ctx: None
+        elif one.metavar is None:
             kind = one.type_descriptor.annotation
             one.metavar = next((KINDS[each] for each in (kind, *get_args(kind)) if each in KINDS), None)
     return parameters

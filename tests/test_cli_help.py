@@ -51,7 +51,7 @@ def test_help_names_kinds_of_values_that_people_know(
     code, short, err = command(*name.split(), "-h")
     assert (code, err) == (0, "") and short == command(*name.split(), "--help")[1]
     assert max(map(len, short.splitlines())) <= columns
-    assert not any(word in short for word in ("<bool>", "<int>", "<float>", "list[", "Path"))
+    assert not any(word in short for word in ("<bool>", "<int>", "<float>", "<str>", "<path>", "list[", "Path"))
     assert ("Examples:" in short) == (name != "demo")
     panels = [line for line in short.splitlines() if line.startswith("╭─")]
     assert len(panels) >= (4 if name in ("", "generate", "chat", "bench", "serve", "train", "adapt") else 1)
