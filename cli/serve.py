@@ -48,7 +48,7 @@ def serve(
     body_size: Annotated[float, Limits(help="Most MB of a request.")] = 8.0,
     grace: Annotated[float, Limits(help="Seconds for running replies to finish after SIGTERM.")] = 30.0,
     lenient: Annotated[
-        bool, typer.Option("--lenient", help="Leave out unknown fields, and name them in the header x-ignored-fields.")
+        bool, typer.Option("--lenient", help="Leave out what is not known, and name it in the header x-ignored-fields.")
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log every request.")] = False,
 ) -> None:
