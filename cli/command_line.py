@@ -131,10 +131,10 @@ def run(arguments: Sequence[str], on_begin: Callable[[], object]) -> NoReturn:
         sys.exit(app(args=list(arguments) or ["--help"], prog_name="mlx-mtp", standalone_mode=False) or 0)
     except typer.TyperException as error:  # a command line that typer cannot read
         message = str(getattr(error, "format_message", error.__str__)()).rstrip(".")
-        print(f"{message}; 'mlx-mtp --help' shows what there is.", file=sys.stderr)
+        print(MLXMTPError(f"{message}; 'mlx-mtp --help' shows what there is."), file=sys.stderr)
         sys.exit(2)
     except MLXMTPError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)  # one line, whatever a path or a name holds
+        print(error, file=sys.stderr)
         sys.exit(2)
     except ImportError as error:
         print(without_device(error), file=sys.stderr)

@@ -83,10 +83,10 @@ class Screen:
         """What a command answers: beside the replies, never among replies that go elsewhere."""
         (self.out if self.out.is_terminal else self.err).print(answer)
 
-    def refuse(self, error: Exception) -> None:
+    def refuse(self, error: MLXMTPError) -> None:
         """One sentence on standard error."""
         sys.stdout.flush()
-        print(" ".join(str(error).split()), file=sys.stderr, flush=True)
+        print(error, file=sys.stderr, flush=True)
 
     def view(self, thinking: str) -> View:
         """What will show one reply."""

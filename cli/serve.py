@@ -23,7 +23,7 @@ SHOWN = toy.DEFAULT.format(usual=USUAL)
 KEY_HELP = "What clients must send as their key."
 CORS_HELP = "Web page (https://name) that may ask, or '*'; may be repeated."
 HOST_HELP = "Another name clients may call it by, such as host.docker.internal; may be repeated."
-LENIENT_HELP = "Leave out unknown fields, and name them in the header x-ignored-fields."
+LENIENT_HELP = "Leave out what is not known, and name it in the header x-ignored-fields."
 
 
 def serve(

@@ -9,7 +9,11 @@ import re
 
 
 class MLXMTPError(Exception):
-    """Base of all errors that are the input's fault, not a bug's."""
+    """Base of all errors that are the input's fault, not a bug's. One line of text, whatever a path or a name holds."""
+
+    def __str__(self) -> str:
+        line = " ".join(super().__str__().split())
+        return "".join(one if one.isprintable() else repr(one)[1:-1] for one in line)
 
 
 class ModelNotFound(MLXMTPError):

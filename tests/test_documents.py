@@ -57,7 +57,7 @@ PARSED_ONLY = {
     ("make",): "this is one of its runs",
     ("pip",): "needs an index; tools/check_wheel.py installs the package",
     ("python",): "measures for minutes; but for tables.py, which is run below",
-    ("printf",): "its text goes into the command behind it",
+    ("printf",): "its text goes into the command after it",
 }
 
 

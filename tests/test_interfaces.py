@@ -361,6 +361,11 @@ def test_a_lenient_server_names_what_it_leaves_out() -> None:
                 "messages[0].colour", "shape"}  # fmt: skip
         assert "x-ignored-fields" not in server.post(CHAT, {"messages": QUESTION}).headers
         assert server.post(CHAT, body | {"temperature": "hot"}).status_code == 400
+        # Tools that an agent would have the server run: it does without them, and knows it.
+        tools = [TOOLS[0], {"type": "namespace", "name": "n", "tools": TOOLS}, TOOLS[1], {"type": "web_search"}]
+        found = server.post(RESPONSES, {"input": "x", "tools": tools})
+        assert found.is_success and found.headers["x-ignored-fields"] == "tools[1], tools[3]"
+        assert [tool["name"] for tool in found.json()["tools"]] == ["weather", "now"]
     with running(ScriptedEngine) as server:
         assert server.post(CHAT, body).status_code == 400
 
