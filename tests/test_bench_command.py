@@ -104,7 +104,7 @@ def test_the_markdown_and_the_plot_are_of_that_report_alone(outputs: tuple[Path,
 
 
 def test_how_long_it_will_take() -> None:
-    """By a prompt of middle length, asked twice, every step being like it, and the rests between turns."""
+    """By a prompt of middle length, asked twice: for all prompts and samplings what is read, written and rested."""
     asked: list[DecodeJob] = []
 
     def decode(job: DecodeJob) -> TimedRun:
@@ -113,10 +113,11 @@ def test_how_long_it_will_take() -> None:
 
     run = object.__new__(bench.Bench)
     run.plan = configurations.Plan(max_tokens=11, repeats=2, cool_down=5.0)
-    run._ids, run.prompts = [[1] * 3, [1], [1] * 2], [None] * 3
-    one = SimpleNamespace(decode=decode, drafter=None)
-    run.lineup = SimpleNamespace(configurations={"plain": one}, samplings=lambda: [None] * 2)
-    assert run.expected_seconds() == 12 * (2 + 11) + 12 * 5
+    run._ids = [[1] * 3, [1], [1] * 2]
+    both = [SimpleNamespace(decode=decode, drafter=name) for name in (None, "mtp")]
+    run.lineup = SimpleNamespace(configurations=dict(enumerate(both)), samplings=lambda: [None] * 2)
+    # Plain: 1 run to warm up and 2 timed ones; with a drafter 1 reply of 128 tokens and 2 timed runs.
+    assert run.expected_seconds() == 2 * (6 * 6 * 2 / 2 + 3 * (128 + 5 * 11 + 2 * 5))
     assert [len(job.prompt) for job in asked] == [2, 2]
 
 
