@@ -10,6 +10,7 @@ from typing import Annotated
 from rich.console import Console
 
 from mlx_mtp.cli import options
+from mlx_mtp.cli.loading import fetch
 from mlx_mtp.cli.train import Length, show, worth
 from mlx_mtp.training.adapt import DEFAULTS
 from mlx_mtp.training.adapt import adapt as run
@@ -45,4 +46,5 @@ def adapt(
                     batch_size=batch_size, length=length, learning_rate=learning_rate, seed=seed)  # fmt: skip
     console = Console(stderr=True)
     console.print(f"Adapting into {out}; Ctrl-C saves.", soft_wrap=True)
+    fetch(model)
     print(worth(show(run(model, drafter, out, recipe), console, shlex.join(["mlx-mtp", *sys.argv[1:]])), model))

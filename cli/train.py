@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from mlx_mtp.cli import options
+from mlx_mtp.cli.loading import fetch
 from mlx_mtp.training.families import FAMILIES, DrafterShape
 from mlx_mtp.training.optimizers import OPTIMIZERS
 from mlx_mtp.training.pipeline import train as run
@@ -95,6 +96,7 @@ def train(
         recipe = _resumed(context, out, recipe)
     console = Console(stderr=True)
     console.print(f"Training into {out}; Ctrl-C saves.", soft_wrap=True)
+    fetch(recipe.target)
     reports = show(run(out, recipe), console, shlex.join(["mlx-mtp", "train", "--out", str(out)]))
     made = [out / "target"] if recipe.target is None else []
     console.print(f"Done: {', '.join(str(path) for path in [*made, *(out / s.family for s in recipe.drafters)])}.",

