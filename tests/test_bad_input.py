@@ -229,12 +229,12 @@ def test_token_ids(refused: Refused, tokens: str) -> None:
 
 
 def test_prompts(refused: Refused) -> None:
-    assert "neither" in refused("--model", TARGET)
+    assert "missing" in refused("--model", TARGET, stdin=b"")
     assert "both" in refused("text", "--model", TARGET, "--tokens", "1")
     assert "empty" in refused("", "--model", TARGET)
     assert "--tokens" in refused("text", "--model", TARGET)
     bom = "\ufeff".encode()  # nothing but the mark is nothing
-    for piped, word in ((b"", "empty"), (bom, "empty"), (b"caf\xe9", "UTF-8"), ("Text".encode("utf-16"), "UTF-8")):
+    for piped, word in ((b"", "missing"), (bom, "missing"), (b"caf\xe9", "UTF-8"), ("Text".encode("utf-16"), "UTF-8")):
         assert word in refused("-", "--model", TARGET, stdin=piped)
     assert "UTF-8" in refused("caf\udce9", "--model", TARGET)
     assert "thinking only with" in refused("hi", "--thinking", "--max-tokens", 1)
