@@ -11,15 +11,13 @@ import typer
 from rich.console import Console
 
 import mlx_mtp
-from mlx_mtp.cli import notices, options, toy
+from mlx_mtp.cli import notices, options
 from mlx_mtp.cli.loading import load
 from mlx_mtp.errors import lacking
 from mlx_mtp.loading import EMBEDDED
 
 Who = partial(typer.Option, rich_help_panel="Who may ask, and where")
 Limits = partial(typer.Option, rich_help_panel="Limits")
-USUAL = 1024
-SHOWN = toy.DEFAULT.format(usual=USUAL)
 KEY_HELP = "What clients must send as their key."
 CORS_HELP = "Web page (https://name) that may ask, or '*'; may be repeated."
 HOST_HELP = "Another name clients may call it by, such as host.docker.internal; may be repeated."
@@ -40,9 +38,7 @@ def serve(
     allow_host: Annotated[list[str] | None, Who(help=HOST_HELP, show_default="none; with --api-key all")] = None,
     model_name: Annotated[str | None, Who(help="The model's name for clients.", show_default="as --model")] = None,
     lenient: Annotated[bool, Who("--lenient", help=LENIENT_HELP)] = False,
-    max_tokens: Annotated[
-        int | None, options.MaxTokens(help="Tokens of a reply whose request names no number.", show_default=SHOWN)
-    ] = None,
+    max_tokens: Annotated[int, options.MaxTokens(help="Tokens of a reply whose request names no number.")] = 1024,
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
@@ -80,7 +76,7 @@ def serve(
     wanted = serving.ServerOptions(
         model=name, others=[model] if model else [], api_key=api_key, origins=cors or [],
         hosts=None if any_host else [*serving.LOOPBACK_NAMES, host, *(allow_host or [])],
-        tokens=toy.most_tokens(model, max_tokens, USUAL),
+        tokens=max_tokens,
         most_tokens=most_tokens, seed=seed, lenient=lenient, session_bytes=int(session_memory * 1e9),
         body_bytes=int(body_size * 1e6),
         sampling=mlx_mtp.Sampling(
