@@ -31,7 +31,7 @@ BODIES: dict[str, dict[str, Any]] = {
     },
     COMPLETION: {
         "model": "test", "prompt": ["Hi."], "max_tokens": 2, "n": 1, "best_of": 1, "echo": True, "stop": ".", "seed": 1,
-        "logprobs": None, "presence_penalty": 0.1, "frequency_penalty": 0.1, "logit_bias": {"7": 1}, **SAMPLED,
+        "logprobs": 1, "presence_penalty": 0.1, "frequency_penalty": 0.1, "logit_bias": {"7": 1}, **SAMPLED,
     },
     "/v1/responses": {
         "model": "test", "input": [{"type": "message", "role": "user",
