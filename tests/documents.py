@@ -13,7 +13,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")))
 FENCE = re.compile(r"^```(.*?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-PROGRAMS = ("mlx-mtp", "make", "pip", "python", "curl", "printf")
+PROGRAMS = ("mlx-mtp", "make", "pip", "python", "python3", "curl", "printf", "source", "rm", "apt-get", "pyinstaller")
 
 
 @dataclass(frozen=True)
