@@ -6,15 +6,18 @@ is only parsed is listed in PARSED_ONLY with the reason; anything else that a pa
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import os
 import re
+import runpy
 import shutil
 import socket
 import subprocess
 import sys
 import tomllib
+import types
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -299,6 +302,24 @@ def test_every_link_leads_somewhere() -> None:
         if anchor:
             heads = re.findall(r"^#+ (.*)$", place.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in [re.sub(r"[^\w\- ]", "", head).lower().replace(" ", "-") for head in heads], address
+
+
+# What PyInstaller is told, as docs/embedding.md says
+
+
+def test_the_hook_collects_all_of_three_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the entry point's own function, with a stand-in for PyInstaller."""
+    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["pyinstaller40"]
+    module, name = points["hook-dirs"].split(":")
+    (folder,) = getattr(importlib.import_module(module), name)()
+    stand_in: Any = types.ModuleType("PyInstaller.utils.hooks")
+    stand_in.collect_all = lambda package: ([(package, "files")], [(package, "libraries")], [f"{package}.hidden"])
+    monkeypatch.setitem(sys.modules, "PyInstaller.utils.hooks", stand_in)
+    found = runpy.run_path(str(Path(folder) / "hook-mlx_mtp.py"))
+    packages = ["mlx", "mlx_lm", "mlx_mtp"]
+    assert found["datas"] == [(package, "files") for package in packages]
+    assert found["binaries"] == [(package, "libraries") for package in packages]
+    assert found["hiddenimports"] == [f"{package}.hidden" for package in packages]
 
 
 # Tables and charts say what benchmarks/results/ holds

@@ -78,17 +78,22 @@ def style_of(cell: Any) -> str:
 
 
 def drawn(screen: Any, title: str) -> str:
-    """The screen as SVG: a line of text for every row, a piece of it for every run of one style."""
+    """The screen as SVG: a line of text for every row, a piece of it for every run of one style.
+
+    From the program's greeting on: what it says of this machine while it loads is not drawn.
+    """
     rows = [[screen.buffer[y][x] for x in range(screen.columns)] for y in range(screen.lines)]
-    used = max(y for y, row in enumerate(rows) if any(cell.data.strip() for cell in row)) + 1
-    width, height = screen.columns * WIDTH + 32, used * HEIGHT + 56
+    first = next(y for y, row in enumerate(screen.display) if row.startswith("mlx-mtp "))
+    last = max(y for y, row in enumerate(screen.display) if row.strip())
+    rows = rows[first : last + 1]
+    width, height = screen.columns * WIDTH + 32, len(rows) * HEIGHT + 56
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" font-size="{SIZE}">',
         f'<rect width="100%" height="100%" rx="8" fill="{PAPER}"/>',
         f'<text x="16" y="24" font-family="Helvetica, Arial, sans-serif" fill="#555">{escape(title)}</text>',
         '<g font-family="Menlo, Consolas, DejaVu Sans Mono, monospace">',
     ]
-    for y, row in enumerate(rows[:used]):
+    for y, row in enumerate(rows):
         at = 0
         for style, cells in groupby(row, style_of):
             text = "".join(cell.data for cell in cells)
