@@ -32,6 +32,7 @@ from conftest import ran
 from documents import PROGRAMS, ROOT, Command, blocks, commands, inline_commands, links
 from layouts import DEEPSEEK, deepseek_arrays, meta_arrays, meta_folder, write_folder
 
+import mlx_mtp
 from mlx_mtp import drafters
 from mlx_mtp.cli import doctor
 from mlx_mtp.cli.command_line import COMMANDS, application
@@ -302,6 +303,23 @@ def test_every_link_leads_somewhere() -> None:
         if anchor:
             heads = re.findall(r"^#+ (.*)$", place.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in [re.sub(r"[^\w\- ]", "", head).lower().replace(" ", "-") for head in heads], address
+
+
+# The site
+
+
+def test_the_site_is_built_and_asks_nobody_else(tmp_path: Path) -> None:
+    """As `make docs` does it: strictly, so that a dead link or a docstring that names no parameter fails."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    pages = {page: page.read_text(encoding="utf-8") for page in tmp_path.rglob("*.html")}
+    for page, text in pages.items():
+        asked = re.findall(r"<(?:script|link|img|iframe|source)[^>]*(?:src|href)=\"?((?:https?:)?//[^\s\">]+)", text)
+        assert not asked, page
+    reference = pages[tmp_path / "api" / "index.html"]
+    assert all(f'id="mlx_mtp.{name}"' in reference for name in mlx_mtp.__all__ if name != "__version__")
 
 
 # What PyInstaller is told, as docs/embedding.md says
