@@ -162,6 +162,23 @@ def _llm(model: str) -> dict[str, Case]:
     return {"llm --schema": ask}
 
 
+def _guidance(model: str) -> dict[str, Case]:
+    import guidance
+
+    def ask(what: object) -> object:
+        client = guidance.models.OpenAI(model, api_key="-", base_url=os.environ["OPENAI_BASE_URL"], echo=False)
+        with guidance.user():
+            client += QUESTION
+        with guidance.assistant():
+            client += what
+        return client["found"]
+
+    return {
+        "guidance json": lambda: City.model_validate_json(ask(guidance.json(name="found", schema=City))),  # type: ignore[arg-type]
+        "guidance gen": lambda: ask(guidance.gen(name="found", max_tokens=TOKENS)),
+    }  # fmt: skip
+
+
 def main() -> None:
     """Every client that is installed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -172,7 +189,7 @@ def main() -> None:
     os.environ |= {"OPENAI_API_KEY": "-", "OPENAI_BASE_URL": f"{given.url}/v1", "ANTHROPIC_API_KEY": "-",
                    "ANTHROPIC_BASE_URL": given.url, "LITELLM_LOG": "ERROR"}  # fmt: skip
     failed = 0
-    for cases_of in (_instructor, _pydantic_ai, _langchain, _litellm, _agents, _llama_index, _dspy, _llm):
+    for cases_of in (_instructor, _pydantic_ai, _langchain, _litellm, _agents, _llama_index, _dspy, _llm, _guidance):
         try:
             cases = cases_of(given.model)
         except ModuleNotFoundError as error:

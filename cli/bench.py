@@ -30,39 +30,50 @@ from mlx_mtp.measuring.report import bench_markdown, bench_parts, build
 DEFAULTS = Plan()
 STDOUT = Path("-")
 Arms = partial(typer.Option, rich_help_panel="Configurations")
-Prompts = partial(typer.Option, rich_help_panel="Prompts")
-Output = partial(typer.Option, rich_help_panel="Output")
+Runs = partial(typer.Option, rich_help_panel="Runs")
 DEPTHS = ",".join(map(str, DEFAULT_DEPTHS))
 ARMS_HELP = "stock, plain, mtp, lookup, mlx-vlm or any drafter's name; NAME@3 and NAME@auto set a depth."
 PROMPTS_HELP = "File of prompts: Spec-Bench, HumanEval (.gz too), chat JSONL or text; may be repeated."
+JSON_HELP = "All that was measured, to a file; '-' = stdout."
+MARKDOWN_HELP = "Tables to paste, to a file; '-' = stdout."
 
 
 def bench(
     model: options.Model = None,
     drafter: options.Drafter = "auto",
-    depth: Annotated[str | None, Arms(help="One depth for all drafters, 'auto' or 0 to 8.")] = None,
-    depths: Annotated[str | None, Arms(help="Their depths, with commas.", show_default=DEPTHS)] = None,
-    arms: Annotated[str, Arms(help=ARMS_HELP)] = ",".join(DEFAULT_NAMES),
     mode: options.Mode = "fast",
-    prompts: Annotated[list[Path] | None, Prompts(help=PROMPTS_HELP, show_default="a built-in set")] = None,
-    category: Annotated[list[str] | None, Prompts(help="Only this one; may be repeated.")] = None,
-    per_category: Annotated[int, Prompts(help="Most prompts of a category.")] = 1,
-    raw: Annotated[bool, Prompts("--raw", help="Continue texts as they stand, no chat template.")] = False,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of every timed run.")] = DEFAULTS.max_tokens,
-    repeats: Annotated[int, typer.Option(help="Timed runs of each, in turns.")] = DEFAULTS.repeats,
-    cool_down: Annotated[float, typer.Option(help="Seconds of rest before every turn.")] = DEFAULTS.cool_down,
+    max_context: options.MaxContext = None,
+    arms: Annotated[str, Arms(metavar="A,B,...", help=ARMS_HELP)] = ",".join(DEFAULT_NAMES),
+    depth: Annotated[str | None, Arms(metavar="N", help="One depth for all drafters, 'auto' or 0 to 8.")] = None,
+    depths: Annotated[str | None, Arms(metavar="N,M,...", help="Their depths.", show_default=DEPTHS)] = None,
+    prompts: Annotated[
+        list[Path] | None, options.PromptPanel(metavar="FILE", help=PROMPTS_HELP, show_default="a built-in set")
+    ] = None,
+    category: Annotated[list[str] | None, options.PromptPanel(help="Only this one; may be repeated.")] = None,
+    per_category: Annotated[int, options.PromptPanel(help="Most prompts of a category.")] = 1,
+    raw: Annotated[bool, options.PromptPanel("--raw", help="Continue texts as they stand, no chat template.")] = False,
+    max_tokens: Annotated[int, Runs("--max-tokens", "-n", help="Tokens of every timed run.")] = DEFAULTS.max_tokens,
+    repeats: Annotated[int, Runs(help="Timed runs of each, in turns.")] = DEFAULTS.repeats,
+    cool_down: Annotated[float, Runs(help="Seconds of rest before every turn.")] = DEFAULTS.cool_down,
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
     min_p: options.MinP = None,
     repetition_penalty: options.RepetitionPenalty = None,
-    seed: Annotated[int, typer.Option(help="Of the first prompt where tokens are drawn.")] = DEFAULTS.seed,
-    max_context: options.MaxContext = None,
-    as_json: Annotated[Path | None, Output("--json", help="All that was measured, to a file; '-' = stdout.")] = None,
-    as_markdown: Annotated[Path | None, Output("--markdown", help="Tables to paste, to a file; '-' = stdout.")] = None,
-    as_plot: Annotated[Path | None, Output("--plot", help="PNG file for speed and acceptance.")] = None,
+    seed: Annotated[int, options.Sampled(help="Of the first prompt where tokens are drawn.")] = DEFAULTS.seed,
+    as_json: Annotated[Path | None, options.OutputPanel("--json", metavar="FILE", help=JSON_HELP)] = None,
+    as_markdown: Annotated[Path | None, options.OutputPanel("--markdown", metavar="FILE", help=MARKDOWN_HELP)] = None,
+    as_plot: Annotated[
+        Path | None, options.OutputPanel("--plot", metavar="FILE", help="PNG of speed and acceptance.")
+    ] = None,
 ) -> None:
-    """Measure this machine: stock mlx-lm, plain, and every drafter, on the same prompts in turns."""
+    """Measure this machine: stock mlx-lm, plain, and every drafter, on the same prompts in turns.
+
+    Examples:
+      mlx-mtp bench -m smollm2
+      mlx-mtp bench -m smollm2 --arms plain,mtp,lookup+auto --repeats 2 -t 0
+      mlx-mtp bench -m mlx-community/gemma-4-e4b-it-4bit --markdown report.md
+    """
     files = {"--json": as_json, "--markdown": as_markdown, "--plot": as_plot}
     _check_files({option: file for option, file in files.items() if file is not None})
     asked = mlx_mtp.Sampling(
@@ -90,6 +101,9 @@ def _measure(run: Bench, files: dict[str, Path | None]) -> None:
     """Runs everything; Ctrl-C and errors, of MLX or of another engine, cost nothing that was measured before."""
     ended: BaseException | None = None
     try:
+        print(f"This takes about {_duration(run.expected_seconds())} (configurations: "
+              f"{len(run.lineup.configurations)}, prompts: {len(run.prompts)}). Ctrl-C shows what there is by then.",
+              file=sys.stderr)  # fmt: skip
         with PatientBar(Console(stderr=True), MofNCompleteColumn()) as bar:
             for done, _ in enumerate(run.run(), 1):
                 bar.update("measuring", done, run.steps)
@@ -118,6 +132,10 @@ def _measure(run: Bench, files: dict[str, Path | None]) -> None:
         raise MLXMTPError(f"The bench stopped ({brief(ended)}); what was measured before is in the report.") from ended
     if ended:
         raise typer.Exit(130)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
 
 
 def _check_files(files: dict[str, Path]) -> None:

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+from rich.prompt import IntPrompt
+from rich.table import Table
 
 import mlx_mtp
-from mlx_mtp.checkpoints import hub, memory, pairs
-from mlx_mtp.cli import commands, loading, notices, options
-from mlx_mtp.cli.conversation import Conversation, Screen, Settings
+from mlx_mtp.checkpoints import hub, memory, packaged
+from mlx_mtp.cli import commands, loading, models, notices, options, toy
+from mlx_mtp.cli.conversation import USUAL_TOKENS, Conversation, Screen, Settings
 from mlx_mtp.cli.line_input import HINT, Lines, lines
 
-THINKING_HELP = "Thoughts of models that have them: 'show', 'hide' or 'off'."
+MOST_OFFERED = 5  # that must be downloaded
+SHOWN = toy.DEFAULT.format(usual=USUAL_TOKENS)
+SYSTEM_HELP = "An instruction for the whole conversation."
+THINKING_HELP = "Thoughts of models that have them."
 
 
 def chat(
     model: options.Model = None,
     drafter: options.Drafter = "auto",
     depth: options.Depth = "auto",
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of a reply.")] = 1024,
+    mode: options.Mode = "fast",
+    draft_head_bits: options.HeadBits = "auto",
+    max_context: options.MaxContext = None,
+    system: Annotated[str | None, options.PromptPanel(help=SYSTEM_HELP)] = None,
+    load: Annotated[str | None, options.PromptPanel(metavar="FILE", help="Go on with a saved conversation.")] = None,
+    max_tokens: Annotated[int | None, options.MaxTokens(help="Most tokens of a reply.", show_default=SHOWN)] = None,
+    stop: options.Stop = None,
+    thinking: Annotated[
+        Literal["show", "hide", "off"] | None, options.ReplyPanel(help=THINKING_HELP, show_default="off")
+    ] = None,
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
@@ -29,17 +43,16 @@ def chat(
     presence_penalty: options.PresencePenalty = None,
     frequency_penalty: options.FrequencyPenalty = None,
     seed: options.Seed = None,
-    stop: options.Stop = None,
-    mode: options.Mode = "fast",
-    draft_head_bits: options.HeadBits = "auto",
-    max_context: options.MaxContext = None,
-    system: Annotated[str | None, typer.Option(help="An instruction for the whole conversation.")] = None,
-    load: Annotated[str | None, typer.Option(metavar="FILE", help="Go on with a saved conversation.")] = None,
-    thinking: Annotated[str | None, typer.Option(help=THINKING_HELP, show_default="off")] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Text as it comes, no Markdown.")] = False,
+    plain: Annotated[bool, options.OutputPanel("--plain", help="Text as it comes, no Markdown.")] = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Chat on the terminal; in a pipe every line of standard input is a message."""
+    """Chat on the terminal; in a pipe every line of standard input is a message.
+
+    Examples:
+      mlx-mtp chat
+      mlx-mtp chat -m smollm2 --system "Answer in one sentence."
+      mlx-mtp chat -m mlx-community/gemma-4-e4b-it-4bit --thinking show
+    """
     sampling = mlx_mtp.Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
@@ -72,22 +85,36 @@ def chat(
 
 
 def choose_model(name: str | None, screen: Screen) -> str | None:
-    """The model to load: the one that was named; else the best known pair that fits, if somebody is there who agrees
-    to it and the hub answers or a copy is here; else None, the embedded one, and a line that says so."""
+    """The model to load: the one that was named; else, where somebody is there to ask, one that they choose; else None,
+    the embedded one, and a line that says so."""
     if name is not None:
         return name
-    why = "No --model named"
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        pair = pairs.best_pair(memory.available_bytes())
-        here = pair is not None and hub.cached(pair.target) is not None
-        if pair is not None and (here or hub.hub_answers()):
-            cost = "it is downloaded already" if here else f"a download of {memory.readable(pair.download_bytes)}"
-            if typer.confirm(f"{pair.target} fits this machine ({cost}). Chat with it?", default=here):
-                return pair.target
-        elif pair is not None:
-            why += ", and the hub does not answer"
-    screen.note(f"{why}: the embedded model, a small one that knows Python's standard library.")
+    if sys.stdin.isatty() and sys.stdout.isatty() and (chosen := _chosen(screen)):
+        return chosen
+    screen.note(toy.NOTE)
     return None
+
+
+def _chosen(screen: Screen) -> str | None:
+    """One of the models that fit with head-room, those that are here first. Enter takes one that costs little."""
+    fitting = [row for row in models.rows(memory.available_bytes()) if row["fits"]]
+    here = [row for row in fitting if row["downloaded"] == "yes"]
+    left = [row for row in fitting if row not in here]
+    online = hub.hub_answers() if left else False
+    small = [row for row in left if row["target"] in packaged.MODELS]
+    offered = here + [row for row in left if row not in small][: MOST_OFFERED * online] + small
+    table = Table("", "model that fits here", "download", "memory", box=None, pad_edge=False)
+    for at, row in enumerate(offered, 1):
+        download, needed = models.sizes(row)
+        table.add_row(str(at), row["target"], "is here" if row in here else download, needed)
+    last = len(offered) + 1
+    table.add_row(str(last), "the embedded toy, whose text is weak", "is here")
+    screen.show(table)
+    screen.show("'mlx-mtp models' lists all known ones, --model NAME takes any other.")
+    default = 1 if here else last - 1 if online and small else last
+    numbers = [str(number) for number in range(1, last + 1)]
+    answer = IntPrompt.ask("Which one", console=screen.out, choices=numbers, show_choices=False, default=default)
+    return None if answer == last else str(offered[answer - 1]["target"])
 
 
 def _prepare(conversation: Conversation, load: str | None, system: str | None, thinking: str | None) -> None:

@@ -7,51 +7,97 @@ from __future__ import annotations
 
 import errno
 import importlib
+import inspect
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, NoReturn
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, get_args
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from typer.core import TyperCommand, TyperGroup
 
-from mlx_mtp.errors import MLXMTPError
+from mlx_mtp.errors import MLXMTPError, without_device
 from mlx_mtp.version import __version__
 
 # In the order of `--help`, with the first paragraph of the command's own help (a test keeps both the same).
-COMMANDS = {
-    "demo": "Show a small real model with and without MTP, side by side.",
-    "chat": "Chat on the terminal; in a pipe every line of standard input is a message.",
-    "generate": "Generate one completion.",
-    "serve": "Serve OpenAI's APIs (Chat Completions, Completions, Responses), Anthropic's Messages, and a chat page.",
-    "bench": "Measure this machine: stock mlx-lm, plain, and every drafter, on the same prompts in turns.",
-    "train": "Train drafters for a finished target, or a small Gemma-4-shaped target and drafters for it.",
-    "adapt": "Fine-tune a drafter to a target; the answers stay the target's own, they only come faster.",
-    "convert": "Quantise a checkpoint, bring in a GGUF file or Meta's .pth heads, or split MTP modules off a target.",
-    "doctor": "Measure this machine with a pair, and say what to expect.",
-    "models": "List known pairs of model and drafter: sizes, what fits here, what is downloaded.",
+PANELS = {
+    "Run a model": {
+        "demo": "Show a small real model with and without MTP, side by side.",
+        "chat": "Chat on the terminal; in a pipe every line of standard input is a message.",
+        "generate": "Generate one completion.",
+        "serve": "Serve OpenAI's Chat Completions, Completions and Responses, Anthropic's Messages, and a chat page.",
+    },
+    "Measure and choose": {
+        "models": "List known pairs of model and drafter: sizes, what fits here, what is downloaded.",
+        "doctor": "Measure this machine with a pair, and say what to expect.",
+        "bench": "Measure this machine: stock mlx-lm, plain, and every drafter, on the same prompts in turns.",
+    },
+    "Make drafters and checkpoints": {
+        "train": "Train drafters for a finished target, or a small Gemma-4-shaped target and drafters for it.",
+        "adapt": "Fine-tune a drafter to a target; the answers stay the target's own, they only come faster.",
+        "convert": "Quantise a checkpoint, bring in a GGUF file or Meta's .pth, or split MTP modules off a target.",
+    },
 }
+COMMANDS = {name: summary for panel in PANELS.values() for name, summary in panel.items()}
+EXAMPLES = """Examples:
+  mlx-mtp demo
+  mlx-mtp chat --model smollm2
+  mlx-mtp generate --help"""
+KINDS: dict[Any, str] = {bool: "", int: "NUMBER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 OUTPUT_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def application(arguments: Sequence[str]) -> typer.Typer:
-    """All commands by name and summary; whole is the one that `arguments` name, in the module of its name."""
+    """All commands by name and summary; whole is the one that `arguments` name, in the module of its name.
+
+    Where a shell asks how to complete a line there are no arguments, and the line is in the environment.
+    """
     app = typer.Typer(
         name="mlx-mtp",
+        cls=_Group,
         help="Language models that decode faster through Multi-Token Prediction, on Apple's MLX.",
-        add_completion=False,
+        epilog=EXAMPLES,
+        context_settings={"help_option_names": ["-h", "--help"]},
         pretty_exceptions_enable=False,
     )
     app.callback()(options)
-    asked = next((argument for argument in arguments if not argument.startswith("-")), None)
-    for name, summary in COMMANDS.items():
-        if name == asked:
-            app.command(name)(getattr(importlib.import_module(f"mlx_mtp.cli.{name}"), name))
-        else:
-            app.command(name, help=summary)(_not_asked_for)
+    line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
+    asked = next((word for word in arguments or line.split()[1:] if not word.startswith("-")), None)
+    for panel, names in PANELS.items():
+        for name, summary in names.items():
+            function, text = _not_asked_for, summary
+            if name == asked:
+                function = getattr(importlib.import_module(f"mlx_mtp.cli.{name}"), name)
+                text = inspect.getdoc(function) or ""
+            text, heading, examples = text.partition("Examples:\n")
+            made = app.command(name, cls=_Command, help=text, epilog=heading + examples, rich_help_panel=panel)
+            made(function)
     return app
+
+
+def _plain(parameters: list[Any]) -> list[Any]:
+    """The same with kinds of values that people know: NUMBER, TEXT or PATH, none for a flag or an argument's name."""
+    for one in parameters:
+        if one.param_type_name == "argument":
+            one.display_type_rich = lambda ctx: None
+        elif one.metavar is None:
+            kind = one.type_descriptor.annotation
+            one.metavar = next((KINDS[each] for each in (kind, *get_args(kind)) if each in KINDS), None)
+    return parameters
+
+
+class _Command(TyperCommand):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _plain(super().get_params(ctx))
+
+
+class _Group(TyperGroup):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _plain(super().get_params(ctx))
 
 
 def _not_asked_for() -> None:
@@ -82,13 +128,16 @@ def run(arguments: Sequence[str], on_begin: Callable[[], object]) -> NoReturn:
     try:
         app = application(arguments)
         on_begin()
-        sys.exit(app(args=list(arguments) or ["--help"], standalone_mode=False) or 0)
+        sys.exit(app(args=list(arguments) or ["--help"], prog_name="mlx-mtp", standalone_mode=False) or 0)
     except typer.TyperException as error:  # a command line that typer cannot read
         message = str(getattr(error, "format_message", error.__str__)()).rstrip(".")
-        print(f"{message}; 'mlx-mtp --help' shows what there is.", file=sys.stderr)
+        print(MLXMTPError(f"{message}; 'mlx-mtp --help' shows what there is."), file=sys.stderr)
         sys.exit(2)
     except MLXMTPError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)  # one line, whatever a path or a name holds
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except ImportError as error:
+        print(without_device(error), file=sys.stderr)
         sys.exit(2)
     except typer.Abort as error:
         raise KeyboardInterrupt from error

@@ -14,10 +14,12 @@ from rich.console import Console, RenderableType
 from rich.progress import MofNCompleteColumn
 
 from mlx_mtp import Chat, Engine, MLXMTPError, OptionError, Result, Sampling, Session
+from mlx_mtp.cli import toy
 from mlx_mtp.cli.line_input import interruption, no_echo
 from mlx_mtp.cli.progress import PatientBar
 from mlx_mtp.cli.reply_view import THINKING, MarkdownView, PlainView, View
 
+USUAL_TOKENS = 1024
 SAMPLING = tuple(entry.name for entry in fields(Sampling) if entry.name != "logit_bias")
 
 
@@ -26,7 +28,7 @@ class Settings:
     """What every reply is asked with; `thinking` is "show", "hide" or "off"."""
 
     sampling: Sampling
-    max_tokens: int
+    max_tokens: int | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
     thinking: str = "off"
@@ -35,9 +37,10 @@ class Settings:
         if self.thinking not in THINKING:
             raise OptionError(f"Thinking can be 'show', 'hide' or 'off', not '{self.thinking!s:.60}'.")
 
-    def options(self) -> dict[str, Any]:
-        """For Engine.stream."""
-        return {"sampling": self.sampling, "max_tokens": self.max_tokens, "seed": self.seed, "stop": self.stop}
+    def options(self, model: str | None) -> dict[str, Any]:
+        """For Engine.stream of this model, None being the embedded one."""
+        most = toy.most_tokens(model, self.max_tokens, USUAL_TOKENS)
+        return {"sampling": self.sampling, "max_tokens": most, "seed": self.seed, "stop": self.stop}
 
     def values(self) -> dict[str, Any]:
         """Everything `/set` knows, by name; None = the checkpoint's own."""
@@ -80,10 +83,10 @@ class Screen:
         """What a command answers: beside the replies, never among replies that go elsewhere."""
         (self.out if self.out.is_terminal else self.err).print(answer)
 
-    def refuse(self, error: Exception) -> None:
+    def refuse(self, error: MLXMTPError) -> None:
         """One sentence on standard error."""
         sys.stdout.flush()
-        print(" ".join(str(error).split()), file=sys.stderr, flush=True)
+        print(error, file=sys.stderr, flush=True)
 
     def view(self, thinking: str) -> View:
         """What will show one reply."""
@@ -116,7 +119,7 @@ class Conversation:
     def use(self, settings: Settings) -> None:
         """Other settings from here on; OptionError where this model cannot be asked with them."""
         # The engine checks before it runs, and this is never run.
-        self.chat.engine.stream([0], **replace(settings, stop=()).options()).close()
+        self.chat.engine.stream([0], **replace(settings, stop=()).options(self.model)).close()
         self.settings, self.chat.thinking = settings, settings.thinking != "off"
 
     def say(self, text: str | None) -> None:
@@ -126,6 +129,7 @@ class Conversation:
         """
         ask = self.chat.retry if text is None else partial(self.chat.send, text)
         before, view = self.chat.messages, self.screen.view(self.settings.thinking)
+        short, repetition = self.model is None and self.settings.max_tokens is None, toy.Repetition()
         try:
             with (
                 no_echo(), interruption() as stop, PatientBar(self.screen.err, MofNCompleteColumn()) as bar,
@@ -137,11 +141,11 @@ class Conversation:
                         raise KeyboardInterrupt
                     bar.update("reading the prompt", done, total)
 
-                with contextlib.closing(ask(**self.settings.options(), on_prefill=on_prefill)) as events:
+                with contextlib.closing(ask(**self.settings.options(self.model), on_prefill=on_prefill)) as events:
                     for event in events:
                         bar.close()
                         view.show(event)
-                        if stop.is_set():
+                        if stop.is_set() or (short and repetition.heard(event.tokens)):
                             break
         except KeyboardInterrupt:
             pass
@@ -154,7 +158,7 @@ class Conversation:
         if self.chat.last is not None:
             self.screen.note(" · ".join(self._figures(self.chat.last)))
         elif self.chat.messages is not before:
-            self.screen.note("stopped")
+            self.screen.note("stopped" if stop.is_set() else "stopped: it repeats itself")
         else:
             self.screen.note("stopped before there was an answer: nothing is kept of it")
         if stop.is_set() and not self.interactive:

@@ -21,12 +21,17 @@ def doctor(
     model: options.Model = None,
     drafter: options.Drafter = "auto",
     mode: options.Mode = "fast",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: Annotated[bool, options.OutputPanel("--json", help="Print one JSON object and nothing else.")] = False,
     forgetting: Annotated[
         bool, typer.Option("--forget", help="Measure nothing; drop what earlier runs learned of every pair.")
     ] = False,
 ) -> None:
-    """Measure this machine with a pair, and say what to expect."""
+    """Measure this machine with a pair, and say what to expect.
+
+    Examples:
+      mlx-mtp doctor -m smollm2
+      mlx-mtp doctor --forget
+    """
     if forgetting:
         if (model, drafter, mode) != (None, "auto", "fast"):
             raise OptionError("--forget drops all that was learned; leave out --model, --drafter and --mode.")

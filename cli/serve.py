@@ -13,6 +13,7 @@ from rich.console import Console
 import mlx_mtp
 from mlx_mtp.cli import notices, options
 from mlx_mtp.cli.loading import load
+from mlx_mtp.errors import lacking
 from mlx_mtp.loading import EMBEDDED
 
 Who = partial(typer.Option, rich_help_panel="Who may ask, and where")
@@ -20,46 +21,49 @@ Limits = partial(typer.Option, rich_help_panel="Limits")
 KEY_HELP = "What clients must send as their key."
 CORS_HELP = "Web page (https://name) that may ask, or '*'; may be repeated."
 HOST_HELP = "Another name clients may call it by, such as host.docker.internal; may be repeated."
+LENIENT_HELP = "Leave out what is not known, and name it in the header x-ignored-fields."
 
 
 def serve(
     model: options.Model = None,
     drafter: options.Drafter = "auto",
+    depth: options.Depth = "auto",
+    mode: options.Mode = "fast",
+    draft_head_bits: options.HeadBits = "auto",
+    max_context: options.MaxContext = None,
     host: Annotated[str, Who(help="Address to listen on; all but loopback need --api-key.")] = "127.0.0.1",
     port: Annotated[int, Who(help="Port to listen on; 0 = any free one.")] = 8080,
     api_key: Annotated[str | None, Who(envvar="MLX_MTP_API_KEY", help=KEY_HELP, show_default="none needed")] = None,
     cors: Annotated[list[str] | None, Who(help=CORS_HELP, show_default="none")] = None,
     allow_host: Annotated[list[str] | None, Who(help=HOST_HELP, show_default="none; with --api-key all")] = None,
-    model_name: Annotated[str | None, typer.Option(help="Its name for clients.", show_default="as --model")] = None,
-    depth: options.Depth = "auto",
-    mode: options.Mode = "fast",
-    max_tokens: Annotated[int, typer.Option(help="Tokens of a reply whose request names no number.")] = 1024,
+    model_name: Annotated[str | None, Who(help="The model's name for clients.", show_default="as --model")] = None,
+    lenient: Annotated[bool, Who("--lenient", help=LENIENT_HELP)] = False,
+    max_tokens: Annotated[int, options.MaxTokens(help="Tokens of a reply whose request names no number.")] = 1024,
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
     min_p: options.MinP = None,
     repetition_penalty: options.RepetitionPenalty = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of requests that bring none.", show_default="random")] = None,
-    draft_head_bits: options.HeadBits = "auto",
-    max_context: options.MaxContext = None,
+    seed: Annotated[int | None, options.Sampled(help="Of requests that bring none.", show_default="random")] = None,
     most_tokens: Annotated[int | None, Limits(help="Most tokens of a reply.", show_default="what fits")] = None,
     queue: Annotated[int, Limits(help="Requests that may wait; more get 429.")] = 32,
     session_memory: Annotated[float, Limits(help="GB of K/V kept between requests; 0 = none.")] = 1.0,
     body_size: Annotated[float, Limits(help="Most MB of a request.")] = 8.0,
     grace: Annotated[float, Limits(help="Seconds for running replies to finish after SIGTERM.")] = 30.0,
-    lenient: Annotated[
-        bool, typer.Option("--lenient", help="Leave out unknown fields, and name them in the header x-ignored-fields.")
-    ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Log every request.")] = False,
+    verbose: Annotated[bool, options.OutputPanel("--verbose", help="Log every request.")] = False,
 ) -> None:
-    """Serve OpenAI's APIs (Chat Completions, Completions, Responses), Anthropic's Messages, and a chat page."""
+    """Serve OpenAI's Chat Completions, Completions and Responses, Anthropic's Messages, and a chat page.
+
+    Examples:
+      mlx-mtp serve -m smollm2
+      mlx-mtp serve -m mlx-community/gemma-4-e4b-it-4bit --port 8000 --model-name gemma
+      MLX_MTP_API_KEY=secret mlx-mtp serve --host 0.0.0.0
+    """
     try:
         from mlx_mtp.serving import app, server
         from mlx_mtp.serving import options as serving
     except ModuleNotFoundError as error:
-        raise mlx_mtp.OptionError(
-            f"The server needs the package '{error.name}', which is missing; install it: pip install 'mlx-mtp[serve]'."
-        ) from error
+        raise mlx_mtp.OptionError(lacking("The server", error.name, "serve")) from error
     if not serving.is_loopback(host) and api_key is None:
         raise mlx_mtp.OptionError(
             f"Others can reach {host}: give a key with --api-key (or MLX_MTP_API_KEY), or listen on 127.0.0.1."
@@ -71,7 +75,8 @@ def serve(
     any_host = api_key is not None and not allow_host
     wanted = serving.ServerOptions(
         model=name, others=[model] if model else [], api_key=api_key, origins=cors or [],
-        hosts=None if any_host else [*serving.LOOPBACK_NAMES, host, *(allow_host or [])], tokens=max_tokens,
+        hosts=None if any_host else [*serving.LOOPBACK_NAMES, host, *(allow_host or [])],
+        tokens=max_tokens,
         most_tokens=most_tokens, seed=seed, lenient=lenient, session_bytes=int(session_memory * 1e9),
         body_bytes=int(body_size * 1e6),
         sampling=mlx_mtp.Sampling(

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import closing
+import os
+import shlex
+import signal
+import socket
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +18,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from mlx_mtp.cli import options
+from mlx_mtp.cli.loading import fetch
 from mlx_mtp.training.families import FAMILIES, DrafterShape
 from mlx_mtp.training.optimizers import OPTIMIZERS
 from mlx_mtp.training.pipeline import train as run
@@ -21,6 +28,7 @@ from mlx_mtp.training.stages import Report
 from mlx_mtp.training.trainer import Stage
 
 DEFAULTS, SHAPE = Recipe(), DrafterShape()
+Output = partial(typer.Option, rich_help_panel="The run")
 Model = partial(typer.Option, rich_help_panel="The model")
 Drafter = partial(typer.Option, rich_help_panel="The drafter")
 Length = partial(typer.Option, rich_help_panel="How long, and how")
@@ -29,7 +37,7 @@ GIVEN = ("COMMANDLINE", "ENVIRONMENT")  # where an option comes from that is not
 Returned = TypeVar("Returned")
 
 FAMILY_HELP = f"{', '.join(FAMILIES)} (may be repeated), or none."
-TARGET_HELP = "Finished target, a folder or a hub name; it does not change."
+TARGET_HELP = "Finished target, a folder, a hub name or 'smollm2'; it does not change."
 START_HELP = "What to go on training: a Gemma 4 target, or with --target a drafter."
 SHORTLIST_HELP = "Tokens that heads of the sequential and parallel families propose; 0 = all."
 DATA_HELP = "What the target is asked, a small one's texts: JSONL, JSON, text, folder or pattern; may be repeated."
@@ -38,30 +46,46 @@ DATA_DEFAULT = "it asks itself; a small one: Python's standard library"
 
 def train(
     context: typer.Context,
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and what comes out.")],
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, which must be there.")] = False,
-    target: Annotated[str | None, Model(help=TARGET_HELP, show_default="a small one is trained first")] = None,
-    start: Annotated[str | None, Model(help=START_HELP, show_default="a new one")] = None,
+    out: Annotated[Path, Output(metavar="FOLDER", help="For checkpoints, logs and what comes out.")],
+    resume: Annotated[bool, Output("--resume", help="Go on with the run in --out, which must be there.")] = False,
+    target: Annotated[
+        str | None,
+        Model(metavar="NAME", help=TARGET_HELP, show_default="a small one is trained first",
+              autocompletion=options.models),
+    ] = None,
+    start: Annotated[str | None, Model(metavar="NAME", help=START_HELP, show_default="a new one")] = None,
     joint: Annotated[bool, Model("--joint", help="Train the small target and its heads with one loss.")] = False,
     vocabulary: Annotated[int, Model(help="Pieces of the small target's tokenizer.")] = DEFAULTS.vocabulary,
-    family: Annotated[list[str] | None, Drafter(help=FAMILY_HELP, show_default=SHAPE.family)] = None,
+    family: Annotated[
+        list[str] | None,
+        Drafter(metavar="NAME", help=FAMILY_HELP, show_default=SHAPE.family,
+                autocompletion=lambda: [*FAMILIES, "none"]),
+    ] = None,
     drafts: Annotated[int, Drafter(help="Drafts a round it is trained for; parallel: its heads.")] = SHAPE.drafts,
     modules: Annotated[int, Drafter(help="Modules of the sequential family.")] = SHAPE.modules,
     width: Annotated[int | None, Size(help="Hidden size of an assistant.")] = SHAPE.width,
     inner: Annotated[int | None, Size(help="Hidden size of feed-forward layers.")] = SHAPE.inner,
     shortlist: Annotated[int, Drafter(help=SHORTLIST_HELP)] = SHAPE.shortlist,
-    data: Annotated[list[str] | None, Length(help=DATA_HELP, show_default=DATA_DEFAULT)] = None,
+    data: Annotated[list[str] | None, Length(metavar="FILE", help=DATA_HELP, show_default=DATA_DEFAULT)] = None,
     tokens: Annotated[int, Length(help="Tokens of self-generated data.")] = DEFAULTS.tokens,
     target_steps: Annotated[int, Length(help="Steps of the small target.")] = DEFAULTS.target_steps,
     drafter_steps: Annotated[int, Length(help="Most steps of a drafter.")] = DEFAULTS.drafter_steps,
     batch_size: Annotated[int, Length(help="Sequences per step.")] = DEFAULTS.batch_size,
     length: Annotated[int, Length(help="Tokens per sequence.")] = DEFAULTS.length,
     learning_rate: Annotated[float, Length(help="Highest learning rate.")] = DEFAULTS.learning_rate,
-    optimizer: Annotated[str, Length(help=f"{' or '.join(OPTIMIZERS)}.")] = DEFAULTS.optimizer,
+    optimizer: Annotated[
+        str, Length(metavar="NAME", help=f"{' or '.join(OPTIMIZERS)}.", autocompletion=lambda: list(OPTIMIZERS))
+    ] = DEFAULTS.optimizer,
     accumulate: Annotated[int, Length(help="Parts in which a batch goes through.")] = DEFAULTS.accumulate,
     seed: Annotated[int, Length(help="Seed of weights and batches.")] = DEFAULTS.seed,
 ) -> None:
-    """Train drafters for a finished target, or a small Gemma-4-shaped target and drafters for it."""
+    """Train drafters for a finished target, or a small Gemma-4-shaped target and drafters for it.
+
+    Examples:
+      mlx-mtp train --target smollm2 --family sequential --out runs/smollm2
+      mlx-mtp train --out runs/smollm2 --resume
+      mlx-mtp train --family assistant --family parallel --data my-texts --out runs/small
+    """
     shapes = tuple(
         DrafterShape(family=name, drafts=drafts, modules=modules, width=width, inner=inner, shortlist=shortlist)
         for name in ([] if family == ["none"] else family or [SHAPE.family])
@@ -71,8 +95,9 @@ def train(
     if resume or (out / FILE).exists():
         recipe = _resumed(context, out, recipe)
     console = Console(stderr=True)
-    console.print(f"Training into {out} (Ctrl-C saves; mlx-mtp train --out {out} goes on).", soft_wrap=True)
-    reports = show(run(out, recipe), console)
+    console.print(f"Training into {out}; Ctrl-C saves.", soft_wrap=True)
+    fetch(recipe.target)
+    reports = show(run(out, recipe), console, shlex.join(["mlx-mtp", "train", "--out", str(out)]))
     made = [out / "target"] if recipe.target is None else []
     console.print(f"Done: {', '.join(str(path) for path in [*made, *(out / s.family for s in recipe.drafters)])}.",
                   soft_wrap=True)  # fmt: skip
@@ -97,8 +122,50 @@ def _resumed(context: typer.Context, out: Path, asked: Recipe) -> Recipe:
     return replace(Recipe.read(out), **{f.name: getattr(asked, f.name) for f in fields(Recipe) if f.name in said})
 
 
-def show(stages: Generator[Stage, None, Returned], console: Console) -> Returned:
-    """Runs stages to their end with a bar for each, and returns what they return; an interrupt saves first."""
+def show(stages: Generator[Stage, None, Returned], console: Console, command: str) -> Returned:
+    """Runs stages to their end with a bar for each, and returns what they return; an interrupt saves first.
+
+    command: what goes on where this one was stopped.
+    """
+    goes_on = f"Stopped; what was done is kept. To go on: {command}"
+    try:
+        with answered(console, goes_on):
+            return _shown(stages, console)
+    except KeyboardInterrupt:
+        console.print(goes_on, soft_wrap=True)
+        raise
+
+
+@contextmanager
+def answered(console: Console, goes_on: str) -> Iterator[None]:
+    """Within: Ctrl-C is answered at once, though what is being computed must end first; another one ends the process.
+
+    Python's own handlers wait for MLX, so a thread hears of the signal. goes_on: the last words of such an end.
+    """
+    heard, told = socket.socketpair()
+    told.setblocking(False)
+
+    def answer() -> None:
+        if heard.recv(1):
+            console.print("Stopping once this step is done and saved; Ctrl-C again does not wait.", soft_wrap=True)
+        if heard.recv(1):
+            console.show_cursor()
+            console.print(goes_on, soft_wrap=True)
+            os._exit(130)
+
+    thread = threading.Thread(target=answer, daemon=True)
+    before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        told.close()
+        thread.join()
+        heard.close()
+
+
+def _shown(stages: Generator[Stage, None, Returned], console: Console) -> Returned:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     tasks: dict[str, TaskID] = {}
     with Progress(*columns, console=console) as bars, closing(stages):

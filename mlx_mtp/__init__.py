@@ -16,6 +16,7 @@ from mlx_mtp.backend.blas import load_fast_blas
 
 load_fast_blas()  # on Linux it must be there before MLX binds its own
 
+from mlx_mtp.errors import without_device  # noqa: E402
 from mlx_mtp.version import __version__  # noqa: E402
 
 if TYPE_CHECKING:
@@ -41,7 +42,10 @@ def __getattr__(name: str) -> Any:
     """A public name at its first use; afterwards it is an ordinary attribute."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"{__name__}.{_MODULES.get(name, 'errors')}")
+    try:
+        module = importlib.import_module(f"{__name__}.{_MODULES.get(name, 'errors')}")
+    except ImportError as error:
+        raise without_device(error) from error
     globals()[name] = getattr(module, name)
     return globals()[name]
 

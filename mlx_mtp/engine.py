@@ -13,7 +13,7 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import AsyncGenerator, Collection, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -23,7 +23,7 @@ import mlx.core as mx
 from mlx_mtp.backend import threads
 from mlx_mtp.chat.conversation import Chat
 from mlx_mtp.errors import OptionError, PromptError
-from mlx_mtp.generation import checks, constraint, exactness
+from mlx_mtp.generation import checks, constraint, exactness, scoring
 from mlx_mtp.generation.cache import CAPACITY_STEP
 from mlx_mtp.generation.depth import DepthController, DepthPolicy, FixedDepth, ProfileFile
 from mlx_mtp.generation.interfaces import Drafter, Target
@@ -253,9 +253,11 @@ class Engine:
         if session is not None:
             session.check(self.pair)
         checked = GenerationRequest(
-            ids=ids, budget=min(max_tokens, self.max_context - len(ids)),
+            ids=ids,
+            budget=min(max_tokens, self.max_context - len(ids)),
             sampling=self._checked_sampling(sampling, fields),
-            seed=secrets.randbits(63) if seed is None else seed, seeded=seed is not None,
+            seed=secrets.randbits(63) if seed is None else seed,
+            seeded=seed is not None,
             logprobs=logprobs,
             processors=checks.functions("logits_processors", logits_processors),
             on_prefill=checks.function("on_prefill", on_prefill),
@@ -263,9 +265,13 @@ class Engine:
             stop=stops,
             stop_tokens=frozenset() if ignore_end else self.stop_tokens,
             raw=raw,
-            tools=tools, prediction=self._expected(prediction),
-            grammar=self._grammar({"json_schema": json_schema, "grammar": grammar, "regex": regex}, declared,
-                                  ToolChoice.of(tool_choice, declared)),
+            tools=tools,
+            prediction=self._expected(prediction),
+            grammar=self._grammar(
+                {"json_schema": json_schema, "grammar": grammar, "regex": regex},
+                declared,
+                ToolChoice.of(tool_choice, declared),
+            ),
         )
         return self.after_thought(checked, thinking)
 
@@ -333,6 +339,17 @@ class Engine:
     def run(self, request: GenerationRequest) -> Generator[Event, None, None]:
         """Events of the reply to a request of this engine's `request`."""
         return threads.each(self._events(request))
+
+    def prompt_logprobs(
+        self, ids: Sequence[int], most: int = 1, check: Callable[[], object] = lambda: None
+    ) -> list[tuple[float, dict[int, float]]]:
+        """Of every token of a prompt but the first: its logprob given those before it, and the `most` likeliest there.
+
+        By a run of its own over the whole prompt, before any penalty. check: called after every pass; what it raises
+        ends the work.
+        """
+        most = checks.whole("most", most, 1, min(MOST_LOGPROBS, self.target.info.vocab_size))
+        return scoring.scores(self.target, self._checked(list(ids)), most, check)
 
     def _checked_sampling(self, sampling: Sampling | None, fields: SamplingFields) -> Sampling:
         checks.instance("sampling", sampling, Sampling)

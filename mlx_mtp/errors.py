@@ -9,7 +9,11 @@ import re
 
 
 class MLXMTPError(Exception):
-    """Base of all errors that are the input's fault, not a bug's."""
+    """Base of all errors that are the input's fault, not a bug's. One line of text, whatever a path or a name holds."""
+
+    def __str__(self) -> str:
+        line = " ".join(super().__str__().split())
+        return "".join(one if one.isprintable() else repr(one)[1:-1] for one in line)
 
 
 class ModelNotFound(MLXMTPError):
@@ -42,6 +46,22 @@ class DoesNotFit(MLXMTPError):
 
 class DataError(MLXMTPError):
     """A training file that cannot be used; the message names the file and the line."""
+
+
+def lacking(what: str, package: object, extra: str) -> str:
+    """One sentence: what needs a package that is not installed, and the extra of this project that brings it.
+
+    The project's name is on no package index, so that its extras are installed from the checkout.
+    """
+    return (f"{what} needs the package '{package}', which is not installed; in the folder of the checkout, run: "
+            f"pip install '.[{extra}]'.")  # fmt: skip
+
+
+def without_device(error: ImportError) -> MLXMTPError:
+    """What to do where MLX has no library: on Linux the wheel mlx is only the Python front. Raises any other error."""
+    if "libmlx" not in str(error):
+        raise error
+    return MLXMTPError(lacking("MLX on Linux", "mlx-cpu", "cpu"))
 
 
 def brief(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""What the tests of README.md and docs/ share: the code blocks, commands and links that the pages hold."""
+"""What the tests of README.md, docs/ and help share: code blocks, commands and links of pages, commands parsed."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import typer
+
+from mlx_mtp.cli.command_line import application
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")))
+TOP = ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")
+PAGES = (*(ROOT / f"{name}.md" for name in TOP), *sorted((ROOT / "docs").glob("**/*.md")))
 FENCE = re.compile(r"^```(.*?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
@@ -42,7 +48,7 @@ def commands() -> list[Command]:
     for page, _, text in blocks("bash"):
         for line in text.splitlines():
             before = None
-            for argv in _piped(line):
+            for argv in piped(line):
                 before = Command(page, argv, before)
                 found.setdefault((argv, before.stdin), before)
     return list(found.values())
@@ -55,12 +61,12 @@ def inline_commands() -> list[Command]:
         text = FENCE.sub("", page.read_text(encoding="utf-8"))
         for match in INLINE.finditer(text):
             if match[1].startswith(PROGRAMS):
-                (argv,) = _piped(match[1])
+                (argv,) = piped(match[1])
                 found.setdefault(argv, Command(page.name, argv))
     return list(found.values())
 
 
-def _piped(line: str) -> list[tuple[str, ...]]:
+def piped(line: str) -> list[tuple[str, ...]]:
     """The commands of one line, joined by pipes; none of a comment or an empty line."""
     words = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
     words.whitespace_split = True
@@ -78,3 +84,12 @@ def _piped(line: str) -> list[tuple[str, ...]]:
 def links() -> list[tuple[Path, str]]:
     """Page and address of every link and picture."""
     return [(page, found[1]) for page in PAGES for found in LINK.finditer(FENCE.sub("", page.read_text("utf-8")))]
+
+
+def parsed(argv: tuple[str, ...] | list[str]) -> dict[str, Any]:
+    """The parameters of a command line, by the real program's own parser; typer's error where it does not take it."""
+    group: Any = typer.main.get_command(application(argv))
+    context = group.make_context("mlx-mtp", list(argv))
+    name, command, rest = group.resolve_command(context, list(argv))
+    parameters: dict[str, Any] = command.make_context(name, rest, parent=context).params
+    return parameters

@@ -81,7 +81,7 @@ def drafted(
     """Drafts through a whole sequence: (place of the newest token, logits of every draft [V]) of each round.
 
     The prompt are the first `first` tokens, heard in chunks. Then every round drafts `depth` tokens, as the sequence
-    has them, and commits a random number of them; the rows behind those hold other tokens and states.
+    has them, and commits a random number of them; the rows after those hold other tokens and states.
     """
     random = np.random.default_rng(seed)
     memory, at = drafter.start(1, 16), 0

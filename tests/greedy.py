@@ -63,7 +63,7 @@ def enlivened(target: Target, silent: int = 0) -> Target:
 
 
 def in_passes(target: Target, tokens: mx.array, sizes: Sequence[int], junk: int = 0) -> tuple[mx.array, KVCache]:
-    """Logits of every token, `sizes` committed a pass, each pass with `junk` rows behind it that are rejected."""
+    """Logits of every token, `sizes` committed a pass, each pass with `junk` rows after it that are rejected."""
     cache, found, start = target.new_cache(512, tokens.shape[0]), [], 0
     for size in sizes:
         rejected = (tokens[:, start : start + 1] + 1 + mx.arange(junk)) % target.info.vocab_size

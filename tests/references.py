@@ -127,7 +127,7 @@ class Equations:
         return w["eh_proj.weight"] @ np.concatenate([token, before])
 
     def drafts(self, newest: int, depth: int) -> list[np.ndarray]:
-        """What goes into the unembedding for each of `depth` drafts behind the token at `newest`."""
+        """What goes into the unembedding for each of `depth` drafts after the token at `newest`."""
         layers = [DecoderLayer(below(self.w, f"blocks.{k}.layer.")) for k in range(self.modules)]
         # left[k][row]: the state after the token at `row`; of the target for k = 0, of module k else.
         left: list[dict[int, np.ndarray]] = [dict(enumerate(self.states[:newest]))] + [{} for _ in layers]

@@ -262,7 +262,6 @@ FAULTS: dict[str, list[tuple[dict[str, Any], str | None]]] = {CHAT: [
     ({"prompt": [1, 10**30]}, None),
     ({"prompt": [-1]}, None),
     ({"prompt": [7] * 9000}, "prompt"),
-    ({"echo": True, "logprobs": 1}, "echo"),
     ({"suffix": "x"}, "suffix"),
     ({"best_of": 2}, "best_of"),
     ({"logprobs": True}, "logprobs"),

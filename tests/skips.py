@@ -36,7 +36,7 @@ EXCUSES: dict[str, Callable[[], bool]] = {
 }
 
 
-def judged(report: pytest.TestReport | pytest.CollectReport) -> None:
+def checked(report: pytest.TestReport | pytest.CollectReport) -> None:
     """Makes a skip without an excuse a failure."""
     if not report.skipped or hasattr(report, "wasxfail"):
         return
@@ -50,12 +50,12 @@ def judged(report: pytest.TestReport | pytest.CollectReport) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    judged(report)
+    checked(report)
     return report
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
     report = yield
-    judged(report)
+    checked(report)
     return report

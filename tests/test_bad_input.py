@@ -14,9 +14,10 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from conftest import GOLDEN, Command, one_sentence
+from conftest import GOLDEN, Command, one_sentence, refusal
 from mlx.utils import tree_flatten
 
+import mlx_mtp
 from mlx_mtp.targets.gemma4 import Gemma4Model
 from mlx_mtp.targets.gemma4_config import Gemma4Config
 
@@ -228,12 +229,12 @@ def test_token_ids(refused: Refused, tokens: str) -> None:
 
 
 def test_prompts(refused: Refused) -> None:
-    assert "neither" in refused("--model", TARGET)
+    assert "missing" in refused("--model", TARGET, stdin=b"")
     assert "both" in refused("text", "--model", TARGET, "--tokens", "1")
     assert "empty" in refused("", "--model", TARGET)
     assert "--tokens" in refused("text", "--model", TARGET)
     bom = "\ufeff".encode()  # nothing but the mark is nothing
-    for piped, word in ((b"", "empty"), (bom, "empty"), (b"caf\xe9", "UTF-8"), ("Text".encode("utf-16"), "UTF-8")):
+    for piped, word in ((b"", "missing"), (bom, "missing"), (b"caf\xe9", "UTF-8"), ("Text".encode("utf-16"), "UTF-8")):
         assert word in refused("-", "--model", TARGET, stdin=piped)
     assert "UTF-8" in refused("caf\udce9", "--model", TARGET)
     assert "thinking only with" in refused("hi", "--thinking", "--max-tokens", 1)
@@ -342,3 +343,16 @@ def test_raw_takes_the_prompt_as_it_stands(run: Command) -> None:
         assert code == 0 and err == ""
         lengths.append(json.loads(out)["stats"]["prompt_tokens"])
     assert lengths[0] < lengths[1]
+
+
+@pytest.mark.parametrize("name", ["no\nsuch\r\n place", "\x1b[31msuch place\a", "no\udcffsuch place", "no\u2028such"])
+def test_names_that_would_break_a_line_or_a_terminal(name: str, embedded: mlx_mtp.Engine, tmp_path: Path) -> None:
+    """Wherever a name comes from: what is printed is one line of characters that can be printed."""
+    wrong: Any = name
+    for call in (
+        lambda: mlx_mtp.load(tmp_path / name), lambda: mlx_mtp.load(name), lambda: mlx_mtp.load(drafter=name),
+        lambda: embedded.load_chat(tmp_path / name), lambda: mlx_mtp.load(mode=wrong),
+        lambda: embedded.generate("a", grammar=f"start: {name}"),
+    ):  # fmt: skip
+        sentence = refusal(call)
+        assert sentence.isprintable() and sentence.encode(), sentence

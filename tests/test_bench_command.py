@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.converting.quantise import quantise
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.measuring import bench, configurations
+from mlx_mtp.measuring.engines import DecodeJob, TimedRun
 from mlx_mtp.measuring.report import DEFINITIONS, bench_markdown
 
 SPREAD = {"median", "low", "high"}
@@ -98,7 +100,25 @@ def test_the_markdown_and_the_plot_are_of_that_report_alone(outputs: tuple[Path,
     picture = (folder / "report.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
     report["interrupted"] = True
-    assert "**Interrupted" in bench_markdown(report)
+    assert "### Incomplete" in bench_markdown(report)
+
+
+def test_how_long_it_will_take() -> None:
+    """By a prompt of middle length, asked twice: for all prompts and samplings what is read, written and rested."""
+    asked: list[DecodeJob] = []
+
+    def decode(job: DecodeJob) -> TimedRun:
+        asked.append(job)
+        return TimedRun([0] * job.tokens, seconds=job.tokens - 1.0, first_seconds=2.0)
+
+    run = object.__new__(bench.Bench)
+    run.plan = configurations.Plan(max_tokens=11, repeats=2, cool_down=5.0)
+    run._ids = [[1] * 3, [1], [1] * 2]
+    both = [SimpleNamespace(decode=decode, drafter=name) for name in (None, "mtp")]
+    run.lineup = SimpleNamespace(configurations=dict(enumerate(both)), samplings=lambda: [None] * 2)
+    # Plain: 1 run to warm up and 2 timed ones; with a drafter 1 reply of 128 tokens and 2 timed runs.
+    assert run.expected_seconds() == 2 * (6 * 6 * 2 / 2 + 3 * (128 + 5 * 11 + 2 * 5))
+    assert [len(job.prompt) for job in asked] == [2, 2]
 
 
 SHORT = ("--arms", "plain", "--max-tokens", "8", "--cool-down", "0")
@@ -121,9 +141,9 @@ def test_what_was_measured_before_an_end_is_reported(
     monkeypatch.setattr(bench.Bench, "run", cut)
     file = tmp_path / "report.json"
     found, out, err = command("bench", "--prompts", prompt_file, *SHORT, "--json", file)
-    assert found == code
+    assert found == code and re.search(r"about \d+ (seconds|minutes) \(configurations: 1, prompts: 1\)\. Ctrl-C", err)
     report = json.loads(file.read_text())
-    assert report["interrupted"] and words in report["notes"] and words in err and "**Interrupted" in out
+    assert report["interrupted"] and words in report["notes"] and words in err and "### Incomplete" in out
     runs = [prompt["runs"]["plain"] for sampling in report["samplings"] for prompt in sampling["prompts"]]
     assert list(map(len, runs)) == [1] * turns
     assert code == 130 or ("[metal] out of memory" in err.splitlines()[-1] and "Traceback" not in err)
@@ -151,4 +171,4 @@ def test_without_matplotlib_nothing_is_measured(
 ) -> None:
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else there(name))
-    assert "pip install 'mlx-mtp[plot]'" in one_sentence(*command("bench", "--plot", tmp_path / "a.png"))
+    assert "pip install '.[plot]'" in one_sentence(*command("bench", "--plot", tmp_path / "a.png"))

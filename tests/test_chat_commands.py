@@ -1,18 +1,20 @@
 """What a chat understands: every command, and that one which fails leaves all as it was; which model it takes."""
 
 import io
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from conftest import Command
 from rich.console import Console
 from thinking import ANSWER, THOUGHT, thinking_engine
 
 import mlx_mtp
-from mlx_mtp.checkpoints.pairs import KnownPair
-from mlx_mtp.cli import chat
+from mlx_mtp.cli import chat, toy
 from mlx_mtp.cli.chat import converse
 from mlx_mtp.cli.commands import COMMANDS, is_command
 from mlx_mtp.cli.conversation import Conversation, Screen, Settings
@@ -141,7 +143,7 @@ def test_set(talk: Talk) -> None:
     "change",
     [
         "temperature", "temperature x", "temperature -1", "temperature nan", "temperature 1e9", "top_k 1.5", "top_p 0",
-        "max_tokens 0", "max_tokens default", "seed -1", "seed 1e3", f"seed {2**64}", "thinking maybe", "nothing 3",
+        "max_tokens 0", "seed -1", "seed 1e3", f"seed {2**64}", "thinking maybe", "nothing 3",
         "logit_bias 3", "depth 3", "stop x", "top_k " + "9" * 5000,
     ],
 )  # fmt: skip
@@ -242,35 +244,86 @@ def test_what_is_a_command() -> None:
     assert not any(map(is_command, messages))
 
 
-# Which model is taken when none is named: the best pair that fits if somebody agrees, else the embedded one
+# Which model is taken when none is named: one of a numbered list if somebody is there to ask, else the embedded one
 
-BEST = KnownPair(target="org/best-it", assistant="org/best-it-assistant", download_bytes=3 * 10**9, weight_bytes=1)
+
+def row(target: str, downloaded: str, fits: bool | None = True) -> dict[str, Any]:
+    return {"target": target, "downloaded": downloaded, "fits": fits, "download_bytes": 5 * 10**9,
+            "memory_bytes": 6 * 10**9}  # fmt: skip
+
+
+BIG, OTHERS = row("org/big", "no", fits=False), [row(f"org/{i}", "no") for i in range(8)]
+PARTLY, HERE, SMALL = row("org/partly", "partly"), row("org/here", "yes"), row("smollm2", "no")
+OFFERED = ["org/0", "org/1", "org/2", "org/3", "org/4", "smollm2"]
 
 
 @pytest.mark.parametrize(
-    ("terminal", "answers", "cached", "agrees", "pair", "asked", "said"),
+    ("answers", "known", "typed", "listed", "taken"),
     [
-        (True, True, False, True, BEST, ("3.0 GB", False), None),  # offered with its size
-        (True, False, True, True, BEST, ("already", True), None),  # one that is here needs no hub
-        (True, True, False, False, BEST, ("3.0 GB", False), "embedded"),  # declined
-        (True, False, False, True, BEST, None, "does not answer"),
-        (True, False, False, True, None, None, "embedded"),  # nothing fits
-        (False, True, True, True, BEST, None, "embedded"),  # a pipe is not asked
+        (True, [BIG, *OTHERS, SMALL], "", OFFERED, "smollm2"),  # enter: what costs little
+        (True, [BIG, *OTHERS, SMALL], "9\nsix\n2\n", OFFERED, "org/1"),  # asked again until it is a number of them
+        (True, [*OTHERS[:1], HERE, SMALL], "", ["org/here", "org/0", "smollm2"], "org/here"),  # enter: what is here
+        (True, [PARTLY, SMALL], "1", ["org/partly", "smollm2"], "org/partly"),
+        (True, [PARTLY, SMALL], "3", ["org/partly", "smollm2"], None),  # the embedded one is the last
+        (False, [*OTHERS, SMALL], "", ["smollm2"], None),  # nothing to be had from the hub
+        (False, [*OTHERS, HERE, SMALL], "", ["org/here", "smollm2"], "org/here"),
+        (True, [row("org/unknown", "no", fits=None)], "", [], None),
     ],
 )  # fmt: skip
 def test_who_is_asked_and_what_is_taken(
-    terminal: bool, answers: bool, cached: bool, agrees: bool, pair: KnownPair | None, asked: tuple[str, bool] | None,
-    said: str | None, monkeypatch: pytest.MonkeyPatch,
+    answers: bool, known: list[dict[str, Any]], typed: str, listed: list[str], taken: str | None,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    stream, notes, questions = SimpleNamespace(isatty=lambda: terminal), [], []
-    monkeypatch.setattr(chat, "sys", SimpleNamespace(stdin=stream, stdout=stream))
-    monkeypatch.setattr(chat.pairs, "best_pair", lambda size: pair)
+    terminal = SimpleNamespace(isatty=lambda: True)
+    monkeypatch.setattr(chat, "sys", SimpleNamespace(stdin=terminal, stdout=terminal))
+    monkeypatch.setattr(chat.models, "rows", lambda available: known)
     monkeypatch.setattr(chat.hub, "hub_answers", lambda: answers)
-    monkeypatch.setattr(chat.hub, "cached", lambda name: "here" if cached else None)
-    monkeypatch.setattr(chat.typer, "confirm", lambda text, default: questions.append((text, default)) or agrees)
-    screen = SimpleNamespace(note=notes.append)
-    assert chat.choose_model("org/other", screen) == "org/other" and not questions and not notes
-    assert chat.choose_model(None, screen) == (None if said else "org/best-it")
-    assert len(questions) == (asked is not None) and len(notes) == (said is not None)
-    assert all(asked[0] in text and "org/best-it" in text and default is asked[1] for text, default in questions)
-    assert all(said in note for note in notes)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed + "\n"))
+    notes: list[str] = []
+    screen = Screen(plain=False)
+    monkeypatch.setattr(screen, "note", notes.append)
+    assert chat.choose_model("org/other", screen) == "org/other" and capsys.readouterr().out == ""
+    assert chat.choose_model(None, screen) == taken
+    shown = capsys.readouterr()
+    lines = [line.split()[:2] for line in (shown.out + shown.err).splitlines() if line[:1].isdigit()]
+    assert lines == [[str(at), name] for at, name in enumerate([*listed, "the"], 1)]
+    assert len(notes) == (taken is None)
+
+
+def test_a_pipe_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "_chosen", None)  # calling it would fail
+    notes: list[str] = []
+    assert chat.choose_model(None, SimpleNamespace(note=notes.append)) is None
+    assert len(notes) == 1 and "toy" in notes[0]
+
+
+# The embedded toy
+
+
+@pytest.mark.parametrize(
+    ("tokens", "found"),
+    [([1, 2, 3, 4, 5, 6] * 3, 18), ([7, 7, 7, 7, 7, 7, 7, 7], 8), (list(range(90)), None),
+     ([*range(20), *range(20)], None), ([9, *[1, 2] * 20], 11)],
+)  # fmt: skip
+def test_where_a_reply_goes_round_in_circles(tokens: list[int], found: int | None) -> None:
+    """Six tokens in a row for the third time, in whatever pieces they come."""
+    for piece in (1, 2):
+        repetition = toy.Repetition()
+        heard = (i + piece for i in range(0, len(tokens), piece) if repetition.heard(tokens[i : i + piece]))
+        at = next(heard, None)
+        assert at is None if found is None else found <= (at or 0) < found + piece
+
+
+def test_only_the_embedded_model_is_cut_short() -> None:
+    assert [toy.most_tokens(*case, 1024) for case in ((None, None), ("x", None), (None, 5), ("x", 5), (None, 0))] == [
+        toy.TOKENS, 1024, 5, 5, 0
+    ]  # fmt: skip
+
+
+def test_the_toy_is_stopped_and_a_number_takes_that_back(command: Command) -> None:
+    code, out, err = command("generate", "def f(x):", "--depth", 3)
+    whole = command("generate", "def f(x):", "--depth", 3, "-n", 200)[1]
+    assert (code, err) == (0, "") and whole.startswith(out.rstrip("\n")) and len(whole) > len(out) + 100
+    assert len(json.loads(command("generate", "def f(x):", "--json")[1])["tokens"]) <= toy.TOKENS
+    chatted = command("chat", "--depth", 3, stdin=b"def f(x):\n")
+    assert chatted[0] == 0 and len(chatted[1]) < len(whole) - 100

@@ -93,6 +93,8 @@ def opened(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
 
     def start(*options: str, folder: Path = tmp_path, **settings: Any) -> Terminal:
         chats.append(Terminal(folder, *options, **settings))
+        chats[-1].wait("Which one")
+        chats[-1].child.send("\r")  # nothing is here and no hub is asked: the embedded model
         chats[-1].wait(READY)
         return chats[-1]
 

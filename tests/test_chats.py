@@ -58,7 +58,7 @@ def test_replies_are_the_targets_and_so_are_states(
 
 
 def test_the_target_asks_itself(engine: mlx_mtp.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the chat template: a question of its own, what comes behind one, a reply; then another, or it asks on."""
+    """By the chat template: a question of its own, what comes after one, a reply; then another, or it asks on."""
     monkeypatch.setattr(library, "LONGEST", 5)
     monkeypatch.setattr(library, "LONGEST_QUESTION", 5)
     script = Script.of(engine.tokenizer, [], set(engine.stop_tokens))

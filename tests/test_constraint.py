@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +43,16 @@ LANGUAGES: dict[str, tuple[str, Any, list[str]]] = {
     "schema": ("json_schema", {"enum": ["ab", "abba", "c"]}, ['"ab"', '"abba"', '"c"']),
 }  # fmt: skip
 TOKENS = [b"<end>", b"a", b"b", b"c", b"ab", b'"']
+# Longer texts of fewer tokens, so that every block of eight drafts can be tried.
+LONG: dict[str, tuple[str, Any, list[str]]] = {
+    "long regex": ("regex", '(a|")?(a|"a){2,6}', [x + "".join(rest) for x in ("", "a", '"') for count in range(2, 7)
+                                                  for rest in itertools.product(("a", '"a'), repeat=count)]),
+    "long lark": ("grammar", 'start: "a" ("\\"" | "aa")~1..6',
+                  ["a" + "".join(rest) for count in range(1, 7)
+                   for rest in itertools.product(('"', "aa"), repeat=count)]),
+    "long schema": ("json_schema", {"enum": ["a", "aaa", "aaaaaaa"]}, ['"a"', '"aaa"', '"aaaaaaa"']),
+}  # fmt: skip
+FEW = [b"<end>", b"a", b'"']
 
 
 class Letters:
@@ -63,14 +73,14 @@ class Letters:
 
 
 def grammar(name: str, tokens: Sequence[bytes] = TOKENS) -> Grammar:
-    kind, text, _ = LANGUAGES[name]
+    kind, text, _ = (LANGUAGES | LONG)[name]
     table = LLTokenizer(TokenizerWrapper(Letters(tokens)), eos_token=END)
     return Grammar.of(table, len(tokens), [END], kind, text)
 
 
 def may_follow(name: str, before: Sequence[int], tokens: Sequence[bytes] = TOKENS) -> list[bool]:
     """Of every token, by the list of all texts."""
-    texts = [text.encode() for text in LANGUAGES[name][2]]
+    texts = [text.encode() for text in (LANGUAGES | LONG)[name][2]]
     said = b"".join(tokens[token] for token in before)
     follows = [any(text.startswith(said + token) for text in texts) for token in tokens]
     return [said in texts, *follows[1:]]
@@ -107,64 +117,83 @@ def test_masks_after_every_draft(name: str) -> None:
     assert seen > 1000
 
 
+def drafted(how: str, size: int, depth: int) -> tuple[np.ndarray, TokenDistribution, np.ndarray]:
+    """Every block of drafts [B, K], what each draft was drawn from [B, K, V], and how often the block is drawn [B].
+
+    As the families draft: each draft given the one before (a chain), all of them at once (parallel heads), nothing
+    but one block (lookup), and a chain after a first draft of which it is certain (a draft that a grammar forces).
+    """
+    chance = np.random.default_rng(depth)
+    blocks = np.array(list(itertools.product(range(size), repeat=depth)), dtype=np.int32)
+    logits = chance.normal(size=(depth, size, size)).astype(np.float32)
+    before = np.pad(blocks[:, :-1], ((0, 0), (1, 0)), constant_values=1)
+    if how == "parallel":
+        before = np.ones_like(before)
+    q = np.array(mx.softmax(mx.array(logits[np.arange(depth), before]), axis=-1))
+    if how in ("lookup", "forced"):
+        sure = chance.integers(1, size, depth if how == "lookup" else 1)
+        q[:, : len(sure)] = np.eye(size, dtype=np.float32)[sure]
+    drawn = np.take_along_axis(q, blocks[..., None], axis=-1)[..., 0].astype(np.float64).prod(axis=1)
+    taken = drawn > 0
+    return blocks[taken], TokenDistribution(None, mx.array(q[taken])), drawn[taken]
+
+
+@pytest.mark.parametrize("how", ["chain", "parallel", "lookup", "forced"])
 @pytest.mark.parametrize("odds", [acceptance.block_odds, acceptance.token_odds])
-@pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("name", LANGUAGES)
-def test_enumeration(name: str, depth: int, odds: Any) -> None:
+@pytest.mark.parametrize(("names", "tokens", "depth"), [
+    *((LANGUAGES, TOKENS, depth) for depth in (1, 2, 3)), *((LONG, FEW, depth) for depth in (4, 5, 6, 7, 8)),
+])  # fmt: skip
+def test_enumeration(names: Sequence[str], tokens: Sequence[bytes], depth: int, odds: Any, how: str) -> None:
     """Every block of drafts, drawn without any grammar: what a round emits follows plain constrained decoding."""
-    size, chance = len(TOKENS), np.random.default_rng(depth)
-    p_logits, q_logits = (chance.normal(size=(size, size)).astype(np.float32) * 1.5 for _ in range(2))
-    full = Sampling(temperature=1.3, top_p=0.9).over(NEUTRAL)
+    size = len(tokens)
+    p_logits = np.random.default_rng(depth).normal(size=(size, size)).astype(np.float32) * 1.5
+    full = Sampling(temperature=1.3, top_p=0.97).over(NEUTRAL)
     spec = SamplingSpec.of(full, size)
-    arrays = spec.arrays(full, size)
-    constraint = Constraint(grammar(name))
-    wanted: dict[tuple[int, ...], float] = {}
-    emitted: dict[tuple[int, ...], float] = {}
+    for name in names:
+        constraint = Constraint(grammar(name, tokens))
 
-    def chances(before: tuple[int, ...]) -> np.ndarray:
-        """Plain constrained decoding in float64: the grammar before the filters."""
-        logits = np.where(may_follow(name, before), p_logits[before[-1] if before else 1].astype(np.float64), -np.inf)
-        weights = np.exp((logits - logits.max()) / 1.3)
-        order = np.argsort(-weights, kind="stable")
-        share = weights[order] / weights.sum()
-        kept = order[np.cumsum(share) - share < 0.9]
-        out = np.zeros(size)
-        out[kept] = weights[kept] / weights[kept].sum()
-        return out
+        @cache
+        def chances(before: tuple[int, ...], name: str = name) -> np.ndarray:
+            """Plain constrained decoding in float64: the grammar before the filters."""
+            row = p_logits[before[-1] if before else 1].astype(np.float64)
+            logits = np.where(may_follow(name, before, tokens), row, -np.inf)
+            weights = np.exp((logits - logits.max()) / 1.3)
+            order = np.argsort(-weights, kind="stable")
+            share = weights[order] / weights.sum()
+            kept = order[np.cumsum(share) - share < 0.97]
+            out = np.zeros(size)
+            out[kept] = weights[kept] / weights[kept].sum()
+            return out
 
-    def walk(before: tuple[int, ...], weight: float) -> None:
-        if len(before) == depth + 1 or (before and before[-1] == END):
-            wanted[before] = wanted.get(before, 0.0) + weight
-            return
-        for token, one in enumerate(chances(before)):
-            if one > 0:
-                walk((*before, token), weight * one)
-
-    walk((), 1.0)
-    for drafts in itertools.product(range(size), repeat=depth):
-        rows = mx.array(p_logits[[1, *drafts]])[None]
-        p = spec.distribution(constraint(mx.array([drafts]), rows), None, arrays)
-        q = TokenDistribution(None, mx.softmax(mx.array(q_logits[[1, *drafts[:-1]]])[None], axis=-1))
-        drawn = float(np.array(q.at(mx.array([drafts]))).prod())
-        found = odds(mx.array([drafts]), q, p)
-        passes, residual = np.array(found.pass_)[0], np.array(found.residual.probabilities)[0]
+        blocks, q, drawn = drafted(how, size, depth)
+        masks = np.stack([constraint.masks(block.tolist()) for block in blocks])
+        rows = p_logits[np.pad(blocks, ((0, 0), (1, 0)), constant_values=1)]
+        rows = np.where(np.stack([masks[..., 0] >> token & 1 for token in range(size)], axis=-1) == 1, rows, -np.inf)
+        found = odds(mx.array(blocks), q, spec.distribution(mx.array(rows), None, spec.arrays(full, size)))
+        passes, residual = np.array(found.pass_), np.array(found.residual.probabilities)
+        emitted: dict[tuple[int, ...], float] = {}
         for accepted in range(depth + 1):
-            if found.prefix:
-                chance_of = passes[:accepted].prod() * (1.0 - passes[accepted] if accepted < depth else 1.0)
-            else:
-                chance_of = (passes[accepted - 1] if accepted else 1.0) * (1.0 - passes[accepted:]).prod()
-            for token in range(size):
-                said = (*drafts[:accepted], token)
-                said = said[: said.index(END) + 1] if END in said else said
-                if one := float(drawn * chance_of * residual[accepted, token]):
-                    emitted[said] = emitted.get(said, 0.0) + one
-    for said, weight in wanted.items():
-        got = sum(emitted.get(said[:i], 0.0) * np.prod([chances(said[:j])[said[j]] for j in range(i, len(said))])
-                  for i in range(1, len(said) + 1))  # fmt: skip
-        assert abs(got - weight) < 1e-5, said
-    assert sum(emitted.values()) == pytest.approx(1.0, abs=1e-4) and set(map(lambda s: s[0], emitted)) <= {
-        token for token, follows in enumerate(may_follow(name, ())) if follows
-    }
+            ending = 1.0 - (passes[:, accepted : accepted + 1] if found.prefix else passes[:, accepted:])
+            passed = passes[:, :accepted] if found.prefix else passes[:, max(accepted - 1, 0) : accepted]
+            weights = (drawn * passed.prod(axis=1) * ending.prod(axis=1))[:, None] * residual[:, accepted]
+            for block, row in zip(blocks[:, :accepted].tolist(), weights, strict=True):
+                for token in np.flatnonzero(row):
+                    said = (*block, int(token))
+                    said = said[: said.index(END) + 1] if END in said else said
+                    emitted[said] = emitted.get(said, 0.0) + float(row[token])
+        assert sum(emitted.values()) == pytest.approx(1.0, abs=1e-4)
+        places, seen = [((), 1.0, 0.0)], 0
+        while places:
+            # What plain decoding gives this text, and what the round does: what it emitted, gone on with plainly.
+            said, wanted, got = places.pop()
+            got += emitted.pop(said, 0.0)
+            if len(said) == depth + 1 or END in said:
+                assert abs(got - wanted) < 1e-5, (name, said)
+                seen += 1
+                continue
+            following = chances(said).tolist()
+            places += [((*said, token), wanted * one, got * one) for token, one in enumerate(following) if one > 0]
+        assert seen > 1 and sum(emitted.values()) < 1e-6, "something was emitted that plain decoding never gives"
 
 
 def test_forced_drafts_are_point_masses() -> None:

@@ -137,7 +137,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
 def module_agrees(target: Path, drafter: Path, logits_of: Any, normed: bool = True) -> None:
     """The first draft's logits are the module's, as `logits_of(states, embedded)` computes them.
 
-    normed: from the target's states behind its final norm, else from those in front of it.
+    normed: from the target's states after its final norm, else from those in front of it.
     """
     loaded = load_target(Checkpoint.open(target))
     trunk = loaded.model.model  # type: ignore[attr-defined]

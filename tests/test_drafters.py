@@ -89,7 +89,7 @@ def test_a_quantised_head_scores_like_its_own_rounding(bits: int) -> None:
 
 
 def test_reading_the_last_rows_is_a_window_over_all() -> None:
-    """`reads_last` against a mask over the whole buffer, behind 130 rows of which the newest 2 were rejected."""
+    """`reads_last` against a mask over the whole buffer, after 130 rows of which the newest 2 were rejected."""
     engine = mlx_mtp.load()
     drafter, target = engine.drafter, engine.target
     cache = target.new_cache(256)
@@ -127,7 +127,7 @@ BLOCK = config_of("", WIDTH, VOCABULARY, 1)["block"]
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("reads", ["trunk", "hidden"])
 def test_every_draft_is_the_heads_answer_to_one_state(reads: str, seed: int) -> None:
-    """In decoding, behind any outcomes of the rounds before, and over the whole sequence at once."""
+    """In decoding, after any outcomes of the rounds before, and over the whole sequence at once."""
     target = load_target(Checkpoint.open(GEMMA))
     model = model_of(config_of("parallel_heads", WIDTH, VOCABULARY, 3, reads=reads))
     drafter = Parallel(model, mx.float32)
@@ -199,7 +199,7 @@ FAMILIES: dict[str, Callable[..., Any]] = {"parallel_heads": Parallel, "sequenti
 
 @pytest.mark.parametrize(("modules", "depth"), [(1, 1), (1, 4), (2, 2), (3, 3), (2, 5), (3, 8)])
 def test_chains_follow_the_equations(modules: int, depth: int) -> None:
-    """In decoding, behind any outcomes of the rounds before, and over the whole sequence at once."""
+    """In decoding, after any outcomes of the rounds before, and over the whole sequence at once."""
     target, model = load_target(Checkpoint.open(GEMMA)), model_of(config_of("sequential_modules", WIDTH, 128, modules))
     drafter = Sequential(model, mx.float32)
     drafter.attach(target)
@@ -339,7 +339,7 @@ def test_like_a_search_by_hand(text: list[int], depth: int, chunk: int) -> None:
     memory = lookup.start(1, 64)
     for start in range(0, len(text) - 1, chunk):
         rows = text[:-1][start : start + chunk]
-        rejected = [9] * 3  # written behind the rows, never committed
+        rejected = [9] * 3  # written after the rows, never committed
         memory = lookup.observe(memory, mx.array([rows + rejected]), NO_STATES, mx.array([len(rows) - 1]))
     found, size = lookup.continuation(memory, mx.array([text[-1:]]), depth)
     assert (found.tolist()[0], size.item()) == by_hand(text, depth)

@@ -145,7 +145,7 @@ def drafters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path | None]
 
 
 def counted(engine: mlx_mtp.Engine, waits: Waits, ids: list[int], **options: Any) -> mlx_mtp.Result:
-    """A short reply, after a look at every wait behind its prompt."""
+    """A short reply, after a look at every wait after its prompt."""
     # Rounds of every size are compiled before: `mx.compile` runs them once to see them, and waits for nothing.
     result = engine.generate(ids, max_tokens=24, ignore_end=True, on_prefill=waits.begin, **options)
     assert result.stats.rounds > 5

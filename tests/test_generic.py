@@ -93,7 +93,7 @@ def difference(found: mx.array, expected: mx.array) -> float:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_equal_mlx_lm(name: str, folders: dict[str, Path]) -> None:
-    """In one piece, token by token, in chunks below and above the slack, behind rejected rows; sliding ones wrap."""
+    """In one piece, token by token, in chunks below and above the slack, after rejected rows; sliding ones wrap."""
     target, model = loaded(folders[name])
     tokens = tokens_of()
     expected = model(tokens)
@@ -144,7 +144,7 @@ def test_multimodal_wrappers_and_half_precision(tmp_path: Path) -> None:
 
 
 def test_modules_for_drafting_are_left_alone(folders: dict[str, Path], tmp_path: Path) -> None:
-    """DeepSeek's layout keeps them behind the last layer; a checkpoint that does not announce them is refused."""
+    """DeepSeek's layout keeps them after the last layer; a checkpoint that does not announce them is refused."""
     config = BASE | CONFIGS["deepseek_v3"]
     folder = written(tmp_path / "model", config)
     weights = mx.load(str(folder / "model.safetensors"))

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import anthropic
+import mlx.core as mx
+import numpy as np
 import openai
 import pytest
 from pydantic import BaseModel
@@ -300,6 +302,33 @@ def test_several_choices_and_prompts(server: Running) -> None:
     assert texts == [choice["text"] for choice in found]
 
 
+def test_logprobs_of_a_prompt(server: Running, embedded: mlx_mtp.Engine) -> None:
+    """As those who measure models ask for them: against the whole text in one pass without a cache, past the window."""
+    texts: list[Any] = ["import os\n\nos.path.join(", np.random.default_rng(1).integers(6, 4096, 150).tolist()]
+    body = {"prompt": texts, "n": 2, "max_tokens": 3, "echo": True, "logprobs": 2, "seed": 1, "temperature": 0}
+    for choice in server.post(COMPLETION, body).json()["choices"]:
+        prompt, scores = texts[choice["index"] // 2], choice["logprobs"]
+        ids = embedded.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        assert choice["text"].startswith(prompt if isinstance(prompt, str) else embedded.tokenizer.decode(ids))
+        assert len(scores["tokens"]) == len(scores["text_offset"]) == len(ids) + 3
+        logits = np.array(embedded.target.logits(mx.array([ids])))[0].astype(np.float64)
+        expected = logits - logits.max(axis=-1, keepdims=True)
+        expected -= np.log(np.exp(expected).sum(axis=-1, keepdims=True))
+        assert scores["token_logprobs"][0] is scores["top_logprobs"][0] is None
+        given = np.array(scores["token_logprobs"][1 : len(ids)])
+        assert np.abs(given - expected[np.arange(len(ids) - 1), ids[1:]]).max() < 1e-3
+        assert [max(top.values()) for top in scores["top_logprobs"][1 : len(ids)]] == pytest.approx(
+            expected[:-1].max(axis=-1), abs=1e-3
+        )
+    whole = server.post(COMPLETION, body).json()["choices"]
+    pieces = list(server.openai().completions.create(model="test", stream=True, **body))
+    for choice in whole:
+        mine = [one.choices[0] for one in pieces if one.choices and one.choices[0].index == choice["index"]]
+        assert "".join(one.text for one in mine) == choice["text"]
+        scores = [score for one in mine if one.logprobs for score in one.logprobs.token_logprobs]
+        assert scores == choice["logprobs"]["token_logprobs"]
+
+
 def test_agents_and_a_chat_in_turns(server: Running) -> None:
     """Two agents with the same tools and a chat, interleaved: each runs what it would run alone, and no more."""
     system = {"role": "system", "content": "You look after files. " * 30}
@@ -361,6 +390,11 @@ def test_a_lenient_server_names_what_it_leaves_out() -> None:
                 "messages[0].colour", "shape"}  # fmt: skip
         assert "x-ignored-fields" not in server.post(CHAT, {"messages": QUESTION}).headers
         assert server.post(CHAT, body | {"temperature": "hot"}).status_code == 400
+        # Tools that an agent would have the server run: it does without them, and knows it.
+        tools = [TOOLS[0], {"type": "namespace", "name": "n", "tools": TOOLS}, TOOLS[1], {"type": "web_search"}]
+        found = server.post(RESPONSES, {"input": "x", "tools": tools})
+        assert found.is_success and found.headers["x-ignored-fields"] == "tools[1], tools[3]"
+        assert [tool["name"] for tool in found.json()["tools"]] == ["weather", "now"]
     with running(ScriptedEngine) as server:
         assert server.post(CHAT, body).status_code == 400
 

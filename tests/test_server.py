@@ -499,4 +499,4 @@ def test_what_the_command_refuses(monkeypatch: pytest.MonkeyPatch, command: Comm
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "mlx_mtp.serving.server")
     monkeypatch.delattr(mlx_mtp.serving, "server")
-    assert "pip install 'mlx-mtp[serve]'" in refused()
+    assert "pip install '.[serve]'" in refused()

@@ -57,7 +57,7 @@ class Recording:
         return "\n".join(row.rstrip() for row in self.screen.display).rstrip()
 
     def wait_for_prompt(self, times: int) -> None:
-        """Until the chat waits for input behind so many replies."""
+        """Until the chat waits for input after so many replies."""
         end = time.monotonic() + PATIENCE
         while not (self.text.endswith(READY) and self.text.count("tokens/s") >= times):
             if time.monotonic() > end:

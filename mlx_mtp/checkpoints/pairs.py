@@ -70,7 +70,7 @@ def known_pairs() -> list[KnownPair]:
 
 
 def best_pair(memory_bytes: int) -> KnownPair | None:
-    """The first pair of the table that runs in so much memory, None where none does: what `chat` offers."""
+    """The first pair of the table that runs in so much memory, None where none does."""
     return next((pair for pair in known_pairs() if pair.assistant and 0 < pair.memory_bytes <= memory_bytes), None)
 
 

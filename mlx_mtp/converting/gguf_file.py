@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mlx_mtp.checkpoints.checkpoint import GGUF_MAGIC
-from mlx_mtp.errors import CheckpointError, UnsupportedModel, brief
+from mlx_mtp.errors import CheckpointError, UnsupportedModel, brief, lacking
 
 Array = np.ndarray[Any, Any]
 SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8",
@@ -77,10 +77,8 @@ def _library() -> Any:
     try:
         import gguf
     except ImportError:
-        raise UnsupportedModel(
-            "This GGUF has blocks of a type that MLX does not have, and the package that reads them, gguf, is not "
-            "installed; run: pip install gguf"
-        ) from None
+        what = "This GGUF has blocks of a type that MLX does not have: reading them"
+        raise UnsupportedModel(lacking(what, "gguf", "gguf")) from None
     return gguf
 
 

@@ -55,7 +55,7 @@ class Grammar:
         else:
             compiled = (LLMatcher.grammar_from_regex if kind == "regex" else LLMatcher.grammar_from_lark)(text)
         if reason := LLMatcher.validate_grammar(compiled, table):
-            raise OptionError(f"{kind} cannot be compiled: {' '.join(reason.split())[:MOST_REASON]}")
+            raise OptionError(f"{kind} cannot be compiled: {reason[:MOST_REASON].rstrip('. ')}.")
         return cls(table, compiled, vocab_size, frozenset(stop_tokens))
 
 

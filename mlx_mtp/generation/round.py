@@ -242,7 +242,8 @@ def _accept(
         counts = sampling.counted(history["generated"], found.tokens, found.accepted + 1)
         history = {**history, "generated": counts}
     output = mx.concatenate([found.tokens, found.accepted[:, None]], axis=1)
-    return {**tree, "token": found.last, "history": history}, (output, *_logprobs(logits, found.tokens, spec.logprobs))
+    tree = {**tree, "token": found.last, "history": history}
+    return tree, (output, *token_logprobs(logits, found.tokens, spec.logprobs))
 
 
 _alive: WeakSet[Rounds] = WeakSet()
@@ -281,7 +282,7 @@ def _started(state: SequenceState, output: RoundOutput) -> RoundOutput:
     return output
 
 
-def _logprobs(logits: mx.array, tokens: mx.array, most: int) -> tuple[Any, ...]:
+def token_logprobs(logits: mx.array, tokens: mx.array, most: int) -> tuple[Any, ...]:
     """Logarithms of the probabilities of tokens [B, M], and the `most` likeliest alternatives; nothing for 0."""
     if not most:
         return ()

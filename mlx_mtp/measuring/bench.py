@@ -27,6 +27,7 @@ from mlx_mtp.measuring.turns import Difference, difference, fair_turns
 
 BETWEEN_SAMPLINGS = 1_000_003  # seeds
 IDLE_SECONDS = 2.0
+TRIED_TOKENS = 8  # of the reply that tells how long all will take
 
 
 @dataclass
@@ -92,6 +93,20 @@ class Bench:
         each = self.lineup.configurations.values()
         count = sum(one.drafter is not None for one in each) + len(each) * self.plan.repeats
         return count * len(self.prompts) * len(self.lineup.samplings())
+
+    def expected_seconds(self) -> float:
+        """About how long `run` will take, by a short reply of the first configuration to a prompt of middle length."""
+        plan, each = self.plan, list(self.lineup.configurations.values())
+        ids = sorted(self._ids, key=len)[len(self._ids) // 2]
+        each[0].decode(DecodeJob(ids, TRIED_TOKENS))  # compiles
+        tried = each[0].decode(DecodeJob(ids, TRIED_TOKENS))
+        # Of a prompt: replies for acceptance, and timed ones with those that warm the others up.
+        replies = sum(one.drafter is not None for one in each)
+        timed = len(each) * (plan.repeats + 1) - replies
+        read = (replies + timed) * sum(map(len, self._ids)) * tried.first_seconds / len(ids)
+        written = (replies * plan.tokens_for_acceptance + timed * plan.max_tokens) * tried.seconds_per_token
+        rests = plan.repeats * plan.cool_down
+        return len(self.lineup.samplings()) * (read + len(self._ids) * (written + rests))
 
     def run(self) -> Iterator[None]:
         """Measures everything; yields after every step."""

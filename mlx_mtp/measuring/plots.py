@@ -6,14 +6,14 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from mlx_mtp.errors import OptionError
+from mlx_mtp.errors import OptionError, lacking
 from mlx_mtp.measuring.report import BASES, base_of
 
 
 def check_matplotlib() -> None:
     """Raises OptionError where it is not installed, before anything is measured."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise OptionError("--plot needs matplotlib, which is not installed; run: pip install 'mlx-mtp[plot]'.")
+        raise OptionError(lacking("--plot", "matplotlib", "plot"))
 
 
 def plot(report: dict[str, Any], file: Path) -> None:

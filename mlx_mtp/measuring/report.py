@@ -195,7 +195,7 @@ def bench_parts(report: dict[str, Any]) -> list[Part]:
     """A report for people, the verdict first: everything but what the figures mean."""
     parts: list[Part] = [report["verdict"]]
     if report["interrupted"]:
-        parts.append("**Interrupted: what follows is what had been measured by then.**")
+        parts.append("### Incomplete: what follows is what had been measured by then")
     for name in ("machine", "pair", "settings"):
         parts += parts_of(name, report[name])
     parts += parts_of("", {name: report[name] for name in ("started", "seconds", "command")})
@@ -206,11 +206,13 @@ def bench_parts(report: dict[str, Any]) -> list[Part]:
             continue
         everything, *groups = sampling["groups"]
         rows = [row | {"output": compared(row["output"])} for row in everything["arms"]]
-        parts += [f"Prompts: {everything['prompts']}", Table.of("Speed", rows, SPEED), Table.of("Cost", rows, COST)]
+        mark = ", incomplete" if report["interrupted"] else ""
+        parts += [f"Prompts: {everything['prompts']}", Table.of(f"Speed{mark}", rows, SPEED),
+                  Table.of(f"Cost{mark}", rows, COST)]
         base = base_of(rows)
         by_category = [{"arm": row["arm"], **{group["category"]: group["arms"][at][base] for group in groups}}
                        for at, row in enumerate(rows)]  # fmt: skip
-        parts.append(Table.of(f"By category, over {BASES[base][1]}", by_category))
+        parts.append(Table.of(f"By category, over {BASES[base][1]}{mark}", by_category))
     return [*parts, "\n".join(["Notes:", *(f"- {note}" for note in report["notes"])])] if report["notes"] else parts
 
 

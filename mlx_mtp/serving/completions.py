@@ -9,10 +9,9 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, PlainValidator
 
 from mlx_mtp.generation.types import Event
-from mlx_mtp.serving.errors import RequestError
 from mlx_mtp.serving.interface import Context, Generation, Object, result_of
 from mlx_mtp.serving.openai import ChoicesForm, OpenAIBody, scored
-from mlx_mtp.serving.schema import UNSUPPORTED, Whole, fault, only
+from mlx_mtp.serving.schema import Whole, fault, only
 
 MOST_PROMPTS = 128
 
@@ -39,10 +38,7 @@ class CompletionBody(OpenAIBody):
     best_of: Annotated[Any, only(1, because="every reply that is written is returned")] = None
 
     def generation(self, context: Context) -> Generation:
-        if self.echo and self.logprobs is not None:
-            raise RequestError("echo and logprobs do not go together here, as a prompt has no logprobs; leave one out.",
-                               param="echo", code=UNSUPPORTED)  # fmt: skip
-        return Generation(prompts=self.prompt, suffix=self.suffix or None, logprobs=self.logprobs,
+        return Generation(prompts=self.prompt, echo=self.echo, suffix=self.suffix or None, logprobs=self.logprobs,
                           **self.common(context))  # fmt: skip
 
     def form(self, context: Context, asked: Generation) -> CompletionForm:
@@ -57,38 +53,29 @@ class CompletionForm(ChoicesForm):
 
     def __init__(self, body: CompletionBody, context: Context, asked: Generation) -> None:
         super().__init__(body, context, asked)
-        self._echo = body.echo
         self._offsets = Counter[int]()  # characters of each choice's tokens so far
 
     def begin(self, prompt_tokens: int) -> Iterable[Object]:
-        count = self._asked.choices * len(self._asked.prompts)
-        return [self.chunk(i, {"text": self._prompt(i)}) for i in range(count)] if self._echo else []
-
-    def _prompt(self, index: int) -> str:
-        """What a choice begins with."""
-        prompt = self._asked.prompts[index // self._asked.choices] if self._echo else ""
-        if isinstance(prompt, str):
-            return prompt
-        return self._tokenizer.decode(prompt) if self._tokenizer else ""
+        return []
 
     def _choice(self, index: int, events: Sequence[Event]) -> Object:
-        text = self._prompt(index) + "".join(event.content for event in events)
-        return {"text": text, "finish_reason": result_of(events).finish_reason}
+        return {"text": "".join(event.content for event in events), "finish_reason": result_of(events).finish_reason}
 
     def _parts(self, index: int, event: Event) -> Iterator[Object]:
         if event.content:
             yield {"text": event.content}
 
     def _logprobs(self, index: int, events: Sequence[Event]) -> Object:
-        """The older form: lists side by side; offsets count characters of the reply."""
+        """The older form: lists side by side; offsets count characters. Nothing is known of a text's first token."""
         found, offsets = scored(self._tokenizer, self._asked.logprobs or 0, events), []
+        first = 1 if self._asked.echo and not self._offsets[index] else 0
         for token, _ in found:
             offsets.append(self._offsets[index])
             self._offsets[index] += len(token.text)
         return {
             "tokens": [token.text for token, _ in found],
-            "token_logprobs": [token.logprob for token, _ in found],
-            "top_logprobs": [{top.text: top.logprob for top in reversed(tops)} for _, tops in found]
-            if self._asked.logprobs else None,
+            "token_logprobs": [*[None] * first, *(token.logprob for token, _ in found[first:])],
+            "top_logprobs": [*[None] * first, *({top.text: top.logprob for top in reversed(tops)}
+                                                for _, tops in found[first:])] if self._asked.logprobs else None,
             "text_offset": offsets,
         }  # fmt: skip

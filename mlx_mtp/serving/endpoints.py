@@ -89,7 +89,7 @@ class Endpoints:
 
             async def begin() -> int:
                 prepared = await run_in(self._threads(data), self._replier.prepare, asked)
-                self.queue.submit(ticket, partial(self._replier.reply, prepared, body.stream, form, ticket))
+                self.queue.submit(ticket, partial(self._replier.reply, asked, prepared, body.stream, form, ticket))
                 return len(prepared[0].ids)
 
             def waits_for() -> str:

@@ -32,7 +32,7 @@ class RequestError(MLXMTPError):
         super().__init__(message)
         self.status, self._retry_after, self._close = status, retry_after, close or status in UNREAD
         kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
-        self.body: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.body: dict[str, Any] = {"error": {"message": str(self), "type": kind, "param": param, "code": code}}
 
     def response(self, path: str = "") -> JSONResponse:
         """The error as a response, in the form of the interface that an address belongs to."""

@@ -32,13 +32,15 @@ class Generation:
 
     choices: replies to each prompt. tools: declarations in OpenAI's form, `choice` what of them may be called.
     thinking: the model shall think first. effort: the level that was named, for templates with levels. logprobs: None =
-    none, n = that of every token and of the n likeliest. suffix: what comes after the reply, for models that fill in.
-    json_schema: what the answer is held to. prediction: what much of the reply is expected to repeat.
+    none, n = that of every token and of the n likeliest. echo: the prompt is returned too, with its logprobs. suffix:
+    what comes after the reply, for models that fill in. json_schema: what the answer is held to. prediction: what much
+    of the reply is expected to repeat.
     """
 
     messages: Messages | None = None
     prompts: Sequence[str | list[int]] = ("",)
     choices: int = 1
+    echo: bool = False
     suffix: str | None = None
     tools: list[dict[str, Any]] = field(default_factory=list)
     choice: ToolChoice = ToolChoice()

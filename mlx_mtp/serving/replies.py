@@ -55,12 +55,18 @@ class Replier:
         return self.engine.after_thought(request, asked.thinking)
 
     def reply(
-        self, requests: Sequence[GenerationRequest], streamed: bool, form: Form, ticket: Ticket
+        self, asked: Generation, requests: Sequence[GenerationRequest], streamed: bool, form: Form, ticket: Ticket
     ) -> Generator[Object, None, None]:
         """The response to prepared requests, its chunks where it is streamed; Cancelled if nobody waits for it."""
         replies: list[list[Event]] = []
         for i, request in enumerate(requests):
             replies.append([])
+            if asked.echo and not i % asked.choices:
+                echoed = self._echoed(asked, i // asked.choices, request, ticket)
+            if asked.echo and streamed:
+                yield from form.chunks(i, [echoed])
+            elif asked.echo:
+                replies[i].append(echoed)
             with closing(self._events(request, ticket)) as events:
                 if streamed:
                     yield from form.chunks(i, _kept_last(events, replies[i]))
@@ -70,6 +76,16 @@ class Replier:
             yield from form.end([result_of(one) for one in replies])
         else:
             yield form.whole(replies)
+
+    def _echoed(self, asked: Generation, index: int, request: GenerationRequest, ticket: Ticket) -> Event:
+        """A prompt as the beginning of what is returned."""
+        prompt, tokenizer = asked.prompts[index], self.engine.tokenizer
+        text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt) if tokenizer else ""
+        if asked.logprobs is None:
+            return Event(text, [])
+        found = self.engine.prompt_logprobs(request.ids, max(1, asked.logprobs), ticket.check)
+        logprobs, tops = zip((0.0, {}), *found, strict=True)
+        return Event(text, request.ids, logprobs=list(logprobs), top_logprobs=list(tops))
 
     def _events(self, request: GenerationRequest, ticket: Ticket) -> Generator[Event, None, None]:
         """One reply's events, with the session that knows most of its prompt."""

@@ -109,18 +109,26 @@ Body = TypeVar("Body", bound=ModelBody)
 def read(body: bytes, schema: type[Body], dropped: list[str] | None = None) -> Body:
     """A request's body; RequestError that names the first field with a fault.
 
-    dropped: None = unknown fields are a fault; else their paths are put into it, and they count as left out.
+    dropped: None = unknown fields and kinds of tools are a fault; else they are left out, and their paths put into it.
     """
-    value = parsed(body)
+    value, tools = parsed(body), 0  # so many left out
     while True:
         try:
             return schema.model_validate(value)
         except ValidationError as error:
-            unknown = [one for one in error.errors(include_url=False) if one["type"] == "extra_forbidden"]
-            if dropped is None or not unknown:
+            faults = error.errors(include_url=False)
+            # A tool that is no function is one that the server itself would have to run.
+            kinds: list[Any] = [one["loc"][1] for one in faults if one["type"] == "literal_error"
+                                and (one["loc"][0], *one["loc"][2:]) == ("tools", "type")]  # fmt: skip
+            unknown = [_steps(value, one) for one in faults if one["type"] == "extra_forbidden"]
+            if dropped is None or not (kinds or unknown):
                 raise _refusal(value, error) from None
-        for one in unknown:
-            *way, name = _steps(value, one)
+        if kinds:
+            del value["tools"][kinds[0]]  # type: ignore[index]
+            dropped.append(f"tools[{kinds[0] + tools}]")
+            tools += 1
+            continue
+        for *way, name in unknown:
             dropped.append(_path([*way, name]))
             holder: Any = value
             for step in way:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mlx_mtp.errors import CheckpointError, OptionError, PromptError, brief
+from mlx_mtp.errors import CheckpointError, OptionError, PromptError, brief, lacking
 from mlx_mtp.text.call_grammar import CallGrammar, Notation, notation
 from mlx_mtp.text.channels import GEMMA, THOUGHTS, CallFormat, ThoughtTokens, overlap, parsed_by
 from mlx_mtp.text.detokenizer import Detokenizer, TokenBytes
@@ -173,9 +173,7 @@ def _grammar_table(wrapped: Any, vocab_size: int, stop_tokens: list[int]) -> Any
     try:
         from llguidance.hf import from_tokenizer
     except ModuleNotFoundError as error:
-        raise OptionError(
-            f"Holding answers to a grammar needs the package '{error.name}'; install it: pip install 'mlx-mtp[schema]'."
-        ) from error
+        raise OptionError(lacking("Holding answers to a grammar", error.name, "schema")) from error
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     inner = wrapped._tokenizer if isinstance(wrapped, TokenizerWrapper) else wrapped

