@@ -54,12 +54,15 @@ def shown(name: str, block: Block, results: dict[str, Any]) -> Any:
 
 
 def table(root: Path, name: str) -> str:
-    """The text of a marked block."""
+    """What stands between the marks of a block: rows as a table, or a text, and the command that measured it."""
     block = TABLES.get(name)
     if block is None:
         raise TableError(f"Expected a table of benchmarks/blocks.py ({', '.join(TABLES)}), found '{name}'.")
     results = results_of(root, name, block)
-    heads, rows = shown(name, block, results)
+    found = shown(name, block, results)
+    if isinstance(found, str):
+        return f"{found} Command: `{block.made_by(results)}`.\n"
+    heads, rows = found
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
     return "\n".join([*lines, "", f"`{block.made_by(results)}`", ""])
 

@@ -55,9 +55,17 @@ SEEDED_DEPTH = 2
 class Engine:
     """A target, perhaps a drafter, and the loop. Made by `mlx_mtp.load`.
 
-    depth: drafts per round, "auto" or 0..8. mode: "fast" or "exact". max_context: most tokens of prompt and reply
-    together. defaults: sampling where a request leaves it open. profile, probes: where is kept what the depth
-    control learns and what exact mode finds out.
+    Args:
+        target: The model whose distribution the output has.
+        drafter: Proposes tokens; None = plain decoding.
+        tokenizer: None where prompts are token ids.
+        stop_tokens: Ids that end a reply.
+        depth: Drafts per round, "auto" or 0..8.
+        mode: "fast" or "exact".
+        max_context: Most tokens of prompt and reply together; None = the model's own limit.
+        defaults: Sampling where a request leaves it open.
+        profile: Where what the depth control learns is kept.
+        probes: Where what exact mode finds out is kept.
     """
 
     def __init__(
@@ -203,21 +211,32 @@ class Engine:
     ) -> GenerationRequest:
         """Checks a prompt and its options, for `run`; PromptError or OptionError where something is wrong.
 
-        sampling, or its fields as keywords: how tokens are chosen (see Sampling). stop: strings that end the reply in
-        its answer, never in a thought or a call of a tool: the text in front of the first, the tokens with the one that
-        completes it; of two that end at once the longer counts. seed: the same seed gives the same reply. logprobs: n =
-        that of every token and of the n likeliest of its place. raw: continue the prompt as it is, without the chat
-        template, and take all that comes for answer. thinking: asks a checkpoint that can to think first. ignore_end:
-        go on past stop tokens (for timing). logits_processors: functions in mlx-lm's convention, (tokens so far [T],
-        logits [1, V]) -> logits [1, V], for every row; rounds are then read one by one. on_prefill(done, total) is
-        called after every chunk. session: keeps the K/V of prompt and reply, for what the next prompt has in common
-        with them. tools: whether calls of tools are told apart from the answer; or declarations in OpenAI's form, which
-        go into the prompt where it is no list of ids. tool_choice: "auto", "required" (a call, no answer), the name of
-        the one tool to call, or a ToolChoice. A reply that must call, or may call a tool that is `strict`, is held to a
-        grammar: its calls can always be read, and their arguments keep to the tool's schema. prediction: a text, or its
-        tokens, that much of the reply is expected to repeat, for lookups to draft from. json_schema (an object or a
-        pydantic class), regex, grammar (lark, as llguidance reads it): what the answer is held to; a thought before it
-        is free.
+        Args:
+            prompt: A string, a list of chat messages, or a list of token ids.
+            max_tokens: The reply ends after so many.
+            sampling: How tokens are chosen. Its fields may be given as keywords instead, like `temperature=0.7`.
+            stop: Strings that end the reply where they turn up in its answer, never in a thought or a call of a tool.
+                The text ends in front of the string, the tokens with the one that completes it; of two strings that
+                end at once the longer counts.
+            seed: The same seed gives the same reply.
+            logprobs: n = those of every token and of the n likeliest of its place; 0 = none.
+            raw: Continues the prompt as it is, without the chat template, and takes all that comes for answer.
+            thinking: Asks a checkpoint that can to think first.
+            ignore_end: Goes on past stop tokens (for timing).
+            logits_processors: Functions in mlx-lm's convention, (tokens so far [T], logits [1, V]) -> logits [1, V],
+                called for every row; rounds are then read one by one.
+            on_prefill: Called with (done, total) after every chunk of the prompt.
+            session: Keeps the K/V of prompt and reply, for what the next prompt has in common with them.
+            tools: Whether calls of tools are told apart from the answer; or declarations in OpenAI's form, which go
+                into the prompt where it is no list of ids.
+            tool_choice: "auto", "required" (a call, no answer), the name of the one tool to call, or a ToolChoice. A
+                reply that must call, or may call a tool that is `strict`, is held to a grammar: its calls can always
+                be read, and their arguments keep to the tool's schema.
+            prediction: A text, or its tokens, that much of the reply is expected to repeat; lookups draft from it.
+            json_schema: An object or a pydantic class that the answer is held to; a thought before it is free.
+            grammar: The same, as a lark grammar in the form that llguidance reads.
+            regex: The same, as a regular expression.
+            **fields: Fields of Sampling.
         """
         max_tokens = checks.whole("max_tokens", max_tokens, 1)
         logprobs = checks.whole("logprobs", logprobs, 0, min(MOST_LOGPROBS, self.target.info.vocab_size))

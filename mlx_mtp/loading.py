@@ -54,17 +54,23 @@ def load(
 ) -> Engine:
     """Loads a target and its drafter, from the hub where they are not here yet.
 
-    model: a folder, a hub name, the name of a packaged model that was fetched ("smollm2"), or None for the embedded
-    model. drafter: a folder, a hub name, "auto" (the assistant made for this target, or none where none is known),
-    "lookup" (what followed the same words before), "lookup+" in front of any other, or None / "none" for plain
-    decoding; for the embedded and packaged models also "assistant", "parallel" or "sequential", which come with them.
-    depth: drafts per round, "auto" or 0..8. mode: "fast" or "exact" (greedy output bit-equal with and without the
-    drafter). draft_head_bits: 4 or 8 stores a drafter's dense output head in so many bits, 0 leaves it as it is;
-    "auto" = 4 on a GPU, 0 on a CPU, where quantised products are the slower ones. Only proposals change, never the
-    answer. on_progress: hears how far downloads and reading are, in the thread that loads.
-
     A model too large for this machine is refused (DoesNotFit) before it is downloaded or read; the environment
-    variable MLX_MTP_IGNORE_MEMORY=1 loads it all the same. On Metal the weights stay resident (memory.keep_resident).
+    variable MLX_MTP_IGNORE_MEMORY=1 loads it all the same. On Metal the weights stay resident.
+
+    Args:
+        model: A folder, a hub name, the name of a packaged model that was fetched ("smollm2"), or None for the
+            embedded model.
+        drafter: A folder, a hub name, "auto" (the drafter made for this target, or none where none is known),
+            "lookup" (what followed the same words before), "lookup+" in front of any other, or None / "none" for
+            plain decoding; for the embedded and packaged models also "assistant", "parallel" or "sequential", as far
+            as they come with them.
+        depth: Drafts per round, "auto" or 0..8.
+        mode: "fast" or "exact" (greedy output bit-equal with and without the drafter).
+        max_context: Most tokens of prompt and reply together; None = the model's own limit.
+        draft_head_bits: 4 or 8 stores a drafter's dense output head in so many bits, 0 leaves it as it is; "auto" = 4
+            on a GPU, 0 on a CPU, where quantised products are the slower ones. Only proposals change, never the
+            distribution of the output.
+        on_progress: Hears how far downloads and reading are, in the thread that loads.
     """
     if model is not None:
         model = checks.place("model", model)

@@ -19,7 +19,7 @@ PAGES = (*(ROOT / f"{name}.md" for name in TOP), *sorted((ROOT / "docs").glob("*
 FENCE = re.compile(r"^```(.*?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-PROGRAMS = ("mlx-mtp", "make", "pip", "python", "curl", "printf")
+PROGRAMS = ("mlx-mtp", "make", "pip", "python", "python3", "curl", "printf", "source", "rm", "apt-get", "pyinstaller")
 
 
 @dataclass(frozen=True)

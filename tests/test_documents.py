@@ -6,15 +6,18 @@ is only parsed is listed in PARSED_ONLY with the reason; anything else that a pa
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import os
 import re
+import runpy
 import shutil
 import socket
 import subprocess
 import sys
 import tomllib
+import types
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,12 +25,13 @@ from typing import Any
 
 import pytest
 import tables
-from blocks import arms_of
+from blocks import DEFAULT, arms_of
 from conftest import Command as Run
 from conftest import ran
 from documents import PROGRAMS, ROOT, Command, blocks, commands, inline_commands, links, parsed
 from layouts import DEEPSEEK, deepseek_arrays, meta_arrays, meta_folder, write_folder
 
+import mlx_mtp
 from mlx_mtp import drafters
 from mlx_mtp.cli import doctor
 from mlx_mtp.cli.command_line import COMMANDS
@@ -58,6 +62,11 @@ PARSED_ONLY = {
     ("pip",): "needs an index; tools/check_wheel.py installs the package",
     ("python",): "measures for minutes; but for tables.py, which is run below",
     ("printf",): "its text goes into the command after it",
+    ("python3",): "makes an environment",
+    ("source",): "changes the reader's shell",
+    ("rm",): "removes files in the reader's home",
+    ("apt-get",): "changes the system",
+    ("pyinstaller",): "takes minutes",
 }
 
 
@@ -66,11 +75,12 @@ def named(command: Command) -> str:
 
 
 def check_pip(argv: tuple[str, ...]) -> None:
-    """`pip install .[extra]`: the extra is there."""
+    """The extras behind `.` and behind the package's name are there."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert argv[:2] == ("pip", "install") and len(argv) == 3
-    found = re.fullmatch(r"\.(?:\[([\w,]+)\])?", argv[2])
-    assert found and set((found[1] or "serve").split(",")) <= set(extras)
+    assert argv[1] in ("install", "uninstall", "wheel")
+    found = [re.fullmatch(r"(?:\.|mlx-mtp)(?:\[([\w,]+)\])?|pyinstaller", word) for word in argv[2:]]
+    assert any(found)
+    assert {extra for one in found if one and one[1] for extra in one[1].split(",")} <= set(extras)
 
 
 @pytest.mark.parametrize("command", [*commands(), *inline_commands()], ids=named)
@@ -285,6 +295,41 @@ def test_every_link_leads_somewhere() -> None:
             assert anchor in [re.sub(r"[^\w\- ]", "", head).lower().replace(" ", "-") for head in heads], address
 
 
+# The site
+
+
+def test_the_site_is_built_and_asks_nobody_else(tmp_path: Path) -> None:
+    """As `make docs` does it: strictly, so that a dead link or a docstring that names no parameter fails."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    pages = {page: page.read_text(encoding="utf-8") for page in tmp_path.rglob("*.html")}
+    for page, text in pages.items():
+        asked = re.findall(r"<(?:script|link|img|iframe|source)[^>]*(?:src|href)=\"?((?:https?:)?//[^\s\">]+)", text)
+        assert not asked, page
+    reference = pages[tmp_path / "api" / "index.html"]
+    assert all(f'id="mlx_mtp.{name}"' in reference for name in mlx_mtp.__all__ if name != "__version__")
+
+
+# What PyInstaller is told, as docs/embedding.md says
+
+
+def test_the_hook_collects_all_of_three_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the entry point's own function, with a stand-in for PyInstaller."""
+    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["pyinstaller40"]
+    module, name = points["hook-dirs"].split(":")
+    (folder,) = getattr(importlib.import_module(module), name)()
+    stand_in: Any = types.ModuleType("PyInstaller.utils.hooks")
+    stand_in.collect_all = lambda package: ([(package, "files")], [(package, "libraries")], [f"{package}.hidden"])
+    monkeypatch.setitem(sys.modules, "PyInstaller.utils.hooks", stand_in)
+    found = runpy.run_path(str(Path(folder) / "hook-mlx_mtp.py"))
+    packages = ["mlx", "mlx_lm", "mlx_mtp"]
+    assert found["datas"] == [(package, "files") for package in packages]
+    assert found["binaries"] == [(package, "libraries") for package in packages]
+    assert found["hiddenimports"] == [f"{package}.hidden" for package in packages]
+
+
 # Tables and charts say what benchmarks/results/ holds
 
 
@@ -311,7 +356,7 @@ def test_nothing_is_stale() -> None:
 def test_another_result_is_noticed_and_written(copy: Path) -> None:
     file = copy / "benchmarks" / "results" / "bench.json"
     found = json.loads(file.read_text())
-    arms_of(found["samplings"][0])["mtp@4"]["over_stock"]["ratio"] = 7.125
+    arms_of(found["samplings"][0])[DEFAULT]["over_stock"]["ratio"] = 7.125
     file.write_text(json.dumps(found))
     before = (copy / "README.md").read_text()
     code, lines = tables_command("--check", "--root", str(copy))

@@ -24,7 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "mlx_mtp", "cli")
 MOST_BYTES = 40_000_000
-NEEDED = ("mlx_mtp/py.typed", "mlx_mtp/checkpoints/pairs.json", "mlx_mtp/cli/app.py")
+NEEDED = ("mlx_mtp/py.typed", "mlx_mtp/checkpoints/pairs.json", "mlx_mtp/cli/app.py",
+          "mlx_mtp/freezing/hook-mlx_mtp.py")  # fmt: skip
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, 'build_' + sys.argv[1])(sys.argv[2])"
 
 

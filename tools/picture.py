@@ -1,9 +1,9 @@
 """Records `mlx-mtp chat` in a pseudo-terminal and draws what stood on its screen: docs/images/chat.svg.
 
-    .venv/bin/python tools/picture.py [--out FILE.svg]
+    .venv/bin/python tools/picture.py [--model smollm2] [--columns 80] [--out FILE.svg]
 
-The run is real: the installed program with the embedded model, typed into as a user would; the figures are those of
-the machine it runs on. Needs pexpect and pyte (extra `dev`).
+The run is real: the installed program, typed into as a user would; the figures are those of the machine it runs on.
+The model must be here already. Needs pexpect and pyte (extra `dev`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import pexpect
 import pyte
 
 ROOT = Path(__file__).parent.parent
-COLUMNS, ROWS = 92, 44
+ROWS = 60
 PATIENCE = 120
-QUESTIONS = ("What does `list.append` do?", "What does `re.compile` do?")
+QUESTIONS = ("Give me a Python one-liner that reverses a string.", "Make it a function with type hints.")
+NO_BREAK = "\N{NO-BREAK SPACE}"  # browsers drop ordinary spaces at a text's ends and then stretch what is left
 READY = "\n>"
 PLAIN = ("NO_COLOR", "COLUMNS", "LINES")  # would change what is drawn
 COLOURS = {"default": "#222", "black": "#222", "red": "#a22", "green": "#277327", "brown": "#866000",
@@ -38,15 +39,15 @@ WIDTH, HEIGHT, SIZE = 7.83, 18, 13  # of a character's cell, and of its font
 class Recording:
     """A chat on a terminal of its own."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, model: str, columns: int) -> None:
         environment = {name: value for name, value in os.environ.items() if name not in PLAIN}
         environment |= {"HF_HUB_OFFLINE": "1", "XDG_DATA_HOME": folder, "XDG_CONFIG_HOME": folder,
                         "TERM": "xterm-256color"}  # fmt: skip
         self.child = pexpect.spawn(
-            sys.executable, ["-m", "mlx_mtp.cli.app", "chat", "--max-tokens", "96"], dimensions=(ROWS, COLUMNS),
-            env=environment, encoding="utf-8", timeout=PATIENCE,
+            sys.executable, ["-m", "mlx_mtp.cli.app", "chat", "--model", model, "--temperature", "0"],
+            dimensions=(ROWS, columns), env=environment, encoding="utf-8", timeout=PATIENCE,
         )  # fmt: skip
-        self.screen = pyte.Screen(COLUMNS, ROWS)
+        self.screen = pyte.Screen(columns, ROWS)
         self.screen.write_process_input = self.child.send
         self._stream = pyte.Stream(self.screen)
 
@@ -77,23 +78,28 @@ def style_of(cell: Any) -> str:
 
 
 def drawn(screen: Any, title: str) -> str:
-    """The screen as SVG: a line of text for every row, a piece of it for every run of one style."""
-    rows = [[screen.buffer[y][x] for x in range(COLUMNS)] for y in range(ROWS)]
-    used = max(y for y, row in enumerate(rows) if any(cell.data.strip() for cell in row)) + 1
-    width, height = COLUMNS * WIDTH + 32, used * HEIGHT + 56
+    """The screen as SVG: a line of text for every row, a piece of it for every run of one style.
+
+    From the program's greeting on: what it says of this machine while it loads is not drawn.
+    """
+    rows = [[screen.buffer[y][x] for x in range(screen.columns)] for y in range(screen.lines)]
+    first = next(y for y, row in enumerate(screen.display) if row.startswith("mlx-mtp "))
+    last = max(y for y, row in enumerate(screen.display) if row.strip())
+    rows = rows[first : last + 1]
+    width, height = screen.columns * WIDTH + 32, len(rows) * HEIGHT + 56
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" font-size="{SIZE}">',
         f'<rect width="100%" height="100%" rx="8" fill="{PAPER}"/>',
         f'<text x="16" y="24" font-family="Helvetica, Arial, sans-serif" fill="#555">{escape(title)}</text>',
-        '<g font-family="Menlo, Consolas, DejaVu Sans Mono, monospace" xml:space="preserve">',
+        '<g font-family="Menlo, Consolas, DejaVu Sans Mono, monospace">',
     ]
-    for y, row in enumerate(rows[:used]):
+    for y, row in enumerate(rows):
         at = 0
         for style, cells in groupby(row, style_of):
             text = "".join(cell.data for cell in cells)
             if text.strip():
                 place = f'x="{16 + at * WIDTH:.1f}" y="{54 + y * HEIGHT}" textLength="{len(text) * WIDTH:.1f}"'
-                out.append(f"<text {place} {style}>{escape(text)}</text>")
+                out.append(f"<text {place} {style}>{escape(text.replace(' ', NO_BREAK))}</text>")
             at += len(text)
     return "\n".join([*out, "</g></svg>", ""])
 
@@ -101,17 +107,19 @@ def drawn(screen: Any, title: str) -> str:
 def main() -> None:
     """Parses options, records, draws."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="as `mlx-mtp chat` takes it")
+    parser.add_argument("--columns", type=int, default=80, help="of the terminal")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images" / "chat.svg")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        chat = Recording(folder)
+        chat = Recording(folder, args.model, args.columns)
         chat.wait_for_prompt(0)
         for i, question in enumerate(QUESTIONS, 1):
             chat.child.send(f"{question}\r")
             chat.wait_for_prompt(i)
         chat.child.send("/stats\r")
         chat.wait_for_prompt(len(QUESTIONS) + 1)  # the command's own table has such a line too
-        title = f"mlx-mtp chat, embedded model, recorded on {os.cpu_count()} CPU cores of a {platform.system()} machine"
+        title = f"mlx-mtp chat --model {args.model}, on {os.cpu_count()} CPU cores of a {platform.system()} machine"
         svg = drawn(chat.screen, title)
         chat.child.sendeof()
         chat.child.close(force=True)

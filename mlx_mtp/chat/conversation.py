@@ -48,8 +48,10 @@ class _Running:
 class Chat:
     """One conversation with an engine. Made by `Engine.chat` and `Engine.load_chat`.
 
-    messages: {"role": "system" | "user" | "assistant", "content": str}. thinking: asks checkpoints that can to think
-    first; thoughts are streamed and never kept. last: the Result of the newest reply.
+    Attributes:
+        messages: {"role": "system" | "user" | "assistant", "content": str}.
+        thinking: Asks checkpoints that can to think first; thoughts are streamed and never kept.
+        last: The Result of the newest reply.
     """
 
     def __init__(self, engine: Engine, system: str | None = None, thinking: bool = False) -> None:

@@ -14,11 +14,19 @@ from mlx_mtp.text.channels import ToolCall
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen. None = the checkpoint's own default (generation_config.json), else that of `NEUTRAL`.
+    """How tokens are chosen. None = the checkpoint's own default (generation_config.json), else greedy and all off.
 
-    temperature: 0 = greedy. top_k: 0 = off. top_p: 1 = off. min_p: 0 = off. repetition_penalty: 1 = off, counts the
-    prompt too. presence_penalty, frequency_penalty: 0 = off, count what was generated. logit_bias: token id -> what
-    is added to its logit; -inf bans it. Raises OptionError for a value out of range.
+    Raises OptionError for a value out of range.
+
+    Attributes:
+        temperature: 0 = greedy.
+        top_k: 0 = off.
+        top_p: 1 = off.
+        min_p: 0 = off.
+        repetition_penalty: 1 = off; counts the prompt too.
+        presence_penalty: 0 = off; counts what was generated.
+        frequency_penalty: 0 = off; counts what was generated.
+        logit_bias: Token id -> what is added to its logit; -inf bans it.
     """
 
     temperature: float | None = None
@@ -61,15 +69,27 @@ NEUTRAL = Sampling(
 class Stats:
     """Counts and times of one generation. Rates are per second, memory in bytes.
 
-    prefilled_tokens: of the prompt, those that were run; in a conversation the rest is there already.
-    rounds: target forwards after prefill, a surplus one that a stop made useless included.
-    drafted: drafts of the rounds that were read. accepted: those of them that are in the reply: what a stop or the
-    budget cut off was not accepted. verified_by_position: drafts in whose place the reply has a token, the draft
-    itself or the target's; accepted over verified is conditional acceptance. So accepted <= verified <= drafted, and
-    every round gives its accepted drafts and, unless it was cut, one token of the target: tokens <= 1 + accepted +
-    rounds.
-    host_syncs: blocking reads of device values after prefill, counted where they happen.
-    prefill_seconds ends when the first token is there; decode_seconds runs from there to the last.
+    At each position accepted <= verified <= drafted. Every round gives its accepted drafts and, unless it was cut, one
+    token of the target: tokens <= 1 + accepted + rounds.
+
+    Attributes:
+        prompt_tokens: Tokens of the prompt.
+        prefilled_tokens: Those of them that were run; in a conversation the rest is there already.
+        tokens: Tokens of the reply.
+        rounds: Forward passes of the target after prefill, a surplus one that a stop made useless included.
+        drafted: Drafts of the rounds that were read.
+        accepted: Those of them that are in the reply; what a stop or the budget cut off was not accepted.
+        drafted_by_position: `drafted` for the first draft of a round, the second, ...
+        verified_by_position: Drafts in whose place the reply has a token, the draft itself or the target's; accepted
+            over verified is conditional acceptance.
+        accepted_by_position: `accepted`, by position.
+        depth_counts: Drafts a round -> how many rounds had so many.
+        prefill_seconds: From the start until the first token is there.
+        decode_seconds: From the first token to the last.
+        host_syncs: Blocking reads of device values after prefill, counted where they happen.
+        head_passes: Passes through the target's output head.
+        peak_memory_bytes: The most that MLX held at once.
+        mode: "fast" or "exact".
     """
 
     prompt_tokens: int = 0
@@ -143,11 +163,18 @@ def total(stats: Iterable[Stats], *names: str) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished generation. tokens: generated ids, without prompt and without the ending token.
+    """A finished generation; `str(result)` is its text.
 
-    logprobs: one a token, natural logarithm under the target's distribution after penalties and bias, before
-    temperature and filters; None unless asked for. top_logprobs: the likeliest tokens of each place, {token id:
-    logprob}. stop_token, stop_string: the one that ended the reply; both None where the length did.
+    Attributes:
+        text: What was written, up to a stop string.
+        tokens: Its ids, without the prompt and without the stop token.
+        logprobs: One a token, the natural logarithm under the target's distribution after penalties and bias, before
+            temperature and filters; None unless asked for.
+        finish_reason: "stop" or "length".
+        stats: Counts and times.
+        top_logprobs: The likeliest tokens of each place, {token id: logprob}.
+        stop_token: The one that ended the reply, or None.
+        stop_string: The same; both are None where the length ended it.
     """
 
     text: str
@@ -173,11 +200,20 @@ class Result:
 
 @dataclass(frozen=True)
 class Event:
-    """A piece of a running generation: the new text and tokens; `result` only on the last one.
+    """A piece of a running generation: the new text and tokens.
 
-    text: as the model wrote it (in a chat, the answer alone). content, thinking, calls: the same told apart: what is
-    answer, what is thought, and finished calls of tools. With `raw` and without a chat template all text is answer;
-    an event that is made without `content` says so of its text.
+    With `raw` and without a chat template all text is answer; an event that is made without `content` says so of its
+    text.
+
+    Attributes:
+        text: As the model wrote it; in a chat, the answer alone.
+        tokens: Its ids.
+        result: On the last event only.
+        logprobs: Of these tokens, where they were asked for.
+        top_logprobs: The likeliest tokens of each place, where they were asked for.
+        thinking: What of the text is thought.
+        content: What of it is answer.
+        calls: Calls of tools that are finished with it.
     """
 
     text: str
