@@ -212,6 +212,12 @@ def adapted(results: Results) -> Rows:
     return ("tokens a round before", "after", "gain", "time"), [row]
 
 
+def masks(results: Results) -> Rows:
+    """What the masks of a round cost."""
+    rows = [[depth, f"{row['median']:.2f}", f"{row['p99']:.2f}"] for depth, row in results["rounds"].items()]
+    return ("drafts", f"masks of a round over {results['vocabulary']:,} tokens, ms", "99th percentile"), rows
+
+
 def speed_chart(results: Results) -> str:
     """Bars with intervals, one group a category; its own light background, for pages of any colour."""
     groups = {f"all, {temperature(s)}": arms_of(s) for s in results["samplings"]}
@@ -298,6 +304,8 @@ TABLES = {
     ),
     "families": Block("families.json", FAMILIES, families),
     "main-head": Block("families.json", FAMILIES, main_head),
+    "masks": Block("masks.json", "python benchmarks/constrained.py masks --model FOLDER "
+                   "--json benchmarks/results/masks.json", masks),
     "adapt": Block("adapt.json", "python benchmarks/adapt.py --out runs/adapt --json benchmarks/results/adapt.json",
                    adapted),
 }  # fmt: skip
