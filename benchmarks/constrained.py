@@ -90,6 +90,7 @@ def speed(model: str | None, runs: int, tokens: int) -> dict[str, Any]:
                 found[kind].append(stats.decode_tokens_per_second)
     medians = {kind: statistics.median(rates) for kind, rates in found.items()}
     free, held, without = medians.values()
+    assert mtp.target.path is not None
     return {"tokens_per_second": medians, "tokens_per_round": passes, "held over free": held / free,
             "with over without drafts": held / without, "mask_ms": masks(mtp.target.path)}  # fmt: skip
 
