@@ -39,7 +39,7 @@ TOOLS = [
 ]  # fmt: skip
 WET = {"type": "object", "properties": {"wet": {"type": "boolean"}}, "required": ["wet"], "additionalProperties": False}
 CALL = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 60}
-ANSWER = {"tools": TOOLS, "max_tokens": 20,
+ANSWER = {"tools": TOOLS, "max_tokens": 60,
           "response_format": {"type": "json_schema", "json_schema": {"name": "wet", "schema": WET}}}  # fmt: skip
 
 
