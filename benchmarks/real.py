@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,8 +146,9 @@ def first_difference(target: Target, job: DecodeJob, expected: list[int], found:
             "gap": abs((logits[expected[at]] - logits[found[at]]).item())}  # fmt: skip
 
 
-def equality(name: str, form: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Of one form: by prompt where each configuration differs from stock mlx-lm; megabytes at each one's peak."""
+def equality(name: str, form: str, folder: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Of one form: by prompt where each configuration differs from stock mlx-lm; megabytes at each one's peak. What was
+    found so far after each configuration, since all of them take long."""
     unpacking.SHARE = SHARE if form == FLOAT else 0.0  # packed weights stay packed, on a CPU too
     jobs = jobs_of(folder, args.prompts or (PROMPTS if form == FLOAT else PACKED_PROMPTS), args.tokens)
     prompts: dict[str, Any] = {prompt: {"prompt_tokens": len(job.prompt), "differs": {}, "tokens_per_round": {}}
@@ -171,7 +172,8 @@ def equality(name: str, form: str, folder: Path, args: argparse.Namespace) -> di
                 said += f", {run.stats.tokens_per_round:.2f} a round, {json.dumps(differs) if differs else 'equal'}"
             print(said, flush=True)
         del engine, decode
-    return {"tokens": args.tokens, "prompts": prompts, "peak_megabytes": peaks}
+        if each != STOCK:
+            yield {"tokens": args.tokens, "depth": args.depth, "prompts": prompts, "peak_megabytes": peaks}
 
 
 def speed(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -194,7 +196,7 @@ def speed(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """One of the two, model by model; what was found is written after each form."""
+    """One of the two, model by model; what was found so far is written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["equality", "speed"])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
@@ -218,7 +220,9 @@ def main() -> None:
                 found[name] = {"title": MODELS[name].title, **speed(name, folder, args)}
             else:
                 of_model = found.setdefault(name, {"title": MODELS[name].title, "forms": {}})
-                of_model["forms"][form] = equality(name, form, folder, args)
+                for so_far in equality(name, form, folder, args):
+                    of_model["forms"][form] = so_far
+                    common.save(args.json, results)
             common.save(args.json, results)
 
 
