@@ -103,11 +103,12 @@ def main() -> None:
         together = {name: future.result() for name, future in work.items()}
     found = {"turns": args.turns, "alone": alone, "together": together}
     for name in NAMES:
-        same = sum(mine == its for mine, its in zip(alone[name], together[name], strict=True))
+        same = sum(mine == its for mine, its in zip(alone[name][1:], together[name][1:], strict=True))
         after = [row["prefilled"] for row in together[name][1:]]
-        print(f"{name}: {same} of {args.turns} turns as alone; first {alone[name][0]} and {together[name][0]}, then "
-              f"{statistics.median(after)} tokens a turn in the middle, {max(after)} at most, of up to "
-              f"{together[name][-1]['prompt']}")  # fmt: skip
+        print(f"{name}: {same} of {len(after)} turns after the first as alone; prefilled {statistics.median(after):g} "
+              f"tokens in the middle, {max(after)} at most; of {together[name][-1]['prompt']} in the end")  # fmt: skip
+    first = [sum(found[name][0]["prefilled"] for name in NAMES) for found in (alone, together)]
+    print(f"All three first turns, of which some begin alike: {first[0]} tokens alone, {first[1]} together")
     common.save(args.json, found)
 
 
