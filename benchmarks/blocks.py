@@ -227,6 +227,50 @@ def adapted(results: Results) -> Rows:
     return ("tokens a round before", "after", "gain", "time"), [row]
 
 
+def masks(results: Results) -> Rows:
+    """What the masks of a round cost."""
+    rows = [[depth, f"{row['median']:.2f}", f"{row['p99']:.2f}"] for depth, row in results["rounds"].items()]
+    return ("drafts", f"masks of a round over {results['vocabulary']:,} tokens, ms", "99th percentile"), rows
+
+
+def real_equality(results: Results) -> Rows:
+    """Greedy replies beside stock mlx-lm's, a row for every form of every real model."""
+    heads = ("model", "weights", "replies", "plain", "with drafts", "tokens a round", "peak, MB", "stock mlx-lm's, MB")
+    rows = []
+    for model in results["equality"].values():
+        for form, found in model["forms"].items():
+            prompts, peaks = found["prompts"].values(), found["peak_megabytes"]
+            longest = max(prompt["prompt_tokens"] for prompt in prompts) + found["tokens"]
+            drafted = [name for name in peaks if name not in ("stock mlx-lm", "plain")]
+            taus = [prompt["tokens_per_round"][name] for prompt in prompts for name in drafted]
+            rows.append([
+                model["title"], form, f"{len(prompts)} of {found['tokens']} tokens, up to token {longest:,}",
+                _same([prompt["differs"]["plain"] for prompt in prompts]),
+                _same([prompt["differs"][name] for prompt in prompts for name in drafted]),
+                f"{min(taus):.2f} to {max(taus):.2f}" if taus else "",
+                f"{peaks['plain']:,.0f}", f"{peaks['stock mlx-lm']:,.0f}",
+            ])  # fmt: skip
+    return heads, rows
+
+
+def _same(differs: Sequence[Results | None]) -> str:
+    """'4 of 5 equal (from token 137 on, logits apart by 0.0003)'."""
+    found = [f"from token {each['at'] + 1} on, logits apart by {each['gap']:.1g}" for each in differs if each]
+    return f"{len(differs) - len(found)} of {len(differs)} equal" + (f" ({'; '.join(found)})" if found else "")
+
+
+def real_speed(results: Results) -> Rows:
+    """Speed of real models over stock mlx-lm, a row for every prompt."""
+    models = results.get("speed", {}).values()
+    names = list(dict.fromkeys(name for model in models for row in model["prompts"].values() for name in row))[1:]
+    rows = [
+        [f"{model['title']}, {prompt}", f"{row['stock mlx-lm']['tokens_per_second']:.1f}",
+         *(ratio(row[name]) if name in row else "" for name in names)]
+        for model in models for prompt, row in model["prompts"].items()
+    ]  # fmt: skip
+    return ("model and prompt", "stock mlx-lm, tokens/s", *names), rows
+
+
 def speed_chart(results: Results) -> str:
     """Bars with intervals, one group a category; its own light background, for pages of any colour."""
     groups = {f"all, {temperature(s)}": arms_of(s) for s in results["samplings"]}
@@ -283,6 +327,7 @@ def _bar(over: Results, left: int, y: int, thick: int, scale: float, colour: str
 BENCH = "mlx-mtp bench --json benchmarks/results/bench.json --plot docs/images/bench.png"
 FAMILIES = ("python benchmarks/families.py --runs runs/embedded --joint-runs runs/joint "
             "--json benchmarks/results/families.json --plot docs/images/families.png")  # fmt: skip
+REAL = "python benchmarks/real.py"
 COST = "python benchmarks/verify_cost.py --json benchmarks/results/verify-cost.json"
 SOAK = "python benchmarks/soak.py --json benchmarks/results/soak.json"
 
@@ -314,6 +359,10 @@ TABLES = {
     ),
     "families": Block("families.json", FAMILIES, families),
     "main-head": Block("families.json", FAMILIES, main_head),
+    "real-equality": Block("real.json", f"{REAL} equality --json benchmarks/results/real.json", real_equality),
+    "real-speed": Block("real.json", f"{REAL} speed --json benchmarks/results/real.json", real_speed),
+    "masks": Block("masks.json", "python benchmarks/constrained.py masks --model FOLDER "
+                   "--json benchmarks/results/masks.json", masks),
     "adapt": Block("adapt.json", "python benchmarks/adapt.py --out runs/adapt --json benchmarks/results/adapt.json",
                    adapted),
 }  # fmt: skip

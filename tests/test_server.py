@@ -294,20 +294,24 @@ def test_the_pool_of_sessions() -> None:
         return Sized(ids=list(ids))
 
     pool = SessionPool(30)
-    for session in (one := held(1, 2, 3, 4), two := held(1, 2, 9), three := held(5)):
+    for session in (one := held(1, 2, 3, 4), two := held(1, 2, 9), three := held(5, 5)):
         assert not pool.keep(session, 2)
     assert (pool.nbytes, pool.count) == (30, 3)
     assert pool.take([1, 2, 3, 7]) is one and pool.count == 2  # most in common
     assert not pool.keep(one, 3)
     assert pool.take([8]) not in (one, two, three) and pool.count == 3
     assert pool.keep(held(6), 1) and pool.nbytes == 30  # the least recently used one went: two
-    assert pool.take([1, 2, 9]) is one
+    assert pool.take([1, 2, 3, 9]) is one
     pool.keep(Session(), 1)
     assert pool.take([5, 5]) is three and pool.count == 1
     alike = [*range(40)]
     pool.keep(long := held(*alike, *range(100, 140)), 70)
     copied = pool.take([*alike, 7])  # begins alike, and is another conversation
-    assert copied is not long and copied.ids == long.ids and pool.take([*alike, *range(100, 130), 3]) is long
+    assert copied is not long and copied.ids == long.ids
+    assert pool.take([*alike, *range(100, 125), *range(5)]) is not long  # another name at the end of the same question
+    assert pool.take([*alike, *range(100, 125), *range(30)]) is long  # its reply, and a turn more
+    pool.keep(long, 70)
+    assert pool.take([*alike, *range(100, 130), 3]) is long
     nothing = SessionPool(0)
     nothing.keep(held(1), 1)
     assert nothing.count == 0

@@ -1,9 +1,9 @@
-"""Large files of the hub into its local cache: some at once, and from where an earlier attempt broke off.
+"""Large files of the hub, or of a package index, to their place: some at once, and from where an attempt broke off.
 
 huggingface_hub requests the bytes. It would also find them a place, but drops what has come when its process ends
-half-way (its issue 4196, still so in 2.4). So the part files are ours, under its locks and in its cache.
+half-way (its issue 4196, still so in 2.4). So the part files are ours, under its locks and, of the hub, in its cache.
 
-Invariant: a file has its final name only when its SHA-256 is the one the hub announced.
+Invariant: a file has its final name only when its SHA-256 is the one that was announced.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds, one after each answer that says the hu
 
 @dataclass(frozen=True)
 class LargeFile:
-    """A file to fetch: its address, its size in bytes, its SHA-256, its place in the cache and its lock there."""
+    """A file to fetch: its address, its size in bytes, its SHA-256, its place and its lock there.
+
+    token: False sends none; None sends the user's for the hub, where there is one.
+    """
 
     name: str
     url: str
@@ -36,6 +39,7 @@ class LargeFile:
     sha256: str
     place: Path
     lock: Path
+    token: bool | None = None
 
     @property
     def part(self) -> Path:
@@ -67,8 +71,7 @@ class LargeFile:
                     return
                 self.part.unlink()
         raise CheckpointError(
-            f"{self.name} came twice with another content than the hub announces; try again later, or over another "
-            "network."
+            f"{self.name} came twice with another content than was announced; try again later, or over another network."
         )
 
     def _received(self, stop: threading.Event) -> str:
@@ -98,7 +101,7 @@ class LargeFile:
 
         http_get(
             self.url, cast(BinaryIO, stream), resume_size=stream.seek(0, os.SEEK_END), expected_size=self.size,
-            headers=build_hf_headers(library_name="mlx-mtp", library_version=__version__)
+            headers=build_hf_headers(token=self.token, library_name="mlx-mtp", library_version=__version__)
             | {"Accept-Encoding": "identity"},  # a compressed answer has no ranges
             tqdm_class=silent_tqdm,
         )  # fmt: skip

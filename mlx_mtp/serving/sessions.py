@@ -42,6 +42,7 @@ class SessionPool:
 
         Whoever goes on from a prompt that was served gets its session, out of the pool. Another conversation that
         begins alike, with the same instructions and tools, gets a copy: the first one goes on from its own later.
+        The one prompt has all of the other, or but for its end, and a turn more.
         """
         best, most = None, 0
         for kept in self._kept:
@@ -49,7 +50,7 @@ class SessionPool:
                 best, most = kept, common
         if best is None:
             return Session()
-        if most >= best.prompt - PROMPT_TAIL:
+        if most >= best.prompt or most >= best.prompt - PROMPT_TAIL and len(ids) > best.prompt + PROMPT_TAIL:
             self._kept = [kept for kept in self._kept if kept is not best]
             self._count()
             return best.session

@@ -23,6 +23,11 @@ FILL_IN = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"), ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
     ("▁<PRE>", "▁<SUF>", "▁<MID>"),
 )  # fmt: skip
+# For llguidance: tokens that are looked at once, all together. Where a string may still have n characters, those of the
+# longest kind that fits are allowed at one stroke, and only longer ones are followed one by one.
+IN_STRING = r'[^"\\\x00-\x1F\x7F]'
+IN_SHORT_STRINGS = [f"{IN_STRING}{{1,{most}}}" for most in (1, 2, 3, 4, 6, 8, 10, 13, 16, 30)]
+SLICES = [r"[\x20\x0A\x0D\x09]+", *IN_SHORT_STRINGS, f"{IN_STRING}+"]
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
 
@@ -180,7 +185,7 @@ def _grammar_table(wrapped: Any, vocab_size: int, stop_tokens: list[int]) -> Any
     if not stop_tokens or not getattr(inner, "is_fast", False):
         lacks = "no tokenizer.json" if stop_tokens else "no stop token"
         raise OptionError(f"This checkpoint has {lacks}, without which an answer cannot be held to a grammar.")
-    return from_tokenizer(inner, n_vocab=vocab_size, eos_token=stop_tokens)
+    return from_tokenizer(inner, n_vocab=vocab_size, eos_token=stop_tokens, slices=SLICES)
 
 
 def prompt_ids(
