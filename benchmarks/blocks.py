@@ -64,11 +64,11 @@ def headline(results: Results) -> str:
         over, heat = arms_of(sampling)[HEADLINE]["over_stock"], sampling["sampling"]["temperature"]
         found.append(f"**{over['ratio']:.2f} times** [{over['low']:.2f}, {over['high']:.2f}] at temperature {heat:g}")
     cores, system = results["machine"]["cores"], results["machine"]["system"].split()[0]
+    prompts = results["samplings"][0]["groups"][0]["prompts"]
     return (
         f"Speed over stock mlx-lm, which does not draft, with the same weights: {' and '.join(found)}, with 95 % "
-        f"intervals. Measured on {cores} CPU cores of a {system} machine with SmolLM2-135M, the drafter that comes with it "
-        f"and a lookup in front (`--drafter lookup+auto`), on {results['samplings'][0]['groups'][0]['prompts']} kinds of "
-        "prompts."
+        f"intervals. Measured on {cores} CPU cores of a {system} machine with SmolLM2-135M, the drafter that comes "
+        f"with it and a lookup in front (`--drafter lookup+auto`), on {prompts} kinds of prompts."
     )
 
 
