@@ -158,13 +158,13 @@ class Engine:
         return Chat.load(self, file)
 
     def generate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Result:
-        """The whole reply to a string, a list of messages or a list of token ids; options as for `request`."""
+        """The whole reply to a string, a list of messages or a list of token ids; options: RequestOptions."""
         *_, last = self.stream(prompt, **options)
         assert last.result is not None
         return last.result
 
     def stream(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Generator[Event, None, None]:
-        """Events of a reply as they come; the last one carries the Result. Options as for `request`.
+        """Events of a reply as they come; the last one carries the Result. Options: RequestOptions.
 
         Raises PromptError and OptionError before anything runs.
         """
@@ -213,30 +213,7 @@ class Engine:
 
         Args:
             prompt: A string, a list of chat messages, or a list of token ids.
-            max_tokens: The reply ends after so many.
-            sampling: How tokens are chosen. Its fields may be given as keywords instead, like `temperature=0.7`.
-            stop: Strings that end the reply where they turn up in its answer, never in a thought or a call of a tool.
-                The text ends in front of the string, the tokens with the one that completes it; of two strings that
-                end at once the longer counts.
-            seed: The same seed gives the same reply.
-            logprobs: n = those of every token and of the n likeliest of its place; 0 = none.
-            raw: Continues the prompt as it is, without the chat template, and takes all that comes for answer.
-            thinking: Asks a checkpoint that can to think first.
-            ignore_end: Goes on past stop tokens (for timing).
-            logits_processors: Functions in mlx-lm's convention, (tokens so far [T], logits [1, V]) -> logits [1, V],
-                called for every row; rounds are then read one by one.
-            on_prefill: Called with (done, total) after every chunk of the prompt.
-            session: Keeps the K/V of prompt and reply, for what the next prompt has in common with them.
-            tools: Whether calls of tools are told apart from the answer; or declarations in OpenAI's form, which go
-                into the prompt where it is no list of ids.
-            tool_choice: "auto", "required" (a call, no answer), the name of the one tool to call, or a ToolChoice. A
-                reply that must call, or may call a tool that is `strict`, is held to a grammar: its calls can always
-                be read, and their arguments keep to the tool's schema.
-            prediction: A text, or its tokens, that much of the reply is expected to repeat; lookups draft from it.
-            json_schema: An object or a pydantic class that the answer is held to; a thought before it is free.
-            grammar: The same, as a lark grammar in the form that llguidance reads.
-            regex: The same, as a regular expression.
-            **fields: Fields of Sampling.
+            max_tokens: The reply ends after so many; the other options are those of RequestOptions.
         """
         max_tokens = checks.whole("max_tokens", max_tokens, 1)
         logprobs = checks.whole("logprobs", logprobs, 0, min(MOST_LOGPROBS, self.target.info.vocab_size))
@@ -253,26 +230,16 @@ class Engine:
         if session is not None:
             session.check(self.pair)
         checked = GenerationRequest(
-            ids=ids,
-            budget=min(max_tokens, self.max_context - len(ids)),
+            ids=ids, budget=min(max_tokens, self.max_context - len(ids)),
             sampling=self._checked_sampling(sampling, fields),
-            seed=secrets.randbits(63) if seed is None else seed,
-            seeded=seed is not None,
-            logprobs=logprobs,
+            seed=secrets.randbits(63) if seed is None else seed, seeded=seed is not None, logprobs=logprobs,
             processors=checks.functions("logits_processors", logits_processors),
-            on_prefill=checks.function("on_prefill", on_prefill),
-            session=session,
-            stop=stops,
+            on_prefill=checks.function("on_prefill", on_prefill), session=session, stop=stops,
             stop_tokens=frozenset() if ignore_end else self.stop_tokens,
-            raw=raw,
-            tools=tools,
-            prediction=self._expected(prediction),
-            grammar=self._grammar(
-                {"json_schema": json_schema, "grammar": grammar, "regex": regex},
-                declared,
-                ToolChoice.of(tool_choice, declared),
-            ),
-        )
+            raw=raw, tools=tools, prediction=self._expected(prediction),
+            grammar=self._grammar({"json_schema": json_schema, "grammar": grammar, "regex": regex}, declared,
+                                  ToolChoice.of(tool_choice, declared)),
+        )  # fmt: skip
         return self.after_thought(checked, thinking)
 
     def _grammar(

@@ -81,7 +81,6 @@ def load(
     _ensure_compile_works()
     if blas.name() == blas.TOO_LATE:
         log.warning("MLX was imported before mlx_mtp and is bound to its slow BLAS: import mlx_mtp first.")
-
     source = _resolve(model)
     plan = _checked(model, source, _plan_drafter(model, source, drafter))
     checkpoint = source.fetch(on_progress)
@@ -95,17 +94,12 @@ def load(
     file, tokenizer = checkpoint.path / "generation_config.json", Tokenizer.load(checkpoint.path)
     generation = read_json(file) if file.exists() else {}
     engine = Engine(
-        target,
-        loaded,
-        tokenizer,
+        target, loaded, tokenizer, depth=depth, mode=mode, max_context=max_context,
         stop_tokens=_end_tokens(checkpoint, generation, tokenizer, target.info.vocab_size),
-        depth=depth,
-        mode=mode,
-        max_context=max_context,
         defaults=_default_sampling(generation, checkpoint.path),
         profile=ProfileFile(kept.profiles_path(), _profile_key(checkpoint.path, drafter, loaded, mode, head_bits)),
         probes=ProbeFile(kept.probes_path(), _probes_key(checkpoint)),
-    )
+    )  # fmt: skip
     memory.keep_resident(engine, sum(memory.held_bytes(each.tensors()) for each in (checkpoint, *plan.sources())))
     return engine
 

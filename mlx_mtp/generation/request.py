@@ -34,7 +34,24 @@ class SamplingFields(TypedDict, total=False):
 
 
 class ReplyOptions(SamplingFields, total=False):
-    """The keywords of `Chat.send` and `Chat.retry`; see `Engine.request`."""
+    """The keywords of `Chat.send` and `Chat.retry`, beside the fields of Sampling.
+
+    Attributes:
+        max_tokens: The reply ends after so many.
+        sampling: How tokens are chosen. Its fields may be given as keywords instead, like `temperature=0.7`.
+        stop: Strings that end the reply where they turn up in its answer, never in a thought or a call of a tool.
+            The text ends in front of the string, the tokens with the one that completes it; of two strings that
+            end at once the longer counts.
+        seed: The same seed gives the same reply.
+        logprobs: n = those of every token and of the n likeliest of its place; 0 = none.
+        ignore_end: Goes on past stop tokens (for timing).
+        logits_processors: Functions in mlx-lm's convention, (tokens so far [T], logits [1, V]) -> logits [1, V],
+            called for every row; rounds are then read one by one.
+        on_prefill: Called with (done, total) after every chunk of the prompt.
+        json_schema: An object or a pydantic class that the answer is held to; a thought before it is free.
+        grammar: The same, as a lark grammar in the form that llguidance reads.
+        regex: The same, as a regular expression.
+    """
 
     max_tokens: int
     sampling: Sampling | None
@@ -50,7 +67,19 @@ class ReplyOptions(SamplingFields, total=False):
 
 
 class RequestOptions(ReplyOptions, total=False):
-    """The keywords of `Engine.request`, `stream` and `generate`; a chat decides these by itself."""
+    """The keywords of `Engine.request`, `stream` and `generate`: those of ReplyOptions, and what a chat sees to itself.
+
+    Attributes:
+        raw: Continues the prompt as it is, without the chat template, and takes all that comes for answer.
+        thinking: Asks a checkpoint that can to think first.
+        session: Keeps the K/V of prompt and reply, for what the next prompt has in common with them.
+        tools: Whether calls of tools are told apart from the answer; or declarations in OpenAI's form, which go
+            into the prompt where it is no list of ids.
+        tool_choice: "auto", "required" (a call, no answer), the name of the one tool to call, or a ToolChoice. A
+            reply that must call, or may call a tool that is `strict`, is held to a grammar: its calls can always
+            be read, and their arguments keep to the tool's schema.
+        prediction: A text, or its tokens, that much of the reply is expected to repeat; lookups draft from it.
+    """
 
     raw: bool
     thinking: bool
