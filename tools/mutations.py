@@ -157,6 +157,12 @@ FAULTS = (
           "if drafter is not None:\n            memory = drafter.expect",
           "if drafter and request.prediction:\n            memory = drafter.expect",
           ("tests/test_engine.py", "-k", "prediction")),
+    Fault("scoring: a token's logprob in the place of the one before", "mlx_mtp/generation/scoring.py",
+          "ids[start + 1 : start + ROWS + 1]", "ids[start : start + ROWS][: len(ids) - 1 - start]",
+          ("tests/test_interfaces.py", "-k", "logprobs_of_a_prompt")),
+    Fault("constraint: masks know nothing of the drafts before them", "mlx_mtp/generation/constraint.py",
+          "consumed += self._matcher.consume_token(draft)", "pass",
+          ("tests/test_constraint.py", "-k", "enumeration and 6")),
 )  # fmt: skip
 
 
