@@ -129,7 +129,7 @@ class Conversation:
         """
         ask = self.chat.retry if text is None else partial(self.chat.send, text)
         before, view = self.chat.messages, self.screen.view(self.settings.thinking)
-        short, repetition = self.model is None and self.settings.max_tokens is None, toy.Repetition()
+        short, repetition = toy.is_short(self.model, self.settings.max_tokens), toy.Repetition()
         try:
             with (
                 no_echo(), interruption() as stop, PatientBar(self.screen.err, MofNCompleteColumn()) as bar,

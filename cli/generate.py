@@ -80,7 +80,7 @@ def generate(
             on_prefill=functools.partial(bar.update, "reading the prompt"),
         )  # fmt: skip
     result, interrupted, repetition = None, False, toy.Repetition()
-    short = model is None and max_tokens is None
+    short = toy.is_short(model, max_tokens)
     texts: list[str] = []
     ids: list[int] = []
     try:

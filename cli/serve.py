@@ -75,8 +75,7 @@ def serve(
     any_host = api_key is not None and not allow_host
     wanted = serving.ServerOptions(
         model=name, others=[model] if model else [], api_key=api_key, origins=cors or [],
-        hosts=None if any_host else [*serving.LOOPBACK_NAMES, host, *(allow_host or [])],
-        tokens=max_tokens,
+        hosts=None if any_host else [*serving.LOOPBACK_NAMES, host, *(allow_host or [])], tokens=max_tokens,
         most_tokens=most_tokens, seed=seed, lenient=lenient, session_bytes=int(session_memory * 1e9),
         body_bytes=int(body_size * 1e6),
         sampling=mlx_mtp.Sampling(

@@ -11,9 +11,14 @@ DEFAULT = f"{{usual}}; {TOKENS} of the embedded model"
 NOTE = f"The embedded model is a toy: replies end after {TOKENS} tokens or where it repeats itself; -n N changes that."
 
 
+def is_short(model: str | None, asked: int | None) -> bool:
+    """Whether this model's replies are such: the embedded one's (None), where nobody asked for a number of tokens."""
+    return model is None and asked is None
+
+
 def most_tokens(model: str | None, asked: int | None, usual: int) -> int:
-    """Of a reply of this model, None being the embedded one."""
-    return asked if asked is not None else TOKENS if model is None else usual
+    """Of a reply."""
+    return TOKENS if is_short(model, asked) else usual if asked is None else asked
 
 
 @dataclass

@@ -30,6 +30,7 @@ def scores(target: Target, ids: Sequence[int], most: int, check: Callable[[], ob
         cache.advance(len(rows))
         of_tokens, (tokens, values) = token_logprobs(target.head(hidden), mx.array([following]), most)
         mx.eval(of_tokens, tokens, values, cache.arrays)
+        threads.pause()
         best = zip(tokens[0].tolist(), values[0].tolist(), strict=True)
         found += [(one, dict(zip(*row, strict=True)))
                   for one, row in zip(of_tokens[0].tolist(), best, strict=True)]  # fmt: skip

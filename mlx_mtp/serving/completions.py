@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, PlainValidator
@@ -55,9 +55,6 @@ class CompletionForm(ChoicesForm):
         super().__init__(body, context, asked)
         self._offsets = Counter[int]()  # characters of each choice's tokens so far
 
-    def begin(self, prompt_tokens: int) -> Iterable[Object]:
-        return []
-
     def _choice(self, index: int, events: Sequence[Event]) -> Object:
         return {"text": "".join(event.content for event in events), "finish_reason": result_of(events).finish_reason}
 
@@ -68,7 +65,7 @@ class CompletionForm(ChoicesForm):
     def _logprobs(self, index: int, events: Sequence[Event]) -> Object:
         """The older form: lists side by side; offsets count characters. Nothing is known of a text's first token."""
         found, offsets = scored(self._tokenizer, self._asked.logprobs or 0, events), []
-        first = 1 if self._asked.echo and not self._offsets[index] else 0
+        first = int(self._asked.echo and index not in self._offsets)
         for token, _ in found:
             offsets.append(self._offsets[index])
             self._offsets[index] += len(token.text)

@@ -72,17 +72,17 @@ class Form(ABC):
 
     done: ClassVar[str] = ""
 
-    @abstractmethod
     def begin(self, prompt_tokens: int) -> Iterable[Object]:
         """Chunks before the first reply."""
+        return ()
 
     @abstractmethod
     def chunks(self, index: int, events: Iterable[Event]) -> Iterator[Object]:
         """One reply, as it comes."""
 
-    @abstractmethod
     def end(self, results: Sequence[Result]) -> Iterable[Object]:
         """Chunks after the last reply."""
+        return ()
 
     @abstractmethod
     def whole(self, replies: Sequence[Sequence[Event]]) -> Object:

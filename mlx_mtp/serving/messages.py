@@ -238,9 +238,6 @@ class MessagesForm(TypedForm):
                 }  # fmt: skip
                 yield {"type": "message_stop"}
 
-    def end(self, results: Sequence[Result]) -> Iterable[Object]:
-        return []
-
     def whole(self, replies: Sequence[Sequence[Event]]) -> Object:
         for _ in self.chunks(0, replies[0]):
             pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import mlx.core as mx
@@ -61,17 +62,13 @@ class Replier:
         replies: list[list[Event]] = []
         for i, request in enumerate(requests):
             replies.append([])
-            if asked.echo and not i % asked.choices:
-                echoed = self._echoed(asked, i // asked.choices, request, ticket)
-            if asked.echo and streamed:
-                yield from form.chunks(i, [echoed])
-            elif asked.echo:
-                replies[i].append(echoed)
+            if not i % asked.choices:
+                before = [self._echoed(asked, i // asked.choices, request, ticket)] if asked.echo else []
             with closing(self._events(request, ticket)) as events:
                 if streamed:
-                    yield from form.chunks(i, _kept_last(events, replies[i]))
+                    yield from form.chunks(i, _kept_last(chain(before, events), replies[i]))
                 else:
-                    replies[i] += events
+                    replies[i] += chain(before, events)
         if streamed:
             yield from form.end([result_of(one) for one in replies])
         else:

@@ -293,9 +293,6 @@ class ResponsesForm(TypedForm):
                 yield from self._close()
                 yield self._ended(event.result)
 
-    def end(self, results: Sequence[Result]) -> Iterable[Object]:
-        return []
-
     def whole(self, replies: Sequence[Sequence[Event]]) -> Object:
         *_, last = self.chunks(0, replies[0])
         response: Object = last["response"]
