@@ -2,7 +2,7 @@
 # folder with spaces works.
 PYTHON = .venv/bin/python
 
-.PHONY: demo test coverage lint docs wheel peers setup clean
+.PHONY: demo test clients coverage lint docs wheel peers setup clean
 
 demo: setup
 	@.venv/bin/mlx-mtp demo
@@ -10,6 +10,12 @@ demo: setup
 test:
 	@bash tools/setup.sh dev
 	@$(PYTHON) -m pytest -q -n 2 --dist worksteal
+
+# Other people's clients against the server, each with its own libraries in build/clients; JavaScript's where there is npm.
+clients:
+	@bash tools/setup.sh dev
+	@bash tools/clients.sh
+	@$(PYTHON) -m pytest -q tests/test_clients.py
 
 # Lines that the tests run, by file, commands in processes of their own included; fails below 90 % in all or 80 % a file.
 coverage:

@@ -8,11 +8,16 @@ import importlib.util
 import shutil
 import sys
 from collections.abc import Callable, Generator
+from pathlib import Path
 
 import pytest
 
 from mlx_mtp.backend import blas
 
+# What `make clients` makes, for tests/test_clients.py: Python environments, and where JavaScript's packages lie.
+CLIENTS = Path(__file__).parent.parent / "build/clients"
+PYTHON_CLIENTS = [CLIENTS / name / "bin/python" for name in ("clients", "clients-instructor", "clients-llama-index")]
+JAVASCRIPT_CLIENTS = CLIENTS / "node_modules"
 PEERS = ("torch", "transformers", "mlx_vlm")
 
 
@@ -30,6 +35,8 @@ EXCUSES: dict[str, Callable[[], bool]] = {
     **{f"could not import '{peer}'": lambda peer=peer: missing(peer) for peer in PEERS},
     # tests/test_page.py: the package playwright, and a browser of the system's.
     "no Chromium that can be driven": lambda: missing("playwright") or chromium() is None,
+    "no Python clients": lambda: not all(map(Path.exists, PYTHON_CLIENTS)),
+    "no JavaScript clients": lambda: not JAVASCRIPT_CLIENTS.exists(),
     "Linux only": lambda: not sys.platform.startswith("linux"),
     # What tools/setup.sh could not install: without root, or without a network.
     "no OpenBLAS or MKL on this machine": lambda: not any(map(blas._open, blas._candidates())),

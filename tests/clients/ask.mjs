@@ -1,11 +1,10 @@
 // JavaScript clients of OpenAI's and Anthropic's APIs at their typed defaults, against a running server.
 //
-//     npm install ai@6 @ai-sdk/openai@3 @ai-sdk/openai-compatible@2 @ai-sdk/anthropic@3 zod@4 \
-//                 openai@6 @anthropic-ai/sdk@1
-//     mlx-mtp serve --model FOLDER --temperature 1 &   # a model whose template knows tools
-//     node clients.mjs http://127.0.0.1:8080 MODEL [WORDS]
+//     make clients                                     # their packages, and this against the embedded model
+//     mlx-mtp serve --model FOLDER --temperature 1 &   # or by hand: a model whose template knows tools
+//     cp tests/clients/ask.mjs build/clients && node build/clients/ask.mjs http://127.0.0.1:8080 MODEL [WORDS]
 //
-// From a copy of this file beside node_modules. A line a client and way of asking, as in clients.py.
+// Node looks for packages beside the file. A line a client and way of asking, as in ask.py.
 
 import Anthropic from "@anthropic-ai/sdk";
 import { createAnthropic } from "@ai-sdk/anthropic";

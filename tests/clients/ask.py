@@ -1,8 +1,8 @@
 """Clients of OpenAI's and Anthropic's APIs at their typed defaults, against a running server.
 
-    pip install -e '.[clients]'                      # in an environment of its own: some clients pin what others do not
-    mlx-mtp serve --model FOLDER --temperature 1 &   # a model whose template knows tools
-    python benchmarks/clients.py http://127.0.0.1:8080 MODEL [WORDS]
+    make clients                                     # their environments, and this against the embedded model
+    mlx-mtp serve --model FOLDER --temperature 1 &   # or by hand: a model whose template knows tools
+    build/clients/clients/bin/python tests/clients/ask.py http://127.0.0.1:8080 MODEL [WORDS]
 
 A line a client and way of asking: whether what came is what its types say. WORDS: only those whose names have one.
 """
@@ -10,13 +10,14 @@ A line a client and way of asking: whether what came is what its types say. WORD
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
@@ -25,13 +26,60 @@ MESSAGES = [{"role": "user", "content": QUESTION}]
 
 
 class City(BaseModel):
-    """A city, within bounds: a very small model writes for ever where it may."""
+    """A city, within bounds: a very small model writes for ever where it may, and calls one tool after the other."""
 
     name: str = Field(max_length=40)
     population: int = Field(ge=0, le=100_000_000)
 
 
 Case = Callable[[], object]
+
+
+def _openai(model: str) -> dict[str, Case]:
+    import openai
+
+    client, tool = openai.OpenAI(max_retries=0), openai.pydantic_function_tool(City)
+
+    def chat() -> object:
+        parts = client.chat.completions.create(model=model, messages=MESSAGES, max_tokens=TOKENS, stream=True)
+        return "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+
+    def parse(**more: Any) -> Any:
+        asked = client.chat.completions.parse(model=model, messages=MESSAGES, max_tokens=TOKENS, **more)
+        return asked.choices[0].message
+
+    def respond() -> object:
+        asked = client.responses.parse(model=model, input=QUESTION, max_output_tokens=TOKENS, text_format=City)
+        return asked.output_parsed
+
+    return {
+        "openai stream": chat, "openai schema": lambda: parse(response_format=City).parsed, "openai responses": respond,
+        "openai tool": lambda: parse(tools=[tool], tool_choice="required", parallel_tool_calls=False)
+        .tool_calls[0].function.parsed_arguments,
+        "openai completion": lambda: client.completions.create(model=model, prompt=QUESTION, max_tokens=8)
+        .choices[0].text,
+    }  # fmt: skip
+
+
+def _anthropic(model: str) -> dict[str, Case]:
+    import anthropic
+
+    client, asked = anthropic.Anthropic(max_retries=0), {"model": model, "messages": MESSAGES}
+    tool = {"name": "city", "input_schema": City.model_json_schema()}
+
+    def stream() -> object:
+        with client.messages.stream(max_tokens=TOKENS, **asked) as events:
+            return events.get_final_text()
+
+    def call() -> object:
+        one = {"type": "any", "disable_parallel_tool_use": True}
+        found = client.messages.create(max_tokens=TOKENS, tools=[tool], tool_choice=one, **asked)
+        return City.model_validate(found.content[-1].input)
+
+    return {
+        "anthropic stream": stream, "anthropic tool": call,
+        "anthropic count": lambda: client.messages.count_tokens(**asked).input_tokens,
+    }  # fmt: skip
 
 
 def _instructor(model: str) -> dict[str, Case]:
@@ -52,7 +100,8 @@ def _pydantic_ai(model: str) -> dict[str, Case]:
     from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 
     kinds = {"chat": OpenAIChatModel, "responses": OpenAIResponsesModel, "anthropic": AnthropicModel}
-    outputs: dict[str, Any] = {"tool": City, "native": NativeOutput(City), "text": str, "bool": bool, "list": list[int]}
+    outputs: dict[str, Any] = {"tool": City, "native": NativeOutput(City), "text": str, "bool": bool,
+                               "list": Annotated[list[bool], Field(max_length=5)]}  # fmt: skip
 
     def ask(kind: str, output: Any) -> object:
         agent = Agent(kinds[kind](model), output_type=output)
@@ -105,13 +154,14 @@ def _agents(model: str) -> dict[str, Case]:
     agents.set_tracing_disabled(True)
 
     @agents.function_tool
-    def people(city: str) -> int:
+    def people(city: Annotated[str, Field(max_length=40)]) -> int:
         """How many live in a city."""
         return 134_000
 
     def ask(api: str, output: Any = None, tools: bool = False) -> object:
         agents.set_default_openai_api(api)  # type: ignore[arg-type]
-        settings = agents.ModelSettings(max_tokens=TOKENS, tool_choice="required" if tools else None)
+        settings = agents.ModelSettings(max_tokens=TOKENS, tool_choice="required" if tools else None,
+                                        parallel_tool_calls=False if tools else None)
         agent = agents.Agent(name="a", instructions="Be brief.", model=model, model_settings=settings,
                              output_type=output, tools=[people] if tools else [])  # fmt: skip
         return agents.Runner.run_sync(agent, QUESTION, max_turns=3).final_output
@@ -138,24 +188,30 @@ def _llama_index(model: str) -> dict[str, Case]:
 
 def _dspy(model: str) -> dict[str, Case]:
     import dspy
+    import litellm
+
+    litellm.register_model({f"openai/{model}": {"litellm_provider": "openai", "supports_response_schema": True}})
 
     def ask() -> object:
         dspy.configure(lm=dspy.LM(f"openai/{model}", max_tokens=TOKENS, cache=False), adapter=dspy.JSONAdapter())
-        return dspy.Predict("question -> city: str, certain: bool")(question=QUESTION)
+        return dspy.Predict("question -> large: bool, certain: bool")(question=QUESTION)
 
     return {"dspy": ask}
 
 
 def _llm(model: str) -> dict[str, Case]:
+    import llm  # it is a program of that name: here only to see whether there is one
+
+    program = Path(sys.executable).with_name(llm.__name__)
+
     def ask() -> object:
         folder = Path(tempfile.mkdtemp())
         (folder / "extra-openai-models.yaml").write_text(
             f"- model_id: here\n  model_name: {model}\n  api_base: {os.environ['OPENAI_BASE_URL']}\n"
             "  supports_schema: true\n"
         )
-        program = Path(sys.executable).parent / "llm"
-        command = [program, "-m", "here", "--no-stream", "--schema", "name, population int", "-o", "max_tokens",
-                   str(TOKENS), QUESTION]  # fmt: skip
+        command = [program, "-m", "here", "--no-stream", "--schema", json.dumps(City.model_json_schema()), "-o",
+                   "max_tokens", str(TOKENS), QUESTION]  # fmt: skip
         found = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"LLM_USER_PATH": str(folder)})
         return City.model_validate_json(found.stdout or found.stderr)
 
@@ -189,7 +245,8 @@ def main() -> None:
     os.environ |= {"OPENAI_API_KEY": "-", "OPENAI_BASE_URL": f"{given.url}/v1", "ANTHROPIC_API_KEY": "-",
                    "ANTHROPIC_BASE_URL": given.url, "LITELLM_LOG": "ERROR"}  # fmt: skip
     failed = 0
-    for cases_of in (_instructor, _pydantic_ai, _langchain, _litellm, _agents, _llama_index, _dspy, _llm, _guidance):
+    for cases_of in (_openai, _anthropic, _instructor, _pydantic_ai, _langchain, _litellm, _agents, _llama_index, _dspy,
+                     _llm, _guidance):  # fmt: skip
         try:
             cases = cases_of(given.model)
         except ModuleNotFoundError as error:
