@@ -57,6 +57,34 @@ def test_mlx_calls_land_in_the_library_that_was_loaded_before_it() -> None:
     assert (imported, same, product) == ("False", "True", "True")
 
 
+INTEL, AMD = "vendor_id : GenuineIntel\n", "vendor_id : AuthenticAMD\n"
+ALL = "fpu sse sse2 sse3 ssse3 sse4_1 sse4_2 avx fma avx2 avx512f avx512bw avx512cd avx512dq avx512vl"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "kernels"),
+    [
+        (f"{INTEL}flags : {ALL} avx512_bf16", "SkylakeX"), (f"{AMD}flags : {ALL}", "SkylakeX"),
+        (f"{INTEL}flags : fpu sse avx fma avx2 avx512f", "Haswell"), (f"{AMD}flags : fpu sse avx fma avx2", "Zen"),
+        (f"{INTEL}flags : fpu sse sse2 avx", None), ("Features : fp asimd evtstrm", None), ("", None),
+    ],
+)  # fmt: skip
+def test_kernels_for_a_processor(cpuinfo: str, kernels: str | None) -> None:
+    assert blas.core_type(cpuinfo) == kernels
+
+
+@needs_fast_blas
+def test_openblas_uses_kernels_that_fit_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself it takes its oldest ones for a processor that is newer than it. A choice of the user's stands."""
+    monkeypatch.delenv(blas.CORE_TYPE, raising=False)
+    (name, left) = run("import os\nprint(blas.load_fast_blas())\nprint(os.environ.get(blas.CORE_TYPE))")
+    assert left == "None"
+    if name.startswith("OpenBLAS") and blas.core_type(Path("/proc/cpuinfo").read_text()):
+        assert "prescott" not in name.lower()
+        monkeypatch.setenv(blas.CORE_TYPE, "Prescott")
+        assert "prescott" in run("print(blas.load_fast_blas())")[0].lower()
+
+
 @linux
 def test_says_so_when_mlx_came_first() -> None:
     lines = run("import mlx.core\nprint(blas.load_fast_blas())\nprint(blas.name())")
