@@ -29,6 +29,7 @@ GIVEN, REPLY, QUESTION = range(3)
 TEMPERATURES = (0.0, 1.0, 0.0, 0.7)  # of replies, by row; questions are drawn at 1
 FOLLOWED = 0.3  # share of replies after which the target asks on
 ROWS, LONGEST, LONGEST_QUESTION = 64, 256, 64  # rows at a time; most tokens of a reply, and of a question
+GROWTH = 128  # rows of K/V by which the buffers grow: every pass reads all there are
 LOOP, PERIOD = 48, 16  # so many tokens that repeat with at most this period are a loop
 # tokens, mask, best, norm [B, L], states [B, L, D]
 Batch = tuple[np.ndarray, ...]
@@ -159,7 +160,7 @@ def _shard(
     target: Target, script: Script, rows: int, length: int, seed: tuple[int, int], avoided: frozenset[Any], shards: int
 ) -> Generator[tuple[int, int], None, dict[str, Any]]:
     """The arrays of shard seed[1] of so many; yields as write_chats does."""
-    random, cache = np.random.default_rng(seed), target.new_cache(length, rows)
+    random, cache = np.random.default_rng(seed), target.new_cache(min(length, GROWTH), rows)
     chats = [_Row(script, random, TEMPERATURES[i % len(TEMPERATURES)], avoided) for i in range(rows)]
 
     def one_pass(tokens: mx.array, heat: mx.array, key: mx.array, memory: Any) -> Any:
@@ -177,6 +178,10 @@ def _shard(
     drawn: Any = [0] * rows
     kept: list[Any] = []
     for place in range(length):
+        if place == cache.capacity:
+            cache = cache.around(memory)
+            cache.grow(place + GROWTH)
+            memory, cache = cache.arrays, cache.layout()  # nothing else may hold the buffers: they are written in place
         for i, row in enumerate(chats):
             row.put(drawn[i], place, tokens[i], mask[i])
         heat = mx.array([row.heat for row in chats])
