@@ -36,16 +36,22 @@ def written(target: Target, script: Script, folder: Path, tokens: int = 8 * LENG
 def test_replies_are_the_targets_and_so_are_states(
     engine: mlx_mtp.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against one pass over every row without a cache; the prompts are given as they are."""
+    """Against one pass over every chat alone, without a cache; the prompts are given as they are."""
     monkeypatch.setattr(library, "LONGEST", 9)
     prompts = [[30, 31, 32], [40, 41]]
     found = written(engine.target, Script(prompts, [], [], [], frozenset({50})), tmp_path)
-    tokens, mask, best, norm, states = found.rows(range(8))
-    logits = np.array(engine.target.logits(mx.array(tokens))).astype(np.float64)
-    assert (best == logits.argmax(-1)).mean() > 0.99
-    assert np.abs(norm - np.log(np.exp(logits).sum(-1))).max() < 1e-3
-    hidden = engine.target.forward(mx.array(tokens), engine.target.new_cache(256, 8)).hidden
-    assert states.dtype == np.float16 and np.abs(states - np.array(hidden)).max() < 0.02 * np.abs(states).max()
+    tokens, mask, start, best, norm, states = found.rows(range(8))
+    agree: list[bool] = []
+    for row, begin in sorted({(i, int(place)) for i in range(8) for place in start[i]}):
+        places = np.flatnonzero(start[row] == begin)
+        assert (places == begin + np.arange(len(places))).all()
+        chat = mx.array(tokens[row, places][None])
+        logits = np.array(engine.target.logits(chat))[0].astype(np.float64)
+        agree += (best[row, places] == logits.argmax(-1)).tolist()
+        assert np.abs(norm[row, places] - np.log(np.exp(logits).sum(-1))).max() < 1e-3
+        hidden = np.array(engine.target.forward(chat, engine.target.new_cache(256)).hidden)[0]
+        assert np.abs(states[row, places] - hidden).max() < 0.02 * np.abs(hidden).max()
+    assert np.mean(agree) > 0.99 and len(np.unique(start)) > 8 and states.dtype == np.float16
     for row, temperature in enumerate(TEMPERATURES * 2):
         told = np.flatnonzero(mask[row] == REPLY)
         assert tokens[row, :2].tolist() in ([30, 31], [40, 41]) and len(told) > LENGTH // 2

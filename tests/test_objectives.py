@@ -58,13 +58,16 @@ def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
     return -np.take_along_axis(log_softmax(logits), labels[:, None], axis=-1).mean()
 
 
-def kept(target: Target, tokens: np.ndarray, learned: np.ndarray | None = None) -> tuple[mx.array, ...]:
-    """Tokens [B, L] as chats.py keeps them, all of a reply where `learned` does not say which."""
+def kept(
+    target: Target, tokens: np.ndarray, learned: np.ndarray | None = None, start: mx.array | None = None
+) -> tuple[mx.array, ...]:
+    """Tokens [B, L] as chats.py keeps them, all of a reply where `learned` does not say which, of one chat a row."""
     ids = mx.array(tokens)
-    hidden = target.forward(ids, objective._remembering(target, ids)).hidden
+    start = mx.zeros_like(ids) if start is None else start
+    hidden = target.forward(ids, objective._remembering(target, start)).hidden
     logits = target.head(hidden)
     mask = mx.ones(ids.shape, mx.int32) if learned is None else mx.array(learned.astype(np.int32))
-    return ids, mask, mx.argmax(logits, axis=-1), mx.logsumexp(logits, axis=-1), hidden
+    return ids, mask, start, mx.argmax(logits, axis=-1), mx.logsumexp(logits, axis=-1), hidden
 
 
 def check(
@@ -280,12 +283,38 @@ def test_a_frozen_target_stays_as_it_is(targets: dict[str, Target]) -> None:
         assert abs(figures[j].item() - alive.sum() / told[:, 2:39].sum()) < 1e-6
 
 
+@pytest.mark.parametrize("family", ["trunk", "hidden", "sequential", "assistant"])
+@pytest.mark.parametrize("progress", [0.3, 0.7])
+def test_chats_of_one_row_do_not_see_each_other(family: str, progress: float, targets: dict[str, Target]) -> None:
+    """Loss, figures and slopes of two chats one after the other are the means of those of each alone."""
+    target, tokens = targets["gemma"], batch_of(24, 2, 128)
+    if family == "assistant":
+        drafter = load_drafter(Checkpoint.open(GOLDEN / "ple" / "assistant_tied")).model
+        loss = objective.assistant_loss(target, 2)
+    elif family == "sequential":
+        drafter, loss = model_of(config_of("sequential_modules", 32, 128, 2)), objective.sequential_loss(target, 2)
+    else:
+        drafter = model_of(config_of("parallel_heads", 32, 128, 2, reads=family))
+        loss = objective.parallel_loss(target)
+    told = np.ones((2, 24), bool)
+    told[:, [11, 23]] = False  # the last places of a row have no second draft
+    both = kept(target, tokens, told, mx.array(np.repeat([[0, 12]], 2, axis=0).repeat(12, axis=1).astype(np.int32)))
+    slope, parts = nn.value_and_grad(drafter, loss), np.split(tokens, 2, axis=1)
+    (found, figures), gradients = slope(drafter, both, mx.array(progress))
+    alone = [slope(drafter, kept(target, part, told[:, :12]), mx.array(progress)) for part in parts]
+    assert abs(found.item() - np.mean([value.item() for (value, _), _ in alone])) < 1e-4
+    assert np.allclose(figures, np.mean([np.array(right) for (_, right), _ in alone], axis=0), atol=1e-6)
+    for (name, one), *others in zip(tree_flatten(gradients), *(tree_flatten(each) for _, each in alone), strict=True):
+        mean = np.mean([np.array(other) for _, other in others], axis=0)
+        assert np.allclose(one, mean, atol=2e-3 * np.abs(mean).max() + 1e-6), name
+
+
 def test_a_long_sequence_keeps_the_whole_window(targets: dict[str, Target]) -> None:
     """The assistant reads sliding K/V of every row, also where the ring of decoding would have lost them."""
     target, drafter = targets["gemma"], load_drafter(Checkpoint.open(GOLDEN / "ple" / "assistant_tied")).model
     batch, found = mx.array(batch_of(120, 2, 128)), {}
     for start in (0, 70):  # sliding rows only: the same rows as the end of a long sequence and of all of it
-        cache = objective._remembering(target, batch[:, start:])
+        cache = objective._remembering(target, mx.zeros_like(batch[:, start:]))
         target.forward(batch[:, start:], cache)
         i = target.info.storing_layers["sliding_attention"]
         assert cache.keys[i].shape[2] == 120 - start

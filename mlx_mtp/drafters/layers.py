@@ -85,19 +85,23 @@ class ChainedRows:
 
     The layer may run several times, each time on its own last results, as when the last module of a chain drafts
     again and again: row t of pass j is then the j-th token after place t. It sees what it would see in decoding:
-    of the first pass the rows up to t, and of the later ones only its own chain's.
+    of the first pass the rows up to t, and of the later ones only its own chain's. start [B, T]: where the chat of
+    every row begins, as rows of different chats do not see each other; None for one text a sequence.
     """
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, start: mx.array | None = None) -> None:
         self.offset = 0
-        self._causal, self._itself = mx.tri(rows, dtype=mx.bool_), mx.eye(rows, dtype=mx.bool_)
+        self._causal = mx.tri(rows, dtype=mx.bool_)
+        if start is not None:
+            self._causal = self._causal & (start[:, None, :, None] == start[:, None, None, :])
+        self._itself = mx.broadcast_to(mx.eye(rows, dtype=mx.bool_), self._causal.shape)
         self._keys: list[mx.array] = []
         self._values: list[mx.array] = []
 
     @property
     def mask(self) -> mx.array:
-        """What the rows of the next pass may see, bool [T, (j + 1) T] in pass j."""
-        return mx.concatenate([self._causal] + [self._itself] * len(self._keys), axis=1)
+        """What the rows of the next pass may see, bool [T, (j + 1) T] in pass j, with `start` [B, 1, T, (j + 1) T]."""
+        return mx.concatenate([self._causal] + [self._itself] * len(self._keys), axis=-1)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Adds the K/V [B, G, T, d] of a pass; those of all passes [B, G, (j + 1) T, d]."""

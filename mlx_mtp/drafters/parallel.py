@@ -60,9 +60,12 @@ class ParallelModel(nn.Module):
         self.heads = [Head(config) for _ in range(config.heads)]
         add_shortlist(self, config.shortlist)
 
-    def __call__(self, states: mx.array) -> list[mx.array]:
-        """Whole sequences of trunk states [B, T, D] -> per head [B, T, D], ready for the unembedding."""
-        passes = [(head, ChainedRows(states.shape[1])) for head in self.heads]
+    def __call__(self, states: mx.array, start: mx.array | None = None) -> list[mx.array]:
+        """Whole sequences of trunk states [B, T, D] -> per head [B, T, D], ready for the unembedding.
+
+        start [B, T]: as in ChainedRows.
+        """
+        passes = [(head, ChainedRows(states.shape[1], start)) for head in self.heads]
         return [head.norm(head.layer(states, rows.mask, rows)) for head, rows in passes]
 
     def read(self, states: States) -> mx.array:

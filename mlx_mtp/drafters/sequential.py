@@ -75,15 +75,18 @@ class SequentialModel(nn.Module):
         """The target's states after its final norm [B, M, D] -> what the first module takes."""
         return hidden * self.unnorm if self.config.reads == "residual" else hidden
 
-    def __call__(self, states: mx.array, embedded: mx.array, steps: int) -> list[mx.array]:
+    def __call__(
+        self, states: mx.array, embedded: mx.array, steps: int, start: mx.array | None = None
+    ) -> list[mx.array]:
         """Whole sequences: the target's states [B, T, D], and the embeddings [B, T + steps - 1, D] of the tokens that
         begin one place further on -> per step [B, T, D], ready for the unembedding.
 
         Step s at place t reads embedding t + s, that of token t + s + 1, and asks for token t + s + 2 (equations 21
-        to 23, k = s + 1). Steps beyond the last module are that module's, on its own states, as in decoding.
+        to 23, k = s + 1). Steps beyond the last module are that module's, on its own states, as in decoding. start
+        [B, T]: as in ChainedRows.
         """
         rows, last, found, states = states.shape[1], len(self.blocks) - 1, [], self.read(states)
-        stored = [ChainedRows(rows) for _ in self.blocks]
+        stored = [ChainedRows(rows, start) for _ in self.blocks]
         for step in range(steps):
             k = min(step, last)
             joined = self.blocks[k].join(embedded[:, step : step + rows], states)

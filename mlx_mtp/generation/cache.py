@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import mlx.core as mx
 
@@ -192,13 +193,13 @@ class KVCache:
         self.length, keys, values = tree
         self.keys, self.values = list(keys), list(values)
 
-    def layout(self) -> KVCache:
+    def layout(self) -> Self:
         """The sizes as they are now and no arrays, for `around`: keeps no buffer alive and does not grow."""
         other = copy.copy(self)
         other.length, other.keys, other.values = mx.array(0), [], []
         return other
 
-    def around(self, tree: tuple[mx.array, list[mx.array], list[mx.array]]) -> KVCache:
+    def around(self, tree: tuple[mx.array, list[mx.array], list[mx.array]]) -> Self:
         """A cache of the same layout around other arrays; for code that mx.compile traces."""
         other = copy.copy(self)
         other.arrays = tree

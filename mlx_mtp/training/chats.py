@@ -2,9 +2,12 @@
 
 A drafter meets its target's own output in use, which differs from any corpus (FastMTP, arXiv 2509.18362, section 3.2).
 Every row of a batch is fed its next given token or the one that was drawn, so prompts of any length share every pass;
-a reply that ends is followed by the next question, so that no pass is padding. Loops are cut off and not learned.
+a reply that ends is followed by the next question, so that no pass is padding. Several chats lie in a row one after
+the other, and none sees another (ChatCache): in use a chat begins with nothing before it. Loops are cut off and not
+learned.
 
-    folder/0000.npz   [R, L]: tokens, mask (GIVEN, REPLY, QUESTION), best int32; norm float32, log of sum exp(logits)
+    folder/0000.npz   [R, L]: tokens, mask (GIVEN, REPLY, QUESTION), start (the place where its chat begins), best
+                      int32; norm float32, log of sum exp(logits)
     folder/0000.npy   states after the final norm, float16 [R, L, D]
 """
 
@@ -21,6 +24,7 @@ import numpy as np
 from mlx_mtp.backend.activations import logsumexp
 from mlx_mtp.checkpoints.atomic import replacing_or_refused
 from mlx_mtp.errors import CheckpointError, PromptError
+from mlx_mtp.generation.cache import SLACK, AttentionPlan, KVCache
 from mlx_mtp.generation.interfaces import Target
 from mlx_mtp.text.tokenizer import Tokenizer
 from mlx_mtp.training.run_folder import RESUME, hashed
@@ -31,8 +35,30 @@ FOLLOWED = 0.3  # share of replies after which the target asks on
 ROWS, LONGEST, LONGEST_QUESTION = 64, 256, 64  # rows at a time; most tokens of a reply, and of a question
 GROWTH = 128  # rows of K/V by which the buffers grow: every pass reads all there are
 LOOP, PERIOD = 48, 16  # so many tokens that repeat with at most this period are a loop
-# tokens, mask, best, norm [B, L], states [B, L, D]
+NAMES = "tokens", "mask", "start", "best", "norm"
+# Those [B, L], and states [B, L, D]
 Batch = tuple[np.ndarray, ...]
+
+
+class ChatCache(KVCache):
+    """K/V of rows that hold several chats; start [B, M] says where the chats of the rows of the next pass begin."""
+
+    start: mx.array
+
+    @classmethod
+    def of(cls, target: Target, capacity: int, batch: int, slack: int = SLACK) -> ChatCache:
+        """For a target, whose layers may store nothing."""
+        own = target.new_cache(capacity, batch)
+        dtype = own.keys[0].dtype if own.keys else mx.float32
+        return cls(own.shapes, own.window, capacity, dtype, batch, slack)
+
+    def plan(self, rows: int) -> AttentionPlan:
+        """A pass of at most `slack` rows."""
+        step = super().plan(rows)
+        for kind, mask in step.masks.items():
+            places = self.positions(kind, self.length + rows)
+            step.masks[kind] = mask & (places[:, None, None, :] >= self.start[:, None, :, None])
+        return step
 
 
 @dataclass(frozen=True)
@@ -70,10 +96,12 @@ class Script:
         known = whole[:start] == [*one, *spoken]  # else no question is asked on
         return cls(prompts, first, later if known else [], reply, frozenset(stops))
 
-    def next(self, random: np.random.Generator, after_reply: bool) -> tuple[list[int], bool]:
-        """Ids to be given, and whether the target then writes a question."""
-        if after_reply and self.later and random.random() < FOLLOWED:
-            return list(self.later), True
+    def follows(self, random: np.random.Generator) -> bool:
+        """Whether the target asks on after a reply."""
+        return bool(self.later) and random.random() < FOLLOWED
+
+    def begin(self, random: np.random.Generator) -> tuple[list[int], bool]:
+        """Ids that a chat begins with, and whether the target then writes a question."""
         if self.prompts:
             return list(self.prompts[int(random.integers(len(self.prompts)))]), False
         return list(self.first), bool(self.reply)
@@ -92,7 +120,8 @@ class _Row:
         self, script: Script, random: np.random.Generator, temperature: float, avoided: frozenset[Any]
     ) -> None:
         self.script, self.random, self.temperature, self.avoided = script, random, temperature, avoided
-        self.given, self.asks = script.next(random, False)
+        self.given, self.asks = script.begin(random)
+        self.start = 0  # the place where its chat begins
         self.said: list[int] = []
         self.known = False  # the question is one of those held out: what follows is not learned
 
@@ -101,30 +130,35 @@ class _Row:
         """The temperature of what it writes now."""
         return 1.0 if self.asks else self.temperature
 
-    def put(self, drawn: int, place: int, tokens: np.ndarray, mask: np.ndarray) -> None:
-        """The token at `place` of a row's tokens and mask [L]: the next given one, or the one that was drawn."""
+    def put(self, drawn: int, place: int, tokens: np.ndarray, mask: np.ndarray, start: np.ndarray) -> None:
+        """The token at `place` of a row's arrays [L]: the next given one, or the one that was drawn."""
+        start[place] = self.start
         if self.given:
             tokens[place] = self.given.pop(0)
             return
         self.said.append(drawn)
         tokens[place], mask[place] = drawn, QUESTION if self.asks else GIVEN if self.known else REPLY
         if drawn in self.script.stops:
-            self._turn(drawn)
+            self._turn(drawn, place)
         elif loops(self.said):
             mask[max(0, place + 1 - LOOP + PERIOD) : place + 1] = GIVEN
-            self._turn(None)
+            self._turn(None, place)
         elif len(self.said) >= (LONGEST_QUESTION if self.asks else LONGEST):
-            self._turn(None)
+            self._turn(None, place)
 
-    def _turn(self, stop: int | None) -> None:
-        """The question or the reply has ended, by itself or cut off."""
+    def _turn(self, stop: int | None, place: int) -> None:
+        """The question or the reply has ended at `place`, by itself or cut off."""
+        goes_on = self.asks or self.script.follows(self.random)
         if self.asks:
             self.known = tuple(self.said) in self.avoided
             self.given, self.asks = list(self.script.reply), False
         else:
-            self.given, self.asks = self.script.next(self.random, True)
             self.known = False
-        if self.given[:1] == [stop]:
+            if goes_on:
+                self.given, self.asks = list(self.script.later), True
+            else:
+                self.start, (self.given, self.asks) = place + 1, self.script.begin(self.random)
+        if goes_on and self.given[:1] == [stop]:
             self.given.pop(0)
         self.said = []
 
@@ -160,11 +194,12 @@ def _shard(
     target: Target, script: Script, rows: int, length: int, seed: tuple[int, int], avoided: frozenset[Any], shards: int
 ) -> Generator[tuple[int, int], None, dict[str, Any]]:
     """The arrays of shard seed[1] of so many; yields as write_chats does."""
-    random, cache = np.random.default_rng(seed), target.new_cache(min(length, GROWTH), rows)
+    random, cache = np.random.default_rng(seed), ChatCache.of(target, min(length, GROWTH), rows)
     chats = [_Row(script, random, TEMPERATURES[i % len(TEMPERATURES)], avoided) for i in range(rows)]
 
-    def one_pass(tokens: mx.array, heat: mx.array, key: mx.array, memory: Any) -> Any:
+    def one_pass(tokens: mx.array, start: mx.array, heat: mx.array, key: mx.array, memory: Any) -> Any:
         inner = cache.around(memory)
+        inner.start = start
         hidden = target.forward(tokens, inner, 1).hidden
         inner.advance(1)
         logits, (key, draw) = target.head(hidden)[:, 0], mx.random.split(key)
@@ -174,7 +209,7 @@ def _shard(
         return found, key, inner.arrays
 
     compiled, key, memory = mx.compile(one_pass), mx.random.key(int(random.integers(1 << 31))), cache.arrays
-    tokens, mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
+    tokens, mask, start = np.zeros((3, rows, length), np.int32)
     drawn: Any = [0] * rows
     kept: list[Any] = []
     for place in range(length):
@@ -183,31 +218,32 @@ def _shard(
             cache.grow(place + GROWTH)
             memory, cache = cache.arrays, cache.layout()  # nothing else may hold the buffers: they are written in place
         for i, row in enumerate(chats):
-            row.put(drawn[i], place, tokens[i], mask[i])
+            row.put(drawn[i], place, tokens[i], mask[i], start[i])
         heat = mx.array([row.heat for row in chats])
-        found, key, memory = compiled(mx.array(tokens[:, place : place + 1]), heat, key, memory)
+        put, began = (mx.array(part[:, place : place + 1]) for part in (tokens, start))
+        found, key, memory = compiled(put, began, heat, key, memory)
         mx.eval(found, key, memory)
         drawn, kept = found[0].tolist(), [*kept, found[1:]]
         yield (seed[1] * length + place + 1) * rows, shards * rows * length
     best, norm, states = (np.stack([np.array(one) for one in part], axis=1) for part in zip(*kept, strict=True))
-    return {"tokens": tokens, "mask": mask, "best": best.astype(np.int32), "norm": norm, "states": states}
+    return {"tokens": tokens, "mask": mask, "start": start, "best": best.astype(np.int32), "norm": norm,
+            "states": states}  # fmt: skip
 
 
 class Chats:
     """What write_chats left in a folder. Raises CheckpointError for a file that is not whole."""
 
     def __init__(self, folder: Path) -> None:
-        names = "tokens", "mask", "best", "norm"
         found: list[list[np.ndarray]] = []
         self._states: list[np.ndarray] = []
         for file in sorted(folder.glob("*.npz")):
             try:
                 with np.load(file) as arrays:
-                    found.append([arrays[name] for name in names])
+                    found.append([arrays[name] for name in NAMES])
                 self._states.append(np.load(file.with_suffix(".npy"), mmap_mode="r"))
             except Exception as error:  # zipfile and NumPy raise what they like
                 raise CheckpointError(f"{file}: not chats of this trainer ({error}); delete it.") from error
-        self.tokens, self.mask, self._best, self._norm = map(np.concatenate, zip(*found, strict=True))
+        self.tokens, self.mask, *self._others = map(np.concatenate, zip(*found, strict=True))
         self._rows = [(i, row) for i, states in enumerate(self._states) for row in range(len(states))]
 
     @property
@@ -223,7 +259,7 @@ class Chats:
     def rows(self, which: Sequence[int]) -> Batch:
         """Rows as the losses take them."""
         states = np.stack([self._states[shard][row] for shard, row in (self._rows[i] for i in which)])
-        return *(array[list(which)] for array in (self.tokens, self.mask, self._best, self._norm)), states
+        return *(array[list(which)] for array in (self.tokens, self.mask, *self._others)), states
 
     def batches(self, batch_size: int, seed: int) -> Callable[[int], Batch]:
         """Batches as a pure function of the step; an epoch visits every row once, but for those left over."""

@@ -20,10 +20,10 @@ from mlx_mtp.backend.activations import logsumexp
 from mlx_mtp.drafters.assistant import AssistantModel
 from mlx_mtp.drafters.parallel import ParallelModel
 from mlx_mtp.drafters.sequential import SequentialModel
-from mlx_mtp.generation.cache import KVCache, NoCache
+from mlx_mtp.generation.cache import NoCache
 from mlx_mtp.generation.interfaces import States, Target
 from mlx_mtp.targets.gemma4 import Gemma4Model
-from mlx_mtp.training.chats import REPLY
+from mlx_mtp.training.chats import REPLY, ChatCache
 
 START = mx.array(0.0)
 LATE = 0.6  # share of the training after which acceptance itself is learned
@@ -167,17 +167,17 @@ class Drafted:
     ordering: mx.array | None = None
 
 
-# (drafter, the target's states, tokens [B, T + K], T) -> drafts of every place.
-Draft = Callable[[Any, States, mx.array, int], Drafted]
+# (drafter, the target's states, tokens and the places where their chats begin [B, T + K], T) -> drafts of every place.
+Draft = Callable[[Any, States, mx.array, mx.array, int], Drafted]
 
 
 def parallel_loss(target: Target, decay: float = 1.0, shortlist: mx.array | None = None) -> Loss:
     """Heads 2..n (K = n - 1) of a ParallelModel on a frozen target, whose own head is head 1; as in _frozen."""
 
-    def draft(drafter: ParallelModel, states: States, tokens: mx.array, rows: int) -> Drafted:
+    def draft(drafter: ParallelModel, states: States, tokens: mx.array, start: mx.array, rows: int) -> Drafted:
         if drafter.config.reads == "trunk":
-            states = target.forward(tokens, _remembering(target, tokens))
-        return Drafted(drafter(drafter.read(states.first(rows))))
+            states = target.forward(tokens, _remembering(target, start))
+        return Drafted(drafter(drafter.read(states.first(rows)), start[:, :rows]))
 
     return _frozen(target, draft, None, decay, shortlist)
 
@@ -189,8 +189,9 @@ def sequential_loss(target: Target, steps: int, decay: float = 1.0, shortlist: m
     chain its own. As in _frozen.
     """
 
-    def draft(drafter: SequentialModel, states: States, tokens: mx.array, rows: int) -> Drafted:
-        return Drafted(drafter(states.hidden[:, :rows], target.embed(tokens[:, 1 : rows + steps]), steps))
+    def draft(drafter: SequentialModel, states: States, tokens: mx.array, start: mx.array, rows: int) -> Drafted:
+        embedded = target.embed(tokens[:, 1 : rows + steps])
+        return Drafted(drafter(states.hidden[:, :rows], embedded, steps, start[:, :rows]))
 
     return _frozen(target, draft, steps, decay, shortlist)
 
@@ -204,16 +205,17 @@ def assistant_loss(target: Target, steps: int, decay: float = 0.8) -> Loss:
     for decoding.
     """
 
-    def draft(drafter: AssistantModel, states: States, tokens: mx.array, rows: int) -> Drafted:
-        cache = _remembering(target, tokens)
+    def draft(drafter: AssistantModel, states: States, tokens: mx.array, start: mx.array, rows: int) -> Drafted:
+        cache = _remembering(target, start)
         states = target.forward(tokens, cache)
         shared = {k: (cache.keys[i][:, :, :rows], cache.values[i][:, :, :rows])
                   for k, i in target.info.storing_layers.items()}  # fmt: skip
-        view = NoCache(target.info.window, tokens.shape[0]).plan(rows)
+        view, own = NoCache(target.info.window, tokens.shape[0]).plan(rows), start[:, :rows]
+        masks = {kind: mask & (own[:, None, :, None] == own[:, None, None, :]) for kind, mask in view.masks.items()}
         state, found = states.hidden[:, :rows], []
         for j in range(steps):
             embedded = target.embed(tokens[:, j + 1 : j + 1 + rows])
-            inner, state = drafter.step(embedded, state, view.offset, shared, view.masks)
+            inner, state = drafter.step(embedded, state, view.offset, shared, masks)
             found.append(inner)
         ordering = drafter.masked_embedding.token_ordering if drafter.config.centroids else None
         return Drafted(found, drafter.model.embed_tokens.weight, ordering)
@@ -224,21 +226,27 @@ def assistant_loss(target: Target, steps: int, decay: float = 0.8) -> Loss:
 def _frozen(target: Target, draft: Draft, steps: int | None, decay: float, shortlist: mx.array | None) -> Loss:
     """The loss of K drafts (None = as many as the drafter has heads) on a target that does not learn.
 
-    Batches are those of chats.py: tokens, mask, best, norm [B, T + 1 + K] and states [B, T + 1 + K, D]; places count
-    whose drafted token is of a reply. Cross-entropy of every draft against the target's own distribution of the same
-    token, as far as it lies on the shortlist; from LATE of the training on half of it is -log sum min(p, q), the
-    share that is accepted at temperature 1. Draft j is weighted by decay^j, because it only counts when all before it
-    were accepted; the weights add up to 1. Second result [K]: share of places where this draft and all before it are
-    the target's best tokens, so that 1 + their sum are the tokens of a round.
+    Batches are those of chats.py: tokens, mask, start, best, norm [B, T + 1 + K] and states [B, T + 1 + K, D];
+    places count whose drafted token is of a reply in their own chat. Cross-entropy of every draft against the
+    target's own distribution of the same token, as far as it lies on the shortlist; from LATE of the training on
+    half of it is -log sum min(p, q), the share that is accepted at temperature 1. Draft j is weighted by decay^j,
+    because it only counts when all before it were accepted; the weights add up to 1. Second result [K]: share of
+    places where this draft and all before it are the target's best tokens, so that 1 + their sum are the tokens of
+    a round.
     """
     head = target.head if shortlist is None else target.head_on(shortlist)
 
     def loss(drafter: Any, batch: tuple[mx.array, ...], progress: mx.array = START) -> Result:
-        tokens, mask, best, norm, kept = batch
+        tokens, mask, start, best, norm, kept = batch
         count = steps or len(drafter.heads)
         rows = tokens.shape[1] - 1 - count
         states = States(kept[:, : rows + count].astype(mx.float32))
-        drafted = draft(drafter, states, tokens[:, : rows + count], rows)
+        drafted = draft(drafter, states, tokens[:, : rows + count], start[:, : rows + count], rows)
+
+        def counts(j: int) -> mx.array:
+            there = slice(j + 2, j + 2 + rows)
+            return (mask[:, there] == REPLY) & (start[:, there] == start[:, :rows])
+
         wanted, ids = head(states.hidden), shortlist
         if drafted.ordering is not None:
             ids = drafted.ordering
@@ -246,7 +254,7 @@ def _frozen(target: Target, draft: Draft, steps: int | None, decay: float, short
         late = progress >= LATE
 
         def leaf(j: int, hidden: mx.array, *table: mx.array) -> Result:
-            told, there = mask[:, j + 2 : j + 2 + rows] == REPLY, slice(j + 1, j + 1 + rows)
+            told, there = counts(j), slice(j + 1, j + 1 + rows)
             share = told / mx.maximum(told.sum(), 1)
             q = hidden @ table[0].T if table else head(hidden)
             drawn = mx.argmax(mx.stop_gradient(q), axis=-1)
@@ -261,15 +269,14 @@ def _frozen(target: Target, draft: Draft, steps: int | None, decay: float, short
         weights = [decay**j / sum(decay**i for i in range(count)) for j in range(count)]
         own = () if drafted.table is None else (drafted.table,)
         total, right = in_order(leaf, weights)(mx.stack(drafted.hiddens), *own)
-        asked = mx.maximum((mask[:, 2 : 2 + rows] == REPLY).sum(), 1)
-        return total, mx.cumprod(right, axis=0).sum(axis=(1, 2)) / asked
+        return total, mx.cumprod(right, axis=0).sum(axis=(1, 2)) / mx.maximum(counts(0).sum(), 1)
 
     return loss
 
 
-def _remembering(target: Target, tokens: mx.array) -> KVCache:
-    """A cache of the target's for these tokens whose sliding layers forget none, so that every row can be read."""
-    batch, rows = tokens.shape
-    own = target.new_cache(rows, batch)
-    dtype = own.keys[0].dtype if own.keys else mx.float32
-    return KVCache(own.shapes, own.window, rows, dtype, batch, slack=rows)
+def _remembering(target: Target, start: mx.array) -> ChatCache:
+    """A cache of the target's for the tokens whose chats begin at `start` [B, T], with every row left to be read."""
+    batch, rows = start.shape
+    cache = ChatCache.of(target, rows, batch, slack=rows)  # of so much slack, its sliding layers forget none
+    cache.start = start
+    return cache
