@@ -87,6 +87,11 @@ def powers_of_two(x: mx.array) -> mx.array:
     return mx.power(2.0, mx.maximum(x, NOTHING))
 
 
+def probabilities(logs: mx.array) -> mx.array:
+    """exp of the logarithms of probabilities, any shape."""
+    return powers_of_two(logs * PER_OCTAVE) if float32_on_cpu(logs) else mx.exp(logs)
+
+
 def _logsumexp(x: mx.array) -> mx.array:
     if not float32_on_cpu(x):
         return mx.logsumexp(x, axis=-1)
@@ -99,8 +104,7 @@ _logsumexp_with_slope = mx.custom_function(_logsumexp)
 
 @_logsumexp_with_slope.vjp
 def _logsumexp_vjp(x: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
-    below = x - y[..., None]
-    return cotangent[..., None] * (powers_of_two(below * PER_OCTAVE) if float32_on_cpu(x) else mx.exp(below))
+    return cotangent[..., None] * probabilities(x - y[..., None])
 
 
 def logsumexp(x: mx.array) -> mx.array:
