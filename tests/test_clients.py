@@ -13,10 +13,9 @@ import pytest
 from documents import ROOT
 from servers import Running, running
 from skips import CLIENTS, JAVASCRIPT_CLIENTS, PYTHON_CLIENTS
-from tool_templates import HERMES
+from tool_templates import embedded_with_tools
 
 import mlx_mtp
-from mlx_mtp.loading import EMBEDDED
 
 HERE = ROOT / "tests/clients"
 
@@ -24,11 +23,9 @@ HERE = ROOT / "tests/clients"
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Running]:
     """The embedded model with a template that knows tools. At temperature 1: greedily it goes round in circles."""
-    folder = shutil.copytree(EMBEDDED / "target", tmp_path / "target", copy_function=shutil.copyfile)
-    template = HERMES.replace("<|im_start|>", "<|turn>").replace("<|im_end|>", "<turn|>")
-    (folder / "chat_template.jinja").write_text(template)
+    target = embedded_with_tools(tmp_path)
     sampling = mlx_mtp.Sampling(temperature=1.0, top_p=0.9)
-    with running(lambda: mlx_mtp.load(folder, drafter="lookup"), tokens=300, seed=3, sampling=sampling) as found:
+    with running(lambda: mlx_mtp.load(target, drafter="lookup"), tokens=300, seed=3, sampling=sampling) as found:
         yield found
 
 

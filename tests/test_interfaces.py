@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,9 @@ import openai
 import pytest
 from pydantic import BaseModel
 from servers import CHAT, COMPLETION, Running, ScriptedEngine, contents, running
-from tool_templates import HERMES
+from tool_templates import embedded_with_tools
 
 import mlx_mtp
-from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.serving.errors import RequestError
 from mlx_mtp.serving.store import ResponseStore, Stored
 
@@ -43,14 +42,24 @@ class Place(BaseModel):
     north: bool
 
 
+@contextmanager
+def with_tools(folder: Path) -> Iterator[Running]:
+    """The embedded model with a template that knows tools and thoughts by other marks than its own."""
+    target = embedded_with_tools(folder)
+    with running(lambda: mlx_mtp.load(target, drafter="lookup", depth=3), seed=7) as found:
+        yield found
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The embedded model with a template that knows tools and thoughts by other marks than its own."""
-    folder = tmp_path_factory.mktemp("tools")
-    target = shutil.copytree(EMBEDDED / "target", folder / "target", copy_function=shutil.copyfile)
-    text = HERMES.replace("<|im_start|>", "<|turn>").replace("<|im_end|>", "<turn|>")
-    (target / "chat_template.jinja").write_text(text)
-    with running(lambda: mlx_mtp.load(target, drafter="lookup", depth=3), seed=7) as found:
+    with with_tools(tmp_path_factory.mktemp("tools")) as found:
+        yield found
+
+
+@pytest.fixture
+def fresh_server(tmp_path: Path) -> Iterator[Running]:
+    """One that keeps no K/V of other tests' conversations."""
+    with with_tools(tmp_path) as found:
         yield found
 
 
@@ -333,7 +342,7 @@ def test_logprobs_of_a_prompt(server: Running, embedded: mlx_mtp.Engine) -> None
         assert scores == choice["logprobs"]["token_logprobs"]
 
 
-def test_agents_and_a_chat_in_turns(server: Running) -> None:
+def test_agents_and_a_chat_in_turns(fresh_server: Running) -> None:
     """Two agents with the same tools and a chat, interleaved: each runs what it would run alone, and no more."""
     system = {"role": "system", "content": "You look after files. " * 30}
 
@@ -342,7 +351,7 @@ def test_agents_and_a_chat_in_turns(server: Running) -> None:
         tools = {} if name == "chat" else {"tools": CHAT_TOOLS}
         said, found = [system, {"role": "user", "content": f"I am {name} {'A' if alone else 'B'}."}], []
         for i in range(4):
-            reply = server.post(CHAT, {"messages": said, "max_tokens": 6, **tools}).json()
+            reply = fresh_server.post(CHAT, {"messages": said, "max_tokens": 6, **tools}).json()
             found.append(reply["stats"]["prefilled_tokens"])
             said += [reply["choices"][0]["message"], {"role": "user", "content": f"And {i}?"}]
             if not alone:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 from tokenizers_at_hand import CHATML
+
+from mlx_mtp.loading import EMBEDDED
 
 # The ends of turns are CHATML's.
 _TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
@@ -36,3 +41,11 @@ GEMMA = _VALUE + _DECLARED + _TURN + (
     "<tool_call|>{% endfor %}"
 ) + _END  # fmt: skip
 PLAIN = CHATML
+
+
+def embedded_with_tools(folder: Path) -> Path:
+    """A copy of the embedded target in `folder`, with a template that knows tools and thoughts by other marks."""
+    target = shutil.copytree(EMBEDDED / "target", folder / "target", copy_function=shutil.copyfile)
+    text = HERMES.replace("<|im_start|>", "<|turn>").replace("<|im_end|>", "<turn|>")
+    (target / "chat_template.jinja").write_text(text)
+    return target
