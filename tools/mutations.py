@@ -77,7 +77,7 @@ FAULTS = (
           "mask & (places[:, None, None, :] >= self.start[:, None, :, None])", "mask",
           ("tests/test_chats.py", "-k", "targets_and_so")),
     Fault("training: a drafter sees the chat before", "mlx_mtp/drafters/layers.py",
-          "(start[:, None, :, None] == start[:, None, None, :])", "(start[:, None, :, None] >= 0)",
+          "return start[:, None, :, None] == start[:, None, None, :]", "return start[:, None, :, None] >= 0",
           ("tests/test_objectives.py", "-k", "see_each")),
     Fault("ring: rows in the slots of their neighbours", "mlx_mtp/generation/cache.py",
           "step.slots[kind] = queries % ring", "step.slots[kind] = (queries + 1) % ring", CACHE),

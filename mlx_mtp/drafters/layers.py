@@ -80,6 +80,11 @@ def build_layers(block: Mapping[str, Any], count: int, width: int) -> list[nn.Mo
     return layers
 
 
+def same_chat(start: mx.array) -> mx.array:
+    """Which rows are of one chat, bool [B, 1, T, T], by where the chat of every row begins, [B, T]."""
+    return start[:, None, :, None] == start[:, None, None, :]
+
+
 class ChainedRows:
     """K/V of one layer over whole sequences in training, in the form in which mlx-lm's layers ask for a cache.
 
@@ -93,7 +98,7 @@ class ChainedRows:
         self.offset = 0
         self._causal = mx.tri(rows, dtype=mx.bool_)
         if start is not None:
-            self._causal = self._causal & (start[:, None, :, None] == start[:, None, None, :])
+            self._causal = self._causal & same_chat(start)
         self._itself = mx.broadcast_to(mx.eye(rows, dtype=mx.bool_), self._causal.shape)
         self._keys: list[mx.array] = []
         self._values: list[mx.array] = []

@@ -18,6 +18,7 @@ import mlx.nn as nn
 
 from mlx_mtp.backend.activations import logsumexp, probabilities
 from mlx_mtp.drafters.assistant import AssistantModel
+from mlx_mtp.drafters.layers import same_chat
 from mlx_mtp.drafters.parallel import ParallelModel
 from mlx_mtp.drafters.sequential import SequentialModel
 from mlx_mtp.generation.cache import NoCache
@@ -242,8 +243,8 @@ def assistant_loss(target: Target, steps: int, decay: float = 0.8) -> Loss:
         states = target.forward(tokens, cache)
         shared = {k: (cache.keys[i][:, :, :rows], cache.values[i][:, :, :rows])
                   for k, i in target.info.storing_layers.items()}  # fmt: skip
-        view, own = NoCache(target.info.window, tokens.shape[0]).plan(rows), start[:, :rows]
-        masks = {kind: mask & (own[:, None, :, None] == own[:, None, None, :]) for kind, mask in view.masks.items()}
+        view = NoCache(target.info.window, tokens.shape[0]).plan(rows)
+        masks = {kind: mask & same_chat(start[:, :rows]) for kind, mask in view.masks.items()}
         state, found = states.hidden[:, :rows], []
         for j in range(steps):
             embedded = target.embed(tokens[:, j + 1 : j + 1 + rows])
