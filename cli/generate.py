@@ -68,11 +68,11 @@ def generate(
     if verbose:
         notices.say_more()
     console = Console(stderr=True)
-    bar = PatientBar(console, MofNCompleteColumn())
     with notices.held_back():
         engine = load(
             model, drafter, depth=depth, mode=mode, draft_head_bits=draft_head_bits, max_context=max_context
         )
+        bar = PatientBar(console, MofNCompleteColumn())
         stream = engine.stream(
             asked, max_tokens=toy.most_tokens(model, max_tokens, USUAL), sampling=sampling, stop=stop or [], seed=seed,
             logprobs=logprobs, raw=raw, thinking=thinking, json_schema=schema, regex=regex,

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
+from contextlib import AbstractContextManager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 
-# Below this a bar would only flicker.
-PATIENCE_SECONDS = 1.0
+PATIENCE_SECONDS = 1.0  # below this a bar would only flicker
 
 
-class PatientBar:
+class PatientBar(AbstractContextManager["PatientBar"]):
     """Bars on the console, one for each thing that is done, with these columns between its name and the time left.
 
-    Shown once something has taken a second since the block began; gone at its end.
+    Shown once something has taken a second since this was made; gone at the end of the block.
     """
 
     def __init__(self, console: Console, *columns: ProgressColumn) -> None:
@@ -24,13 +23,7 @@ class PatientBar:
         self._tasks: dict[str, TaskID] = {}
         self._began = time.perf_counter()
 
-    def __enter__(self) -> PatientBar:
-        self._began = time.perf_counter()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def update(self, what: str, done: int, total: int) -> None:
