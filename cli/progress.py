@@ -1,9 +1,12 @@
-"""A progress bar that stays out of the way: on a terminal only, and only for what takes longer than a second."""
+"""What is shown beside the work and stays out of its way: bars for what takes long, warnings at the right time."""
 
 from __future__ import annotations
 
+import logging
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from logging.handlers import MemoryHandler
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
@@ -42,3 +45,16 @@ class PatientBar(AbstractContextManager["PatientBar"]):
         if self._tasks:  # a Progress that was never started prints an empty line when stopped
             self._progress.stop()
             self._tasks = {}
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Log records wait for the end of the block, when the input was found good; where it raises they are dropped."""
+    root, held = logging.getLogger(), MemoryHandler(capacity=10_000, flushOnClose=False)
+    shown, root.handlers = root.handlers, [held]
+    try:
+        yield
+    finally:
+        root.handlers = shown
+    for record in held.buffer:
+        root.handle(record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 from rich.console import Console
 
 import mlx_mtp
-from mlx_mtp.cli import notices, options
+from mlx_mtp.cli import options, progress
 from mlx_mtp.cli.loading import load
 from mlx_mtp.errors import lacking
 from mlx_mtp.loading import EMBEDDED
@@ -29,7 +30,6 @@ def serve(
     drafter: options.Drafter = "auto",
     depth: options.Depth = "auto",
     mode: options.Mode = "fast",
-    draft_head_bits: options.HeadBits = "auto",
     max_context: options.MaxContext = None,
     host: Annotated[str, Who(help="Address to listen on; all but loopback need --api-key.")] = "127.0.0.1",
     port: Annotated[int, Who(help="Port to listen on; 0 = any free one.")] = 8080,
@@ -80,12 +80,11 @@ def serve(
         ),
     )  # fmt: skip
     if verbose:
-        notices.say_more("mlx_mtp", "uvicorn")
+        for library in ("mlx_mtp", "uvicorn"):
+            logging.getLogger(library).setLevel(logging.INFO)
     with server.listen(host, port) as listener:
-        with notices.held_back():
-            engine = load(
-                model, drafter, depth=depth, mode=mode, draft_head_bits=draft_head_bits, max_context=max_context
-            )
+        with progress.held_back():
+            engine = load(model, drafter, depth=depth, mode=mode, max_context=max_context)
             running = server.Server(app.create_app(engine, wanted, queue), grace=grace, access_log=verbose)
         address = f"[{host}]" if ":" in host else host
         Console(stderr=True).print(

@@ -98,9 +98,7 @@ def train(
     console.print(f"Training into {out}; Ctrl-C saves.", soft_wrap=True)
     fetch(recipe.target)
     reports = show(run(out, recipe), console, shlex.join(["mlx-mtp", "train", "--out", str(out)]))
-    made = [out / "target"] if recipe.target is None else []
-    console.print(f"Done: {', '.join(str(path) for path in [*made, *(out / s.family for s in recipe.drafters)])}.",
-                  soft_wrap=True)  # fmt: skip
+    console.print(f"Done; all of it is in {out}.", soft_wrap=True)
     for report in reports:
         print(worth(report, recipe.target or str(out / "target")))
 
@@ -123,10 +121,7 @@ def _resumed(context: typer.Context, out: Path, asked: Recipe) -> Recipe:
 
 
 def show(stages: Generator[Stage, None, Returned], console: Console, command: str) -> Returned:
-    """Runs stages to their end with a bar for each, and returns what they return; an interrupt saves first.
-
-    command: what goes on where this one was stopped.
-    """
+    """Runs stages to their end with a bar for each; what they return. command: what goes on after an interrupt."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     goes_on = f"Stopped; what was done is kept. To go on: {command}"
     tasks: dict[str, TaskID] = {}
