@@ -31,7 +31,7 @@ from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.measuring import tables
 from mlx_mtp.measuring.engines import DecodeJob, with_engine, with_mlx_lm
 from mlx_mtp.measuring.timing import Passes
-from mlx_mtp.measuring.turns import difference
+from mlx_mtp.measuring.turns import difference, tokens_per_round
 from mlx_mtp.targets.gemma4 import Gemma4Target
 from mlx_mtp.training.data import Batches, pack, split, standard_library
 from mlx_mtp.training.families import DrafterShape
@@ -71,7 +71,7 @@ def compare(depth: int, context: int, prompts: int, repeats: int, runs: Path | N
         if name in engines:
             used = min(depth, engines[name].drafter.max_depth)  # type: ignore[union-attr]
             alone = round_seconds(engines[name], ids[0], used, 15)["device_milliseconds"]
-            row |= {"depth": used, "tokens_per_round": runs_of.tokens_per_round,
+            row |= {"depth": used, "tokens_per_round": tokens_per_round(runs_of.stats),
                     "acceptance": acceptance(runs_of.stats),
                     "draft_milliseconds": alone - 1e3 * passes[used]}  # fmt: skip
         if (EMBEDDED / name / "config.json").exists():

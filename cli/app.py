@@ -49,9 +49,8 @@ def _prepare_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, mode, encoding="utf-8"))
     with contextlib.suppress(OSError, ValueError, AttributeError):  # read from already, or no stream of the system's
-        sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
-        if not sys.stdin.isatty():
-            sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # type: ignore[union-attr]
+        encoding = None if sys.stdin.isatty() else "utf-8-sig"  # None leaves it
+        sys.stdin.reconfigure(encoding=encoding, errors="surrogateescape")  # type: ignore[union-attr]
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]

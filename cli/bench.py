@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -18,12 +19,12 @@ from mlx_mtp.checkpoints.atomic import replacing
 from mlx_mtp.cli import options
 from mlx_mtp.cli.loading import load
 from mlx_mtp.cli.progress import PatientBar
-from mlx_mtp.errors import MLXMTPError, OptionError, brief
+from mlx_mtp.errors import MLXMTPError, OptionError, brief, lacking
 from mlx_mtp.measuring import tables
 from mlx_mtp.measuring.bench import Bench
 from mlx_mtp.measuring.configurations import DEFAULT_DEPTHS, DEFAULT_NAMES, Plan, line_up
-from mlx_mtp.measuring.energy import open_meter
-from mlx_mtp.measuring.plots import check_matplotlib, plot
+from mlx_mtp.measuring.machine import open_meter
+from mlx_mtp.measuring.plots import plot
 from mlx_mtp.measuring.prompts import read_prompts
 from mlx_mtp.measuring.report import bench_markdown, bench_parts, build
 
@@ -31,7 +32,7 @@ DEFAULTS = Plan()
 STDOUT = Path("-")
 Arms = partial(typer.Option, rich_help_panel="Configurations")
 Runs = partial(typer.Option, rich_help_panel="Runs")
-DEPTHS = ",".join(map(str, DEFAULT_DEPTHS))
+DEPTHS_HELP = "Of all drafters: 'auto' or 0 to 8, with commas between several."
 ARMS_HELP = "stock, plain, mtp, lookup, mlx-vlm or any drafter's name; NAME@3 and NAME@auto set a depth."
 PROMPTS_HELP = "File of prompts: Spec-Bench, HumanEval (.gz too), chat JSONL or text; may be repeated."
 JSON_HELP = "All that was measured, to a file; '-' = stdout."
@@ -44,13 +45,14 @@ def bench(
     mode: options.Mode = "fast",
     max_context: options.MaxContext = None,
     arms: Annotated[str, Arms(metavar="A,B,...", help=ARMS_HELP)] = ",".join(DEFAULT_NAMES),
-    depth: Annotated[str | None, Arms(metavar="N", help="One depth for all drafters, 'auto' or 0 to 8.")] = None,
-    depths: Annotated[str | None, Arms(metavar="N,M,...", help="Their depths.", show_default=DEPTHS)] = None,
+    depth: Annotated[
+        str | None, Arms(metavar="N,M,...", help=DEPTHS_HELP, show_default=",".join(map(str, DEFAULT_DEPTHS)))
+    ] = None,
     prompts: Annotated[
         list[Path] | None, options.PromptPanel(metavar="FILE", help=PROMPTS_HELP, show_default="a built-in set")
     ] = None,
     category: Annotated[list[str] | None, options.PromptPanel(help="Only this one; may be repeated.")] = None,
-    per_category: Annotated[int, options.PromptPanel(help="Most prompts of a category.")] = 1,
+    per_category: Annotated[int, options.PromptPanel(min=1, help="Most prompts of a category.")] = 1,
     raw: Annotated[bool, options.PromptPanel("--raw", help="Continue texts as they stand, no chat template.")] = False,
     max_tokens: Annotated[int, Runs("--max-tokens", "-n", help="Tokens of every timed run.")] = DEFAULTS.max_tokens,
     repeats: Annotated[int, Runs(help="Timed runs of each, in turns.")] = DEFAULTS.repeats,
@@ -81,16 +83,13 @@ def bench(
     )
     plan = Plan(
         model=model, drafter=drafter, names=tuple(name.strip() for name in arms.split(",") if name.strip()),
-        depths=_depths(depth, depths), mode=mode, max_tokens=max_tokens, repeats=repeats, cool_down=cool_down,
-        seed=seed, max_context=max_context, samplings=None if asked == mlx_mtp.Sampling() else (asked,),
+        depths=tuple(options.number_or_word(one.strip()) for one in depth.split(",")) if depth else None, mode=mode,
+        max_tokens=max_tokens, repeats=repeats, cool_down=cool_down, seed=seed, max_context=max_context,
+        samplings=None if asked == mlx_mtp.Sampling() else (asked,),
     )  # fmt: skip
-    if per_category < 1:
-        raise OptionError(f"--per-category must be at least 1, not {per_category}.")
     chosen = read_prompts(prompts or (), category or (), per_category, raw)
-    if as_plot:
-        check_matplotlib()
     meter, why_not = open_meter()
-    run = Bench(line_up(plan, load), chosen, meter, ["mlx-mtp", *sys.argv[1:]])
+    run = Bench(line_up(plan, load), chosen, meter)
     for sentence in run.notes:
         print(sentence, file=sys.stderr)
     run.notes += [why_not] if why_not else []
@@ -101,9 +100,10 @@ def _measure(run: Bench, files: dict[str, Path | None]) -> None:
     """Runs everything; Ctrl-C and errors, of MLX or of another engine, cost nothing that was measured before."""
     ended: BaseException | None = None
     try:
-        print(f"This takes about {_duration(run.expected_seconds())} (configurations: "
-              f"{len(run.lineup.configurations)}, prompts: {len(run.prompts)}). Ctrl-C shows what there is by then.",
-              file=sys.stderr)  # fmt: skip
+        seconds = run.expected_seconds()
+        about = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
+        print(f"This takes about {about} (configurations: {len(run.lineup.configurations)}, prompts: "
+              f"{len(run.prompts)}). Ctrl-C shows what there is by then.", file=sys.stderr)  # fmt: skip
         with PatientBar(Console(stderr=True), MofNCompleteColumn()) as bar:
             for done, _ in enumerate(run.run(), 1):
                 bar.update("measuring", done, run.steps)
@@ -113,12 +113,9 @@ def _measure(run: Bench, files: dict[str, Path | None]) -> None:
         print(sentence, "What was measured so far follows.", file=sys.stderr)
         run.notes.append(sentence)
     report = build(run, ended is not None)
+    if STDOUT not in files.values():
+        tables.show(bench_parts(report))
     contents = {"--json": json.dumps(report, indent=2) + "\n", "--markdown": bench_markdown(report)}
-    if STDOUT not in files.values():  # tables on a terminal, Markdown in a pipe
-        if sys.stdout.isatty():
-            tables.print_parts(Console(), bench_parts(report))
-        else:
-            print(contents["--markdown"], end="")
     for option, content in contents.items():
         if files[option] == STDOUT:
             print(content, end="")
@@ -131,11 +128,7 @@ def _measure(run: Bench, files: dict[str, Path | None]) -> None:
     if isinstance(ended, Exception):
         raise MLXMTPError(f"The bench stopped ({brief(ended)}); what was measured before is in the report.") from ended
     if ended:
-        raise typer.Exit(130)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
+        raise ended
 
 
 def _check_files(files: dict[str, Path]) -> None:
@@ -143,15 +136,10 @@ def _check_files(files: dict[str, Path]) -> None:
     places = [file.resolve() for file in files.values()]
     if len(set(places)) < len(places):
         raise OptionError("--json, --markdown and --plot need a file each, and one is named twice.")
+    if "--plot" in files and importlib.util.find_spec("matplotlib") is None:
+        raise OptionError(lacking("--plot", "matplotlib", "plot"))
     for option, file in files.items():
         if file == STDOUT and option == "--plot":
             raise OptionError("--plot writes a picture, which stdout is no place for; name a file.")
         if file != STDOUT and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
             raise OptionError(f"{option} must be a file in a writable folder, not '{file}'.")
-
-
-def _depths(depth: str | None, depths: str | None) -> tuple[int | str, ...] | None:
-    if depth is not None and depths is not None:
-        raise OptionError("--depth and --depths mean the same drafts; leave one out.")
-    given = depth if depths is None else depths
-    return None if given is None else tuple(options.number_or_word(one.strip()) for one in given.split(","))

@@ -11,13 +11,12 @@ from rich.table import Table
 
 import mlx_mtp
 from mlx_mtp.checkpoints import hub, memory, packaged
-from mlx_mtp.cli import commands, loading, models, notices, options, toy
+from mlx_mtp.cli import commands, loading, models, options, progress, toy
 from mlx_mtp.cli.conversation import USUAL_TOKENS, Conversation, Screen, Settings
 from mlx_mtp.cli.line_input import HINT, Lines, lines
 
 MOST_OFFERED = 5  # that must be downloaded
 SHOWN = toy.DEFAULT.format(usual=USUAL_TOKENS)
-SYSTEM_HELP = "An instruction for the whole conversation."
 THINKING_HELP = "Thoughts of models that have them."
 
 
@@ -26,12 +25,10 @@ def chat(
     drafter: options.Drafter = "auto",
     depth: options.Depth = "auto",
     mode: options.Mode = "fast",
-    draft_head_bits: options.HeadBits = "auto",
     max_context: options.MaxContext = None,
-    system: Annotated[str | None, options.PromptPanel(help=SYSTEM_HELP)] = None,
+    system: Annotated[str | None, options.PromptPanel(help="An instruction for the whole conversation.")] = None,
     load: Annotated[str | None, options.PromptPanel(metavar="FILE", help="Go on with a saved conversation.")] = None,
     max_tokens: Annotated[int | None, options.MaxTokens(help="Most tokens of a reply.", show_default=SHOWN)] = None,
-    stop: options.Stop = None,
     thinking: Annotated[
         Literal["show", "hide", "off"] | None, options.ReplyPanel(help=THINKING_HELP, show_default="off")
     ] = None,
@@ -44,7 +41,6 @@ def chat(
     frequency_penalty: options.FrequencyPenalty = None,
     seed: options.Seed = None,
     plain: Annotated[bool, options.OutputPanel("--plain", help="Text as it comes, no Markdown.")] = False,
-    verbose: options.Verbose = False,
 ) -> None:
     """Chat on the terminal; in a pipe every line of standard input is a message.
 
@@ -57,16 +53,12 @@ def chat(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
     )  # fmt: skip
-    settings = Settings(sampling, max_tokens, seed, tuple(stop or ()), thinking or "off")
-    if verbose:
-        notices.say_more()
+    settings = Settings(sampling, max_tokens, seed, thinking or "off")
     screen = Screen(plain)
 
     def engine(name: str | None, drafter: str) -> mlx_mtp.Engine:
-        with notices.held_back():
-            loaded = loading.load(
-                name, drafter, depth=depth, mode=mode, draft_head_bits=draft_head_bits, max_context=max_context
-            )
+        with progress.held_back():
+            loaded = loading.load(name, drafter, depth=depth, mode=mode, max_context=max_context)
             if loaded.tokenizer is None or not loaded.tokenizer.has_chat_template:
                 raise mlx_mtp.PromptError(
                     "This checkpoint has no chat template; use another model, or 'mlx-mtp generate --raw'."
@@ -75,9 +67,14 @@ def chat(
 
     model = choose_model(model, screen)
     source = lines(list(commands.COMMANDS))
-    chat = engine(model, drafter).chat(system)
-    conversation = Conversation(chat, settings, screen, engine, model, drafter, source.interactive)
-    _prepare(conversation, load, system, thinking)
+    conversation = Conversation(
+        engine(model, drafter).chat(), settings, screen, engine, model, drafter, source.interactive
+    )
+    if load is not None:
+        screen.note(conversation.open(load))
+    if system is not None:
+        conversation.chat.set_system(system)
+    conversation.use(conversation.settings if thinking is None else settings)
     if source.interactive:
         _greet(conversation)
     if not converse(conversation, source):
@@ -117,26 +114,13 @@ def _chosen(screen: Screen) -> str | None:
     return None if answer == last else str(offered[answer - 1]["target"])
 
 
-def _prepare(conversation: Conversation, load: str | None, system: str | None, thinking: str | None) -> None:
-    """Settings and a saved conversation as asked for on the command line; refused before anything is shown."""
-    settings, tokenizer = conversation.settings, conversation.chat.engine.tokenizer
-    conversation.use(settings)
-    if load is not None:
-        conversation.screen.note(conversation.open(load))
-        if system is not None:
-            conversation.chat.set_system(system)
-        if thinking is not None:
-            conversation.use(settings)
-    if thinking in ("show", "hide") and tokenizer and not tokenizer.can_think:
-        conversation.screen.note("This checkpoint's chat template knows no thinking.")
-
-
 def _greet(conversation: Conversation) -> None:
     engine = conversation.chat.engine
     drafter = "no drafter" if engine.drafter is None else f"drafter {conversation.drafter}"
-    thinking = ", thinking " + conversation.settings.thinking if engine.tokenizer and engine.tokenizer.can_think else ""
-    name = conversation.model or "embedded model"
-    conversation.screen.note(f"mlx-mtp {mlx_mtp.__version__} · {name}, {drafter}, mode {engine.mode}{thinking}")
+    name, thinking = conversation.model or "embedded model", conversation.settings.thinking
+    can_think = engine.tokenizer is not None and engine.tokenizer.can_think
+    said = f", thinking {thinking}" if can_think else "" if thinking == "off" else ", which knows no thinking"
+    conversation.screen.note(f"mlx-mtp {mlx_mtp.__version__} · {name}, {drafter}, mode {engine.mode}{said}")
     conversation.screen.note("/help shows the commands, Ctrl-C stops a reply, Ctrl-D leaves.")
 
 
@@ -153,7 +137,8 @@ def converse(conversation: Conversation, source: Lines) -> bool:
         except EOFError:
             break
         except mlx_mtp.MLXMTPError as error:
-            conversation.screen.refuse(error)
+            sys.stdout.flush()
+            print(error, file=sys.stderr, flush=True)
             followed = False
         except KeyboardInterrupt:
             if not source.interactive:

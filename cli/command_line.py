@@ -129,21 +129,19 @@ def run(arguments: Sequence[str], on_begin: Callable[[], object]) -> NoReturn:
         app = application(arguments)
         on_begin()
         sys.exit(app(args=list(arguments) or ["--help"], prog_name="mlx-mtp", standalone_mode=False) or 0)
-    except typer.TyperException as error:  # a command line that typer cannot read
-        message = str(getattr(error, "format_message", error.__str__)()).rstrip(".")
-        print(MLXMTPError(f"{message}; 'mlx-mtp --help' shows what there is."), file=sys.stderr)
-        sys.exit(2)
-    except MLXMTPError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    except ImportError as error:
-        print(without_device(error), file=sys.stderr)
-        sys.exit(2)
     except typer.Abort as error:
         raise KeyboardInterrupt from error
+    except typer.TyperException as error:  # a command line that typer cannot read
+        message = str(getattr(error, "format_message", error.__str__)()).rstrip(".")
+        refusal = MLXMTPError(f"{message}; 'mlx-mtp --help' shows what there is.")
+    except MLXMTPError as error:
+        refusal = error
+    except ImportError as error:
+        refusal = without_device(error)
     except OSError as error:
         if error.errno not in OUTPUT_FULL:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what Python still writes at its end
-        print(f"The output could not be written ({error.strerror}); free some disk space.", file=sys.stderr)
-        sys.exit(2)
+        refusal = MLXMTPError(f"The output could not be written ({error.strerror}); free some disk space.")
+    print(refusal, file=sys.stderr)
+    sys.exit(2)

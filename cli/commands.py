@@ -1,7 +1,4 @@
-"""What a chat understands besides messages: /help, /undo, /save and the others.
-
-A command that fails leaves everything as it was.
-"""
+"""What a chat understands besides messages: /help, /undo, /save and the others. One that fails changes nothing."""
 
 from __future__ import annotations
 
@@ -23,6 +20,7 @@ EMBEDDED = "embedded"  # the name by which /model knows the model that comes wit
 ANY_MODEL = ("none", "lookup")  # drafters that stay when the model changes
 SHOWN = 60
 TEXT = "TEXT"  # an argument of any kind, over several lines
+FILE = "FILE"  # an argument that must be there
 SLIP = re.compile(r"/+[A-Za-z_-]*")
 
 
@@ -60,6 +58,8 @@ def obey(conversation: Conversation, text: str) -> None:
     argument = rest[0].strip() if rest else ""
     if argument and not command.argument:
         raise OptionError(f"{name} takes nothing after it, but there was '{argument[:SHOWN]}'.")
+    if command.argument == FILE and not argument:
+        raise OptionError("A name for the file is missing; write one, like session.")
     command.run(conversation, argument)
 
 
@@ -156,17 +156,11 @@ def _stats(conversation: Conversation, _: str) -> None:
 
 
 def _save(conversation: Conversation, name: str) -> None:
-    conversation.screen.note(f"saved in {conversation.chat.save(os.path.expanduser(_named(name)))}")
+    conversation.screen.note(f"saved in {conversation.chat.save(os.path.expanduser(name))}")
 
 
 def _load(conversation: Conversation, name: str) -> None:
-    conversation.screen.note(conversation.open(_named(name)))
-
-
-def _named(name: str) -> str:
-    if not name:
-        raise OptionError("A name for the file is missing; write one, like session.")
-    return name
+    conversation.screen.note(conversation.open(name))
 
 
 def _model(conversation: Conversation, name: str) -> None:
@@ -174,7 +168,9 @@ def _model(conversation: Conversation, name: str) -> None:
         conversation.screen.show(conversation.model or EMBEDDED)
         return
     drafter = conversation.drafter if conversation.drafter in ANY_MODEL else "auto"
-    conversation.move(None if name == EMBEDDED else name, drafter)
+    model = None if name == EMBEDDED else name
+    conversation.chat = conversation.chat.moved(conversation.load(model, drafter))
+    conversation.model, conversation.drafter, conversation.thoughts = model, drafter, ""
     conversation.screen.note(f"going on with {name}; the next reply runs the whole conversation")
 
 
@@ -195,8 +191,8 @@ COMMANDS = {
     "/set": Command(_set, "NAME VALUE", "temperature, max_tokens, thinking, ...; alone it shows them"),
     "/stats": Command(_stats, "", "figures of the last reply, and why so much is drafted"),
     "/thoughts": Command(_thoughts, "", "what the model thought before the last reply"),
-    "/save": Command(_save, "FILE", "keep the conversation with its K/V"),
-    "/load": Command(_load, "FILE", "go on with a saved conversation"),
+    "/save": Command(_save, FILE, "keep the conversation with its K/V"),
+    "/load": Command(_load, FILE, "go on with a saved conversation"),
     "/model": Command(_model, "NAME", "go on with another model"),
     "/quit": Command(_quit, "", "leave, like Ctrl-D"),
 }

@@ -30,7 +30,6 @@ class Settings:
     sampling: Sampling
     max_tokens: int | None = None
     seed: int | None = None
-    stop: tuple[str, ...] = ()
     thinking: str = "off"
 
     def __post_init__(self) -> None:
@@ -40,7 +39,7 @@ class Settings:
     def options(self, model: str | None) -> dict[str, Any]:
         """For Engine.stream of this model, None being the embedded one."""
         most = toy.most_tokens(model, self.max_tokens, USUAL_TOKENS)
-        return {"sampling": self.sampling, "max_tokens": most, "seed": self.seed, "stop": self.stop}
+        return {"sampling": self.sampling, "max_tokens": most, "seed": self.seed}
 
     def values(self) -> dict[str, Any]:
         """Everything `/set` knows, by name; None = the checkpoint's own."""
@@ -83,11 +82,6 @@ class Screen:
         """What a command answers: beside the replies, never among replies that go elsewhere."""
         (self.out if self.out.is_terminal else self.err).print(answer)
 
-    def refuse(self, error: MLXMTPError) -> None:
-        """One sentence on standard error."""
-        sys.stdout.flush()
-        print(error, file=sys.stderr, flush=True)
-
     def view(self, thinking: str) -> View:
         """What will show one reply."""
         if self.plain or not self.out.is_terminal or self.out.is_dumb_terminal:
@@ -119,7 +113,7 @@ class Conversation:
     def use(self, settings: Settings) -> None:
         """Other settings from here on; OptionError where this model cannot be asked with them."""
         # The engine checks before it runs, and this is never run.
-        self.chat.engine.stream([0], **replace(settings, stop=()).options(self.model)).close()
+        self.chat.engine.stream([0], **settings.options(self.model)).close()
         self.settings, self.chat.thinking = settings, settings.thinking != "off"
 
     def say(self, text: str | None) -> None:
@@ -186,9 +180,3 @@ class Conversation:
             self.settings = replace(self.settings, thinking="show" if self.chat.thinking else "off")
         ids = self.chat.session.ids
         return f"loaded {self.turns} turns {f'with the K/V of {len(ids)} tokens' if ids else 'without K/V'}"
-
-    def move(self, model: str | None, drafter: str) -> None:
-        """Goes on with another model; everything stays where that one cannot be loaded."""
-        engine = self.load(model, drafter)
-        self.chat, self.thoughts = self.chat.moved(engine), ""
-        self.model, self.drafter = model, drafter

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from mlx_mtp import converting
-from mlx_mtp.cli import notices
+from mlx_mtp.cli import progress
 
 
 def convert(
@@ -35,7 +35,7 @@ def convert(
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     # Shown on a terminal while it lasts: an error is to stand alone.
-    with notices.held_back(), console.status("Converting ..."):
+    with progress.held_back(), console.status("Converting ..."):
         written = converting.convert(
             source, out, what=what, bits=bits, group_size=group_size, with_target=with_target, force=force
         )

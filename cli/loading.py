@@ -1,7 +1,4 @@
-"""Loading for every command that runs a model: with bars, and with warnings once the input was found good.
-
-A packaged model that is not here yet is fetched first, as one of the hub is downloaded.
-"""
+"""Loading for every command that runs a model: with bars, and with warnings once the input was found good."""
 
 from __future__ import annotations
 
@@ -15,27 +12,19 @@ import mlx_mtp
 import mlx_mtp.loading
 from mlx_mtp.checkpoints.hub import OnProgress
 from mlx_mtp.checkpoints.packaged import model_of
-from mlx_mtp.cli import notices, options
-from mlx_mtp.cli.progress import PatientBar
-
-VERBS = {"download": "downloading", "load": "reading"}
+from mlx_mtp.cli import options
+from mlx_mtp.cli.progress import PatientBar, held_back
 
 
 def load(
-    model: str | None,
-    drafter: str,
-    *,
-    depth: str = "auto",
-    mode: str = "fast",
-    draft_head_bits: str = "auto",
-    max_context: int | None = None,
+    model: str | None, drafter: str, *, depth: str = "auto", mode: str = "fast", max_context: int | None = None
 ) -> mlx_mtp.Engine:
     """An engine from options as they are on the command line; bars on a terminal for what takes long."""
     fetch(model)
     with _bars() as tell:
         return mlx_mtp.loading.load(
             model, drafter=drafter, depth=options.number_or_word(depth), mode=mode, max_context=max_context,
-            draft_head_bits=options.number_or_word(draft_head_bits), on_progress=tell,
+            on_progress=tell,
         )  # fmt: skip
 
 
@@ -50,5 +39,5 @@ def fetch(model: str | None) -> None:
 
 @contextmanager
 def _bars() -> Iterator[OnProgress]:
-    with notices.held_back(), PatientBar(Console(stderr=True), DownloadColumn(), TransferSpeedColumn()) as bar:
-        yield lambda at: bar.update(f"{VERBS[at.what]} {at.name}", at.done, at.total)
+    with held_back(), PatientBar(Console(stderr=True), DownloadColumn(), TransferSpeedColumn()) as bar:
+        yield lambda at: bar.update(f"{at.what} {at.name}", at.done, at.total)

@@ -43,15 +43,14 @@ def models(
 
 def rows(available: int) -> list[dict[str, Any]]:
     """All known pairs as JSON, in order of preference, and then the packaged models."""
-    found = [_row(pair, available) for pair in pairs.known_pairs()]
-    return found + [_packaged_row(model, available) for model in packaged.MODELS.values()]
+    known = (_row(pair, available) for pair in pairs.known_pairs())
+    return [*known, *(_packaged_row(model, available) for model in packaged.MODELS.values())]
 
 
 def _row(pair: pairs.KnownPair, available: int) -> dict[str, Any]:
     """A pair as JSON. fits: null where its size is unknown. downloaded: "yes", "partly" or "no", of both together."""
     names = [name for name in (pair.target, pair.assistant) if name and hub.NAME.fullmatch(name)]
-    whole = [name for name in names if hub.cached(name)]
-    some = whole or [name for name in names if hub.started(name)]
+    downloaded = "yes" if all(map(hub.cached, names)) else "partly" if any(map(hub.started, names)) else "no"
     return {
         "target": pair.target,
         "assistant": pair.assistant,
@@ -59,7 +58,7 @@ def _row(pair: pairs.KnownPair, available: int) -> dict[str, Any]:
         "download_bytes": pair.download_bytes or None,
         "memory_bytes": pair.memory_bytes or None,
         "fits": pair.memory_bytes <= available if pair.memory_bytes else None,
-        "downloaded": "yes" if len(whole) == len(names) else "partly" if some else "no",
+        "downloaded": downloaded,
         "source": pair.source or None,
     }
 
@@ -75,7 +74,7 @@ def _packaged_row(model: packaged.PackagedModel, available: int) -> dict[str, An
 
 def _cells(row: dict[str, Any]) -> list[str]:
     """The drafter in a line of its own below the model: a terminal of any width can hold that."""
-    fits = "?" if row["fits"] is None else "yes" if row["fits"] else "no"
+    fits = {None: "?", True: "yes", False: "no"}[row["fits"]]
     return [f"{row['target']}\n{row['assistant'] or 'none'}", *sizes(row), fits, row["downloaded"]]
 
 

@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from mlx_mtp import PromptError
 from mlx_mtp.checkpoints import packaged, pairs
 from mlx_mtp.loading import FAMILIES
 
@@ -42,11 +41,9 @@ Model = Annotated[
 Drafter = Annotated[str, PairPanel(metavar="NAME", help=DRAFTER_HELP, autocompletion=drafters)]
 Depth = Annotated[str, PairPanel(metavar="N", help="Drafts per round: 'auto' or 0 to 8; 0 decodes plainly.")]
 Mode = Annotated[Literal["fast", "exact"], PairPanel(help=MODE_HELP)]
-HeadBits = Annotated[str, PairPanel(metavar="N", help="Bits of a drafter's dense output head: 'auto', 0, 4 or 8.")]
 MaxContext = Annotated[int | None, PairPanel(help=CONTEXT_HELP, show_default="the model's limit")]
 
 MaxTokens = partial(ReplyPanel, "--max-tokens", "-n")
-Stop = Annotated[list[str] | None, ReplyPanel(help="Text that ends the reply; may be repeated.")]
 Temperature = Annotated[float | None, Own("--temperature", "-t", help="0 = greedy.")]
 TopK = Annotated[int | None, Own(help="Keep the k likeliest tokens; 0 = all.")]
 TopP = Annotated[float | None, Own(help="Keep the likeliest tokens up to this weight.")]
@@ -55,16 +52,6 @@ RepetitionPenalty = Annotated[float | None, Own(help="Above 1 avoids tokens seen
 PresencePenalty = Annotated[float | None, Sampled(help="Taken once from tokens generated before.")]
 FrequencyPenalty = Annotated[float | None, Sampled(help="Taken per occurrence from tokens generated before.")]
 Seed = Annotated[int | None, Sampled(help="The same seed gives the same reply.", show_default="another each time")]
-Verbose = Annotated[bool, OutputPanel("--verbose", help="Say when the number of drafts changes.")]
-
-
-def is_utf8(text: str) -> bool:
-    """Whether an argument or a line was UTF-8; Python keeps other bytes as surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def number_or_word(text: str) -> int | str:
@@ -73,11 +60,3 @@ def number_or_word(text: str) -> int | str:
         return int(text)
     except ValueError:
         return text
-
-
-def token_ids(text: str) -> list[int]:
-    """'1,2,3' -> [1, 2, 3]; PromptError for anything else."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise PromptError(f"--tokens must be whole numbers with commas, like 1,2,3, not '{text}'.") from None

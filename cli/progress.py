@@ -1,21 +1,23 @@
-"""A progress bar that stays out of the way: on a terminal only, and only for what takes longer than a second."""
+"""What is shown beside the work and stays out of its way: bars for what takes long, warnings at the right time."""
 
 from __future__ import annotations
 
+import logging
 import time
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from logging.handlers import MemoryHandler
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 
-# Below this a bar would only flicker.
-PATIENCE_SECONDS = 1.0
+PATIENCE_SECONDS = 1.0  # below this a bar would only flicker
 
 
-class PatientBar:
+class PatientBar(AbstractContextManager["PatientBar"]):
     """Bars on the console, one for each thing that is done, with these columns between its name and the time left.
 
-    Shown once something has taken a second since the block began; gone at its end.
+    Shown once something has taken a second since this was made; gone at the end of the block.
     """
 
     def __init__(self, console: Console, *columns: ProgressColumn) -> None:
@@ -24,13 +26,7 @@ class PatientBar:
         self._tasks: dict[str, TaskID] = {}
         self._began = time.perf_counter()
 
-    def __enter__(self) -> PatientBar:
-        self._began = time.perf_counter()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def update(self, what: str, done: int, total: int) -> None:
@@ -49,3 +45,16 @@ class PatientBar:
         if self._tasks:  # a Progress that was never started prints an empty line when stopped
             self._progress.stop()
             self._tasks = {}
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Log records wait for the end of the block, when the input was found good; where it raises they are dropped."""
+    root, held = logging.getLogger(), MemoryHandler(capacity=10_000, flushOnClose=False)
+    shown, root.handlers = root.handlers, [held]
+    try:
+        yield
+    finally:
+        root.handlers = shown
+    for record in held.buffer:
+        root.handle(record)

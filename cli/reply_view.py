@@ -1,7 +1,7 @@
 """A reply on the screen while it grows: rendered Markdown on a terminal, or plain text.
 
-Finished blocks are printed for good; only the one that still grows is written again, and never so often that it would
-cost the model time.
+Markdown is rich's, with nothing of the text dropped, cut into its blocks. Finished ones are printed for good; only the
+one that still grows is written again, never so often that it would cost the model time.
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TextIO
+from typing import ClassVar, TextIO
 
-from rich.console import Console
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
+from rich.markdown import CodeBlock, Markdown, MarkdownElement
 from rich.segment import Segment, SegmentLines
+from rich.syntax import Syntax
 from rich.text import Text
 
 from mlx_mtp import Event
-from mlx_mtp.cli.markdown import UNDECIDED, ReplyMarkdown, split
 
 THINKING = ("show", "hide", "off")
 # Least seconds between two drawings, and the multiple of its own time that a drawing must wait for the next.
@@ -25,8 +28,47 @@ INTERVAL, REST = 1 / 15, 9.0
 # Text of a model must not steer the terminal: control characters appear as their pictures.
 CONTROLS: dict[int, int | None] = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
 CONTROLS |= {13: None, 127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
+# HTML and the addresses of reference links stay in the text as they were written.
+PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable("reference")
 TEXT, THOUGHT, HIDDEN = "text", "thought", "hidden thought"
 Row = list[Segment]
+
+
+def split(text: str) -> list[str]:
+    """The text cut where its blocks begin; later lines change nothing but the last of them."""
+    starts = [token.map[0] for token in PARSER.parse(text) if token.map and token.level == 0]
+    lines = text.split("\n")
+    cuts = [0, *starts[1:], len(lines)]
+    return ["\n".join(lines[cuts[i] : cuts[i + 1]]) for i in range(len(starts))]
+
+
+class _Code(CodeBlock):
+    """Code between its fences, so that it is told apart without colours and in what is copied; no background."""
+
+    fence = ""  # where the code is only indented
+
+    @classmethod
+    def create(cls, markdown: Markdown, token: Token) -> _Code:
+        block = cls(token.info.partition(" ")[0], "ansi_dark")
+        block.fence = token.markup
+        return block
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        code, language = str(self.text).removesuffix("\n"), self.lexer_name
+        yield Text(self.fence + language, style="dim")
+        if code:
+            yield Syntax(code, language or "text", theme=self.theme, background_color="default", word_wrap=True)
+        yield Text(self.fence, style="dim")
+
+
+class ReplyMarkdown(Markdown):
+    """Markdown as replies have it; links show their addresses."""
+
+    elements: ClassVar[dict[str, type[MarkdownElement]]] = Markdown.elements | {"fence": _Code, "code_block": _Code}
+
+    def __init__(self, markup: str, style: str = "none") -> None:
+        super().__init__("", style=style, hyperlinks=False)
+        self.parsed = PARSER.parse(markup)
 
 
 class View(ABC):
@@ -59,16 +101,14 @@ class MarkdownView(View):
 
     def __init__(self, console: Console, thinking: str) -> None:
         super().__init__(thinking)
-        self._console, self._width = console, console.width
+        self._console = console
         self._live = Live(console=console, auto_refresh=False, transient=True, vertical_overflow="visible")
         self._kind, self._text = "", ""  # what comes in, and all of it that may still change
         self._done: list[tuple[str, str]] = []  # finished and not printed yet: kind and text
         self._gap = False  # whether an empty row comes before the next block
-        self._gone = 0  # rows of the open block that have left the screen, and are printed already
         self._next_drawing = 0.0
 
     def show(self, event: Event) -> None:
-        """More of the reply."""
         super().show(event)
         began = time.monotonic()
         if began >= self._next_drawing:
@@ -77,7 +117,6 @@ class MarkdownView(View):
             self._next_drawing = now + max(INTERVAL, REST * (now - began))
 
     def close(self) -> None:
-        """The reply is over."""
         self._finish()
         self._draw()
         self._live.stop()
@@ -96,35 +135,29 @@ class MarkdownView(View):
         self._kind, self._text = "", ""
 
     def _open(self) -> str:
-        """Moves what is finished out of the text; the block that is open, as far as it can be shown."""
+        """Moves what is finished out of the text; the block that is open."""
         if self._kind == HIDDEN:
             return f"thinking: {self._thought_tokens} tokens"
-        whole, _, last = self._text.rpartition("\n")
-        done = split(whole)[:-1]
+        done = split(self._text.rpartition("\n")[0])[:-1]  # the last line may yet become anything
         self._done += [(self._kind, part) for part in done]
         self._text = self._text[sum(len(part) + 1 for part in done) :]
-        return self._text.removesuffix(last) if UNDECIDED.fullmatch(last) else self._text
+        return self._text
 
     def _draw(self) -> None:
-        """Prints what is finished, and the rows of the open block that do not fit on the screen; shows the others."""
+        """Prints what is finished; below it shows the open block, the end of it where it is higher than the screen."""
         still_open, rows = self._open(), list[Row]()
-        if self._width != self._console.width:  # other rows than have left: better twice than not at all
-            self._width, self._gone = self._console.width, 0
         for kind, text in self._done:
             found = self._rows(kind, text)
-            rows += found[self._gone :]
-            self._gap, self._gone = (self._gap or bool(found)) and kind != HIDDEN, 0
+            rows += found
+            self._gap = (self._gap or bool(found)) and kind != HIDDEN
         self._done = []
-        left = self._rows(self._kind, still_open)[self._gone :]
-        gone = max(0, len(left) - self._console.height + 1)
-        self._gone += gone
-        rows += left[:gone]
+        shown = self._rows(self._kind, still_open)[1 - self._console.height :]
         self._live.start()
         with self._console:  # what is written leaves in one go
             if rows:
                 self._live.update("", refresh=True)
                 self._console.print(SegmentLines(rows, new_lines=True))
-            self._live.update(SegmentLines(left[gone:], new_lines=True), refresh=True)
+            self._live.update(SegmentLines(shown, new_lines=True), refresh=True)
 
     def _rows(self, kind: str, text: str) -> list[Row]:
         """A block as rows of this terminal, with an empty one before it where another block is above."""
@@ -145,10 +178,7 @@ def _trimmed(row: Row) -> Row:
 
 
 class PlainView(View):
-    """Anywhere: the text as it is. On a terminal its control characters are made visible.
-
-    note: where a hidden thought is mentioned.
-    """
+    """The text as it is, but for control characters on a terminal. note: where a hidden thought is mentioned."""
 
     def __init__(self, stream: TextIO, thinking: str, note: Callable[[str], None]) -> None:
         super().__init__(thinking)
@@ -157,7 +187,6 @@ class PlainView(View):
         self._kind, self._last = TEXT, "\n"
 
     def close(self) -> None:
-        """The reply is over."""
         self._take(TEXT, "" if self._last == "\n" and self._kind != THOUGHT else "\n")
 
     def _take(self, kind: str, text: str) -> None:

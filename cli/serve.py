@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 from rich.console import Console
 
 import mlx_mtp
-from mlx_mtp.cli import notices, options
+from mlx_mtp.cli import options, progress
 from mlx_mtp.cli.loading import load
 from mlx_mtp.errors import lacking
 from mlx_mtp.loading import EMBEDDED
@@ -29,7 +30,6 @@ def serve(
     drafter: options.Drafter = "auto",
     depth: options.Depth = "auto",
     mode: options.Mode = "fast",
-    draft_head_bits: options.HeadBits = "auto",
     max_context: options.MaxContext = None,
     host: Annotated[str, Who(help="Address to listen on; all but loopback need --api-key.")] = "127.0.0.1",
     port: Annotated[int, Who(help="Port to listen on; 0 = any free one.")] = 8080,
@@ -46,10 +46,10 @@ def serve(
     repetition_penalty: options.RepetitionPenalty = None,
     seed: Annotated[int | None, options.Sampled(help="Of requests that bring none.", show_default="random")] = None,
     most_tokens: Annotated[int | None, Limits(help="Most tokens of a reply.", show_default="what fits")] = None,
-    queue: Annotated[int, Limits(help="Requests that may wait; more get 429.")] = 32,
+    queue: Annotated[int, Limits(min=0, help="Requests that may wait; more get 429.")] = 32,
     session_memory: Annotated[float, Limits(help="GB of K/V kept between requests; 0 = none.")] = 1.0,
     body_size: Annotated[float, Limits(help="Most MB of a request.")] = 8.0,
-    grace: Annotated[float, Limits(help="Seconds for running replies to finish after SIGTERM.")] = 30.0,
+    grace: Annotated[float, Limits(min=0, help="Seconds for running replies to finish after SIGTERM.")] = 30.0,
     verbose: Annotated[bool, options.OutputPanel("--verbose", help="Log every request.")] = False,
 ) -> None:
     """Serve OpenAI's Chat Completions, Completions and Responses, Anthropic's Messages, and a chat page.
@@ -68,9 +68,6 @@ def serve(
         raise mlx_mtp.OptionError(
             f"Others can reach {host}: give a key with --api-key (or MLX_MTP_API_KEY), or listen on 127.0.0.1."
         )
-    if queue < 0 or grace < 0:
-        name, value = ("queue", queue) if queue < 0 else ("grace", grace)
-        raise mlx_mtp.OptionError(f"--{name} must be at least 0, not {value}.")
     name = model_name or _name(model)
     any_host = api_key is not None and not allow_host
     wanted = serving.ServerOptions(
@@ -83,12 +80,11 @@ def serve(
         ),
     )  # fmt: skip
     if verbose:
-        notices.say_more("mlx_mtp", "uvicorn")
+        for library in ("mlx_mtp", "uvicorn"):
+            logging.getLogger(library).setLevel(logging.INFO)
     with server.listen(host, port) as listener:
-        with notices.held_back():
-            engine = load(
-                model, drafter, depth=depth, mode=mode, draft_head_bits=draft_head_bits, max_context=max_context
-            )
+        with progress.held_back():
+            engine = load(model, drafter, depth=depth, mode=mode, max_context=max_context)
             running = server.Server(app.create_app(engine, wanted, queue), grace=grace, access_log=verbose)
         address = f"[{host}]" if ":" in host else host
         Console(stderr=True).print(

@@ -98,9 +98,7 @@ def train(
     console.print(f"Training into {out}; Ctrl-C saves.", soft_wrap=True)
     fetch(recipe.target)
     reports = show(run(out, recipe), console, shlex.join(["mlx-mtp", "train", "--out", str(out)]))
-    made = [out / "target"] if recipe.target is None else []
-    console.print(f"Done: {', '.join(str(path) for path in [*made, *(out / s.family for s in recipe.drafters)])}.",
-                  soft_wrap=True)  # fmt: skip
+    console.print(f"Done; all of it is in {out}.", soft_wrap=True)
     for report in reports:
         print(worth(report, recipe.target or str(out / "target")))
 
@@ -123,24 +121,33 @@ def _resumed(context: typer.Context, out: Path, asked: Recipe) -> Recipe:
 
 
 def show(stages: Generator[Stage, None, Returned], console: Console, command: str) -> Returned:
-    """Runs stages to their end with a bar for each, and returns what they return; an interrupt saves first.
-
-    command: what goes on where this one was stopped.
-    """
+    """Runs stages to their end with a bar for each; what they return. command: what goes on after an interrupt."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     goes_on = f"Stopped; what was done is kept. To go on: {command}"
-    try:
-        with answered(console, goes_on):
-            return _shown(stages, console)
-    except KeyboardInterrupt:
-        console.print(goes_on, soft_wrap=True)
-        raise
+    tasks: dict[str, TaskID] = {}
+    with answered(console, goes_on), Progress(*columns, console=console) as bars, closing(stages):
+        while True:
+            try:
+                stage = next(stages)
+            except StopIteration as end:
+                returned: Returned = end.value
+                return returned
+            if stage.name not in tasks:
+                tasks[stage.name] = bars.add_task(stage.name, total=stage.steps)
+            line = stage.name
+            if stage.figures:
+                line += f": loss {stage.figures['loss']:.3f}, {stage.tokens_per_second:,.0f} tokens/s"
+            bars.update(tasks[stage.name], completed=stage.step, description=line)
+            if stage.held_out:
+                figures = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in stage.held_out.items())
+                bars.console.print(f"{stage.name} step {stage.step}, held out: {figures}", soft_wrap=True)
 
 
 @contextmanager
 def answered(console: Console, goes_on: str) -> Iterator[None]:
     """Within: Ctrl-C is answered at once, though what is being computed must end first; another one ends the process.
 
-    Python's own handlers wait for MLX, so a thread hears of the signal. goes_on: the last words of such an end.
+    Python's own handlers wait for MLX, so a thread hears of the signal. goes_on: the last words after an interrupt.
     """
     heard, told = socket.socketpair()
     told.setblocking(False)
@@ -158,29 +165,11 @@ def answered(console: Console, goes_on: str) -> Iterator[None]:
     thread.start()
     try:
         yield
+    except KeyboardInterrupt:
+        console.print(goes_on, soft_wrap=True)
+        raise
     finally:
         signal.set_wakeup_fd(before)
         told.close()
         thread.join()
         heard.close()
-
-
-def _shown(stages: Generator[Stage, None, Returned], console: Console) -> Returned:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=console) as bars, closing(stages):
-        while True:
-            try:
-                stage = next(stages)
-            except StopIteration as end:
-                returned: Returned = end.value
-                return returned
-            if stage.name not in tasks:
-                tasks[stage.name] = bars.add_task(stage.name, total=stage.steps)
-            line = stage.name
-            if stage.figures:
-                line += f": loss {stage.figures['loss']:.3f}, {stage.tokens_per_second:,.0f} tokens/s"
-            bars.update(tasks[stage.name], completed=stage.step, description=line)
-            if stage.held_out:
-                figures = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in stage.held_out.items())
-                bars.console.print(f"{stage.name} step {stage.step}, held out: {figures}", soft_wrap=True)

@@ -253,7 +253,7 @@ def test_prompt_longer_than_the_context(refused: Refused, run: Command) -> None:
     [["--depth", "9"], ["--depth", "-1"], ["--depth", "x"], ["--depth", ""], ["--depth", "1.5"], ["--max-tokens", "0"],
      ["--max-tokens", "-3"], ["--temperature", "-1"], ["--temperature", "nan"], ["--top-p", "0"], ["--top-k", "-1"],
      ["--min-p", "1.5"], ["--repetition-penalty", "0"], ["--presence-penalty", "inf"], ["--seed", "-1"],
-     ["--logprobs", "65"], ["--mode", "quick"], ["--draft-head-bits", "5"], ["--draft-head-bits", "x"],
+     ["--logprobs", "65"], ["--mode", "quick"],
      ["--max-context", "0"], ["--max-context", "1"], ["--max-context", "-5"], ["--max-context", "257"]],
 )  # fmt: skip
 def test_options_out_of_range(refused: Refused, options: list[str]) -> None:
@@ -277,8 +277,8 @@ def test_broken_tokenizer(refused: Refused, copy: Copy) -> None:
         *((f"generate {options}", "") for options in ("--nope", "--max-tokens x", "--temperature x", "--depth", "a b")),
         ("doctor --model /no/such/folder", "/no/such/folder"), ("doctor --mode quick --json", "exact"),
         ("doctor --forget --drafter lookup", "--forget drops all"),
-        ("bench --category poetry", "'code', 'edit'"), ("bench --depth 2 --depths 2,4", "leave one out"),
-        ("bench --depths 9", "0 to 8, not 9"), ("bench --arms stock,oracle", "'oracle'"),
+        ("bench --category poetry", "'code', 'edit'"),
+        ("bench --depth 2,9", "0 to 8, not 9"), ("bench --arms stock,oracle", "'oracle'"),
         ("bench --arms ,", "no configuration"), ("bench --arms plain,mlx-vlm@auto", "mlx-vlm@auto"),
         ("bench --json same.txt --markdown ./same.txt", "named twice"), ("bench --plot -", "name a file"),
         ("bench --json /no/such/folder/a.json", "/no/such/folder/a.json"),

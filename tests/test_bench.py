@@ -15,7 +15,7 @@ from conftest import GOLDEN
 import mlx_mtp
 from mlx_mtp.errors import DataError, OptionError, PromptError
 from mlx_mtp.generation.types import NEUTRAL, Sampling, Stats, acceptance
-from mlx_mtp.measuring import energy, prompts
+from mlx_mtp.measuring import machine, prompts
 from mlx_mtp.measuring.configurations import GEMMA, Plan, name_and_depth, sampling_name
 from mlx_mtp.measuring.engines import DecodeJob, TimedRun
 from mlx_mtp.measuring.report import verdict
@@ -222,15 +222,15 @@ def test_energy(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("IOReport denied")
 
     monkeypatch.setattr(sys, "platform", "linux")
-    assert energy.open_meter() == (None, "Energy is not measured: zeus-apple-silicon reads it on Apple silicon only.")
+    assert machine.open_meter() == (None, "Energy is not measured: zeus-apple-silicon reads it on Apple silicon only.")
     monkeypatch.setattr(sys, "platform", "darwin")
     for package, words in ((None, "pip install zeus-apple-silicon"),
                            (SimpleNamespace(AppleEnergyMonitor=broken), "does not run here (IOReport denied)")):
         monkeypatch.setitem(sys.modules, "zeus_apple_silicon", package)
-        meter, why = energy.open_meter()
+        meter, why = machine.open_meter()
         assert meter is None and words in str(why)
     monkeypatch.setitem(sys.modules, "zeus_apple_silicon", SimpleNamespace(AppleEnergyMonitor=Monitor))
-    meter, why = energy.open_meter()
+    meter, why = machine.open_meter()
     assert why is None and meter is not None and meter.of(lambda: 1) == (1, 5.0)
 
 

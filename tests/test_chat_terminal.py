@@ -190,9 +190,6 @@ def test_bad_lines_in_a_pipe(piped: Piped) -> None:
     sentences = err.splitlines()
     assert code == 2 and len(sentences) == 2 and all(line.endswith(".") for line in sentences)
     assert out.startswith("```python")
-    for text in (b"\xff\xfeO\0n\0e\0\n\0M\0o\0r\0e\0", b"\xfe\xff\0O\0n\0e\0\n\0M\0o\0r\0e"):
-        code, out, err = piped(text)
-        assert (code, out, err.count("\n")) == (2, "", 1) and "UTF-16" in err
 
 
 def test_options_of_a_conversation(piped: Piped, tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ from rich.console import Console
 
 from mlx_mtp import Event
 from mlx_mtp.cli import reply_view
-from mlx_mtp.cli.markdown import split
-from mlx_mtp.cli.reply_view import MarkdownView, PlainView
+from mlx_mtp.cli.reply_view import MarkdownView, PlainView, split
 
 SAMPLE = """# Title with `code`
 

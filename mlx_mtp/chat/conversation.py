@@ -9,7 +9,6 @@ over all messages, so it is what a fresh run would be; the session finds out wha
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,16 +32,10 @@ class _Running:
     """A reply from `send` or `retry`. asked: the messages it answers. over: nothing of it counts any more."""
 
     asked: list[Message]
-    events: weakref.ref[Generator[Event, None, None]] | None = None
+    events: Generator[Event, None, None]
     before: list[Message] | None = None  # the conversation's messages when it began to run
-    copied: list[Message] | None = None
     said: list[str] = field(default_factory=list)
     over: bool = False
-
-    @property
-    def answer(self) -> str:
-        """What was answered so far."""
-        return "".join(self.said)
 
 
 class Chat:
@@ -148,10 +141,8 @@ class Chat:
         if reply is None:
             return
         self._settle(reply)
-        events = None if reply.events is None else reply.events()
-        if events is not None:
-            with contextlib.suppress(ValueError):  # it is at work right now: it ends at its next event
-                events.close()
+        with contextlib.suppress(ValueError):  # it is at work right now: it ends at its next event
+            reply.events.close()
         if self.session.busy:
             self.session = Session()
 
@@ -164,37 +155,34 @@ class Chat:
             raise PromptError("A chat needs a tokenizer and this checkpoint has none; use another model.")
         ids = tokenizer.chat(messages, thinking=self.thinking)
         request = self.engine.request(ids, session=self.session, tools=False, **options)
-        events = self.engine.run(self.engine.after_thought(request, self.thinking))
-        reply = self._newest = _Running(messages)
-        kept = self._kept(reply, events)
-        reply.events = weakref.ref(kept)
-        return kept
+        self._newest = _Running(messages, self.engine.run(self.engine.after_thought(request, self.thinking)))
+        return self._kept(self._newest)
 
-    def _kept(self, reply: _Running, events: Generator[Event, None, None]) -> Generator[Event, None, None]:
+    def _kept(self, reply: _Running) -> Generator[Event, None, None]:
         """The reply's events; whatever ends them, what was answered so far joins the messages."""
         if reply.over:
             return
         if self._newest is not reply:
             raise OptionError("This reply was never read before the next was asked for; read the newest one.")
-        reply.before, reply.copied, self.last = self.messages, list(self.messages), None
+        reply.before, self.last = list(self.messages), None
         try:
-            for event in events:
+            for event in reply.events:
                 if reply.over:
                     return
                 reply.said.append(event.content)
                 result = event.result
                 if result is not None:
-                    self.last = result = replace(result, text=reply.answer)
+                    self.last = result = replace(result, text="".join(reply.said))
                 yield replace(event, text=event.content, result=result)
         finally:
-            events.close()
+            reply.events.close()
             self._settle(reply)
             if self._newest is reply:
                 self._newest = None
 
     def _settle(self, reply: _Running) -> None:
         """What was answered so far joins the messages, once; a question without any answer is as good as not asked."""
-        untouched = self.messages is reply.before and self.messages == reply.copied
-        if untouched and not reply.over and reply.answer.strip():
-            self.messages = [*reply.asked, {"role": "assistant", "content": reply.answer}]
+        answer = "".join(reply.said)
+        if self.messages == reply.before and not reply.over and answer.strip():
+            self.messages = [*reply.asked, {"role": "assistant", "content": answer}]
         reply.over = True

@@ -125,12 +125,9 @@ def _digest(about: Mapping[str, Any], tensors: Mapping[str, mx.array]) -> str:
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode() + _bytes(tensor))
+        content = np.array(mx.view(tensor.reshape(-1), mx.uint8)).tobytes() if tensor.size else b""
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode() + content)
     return digest.hexdigest()
-
-
-def _bytes(tensor: mx.array) -> bytes:
-    return np.array(mx.view(tensor.reshape(-1), mx.uint8)).tobytes() if tensor.size else b""
 
 
 def _rows(lease: Lease, length: int) -> dict[str, mx.array]:
@@ -182,15 +179,14 @@ def _read(file: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
     ids = tensors.get("ids", mx.array(0))
     if about.get("format") != FORMAT or ids.dtype != mx.int32 or ids.ndim != 1:
         raise _damaged(file, f"is not of format {FORMAT}")
-    if not (isinstance(about.get("thinking"), bool) and _are_messages(about.get("messages"))):
+    thinking, messages = about.get("thinking"), about.get("messages")
+    if not (isinstance(thinking, bool) and isinstance(messages, list) and all(map(_is_message, messages))):
         raise _damaged(file, "holds no conversation")
     return tensors, about
 
 
-def _are_messages(found: Any) -> bool:
-    return isinstance(found, list) and all(
-        isinstance(one, dict) and one.get("role") in ROLES and isinstance(one.get("content"), str) for one in found
-    )
+def _is_message(one: Any) -> bool:
+    return isinstance(one, dict) and one.get("role") in ROLES and isinstance(one.get("content"), str)
 
 
 def _damaged(file: Path, found: str) -> CheckpointError:
@@ -213,10 +209,10 @@ def _lease(
                      for each in (_rows(lease, len(ids)), tensors))  # fmt: skip
     if wanted != found:
         raise _damaged(file, "has K/V of other shapes than this model's")
-    for i in range(len(cache.shapes)):
-        for name, buffers in (("keys", cache.keys), ("values", cache.values)):
+    for name, buffers in (("keys", cache.keys), ("values", cache.values)):
+        for i, buffer in enumerate(buffers):
             rows = tensors[f"{name}.{i}"]
-            buffers[i][:, :, : rows.shape[2]] = rows
+            buffer[:, :, : rows.shape[2]] = rows
     cache.length = mx.array([len(ids)], dtype=mx.int32)
     lease.memory = tree_map_with_path(lambda path, _: tensors[f"memory.{path}"], lease.memory)
     return lease

@@ -7,7 +7,6 @@ fair turns, a fixed number of tokens each. What was recorded stays recorded, whe
 from __future__ import annotations
 
 import platform
-import shlex
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,14 +15,13 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_mtp.errors import PromptError
-from mlx_mtp.generation.interfaces import Target
 from mlx_mtp.generation.types import Stats
 from mlx_mtp.measuring import machine
-from mlx_mtp.measuring.configurations import PLAIN, Lineup, sampling_name
-from mlx_mtp.measuring.energy import EnergyMeter
+from mlx_mtp.measuring.configurations import Lineup, sampling_name
 from mlx_mtp.measuring.engines import Decode, DecodeJob, TimedRun
+from mlx_mtp.measuring.machine import EnergyMeter
 from mlx_mtp.measuring.prompts import BenchPrompt
-from mlx_mtp.measuring.turns import Difference, difference, fair_turns
+from mlx_mtp.measuring.turns import fair_turns
 
 BETWEEN_SAMPLINGS = 1_000_003  # seeds
 IDLE_SECONDS = 2.0
@@ -32,38 +30,24 @@ TRIED_TOKENS = 8  # of the reply that tells how long all will take
 
 @dataclass
 class Measured:
-    """One prompt under one sampling.
-
-    replies: statistics of replies that ended by themselves, by configuration. runs: in the order of the turns.
-    differing: where greedy tokens first differ from ours plain, empty where that was not compared.
-    """
+    """One prompt under one sampling, by configuration: replies that ended by themselves, and runs in their turns."""
 
     prompt: BenchPrompt
     job: DecodeJob
     replies: dict[str, Stats] = field(default_factory=dict)
     runs: dict[str, list[TimedRun]] = field(default_factory=dict)
-    differing: dict[str, Difference | None] = field(default_factory=dict)
 
     @property
     def turns(self) -> int:
         """Turns that every configuration finished."""
         return min(map(len, self.runs.values()), default=0)
 
-    def compare(self, target: Target) -> None:
-        """Fills `differing`."""
-        if PLAIN in self.runs and not self.job.sampling.temperature:
-            self.differing = {name: difference(target, self.job, self.runs[PLAIN], its)
-                              for name, its in self.runs.items() if name != PLAIN}  # fmt: skip
-
 
 class Bench:
     """A planned run. results: by sampling's name, what was measured so far. machine: as it was before."""
 
-    def __init__(
-        self, lineup: Lineup, prompts: Sequence[BenchPrompt], meter: EnergyMeter | None = None,
-        command: Sequence[str] = (),
-    ) -> None:  # fmt: skip
-        self.lineup, self.plan, self.meter, self.command = lineup, lineup.plan, meter, shlex.join(command)
+    def __init__(self, lineup: Lineup, prompts: Sequence[BenchPrompt], meter: EnergyMeter | None) -> None:
+        self.lineup, self.plan, self.meter = lineup, lineup.plan, meter
         self.results: dict[str, list[Measured]] = {}
         self.notes = list(lineup.notes)
         self.idle_watts: float | None = None

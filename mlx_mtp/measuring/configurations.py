@@ -73,10 +73,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """One contender. engine, drafter, depth: None for other engines; drafter None and depth 0 for `plain`.
-
-    drafter: its name without the depth.
-    """
+    """One contender. engine, drafter (without depth), depth: None for other engines; `plain`: no drafter, depth 0."""
 
     name: str
     decode: Decode
@@ -177,9 +174,8 @@ class Lineup:
 
     def add_other(self, name: str, make: Callable[[Path], Decode]) -> None:
         """Another engine with a copy of the weights of its own; a sentence in its place where that cannot be had."""
-        if self.engine.target.path is None:
-            return self.leave_out(name, "the target has no folder that it could load")
-        folder = Path(self.engine.target.path)
+        folder = self.engine.target.path
+        assert folder is not None, "it was loaded from one"
         size, others = memory.folder_bytes(folder), sum(one.engine is None for one in self.configurations.values())
         if not memory.fits(size * (2 + others)):
             return self.leave_out(name, "another copy of the weights does not fit in memory")
@@ -195,7 +191,6 @@ class Lineup:
         return memory.keep_resident(decode, size)  # as resident as this engine's own copy
 
     def leave_out(self, name: str, why: str) -> None:
-        """Says so."""
         self.notes.append(f"{name} is left out: {why}.")
 
 

@@ -65,21 +65,16 @@ class Costs:
         return max(rest, self.plain)
 
 
-def diagnose(
-    engine: Engine, repeats: int = REPEATS, on_step: Callable[[str], None] = lambda step: None
-) -> dict[str, Any]:
-    """Measures the loaded pair on this machine; on_step is told in a few words what comes next.
+def diagnose(engine: Engine, repeats: int = REPEATS) -> dict[str, Any]:
+    """Measures the loaded pair on this machine.
 
     The JSON object of `mlx-mtp doctor --json`, without the advice; times in milliseconds, "rows" are tokens of a pass.
     exactness: with the room that short texts need; exactness_by_capacity: with more of it, in exact mode.
     depth_reason: how much the engine drafts after what it learned in earlier runs, and why.
     """
-    on_step("asking the machine")
     here, prompt = machine.describe(), sample_prompt(engine)
     decoder = Decoder(engine.target, engine.drafter, FixedDepth(0), engine.exactness)
-    on_step("timing passes and rounds")
     costs = measure(decoder, prompt, max(engine.allowed_depths), repeats)
-    on_step("comparing passes bit for bit")
     probes = engine.exactness or Probes(engine.target)
     exact, longest = probes.at(CAPACITY_STEP), capacity_for(engine.max_context) if engine.exactness else 0
     return {

@@ -1,4 +1,9 @@
-"""What this computer is: device, memory, versions, and what slows MLX down here, as far as it can be asked."""
+"""What this computer is: device, memory, versions, and what slows MLX down here, as far as it can be asked.
+
+And what it takes on Apple silicon: joules, by the package zeus-apple-silicon, which needs no root. All that runs on the
+chip is measured, by the chip's own model of itself, and neither display nor disk: compare on one Mac only, with nothing
+else running.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +21,10 @@ import mlx.core as mx
 from mlx_mtp.backend import blas
 from mlx_mtp.checkpoints import memory
 from mlx_mtp.version import __version__
+
+WINDOW = "mlx-mtp bench"
+# Where the joules of each part are; of a part that the chip does not report there are none.
+PARTS = ("cpu_total_mj", "gpu_mj", "gpu_sram_mj", "dram_mj", "ane_mj")
 
 
 def describe() -> dict[str, Any]:
@@ -95,3 +105,36 @@ def _wired_limit() -> int:
     before = mx.set_wired_limit(0)
     mx.set_wired_limit(before)
     return before
+
+
+class EnergyMeter:
+    """Measures one stretch at a time."""
+
+    def __init__(self, monitor: Any) -> None:
+        self._monitor = monitor
+
+    def of(self, run: Callable[[], Any]) -> tuple[Any, float | None]:
+        """What `run` returns, and the joules it took; None where no part of the chip reported any."""
+        self._monitor.begin_window(WINDOW)
+        try:
+            found = run()
+        finally:
+            used = self._monitor.end_window(WINDOW)
+        parts = [value for part in PARTS if (value := getattr(used, part, None)) is not None]
+        return found, sum(parts) / 1e3 if parts else None
+
+
+def open_meter() -> tuple[EnergyMeter | None, str | None]:
+    """The meter, or None and a sentence that says why there is none."""
+    if sys.platform != "darwin":
+        return None, "Energy is not measured: zeus-apple-silicon reads it on Apple silicon only."
+    try:
+        from zeus_apple_silicon import AppleEnergyMonitor
+
+        meter = EnergyMeter(AppleEnergyMonitor())
+        meter.of(lambda: None)
+    except ImportError:
+        return None, "Energy is not measured: `pip install zeus-apple-silicon` would make it so."
+    except Exception as error:  # nanobind passes C++ errors on as RuntimeError, ValueError, ...
+        return None, f"Energy is not measured: zeus-apple-silicon does not run here ({error})."
+    return meter, None

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
-from mlx_mtp.errors import OptionError, lacking
 from mlx_mtp.measuring.report import BASES, base_of
-
-
-def check_matplotlib() -> None:
-    """Raises OptionError where it is not installed, before anything is measured."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise OptionError(lacking("--plot", "matplotlib", "plot"))
 
 
 def plot(report: dict[str, Any], file: Path) -> None:
     """Draws the first sampling of a report that has figures (greedy, by default) as a PNG; an empty one as such."""
-    check_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # pyplot would choose a window system and keep the figure alive
 
-    # No pyplot: it would choose a window system and keep the figure alive.
     figure = Figure(figsize=(14.0, 5.0), layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     model, here = report["settings"]["model"], report["machine"]
     figure.suptitle(f"{model}  ·  {here['name']}  ·  mlx_mtp {here['mlx_mtp']}, MLX {here['mlx']}")
@@ -39,15 +27,14 @@ def _speed_up(axis: Any, sampling: dict[str, Any]) -> None:
     """Bars by category, with their intervals."""
     groups = sampling["groups"]
     base = base_of(groups[0]["arms"])
-    drawn = [at for at, row in enumerate(groups[0]["arms"]) if row[base]]
+    drawn = [rows for rows in zip(*(group["arms"] for group in groups), strict=True) if rows[0][base]]
     width = 0.8 / max(1, len(drawn))
-    for i, at in enumerate(drawn):
-        ratios = [group["arms"][at][base] for group in groups]
+    for i, rows in enumerate(drawn):
+        ratios = [row[base] for row in rows]
         middle = [one["ratio"] for one in ratios]
-        errors = [[max(0.0, sign * ((one[end] or one["ratio"]) - one["ratio"])) for one in ratios]
-                  for end, sign in (("low", -1), ("high", 1))]  # fmt: skip
+        errors = [[abs((one[end] or one["ratio"]) - one["ratio"]) for one in ratios] for end in ("low", "high")]
         places = [place + (i - (len(drawn) - 1) / 2) * width for place in range(len(groups))]
-        axis.bar(places, middle, width, yerr=errors, label=groups[0]["arms"][at]["arm"], error_kw={"linewidth": 0.7})
+        axis.bar(places, middle, width, yerr=errors, label=rows[0]["arm"], error_kw={"linewidth": 0.7})
     axis.axhline(1.0, color="black", linewidth=0.8)
     axis.set_xticks(range(len(groups)), [group["category"] for group in groups], rotation=20)
     axis.set(title=f"Speed-up over {BASES[base][1]}, {sampling['name']}", ylabel="times")

@@ -71,13 +71,14 @@ def read_prompts(
 
 
 def _read(file: Path, raw: bool) -> Iterator[BenchPrompt]:
-    unpacked, count = file.with_suffix("") if file.suffix.lower() == ".gz" else file, 0
-    for count, (record, where) in enumerate(_records(file, unpacked.suffix.lower()), start=1):  # noqa: B007
+    unpacked = file.with_suffix("") if file.suffix.lower() == ".gz" else file
+    records = list(_records(file, unpacked.suffix.lower()))
+    if not records:
+        raise DataError(f"{file}: there is no prompt in this file; write one into it.")
+    for record, where in records:
         text = _text(record, where)
         category = string_of(record, "category", where) if "category" in record else unpacked.stem
         yield BenchPrompt(category, text, isinstance(text, str) and (raw or record.get("raw") is True), where)
-    if not count:
-        raise DataError(f"{file}: there is no prompt in this file; write one into it.")
 
 
 def _records(file: Path, suffix: str) -> Iterator[tuple[dict[str, Any], str]]:

@@ -6,19 +6,22 @@ Times in this object are milliseconds where the name says so, else seconds; memo
 from __future__ import annotations
 
 import math
+import shlex
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from mlx_mtp.generation.interfaces import Target
 from mlx_mtp.generation.types import acceptance, total
 from mlx_mtp.measuring.bench import Bench, Measured
 from mlx_mtp.measuring.configurations import PLAIN, STOCK, Configuration
 from mlx_mtp.measuring.diagnosis import describe_pair
 from mlx_mtp.measuring.tables import Part, Table, cell, markdown, parts_of
-from mlx_mtp.measuring.turns import Runs
+from mlx_mtp.measuring.turns import Runs, difference, tokens_per_round
 
 FORMAT = 2
 BY_POSITION = ("drafted_by_position", "verified_by_position", "accepted_by_position")
@@ -31,8 +34,7 @@ DEFINITIONS = {
     "tokens/s": "(N - 1) / (t_N - t_1) of one run of a fixed number of tokens, stop tokens ignored; median, lowest and "
     "highest of all runs",
     "ratio": "seconds a token of the other configuration over this one's in the same turn, median of the turns; of "
-    "several prompts the other's seconds over what this one would take for them; 95 % interval by bootstrap over "
-    "prompts and turns; of one prompt, as a category has by default, over its turns only",
+    "several prompts their sums; 95 % interval by bootstrap over prompts and turns, of one prompt over its turns",
     "tokens per round": "tokens emitted after the first / forward passes of the target after the prompt, in replies "
     "apart from the timed ones, {tokens_for_acceptance} tokens at most, which end where the model ends them",
     "acceptance": "share of the drafts at a position that were accepted, of those whose predecessors in the round "
@@ -54,7 +56,7 @@ def build(bench: Bench, interrupted: bool = False) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "verdict": verdict(samplings),
-        "command": bench.command,
+        "command": shlex.join(["mlx-mtp", *sys.argv[1:]]),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(bench.started)),
         "seconds": time.time() - bench.started,
         "interrupted": interrupted,
@@ -105,7 +107,6 @@ def _sampling(bench: Bench, name: str, done: list[Measured]) -> dict[str, Any]:
     finished = [measured for measured in done if measured.turns]
     groups = {ALL: finished} if finished else {}
     for measured in finished:
-        measured.compare(bench.lineup.engine.target)
         groups.setdefault(measured.prompt.category, []).append(measured)
     return {
         "name": name,
@@ -138,7 +139,7 @@ def _rows(bench: Bench, group: list[Measured]) -> list[dict[str, Any]]:
             **_speed(runs[one.name]),
             **{base: _ratio(runs, one.name, name) for base, (name, _) in BASES.items()},
             **_drafting(one, group, runs[one.name]),
-            "output": _output(group, one.name),
+            "output": _output(bench.lineup.engine.target, group, one.name),
         }
         for one in bench.lineup.configurations.values()
     ]  # fmt: skip
@@ -170,24 +171,23 @@ def _ratio(runs: dict[str, Runs], name: str, base: str) -> dict[str, float | Non
 
 def _drafting(one: Configuration, group: list[Measured], runs: Runs) -> dict[str, Any]:
     replies = [measured.replies[one.name] for measured in group if one.name in measured.replies]
-    emitted, rounds = sum(max(0, s.tokens - 1) for s in replies), sum(s.rounds for s in replies)
     depths = sum((Counter(s.depth_counts) for s in runs.stats), Counter[int]())
     return {
-        "tau": emitted / rounds if rounds and emitted else None,
-        "timed_tokens_per_round": runs.tokens_per_round if runs.stats else None,
+        "tau": tokens_per_round(replies) or None,
+        "timed_tokens_per_round": tokens_per_round(runs.stats) if runs.stats else None,
         "acceptance": acceptance(replies),
         **dict(zip(BY_POSITION, total(replies, *BY_POSITION), strict=True)),
         "depth_counts": dict(sorted(depths.items())),
     }  # fmt: skip
 
 
-def _output(group: list[Measured], name: str) -> dict[str, Any] | None:
+def _output(target: Target, group: list[Measured], name: str) -> dict[str, Any] | None:
     """Greedy tokens against ours plain; None where there is nothing to compare."""
-    if any(name not in one.differing for one in group):
+    if name == PLAIN or PLAIN not in group[0].runs or group[0].job.sampling.temperature:
         return None
     places = [{"where": one.prompt.where, "token": found.token + 1,
                "logit_gap": None if math.isnan(found.gap) else found.gap}
-              for one in group if (found := one.differing[name])]  # fmt: skip
+              for one in group if (found := difference(target, one.job, one.runs[PLAIN], one.runs[name]))]  # fmt: skip
     return {"identical": not places, "prompts": len(group), "differences": places}
 
 

@@ -41,10 +41,7 @@ class PieceTime:
 
 
 def timed_in_turns(builds: Sequence[Callable[[], Any]], repeats: int) -> list[PieceTime]:
-    """Times computations that take turns, so that a machine that slows down slows all of them.
-
-    A build returns the arrays that are to be computed.
-    """
+    """Times computations, whose arrays the builds return; in turns, so that a slow minute falls on all of them."""
     times: list[list[tuple[float, float, float]]] = [[] for _ in builds]
     for _ in range(repeats + WARM):
         for build, found in zip(builds, times, strict=True):

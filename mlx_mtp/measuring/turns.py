@@ -20,10 +20,7 @@ RESAMPLES = 400
 
 
 def fair_turns(names: Iterable[str], count: int, pause: float = 0.0) -> Iterator[tuple[int, str]]:
-    """`count` turns of these configurations, every second one in reverse; the number of the turn and whose it is.
-
-    pause: seconds of rest before every turn, for chips that must cool down.
-    """
+    """Turns and whose they are, every second turn in reverse; pause: seconds before each, for chips to cool down."""
     order = list(names)
     for turn in range(count):
         time.sleep(pause)
@@ -47,11 +44,6 @@ class Runs:
         """Of the runs that have any: those of this engine."""
         return [run.stats for run in self.all if run.stats]
 
-    @property
-    def tokens_per_round(self) -> float:
-        """Emitted tokens after the first over passes of the target."""
-        return sum(s.tokens - 1 for s in self.stats) / max(1, sum(s.rounds for s in self.stats))
-
     def ratio(self, base: Runs) -> tuple[float, float, float]:
         """How much faster this is than `base`, and a 95 % interval by bootstrap over the jobs and turns.
 
@@ -69,6 +61,11 @@ class Runs:
 
         low, high = np.quantile([_speed_up(drawn()) for _ in range(RESAMPLES)], (0.025, 0.975))
         return _speed_up(seconds), float(low), float(high)
+
+
+def tokens_per_round(stats: Sequence[Stats]) -> float:
+    """Of all of these replies: tokens after the first of each over passes of the target."""
+    return sum(max(0, s.tokens - 1) for s in stats) / max(1, sum(s.rounds for s in stats))
 
 
 def _speed_up(seconds: Iterable[np.ndarray]) -> float:
