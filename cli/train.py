@@ -7,6 +7,7 @@ import shlex
 import signal
 import socket
 import threading
+import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import fields, replace
@@ -34,6 +35,7 @@ Drafter = partial(typer.Option, rich_help_panel="The drafter")
 Length = partial(typer.Option, rich_help_panel="How long, and how")
 Size = partial(Drafter, show_default="by target")
 GIVEN = ("COMMANDLINE", "ENVIRONMENT")  # where an option comes from that is not a default
+LOG_SECONDS = 60.0  # between two lines on how far it is, where no terminal shows bars
 Returned = TypeVar("Returned")
 
 FAMILY_HELP = f"{', '.join(FAMILIES)} (may be repeated), or none."
@@ -125,6 +127,7 @@ def show(stages: Generator[Stage, None, Returned], console: Console, command: st
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     goes_on = f"Stopped; what was done is kept. To go on: {command}"
     tasks: dict[str, TaskID] = {}
+    next_line = 0.0
     with answered(console, goes_on), Progress(*columns, console=console) as bars, closing(stages):
         while True:
             try:
@@ -138,6 +141,9 @@ def show(stages: Generator[Stage, None, Returned], console: Console, command: st
             if stage.figures:
                 line += f": loss {stage.figures['loss']:.3f}, {stage.tokens_per_second:,.0f} tokens/s"
             bars.update(tasks[stage.name], completed=stage.step, description=line)
+            if not console.is_interactive and time.monotonic() >= next_line:
+                console.print(f"{line}, {stage.step:,} of {stage.steps:,}", soft_wrap=True)
+                next_line = time.monotonic() + LOG_SECONDS
             if stage.held_out:
                 figures = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in stage.held_out.items())
                 bars.console.print(f"{stage.name} step {stage.step}, held out: {figures}", soft_wrap=True)

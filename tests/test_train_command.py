@@ -59,6 +59,19 @@ def test_without_an_interrupt_nothing_is_said_and_what_comes_out_is_returned() -
     assert "Stop" not in screen.getvalue() and signal.set_wakeup_fd(-1) == -1
 
 
+def test_a_log_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stages() -> Generator[Stage, None, None]:
+        yield Stage("self-generated data", 1_000, 20_000)
+        yield Stage("sequential", 1, 5, {"loss": 1.0}, tokens_per_second=320.0)
+
+    for seconds, said in ((0.0, 2), (3600.0, 1)):  # between two lines
+        monkeypatch.setattr(train, "LOG_SECONDS", seconds)
+        screen = io.StringIO()
+        train.show(stages(), Console(file=screen), COMMAND)
+        lines = ["self-generated data, 1,000 of 20,000", "sequential: loss 1.000, 320 tokens/s, 1 of 5"][:said]
+        assert [line for line in screen.getvalue().splitlines() if " of " in line] == lines
+
+
 TWICE = f"""
 import signal, sys, time
 from rich.console import Console
