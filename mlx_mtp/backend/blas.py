@@ -69,14 +69,13 @@ def _fitting_kernels() -> Iterator[None]:
     if CORE_TYPE not in os.environ:
         with contextlib.suppress(OSError):
             wanted = core_type(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))
-    if wanted is None:
-        yield
-        return
-    os.environ[CORE_TYPE] = wanted
+    if wanted is not None:
+        os.environ[CORE_TYPE] = wanted
     try:
         yield
     finally:
-        del os.environ[CORE_TYPE]
+        if wanted is not None:
+            del os.environ[CORE_TYPE]
 
 
 def _candidates() -> Iterator[str]:
@@ -105,8 +104,7 @@ def _open(path: str) -> ctypes.CDLL | None:
 
 def _load(path: str) -> str | None:
     """Loads a library with global symbols; returns its name, or None if it is not there or not suitable."""
-    library = _open(path)
-    if library is None:
+    if (library := _open(path)) is None:
         return None
     # Opening a loaded library again only adds its symbols to the global scope.
     ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
