@@ -16,25 +16,27 @@ import copy
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, compute_dtype, load_into, misfit, number, section
-from mlx_mtp.drafters.shortlist import DraftHead, with_shortlist
+from mlx_mtp.drafters.shortlist import with_shortlist
 from mlx_mtp.errors import IncompatibleDrafter, brief
 from mlx_mtp.generation.cache import FULL, KVCache, LayerShape, LayerView
-from mlx_mtp.generation.interfaces import Drafter, Memory, Target
+from mlx_mtp.generation.interfaces import Drafter, Memory, SampleDraft, Target
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayersConfig:
-    """The config.json of a drafter with layers of its own, less how many there are.
+    """The config.json of a drafter with layers of its own.
 
-    reads: which of the target's states. block: an mlx-lm config of one layer. shortlist: tokens of it, 0 for none.
+    count: of its parts, each with one layer. reads: which of the target's states. block: an mlx-lm config of one layer.
+    shortlist: tokens of it, 0 for none.
     """
 
+    count: int
     reads: str
     hidden_size: int
     vocab_size: int
@@ -42,18 +44,39 @@ class LayersConfig:
     block: Mapping[str, Any]
     shortlist: int = 0
 
-    @staticmethod
-    def fields(config: Mapping[str, Any], states: Sequence[str], default: str | None = None) -> dict[str, Any]:
-        """The fields of a config.json whose `reads` is one of `states`; CheckpointError where one makes no sense."""
-        block, reads = section(config, "block"), config.get("reads", default)
-        if reads not in states:
-            raise misfit(f"'reads' to be one of {', '.join(states)}", repr(reads))
-        return {
-            "reads": reads, "block": block, "hidden_size": number(config, "hidden_size", int, 1, 1 << 20),
-            "vocab_size": number(config, "vocab_size", int, 2, 1 << 24),
-            "norm_eps": number(block, "rms_norm_eps", float, 1e-30, 1.0, 1e-6),
-            "shortlist": number(config, "shortlist", int, 0, 1 << 24, 0),
-        }  # fmt: skip
+
+class LayersModel(nn.Module):
+    """The parameters of such a drafter.
+
+    counted: what config.json calls the number of its parts, and the most of them. states: those that it may read.
+    default: the one that it reads where config.json does not say.
+    """
+
+    counted: tuple[str, int]
+    states: Sequence[str]
+    default: str | None = None
+
+    def __init__(self, config: LayersConfig) -> None:
+        super().__init__()
+        self.config = config
+        if config.shortlist:  # room for ids, which nothing learns
+            self.shortlist = mx.arange(config.shortlist, dtype=mx.int32)
+            self.freeze(recurse=False, keys=["shortlist"])
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Self:
+        """Fresh parameters for a config.json; CheckpointError where a field is missing or makes no sense."""
+        block, reads = section(config, "block"), config.get("reads", cls.default)
+        if reads not in cls.states:
+            raise misfit(f"'reads' to be one of {', '.join(cls.states)}", repr(reads))
+        name, most = cls.counted
+        return cls(LayersConfig(
+            count=number(config, name, int, 1, most), reads=reads, block=block,
+            hidden_size=number(config, "hidden_size", int, 1, 1 << 20),
+            vocab_size=number(config, "vocab_size", int, 2, 1 << 24),
+            norm_eps=number(block, "rms_norm_eps", float, 1e-30, 1.0, 1e-6),
+            shortlist=number(config, "shortlist", int, 0, 1 << 24, 0),
+        ))  # fmt: skip
 
 
 def build_layers(block: Mapping[str, Any], count: int, width: int) -> list[nn.Module]:
@@ -131,20 +154,21 @@ class LayersDrafter(Drafter):
 
     reads_prompt = reads_states = True
     _target: Target  # both from attach() on
-    _head: DraftHead
+    _head: Callable[[mx.array], mx.array]
 
     def __init__(
         self, model: Any, dtype: mx.Dtype, name: str, layers: Sequence[nn.Module], first: Sequence[int]
     ) -> None:
         self.model, self.name, self._dtype, self._layers, self._first = model, name, dtype, layers, first
         self._shapes = [_shape(layer, model.config.hidden_size, dtype) for layer in layers]
+        self._shortlist: mx.array | None = model.get("shortlist")
 
     def attach(self, target: Target) -> None:
         config, info = self.model.config, target.info
-        for what, found, expected in (("hidden size", config.hidden_size, info.hidden_size),
-                                      ("vocabulary", config.vocab_size, info.vocab_size)):  # fmt: skip
-            require_equal(self.name, what, found, expected)
-        self._target, self._head = target, DraftHead(target, self.model.get("shortlist"))
+        require_equal(self.name, ("hidden size", config.hidden_size, info.hidden_size),
+                      ("vocabulary", config.vocab_size, info.vocab_size))  # fmt: skip
+        self._target = target
+        self._head = target.head if self._shortlist is None else target.head_on(self._shortlist)
 
     def modules(self) -> list[nn.Module]:
         return [self.model]
@@ -172,6 +196,13 @@ class LayersDrafter(Drafter):
         """What stands for a state before the first row, [B, 1, D]."""
         return mx.zeros((batch, 1, self.model.config.hidden_size), dtype=self._dtype)
 
+    def sampled(self, hidden: mx.array, sample: SampleDraft) -> mx.array:
+        """Drafts [B, K] from states that are ready for the target's head, [B, K, D], by one pass of it."""
+        logits = self._head(hidden)
+        rows = [logits[:, i : i + 1] for i in range(logits.shape[1])]
+        listed = None if self._shortlist is None else mx.broadcast_to(self._shortlist, rows[0].shape)
+        return mx.concatenate([sample(row, listed) for row in rows], axis=1)
+
     def run(self, layer: int, x: mx.array, own: KVCache, ahead: int = 0) -> mx.array:
         """Layer i over rows x [B, M, D] that come `ahead` rows after the cache's length -> [B, M, D]."""
         later = copy.copy(own)
@@ -184,10 +215,10 @@ class LayersDrafter(Drafter):
         return out
 
 
-def load_layers(checkpoint: Checkpoint, model_of: Callable[[Mapping[str, Any]], nn.Module]) -> tuple[Any, mx.Dtype]:
+def load_layers(checkpoint: Checkpoint, model_class: type[LayersModel]) -> tuple[Any, mx.Dtype]:
     """The model of a checkpoint of ours, trained here or brought in by `mlx-mtp convert`, and its type."""
     config, weights = with_shortlist(checkpoint)
-    model, dtype = model_of(config), compute_dtype(weights)
+    model, dtype = model_class.of(config), compute_dtype(weights)
     load_into(model, weights, dtype, checkpoint)
     return model, dtype
 
@@ -199,8 +230,9 @@ def _shape(layer: nn.Module, width: int, dtype: mx.Dtype) -> LayerShape:
     return seen.shape
 
 
-def require_equal(name: str, what: str, found: object, expected: object) -> None:
-    """Raises IncompatibleDrafter unless a size of a drafter is its target's."""
-    if found != expected:
-        raise IncompatibleDrafter(f"{name} does not fit the target: expected {what} {expected} as in the target, found "
-                                  f"{found}; use the drafter made for this target.")  # fmt: skip
+def require_equal(name: str, *sizes: tuple[str, object, object]) -> None:
+    """Raises IncompatibleDrafter unless sizes of a drafter (what of, its own, its target's) are its target's."""
+    for what, found, expected in sizes:
+        if found != expected:
+            raise IncompatibleDrafter(f"{name} does not fit the target: expected {what} {expected} as in the target, "
+                                      f"found {found}; use the drafter made for this target.")  # fmt: skip

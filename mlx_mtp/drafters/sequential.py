@@ -15,40 +15,22 @@ is the state over its size, and as the module's own norm takes the size out agai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.checkpoints.checkpoint import Checkpoint, number
+from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.drafters import registry
-from mlx_mtp.drafters.layers import ChainedRows, LayersConfig, LayersDrafter, build_layers, load_layers
-from mlx_mtp.drafters.shortlist import add_shortlist
+from mlx_mtp.drafters.layers import ChainedRows, LayersConfig, LayersDrafter, LayersModel, build_layers, load_layers
 from mlx_mtp.generation.cache import KVCache
 from mlx_mtp.generation.interfaces import Memory, SampleDraft, States
 
 MOST_MODULES = 8
-READS = ("hidden", "residual")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SequentialConfig(LayersConfig):
-    """A drafter's config.json."""
-
-    modules: int
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> SequentialConfig:
-        """Reads config.json; CheckpointError where a field is missing or makes no sense."""
-        return cls(modules=number(config, "modules", int, 1, MOST_MODULES), **cls.fields(config, READS, READS[0]))
 
 
 class Module(nn.Module):
     """One MTP module: two norms, the projection of both inputs, a transformer layer, and the norm before the head."""
 
-    def __init__(self, config: SequentialConfig) -> None:
+    def __init__(self, config: LayersConfig) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.norm_eps
         self.enorm, self.hnorm, self.norm = (nn.RMSNorm(width, eps) for _ in range(3))
@@ -60,16 +42,16 @@ class Module(nn.Module):
         return self.eh_proj(mx.concatenate([self.enorm(embedded), self.hnorm(state)], axis=-1))
 
 
-class SequentialModel(nn.Module):
+class SequentialModel(LayersModel):
     """The parameters of all modules."""
 
-    def __init__(self, config: SequentialConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.blocks = [Module(config) for _ in range(config.modules)]
+    counted, states, default = ("modules", MOST_MODULES), ("hidden", "residual"), "hidden"
+
+    def __init__(self, config: LayersConfig) -> None:
+        super().__init__(config)
+        self.blocks = [Module(config) for _ in range(config.count)]
         if config.reads == "residual":
             self.unnorm = mx.ones(config.hidden_size)
-        add_shortlist(self, config.shortlist)
 
     def read(self, hidden: mx.array) -> mx.array:
         """The target's states after its final norm [B, M, D] -> what the first module takes."""
@@ -119,7 +101,7 @@ class Sequential(LayersDrafter):
             embedded, active = self._target.embed(token).astype(self._dtype), min(step, last)
             found = {k: self._row(k, embedded, states[k], own, step) for k in range(active, last + 1)}
             proposed = self.model.blocks[active].norm(found[active]).astype(hidden.dtype)
-            token = self._head(proposed, sample)
+            token = self.sampled(proposed, sample)
             drafts.append(token)
             states[active + 1 :] = [found[k] for k in range(active, last)]
             states[min(active + 1, last)] = found[active]
@@ -151,5 +133,4 @@ class Sequential(LayersDrafter):
 @registry.register("sequential_modules")
 def load(checkpoint: Checkpoint) -> Sequential:
     """Modules from a checkpoint of ours."""
-    model, dtype = load_layers(checkpoint, lambda config: SequentialModel(SequentialConfig.from_dict(config)))
-    return Sequential(model, dtype, checkpoint.name)
+    return Sequential(*load_layers(checkpoint, SequentialModel), checkpoint.name)

@@ -13,41 +13,12 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.errors import CheckpointError
-from mlx_mtp.generation.interfaces import SampleDraft, Target
 
 NAME, FILE = "shortlist", "shortlist.npy"
-
-
-class DraftHead:
-    """The target's head as a drafter uses it: on a shortlist [N], or on the whole vocabulary."""
-
-    def __init__(self, target: Target, shortlist: mx.array | None) -> None:
-        self.tokens = shortlist
-        self.logits = target.head if shortlist is None else target.head_on(shortlist)
-
-    def __call__(self, hidden: mx.array, sample: SampleDraft) -> mx.array:
-        """A draft [B, 1] from what is ready for the head, [B, 1, D]."""
-        return self._pick(self.logits(hidden), sample)
-
-    def each(self, hidden: mx.array, sample: SampleDraft) -> list[mx.array]:
-        """A draft [B, 1] from every row of [B, K, D], by one pass of the head."""
-        logits = self.logits(hidden)
-        return [self._pick(logits[:, i : i + 1], sample) for i in range(hidden.shape[1])]
-
-    def _pick(self, logits: mx.array, sample: SampleDraft) -> mx.array:
-        return sample(logits, None if self.tokens is None else mx.broadcast_to(self.tokens, logits.shape))
-
-
-def add_shortlist(module: nn.Module, count: int) -> None:
-    """Room for a shortlist of `count` ids among a drafter's tensors, which nothing learns; none for 0."""
-    if count:
-        module[NAME] = mx.arange(count, dtype=mx.int32)
-        module.freeze(recurse=False, keys=[NAME])
 
 
 def with_shortlist(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, mx.array]]:

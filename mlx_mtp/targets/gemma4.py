@@ -222,17 +222,8 @@ class Gemma4Model(nn.Module):
         projected = (self.per_layer_model_projection(embedded) * self.config.hidden_size**-0.5).reshape(shape)
         return (self.per_layer_projection_norm(projected) + looked_up) * 2.0**-0.5
 
-    def __call__(
-        self, tokens: mx.array, cache: KVCache | NoCache, keep: int | None = None
-    ) -> tuple[mx.array, dict[str, tuple[mx.array, mx.array]]]:
-        """Tokens [B, M] after the cache's length -> hidden after the final norm [B, keep, D], and K/V per kind."""
-        states, working = self.run(tokens, cache, keep)
-        return states.hidden, working
-
-    def run(
-        self, tokens: mx.array, cache: KVCache | NoCache, keep: int | None = None
-    ) -> tuple[States, dict[str, tuple[mx.array, mx.array]]]:
-        """Tokens [B, M] after the cache's length -> the states of the last `keep` rows, and K/V per kind.
+    def __call__(self, tokens: mx.array, cache: KVCache | NoCache, keep: int | None = None) -> States:
+        """Tokens [B, M] after the cache's length -> the states of the last `keep` rows.
 
         keep: how many of the last rows the caller needs (None = all). The layers that store no K/V run on those
         rows only, and not at all for 0: in E2B that is 20 of 35 layers of a prefill (gemma4.md, 1.6).
@@ -255,7 +246,7 @@ class Gemma4Model(nn.Module):
                 working[kind] = cache.update(i, *layer.self_attn.keys_values(normed, step.offset), step)
             inputs = None if per_layer is None else per_layer[:, :, i]
             trunk, x = x, layer(x, step.offset, *working[kind], step.masks[kind], normed, inputs)
-        return States(self.norm(x[:, x.shape[1] - keep :]), trunk[:, trunk.shape[1] - keep :]), working
+        return States(self.norm(x[:, x.shape[1] - keep :]), trunk[:, trunk.shape[1] - keep :])
 
     def head(self, hidden: mx.array) -> mx.array:
         """Hidden after the final norm [B, M, D] -> float32 logits [B, M, V], soft-capped."""
@@ -289,7 +280,7 @@ class Gemma4Target(Target):
         return self.model.embed(tokens)
 
     def forward(self, tokens: mx.array, cache: KVCache, keep: int | None = None) -> States:
-        return self.model.run(tokens, cache, keep)[0]
+        return self.model(tokens, cache, keep)
 
     def head(self, hidden: mx.array) -> mx.array:
         return self.model.head(hidden)
@@ -300,8 +291,7 @@ class Gemma4Target(Target):
 
     @threads.device_arrays
     def logits(self, tokens: mx.array) -> mx.array:
-        hidden, _ = self.model(tokens, NoCache(self.config.sliding_window, tokens.shape[0]))
-        return self.model.head(hidden)
+        return self.head(self.model(tokens, NoCache(self.info.window, tokens.shape[0])).hidden)
 
 
 def parameter_name(key: str) -> str | None:

@@ -16,9 +16,9 @@ import mlx.nn as nn
 from mlx_mtp.checkpoints.atomic import replacing_or_refused
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters, write_checkpoint
 from mlx_mtp.drafters import load_drafter
-from mlx_mtp.drafters.assistant import AssistantConfig, AssistantModel, in_token_order
-from mlx_mtp.drafters.parallel import ParallelConfig, ParallelModel
-from mlx_mtp.drafters.sequential import MOST_MODULES, SequentialConfig, SequentialModel
+from mlx_mtp.drafters.assistant import ORDERING, AssistantConfig, AssistantModel, reordered
+from mlx_mtp.drafters.parallel import ParallelModel
+from mlx_mtp.drafters.sequential import MOST_MODULES, SequentialModel
 from mlx_mtp.drafters.shortlist import with_shortlist
 from mlx_mtp.errors import OptionError
 from mlx_mtp.generation import checks
@@ -156,13 +156,12 @@ FAMILIES: dict[str, Family] = {
         lambda target, drafts, decay, shortlist: assistant_loss(target, drafts, decay), None,
     ),
     "parallel": Family(
-        describe_parallel, lambda config: ParallelModel(ParallelConfig.from_dict(config)),
+        describe_parallel, ParallelModel.of,
         lambda target, drafts, decay, shortlist: parallel_loss(target, decay, shortlist),
         lambda drafts: joint_parallel_loss(),
     ),
     "sequential": Family(
-        describe_sequential, lambda config: SequentialModel(SequentialConfig.from_dict(config)), sequential_loss,
-        joint_sequential_loss,
+        describe_sequential, SequentialModel.of, sequential_loss, joint_sequential_loss,
     ),
 }  # fmt: skip
 
@@ -235,6 +234,6 @@ def write_drafter(folder: Path, config: Mapping[str, Any], module: nn.Module) ->
     """
     weights = named_parameters(module)
     if isinstance(module, AssistantModel) and module.config.centroids:
-        weights = in_token_order(weights)
+        weights = reordered(weights, mx.argsort(weights[ORDERING]))  # the published one
     with replacing_or_refused(folder, "free some disk space and go on") as fresh:
         write_checkpoint(fresh, config, weights)
