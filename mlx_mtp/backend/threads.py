@@ -102,28 +102,18 @@ os.register_at_fork(after_in_child=_worker.begin)
 
 
 def device_work(function: Callable[P, T]) -> Callable[P, T]:
-    """The same function for any thread."""
-
-    @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
-        return run(lambda: function(*args, **kwargs))
-
-    return wrapped
-
-
-def device_arrays(function: Callable[P, mx.array]) -> Callable[P, mx.array]:
-    """The same function of arrays for any thread; other threads than the main one get its value, not a lazy array.
+    """The same function for any thread; other threads than the main one give and get values, not lazy arrays.
 
     Lazy arrays can be computed only by the thread that made them.
     """
 
     @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> mx.array:
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         if _worker.here():
             return function(*args, **kwargs)
-        mx.eval([value for value in (*args, *kwargs.values()) if isinstance(value, mx.array)])
+        mx.eval(args, kwargs)
 
-        def evaluated() -> mx.array:
+        def evaluated() -> T:
             found = function(*args, **kwargs)
             mx.eval(found)
             return found

@@ -27,7 +27,6 @@ from mlx_mtp.generation.interfaces import Drafter, Memory, SampleDraft, Target
 from mlx_mtp.targets.gemma4 import Gemma4Model
 from mlx_mtp.targets.gemma4_config import MAX_SIZE, Gemma4Config
 
-MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 TABLE = "model.embed_tokens."
 ORDERING = "masked_embedding.token_ordering"
 
@@ -66,7 +65,7 @@ class AssistantConfig:
         """Reads config.json; CheckpointError where a field is missing or contradicts another."""
         text = Gemma4Config.from_dict({**section(config, "text_config"), "num_kv_shared_layers": 0})
         # Every layer reads the target's K/V.
-        text = replace(text, num_kv_shared_layers=text.num_hidden_layers, hidden_size_per_layer_input=0)
+        text = replace(text, first_shared=0, hidden_size_per_layer_input=0)
         centroids, chosen = 0, 32
         if config.get("use_ordered_embeddings"):
             centroids = number(config, "num_centroids", int, 1, text.vocab_size, 2048)
@@ -94,8 +93,6 @@ class MaskedEmbedding(nn.Module):
 
 
 class AssistantModel(nn.Module):
-    """The parameters of a drafter and one step of it."""
-
     def __init__(self, config: AssistantConfig) -> None:
         super().__init__()
         self.config = config
@@ -146,8 +143,7 @@ class AssistantModel(nn.Module):
 
 
 class Assistant(Drafter):
-    """A loaded assistant as the loop sees it (interfaces.Drafter)."""
-
+    model: AssistantModel
     _target: Target  # from attach() on
 
     def __init__(self, model: AssistantModel, name: str = "assistant", convention: Convention = Convention.B) -> None:
@@ -173,9 +169,6 @@ class Assistant(Drafter):
         require_equal(self.name, *pairs)
         self._target = target
 
-    def modules(self) -> list[nn.Module]:
-        return [self.model]
-
     def quantise_head(self, bits: int) -> bool:
         """The dense head, if its rows can be cut into groups and it is not quantised yet; a centroid head is cheap.
 
@@ -198,8 +191,8 @@ class Assistant(Drafter):
         masks = {kind: cache.visible(kind, length - 1, spans[kind]) for kind in shared}
         last = self.model.config.reads_last
         if last is not None and FULL in shared and last < cache.capacity:
-            *recent, masks[FULL] = cache.recent(info.storing_layers[FULL], last)
-            shared[FULL] = recent[0], recent[1]
+            keys, values, masks[FULL] = cache.recent(info.storing_layers[FULL], last)
+            shared[FULL] = keys, values
         return length - self.convention.value, shared, masks
 
     def draft(
@@ -220,11 +213,13 @@ def reordered(weights: dict[str, mx.array], order: mx.array) -> dict[str, mx.arr
 
     A table of another length stays as it is, for load_into to refuse: indexing would hide it.
     """
-    return {name: value[order] if name.startswith(TABLE) and value.shape[:1] == order.shape else value
-            for name, value in weights.items()}  # fmt: skip
+    return {
+        name: value[order] if name.startswith(TABLE) and value.shape[:1] == order.shape else value
+        for name, value in weights.items()
+    }
 
 
-@registry.register(*MODEL_TYPES)
+@registry.register("gemma4_assistant", "gemma4_unified_assistant")
 def load(checkpoint: Checkpoint) -> Assistant:
     """An assistant from a published checkpoint or an MLX conversion of one, quantised or not."""
     model = AssistantModel(AssistantConfig.from_dict(checkpoint.config))

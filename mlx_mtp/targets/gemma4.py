@@ -1,10 +1,8 @@
 """Gemma 4 text model, all five shapes: E2B, E4B, 12B unified, 26B-A4B (mixture of experts) and 31B.
 
-The forward pass over a cache with device-side lengths, and the map from the published, the mlx-lm and the mlx-vlm
-checkpoint layouts to one set of names. Images and audio are not implemented.
-
-Parameter names are those of the published checkpoints below `model.language_model.` (Hugging Face
-`Gemma4ForConditionalGeneration`), except that experts are split in three as in MLX conversions.
+Images and audio are not implemented. Parameter names are those of the published checkpoints below
+`model.language_model.` (Hugging Face `Gemma4ForConditionalGeneration`), except that experts are split in three as in
+MLX conversions.
 
 Invariant: norms multiply by the plain weight (no 1 + w), attention scale is 1, logits are soft-capped.
 
@@ -35,8 +33,6 @@ from mlx_mtp.targets.gemma4_config import Gemma4Config
 
 log = logging.getLogger(__name__)
 
-MODEL_TYPES = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
-
 
 def _rotation(config: Gemma4Config, layer: int) -> mx.array:
     """Wave lengths [d/2] for mx.fast.rope; infinite = not rotated.
@@ -59,18 +55,16 @@ class Attention(nn.Module):
         super().__init__()
         width, self.head_dim = config.hidden_size, config.head_dims[layer]
         self.heads, self.kv_heads = config.num_attention_heads, config.kv_heads[layer]
-        self.kind = config.layer_types[layer]
-        self.stores = layer < config.first_shared
         self.eps = config.rms_norm_eps
         self._wave_lengths = _rotation(config, layer)
         self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=False)
         self.q_norm = nn.RMSNorm(self.head_dim, self.eps)
         self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=False)
-        if self.stores:
+        if layer < config.first_shared:
             self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
             self.k_norm = nn.RMSNorm(self.head_dim, self.eps)
             # K = V layers share the projection, not the tensors: v is the raw projection, before k's norm and rotation.
-            self.shares_projection = config.attention_k_eq_v and self.kind == FULL
+            self.shares_projection = config.attention_k_eq_v and config.layer_types[layer] == FULL
             if not self.shares_projection:
                 self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
 
@@ -88,9 +82,7 @@ class Attention(nn.Module):
         keys = self.rotate(self.k_norm(raw).transpose(0, 2, 1, 3), offset)
         return keys, mx.fast.rms_norm(values, None, self.eps).transpose(0, 2, 1, 3)
 
-    def __call__(
-        self, x: mx.array, offset: mx.array, keys: mx.array, values: mx.array, mask: mx.array
-    ) -> mx.array:
+    def __call__(self, x: mx.array, offset: mx.array, keys: mx.array, values: mx.array, mask: mx.array) -> mx.array:
         """x [B, M, D] at positions offset.. against K/V [B, G, S, d] under mask [B, 1, M, S] -> [B, M, D]."""
         batch, rows, _ = x.shape
         queries = self.q_norm(self.q_proj(x).reshape(batch, rows, self.heads, self.head_dim))
@@ -131,8 +123,6 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """Weighted sum of the chosen experts."""
-
     def __init__(self, config: Gemma4Config) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.moe_intermediate_size
@@ -260,21 +250,19 @@ class Gemma4Model(nn.Module):
 
 
 class Gemma4Target(Target):
-    """A loaded Gemma 4 as the engine sees it."""
+    model: Gemma4Model
 
     def __init__(self, model: Gemma4Model, dtype: mx.Dtype, path: Path | None = None) -> None:
         self.model, self.config, self.dtype, self.path = model, model.config, dtype, path
-        config, storing = model.config, range(model.config.first_shared)
-        self.shapes = [LayerShape(config.layer_types[i], config.kv_heads[i], config.head_dims[i]) for i in storing]
+        config = model.config
+        self.shapes = [*map(LayerShape, config.layer_types, config.kv_heads, config.head_dims)][: config.first_shared]
+        # Per kind the layer whose K/V the reusing layers and an assistant read: the last one that stores any.
+        storing = {shape.kind: i for i, shape in enumerate(self.shapes)}
         self.info = TargetInfo(
             vocab_size=config.vocab_size, hidden_size=config.hidden_size, max_context=config.max_position_embeddings,
             window=config.sliding_window, attention_heads=config.num_attention_heads,
-            readable={kind: self.shapes[i] for kind, i in config.storing_layers.items()},
-            storing_layers=config.storing_layers,
+            readable={kind: self.shapes[i] for kind, i in storing.items()}, storing_layers=storing,
         )  # fmt: skip
-
-    def modules(self) -> list[nn.Module]:
-        return [self.model]
 
     def embed(self, tokens: mx.array) -> mx.array:
         return self.model.embed(tokens)
@@ -289,7 +277,7 @@ class Gemma4Target(Target):
         table = rows_of(self.model.embed_tokens, tokens)
         return lambda hidden: self.model.capped(table.as_linear(hidden))
 
-    @threads.device_arrays
+    @threads.device_work
     def logits(self, tokens: mx.array) -> mx.array:
         return self.head(self.model(tokens, NoCache(self.info.window, tokens.shape[0])).hidden)
 
@@ -323,7 +311,7 @@ def adapt_weights(model: Gemma4Model, weights: dict[str, mx.array]) -> dict[str,
     return adapted
 
 
-@registry.register(*MODEL_TYPES)
+@registry.register("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
 def load(checkpoint: Checkpoint) -> Gemma4Target:
     """A Gemma 4 target from a published, an mlx-lm or an mlx-vlm checkpoint, quantised or not."""
     model = Gemma4Model(Gemma4Config.from_dict(checkpoint.config))

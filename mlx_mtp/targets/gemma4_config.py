@@ -26,12 +26,16 @@ DEFAULT_ROPE: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Gemma4Config:
-    """The fields of `text_config` that the text model uses, both published and newer form (`from_dict`)."""
+    """What the text model uses of `text_config`, in its published and its newer form.
+
+    first_shared: index of the first layer that reads another layer's K/V; L where none does.
+    """
 
     vocab_size: int
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
+    first_shared: int
     num_attention_heads: int
     layer_types: tuple[str, ...]
     head_dims: tuple[int, ...]
@@ -39,27 +43,16 @@ class Gemma4Config:
     sliding_window: int
     max_position_embeddings: int
     rope_parameters: Mapping[str, Mapping[str, Any]]
-    rms_norm_eps: float = 1e-6
-    final_logit_softcapping: float | None = 30.0
-    hidden_size_per_layer_input: int = 0
-    vocab_size_per_layer_input: int = 0
-    attention_k_eq_v: bool = False
-    num_kv_shared_layers: int = 0
-    use_double_wide_mlp: bool = False
-    enable_moe_block: bool = False
-    num_experts: int = 0
-    top_k_experts: int = 0
-    moe_intermediate_size: int = 0
-
-    @property
-    def first_shared(self) -> int:
-        """Index of the first layer that reads another layer's K/V; L where none does."""
-        return self.num_hidden_layers - self.num_kv_shared_layers
-
-    @property
-    def storing_layers(self) -> dict[str, int]:
-        """Per kind the layer whose K/V the reusing layers and an assistant read: the last one that stores any."""
-        return {self.layer_types[i]: i for i in range(self.first_shared)}
+    rms_norm_eps: float
+    final_logit_softcapping: float | None
+    hidden_size_per_layer_input: int
+    vocab_size_per_layer_input: int
+    attention_k_eq_v: bool
+    use_double_wide_mlp: bool
+    enable_moe_block: bool
+    num_experts: int
+    top_k_experts: int
+    moe_intermediate_size: int
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Gemma4Config:
@@ -83,6 +76,7 @@ class Gemma4Config:
             hidden_size=number(text, "hidden_size", int, 1, MAX_SIZE),
             intermediate_size=number(text, "intermediate_size", int, 1, MAX_SIZE),
             num_hidden_layers=layers,
+            first_shared=layers - shared,
             num_attention_heads=number(text, "num_attention_heads", int, 1, MAX_COUNT),
             layer_types=tuple(kinds),
             head_dims=head_dims,
@@ -92,11 +86,9 @@ class Gemma4Config:
             rope_parameters=_rope(text),
             rms_norm_eps=number(text, "rms_norm_eps", float, 1e-30, 1.0, 1e-6),
             final_logit_softcapping=number(text, "final_logit_softcapping", float, 1e-3, 1e6) if cap else None,
-            # Absent in re-saved unified configs, which never have per-layer embeddings: 0, not the class default.
             hidden_size_per_layer_input=number(text, "hidden_size_per_layer_input", int, 0, MAX_SIZE, 0),
             vocab_size_per_layer_input=number(text, "vocab_size_per_layer_input", int, 0, MAX_SIZE, 0) or vocabulary,
             attention_k_eq_v=bool(text.get("attention_k_eq_v")),
-            num_kv_shared_layers=shared,
             use_double_wide_mlp=bool(text.get("use_double_wide_mlp")),
             enable_moe_block=mixture,
             num_experts=experts,
@@ -122,7 +114,11 @@ def _heads(text: Mapping[str, Any], kinds: list[str]) -> tuple[tuple[int, ...], 
     heads = number(text, "num_attention_heads", int, 1, MAX_COUNT)
     head_dim = number(text, "head_dim", int, 2, MAX_SIZE, 256)
     kv_heads = number(text, "num_key_value_heads", int, 1, heads, heads)
-    overrides = _by_layer(section(text, "per_layer_config"))
+    given = section(text, "per_layer_config")
+    if odd := [key for key in given if not key.isdecimal()]:
+        raise misfit("layer numbers as the names in 'per_layer_config'", reprlib.repr(odd[0]))
+    # By layer; transformers pads the numbers with zeros to one width ("05"), others do not.
+    overrides = {int(key): section(given, key) for key in given}
     # The newer form may say null for "no layer differs"; it never has the published form's field.
     if text.get("per_layer_config") is None and ("global_head_dim" in text or "per_layer_config" not in text):
         full = {"head_dim": number(text, "global_head_dim", int, 2, MAX_SIZE, 512)}
@@ -136,13 +132,6 @@ def _heads(text: Mapping[str, Any], kinds: list[str]) -> tuple[tuple[int, ...], 
         raise misfit(f"even head sizes and K/V heads that divide the {heads} attention heads",
                      f"sizes {sorted(set(head_dims))} and K/V heads {sorted(set(kv_counts))}")  # fmt: skip
     return head_dims, kv_counts
-
-
-def _by_layer(given: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """Overrides by layer; transformers pads the numbers with zeros to one width ("05"), others do not."""
-    if odd := [key for key in given if not key.isdecimal()]:
-        raise misfit("layer numbers as the names in 'per_layer_config'", reprlib.repr(odd[0]))
-    return {int(key): section(given, key) for key in given}
 
 
 def _rope(text: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib.metadata
 import io
 import re
@@ -47,8 +48,7 @@ DEFAULT_CONTEXT = 32_768
 # two computations of the same logits may be (share of their norm). Kernels for few rows round in their own way.
 CHECKED = 6
 CHECKED_PASSES = ((4, 3), (2, 2), (1, 1))
-APART = {mx.float32: 0.01}
-APART_HALF = 0.2
+APART, APART_HALF = 0.01, 0.2
 
 
 class _Recorder:
@@ -69,7 +69,7 @@ class _Recorder:
 
 
 class _Given(_Recorder):
-    """Stands for the trunk when only the head is wanted: hands back what it is given."""
+    """Stands for the trunk when only the head is wanted: hands back what it is given, and keeps nothing."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _first(args, kwargs)
@@ -117,10 +117,7 @@ class _Anatomy:
     @property
     def trunk(self) -> nn.Module:
         """The module with the layers."""
-        module: Any = self.model
-        for name in self.path:
-            module = getattr(module, name)
-        return module
+        return functools.reduce(getattr, self.path, self.model)
 
     def around(self, trunk: Any) -> nn.Module:
         """The same model around another trunk; shallow copies of what is above it, the weights are shared."""
@@ -146,6 +143,8 @@ class GenericTarget(Target):
     Raises UnsupportedModel where drafts could not be rolled back or trunk and head cannot be told apart, and
     CheckpointError where the model does not run at all.
     """
+
+    model: nn.Module
 
     def __init__(self, model: nn.Module, config: Mapping[str, Any], path: Path | None = None) -> None:
         self.path, self.model = path, model
@@ -174,9 +173,6 @@ class GenericTarget(Target):
             attention_heads=_size(config, HEADS, 1, MAX_COUNT) or max(shape.heads for shape in self.shapes),
         )  # fmt: skip
         self._check()
-
-    def modules(self) -> list[nn.Module]:
-        return [self.model]
 
     def embed(self, tokens: mx.array) -> mx.array:
         layers = self._anatomy.trunk[self._anatomy.layers]
@@ -211,11 +207,11 @@ class GenericTarget(Target):
         cut = anatomy.around(_Given(anatomy.trunk))
         hidden = mx.random.normal((1, 2, self.info.hidden_size), key=mx.random.key(0)).astype(self.dtype)
         with contextlib.suppress(Exception):  # another project's code, as above
-            if _distance(cut(hidden), self.head(hidden)[..., tokens]) <= APART.get(self.dtype, APART_HALF):
+            if self._same(cut(hidden), self.head(hidden)[..., tokens]):
                 return lambda hidden: cut(hidden).astype(mx.float32)
         return lambda hidden: self.head(hidden)[..., tokens]
 
-    @threads.device_arrays
+    @threads.device_work
     def logits(self, tokens: mx.array) -> mx.array:
         return self.model(tokens, cache=mlx_lm_cache.make_prompt_cache(self.model)).astype(mx.float32)
 
@@ -237,12 +233,9 @@ class GenericTarget(Target):
     def _kinds(self, caches: list[Any]) -> tuple[list[str], int]:
         """The kind of every layer's cache and the sliding window (1 where nothing slides)."""
         for layer, cache in enumerate(caches):
-            found = ""
-            if type(cache) not in (mlx_lm_cache.KVCache, mlx_lm_cache.RotatingKVCache):
-                found = type(cache).__name__
-            elif getattr(cache, "keep", 0):
-                found = f"RotatingKVCache that never forgets the first {cache.keep} tokens"
-            if found:
+            found, keep = type(cache).__name__, getattr(cache, "keep", 0)
+            found += f" that never forgets the first {keep} tokens" if keep else ""
+            if keep or type(cache) not in (mlx_lm_cache.KVCache, mlx_lm_cache.RotatingKVCache):
                 raise self._unsupported(f"layer {layer} keeps its past in mlx-lm's {found}, from which rejected drafts "
                                         "cannot be taken back")  # fmt: skip
         sliding = [cache.max_size for cache in caches if type(cache) is mlx_lm_cache.RotatingKVCache]
@@ -271,11 +264,10 @@ class GenericTarget(Target):
         states, expected = self._run(tokens, mlx_lm_cache.make_prompt_cache(self.model))
         if not mx.isfinite(expected).all().item():
             raise CheckpointError(f"{self._name}: expected finite logits, found others; download the weights again.")
-        apart = APART.get(self.dtype, APART_HALF)
         try:
             found = {"head": self._head(states.hidden), "cache": self._through_cache(tokens)}
             self._traced(tokens)
-            far = [part for part, logits in found.items() if not _distance(logits, expected) <= apart]
+            far = [part for part, logits in found.items() if not self._same(logits, expected)]
             reason = f"its {far[0]} gives other logits than mlx-lm's" if far else ""
             if self.embed(tokens).shape != states.hidden.shape:
                 reason = "what goes into its first layer has not the shape of what its head is given"
@@ -285,6 +277,14 @@ class GenericTarget(Target):
             reason = brief(error)
         if reason:
             raise self._unsupported(f"it does not run over the cache that takes drafts back ({reason})")
+
+    def _same(self, found: mx.array, expected: mx.array) -> bool:
+        """Whether two computations of logits differ by no more than rounding explains."""
+        if found.shape != expected.shape:
+            return False
+        found, expected = found.astype(mx.float32), expected.astype(mx.float32)
+        apart: float = (mx.linalg.norm(found - expected) / mx.maximum(mx.linalg.norm(expected), 1e-20)).tolist()  # type: ignore[assignment]
+        return apart <= (APART if self.dtype == mx.float32 else APART_HALF)
 
     def _through_cache(self, tokens: mx.array) -> mx.array:
         """Logits [1, M, V] of the committed rows of CHECKED_PASSES."""
@@ -305,15 +305,6 @@ class GenericTarget(Target):
             return self.head(self.forward(tokens, cache).hidden), cache.arrays
 
         mx.compile(one_pass)(tokens, layout.arrays)
-
-
-def _distance(found: mx.array, expected: mx.array) -> float:
-    """How far apart two arrays are, as a share of the second's norm."""
-    if found.shape != expected.shape:
-        return float("inf")
-    found, expected = found.astype(mx.float32), expected.astype(mx.float32)
-    far: float = (mx.linalg.norm(found - expected) / mx.maximum(mx.linalg.norm(expected), 1e-20)).tolist()  # type: ignore[assignment]
-    return far
 
 
 def _size(config: Mapping[str, Any], names: tuple[str, ...], low: int, high: int) -> int | None:
