@@ -14,9 +14,8 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.drafters import registry
-from mlx_mtp.drafters.layers import ChainedRows, LayersConfig, LayersDrafter, LayersModel, build_layers, load_layers
+from mlx_mtp.drafters.layers import ChainedRows, LayersConfig, LayersDrafter, LayersModel, build_layer
 from mlx_mtp.errors import IncompatibleDrafter
 from mlx_mtp.generation.cache import CAPACITY_STEP, KVCache
 from mlx_mtp.generation.interfaces import Memory, SampleDraft, States, Target
@@ -29,18 +28,12 @@ class Head(nn.Module):
 
     def __init__(self, config: LayersConfig) -> None:
         super().__init__()
-        (self.layer,) = build_layers(config.block, 1, config.hidden_size)
+        self.layer = build_layer(config.block, config.hidden_size)
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
 
 
 class ParallelModel(LayersModel):
-    """The parameters of the heads."""
-
-    counted, states = ("heads", MOST_HEADS), ("trunk", "hidden")
-
-    def __init__(self, config: LayersConfig) -> None:
-        super().__init__(config)
-        self.heads = [Head(config) for _ in range(config.count)]
+    part, named, counted, states = Head, "heads", ("heads", MOST_HEADS), ("trunk", "hidden")
 
     def __call__(self, states: mx.array, start: mx.array | None = None) -> list[mx.array]:
         """Whole sequences of trunk states [B, T, D] -> per head [B, T, D], ready for the unembedding.
@@ -65,8 +58,10 @@ class Parallel(LayersDrafter):
     """Loaded heads. Row r of every head's K/V is the state of the row before: it is known when the token after r is
     drafted."""
 
-    def __init__(self, model: ParallelModel, dtype: mx.Dtype, name: str = "parallel heads") -> None:
-        super().__init__(model, dtype, name, [head.layer for head in model.heads], [1] * len(model.heads))
+    name, model_class = "parallel heads", ParallelModel
+
+    def __init__(self, model: ParallelModel, dtype: mx.Dtype, name: str | None = None) -> None:
+        super().__init__(model, dtype, name)
         self.max_depth = model.config.count
 
     def attach(self, target: Target) -> None:
@@ -100,7 +95,4 @@ class Parallel(LayersDrafter):
         return {"layers": self.rewound(memory, length), "state": state}
 
 
-@registry.register("parallel_heads")
-def load(checkpoint: Checkpoint) -> Parallel:
-    """Heads from a checkpoint of ours."""
-    return Parallel(*load_layers(checkpoint, ParallelModel), checkpoint.name)
+registry.register("parallel_heads")(Parallel.load)

@@ -18,9 +18,8 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.drafters import registry
-from mlx_mtp.drafters.layers import ChainedRows, LayersConfig, LayersDrafter, LayersModel, build_layers, load_layers
+from mlx_mtp.drafters.layers import ChainedRows, LayersConfig, LayersDrafter, LayersModel, build_layer
 from mlx_mtp.generation.cache import KVCache
 from mlx_mtp.generation.interfaces import Memory, SampleDraft, States
 
@@ -35,7 +34,7 @@ class Module(nn.Module):
         width, eps = config.hidden_size, config.norm_eps
         self.enorm, self.hnorm, self.norm = (nn.RMSNorm(width, eps) for _ in range(3))
         self.eh_proj = nn.Linear(2 * width, width, bias=False)
-        (self.layer,) = build_layers(config.block, 1, width)
+        self.layer = build_layer(config.block, width)
 
     def join(self, embedded: mx.array, state: mx.array) -> mx.array:
         """Embedding of the token and state of the row before, both [B, M, D] -> what the layer reads."""
@@ -43,13 +42,11 @@ class Module(nn.Module):
 
 
 class SequentialModel(LayersModel):
-    """The parameters of all modules."""
-
-    counted, states, default = ("modules", MOST_MODULES), ("hidden", "residual"), "hidden"
+    part, named, counted = Module, "blocks", ("modules", MOST_MODULES)
+    states, default = ("hidden", "residual"), "hidden"
 
     def __init__(self, config: LayersConfig) -> None:
         super().__init__(config)
-        self.blocks = [Module(config) for _ in range(config.count)]
         if config.reads == "residual":
             self.unnorm = mx.ones(config.hidden_size)
 
@@ -80,10 +77,7 @@ class SequentialModel(LayersModel):
 class Sequential(LayersDrafter):
     """Loaded modules. memory["states"][k] [B, 1, D] is what module k (0 = the target) left at the last true row."""
 
-    def __init__(self, model: SequentialModel, dtype: mx.Dtype, name: str = "sequential modules") -> None:
-        layers = [module.layer for module in model.blocks]
-        # The k-th module's first k rows lack a state or a token.
-        super().__init__(model, dtype, name, layers, range(1, len(layers) + 1))
+    name, model_class, chained = "sequential modules", SequentialModel, True
 
     def start(self, batch: int, capacity: int) -> Memory:
         return {**super().start(batch, capacity), "states": [self.no_state(batch)] * len(self.model.blocks)}
@@ -130,7 +124,4 @@ class Sequential(LayersDrafter):
         return self.run(k, self.model.blocks[k].join(embedded, state), own, ahead)
 
 
-@registry.register("sequential_modules")
-def load(checkpoint: Checkpoint) -> Sequential:
-    """Modules from a checkpoint of ours."""
-    return Sequential(*load_layers(checkpoint, SequentialModel), checkpoint.name)
+registry.register("sequential_modules")(Sequential.load)

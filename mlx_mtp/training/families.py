@@ -17,9 +17,9 @@ from mlx_mtp.checkpoints.atomic import replacing_or_refused
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters, write_checkpoint
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.assistant import ORDERING, AssistantConfig, AssistantModel, reordered
+from mlx_mtp.drafters.layers import LayersModel, with_shortlist
 from mlx_mtp.drafters.parallel import ParallelModel
 from mlx_mtp.drafters.sequential import MOST_MODULES, SequentialModel
-from mlx_mtp.drafters.shortlist import with_shortlist
 from mlx_mtp.errors import OptionError
 from mlx_mtp.generation import checks
 from mlx_mtp.generation.cache import FULL, SLIDING
@@ -48,7 +48,7 @@ class DrafterShape:
     drafts: K, for how many it is trained (parallel heads: how many there are beside the target's own). modules: of the
     sequential family; beyond them the last is used again. width: hidden size of an assistant. inner: hidden size of
     the feed-forward layers. None = by the target's size. shortlist: tokens that heads of the sequential and parallel
-    families propose (drafters/shortlist.py), 0 = all; all too where the vocabulary has fewer than twice as many.
+    families propose (drafters/layers.py), 0 = all; all too where the vocabulary has fewer than twice as many.
     """
 
     family: str = "assistant"
@@ -218,8 +218,8 @@ def _trainable(module: nn.Module) -> nn.Module:
 def prepared(module: nn.Module, chats: Chats) -> nn.Module:
     """A fresh drafter, its shortlist what is written most, and its last norms a share of the size of the states that
     the head is used to: a head that is sure of nothing yet learns faster."""
-    if isinstance(module, ParallelModel | SequentialModel):
-        for part in module.heads if isinstance(module, ParallelModel) else module.blocks:
+    if isinstance(module, LayersModel):
+        for part in module.parts:
             part.norm.weight = NORM_START * mx.array(chats.size)
         if module.config.shortlist:
             module.shortlist = mx.array(chats.frequent(module.config.shortlist, module.config.vocab_size))
