@@ -112,8 +112,8 @@ class AssistantModel(nn.Module):
         (first step) or the last step's second result. Returns the normed hidden [B, M, Dd] and the next state.
         """
         x = self.pre_projection(mx.concatenate([embedded, state], axis=-1))
-        for kind, layer in zip(self.config.text.layer_types, self.model.layers, strict=True):
-            x = layer(x, offset, *shared[kind], masks[kind])
+        for shape, layer in zip(self.config.text.layers, self.model.layers, strict=True):
+            x = layer(x, offset, *shared[shape.kind], masks[shape.kind])
         hidden = self.model.norm(x)
         return hidden, self.post_projection(hidden)
 
@@ -156,16 +156,15 @@ class Assistant(Drafter):
             ("hidden size", config.backbone_hidden_size, info.hidden_size),
             ("sliding window", text.sliding_window, info.window),
         ]
-        for i, kind in enumerate(text.layer_types):
-            if kind not in info.readable:
+        for i, own in enumerate(text.layers):
+            if (shape := info.readable.get(own.kind)) is None:
                 there = f"stores only {', '.join(sorted(info.readable))}" if info.readable else "gives none to read"
                 raise IncompatibleDrafter(
-                    f"{self.name} does not fit the target: its layer {i} reads the K/V of a {kind} layer, and the "
+                    f"{self.name} does not fit the target: its layer {i} reads the K/V of a {own.kind} layer, and the "
                     f"target {there}; use the drafter made for this target."
                 )
-            shape = info.readable[kind]
-            pairs += [(f"head size of {kind} layers", text.head_dims[i], shape.head_dim),
-                      (f"K/V heads of {kind} layers", text.kv_heads[i], shape.heads)]  # fmt: skip
+            pairs += [(f"head size of {own.kind} layers", own.head_dim, shape.head_dim),
+                      (f"K/V heads of {own.kind} layers", own.heads, shape.heads)]  # fmt: skip
         require_equal(self.name, *pairs)
         self._target = target
 
@@ -221,7 +220,6 @@ def reordered(weights: dict[str, mx.array], order: mx.array) -> dict[str, mx.arr
 
 @registry.register("gemma4_assistant", "gemma4_unified_assistant")
 def load(checkpoint: Checkpoint) -> Assistant:
-    """An assistant from a published checkpoint or an MLX conversion of one, quantised or not."""
     model = AssistantModel(AssistantConfig.from_dict(checkpoint.config))
     weights = {k: w for k, w in checkpoint.weights().items() if not k.startswith("lm_head")}
     if model.config.centroids:

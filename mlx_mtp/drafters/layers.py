@@ -151,7 +151,6 @@ class ChainedRows:
 
     @property
     def shape(self) -> LayerShape:
-        """What the layer stores per row."""
         (_, heads, _, size), width = self._keys[0].shape, self._values[0].shape[3]
         return LayerShape(FULL, heads, size, None if width == size else width)
 
@@ -173,7 +172,11 @@ class LayersDrafter(Drafter):
 
     def __init__(self, model: Any, dtype: mx.Dtype, name: str | None = None) -> None:
         self.model, self.name, self._dtype = model, name or self.name, dtype
-        self._shapes = [_shape(part.layer, model.config.hidden_size, dtype) for part in model.parts]
+        self._shapes: list[LayerShape] = []
+        for part in model.parts:
+            seen = ChainedRows(1)
+            part.layer(mx.zeros((1, 1, model.config.hidden_size), dtype=dtype), None, seen)  # never computed
+            self._shapes.append(seen.shape)
 
     @classmethod
     def load(cls, checkpoint: Checkpoint) -> Self:
@@ -254,13 +257,6 @@ def with_shortlist(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, mx
                 "one before, found something else; download the drafter again."
             )
     return config, weights
-
-
-def _shape(layer: nn.Module, width: int, dtype: mx.Dtype) -> LayerShape:
-    """What a layer stores per row, from one row that is never computed."""
-    seen = ChainedRows(1)
-    layer(mx.zeros((1, 1, width), dtype=dtype), None, seen)
-    return seen.shape
 
 
 def require_equal(name: str, *sizes: tuple[str, object, object]) -> None:

@@ -24,8 +24,6 @@ MOST_HEADS = 16
 
 
 class Head(nn.Module):
-    """One transformer layer, and the norm in front of the unembedding."""
-
     def __init__(self, config: LayersConfig) -> None:
         super().__init__()
         self.layer = build_layer(config.block, config.hidden_size)

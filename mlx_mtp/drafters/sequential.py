@@ -89,12 +89,12 @@ class Sequential(LayersDrafter):
 
         At every row the modules still to come run too: their K/V of this row is what they will look back at.
         """
-        own, states, last = self.opened(memory), list(memory["states"]), len(self.model.blocks) - 1
-        drafts = []
+        own, states, drafts = self.opened(memory), list(memory["states"]), []
+        blocks, last = self.model.blocks, len(self.model.blocks) - 1
         for step in range(depth):
             embedded, active = self._target.embed(token).astype(self._dtype), min(step, last)
-            found = {k: self._row(k, embedded, states[k], own, step) for k in range(active, last + 1)}
-            proposed = self.model.blocks[active].norm(found[active]).astype(hidden.dtype)
+            found = {k: self.run(k, blocks[k].join(embedded, states[k]), own, step) for k in range(active, last + 1)}
+            proposed = blocks[active].norm(found[active]).astype(hidden.dtype)
             token = self.sampled(proposed, sample)
             drafts.append(token)
             states[active + 1 :] = [found[k] for k in range(active, last)]
@@ -107,7 +107,8 @@ class Sequential(LayersDrafter):
         reads, kept = self.model.read(states.hidden.astype(self._dtype)), []
         for k, state in enumerate(memory["states"]):
             kept.append(mx.take_along_axis(reads, accepted[:, None, None], axis=1))
-            reads = self._row(k, embedded, mx.concatenate([state, reads[:, :-1]], axis=1), own, 0)
+            before = mx.concatenate([state, reads[:, :-1]], axis=1)
+            reads = self.run(k, self.model.blocks[k].join(embedded, before), own)
         own.advance(accepted + 1)
         return {"layers": own.arrays, "states": kept}
 
@@ -118,10 +119,6 @@ class Sequential(LayersDrafter):
         state = self.model.read(states.hidden[:, -1:].astype(self._dtype))
         unknown = [mx.zeros_like(state)] * (len(self.model.blocks) - 1)
         return {"layers": self.rewound(memory, length), "states": [state, *unknown]}
-
-    def _row(self, k: int, embedded: mx.array, state: mx.array, own: KVCache, ahead: int) -> mx.array:
-        """Module k over rows `ahead` of the committed ones: embeddings and states [B, M, D] -> [B, M, D]."""
-        return self.run(k, self.model.blocks[k].join(embedded, state), own, ahead)
 
 
 registry.register("sequential_modules")(Sequential.load)

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,7 +27,7 @@ from mlx_mtp.backend.activations import gelu, tanh
 from mlx_mtp.backend.attention import attend
 from mlx_mtp.checkpoints.checkpoint import TOWERS, Checkpoint, compute_dtype, load_into, named_parameters, renamed
 from mlx_mtp.checkpoints.unpacking import unpack
-from mlx_mtp.generation.cache import FULL, KVCache, LayerShape, NoCache
+from mlx_mtp.generation.cache import FULL, KVCache, NoCache
 from mlx_mtp.generation.interfaces import States, Target, TargetInfo
 from mlx_mtp.targets import registry, rows_of
 from mlx_mtp.targets.gemma4_config import Gemma4Config
@@ -34,13 +35,12 @@ from mlx_mtp.targets.gemma4_config import Gemma4Config
 log = logging.getLogger(__name__)
 
 
-def _rotation(config: Gemma4Config, layer: int) -> mx.array:
+def _rotation(rope: Mapping[str, Any], size: int) -> mx.array:
     """Wave lengths [d/2] for mx.fast.rope; infinite = not rotated.
 
     'proportional' rotates only the first `partial_rotary_factor` of the pairs, with exponents divided by the
     whole head size, and divides the angles by `factor`.
     """
-    rope, size = config.rope_parameters[config.layer_types[layer]], config.head_dims[layer]
     proportional = rope.get("rope_type") == "proportional"
     share = rope["partial_rotary_factor"] if proportional else 1.0
     rotated = int(share * size // 2)
@@ -53,10 +53,10 @@ class Attention(nn.Module):
 
     def __init__(self, config: Gemma4Config, layer: int) -> None:
         super().__init__()
-        width, self.head_dim = config.hidden_size, config.head_dims[layer]
-        self.heads, self.kv_heads = config.num_attention_heads, config.kv_heads[layer]
+        width, shape = config.hidden_size, config.layers[layer]
+        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, shape.heads, shape.head_dim
         self.eps = config.rms_norm_eps
-        self._wave_lengths = _rotation(config, layer)
+        self._wave_lengths = _rotation(config.rope_parameters[shape.kind], self.head_dim)
         self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=False)
         self.q_norm = nn.RMSNorm(self.head_dim, self.eps)
         self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=False)
@@ -64,7 +64,7 @@ class Attention(nn.Module):
             self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
             self.k_norm = nn.RMSNorm(self.head_dim, self.eps)
             # K = V layers share the projection, not the tensors: v is the raw projection, before k's norm and rotation.
-            self.shares_projection = config.attention_k_eq_v and config.layer_types[layer] == FULL
+            self.shares_projection = config.attention_k_eq_v and shape.kind == FULL
             if not self.shares_projection:
                 self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
 
@@ -92,8 +92,6 @@ class Attention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """down(gelu(gate(x)) * up(x)), tanh form of gelu."""
-
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(width, inner, bias=False)
@@ -184,17 +182,15 @@ class Layer(nn.Module):
 
 
 class Gemma4Model(nn.Module):
-    """Embedding, layers, final norm and tied head, as one parameter tree."""
-
     def __init__(self, config: Gemma4Config) -> None:
         super().__init__()
         self.config = config
         width, eps = config.hidden_size, config.rms_norm_eps
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
-        self.layers = [Layer(config, i) for i in range(config.num_hidden_layers)]
+        self.layers = [Layer(config, i) for i in range(len(config.layers))]
         self.norm = nn.RMSNorm(width, eps)
         if inner := config.hidden_size_per_layer_input:
-            every_layer = config.num_hidden_layers * inner
+            every_layer = len(config.layers) * inner
             self.embed_tokens_per_layer = nn.Embedding(config.vocab_size_per_layer_input, every_layer)
             self.per_layer_model_projection = nn.Linear(width, every_layer, bias=False)
             self.per_layer_projection_norm = nn.RMSNorm(inner, eps)
@@ -207,16 +203,16 @@ class Gemma4Model(nn.Module):
         """The per-layer embedding [B, M, L, p]: a table look-up and a projection of the context, averaged in power."""
         if not (inner := self.config.hidden_size_per_layer_input):
             return None
-        shape = (*tokens.shape, self.config.num_hidden_layers, inner)
+        shape = (*tokens.shape, len(self.config.layers), inner)
         looked_up = (self.embed_tokens_per_layer(tokens) * inner**0.5).reshape(shape)
         projected = (self.per_layer_model_projection(embedded) * self.config.hidden_size**-0.5).reshape(shape)
         return (self.per_layer_projection_norm(projected) + looked_up) * 2.0**-0.5
 
     def __call__(self, tokens: mx.array, cache: KVCache | NoCache, keep: int | None = None) -> States:
-        """Tokens [B, M] after the cache's length -> the states of the last `keep` rows.
+        """Tokens [B, M] after the cache's length -> the states of the last `keep` rows (None = all).
 
-        keep: how many of the last rows the caller needs (None = all). The layers that store no K/V run on those
-        rows only, and not at all for 0: in E2B that is 20 of 35 layers of a prefill (gemma4.md, 1.6).
+        The layers that store no K/V run on those rows only, and not at all for 0: in E2B that is 20 of 35 layers of a
+        prefill (gemma4.md, 1.6).
         """
         config, rows = self.config, tokens.shape[1]
         step = cache.plan(rows)
@@ -231,7 +227,7 @@ class Gemma4Model(nn.Module):
                     break
                 x, step = x[:, -keep:], step.last(keep)
                 per_layer = None if per_layer is None else per_layer[:, -keep:]
-            kind, normed = config.layer_types[i], layer.input_layernorm(x)
+            kind, normed = config.layers[i].kind, layer.input_layernorm(x)
             if i < config.first_shared:
                 working[kind] = cache.update(i, *layer.self_attn.keys_values(normed, step.offset), step)
             inputs = None if per_layer is None else per_layer[:, :, i]
@@ -255,7 +251,7 @@ class Gemma4Target(Target):
     def __init__(self, model: Gemma4Model, dtype: mx.Dtype, path: Path | None = None) -> None:
         self.model, self.config, self.dtype, self.path = model, model.config, dtype, path
         config = model.config
-        self.shapes = [*map(LayerShape, config.layer_types, config.kv_heads, config.head_dims)][: config.first_shared]
+        self.shapes = config.layers[: config.first_shared]
         # Per kind the layer whose K/V the reusing layers and an assistant read: the last one that stores any.
         storing = {shape.kind: i for i, shape in enumerate(self.shapes)}
         self.info = TargetInfo(
@@ -313,7 +309,6 @@ def adapt_weights(model: Gemma4Model, weights: dict[str, mx.array]) -> dict[str,
 
 @registry.register("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
 def load(checkpoint: Checkpoint) -> Gemma4Target:
-    """A Gemma 4 target from a published, an mlx-lm or an mlx-vlm checkpoint, quantised or not."""
     model = Gemma4Model(Gemma4Config.from_dict(checkpoint.config))
     stored = checkpoint.weights()
     weights, skipped = renamed(stored, parameter_name)
