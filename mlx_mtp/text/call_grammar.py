@@ -56,7 +56,6 @@ class ToolChoice:
         return value
 
     def holds(self, declared: Sequence[Schema]) -> bool:
-        """Whether a reply that may call these tools needs a grammar."""
         strict = any(tool["function"].get("strict") for tool in declared)
         return bool(declared) and (self.required or not self.several or self.names is not None or strict)
 
@@ -151,8 +150,7 @@ class CallGrammar:
 
     notation: Notation
     special: Callable[[str], Sequence[str | int]]
-    _rules: list[str] = field(default_factory=list)
-    _made: dict[str, str] = field(default_factory=dict)
+    _rules: dict[str, str] = field(default_factory=dict)  # what comes after a rule's name -> the name
 
     def text(self, tools: Sequence[Schema], choice: ToolChoice, answer: Schema | None = None) -> str:
         """Replies that may call tools (declared in OpenAI's form). answer: the schema of what is no call, None = any.
@@ -173,7 +171,7 @@ class CallGrammar:
             lines = [f"start: answer | {marker} {calls}" if names else "start: answer", f"answer: %json {held(answer)}"]
         else:
             lines = self._free(calls)
-        return "\n".join([*lines, *self._rules])
+        return "\n".join([*lines, *(name + rest for rest, name in self._rules.items())])
 
     def _free(self, calls: str) -> list[str]:
         """Text that may go over into calls."""
@@ -187,7 +185,6 @@ class CallGrammar:
         return [f"start: TEXT | before {calls}", text, f"before[lazy]: /(?s:.*){_regex(marker)}/"]
 
     def _call(self, function: Schema) -> str:
-        """One tool's call after the marker."""
         parameters = {"type": "object", "properties": {}} | dict(function.get("parameters") or {})
         strict, shape = bool(function.get("strict")), self.notation
         named = shape.opening + function["name"]
@@ -204,10 +201,7 @@ class CallGrammar:
 
     def rule(self, name: str, body: str, attributes: str = "") -> str:
         """The name of the rule with this body, which is written once."""
-        if body not in self._made:
-            self._made[body] = f"{name}_{len(self._made)}"
-            self._rules.append(f"{self._made[body]}{attributes}: {body}")
-        return self._made[body]
+        return self._rules.setdefault(f"{attributes}: {body}", f"{name}_{len(self._rules)}")
 
     def upto(self, end: str, count: str) -> str:
         """So many characters (as a regex counts) up to and with the first `end`."""
@@ -216,7 +210,6 @@ class CallGrammar:
         return self.rule("upto", f"/(?s:.{count}){_regex(end)}/", "[lazy]")
 
     def literal(self, text: str) -> str:
-        """Exactly this text."""
         return " ".join(f"<[{part}]>" if isinstance(part, int) else json.dumps(part) for part in self.special(text))
 
 
@@ -318,5 +311,4 @@ class _PlaceGrammar:
 
 
 def _regex(text: str) -> str:
-    """A text as part of a lark regex."""
     return "".join(f"\\x{ord(one):02x}" if one.isascii() and not one.isalnum() else one for one in text)

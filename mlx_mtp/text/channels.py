@@ -30,8 +30,6 @@ class ThoughtTokens:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """One call: the tool's name and its arguments."""
-
     name: str
     arguments: dict[str, Any]
 
@@ -61,7 +59,7 @@ class CallFormat:
     def read(self, body: str) -> list[ToolCall]:
         """The calls of a body; empty where it is none, or not all of it can be read."""
         try:
-            found = self.parse(body, None if self.tools is None else list(self.tools))
+            found = self.parse(body, self.tools)
             return [ToolCall.of(call) for call in (found if isinstance(found, list) else [found])]
         except Exception:  # parsers of other people's, over whatever a model wrote
             return []
@@ -102,14 +100,15 @@ class Channels:
         self._held += text
         while self._held:
             markers = [*self._closing] if self._open is None else [*filter(None, [self._closing[self._open]])]
-            at, marker = _first(self._held, markers)
+            places = [(at, marker) for marker in markers if (at := self._held.find(marker)) >= 0]
+            at, marker = min(places, default=(0, ""))
             if marker:
                 taken, self._held = self._held[:at], self._held[at + len(marker) :]
             else:
                 taken, self._held = (self._held, "") if final else without_beginnings(self._held, markers)
             if taken:
                 yield self._answer(taken) if self._open is None else self._inside(taken)
-            if marker is None:
+            if not marker:
                 break
             yield self._marked(marker)
         if final and self._in_call:
@@ -129,22 +128,20 @@ class Channels:
 
     def _answer(self, text: str) -> Pieces:
         """Answer text; the empty lines between a thought and the answer belong to neither."""
-        raw = text
-        if not self._answered:
-            text = text.lstrip("\n")
-        self._answered |= bool(text)
-        return Pieces(text=text, raw=raw, answer=True)
+        shown = text if self._answered else text.lstrip("\n")
+        self._answered |= bool(shown)
+        return Pieces(text=shown, raw=text, answer=True)
 
     def _inside(self, text: str) -> Pieces:
         """A part of a thought, without its channel's name, or of a call."""
-        raw = text
         if self._in_call:
             self._body.append(text)
-            text = ""
-        elif self._naming:
-            _, end, text = text.partition("\n")
+            return Pieces(raw=text)
+        thought = text
+        if self._naming:
+            _, end, thought = text.partition("\n")
             self._naming = not end
-        return Pieces(thinking=text, raw=raw)
+        return Pieces(thinking=thought, raw=text)
 
     def _marked(self, marker: str) -> Pieces:
         """A marker, which opens a thought or a call, or closes it."""
@@ -158,23 +155,18 @@ class Channels:
 
 
 def joined(found: Sequence[Pieces]) -> Pieces:
-    """Stretches of text that follow each other as one."""
     return Pieces(
         "".join(p.text for p in found), "".join(p.thinking for p in found), [call for p in found for call in p.calls],
         "".join(p.raw for p in found),
     )  # fmt: skip
 
 
-def _first(text: str, markers: Iterable[str]) -> tuple[int, str | None]:
-    """Place of the first marker in a text, and which."""
-    places = [(at, marker) for marker in markers if (at := text.find(marker)) >= 0]
-    return min(places) if places else (-1, None)
-
-
 def without_beginnings(text: str, markers: Iterable[str]) -> tuple[str, str]:
     """The text in front of its longest end that may begin a marker, and that end."""
-    begun = [next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if text.endswith(marker[:n])), 0)
-             for marker in markers]  # fmt: skip
+    begun = (
+        next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if text.endswith(marker[:n])), 0)
+        for marker in markers
+    )
     at = len(text) - max(begun, default=0)
     return text[:at], text[at:]
 

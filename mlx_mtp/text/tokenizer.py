@@ -68,9 +68,8 @@ class Tokenizer(ChatTemplate):
     @cached_property
     def _opening(self) -> list[int]:
         with_it, alone = (self._wrapped.encode("a", add_special_tokens=special) for special in (True, False))
-        places = range(len(with_it) - len(alone) + 1)
-        at = next((at for at in places if with_it[at : at + len(alone)] == alone), 0)
-        return list(with_it[:at])
+        places = (at for at in range(len(with_it)) if with_it[at : at + len(alone)] == alone)
+        return list(with_it[: next(places, 0)])
 
     @cached_property
     def _bytes(self) -> TokenBytes:
@@ -113,9 +112,9 @@ class Tokenizer(ChatTemplate):
             return None
         for opening, closing in THOUGHTS:
             if opened == opening or (opened is None and self.writes(opening)):
-                tokens = [self.encode(marker, special=False) for marker in (opening, closing)]
-                if all(len(one) == 1 for one in tokens):
-                    return ThoughtTokens(tokens[0][0], tokens[1][0], opened is not None)
+                first, last = self.encode(opening, special=False), self.encode(closing, special=False)
+                if len(first) == len(last) == 1:
+                    return ThoughtTokens(first[0], last[0], opened is not None)
         raise OptionError(
             "This checkpoint's thoughts are not marked by tokens of their own, so an answer after them cannot be held "
             "to a grammar; leave thinking out."
@@ -166,7 +165,6 @@ class Tokenizer(ChatTemplate):
         return {token for token in (*own, self.turn_end()) if isinstance(token, int)}
 
     def stream(self) -> Detokenizer:
-        """A fresh detokeniser."""
         return Detokenizer(self._bytes)
 
 
@@ -225,7 +223,6 @@ class StopStrings:
         self.found: str | None = None
 
     def __bool__(self) -> bool:
-        """Whether there is anything to look for."""
         return bool(self._stops)
 
     def feed(self, text: str) -> str:
@@ -245,6 +242,5 @@ class StopStrings:
         return shown
 
     def flush(self) -> str:
-        """What was held back, once nothing can follow."""
         shown, self._held = self._held, ""
         return shown
