@@ -39,9 +39,8 @@ class ChatTemplate:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether `chat` works."""
-        found = getattr(self._wrapped, "has_chat_template", None)  # mlx-lm's wrapper knows templates in Python too
-        return bool(getattr(self._wrapped, "chat_template", None) if found is None else found)
+        """Whether `chat` works; mlx-lm's wrapper knows of templates in Python too."""
+        return bool(getattr(self._wrapped, "has_chat_template", getattr(self._wrapped, "chat_template", None)))
 
     def chat(
         self, messages: Sequence[Message], thinking: bool = False, tools: Tools | None = None, effort: str | None = None
@@ -53,7 +52,7 @@ class ChatTemplate:
         """
         found, options = _checked(messages), self._options(thinking, tools, effort)
         ids: list[int] = self._rendered(found, options, tokenize=True)
-        self._refuse_dropped(found, options, tools)
+        self._refuse_dropped(found, options)
         return ids
 
     def conversation(self, messages: Sequence[Message]) -> str:
@@ -74,7 +73,6 @@ class ChatTemplate:
         return on != off or any(self.writes(opening) for opening, _ in THOUGHTS)
 
     def writes(self, marker: str) -> bool:
-        """Whether a marker is in the template's source."""
         return marker in str(getattr(self._wrapped, "chat_template", None) or "")
 
     def reply(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str | None:
@@ -109,9 +107,7 @@ class ChatTemplate:
         """Whether it takes any variable; a renderer written in Python takes only those that it knows."""
         return self._text(QUESTION, {"thinking": False, "reasoning_effort": "low"}) is not None
 
-    def _options(
-        self, thinking: bool = False, tools: Tools | None = None, effort: str | None = None
-    ) -> dict[str, Any]:
+    def _options(self, thinking: bool = False, tools: Tools | None = None, effort: str | None = None) -> dict[str, Any]:
         """Variables of the template. The switch is always given: mlx-lm sets it to on where it is not."""
         options: dict[str, Any] = {"enable_thinking": bool(thinking)}
         if self._is_jinja:
@@ -143,39 +139,36 @@ class ChatTemplate:
                 "use the roles system, user and assistant in turns."
             ) from error
 
-    def _refuse_dropped(
-        self, messages: list[Message], options: Mapping[str, Any], tools: Tools | None = None
-    ) -> None:
+    def _refuse_dropped(self, messages: list[Message], options: Mapping[str, Any]) -> None:
         """Raises Dropped where the prompt stays the same without a part. Each kind of part is tried until it is seen
         to arrive: a tokenizer's first conversations cost a few renderings more."""
         whole = None
-        for kind, what, part, said, offered in _without(messages, tools):
+        for kind, dropped, said, changed in _without(messages, options):
             if kind in self._kept:
                 continue
             whole = self._text(messages, options) if whole is None else whole
-            changed = {**options, "tools": offered} if tools else options
             if whole is not None and self._text(said, changed) == whole:
-                raise Dropped(what, part)
+                raise dropped
             self._kept.add(kind)
 
 
 def _without(
-    messages: list[Message], tools: Tools | None
-) -> Iterator[tuple[tuple[object, ...], str, str, list[Message], Tools | None]]:
-    """Every part: its kind, its name, its field, and messages and tools that lack it or say something else there."""
-    if tools:
-        yield ("tools", len(tools) > 1), "tools", "tools", messages, list(tools[:-1]) or None
+    messages: list[Message], options: Mapping[str, Any]
+) -> Iterator[tuple[tuple[object, ...], Dropped, list[Message], Mapping[str, Any]]]:
+    """Every part: its kind, the error if it is dropped, and what lacks it or says something else there."""
+    if tools := options.get("tools"):
+        yield ("tools", len(tools) > 1), Dropped("tools", "tools"), messages, {**options, "tools": tools[:-1] or None}
     for i, message in enumerate(messages):
         role, calls = message["role"], message.get("tool_calls")
-        before, after = messages[:i], messages[i + 1 :]
         if calls:
             # Without the last call: one that follows another has its own place or none.
-            other = {**message, "tool_calls": list(calls)[:-1]}
-            yield (role, "calls", len(calls) > 1), "tool_calls", "messages", [*before, other, *after], tools
+            kind, what, other = (role, "calls", len(calls) > 1), "tool_calls", {"tool_calls": list(calls)[:-1]}
         elif message["content"]:
-            what = f"{role} message" + ("" if role != "system" or not i else " after another message")
-            other = {**message, "content": message["content"] + " ~"}
-            yield (role, "content", i == 0), what, "messages", [*before, other, *after], tools
+            kind, what, other = (role, "content", i == 0), f"{role} message", {"content": message["content"] + " ~"}
+            what += " after another message" if role == "system" and i else ""
+        else:
+            continue
+        yield kind, Dropped(what, "messages"), [*messages[:i], {**message, **other}, *messages[i + 1 :]], options
 
 
 def _checked(messages: Sequence[Message]) -> list[Message]:
