@@ -56,7 +56,7 @@ def compare_conventions(
     better = None if not lopsided else "A" if only_a > only_b else "B"
     count = max(1, len(right))
     return {"tokens": len(right), "share_a": (only_a + both) / count, "share_b": (only_b + both) / count,
-            "only_a": only_a, "only_b": only_b, "used": assistant.convention.value, "better": better}  # fmt: skip
+            "only_a": only_a, "only_b": only_b, "used": assistant.convention.name, "better": better}  # fmt: skip
 
 
 def main() -> None:

@@ -18,7 +18,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_mtp.drafters.parallel import ParallelConfig, ParallelModel
+from mlx_mtp.drafters.layers import LayersConfig
+from mlx_mtp.drafters.parallel import ParallelModel
 from mlx_mtp.targets.gemma4 import Gemma4Model
 from mlx_mtp.targets.gemma4_config import Gemma4Config
 from mlx_mtp.training.objective import Joint, joint_parallel_loss
@@ -41,7 +42,7 @@ def at_once(module: Joint, batch: mx.array) -> mx.array:
 
     count = 1 + len(module.drafter.heads)
     rows = batch.shape[1] - count
-    states, _ = module.target.run(batch[:, :rows], NoCache(module.target.config.sliding_window, batch.shape[0]))
+    states = module.target(batch[:, :rows], NoCache(module.target.config.sliding_window, batch.shape[0]))
     hiddens = [states.hidden, *module.drafter(module.drafter.read(states))]
     labels = [batch[:, i + 1 : i + 1 + rows] for i in range(count)]
     losses = [nn.losses.cross_entropy(module.target.head(h), y) for h, y in zip(hiddens, labels, strict=True)]
@@ -51,8 +52,8 @@ def at_once(module: Joint, batch: mx.array) -> mx.array:
 def peak(heads: int, vocabulary: int, batch: int, rows: int, in_order: bool) -> int:
     """Bytes that one step needs at its peak, above those of the parameters."""
     target = Gemma4Model(Gemma4Config.from_dict(TEXT | {"vocab_size": vocabulary}))
-    config = ParallelConfig(heads=heads - 1, reads="trunk", hidden_size=WIDTH, vocab_size=vocabulary, norm_eps=1e-6,
-                            block=BLOCK)  # fmt: skip
+    config = LayersConfig(count=heads - 1, reads="trunk", hidden_size=WIDTH, vocab_size=vocabulary, norm_eps=1e-6,
+                          block=BLOCK)  # fmt: skip
     joint = Joint(target, ParallelModel(config))
     tokens = mx.random.randint(0, vocabulary, (batch, rows + heads))
     mx.eval(joint.parameters(), tokens)

@@ -14,12 +14,12 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from thinking import PLAIN_TEMPLATE, TOKENS, write_tokenizer
 
 import mlx_mtp
-from mlx_mtp.drafters.parallel import ParallelConfig, ParallelModel
-from mlx_mtp.drafters.sequential import SequentialConfig, SequentialModel
+from mlx_mtp.drafters.parallel import ParallelModel
+from mlx_mtp.drafters.sequential import SequentialModel
 from mlx_mtp.generation.interfaces import Drafter, States, Target
 
 HEAD_DIM, EPS = 8, 1e-5
-MODELS = {"parallel_heads": (ParallelConfig, ParallelModel), "sequential_modules": (SequentialConfig, SequentialModel)}
+MODELS = {"parallel_heads": ParallelModel, "sequential_modules": SequentialModel}
 
 
 def config_of(family: str, width: int, vocabulary: int, count: int, **fields: Any) -> dict[str, Any]:
@@ -50,8 +50,7 @@ def lively(model: Any, seed: int = 5) -> Any:
 
 
 def model_of(config: dict[str, Any]) -> Any:
-    config_class, model_class = MODELS[config["model_type"]]
-    return lively(model_class(config_class.from_dict(config)))
+    return lively(MODELS[config["model_type"]].of(config))
 
 
 def written(folder: Path, config: dict[str, Any], weights: dict[str, mx.array] | None = None) -> Path:

@@ -21,7 +21,7 @@ from mlx_mtp.serving.app import create_app
 from mlx_mtp.serving.options import ServerOptions
 from mlx_mtp.serving.queue import ReplyQueue
 from mlx_mtp.serving.server import Server, listen
-from mlx_mtp.text.channels import GEMMA, CallFormat, Channels, Pieces
+from mlx_mtp.text.channels import GEMMA, CallFormat, Channels, Pieces, joined
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 
@@ -171,12 +171,12 @@ class ScriptedEngine:
                 if i == self.fails_at:
                     raise RuntimeError("a secret of the inside")
                 self.written += 1
-                found = channels.feed(text) if channels else Pieces(text)
+                found = joined([*channels.split(text)]) if channels else Pieces(text)
                 yield Event(text, [1], thinking=found.thinking, content=found.text, calls=found.calls)
         except GeneratorExit:
             self.closed += 1
             raise
-        found = channels.flush() if channels else Pieces()
+        found = joined([*channels.split("", final=True)]) if channels else Pieces()
         result = Result("".join(self.script), [1] * len(self.script), None, "stop", stats)
         yield Event("", [], result, thinking=found.thinking, content=found.text, calls=found.calls)
 

@@ -56,7 +56,7 @@ TOOL, OTHER = ("weather", GIVEN), ("now", dict[str, Any]())
 def read(calls: Calls, text: str) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
     """The answer and the calls of a reply, by mlx-lm's parser or Gemma's."""
     channels = Channels(calls=calls.tokenizer.call_format(TOOLS))
-    found = joined([channels.feed(text), channels.flush()])
+    found = joined([*channels.split(text, final=True)])
     return found.text, [(call.name, call.arguments) for call in found.calls]
 
 

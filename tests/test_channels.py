@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_mtp.text.channels import GEMMA, CallFormat, Channels, Pieces, ToolCall, joined, parsed_by
+from mlx_mtp.text.channels import GEMMA, CallFormat, Channels, Pieces, ToolCall, joined
 
 MARKERS = ["<|channel>", "<channel|>", "<think>", "</think>", "<|tool_call>", "<tool_call|>", "thought\n", '<|"|>']
 WORDS = ["a", "answer ", "\n", "\n\n", "<", "<|", "|>", "call:f{", "}", "x:1", ",", "ö", "[", "]", "NaN", "<chan"]
@@ -18,9 +18,13 @@ def whole(text: str, thinking: str | None = None, calls: bool = True) -> Pieces:
     return pieces([text], thinking, calls)
 
 
+def fed(channels: Channels, parts: list[str]) -> list[Pieces]:
+    return [*(piece for part in parts for piece in channels.split(part)), *channels.split("", final=True)]
+
+
 def pieces(parts: list[str], thinking: str | None = None, calls: bool = True) -> Pieces:
     channels = Channels(thinking, GEMMA if calls else None)
-    found = [*(channels.feed(part) for part in parts), channels.flush()]
+    found = fed(channels, parts)
     return Pieces(
         "".join(piece.text for piece in found),
         "".join(piece.thinking for piece in found),
@@ -69,11 +73,11 @@ def test_what_the_prompt_opened_and_offered() -> None:
 
 def test_what_cannot_be_a_marker_is_not_held_back() -> None:
     channels = Channels(calls=GEMMA)
-    assert channels.feed("One <").text == "One "
-    assert channels.feed("b> two").text == "<b> two"
-    assert channels.feed("<think>so").thinking == "so"
-    assert channels.feed("</thin").thinking == ""
-    assert channels.feed("g").thinking == "</thing"
+    assert joined([*channels.split("One <")]).text == "One "
+    assert joined([*channels.split("b> two")]).text == "<b> two"
+    assert joined([*channels.split("<think>so")]).thinking == "so"
+    assert joined([*channels.split("</thin")]).thinking == ""
+    assert joined([*channels.split("g")]).thinking == "</thing"
 
 
 def test_a_call() -> None:
@@ -122,7 +126,7 @@ CALLS = {
 
 def of_mlx_lm(name: str) -> CallFormat:
     parser = importlib.import_module(f"mlx_lm.tool_parsers.{name}")
-    return CallFormat(parser.tool_call_start, parser.tool_call_end, parsed_by(parser.parse_tool_call, TOOLS))
+    return CallFormat(parser.tool_call_start, parser.tool_call_end, parser.parse_tool_call, TOOLS)
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
@@ -130,7 +134,7 @@ def of_mlx_lm(name: str) -> CallFormat:
 def test_calls_in_other_formats(name: str, size: int) -> None:
     text, expected = CALLS[name]
     channels, text = Channels(calls=of_mlx_lm(name)), "Well. " + text
-    found = joined([*(channels.feed(text[i : i + size]) for i in range(0, len(text), size)), channels.flush()])
+    found = joined(fed(channels, [text[i : i + size] for i in range(0, len(text), size)]))
     assert (found.text, found.calls) == ("Well. ", expected)
     assert found.raw == text
 
@@ -142,5 +146,5 @@ def test_calls_in_other_formats(name: str, size: int) -> None:
 def test_what_is_no_call_stays_text(name: str, body: str) -> None:
     form = of_mlx_lm(name)
     channels, text = Channels(calls=form), form.opening + body + form.closing
-    found = joined([channels.feed(text), channels.flush()])
+    found = joined(fed(channels, [text]))
     assert (found.text, found.calls) == (text, [])

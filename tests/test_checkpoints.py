@@ -199,7 +199,7 @@ def test_both_forms_of_the_config(variant: str) -> None:
         newer = text | {"head_dim": head_dim}
         older = {k: v for k, v in newer.items() if k != "per_layer_config"} | shape
         one, other = (Gemma4Config.from_dict({"model_type": "gemma4", "text_config": form}) for form in (newer, older))
-        assert one == other and set(one.head_dims) == sizes
+        assert one == other and {layer.head_dim for layer in one.layers} == sizes
 
 
 def test_zero_padded_layer_numbers(tmp_path: Path) -> None:
@@ -208,7 +208,8 @@ def test_zero_padded_layer_numbers(tmp_path: Path) -> None:
     newer = {k: v for k, v in text.items() if k != "global_head_dim"}
     padded = newer | {"per_layer_config": {f"{i:02}": {"head_dim": 64} for i in range(1, 12, 2)}}
     assert Gemma4Config.from_dict(padded) == Gemma4Config.from_dict(text)
-    assert set(Gemma4Config.from_dict(newer | {"per_layer_config": None}).head_dims) == {32}
+    layers = Gemma4Config.from_dict(newer | {"per_layer_config": None}).layers
+    assert {layer.head_dim for layer in layers} == {32}
     with pytest.raises(mlx_mtp.CheckpointError, match="layer numbers"):
         Gemma4Config.from_dict(newer | {"per_layer_config": {"last": {"head_dim": 64}}})
 

@@ -41,7 +41,7 @@ TOLERANCE = 1e-3
 @pytest.mark.parametrize("convention", list(Convention))
 def test_four_steps(golden, head: str, convention: Convention) -> None:
     folder, arrays = golden
-    name = {"A": "draft", "B": "draftB"}[convention.value] + f"_{head}"
+    name = {"A": "draft", "B": "draftB"}[convention.name] + f"_{head}"
     target = load_target(Checkpoint.open(folder / "target"))
     drafter = load_drafter(Checkpoint.open(folder / f"assistant_{head}"))
     drafter.convention = convention

@@ -17,7 +17,8 @@ from training_memory import peak
 
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters
 from mlx_mtp.drafters import load_drafter
-from mlx_mtp.drafters.parallel import ParallelConfig, ParallelModel
+from mlx_mtp.drafters.layers import LayersConfig
+from mlx_mtp.drafters.parallel import ParallelModel
 from mlx_mtp.generation.interfaces import Target
 from mlx_mtp.targets import load_target
 from mlx_mtp.targets.gemma4 import Gemma4Model, Gemma4Target
@@ -119,8 +120,8 @@ def test_joint_parallel(reads: str, weight: float) -> None:
 
 def test_one_head_is_plain_training() -> None:
     batch, model = mx.array(batch_of(12)), gemma()
-    none = ParallelModel(ParallelConfig(heads=0, reads="trunk", hidden_size=WIDTH, vocab_size=VOCABULARY,
-                                        norm_eps=1e-5, block={}))  # fmt: skip
+    none = ParallelModel(LayersConfig(count=0, reads="trunk", hidden_size=WIDTH, vocab_size=VOCABULARY,
+                                      norm_eps=1e-5, block={}))  # fmt: skip
     joint = Joint(model, none)
     (one, figures), gradients = nn.value_and_grad(joint, objective.joint_parallel_loss())(joint, batch)
     (other, right), plain = nn.value_and_grad(model, objective.next_token_loss)(model, batch)

@@ -11,6 +11,7 @@ The same holds for exp (9 ns each; powers of two cost a third), so on a CPU atte
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import cast
 
@@ -29,6 +30,15 @@ def float32_on_cpu(x: mx.array) -> bool:
     return x.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu)
 
 
+def _with_slope(
+    function: Callable[[mx.array], mx.array], slope: Callable[[mx.array, mx.array, mx.array], mx.array]
+) -> Callable[[mx.array], mx.array]:
+    """The function of an array, and its derivative by hand: from the array, the cotangent and the result."""
+    found = mx.custom_function(function)
+    found.vjp(slope)
+    return cast(Callable[[mx.array], mx.array], found)
+
+
 def _tanh(x: mx.array) -> mx.array:
     if not float32_on_cpu(x):
         return mx.tanh(x)
@@ -40,18 +50,8 @@ def _tanh(x: mx.array) -> mx.array:
     return 2.0 * t / (1.0 + t * t)
 
 
-# Derivatives by hand: differentiating the fraction step by step costs fifteen times as much.
-_tanh_with_slope = mx.custom_function(_tanh)
-
-
-@_tanh_with_slope.vjp
-def _tanh_vjp(x: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
-    return cotangent * (1.0 - y * y)
-
-
-def tanh(x: mx.array) -> mx.array:
-    """Hyperbolic tangent of an array of any shape."""
-    return cast(mx.array, _tanh_with_slope(x))
+# Differentiating the fraction step by step costs fifteen times as much.
+tanh = _with_slope(_tanh, lambda x, cotangent, y: cotangent * (1.0 - y * y))
 
 
 ROOT, CUBE = math.sqrt(2.0 / math.pi), 0.044715
@@ -69,17 +69,8 @@ def _gelu_backward(x: mx.array, cotangent: mx.array) -> mx.array:
     return cotangent * 0.5 * (1.0 + t + x * (1.0 - t * t) * ROOT * (1.0 + 3.0 * CUBE * square))
 
 
-_gelu_with_slope = mx.custom_function(_gelu)
-
-
-@_gelu_with_slope.vjp
-def _gelu_vjp(x: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
-    return _gelu_backward(x, cotangent)
-
-
-def gelu(x: mx.array) -> mx.array:
-    """The tanh form of gelu (`gelu_pytorch_tanh`), any shape."""
-    return cast(mx.array, _gelu_with_slope(x))
+# The tanh form (`gelu_pytorch_tanh`).
+gelu = _with_slope(_gelu, lambda x, cotangent, y: _gelu_backward(x, cotangent))
 
 
 def powers_of_two(x: mx.array) -> mx.array:
@@ -99,14 +90,5 @@ def _logsumexp(x: mx.array) -> mx.array:
     return (mx.log(powers_of_two((x - most) * PER_OCTAVE).sum(axis=-1, keepdims=True)) + most)[..., 0]
 
 
-_logsumexp_with_slope = mx.custom_function(_logsumexp)
-
-
-@_logsumexp_with_slope.vjp
-def _logsumexp_vjp(x: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
-    return cotangent[..., None] * probabilities(x - y[..., None])
-
-
-def logsumexp(x: mx.array) -> mx.array:
-    """log(sum(exp(x))) over the last axis, [..., V] -> [...]; its gradient is the softmax."""
-    return cast(mx.array, _logsumexp_with_slope(x))
+# Over the last axis, [..., V] -> [...].
+logsumexp = _with_slope(_logsumexp, lambda x, cotangent, y: cotangent[..., None] * probabilities(x - y[..., None]))

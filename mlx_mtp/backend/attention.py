@@ -1,5 +1,4 @@
-"""Attention over the cache's buffers: MLX's kernel on a GPU, and a form that suits MLX's CPU backend.
-"""
+"""Attention over the cache's buffers: MLX's kernel on a GPU, and a form that suits MLX's CPU backend."""
 
 from __future__ import annotations
 

@@ -1,12 +1,11 @@
 """A fast BLAS for MLX's CPU device on Linux.
 
-MLX's Linux CPU wheel brings the reference BLAS, which makes float32 products 15 to 50 times slower than they need to
-be. Loading a fast BLAS with global symbols before MLX is imported makes MLX's calls land in the fast one, because the
-dynamic linker takes the first library that offers a name. On macOS nothing is done: MLX uses Accelerate and Metal.
+MLX's Linux CPU wheel brings the reference BLAS, whose float32 products take 15 to 50 times as long as they need to. A
+fast one that is loaded with global symbols before MLX is imported gets MLX's calls, because the dynamic linker takes
+the first library that offers a name. On macOS nothing is done: MLX uses Accelerate and Metal.
 
-OpenBLAS knows processors by their model numbers: one that is newer than it gets its oldest kernels, a fifth as fast as
-those that fit (0.3.21 on an Emerald Rapids: 30 in place of 145 GFLOP/s). So it is told which fit, unless
-OPENBLAS_CORETYPE is set.
+OpenBLAS gives a processor that is newer than itself its oldest kernels, a fifth as fast as those that fit (0.3.21 on an
+Emerald Rapids: 30 in place of 145 GFLOP/s). So it is told which fit, unless OPENBLAS_CORETYPE is set.
 
 `python -P mlx_mtp/backend/blas.py` prints what was found and exits 1 if that is nothing (tools/setup.sh asks this way).
 """
@@ -69,14 +68,13 @@ def _fitting_kernels() -> Iterator[None]:
     if CORE_TYPE not in os.environ:
         with contextlib.suppress(OSError):
             wanted = core_type(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))
-    if wanted is None:
-        yield
-        return
-    os.environ[CORE_TYPE] = wanted
+    if wanted is not None:
+        os.environ[CORE_TYPE] = wanted
     try:
         yield
     finally:
-        del os.environ[CORE_TYPE]
+        if wanted is not None:
+            del os.environ[CORE_TYPE]
 
 
 def _candidates() -> Iterator[str]:
@@ -86,11 +84,9 @@ def _candidates() -> Iterator[str]:
     yield "libopenblasp.so.0"  # Fedora: plain libopenblas.so.0 is the one-threaded build there
     yield "libopenblas.so.0"
     # A conda environment, then the PyPI wheel `mkl`; base_prefix is the conda environment a venv was made from.
-    folders = [Path(prefix, "lib") for prefix in dict.fromkeys([sys.prefix, sys.base_prefix])]
-    yield from (str(folder / "libopenblas.so.0") for folder in folders)
-    for version in (3, 2):
-        yield from (str(folder / f"libmkl_rt.so.{version}") for folder in folders)
-        yield f"libmkl_rt.so.{version}"
+    folders = [f"{prefix}/lib/" for prefix in dict.fromkeys([sys.prefix, sys.base_prefix])]
+    yield from (folder + "libopenblas.so.0" for folder in folders)
+    yield from (f"{folder}libmkl_rt.so.{version}" for version in (3, 2) for folder in [*folders, ""])
 
 
 def _open(path: str) -> ctypes.CDLL | None:
@@ -105,8 +101,7 @@ def _open(path: str) -> ctypes.CDLL | None:
 
 def _load(path: str) -> str | None:
     """Loads a library with global symbols; returns its name, or None if it is not there or not suitable."""
-    library = _open(path)
-    if library is None:
+    if (library := _open(path)) is None:
         return None
     # Opening a loaded library again only adds its symbols to the global scope.
     ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)

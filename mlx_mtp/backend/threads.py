@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import mlx.core as mx
 
@@ -28,11 +28,19 @@ P = ParamSpec("P")
 MORE_THAN_A_PIPE_HOLDS = 1 << 24
 
 
+# What is to be done at the process's end, once no thread of ours runs any more.
+at_end: list[Callable[[], None]] = []
+
+
 class Worker:
     """The thread. It starts with the first work that another thread than the main one has."""
 
     def __init__(self) -> None:
-        self._work: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self.begin()
+
+    def begin(self) -> None:
+        """Nothing is going on: so it is in a new process, and in a child, which has none of its parent's threads."""
+        self._work: SimpleQueue[Callable[[], object]] = SimpleQueue()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         self._leaving: tuple[int, int] | None = None  # the ends of a pipe, once the process leaves
@@ -42,7 +50,7 @@ class Worker:
         return threading.current_thread() in (threading.main_thread(), self._thread)
 
     def run(self, work: Callable[[], T]) -> T:
-        """Does it where MLX work is done, and returns or raises what comes of it."""
+        """Does it where MLX work is done, and returns or raises what comes of it; from any thread."""
         if self.here():
             return work()
         with self._starting:
@@ -50,41 +58,37 @@ class Worker:
                 self._thread = threading.Thread(target=self._main, name="mlx-mtp-device", daemon=True)
                 self._thread.start()
         future: Future[T] = Future()
-        self._work.put((future, functools.partial(contextvars.copy_context().run, work)))
+        self._work.put(functools.partial(contextvars.copy_context().run, _answer, future, work))
         return future.result()
 
     def pause(self) -> None:
-        """For long work, now and then: goes no further where the process leaves."""
+        """For long work, between its parts: goes no further where the process leaves."""
         if self._leaving is not None and threading.current_thread() is self._thread:
-            self._stay(self._leaving)
+            while True:  # whoever reads the first byte knows that this thread is inside the write, without Python
+                os.write(self._leaving[1], bytes(MORE_THAN_A_PIPE_HOLDS))
 
     def leave(self) -> None:
-        """Returns once the thread runs no more; at the end of the process, after all threads that it waits for."""
+        """At the end of the process, after all threads that it waits for."""
         with self._starting:
             self._leaving = os.pipe()
         if self._thread is not None:
-            self._work.put(None)
+            self._work.put(self.pause)
             try:
                 os.read(self._leaving[0], 1)
             except KeyboardInterrupt:  # somebody does not want to wait for a long step
                 os._exit(130)
+        for last in at_end:
+            last()
 
     def _main(self) -> None:
         while True:
-            asked = self._work.get()
+            work = self._work.get()
             self.pause()
-            if asked is not None:
-                _answer(*asked)
-            del asked  # whatever it holds must not wait for the next work
-
-    @staticmethod
-    def _stay(pipe: tuple[int, int]) -> None:
-        """Blocks for good. Whoever reads the first byte knows that this thread is inside the write, without Python."""
-        while True:
-            os.write(pipe[1], bytes(MORE_THAN_A_PIPE_HOLDS))
+            work()
+            del work  # whatever it holds must not wait for the next work
 
 
-def _answer(future: Future[Any], work: Callable[[], Any]) -> None:
+def _answer(future: Future[T], work: Callable[[], T]) -> None:
     try:
         future.set_result(work())
     except BaseException as error:  # the thread that asked raises it
@@ -92,59 +96,24 @@ def _answer(future: Future[Any], work: Callable[[], Any]) -> None:
 
 
 _worker = Worker()
-# What is to be done at the process's end, once no thread of ours runs any more.
-at_end: list[Callable[[], None]] = []
-
-
-@atexit.register
-def _leave() -> None:
-    _worker.leave()
-    for last in at_end:
-        last()
-
-
-def _forked() -> None:
-    """A child process has none of its parent's threads."""
-    global _worker
-    _worker = Worker()
-
-
-os.register_at_fork(after_in_child=_forked)
-
-
-def run(work: Callable[[], T]) -> T:
-    """Does MLX work from any thread."""
-    return _worker.run(work)
-
-
-def pause() -> None:
-    """For long MLX work, between its parts: a process that leaves waits no longer than to the next one."""
-    _worker.pause()
+run, pause = _worker.run, _worker.pause
+atexit.register(_worker.leave)
+os.register_at_fork(after_in_child=_worker.begin)
 
 
 def device_work(function: Callable[P, T]) -> Callable[P, T]:
-    """The same function for any thread."""
-
-    @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
-        return run(lambda: function(*args, **kwargs))
-
-    return wrapped
-
-
-def device_arrays(function: Callable[P, mx.array]) -> Callable[P, mx.array]:
-    """The same function of arrays for any thread; other threads than the main one get its value, not a lazy array.
+    """The same function for any thread; other threads than the main one give and get values, not lazy arrays.
 
     Lazy arrays can be computed only by the thread that made them.
     """
 
     @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> mx.array:
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         if _worker.here():
             return function(*args, **kwargs)
-        mx.eval([value for value in (*args, *kwargs.values()) if isinstance(value, mx.array)])
+        mx.eval(args, kwargs)
 
-        def evaluated() -> mx.array:
+        def evaluated() -> T:
             found = function(*args, **kwargs)
             mx.eval(found)
             return found

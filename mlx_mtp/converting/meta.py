@@ -26,7 +26,7 @@ from mlx_lm.models import llama
 from mlx_mtp.checkpoints.checkpoint import check_shapes, number, read_json, visible, write_tensors
 from mlx_mtp.converting.pth import STORAGES, StoredTensor, read_pth
 from mlx_mtp.converting.tokenizers import write_llama
-from mlx_mtp.drafters.parallel import MOST_HEADS, ParallelConfig, ParallelModel
+from mlx_mtp.drafters.parallel import MOST_HEADS, ParallelModel
 from mlx_mtp.errors import CheckpointError, UnsupportedModel
 from mlx_mtp.targets.generic import MAX_COUNT, MAX_SIZE
 
@@ -87,7 +87,7 @@ def bring_in(folder: Path, out: Path) -> list[str]:
         "model_type": "parallel_heads", "heads": extra, "reads": "trunk", "hidden_size": config["hidden_size"],
         "vocab_size": config["vocab_size"], "block": {**config, "num_hidden_layers": 1},
     }  # fmt: skip
-    _check(ParallelModel(ParallelConfig.from_dict(drafter_config)), drafter, folder)
+    _check(ParallelModel.of(drafter_config), drafter, folder)
     write_tensors(out / "parallel", drafter_config, _arrays(drafter, config))
     return ["target", "parallel"]
 

@@ -27,7 +27,7 @@ from mlx_lm.utils import _get_classes
 
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, check_shapes, number, write_tensors
 from mlx_mtp.converting.output import copy_companions
-from mlx_mtp.drafters.layers import build_layers
+from mlx_mtp.drafters.layers import build_layer
 from mlx_mtp.drafters.sequential import MOST_MODULES
 from mlx_mtp.errors import CheckpointError, UnsupportedModel, brief
 from mlx_mtp.targets.generic import MAX_COUNT, MAX_SIZE
@@ -147,7 +147,7 @@ class Modules:
                 model_class, args_class = _get_classes(block)
             model = model_class(args_class.from_dict(block))
             clean = model.sanitize(named) if hasattr(model_class, "sanitize") else named
-            (layer,) = build_layers(block, 1, block["hidden_size"])
+            layer = build_layer(block, block["hidden_size"])
         except (Exception, SystemExit) as error:  # another project's code on any checkpoint
             raise UnsupportedModel(f"{where}, of a {block['model_type']} model, cannot be brought into mlx-lm's form "
                                    f"({brief(error)}); use a checkpoint as it was published.") from error  # fmt: skip

@@ -6,13 +6,9 @@ A family is one function `load(checkpoint) -> Drafter` for some values of config
 
 from __future__ import annotations
 
-from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.checkpoints.registry import Registry
 from mlx_mtp.generation.interfaces import Drafter
 
 registry: Registry[Drafter] = Registry("drafter", __name__, __path__, "mlx_mtp.drafters")
-
-
-def load_drafter(checkpoint: Checkpoint) -> Drafter:
-    """The loaded drafter of a checkpoint; UnsupportedModel where no family knows its model_type."""
-    return registry.load(checkpoint)
+# The loaded drafter of a checkpoint; UnsupportedModel where no family knows its model_type.
+load_drafter = registry.load

@@ -5,7 +5,7 @@ project back to the next state. There is no cache of its own, and nothing is kep
 
 Invariant: it reads only rows below the committed length, so a rejected draft is never seen again.
 
-The position of the query is disputed between engines (gemma4.md, 2.4); both rules live in `Convention`, nowhere else.
+The position of the query is disputed between engines (gemma4.md, 2.4): `Convention`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from mlx_mtp.drafters.layers import require_equal
 from mlx_mtp.errors import CheckpointError, IncompatibleDrafter
 from mlx_mtp.generation.cache import FULL, SLIDING, KVCache
 from mlx_mtp.generation.interfaces import Drafter, Memory, SampleDraft, Target
-from mlx_mtp.targets.gemma4 import Layer
+from mlx_mtp.targets.gemma4 import Gemma4Model
 from mlx_mtp.targets.gemma4_config import MAX_SIZE, Gemma4Config
 
-MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 TABLE = "model.embed_tokens."
 ORDERING = "masked_embedding.token_ordering"
 
@@ -36,23 +35,15 @@ SharedKV = Mapping[str, tuple[mx.array, mx.array]]
 Masks = Mapping[str, mx.array]
 
 
-class Convention(enum.Enum):
-    """Position of the drafter's query, P = committed length, held for all steps of a round.
+class Convention(enum.IntEnum):
+    """How far in front of P, the committed length, the drafter's query is; held for all steps of a round.
 
     A: position P, and one key more than the window (transformers, LiteRT-LM, OpenVINO).
     B: position P - 1 and exactly the window (vLLM, SGLang, mlx-vlm). What our own training uses; the default.
     """
 
-    A = "A"
-    B = "B"
-
-    def position(self, length: mx.array) -> mx.array:
-        """Query position [B] for committed lengths [B]."""
-        return length if self is Convention.A else length - 1
-
-    def window(self, window: int) -> int:
-        """Newest keys visible in a sliding layer."""
-        return window + 1 if self is Convention.A else window
+    A = 0
+    B = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,37 +63,27 @@ class AssistantConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> AssistantConfig:
         """Reads config.json; CheckpointError where a field is missing or contradicts another."""
-        parsed = Gemma4Config.from_dict({**section(config, "text_config"), "num_kv_shared_layers": 0})
+        text = Gemma4Config.from_dict({**section(config, "text_config"), "num_kv_shared_layers": 0})
         # Every layer reads the target's K/V.
-        parsed = replace(parsed, num_kv_shared_layers=parsed.num_hidden_layers)
-        backbone = number(config, "backbone_hidden_size", int, 1, MAX_SIZE)
+        text = replace(text, first_shared=0, hidden_size_per_layer_input=0)
         centroids, chosen = 0, 32
         if config.get("use_ordered_embeddings"):
-            centroids = number(config, "num_centroids", int, 1, parsed.vocab_size, 2048)
+            centroids = number(config, "num_centroids", int, 1, text.vocab_size, 2048)
             chosen = number(config, "centroid_intermediate_top_k", int, 1, centroids, 32)
-        if centroids and parsed.vocab_size % centroids:
-            raise misfit(f"a vocabulary that the {centroids} centroids divide", f"{parsed.vocab_size} tokens")
+        if centroids and text.vocab_size % centroids:
+            raise misfit(f"a vocabulary that the {centroids} centroids divide", f"{text.vocab_size} tokens")
         last = number(config, "reads_last", int, 1, MAX_SIZE) if config.get("reads_last") is not None else None
+        backbone = number(config, "backbone_hidden_size", int, 1, MAX_SIZE)
         return cls(
-            text=parsed, backbone_hidden_size=backbone, centroids=centroids, chosen_centroids=chosen, reads_last=last
+            text=text, backbone_hidden_size=backbone, centroids=centroids, chosen_centroids=chosen, reads_last=last
         )
-
-
-class Trunk(nn.Module):
-    """The drafter's layers, final norm and head table, named as in the checkpoint (`model.*`)."""
-
-    def __init__(self, config: Gemma4Config) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [Layer(config, i) for i in range(config.num_hidden_layers)]
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class MaskedEmbedding(nn.Module):
     """Centroid head: which blocks of the vocabulary are worth scoring.
 
     `token_ordering` [V] maps a slot (centroid * block + j) to its token id. The head's table is kept in slot order
-    (load() reorders it once), so that a centroid is one contiguous block.
+    (load() reorders it once, from the published order of tokens), so that a centroid is one contiguous block.
     """
 
     def __init__(self, config: AssistantConfig) -> None:
@@ -112,15 +93,13 @@ class MaskedEmbedding(nn.Module):
 
 
 class AssistantModel(nn.Module):
-    """The parameters of a drafter and one step of it."""
-
     def __init__(self, config: AssistantConfig) -> None:
         super().__init__()
         self.config = config
         inner, outer = config.text.hidden_size, config.backbone_hidden_size
         self.pre_projection = nn.Linear(2 * outer, inner, bias=False)
         self.post_projection = nn.Linear(inner, outer, bias=False)
-        self.model = Trunk(config.text)
+        self.model = Gemma4Model(config.text)  # layers, final norm and head table
         if config.centroids:
             self.masked_embedding = MaskedEmbedding(config)
 
@@ -133,8 +112,8 @@ class AssistantModel(nn.Module):
         (first step) or the last step's second result. Returns the normed hidden [B, M, Dd] and the next state.
         """
         x = self.pre_projection(mx.concatenate([embedded, state], axis=-1))
-        for kind, layer in zip(self.config.text.layer_types, self.model.layers, strict=True):
-            x = layer(x, offset, *shared[kind], masks[kind])
+        for shape, layer in zip(self.config.text.layers, self.model.layers, strict=True):
+            x = layer(x, offset, *shared[shape.kind], masks[shape.kind])
         hidden = self.model.norm(x)
         return hidden, self.post_projection(hidden)
 
@@ -164,8 +143,7 @@ class AssistantModel(nn.Module):
 
 
 class Assistant(Drafter):
-    """A loaded assistant as the loop sees it (interfaces.Drafter)."""
-
+    model: AssistantModel
     _target: Target  # from attach() on
 
     def __init__(self, model: AssistantModel, name: str = "assistant", convention: Convention = Convention.B) -> None:
@@ -178,22 +156,17 @@ class Assistant(Drafter):
             ("hidden size", config.backbone_hidden_size, info.hidden_size),
             ("sliding window", text.sliding_window, info.window),
         ]
-        for i, kind in enumerate(text.layer_types):
-            if kind not in info.readable:
+        for i, own in enumerate(text.layers):
+            if (shape := info.readable.get(own.kind)) is None:
                 there = f"stores only {', '.join(sorted(info.readable))}" if info.readable else "gives none to read"
                 raise IncompatibleDrafter(
-                    f"{self.name} does not fit the target: its layer {i} reads the K/V of a {kind} layer, and the "
+                    f"{self.name} does not fit the target: its layer {i} reads the K/V of a {own.kind} layer, and the "
                     f"target {there}; use the drafter made for this target."
                 )
-            shape = info.readable[kind]
-            pairs += [(f"head size of {kind} layers", text.head_dims[i], shape.head_dim),
-                      (f"K/V heads of {kind} layers", text.kv_heads[i], shape.heads)]  # fmt: skip
-        for what, found, expected in pairs:
-            require_equal(self.name, what, found, expected)
+            pairs += [(f"head size of {own.kind} layers", own.head_dim, shape.head_dim),
+                      (f"K/V heads of {own.kind} layers", own.heads, shape.heads)]  # fmt: skip
+        require_equal(self.name, *pairs)
         self._target = target
-
-    def modules(self) -> list[nn.Module]:
-        return [self.model]
 
     def quantise_head(self, bits: int) -> bool:
         """The dense head, if its rows can be cut into groups and it is not quantised yet; a centroid head is cheap.
@@ -213,13 +186,13 @@ class Assistant(Drafter):
         """Query position [B], the target's K/V per kind, and which of it may be seen; the same for a whole round."""
         info, length = self._target.info, cache.length
         shared = {k: (cache.keys[i], cache.values[i]) for k, i in info.storing_layers.items()}
-        spans = {FULL: None, SLIDING: self.convention.window(self.model.config.text.sliding_window)}
+        spans = {FULL: None, SLIDING: self.model.config.text.sliding_window + 1 - self.convention}
         masks = {kind: cache.visible(kind, length - 1, spans[kind]) for kind in shared}
         last = self.model.config.reads_last
         if last is not None and FULL in shared and last < cache.capacity:
-            *recent, masks[FULL] = cache.recent(info.storing_layers[FULL], last)
-            shared[FULL] = recent[0], recent[1]
-        return self.convention.position(length), shared, masks
+            keys, values, masks[FULL] = cache.recent(info.storing_layers[FULL], last)
+            shared[FULL] = keys, values
+        return length - self.convention.value, shared, masks
 
     def draft(
         self, memory: Memory, token: mx.array, hidden: mx.array, cache: KVCache, depth: int, sample: SampleDraft
@@ -234,23 +207,19 @@ class Assistant(Drafter):
         return mx.concatenate(drafts, axis=1), memory
 
 
-def in_slot_order(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Reorders the head's table from token order to slot order; quantised rows move like plain ones."""
-    ordering = weights[ORDERING].astype(mx.int32)
-    # A table of another length stays as it is, for load_into to refuse: indexing would hide it.
-    moved = {k: w[ordering] for k, w in weights.items() if k.startswith(TABLE) and w.shape[:1] == ordering.shape}
-    return {**weights, **moved, ORDERING: ordering}
+def reordered(weights: dict[str, mx.array], order: mx.array) -> dict[str, mx.array]:
+    """The rows of the head's table in another order [V]; quantised rows move like plain ones.
+
+    A table of another length stays as it is, for load_into to refuse: indexing would hide it.
+    """
+    return {
+        name: value[order] if name.startswith(TABLE) and value.shape[:1] == order.shape else value
+        for name, value in weights.items()
+    }
 
 
-def in_token_order(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """The published order again, for writing: the inverse of in_slot_order."""
-    back = mx.argsort(weights[ORDERING])
-    return {name: value[back] if name.startswith(TABLE) else value for name, value in weights.items()}
-
-
-@registry.register(*MODEL_TYPES)
+@registry.register("gemma4_assistant", "gemma4_unified_assistant")
 def load(checkpoint: Checkpoint) -> Assistant:
-    """An assistant from a published checkpoint or an MLX conversion of one, quantised or not."""
     model = AssistantModel(AssistantConfig.from_dict(checkpoint.config))
     weights = {k: w for k, w in checkpoint.weights().items() if not k.startswith("lm_head")}
     if model.config.centroids:
@@ -261,6 +230,7 @@ def load(checkpoint: Checkpoint) -> Assistant:
                 f"{checkpoint.path}: expected '{ORDERING}' with one token id for each of the {vocabulary} slots, "
                 "found none such; download the drafter again."
             )
-        weights = in_slot_order(weights)
+        ordering = ordering.astype(mx.int32)
+        weights = reordered(weights, ordering) | {ORDERING: ordering}
     load_into(model, weights, compute_dtype(weights), checkpoint)
     return Assistant(model, str(checkpoint.path))

@@ -1,12 +1,15 @@
 """Transformer layers that a drafter has of its own, of any architecture mlx-lm knows, each with its own K/V.
 
-Decoder layers are built from an mlx-lm config and run over K/V buffers whose length lives on the device, or over whole
-sequences in training.
-
 Invariant: as in generation/cache.py, rows at or beyond the length are dead, so rolling back is a smaller length. Row r
 of a layer belongs to the token at position r and is fed the state of the row before it; so the first rows of a
 sequence, which have no row before them, are never seen by any other (`first` below). Layers attend to all rows before;
 a window that their config names is not kept.
+
+Shortlist: the tokens that a drafter proposes, where that is not all of the vocabulary. An unembedding of the whole is
+most of what a small draft step costs, so that one that was trained on a shortlist has the rows of the target's head for
+it alone. What is drawn from its distribution there is a distribution on the vocabulary; acceptance works with any.
+Checkpoint: `shortlist` (N) in config.json and a tensor of that name, int32 [N], ids in rising order, or both in a file
+shortlist.npy.
 """
 
 from __future__ import annotations
@@ -16,25 +19,27 @@ import copy
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, compute_dtype, load_into, misfit, number, section
-from mlx_mtp.drafters.shortlist import DraftHead, with_shortlist
-from mlx_mtp.errors import IncompatibleDrafter, brief
+from mlx_mtp.errors import CheckpointError, IncompatibleDrafter, brief
 from mlx_mtp.generation.cache import FULL, KVCache, LayerShape, LayerView
-from mlx_mtp.generation.interfaces import Drafter, Memory, Target
+from mlx_mtp.generation.interfaces import Drafter, Memory, SampleDraft, Target
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayersConfig:
-    """The config.json of a drafter with layers of its own, less how many there are.
+    """The config.json of a drafter with layers of its own.
 
-    reads: which of the target's states. block: an mlx-lm config of one layer. shortlist: tokens of it, 0 for none.
+    count: of its parts, each with one layer. reads: which of the target's states. block: an mlx-lm config of one layer.
+    shortlist: tokens of it, 0 for none.
     """
 
+    count: int
     reads: str
     hidden_size: int
     vocab_size: int
@@ -42,42 +47,71 @@ class LayersConfig:
     block: Mapping[str, Any]
     shortlist: int = 0
 
-    @staticmethod
-    def fields(config: Mapping[str, Any], states: Sequence[str], default: str | None = None) -> dict[str, Any]:
-        """The fields of a config.json whose `reads` is one of `states`; CheckpointError where one makes no sense."""
-        block, reads = section(config, "block"), config.get("reads", default)
-        if reads not in states:
-            raise misfit(f"'reads' to be one of {', '.join(states)}", repr(reads))
-        return {
-            "reads": reads, "block": block, "hidden_size": number(config, "hidden_size", int, 1, 1 << 20),
-            "vocab_size": number(config, "vocab_size", int, 2, 1 << 24),
-            "norm_eps": number(block, "rms_norm_eps", float, 1e-30, 1.0, 1e-6),
-            "shortlist": number(config, "shortlist", int, 0, 1 << 24, 0),
-        }  # fmt: skip
+
+class LayersModel(nn.Module):
+    """The parameters of such a drafter: parts that each have a `layer`, and a `norm` in front of the unembedding.
+
+    part: makes one for a config. named: what they are called among the tensors. counted: what config.json calls their
+    number, and the most of them. states: those that may be read. default: the one where config.json does not say.
+    """
+
+    part: type[Any]
+    named: str
+    counted: tuple[str, int]
+    states: Sequence[str]
+    default: str | None = None
+
+    def __init__(self, config: LayersConfig) -> None:
+        super().__init__()
+        self.config = config
+        self[self.named] = [self.part(config) for _ in range(config.count)]
+        if config.shortlist:  # room for ids, which nothing learns
+            self.shortlist = mx.arange(config.shortlist, dtype=mx.int32)
+            self.freeze(recurse=False, keys=["shortlist"])
+
+    @property
+    def parts(self) -> list[Any]:
+        """In the order in which they draft."""
+        return self[self.named]
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Self:
+        """Fresh parameters for a config.json; CheckpointError where a field is missing or makes no sense."""
+        block, reads = section(config, "block"), config.get("reads", cls.default)
+        if reads not in cls.states:
+            raise misfit(f"'reads' to be one of {', '.join(cls.states)}", repr(reads))
+        name, most = cls.counted
+        return cls(LayersConfig(
+            count=number(config, name, int, 1, most), reads=reads, block=block,
+            hidden_size=number(config, "hidden_size", int, 1, 1 << 20),
+            vocab_size=number(config, "vocab_size", int, 2, 1 << 24),
+            norm_eps=number(block, "rms_norm_eps", float, 1e-30, 1.0, 1e-6),
+            shortlist=number(config, "shortlist", int, 0, 1 << 24, 0),
+        ))  # fmt: skip
 
 
-def build_layers(block: Mapping[str, Any], count: int, width: int) -> list[nn.Module]:
-    """`count` fresh decoder layers over states of `width` numbers, of the architecture an mlx-lm config describes.
+def build_layer(block: Mapping[str, Any], width: int) -> nn.Module:
+    """A fresh decoder layer over states of `width` numbers, of the architecture that an mlx-lm config describes.
 
-    Raises CheckpointError where mlx-lm cannot build such layers or they do not run.
+    Raises CheckpointError where mlx-lm cannot build such a layer or it does not run.
     """
     # Public in all but name: mlx-lm has no other way from a config to a class.
     from mlx_lm.utils import _get_classes
 
-    config = {"vocab_size": 1, **block, "num_hidden_layers": count, "layer_types": None}
+    config = {"vocab_size": 1, **block, "num_hidden_layers": 1, "layer_types": None}
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             model_class, args_class = _get_classes(config)
+        layer: nn.Module
         # The rest of the throw-away model is never evaluated, so it costs nothing.
-        layers: list[nn.Module] = list(model_class(args_class.from_dict(config)).layers)
-        found = layers[0](mx.zeros((1, 1, width)), None, ChainedRows(1)).shape
-        if len(layers) != count or found != (1, 1, width):
-            raise ValueError(f"{len(layers)} layers with results of shape {found}")
+        (layer,) = model_class(args_class.from_dict(config)).layers
+        if (found := layer(mx.zeros((1, 1, width)), None, ChainedRows(1)).shape) != (1, 1, width):
+            raise ValueError(f"a layer with results of shape {found}")
     # Another project's code on any config.json raises anything, and one of its models prints and exits.
     except (Exception, SystemExit) as error:
         wanted = f"in 'block' an mlx-lm config of decoder layers for states of {width} numbers"
         raise misfit(wanted, f"one that mlx-lm cannot run ({brief(error)})") from error
-    return layers
+    return layer
 
 
 def same_chat(start: mx.array) -> mx.array:
@@ -88,10 +122,10 @@ def same_chat(start: mx.array) -> mx.array:
 class ChainedRows:
     """K/V of one layer over whole sequences in training, in the form in which mlx-lm's layers ask for a cache.
 
-    The layer may run several times, each time on its own last results, as when the last module of a chain drafts
-    again and again: row t of pass j is then the j-th token after place t. It sees what it would see in decoding:
-    of the first pass the rows up to t, and of the later ones only its own chain's. start [B, T]: where the chat of
-    every row begins, as rows of different chats do not see each other; None for one text a sequence.
+    The layer may run several times on its own last results, as the last module of a chain does: row t of pass j is
+    then the j-th token after place t. It sees what it would see in decoding: of the first pass the rows up to t, and of
+    the later ones only its own chain's. start [B, T]: where the chat of every row begins, as chats do not see each
+    other; None for one text a sequence.
     """
 
     def __init__(self, rows: int, start: mx.array | None = None) -> None:
@@ -117,7 +151,6 @@ class ChainedRows:
 
     @property
     def shape(self) -> LayerShape:
-        """What the layer stores per row."""
         (_, heads, _, size), width = self._keys[0].shape, self._values[0].shape[3]
         return LayerShape(FULL, heads, size, None if width == size else width)
 
@@ -125,29 +158,40 @@ class ChainedRows:
 class LayersDrafter(Drafter):
     """A family whose model has layers of its own: Parallel and Sequential as the loop sees them.
 
-    first[i]: rows before this one are no rows of layer i, and are masked. memory["layers"] is the K/V of all layers, as
-    a tree of arrays (length [B], keys, values).
+    chained: whether a part goes on from what the one before it left, so that part k (from 1) lacks a state or a token
+    at its first k rows, which are masked; otherwise at the first row alone. memory["layers"] is the K/V of all layers,
+    as a tree of arrays (length [B], keys, values).
     """
 
     reads_prompt = reads_states = True
-    _target: Target  # both from attach() on
-    _head: DraftHead
+    chained = False
+    model_class: type[LayersModel]
+    _target: Target  # these from attach() on
+    _shortlist: mx.array | None
+    _head: Callable[[mx.array], mx.array]
 
-    def __init__(
-        self, model: Any, dtype: mx.Dtype, name: str, layers: Sequence[nn.Module], first: Sequence[int]
-    ) -> None:
-        self.model, self.name, self._dtype, self._layers, self._first = model, name, dtype, layers, first
-        self._shapes = [_shape(layer, model.config.hidden_size, dtype) for layer in layers]
+    def __init__(self, model: Any, dtype: mx.Dtype, name: str | None = None) -> None:
+        self.model, self.name, self._dtype = model, name or self.name, dtype
+        self._shapes: list[LayerShape] = []
+        for part in model.parts:
+            seen = ChainedRows(1)
+            part.layer(mx.zeros((1, 1, model.config.hidden_size), dtype=dtype), None, seen)  # never computed
+            self._shapes.append(seen.shape)
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint) -> Self:
+        """From a checkpoint of ours, trained here or brought in by `mlx-mtp convert`."""
+        config, weights = with_shortlist(checkpoint)
+        model, dtype = cls.model_class.of(config), compute_dtype(weights)
+        load_into(model, weights, dtype, checkpoint)
+        return cls(model, dtype, checkpoint.name)
 
     def attach(self, target: Target) -> None:
         config, info = self.model.config, target.info
-        for what, found, expected in (("hidden size", config.hidden_size, info.hidden_size),
-                                      ("vocabulary", config.vocab_size, info.vocab_size)):  # fmt: skip
-            require_equal(self.name, what, found, expected)
-        self._target, self._head = target, DraftHead(target, self.model.get("shortlist"))
-
-    def modules(self) -> list[nn.Module]:
-        return [self.model]
+        require_equal(self.name, ("hidden size", config.hidden_size, info.hidden_size),
+                      ("vocabulary", config.vocab_size, info.vocab_size))  # fmt: skip
+        self._target, self._shortlist = target, self.model.get("shortlist")
+        self._head = target.head if self._shortlist is None else target.head_on(self._shortlist)
 
     def start(self, batch: int, capacity: int) -> Memory:
         return {"layers": KVCache(self._shapes, 0, capacity, self._dtype, batch).arrays}
@@ -172,35 +216,52 @@ class LayersDrafter(Drafter):
         """What stands for a state before the first row, [B, 1, D]."""
         return mx.zeros((batch, 1, self.model.config.hidden_size), dtype=self._dtype)
 
+    def sampled(self, hidden: mx.array, sample: SampleDraft) -> mx.array:
+        """Drafts [B, K] from states that are ready for the target's head, [B, K, D], by one pass of it."""
+        logits = self._head(hidden)
+        rows = [logits[:, i : i + 1] for i in range(logits.shape[1])]
+        listed = None if self._shortlist is None else mx.broadcast_to(self._shortlist, rows[0].shape)
+        return mx.concatenate([sample(row, listed) for row in rows], axis=1)
+
     def run(self, layer: int, x: mx.array, own: KVCache, ahead: int = 0) -> mx.array:
-        """Layer i over rows x [B, M, D] that come `ahead` rows after the cache's length -> [B, M, D]."""
+        """Layer i (from 0) over rows x [B, M, D] that come `ahead` rows after the cache's length -> [B, M, D]."""
         later = copy.copy(own)
         later.length = own.length + ahead
         step = later.plan(x.shape[1])
         slots = mx.arange(own.capacity, dtype=mx.int32)
         itself = slots == step.slots[FULL][:, None, :, None]  # a row that sees nothing would be no number
-        mask = step.masks[FULL] & ((slots >= self._first[layer]) | itself)
-        out: mx.array = self._layers[layer](x, mask, LayerView(own, layer, step))
+        mask = step.masks[FULL] & ((slots >= (1 + layer if self.chained else 1)) | itself)
+        out: mx.array = self.model.parts[layer].layer(x, mask, LayerView(own, layer, step))
         return out
 
 
-def load_layers(checkpoint: Checkpoint, model_of: Callable[[Mapping[str, Any]], nn.Module]) -> tuple[Any, mx.Dtype]:
-    """The model of a checkpoint of ours, trained here or brought in by `mlx-mtp convert`, and its type."""
-    config, weights = with_shortlist(checkpoint)
-    model, dtype = model_of(config), compute_dtype(weights)
-    load_into(model, weights, dtype, checkpoint)
-    return model, dtype
+def with_shortlist(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, mx.array]]:
+    """config.json and weights of a drafter, its shortlist in both, however it is kept.
+
+    CheckpointError for one that does not hold ids of the vocabulary in rising order.
+    """
+    config, weights = dict(checkpoint.config), checkpoint.weights()
+    file = checkpoint.path / "shortlist.npy"
+    if "shortlist" not in config and file.exists():
+        try:
+            weights["shortlist"] = mx.array(np.load(file).astype(np.int32))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{file}: no list of token ids ({error}); download it again.") from error
+        config["shortlist"] = weights["shortlist"].size
+    if "shortlist" in weights:
+        ids, size = np.array(weights["shortlist"]), config.get("vocab_size")
+        rising = ids.ndim == 1 and ids.size and np.issubdtype(ids.dtype, np.integer) and bool((np.diff(ids) > 0).all())
+        if not rising or not isinstance(size, int) or not 0 <= ids[0] <= ids[-1] < size:
+            raise CheckpointError(
+                f"{checkpoint.path}: expected as 'shortlist' token ids below the vocabulary's {size}, each above the "
+                "one before, found something else; download the drafter again."
+            )
+    return config, weights
 
 
-def _shape(layer: nn.Module, width: int, dtype: mx.Dtype) -> LayerShape:
-    """What a layer stores per row, from one row that is never computed."""
-    seen = ChainedRows(1)
-    layer(mx.zeros((1, 1, width), dtype=dtype), None, seen)
-    return seen.shape
-
-
-def require_equal(name: str, what: str, found: object, expected: object) -> None:
-    """Raises IncompatibleDrafter unless a size of a drafter is its target's."""
-    if found != expected:
-        raise IncompatibleDrafter(f"{name} does not fit the target: expected {what} {expected} as in the target, found "
-                                  f"{found}; use the drafter made for this target.")  # fmt: skip
+def require_equal(name: str, *sizes: tuple[str, object, object]) -> None:
+    """Raises IncompatibleDrafter unless sizes of a drafter (what of, its own, its target's) are its target's."""
+    for what, found, expected in sizes:
+        if found != expected:
+            raise IncompatibleDrafter(f"{name} does not fit the target: expected {what} {expected} as in the target, "
+                                      f"found {found}; use the drafter made for this target.")  # fmt: skip

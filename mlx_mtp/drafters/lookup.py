@@ -25,8 +25,6 @@ NOTHING = -1
 
 
 class Lookup(Drafter):
-    """Drafts from the text itself; fits every target."""
-
     reads_prompt = True
 
     def start(self, batch: int, capacity: int) -> Memory:

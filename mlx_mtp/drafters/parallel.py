@@ -11,54 +11,27 @@ target) and `block` (an mlx-lm config of one layer); tensors `heads.<i>.layer.*`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.checkpoints.checkpoint import Checkpoint, number
 from mlx_mtp.drafters import registry
-from mlx_mtp.drafters.layers import ChainedRows, LayersConfig, LayersDrafter, build_layers, load_layers
-from mlx_mtp.drafters.shortlist import add_shortlist
+from mlx_mtp.drafters.layers import ChainedRows, LayersConfig, LayersDrafter, LayersModel, build_layer
 from mlx_mtp.errors import IncompatibleDrafter
 from mlx_mtp.generation.cache import CAPACITY_STEP, KVCache
 from mlx_mtp.generation.interfaces import Memory, SampleDraft, States, Target
 
 MOST_HEADS = 16
-READS = ("trunk", "hidden")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParallelConfig(LayersConfig):
-    """A drafter's config.json."""
-
-    heads: int
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> ParallelConfig:
-        """Reads config.json; CheckpointError where a field is missing or makes no sense."""
-        return cls(heads=number(config, "heads", int, 1, MOST_HEADS), **cls.fields(config, READS))
 
 
 class Head(nn.Module):
-    """One transformer layer, and the norm in front of the unembedding."""
-
-    def __init__(self, config: ParallelConfig) -> None:
+    def __init__(self, config: LayersConfig) -> None:
         super().__init__()
-        (self.layer,) = build_layers(config.block, 1, config.hidden_size)
+        self.layer = build_layer(config.block, config.hidden_size)
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
 
 
-class ParallelModel(nn.Module):
-    """The parameters of the heads."""
-
-    def __init__(self, config: ParallelConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.heads = [Head(config) for _ in range(config.heads)]
-        add_shortlist(self, config.shortlist)
+class ParallelModel(LayersModel):
+    part, named, counted, states = Head, "heads", ("heads", MOST_HEADS), ("trunk", "hidden")
 
     def __call__(self, states: mx.array, start: mx.array | None = None) -> list[mx.array]:
         """Whole sequences of trunk states [B, T, D] -> per head [B, T, D], ready for the unembedding.
@@ -83,9 +56,11 @@ class Parallel(LayersDrafter):
     """Loaded heads. Row r of every head's K/V is the state of the row before: it is known when the token after r is
     drafted."""
 
-    def __init__(self, model: ParallelModel, dtype: mx.Dtype, name: str = "parallel heads") -> None:
-        super().__init__(model, dtype, name, [head.layer for head in model.heads], [1] * len(model.heads))
-        self.max_depth = model.config.heads
+    name, model_class = "parallel heads", ParallelModel
+
+    def __init__(self, model: ParallelModel, dtype: mx.Dtype, name: str | None = None) -> None:
+        super().__init__(model, dtype, name)
+        self.max_depth = model.config.count
 
     def attach(self, target: Target) -> None:
         super().attach(target)
@@ -100,8 +75,8 @@ class Parallel(LayersDrafter):
     ) -> tuple[mx.array, Memory]:
         own = self.opened(memory)
         rows = [head.norm(self.run(i, memory["state"], own)) for i, head in enumerate(self.model.heads[:depth])]
-        drafts = self._head.each(mx.concatenate(rows, axis=1).astype(hidden.dtype), sample)
-        return mx.concatenate(drafts, axis=1), {**memory, "layers": own.arrays}
+        drafts = self.sampled(mx.concatenate(rows, axis=1).astype(hidden.dtype), sample)
+        return drafts, {**memory, "layers": own.arrays}
 
     def observe(self, memory: Memory, tokens: mx.array, states: States, accepted: mx.array) -> Memory:
         reads = self.model.read(states).astype(self._dtype)
@@ -118,8 +93,4 @@ class Parallel(LayersDrafter):
         return {"layers": self.rewound(memory, length), "state": state}
 
 
-@registry.register("parallel_heads")
-def load(checkpoint: Checkpoint) -> Parallel:
-    """Heads from a checkpoint of ours."""
-    model, dtype = load_layers(checkpoint, lambda config: ParallelModel(ParallelConfig.from_dict(config)))
-    return Parallel(model, dtype, checkpoint.name)
+registry.register("parallel_heads")(Parallel.load)

@@ -15,61 +15,40 @@ is the state over its size, and as the module's own norm takes the size out agai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.checkpoints.checkpoint import Checkpoint, number
 from mlx_mtp.drafters import registry
-from mlx_mtp.drafters.layers import ChainedRows, LayersConfig, LayersDrafter, build_layers, load_layers
-from mlx_mtp.drafters.shortlist import add_shortlist
+from mlx_mtp.drafters.layers import ChainedRows, LayersConfig, LayersDrafter, LayersModel, build_layer
 from mlx_mtp.generation.cache import KVCache
 from mlx_mtp.generation.interfaces import Memory, SampleDraft, States
 
 MOST_MODULES = 8
-READS = ("hidden", "residual")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SequentialConfig(LayersConfig):
-    """A drafter's config.json."""
-
-    modules: int
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> SequentialConfig:
-        """Reads config.json; CheckpointError where a field is missing or makes no sense."""
-        return cls(modules=number(config, "modules", int, 1, MOST_MODULES), **cls.fields(config, READS, READS[0]))
 
 
 class Module(nn.Module):
     """One MTP module: two norms, the projection of both inputs, a transformer layer, and the norm before the head."""
 
-    def __init__(self, config: SequentialConfig) -> None:
+    def __init__(self, config: LayersConfig) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.norm_eps
         self.enorm, self.hnorm, self.norm = (nn.RMSNorm(width, eps) for _ in range(3))
         self.eh_proj = nn.Linear(2 * width, width, bias=False)
-        (self.layer,) = build_layers(config.block, 1, width)
+        self.layer = build_layer(config.block, width)
 
     def join(self, embedded: mx.array, state: mx.array) -> mx.array:
         """Embedding of the token and state of the row before, both [B, M, D] -> what the layer reads."""
         return self.eh_proj(mx.concatenate([self.enorm(embedded), self.hnorm(state)], axis=-1))
 
 
-class SequentialModel(nn.Module):
-    """The parameters of all modules."""
+class SequentialModel(LayersModel):
+    part, named, counted = Module, "blocks", ("modules", MOST_MODULES)
+    states, default = ("hidden", "residual"), "hidden"
 
-    def __init__(self, config: SequentialConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.blocks = [Module(config) for _ in range(config.modules)]
+    def __init__(self, config: LayersConfig) -> None:
+        super().__init__(config)
         if config.reads == "residual":
             self.unnorm = mx.ones(config.hidden_size)
-        add_shortlist(self, config.shortlist)
 
     def read(self, hidden: mx.array) -> mx.array:
         """The target's states after its final norm [B, M, D] -> what the first module takes."""
@@ -98,10 +77,7 @@ class SequentialModel(nn.Module):
 class Sequential(LayersDrafter):
     """Loaded modules. memory["states"][k] [B, 1, D] is what module k (0 = the target) left at the last true row."""
 
-    def __init__(self, model: SequentialModel, dtype: mx.Dtype, name: str = "sequential modules") -> None:
-        layers = [module.layer for module in model.blocks]
-        # The k-th module's first k rows lack a state or a token.
-        super().__init__(model, dtype, name, layers, range(1, len(layers) + 1))
+    name, model_class, chained = "sequential modules", SequentialModel, True
 
     def start(self, batch: int, capacity: int) -> Memory:
         return {**super().start(batch, capacity), "states": [self.no_state(batch)] * len(self.model.blocks)}
@@ -113,13 +89,13 @@ class Sequential(LayersDrafter):
 
         At every row the modules still to come run too: their K/V of this row is what they will look back at.
         """
-        own, states, last = self.opened(memory), list(memory["states"]), len(self.model.blocks) - 1
-        drafts = []
+        own, states, drafts = self.opened(memory), list(memory["states"]), []
+        blocks, last = self.model.blocks, len(self.model.blocks) - 1
         for step in range(depth):
             embedded, active = self._target.embed(token).astype(self._dtype), min(step, last)
-            found = {k: self._row(k, embedded, states[k], own, step) for k in range(active, last + 1)}
-            proposed = self.model.blocks[active].norm(found[active]).astype(hidden.dtype)
-            token = self._head(proposed, sample)
+            found = {k: self.run(k, blocks[k].join(embedded, states[k]), own, step) for k in range(active, last + 1)}
+            proposed = blocks[active].norm(found[active]).astype(hidden.dtype)
+            token = self.sampled(proposed, sample)
             drafts.append(token)
             states[active + 1 :] = [found[k] for k in range(active, last)]
             states[min(active + 1, last)] = found[active]
@@ -131,7 +107,8 @@ class Sequential(LayersDrafter):
         reads, kept = self.model.read(states.hidden.astype(self._dtype)), []
         for k, state in enumerate(memory["states"]):
             kept.append(mx.take_along_axis(reads, accepted[:, None, None], axis=1))
-            reads = self._row(k, embedded, mx.concatenate([state, reads[:, :-1]], axis=1), own, 0)
+            before = mx.concatenate([state, reads[:, :-1]], axis=1)
+            reads = self.run(k, self.model.blocks[k].join(embedded, before), own)
         own.advance(accepted + 1)
         return {"layers": own.arrays, "states": kept}
 
@@ -143,13 +120,5 @@ class Sequential(LayersDrafter):
         unknown = [mx.zeros_like(state)] * (len(self.model.blocks) - 1)
         return {"layers": self.rewound(memory, length), "states": [state, *unknown]}
 
-    def _row(self, k: int, embedded: mx.array, state: mx.array, own: KVCache, ahead: int) -> mx.array:
-        """Module k over rows `ahead` of the committed ones: embeddings and states [B, M, D] -> [B, M, D]."""
-        return self.run(k, self.model.blocks[k].join(embedded, state), own, ahead)
 
-
-@registry.register("sequential_modules")
-def load(checkpoint: Checkpoint) -> Sequential:
-    """Modules from a checkpoint of ours."""
-    model, dtype = load_layers(checkpoint, lambda config: SequentialModel(SequentialConfig.from_dict(config)))
-    return Sequential(model, dtype, checkpoint.name)
+registry.register("sequential_modules")(Sequential.load)

@@ -9,7 +9,6 @@ The grammar holds for the answer: where the model may think first, it begins aft
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +47,7 @@ class Grammar:
 
         if kind == "json_schema":
             try:
-                written = json.dumps(held(text))
+                written = held(text)
             except (TypeError, ValueError) as error:
                 raise OptionError(f"json_schema is no JSON: {error}.") from None
             compiled = LLMatcher.grammar_from_json_schema(written)

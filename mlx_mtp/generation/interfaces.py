@@ -65,13 +65,14 @@ class Target(Protocol):
 
     info: TargetInfo
     path: Path | None = None  # local folder of the checkpoint
+    model: Any = None  # the module that holds its weights, where it is one
     # What its layers store, and the type of it.
     shapes: Sequence[LayerShape] = ()
     dtype: mx.Dtype = mx.float32
 
     def modules(self) -> Sequence[nn.Module]:
         """The modules that hold its weights; for reports."""
-        return ()
+        return () if self.model is None else (self.model,)
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """An empty cache for `capacity` positions."""
@@ -124,6 +125,7 @@ class Drafter(Protocol):
     """
 
     name: str = "drafter"  # in messages; the checkpoint's folder where there is one
+    model: Any = None  # the module that holds weights of its own, where it is one
     max_depth: int = 8
     # Whether `observe` must hear the prompt too, and whether it needs the states of it; others save that work.
     reads_prompt: bool = False
@@ -135,7 +137,7 @@ class Drafter(Protocol):
 
     def modules(self) -> Sequence[nn.Module]:
         """The modules that hold weights of its own, the target's not among them; for reports."""
-        return ()
+        return () if self.model is None else (self.model,)
 
     def quantise_head(self, bits: int) -> bool:
         """Stores the family's own output head in `bits` bits; False where it has no dense one."""

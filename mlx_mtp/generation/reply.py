@@ -120,7 +120,7 @@ class Reply:
         else:
             front = piece.raw[: len(piece.raw) - len(piece.text)]  # empty lines that are not the answer's
             shown = self._stops.feed(piece.text)
-            if self._stops.hit:
+            if self._stops.found is not None:
                 self._end(self._read + len(front) + self._stops.past)
             self._read += len(piece.raw)
             piece = Pieces(shown, raw=front + shown)

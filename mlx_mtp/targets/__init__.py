@@ -12,16 +12,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.checkpoints.registry import Registry
 from mlx_mtp.generation.interfaces import Target
 
 registry: Registry[Target] = Registry("target", __name__, __path__, "mlx_mtp.targets")
-
-
-def load_target(checkpoint: Checkpoint) -> Target:
-    """The loaded model of a checkpoint; UnsupportedModel where no family knows its model_type."""
-    return registry.load(checkpoint)
+# The loaded model of a checkpoint; UnsupportedModel where no family knows its model_type.
+load_target = registry.load
 
 
 # Output heads that keep a row a token.

@@ -1,10 +1,8 @@
 """Gemma 4 text model, all five shapes: E2B, E4B, 12B unified, 26B-A4B (mixture of experts) and 31B.
 
-The forward pass over a cache with device-side lengths, and the map from the published, the mlx-lm and the mlx-vlm
-checkpoint layouts to one set of names. Images and audio are not implemented.
-
-Parameter names are those of the published checkpoints below `model.language_model.` (Hugging Face
-`Gemma4ForConditionalGeneration`), except that experts are split in three as in MLX conversions.
+Images and audio are not implemented. Parameter names are those of the published checkpoints below
+`model.language_model.` (Hugging Face `Gemma4ForConditionalGeneration`), except that experts are split in three as in
+MLX conversions.
 
 Invariant: norms multiply by the plain weight (no 1 + w), attention scale is 1, logits are soft-capped.
 
@@ -16,8 +14,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,23 +27,20 @@ from mlx_mtp.backend.activations import gelu, tanh
 from mlx_mtp.backend.attention import attend
 from mlx_mtp.checkpoints.checkpoint import TOWERS, Checkpoint, compute_dtype, load_into, named_parameters, renamed
 from mlx_mtp.checkpoints.unpacking import unpack
-from mlx_mtp.generation.cache import FULL, KVCache, LayerShape, NoCache
+from mlx_mtp.generation.cache import FULL, KVCache, NoCache
 from mlx_mtp.generation.interfaces import States, Target, TargetInfo
 from mlx_mtp.targets import registry, rows_of
 from mlx_mtp.targets.gemma4_config import Gemma4Config
 
 log = logging.getLogger(__name__)
 
-MODEL_TYPES = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
 
-
-def _rotation(config: Gemma4Config, layer: int) -> mx.array:
+def _rotation(rope: Mapping[str, Any], size: int) -> mx.array:
     """Wave lengths [d/2] for mx.fast.rope; infinite = not rotated.
 
     'proportional' rotates only the first `partial_rotary_factor` of the pairs, with exponents divided by the
     whole head size, and divides the angles by `factor`.
     """
-    rope, size = config.rope_parameters[config.layer_types[layer]], config.head_dims[layer]
     proportional = rope.get("rope_type") == "proportional"
     share = rope["partial_rotary_factor"] if proportional else 1.0
     rotated = int(share * size // 2)
@@ -57,20 +53,18 @@ class Attention(nn.Module):
 
     def __init__(self, config: Gemma4Config, layer: int) -> None:
         super().__init__()
-        width, self.head_dim = config.hidden_size, config.head_dims[layer]
-        self.heads, self.kv_heads = config.num_attention_heads, config.kv_heads[layer]
-        self.kind = config.layer_types[layer]
-        self.stores = layer < config.first_shared
+        width, shape = config.hidden_size, config.layers[layer]
+        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, shape.heads, shape.head_dim
         self.eps = config.rms_norm_eps
-        self._wave_lengths = _rotation(config, layer)
+        self._wave_lengths = _rotation(config.rope_parameters[shape.kind], self.head_dim)
         self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=False)
         self.q_norm = nn.RMSNorm(self.head_dim, self.eps)
         self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=False)
-        if self.stores:
+        if layer < config.first_shared:
             self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
             self.k_norm = nn.RMSNorm(self.head_dim, self.eps)
             # K = V layers share the projection, not the tensors: v is the raw projection, before k's norm and rotation.
-            self.shares_projection = config.attention_k_eq_v and self.kind == FULL
+            self.shares_projection = config.attention_k_eq_v and shape.kind == FULL
             if not self.shares_projection:
                 self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
 
@@ -88,9 +82,7 @@ class Attention(nn.Module):
         keys = self.rotate(self.k_norm(raw).transpose(0, 2, 1, 3), offset)
         return keys, mx.fast.rms_norm(values, None, self.eps).transpose(0, 2, 1, 3)
 
-    def __call__(
-        self, x: mx.array, offset: mx.array, keys: mx.array, values: mx.array, mask: mx.array
-    ) -> mx.array:
+    def __call__(self, x: mx.array, offset: mx.array, keys: mx.array, values: mx.array, mask: mx.array) -> mx.array:
         """x [B, M, D] at positions offset.. against K/V [B, G, S, d] under mask [B, 1, M, S] -> [B, M, D]."""
         batch, rows, _ = x.shape
         queries = self.q_norm(self.q_proj(x).reshape(batch, rows, self.heads, self.head_dim))
@@ -100,8 +92,6 @@ class Attention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """down(gelu(gate(x)) * up(x)), tanh form of gelu."""
-
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(width, inner, bias=False)
@@ -131,8 +121,6 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """Weighted sum of the chosen experts."""
-
     def __init__(self, config: Gemma4Config) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.moe_intermediate_size
@@ -194,17 +182,15 @@ class Layer(nn.Module):
 
 
 class Gemma4Model(nn.Module):
-    """Embedding, layers, final norm and tied head, as one parameter tree."""
-
     def __init__(self, config: Gemma4Config) -> None:
         super().__init__()
         self.config = config
         width, eps = config.hidden_size, config.rms_norm_eps
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
-        self.layers = [Layer(config, i) for i in range(config.num_hidden_layers)]
+        self.layers = [Layer(config, i) for i in range(len(config.layers))]
         self.norm = nn.RMSNorm(width, eps)
         if inner := config.hidden_size_per_layer_input:
-            every_layer = config.num_hidden_layers * inner
+            every_layer = len(config.layers) * inner
             self.embed_tokens_per_layer = nn.Embedding(config.vocab_size_per_layer_input, every_layer)
             self.per_layer_model_projection = nn.Linear(width, every_layer, bias=False)
             self.per_layer_projection_norm = nn.RMSNorm(inner, eps)
@@ -217,25 +203,16 @@ class Gemma4Model(nn.Module):
         """The per-layer embedding [B, M, L, p]: a table look-up and a projection of the context, averaged in power."""
         if not (inner := self.config.hidden_size_per_layer_input):
             return None
-        shape = (*tokens.shape, self.config.num_hidden_layers, inner)
+        shape = (*tokens.shape, len(self.config.layers), inner)
         looked_up = (self.embed_tokens_per_layer(tokens) * inner**0.5).reshape(shape)
         projected = (self.per_layer_model_projection(embedded) * self.config.hidden_size**-0.5).reshape(shape)
         return (self.per_layer_projection_norm(projected) + looked_up) * 2.0**-0.5
 
-    def __call__(
-        self, tokens: mx.array, cache: KVCache | NoCache, keep: int | None = None
-    ) -> tuple[mx.array, dict[str, tuple[mx.array, mx.array]]]:
-        """Tokens [B, M] after the cache's length -> hidden after the final norm [B, keep, D], and K/V per kind."""
-        states, working = self.run(tokens, cache, keep)
-        return states.hidden, working
+    def __call__(self, tokens: mx.array, cache: KVCache | NoCache, keep: int | None = None) -> States:
+        """Tokens [B, M] after the cache's length -> the states of the last `keep` rows (None = all).
 
-    def run(
-        self, tokens: mx.array, cache: KVCache | NoCache, keep: int | None = None
-    ) -> tuple[States, dict[str, tuple[mx.array, mx.array]]]:
-        """Tokens [B, M] after the cache's length -> the states of the last `keep` rows, and K/V per kind.
-
-        keep: how many of the last rows the caller needs (None = all). The layers that store no K/V run on those
-        rows only, and not at all for 0: in E2B that is 20 of 35 layers of a prefill (gemma4.md, 1.6).
+        The layers that store no K/V run on those rows only, and not at all for 0: in E2B that is 20 of 35 layers of a
+        prefill (gemma4.md, 1.6).
         """
         config, rows = self.config, tokens.shape[1]
         step = cache.plan(rows)
@@ -250,12 +227,12 @@ class Gemma4Model(nn.Module):
                     break
                 x, step = x[:, -keep:], step.last(keep)
                 per_layer = None if per_layer is None else per_layer[:, -keep:]
-            kind, normed = config.layer_types[i], layer.input_layernorm(x)
+            kind, normed = config.layers[i].kind, layer.input_layernorm(x)
             if i < config.first_shared:
                 working[kind] = cache.update(i, *layer.self_attn.keys_values(normed, step.offset), step)
             inputs = None if per_layer is None else per_layer[:, :, i]
             trunk, x = x, layer(x, step.offset, *working[kind], step.masks[kind], normed, inputs)
-        return States(self.norm(x[:, x.shape[1] - keep :]), trunk[:, trunk.shape[1] - keep :]), working
+        return States(self.norm(x[:, x.shape[1] - keep :]), trunk[:, trunk.shape[1] - keep :])
 
     def head(self, hidden: mx.array) -> mx.array:
         """Hidden after the final norm [B, M, D] -> float32 logits [B, M, V], soft-capped."""
@@ -269,27 +246,25 @@ class Gemma4Model(nn.Module):
 
 
 class Gemma4Target(Target):
-    """A loaded Gemma 4 as the engine sees it."""
+    model: Gemma4Model
 
     def __init__(self, model: Gemma4Model, dtype: mx.Dtype, path: Path | None = None) -> None:
         self.model, self.config, self.dtype, self.path = model, model.config, dtype, path
-        config, storing = model.config, range(model.config.first_shared)
-        self.shapes = [LayerShape(config.layer_types[i], config.kv_heads[i], config.head_dims[i]) for i in storing]
+        config = model.config
+        self.shapes = config.layers[: config.first_shared]
+        # Per kind the layer whose K/V the reusing layers and an assistant read: the last one that stores any.
+        storing = {shape.kind: i for i, shape in enumerate(self.shapes)}
         self.info = TargetInfo(
             vocab_size=config.vocab_size, hidden_size=config.hidden_size, max_context=config.max_position_embeddings,
             window=config.sliding_window, attention_heads=config.num_attention_heads,
-            readable={kind: self.shapes[i] for kind, i in config.storing_layers.items()},
-            storing_layers=config.storing_layers,
+            readable={kind: self.shapes[i] for kind, i in storing.items()}, storing_layers=storing,
         )  # fmt: skip
-
-    def modules(self) -> list[nn.Module]:
-        return [self.model]
 
     def embed(self, tokens: mx.array) -> mx.array:
         return self.model.embed(tokens)
 
     def forward(self, tokens: mx.array, cache: KVCache, keep: int | None = None) -> States:
-        return self.model.run(tokens, cache, keep)[0]
+        return self.model(tokens, cache, keep)
 
     def head(self, hidden: mx.array) -> mx.array:
         return self.model.head(hidden)
@@ -298,10 +273,9 @@ class Gemma4Target(Target):
         table = rows_of(self.model.embed_tokens, tokens)
         return lambda hidden: self.model.capped(table.as_linear(hidden))
 
-    @threads.device_arrays
+    @threads.device_work
     def logits(self, tokens: mx.array) -> mx.array:
-        hidden, _ = self.model(tokens, NoCache(self.config.sliding_window, tokens.shape[0]))
-        return self.model.head(hidden)
+        return self.head(self.model(tokens, NoCache(self.info.window, tokens.shape[0])).hidden)
 
 
 def parameter_name(key: str) -> str | None:
@@ -333,9 +307,8 @@ def adapt_weights(model: Gemma4Model, weights: dict[str, mx.array]) -> dict[str,
     return adapted
 
 
-@registry.register(*MODEL_TYPES)
+@registry.register("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
 def load(checkpoint: Checkpoint) -> Gemma4Target:
-    """A Gemma 4 target from a published, an mlx-lm or an mlx-vlm checkpoint, quantised or not."""
     model = Gemma4Model(Gemma4Config.from_dict(checkpoint.config))
     stored = checkpoint.weights()
     weights, skipped = renamed(stored, parameter_name)

@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx_mtp.checkpoints.checkpoint import misfit, number, section
 from mlx_mtp.errors import UnsupportedModel
-from mlx_mtp.generation.cache import FULL, SLIDING
+from mlx_mtp.generation.cache import FULL, SLIDING, LayerShape
 
 # Bounds of sizes and of counts in a config.json: far above any model, low enough that no product leaves 31 bits.
 MAX_SIZE, MAX_COUNT = 2**20, 2**10
@@ -26,40 +26,31 @@ DEFAULT_ROPE: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Gemma4Config:
-    """The fields of `text_config` that the text model uses, both published and newer form (`from_dict`)."""
+    """What the text model uses of `text_config`, in its published and its newer form.
+
+    layers: K/V of each, also of those that store none. first_shared: index of the first layer that reads another
+    layer's K/V; L where none does.
+    """
 
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_hidden_layers: int
+    layers: tuple[LayerShape, ...]
+    first_shared: int
     num_attention_heads: int
-    layer_types: tuple[str, ...]
-    head_dims: tuple[int, ...]
-    kv_heads: tuple[int, ...]
     sliding_window: int
     max_position_embeddings: int
     rope_parameters: Mapping[str, Mapping[str, Any]]
-    rms_norm_eps: float = 1e-6
-    final_logit_softcapping: float | None = 30.0
-    hidden_size_per_layer_input: int = 0
-    vocab_size_per_layer_input: int = 0
-    attention_k_eq_v: bool = False
-    num_kv_shared_layers: int = 0
-    use_double_wide_mlp: bool = False
-    enable_moe_block: bool = False
-    num_experts: int = 0
-    top_k_experts: int = 0
-    moe_intermediate_size: int = 0
-
-    @property
-    def first_shared(self) -> int:
-        """Index of the first layer that reads another layer's K/V; L where none does."""
-        return self.num_hidden_layers - self.num_kv_shared_layers
-
-    @property
-    def storing_layers(self) -> dict[str, int]:
-        """Per kind the layer whose K/V the reusing layers and an assistant read: the last one that stores any."""
-        return {self.layer_types[i]: i for i in range(self.first_shared)}
+    rms_norm_eps: float
+    final_logit_softcapping: float | None
+    hidden_size_per_layer_input: int
+    vocab_size_per_layer_input: int
+    attention_k_eq_v: bool
+    use_double_wide_mlp: bool
+    enable_moe_block: bool
+    num_experts: int
+    top_k_experts: int
+    moe_intermediate_size: int
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Gemma4Config:
@@ -70,10 +61,8 @@ class Gemma4Config:
         """
         text = section(config, "text_config") or config
         _refuse_unsupported(text)
-        layers = number(text, "num_hidden_layers", int, 1, MAX_COUNT)
-        shared = number(text, "num_kv_shared_layers", int, 0, layers - 1, 0)
-        kinds = _kinds(text, layers, shared)
-        head_dims, kv_heads = _heads(text, kinds)
+        count = number(text, "num_hidden_layers", int, 1, MAX_COUNT)
+        shared = number(text, "num_kv_shared_layers", int, 0, count - 1, 0)
         vocabulary = number(text, "vocab_size", int, 1, MAX_SIZE)
         mixture = bool(text.get("enable_moe_block"))
         experts = number(text, "num_experts", int, int(mixture), MAX_COUNT, 0)
@@ -82,21 +71,17 @@ class Gemma4Config:
             vocab_size=vocabulary,
             hidden_size=number(text, "hidden_size", int, 1, MAX_SIZE),
             intermediate_size=number(text, "intermediate_size", int, 1, MAX_SIZE),
-            num_hidden_layers=layers,
+            layers=_layers(text, _kinds(text, count, shared)),
+            first_shared=count - shared,
             num_attention_heads=number(text, "num_attention_heads", int, 1, MAX_COUNT),
-            layer_types=tuple(kinds),
-            head_dims=head_dims,
-            kv_heads=kv_heads,
             sliding_window=number(text, "sliding_window", int, 1, MAX_SIZE, 512),
             max_position_embeddings=number(text, "max_position_embeddings", int, 2, 2**31 - 1, 131_072),
             rope_parameters=_rope(text),
             rms_norm_eps=number(text, "rms_norm_eps", float, 1e-30, 1.0, 1e-6),
             final_logit_softcapping=number(text, "final_logit_softcapping", float, 1e-3, 1e6) if cap else None,
-            # Absent in re-saved unified configs, which never have per-layer embeddings: 0, not the class default.
             hidden_size_per_layer_input=number(text, "hidden_size_per_layer_input", int, 0, MAX_SIZE, 0),
             vocab_size_per_layer_input=number(text, "vocab_size_per_layer_input", int, 0, MAX_SIZE, 0) or vocabulary,
             attention_k_eq_v=bool(text.get("attention_k_eq_v")),
-            num_kv_shared_layers=shared,
             use_double_wide_mlp=bool(text.get("use_double_wide_mlp")),
             enable_moe_block=mixture,
             num_experts=experts,
@@ -117,36 +102,32 @@ def _kinds(text: Mapping[str, Any], layers: int, shared: int) -> list[str]:
     return kinds
 
 
-def _heads(text: Mapping[str, Any], kinds: list[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Head size and K/V heads of every layer, from `per_layer_config` (newer) or the `global_*` fields (published)."""
+def _layers(text: Mapping[str, Any], kinds: list[str]) -> tuple[LayerShape, ...]:
+    """K/V heads and head size of every layer, from `per_layer_config` (newer) or the `global_*` fields (published)."""
     heads = number(text, "num_attention_heads", int, 1, MAX_COUNT)
     head_dim = number(text, "head_dim", int, 2, MAX_SIZE, 256)
     kv_heads = number(text, "num_key_value_heads", int, 1, heads, heads)
-    overrides = _by_layer(section(text, "per_layer_config"))
+    given = section(text, "per_layer_config")
+    if odd := [key for key in given if not key.isdecimal()]:
+        raise misfit("layer numbers as the names in 'per_layer_config'", reprlib.repr(odd[0]))
+    # By layer; transformers pads the numbers with zeros to one width ("05"), others do not.
+    overrides = {int(key): section(given, key) for key in given}
     # The newer form may say null for "no layer differs"; it never has the published form's field.
     if text.get("per_layer_config") is None and ("global_head_dim" in text or "per_layer_config" not in text):
         full = {"head_dim": number(text, "global_head_dim", int, 2, MAX_SIZE, 512)}
         if text.get("attention_k_eq_v"):
             full["num_key_value_heads"] = number(text, "num_global_key_value_heads", int, 1, heads, kv_heads)
         overrides = {i: full for i, kind in enumerate(kinds) if kind == FULL}
-    layers = [overrides.get(i, {}) for i in range(len(kinds))]
-    head_dims = tuple(number(layer, "head_dim", int, 2, MAX_SIZE, head_dim) for layer in layers)
-    kv_counts = tuple(number(layer, "num_key_value_heads", int, 1, heads, kv_heads) for layer in layers)
+    own = [overrides.get(i, {}) for i in range(len(kinds))]
+    head_dims = [number(layer, "head_dim", int, 2, MAX_SIZE, head_dim) for layer in own]
+    kv_counts = [number(layer, "num_key_value_heads", int, 1, heads, kv_heads) for layer in own]
     if any(size % 2 for size in head_dims) or any(heads % count for count in kv_counts):
         raise misfit(f"even head sizes and K/V heads that divide the {heads} attention heads",
                      f"sizes {sorted(set(head_dims))} and K/V heads {sorted(set(kv_counts))}")  # fmt: skip
-    return head_dims, kv_counts
-
-
-def _by_layer(given: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """Overrides by layer; transformers pads the numbers with zeros to one width ("05"), others do not."""
-    if odd := [key for key in given if not key.isdecimal()]:
-        raise misfit("layer numbers as the names in 'per_layer_config'", reprlib.repr(odd[0]))
-    return {int(key): section(given, key) for key in given}
+    return tuple(map(LayerShape, kinds, kv_counts, head_dims))
 
 
 def _rope(text: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The rotary parameters of both kinds of layers, checked."""
     given = section(text, "rope_parameters")
     ropes = {kind: section(given, kind) or DEFAULT_ROPE[kind] for kind in (FULL, SLIDING)}
     return {kind: rope | {
@@ -157,20 +138,19 @@ def _rope(text: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _refuse_unsupported(text: Mapping[str, Any]) -> None:
-    activation = text.get("hidden_activation", "gelu_pytorch_tanh")
+    activation, ropes = text.get("hidden_activation", "gelu_pytorch_tanh"), section(text, "rope_parameters")
+    rope_types = {kind: section(ropes, kind).get("rope_type", "default") for kind in ropes}
     checks = {
         f"hidden_activation {reprlib.repr(activation)}": activation != "gelu_pytorch_tanh",
         "attention_bias": bool(text.get("attention_bias")),
         "use_bidirectional_attention 'all'": text.get("use_bidirectional_attention") == "all",
         "an untied output head": text.get("tie_word_embeddings") is False,
+    } | {
+        f"rope_type {reprlib.repr(found)} in {kind}": found not in ("default", "proportional")
+        for kind, found in rope_types.items()
     }
-    ropes = section(text, "rope_parameters")
-    for kind in ropes:
-        rope_type = section(ropes, kind).get("rope_type", "default")
-        checks[f"rope_type {reprlib.repr(rope_type)} in {kind}"] = rope_type not in ("default", "proportional")
-    for name, present in checks.items():
-        if present:
-            raise UnsupportedModel(
-                f"config.json asks for {name}, which no released Gemma 4 text model uses and which is not "
-                "implemented; use a Gemma 4 checkpoint without it."
-            )
+    if asked := next((name for name, present in checks.items() if present), None):
+        raise UnsupportedModel(
+            f"config.json asks for {asked}, which no released Gemma 4 text model uses and which is not implemented; "
+            "use a Gemma 4 checkpoint without it."
+        )

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib.metadata
 import io
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,7 @@ DEFAULT_CONTEXT = 32_768
 # two computations of the same logits may be (share of their norm). Kernels for few rows round in their own way.
 CHECKED = 6
 CHECKED_PASSES = ((4, 3), (2, 2), (1, 1))
-APART = {mx.float32: 0.01}
-APART_HALF = 0.2
+APART, APART_HALF = 0.01, 0.2
 
 
 class _Recorder:
@@ -69,7 +68,7 @@ class _Recorder:
 
 
 class _Given(_Recorder):
-    """Stands for the trunk when only the head is wanted: hands back what it is given."""
+    """Stands for the trunk when only the head is wanted: hands back what it is given, and keeps nothing."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _first(args, kwargs)
@@ -90,50 +89,24 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
-@dataclass(frozen=True)
-class _Anatomy:
-    """A model taken apart at its trunk, the module that holds the list of decoder layers.
+def _place_of_layers(model: nn.Module) -> tuple[tuple[str, ...], str] | None:
+    """The names from a model to its trunk, the module that holds the decoder layers, and the name of their list.
 
-    path: names of the modules from the model down to the trunk. layers: the name of the list.
+    None where no module below the model holds them, so that trunk and head cannot be told apart.
     """
-
-    model: nn.Module
-    path: tuple[str, ...]
-    layers: str
-
-    @classmethod
-    def of(cls, model: nn.Module) -> _Anatomy | None:
-        """None where no module below the model holds its layers, so that trunk and head cannot be told apart."""
-        found = getattr(model, "layers", None)
-        if not isinstance(found, list) or not found:
-            return None
-        for name, module in model.named_modules():
-            if name and not re.search(r"(^|\.)\d", name):
-                for key, child in module.items():
-                    if isinstance(child, list) and list(map(id, child)) == list(map(id, found)):
-                        return cls(model, tuple(name.split(".")), key)
+    found = getattr(model, "layers", None)
+    if not isinstance(found, list) or not found:
         return None
-
-    @property
-    def trunk(self) -> nn.Module:
-        """The module with the layers."""
-        module: Any = self.model
-        for name in self.path:
-            module = getattr(module, name)
-        return module
-
-    def around(self, trunk: Any) -> nn.Module:
-        """The same model around another trunk; shallow copies of what is above it, the weights are shared."""
-        return _replaced(self.model, self.path, trunk)
-
-    def with_layers(self, layers: list[Any]) -> nn.Module:
-        """The same trunk around other layers."""
-        other = copy.copy(self.trunk)
-        other[self.layers] = layers
-        return other
+    for name, module in model.named_modules():
+        if name and not re.search(r"(^|\.)\d", name):
+            for key, child in module.items():
+                if isinstance(child, list) and list(map(id, child)) == list(map(id, found)):
+                    return tuple(name.split(".")), key
+    return None
 
 
 def _replaced(module: nn.Module, path: tuple[str, ...], part: Any) -> nn.Module:
+    """The same module with another part at a path; shallow copies of what is above it, the weights are shared."""
     other = copy.copy(module)
     name, below = path[0], path[1:]
     setattr(other, name, _replaced(getattr(module, name), below, part) if below else part)
@@ -147,17 +120,18 @@ class GenericTarget(Target):
     CheckpointError where the model does not run at all.
     """
 
+    model: nn.Module
+
     def __init__(self, model: nn.Module, config: Mapping[str, Any], path: Path | None = None) -> None:
         self.path, self.model = path, model
         self._name = f"{path or 'The model'} ({config.get('model_type')})"
-        anatomy = _Anatomy.of(model)
-        if anatomy is None:
+        if (place := _place_of_layers(model)) is None:
             raise self._unsupported("its decoder layers are not in a part of their own, apart from the output head")
-        self._anatomy = anatomy
-        self._head = anatomy.around(_Given(anatomy.trunk))
+        self._path, self._list = place
+        self._head = self._head_of(model)
         try:
             own = mlx_lm_cache.make_prompt_cache(model)
-            kinds, window = self._kinds(own)
+            window = self._window(own)
             states, logits = self._run(mx.array([[0]]), own)
             mx.eval(states.hidden, logits)
         except MLXMTPError:
@@ -167,22 +141,18 @@ class GenericTarget(Target):
                 f"{self._name}: mlx-lm cannot run this model ({brief(error)}); "
                 "the weights and config.json must belong together."
             ) from error
-        self.shapes, self.dtype = self._shapes(own, kinds)
+        self.shapes, self.dtype = self._shapes(own), own[0].keys.dtype
         self.info = TargetInfo(
             vocab_size=logits.shape[-1], hidden_size=states.hidden.shape[-1], window=window,
-            max_context=_context(config, anatomy.trunk), readable={}, storing_layers={},
+            max_context=_context(config, self._trunk), readable={}, storing_layers={},
             attention_heads=_size(config, HEADS, 1, MAX_COUNT) or max(shape.heads for shape in self.shapes),
         )  # fmt: skip
         self._check()
 
-    def modules(self) -> list[nn.Module]:
-        return [self.model]
-
     def embed(self, tokens: mx.array) -> mx.array:
-        layers = self._anatomy.trunk[self._anatomy.layers]
-        trunk = self._anatomy.with_layers([_Entrance(layers[0]), *layers[1:]])
+        first, *others = self._trunk[self._list]
         try:
-            self._anatomy.around(trunk)(tokens)
+            _replaced(self.model, self._path, self._with_layers([_Entrance(first), *others]))(tokens)
         except _Reached as reached:
             return reached.args[0]
         raise self._unsupported("not every pass goes through its first layer")
@@ -207,42 +177,52 @@ class GenericTarget(Target):
             apart = name and not re.search(r"(^|\.)\d", name)
             if apart and isinstance(module, WITH_ROWS) and module.weight.shape[0] == self.info.vocab_size:
                 model = _replaced(model, tuple(name.split(".")), rows_of(module, tokens))
-        anatomy = _Anatomy(model, self._anatomy.path, self._anatomy.layers)
-        cut = anatomy.around(_Given(anatomy.trunk))
+        cut = self._head_of(model)
         hidden = mx.random.normal((1, 2, self.info.hidden_size), key=mx.random.key(0)).astype(self.dtype)
         with contextlib.suppress(Exception):  # another project's code, as above
-            if _distance(cut(hidden), self.head(hidden)[..., tokens]) <= APART.get(self.dtype, APART_HALF):
+            if self._same(cut(hidden), self.head(hidden)[..., tokens]):
                 return lambda hidden: cut(hidden).astype(mx.float32)
         return lambda hidden: self.head(hidden)[..., tokens]
 
-    @threads.device_arrays
+    @threads.device_work
     def logits(self, tokens: mx.array) -> mx.array:
         return self.model(tokens, cache=mlx_lm_cache.make_prompt_cache(self.model)).astype(mx.float32)
 
     def _unsupported(self, why: str) -> UnsupportedModel:
         return UnsupportedModel(f"{self._name}: {why}; use another model, or decode this one with mlx-lm.")
 
+    @property
+    def _trunk(self) -> nn.Module:
+        return functools.reduce(getattr, self._path, self.model)
+
+    def _with_layers(self, layers: list[Any]) -> nn.Module:
+        """The trunk around other layers."""
+        other = copy.copy(self._trunk)
+        other[self._list] = layers
+        return other
+
+    def _head_of(self, model: nn.Module) -> nn.Module:
+        """What follows the trunk in a model of this one's form."""
+        return _replaced(model, self._path, _Given(functools.reduce(getattr, self._path, model)))
+
     def _run(self, tokens: mx.array, cache: list[Any]) -> tuple[States, mx.array]:
         """One pass of the model over any caches: its states, and its own logits (lazy, so free where unused)."""
-        layers = self._anatomy.trunk[self._anatomy.layers]
-        last = _Recorder(layers[-1])
-        trunk = _Recorder(self._anatomy.with_layers([*layers[:-1], last]))
-        logits = self._anatomy.around(trunk)(tokens, cache=cache)
+        *others, last = self._trunk[self._list]
+        last = _Recorder(last)
+        trunk = _Recorder(self._with_layers([*others, last]))
+        logits: Any = _replaced(self.model, self._path, trunk)(tokens, cache=cache)
         hidden, residual = trunk.returned, last.received
         if not isinstance(hidden, mx.array) or hidden.ndim != 3 or not isinstance(logits, mx.array):
             raise self._unsupported("what its layers give is not one array of states [B, M, D]")
         fits = isinstance(residual, mx.array) and residual.shape == hidden.shape
         return States(hidden, residual if fits else None), logits
 
-    def _kinds(self, caches: list[Any]) -> tuple[list[str], int]:
-        """The kind of every layer's cache and the sliding window (1 where nothing slides)."""
+    def _window(self, caches: list[Any]) -> int:
+        """The sliding window, 1 where nothing slides; UnsupportedModel for caches without a way back."""
         for layer, cache in enumerate(caches):
-            found = ""
-            if type(cache) not in (mlx_lm_cache.KVCache, mlx_lm_cache.RotatingKVCache):
-                found = type(cache).__name__
-            elif getattr(cache, "keep", 0):
-                found = f"RotatingKVCache that never forgets the first {cache.keep} tokens"
-            if found:
+            found, keep = type(cache).__name__, getattr(cache, "keep", 0)
+            found += f" that never forgets the first {keep} tokens" if keep else ""
+            if keep or type(cache) not in (mlx_lm_cache.KVCache, mlx_lm_cache.RotatingKVCache):
                 raise self._unsupported(f"layer {layer} keeps its past in mlx-lm's {found}, from which rejected drafts "
                                         "cannot be taken back")  # fmt: skip
         sliding = [cache.max_size for cache in caches if type(cache) is mlx_lm_cache.RotatingKVCache]
@@ -251,19 +231,19 @@ class GenericTarget(Target):
         if len(set(sliding)) > 1:
             raise self._unsupported(f"its layers slide over windows of {' and '.join(map(str, sorted(set(sliding))))} "
                                     "tokens, and the cache that takes drafts back holds one size")  # fmt: skip
-        kinds = [FULL if type(cache) is mlx_lm_cache.KVCache else SLIDING for cache in caches]
-        return kinds, sliding[0] if sliding else 1
+        return sliding[0] if sliding else 1
 
-    def _shapes(self, caches: list[Any], kinds: list[str]) -> tuple[list[LayerShape], mx.Dtype]:
+    def _shapes(self, caches: list[Any]) -> list[LayerShape]:
         """Shapes of the stored K/V, from what one token left in mlx-lm's own caches."""
         shapes = []
-        for layer, (cache, kind) in enumerate(zip(caches, kinds, strict=True)):
+        for layer, cache in enumerate(caches):
             if cache.keys is None or cache.keys.shape[1] != cache.values.shape[1]:
                 found = "stores none" if cache.keys is None else "stores them with different heads"
                 raise self._unsupported(f"layer {layer} needs keys and values of equal heads, and {found}")
             (_, heads, _, size), values = cache.keys.shape, cache.values.shape[-1]
+            kind = FULL if type(cache) is mlx_lm_cache.KVCache else SLIDING
             shapes.append(LayerShape(kind, heads, size, None if values == size else values))
-        return shapes, caches[0].keys.dtype
+        return shapes
 
     def _check(self) -> None:
         """Compares head, cache and rollback with the model over mlx-lm's cache; UnsupportedModel where they differ."""
@@ -271,11 +251,10 @@ class GenericTarget(Target):
         states, expected = self._run(tokens, mlx_lm_cache.make_prompt_cache(self.model))
         if not mx.isfinite(expected).all().item():
             raise CheckpointError(f"{self._name}: expected finite logits, found others; download the weights again.")
-        apart = APART.get(self.dtype, APART_HALF)
         try:
             found = {"head": self._head(states.hidden), "cache": self._through_cache(tokens)}
             self._traced(tokens)
-            far = [part for part, logits in found.items() if not _distance(logits, expected) <= apart]
+            far = [part for part, logits in found.items() if not self._same(logits, expected)]
             reason = f"its {far[0]} gives other logits than mlx-lm's" if far else ""
             if self.embed(tokens).shape != states.hidden.shape:
                 reason = "what goes into its first layer has not the shape of what its head is given"
@@ -285,6 +264,14 @@ class GenericTarget(Target):
             reason = brief(error)
         if reason:
             raise self._unsupported(f"it does not run over the cache that takes drafts back ({reason})")
+
+    def _same(self, found: mx.array, expected: mx.array) -> bool:
+        """Whether two computations of logits differ by no more than rounding explains."""
+        if found.shape != expected.shape:
+            return False
+        found, expected = found.astype(mx.float32), expected.astype(mx.float32)
+        apart: float = (mx.linalg.norm(found - expected) / mx.maximum(mx.linalg.norm(expected), 1e-20)).tolist()  # type: ignore[assignment]
+        return apart <= (APART if self.dtype == mx.float32 else APART_HALF)
 
     def _through_cache(self, tokens: mx.array) -> mx.array:
         """Logits [1, M, V] of the committed rows of CHECKED_PASSES."""
@@ -307,15 +294,6 @@ class GenericTarget(Target):
         mx.compile(one_pass)(tokens, layout.arrays)
 
 
-def _distance(found: mx.array, expected: mx.array) -> float:
-    """How far apart two arrays are, as a share of the second's norm."""
-    if found.shape != expected.shape:
-        return float("inf")
-    found, expected = found.astype(mx.float32), expected.astype(mx.float32)
-    far: float = (mx.linalg.norm(found - expected) / mx.maximum(mx.linalg.norm(expected), 1e-20)).tolist()  # type: ignore[assignment]
-    return far
-
-
 def _size(config: Mapping[str, Any], names: tuple[str, ...], low: int, high: int) -> int | None:
     """The first of `names` that a config.json has, at the top or in `text_config`; lists (one size a layer) do not
     count. CheckpointError out of range."""
@@ -334,7 +312,6 @@ def _context(config: Mapping[str, Any], trunk: nn.Module) -> int:
 
 
 def has_model(config: Mapping[str, Any]) -> bool:
-    """Whether mlx-lm has a model class for a config.json."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             _get_classes(dict(config))
@@ -366,7 +343,6 @@ def _classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
 
 
 def load(checkpoint: Checkpoint) -> GenericTarget:
-    """A target from any checkpoint that mlx-lm can load, quantised or not."""
     for names, high in ((LAYERS, MAX_COUNT), (("hidden_size",), MAX_SIZE), (("vocab_size",), MAX_SIZE)):
         _size(checkpoint.config, names, 1, high)
     checkpoint.check_files()

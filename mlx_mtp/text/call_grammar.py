@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_mtp.errors import OptionError
-from mlx_mtp.text.json_schema import ANSWER_SPACE, CALL_SPACE, held
+from mlx_mtp.text.json_schema import CALL_SPACE, held
 
 Schema = Mapping[str, Any]
 NAME, OTHER = "first_tool", "second_tool"
@@ -56,7 +56,6 @@ class ToolChoice:
         return value
 
     def holds(self, declared: Sequence[Schema]) -> bool:
-        """Whether a reply that may call these tools needs a grammar."""
         strict = any(tool["function"].get("strict") for tool in declared)
         return bool(declared) and (self.required or not self.several or self.names is not None or strict)
 
@@ -114,17 +113,14 @@ def notation(render: Callable[[Sequence[tuple[str, dict[str, Any]]]], str | None
     two, other = written((NAME, {KEY: VALUE}), (OTHER, {KEY: VALUE})), one.replace(NAME, OTHER)
     between = two[len(one) : -len(other)] if two.startswith(one) and two.endswith(other) else None
     if found := re.search(rf'\{{\s*"{KEY}"\s*:\s*"{VALUE}"\s*\}}', rest):
-        end = rest[found.end() :] if closing else _balanced(rest, found)
-        return Notation(opening, head, rest[: found.start()], end, between if closing else None)
+        before, after = rest[: found.start()], rest[found.end() :]
+        if closing:
+            return Notation(opening, head, before, after, between)
+        # Nothing marks its end: as many brackets close it as were opened before the arguments.
+        return Notation(opening, head, before, after[: before.count("{") - before.count("}")], None)
     given: list[dict[str, Any]] = [{KEY2: VALUE2, KEY: VALUE}, {KEY: NUMBER}, {KEY: {KEY2: VALUE}}, {}]
     places = _places(rest, *(written((NAME, one)).partition(NAME)[2] for one in given))
     return places and Notation(opening, head, rest.partition(KEY)[0], places[1], between, places[0])
-
-
-def _balanced(rest: str, found: re.Match[str]) -> str:
-    """What closes a call that has no marker for it: as many brackets as were opened before the arguments."""
-    before, after = rest[: found.start()], rest[found.end() :]
-    return after[: before.count("{") - before.count("}")]
 
 
 def _places(one: str, pair: str, number: str, nested: str, none: str) -> tuple[Places, str] | None:
@@ -154,8 +150,7 @@ class CallGrammar:
 
     notation: Notation
     special: Callable[[str], Sequence[str | int]]
-    _rules: list[str] = field(default_factory=list)
-    _made: dict[str, str] = field(default_factory=dict)
+    _rules: dict[str, str] = field(default_factory=dict)  # what comes after a rule's name -> the name
 
     def text(self, tools: Sequence[Schema], choice: ToolChoice, answer: Schema | None = None) -> str:
         """Replies that may call tools (declared in OpenAI's form). answer: the schema of what is no call, None = any.
@@ -173,11 +168,10 @@ class CallGrammar:
         if choice.required:
             lines = [f"start: {marker} {calls}"]
         elif answer is not None:
-            held = f"answer: %json {_json(answer, False, ANSWER_SPACE)}"
-            lines = [f"start: answer | {marker} {calls}" if names else "start: answer", held]
+            lines = [f"start: answer | {marker} {calls}" if names else "start: answer", f"answer: %json {held(answer)}"]
         else:
             lines = self._free(calls)
-        return "\n".join([*lines, *self._rules])
+        return "\n".join([*lines, *(name + rest for rest, name in self._rules.items())])
 
     def _free(self, calls: str) -> list[str]:
         """Text that may go over into calls."""
@@ -191,13 +185,12 @@ class CallGrammar:
         return [f"start: TEXT | before {calls}", text, f"before[lazy]: /(?s:.*){_regex(marker)}/"]
 
     def _call(self, function: Schema) -> str:
-        """One tool's call after the marker."""
         parameters = {"type": "object", "properties": {}} | dict(function.get("parameters") or {})
         strict, shape = bool(function.get("strict")), self.notation
         named = shape.opening + function["name"]
         begin, closing = self.literal(named + shape.middle), self.literal(shape.closing)
         if shape.places is None:
-            arguments = self.rule("arguments", f"%json {_json(parameters, lenient=not strict)}")
+            arguments = self.rule("arguments", f"%json {held(parameters, CALL_SPACE, lenient=not strict)}")
             return f"{begin} {arguments} {closing}".strip()
         inside = _PlaceGrammar(self, shape.places, parameters, strict, function["name"]).members(
             parameters, "parameters")  # fmt: skip
@@ -208,10 +201,7 @@ class CallGrammar:
 
     def rule(self, name: str, body: str, attributes: str = "") -> str:
         """The name of the rule with this body, which is written once."""
-        if body not in self._made:
-            self._made[body] = f"{name}_{len(self._made)}"
-            self._rules.append(f"{self._made[body]}{attributes}: {body}")
-        return self._made[body]
+        return self._rules.setdefault(f"{attributes}: {body}", f"{name}_{len(self._rules)}")
 
     def upto(self, end: str, count: str) -> str:
         """So many characters (as a regex counts) up to and with the first `end`."""
@@ -220,7 +210,6 @@ class CallGrammar:
         return self.rule("upto", f"/(?s:.{count}){_regex(end)}/", "[lazy]")
 
     def literal(self, text: str) -> str:
-        """Exactly this text."""
         return " ".join(f"<[{part}]>" if isinstance(part, int) else json.dumps(part) for part in self.special(text))
 
 
@@ -237,15 +226,12 @@ class _PlaceGrammar:
     def members(self, schema: Schema, at: str) -> tuple[str, bool] | None:
         """The rule of an object's fields in their declared order, and whether there may be none; None where there are
         no fields."""
-        properties = dict(schema.get("properties") or {})
-        if not self.places.in_order:
-            properties = dict(sorted(properties.items()))
-        required = set(schema.get("required") or ())
+        properties, required = schema.get("properties") or {}, set(schema.get("required") or ())
         if missing := required - set(properties):
             self._refuse(at, f"requires '{min(missing)}', which is no property")
         made = [
             (f"{self.grammar.literal(key + self.places.colon)} {self.value(value, f'{at}.{key}')}", key in required)
-            for key, value in properties.items()
+            for key, value in (properties.items() if self.places.in_order else sorted(properties.items()))
         ]
         if not made:
             return None
@@ -263,10 +249,9 @@ class _PlaceGrammar:
 
     def value(self, schema: Any, at: str) -> str:
         """One value, its quotes included."""
-        if not isinstance(schema, Mapping):
-            schema = {}
-        schema = self._resolved(schema, at)
-        if self.strict and (unknown := set(schema) - (NUMERIC if _numeric(schema) else PLAIN)):
+        schema = self._resolved(schema if isinstance(schema, Mapping) else {}, at)
+        known = NUMERIC if schema.get("type") in ("number", "integer") else PLAIN
+        if self.strict and (unknown := set(schema) - known):
             self._refuse(at, f"has '{min(unknown)}'")
         if options := schema.get("anyOf") or schema.get("oneOf"):
             return "(" + " | ".join(self.value(one, at) for one in options) + ")"
@@ -284,8 +269,9 @@ class _PlaceGrammar:
             return self._string(schema)
         end = self.grammar.literal(self.places.end)
         if kind not in ("array", "object") or not self.places.own:
-            whole = {**schema, "$defs": self._defs(), "type": kind}
-            found = self.grammar.rule("json", f"%json {_json(whole, lenient=not self.strict)}")
+            named = {**self.schema.get("definitions", {}), **self.schema.get("$defs", {})}
+            whole = {**schema, "$defs": named, "type": kind}
+            found = self.grammar.rule("json", f"%json {held(whole, CALL_SPACE, lenient=not self.strict)}")
         elif kind == "array":
             item = self.value(schema.get("items", {}), f"{at}[]")
             found = self.grammar.rule("list", f'"[" ({item} ("," {item})*)? "]"')
@@ -305,9 +291,8 @@ class _PlaceGrammar:
 
     def _constant(self, value: Any) -> str:
         opening, closing = self.places.quote
-        if isinstance(value, str):
-            return self.grammar.literal(f"{opening}{value}{closing}{self.places.end}")
-        return self.grammar.literal(json.dumps(value) + self.places.end)
+        text = f"{opening}{value}{closing}" if isinstance(value, str) else json.dumps(value)
+        return self.grammar.literal(text + self.places.end)
 
     def _resolved(self, schema: Schema, at: str) -> Schema:
         found, seen = schema, 0
@@ -321,22 +306,9 @@ class _PlaceGrammar:
             found = here
         return found
 
-    def _defs(self) -> Schema:
-        return {**self.schema.get("definitions", {}), **self.schema.get("$defs", {})}
-
     def _refuse(self, at: str, what: str) -> None:
         raise OptionError(f"The arguments of the tool {self.tool} cannot be held to their schema: {at} {what}.")
 
 
-def _numeric(schema: Schema) -> bool:
-    return schema.get("type") in ("number", "integer")
-
-
-def _json(schema: Schema, lenient: bool, space: str = CALL_SPACE) -> str:
-    """A schema as lark takes it."""
-    return json.dumps(held(schema, lenient=lenient, space=space))
-
-
 def _regex(text: str) -> str:
-    """A text as part of a lark regex."""
     return "".join(f"\\x{ord(one):02x}" if one.isascii() and not one.isalnum() else one for one in text)

@@ -30,46 +30,39 @@ class ThoughtTokens:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """One call: the tool's name and its arguments."""
-
     name: str
     arguments: dict[str, Any]
+
+    @classmethod
+    def of(cls, call: Mapping[str, Any]) -> ToolCall:
+        """From a dict whose arguments may be JSON; ValueError and others where they are none by name."""
+        arguments = call["arguments"]
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        if not isinstance(call["name"], str) or not isinstance(arguments, dict):
+            raise ValueError("a call needs a name and arguments by name")
+        return cls(call["name"], arguments)
 
 
 @dataclass(frozen=True)
 class CallFormat:
     """How a checkpoint writes calls of tools: between two markers, the second "" where a call ends with the reply.
 
-    parse: what stands between them as calls; any Exception where it is none.
+    parse: as mlx-lm's parsers: what stands between them and the declared tools -> one call or several, as dicts; any
+    Exception where it is none. tools: in OpenAI's form, for formats whose arguments carry no types.
     """
 
     opening: str
     closing: str
-    parse: Callable[[str], Sequence[ToolCall]]
+    parse: Callable[[str, Any], Any]
+    tools: Sequence[Mapping[str, Any]] | None = None
 
     def read(self, body: str) -> list[ToolCall]:
         """The calls of a body; empty where it is none, or not all of it can be read."""
         try:
-            return list(self.parse(body))
+            found = self.parse(body, self.tools)
+            return [ToolCall.of(call) for call in (found if isinstance(found, list) else [found])]
         except Exception:  # parsers of other people's, over whatever a model wrote
             return []
-
-
-def parsed_by(parser: Callable[[str, Any], Any], tools: Sequence[Mapping[str, Any]] | None) -> Callable[[str], Any]:
-    """A parser of mlx-lm's (body, declared tools -> one call or several, as dicts) as that of a CallFormat."""
-
-    def parse(body: str) -> list[ToolCall]:
-        found = parser(body, None if tools is None else list(tools))
-        calls = []
-        for call in found if isinstance(found, list) else [found]:
-            arguments = call["arguments"]
-            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-            if not isinstance(call["name"], str) or not isinstance(arguments, dict):
-                raise ValueError("a call needs a name and arguments by name")
-            calls.append(ToolCall(call["name"], arguments))
-        return calls
-
-    return parse
 
 
 @dataclass(frozen=True)
@@ -101,25 +94,22 @@ class Channels:
         self._answered = False
         self._body: list[str] = []  # of the open call
 
-    def feed(self, text: str) -> Pieces:
-        """New text of the reply; what might become a marker is held back."""
-        return joined(list(self.split(text)))
-
-    def flush(self) -> Pieces:
-        """What was held back, once nothing can follow; a call without its end is shown as it was written."""
-        return joined(list(self.split("", final=True)))
-
     def split(self, text: str, final: bool = False) -> Iterator[Pieces]:
-        """The same stretch by stretch: all `raw` in order is the text but for what is held back; final: nothing is."""
+        """New text of the reply, stretch by stretch: all `raw` in order is the text but for what is held back, which
+        might become a marker. final: nothing can follow; a call without its end is shown as it was written."""
         self._held += text
         while self._held:
             markers = [*self._closing] if self._open is None else [*filter(None, [self._closing[self._open]])]
-            at, marker = _first(self._held, markers)
-            if taken := self._held[:at] if marker else self._cut(markers, final):
+            places = [(at, marker) for marker in markers if (at := self._held.find(marker)) >= 0]
+            at, marker = min(places, default=(0, ""))
+            if marker:
+                taken, self._held = self._held[:at], self._held[at + len(marker) :]
+            else:
+                taken, self._held = (self._held, "") if final else without_beginnings(self._held, markers)
+            if taken:
                 yield self._answer(taken) if self._open is None else self._inside(taken)
-            if marker is None:
+            if not marker:
                 break
-            self._held = self._held[at + len(marker) :]
             yield self._marked(marker)
         if final and self._in_call:
             yield self._called(ended=not self._closing[str(self._open)])
@@ -138,22 +128,20 @@ class Channels:
 
     def _answer(self, text: str) -> Pieces:
         """Answer text; the empty lines between a thought and the answer belong to neither."""
-        raw = text
-        if not self._answered:
-            text = text.lstrip("\n")
-        self._answered |= bool(text)
-        return Pieces(text=text, raw=raw, answer=True)
+        shown = text if self._answered else text.lstrip("\n")
+        self._answered |= bool(shown)
+        return Pieces(text=shown, raw=text, answer=True)
 
     def _inside(self, text: str) -> Pieces:
         """A part of a thought, without its channel's name, or of a call."""
-        raw = text
         if self._in_call:
             self._body.append(text)
-            text = ""
-        elif self._naming:
-            _, end, text = text.partition("\n")
+            return Pieces(raw=text)
+        thought = text
+        if self._naming:
+            _, end, thought = text.partition("\n")
             self._naming = not end
-        return Pieces(thinking=text, raw=raw)
+        return Pieces(thinking=thought, raw=text)
 
     def _marked(self, marker: str) -> Pieces:
         """A marker, which opens a thought or a call, or closes it."""
@@ -165,34 +153,25 @@ class Channels:
         self._open = None
         return Pieces(raw=marker)
 
-    def _cut(self, markers: list[str], final: bool) -> str:
-        """Takes the held text but for an end that may begin a marker."""
-        keep = 0 if final else max((overlap(self._held, marker) for marker in markers), default=0)
-        at = len(self._held) - keep
-        taken, self._held = self._held[:at], self._held[at:]
-        return taken
-
 
 def joined(found: Sequence[Pieces]) -> Pieces:
-    """Stretches of text that follow each other as one."""
     return Pieces(
         "".join(p.text for p in found), "".join(p.thinking for p in found), [call for p in found for call in p.calls],
         "".join(p.raw for p in found),
     )  # fmt: skip
 
 
-def _first(text: str, markers: Iterable[str]) -> tuple[int, str | None]:
-    """Place of the first marker in a text, and which."""
-    places = [(at, marker) for marker in markers if (at := text.find(marker)) >= 0]
-    return min(places) if places else (-1, None)
+def without_beginnings(text: str, markers: Iterable[str]) -> tuple[str, str]:
+    """The text in front of its longest end that may begin a marker, and that end."""
+    begun = (
+        next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if text.endswith(marker[:n])), 0)
+        for marker in markers
+    )
+    at = len(text) - max(begun, default=0)
+    return text[:at], text[at:]
 
 
-def overlap(text: str, marker: str) -> int:
-    """Length of the longest end of the text that begins the marker."""
-    return next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if text.endswith(marker[:n])), 0)
-
-
-def _gemma_call(body: str) -> list[ToolCall]:
+def _gemma_call(body: str, tools: Any) -> dict[str, Any]:
     """ValueError where a body is no call in Gemma's notation: JSON with bare names, and strings between QUOTEs."""
     matched = re.fullmatch(r"\s*call:([\w.\-/]+)\s*(\{.*\})\s*", body, re.DOTALL)
     if matched is None:
@@ -201,7 +180,7 @@ def _gemma_call(body: str) -> list[ToolCall]:
     parts[::2] = [re.sub(r"[^,{}\[\]]+", _bare, part) for part in parts[::2]]
     parts[1::2] = map(json.dumps, parts[1::2])
     # NaN and its like are words: JSON has no such numbers.
-    return [ToolCall(matched[1], json.loads("".join(parts), parse_constant=str))]
+    return {"name": matched[1], "arguments": json.loads("".join(parts), parse_constant=str)}
 
 
 def _bare(found: re.Match[str]) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import codecs
 import os.path
 import re
-from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -42,18 +41,15 @@ class TokenBytes:
         # Many tokenizers drop the space in front of a text's first token, so there is always one before: an ordinary
         # one, as after a special or unknown token some write no space.
         ends = [tuple(wrapped.encode(word, add_special_tokens=False)[-1:]) for word in ORDINARY]
-        known = [end for end in ends if not self._added.issuperset(end)]
-        self._front: tuple[int, ...] = next(iter(known), ends[0])
+        self._front: tuple[int, ...] = next((end for end in ends if not self._added.issuperset(end)), ends[0])
         self._part = lru_cache(CACHED)(self._find_part)
         self._after = lru_cache(CACHED)(self._find_after)
 
     def of(self, token: int, before: int | None = None) -> bytes | None:
         """What a token adds after the token `before`, or after any text; None for an id that no token has."""
-        name = self._name(token)
-        if name is None:
+        if self._name(token) is None:
             return None
-        part = self._part(token)
-        if part is not None:
+        if (part := self._part(token)) is not None:
             return part
         # Half a character tells nothing of the spacing after it.
         return self._after(token, None if before is None or self._part(before) is not None else before)
@@ -65,14 +61,13 @@ class TokenBytes:
             return None
         return found
 
-    def _decoded(self, tokens: Iterable[int]) -> str:
-        text: str = self._wrapped.decode(list(tokens), clean_up_tokenization_spaces=False)
-        return text
-
     def _find_after(self, token: int, before: int | None) -> bytes:
         context = self._front if before is None else (before,)
-        alone, both = self._decoded(context), self._decoded((*context, token))
-        return both[len(os.path.commonprefix([alone, both])) :].encode("utf-8", "replace")
+        alone, both = (
+            self._wrapped.decode([*context, *more], clean_up_tokenization_spaces=False) for more in ((), (token,))
+        )
+        added: str = both[len(os.path.commonprefix([alone, both])) :]
+        return added.encode("utf-8", "replace")
 
     def _find_part(self, token: int) -> bytes | None:
         """The bytes of a token that is no whole characters, from its name; None for every other token."""
@@ -85,8 +80,8 @@ class TokenBytes:
             return name.encode()
         if matched := BYTE.fullmatch(name):
             return bytes.fromhex(matched[1])
-        values = [BYTES_BY_CHARACTER.get(character) for character in name]
-        return bytes(value for value in values if value is not None) if None not in values else None
+        known = BYTES_BY_CHARACTER.keys() >= set(name)
+        return bytes(BYTES_BY_CHARACTER[character] for character in name) if known else None
 
 
 class Detokenizer:
@@ -102,9 +97,7 @@ class Detokenizer:
         self._fresh: list[str] = []
 
     def add_token(self, token: int) -> None:
-        """One more token of the text."""
-        added = self._table.of(token, self._before)
-        if added is not None:
+        if (added := self._table.of(token, self._before)) is not None:
             self._before = token
             self._fresh.append(self._reader.decode(added))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,12 +15,13 @@ COMBINED = {
 }  # fmt: skip
 
 
-def held(schema: Mapping[str, Any], *, lenient: bool = False, space: str = ANSWER_SPACE) -> dict[str, Any]:
-    """A schema as text is held to it: an object that names its properties has no others, unless it says so.
+def held(schema: Mapping[str, Any], space: str = ANSWER_SPACE, *, lenient: bool = False) -> str:
+    """A schema in JSON, as text is held to it: an object that names its properties has no others, unless it says so.
 
-    lenient: keywords that nothing can be held to are passed over; they are an error otherwise.
+    lenient: keywords that nothing can be held to are passed over; they are an error otherwise. TypeError or ValueError
+    for what is no JSON.
     """
-    return {**_closed(schema), "x-guidance": {"whitespace_pattern": space, "lenient": lenient}}
+    return json.dumps({**_closed(schema), "x-guidance": {"whitespace_pattern": space, "lenient": lenient}})
 
 
 def _closed(value: Any) -> Any:

@@ -9,7 +9,7 @@ The text beside a tool call is the third: some formats have only room for the ca
 from __future__ import annotations
 
 import os.path
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -39,9 +39,8 @@ class ChatTemplate:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether `chat` works."""
-        found = getattr(self._wrapped, "has_chat_template", None)  # mlx-lm's wrapper knows templates in Python too
-        return bool(getattr(self._wrapped, "chat_template", None) if found is None else found)
+        """Whether `chat` works; mlx-lm's wrapper knows of templates in Python too."""
+        return bool(getattr(self._wrapped, "has_chat_template", getattr(self._wrapped, "chat_template", None)))
 
     def chat(
         self, messages: Sequence[Message], thinking: bool = False, tools: Tools | None = None, effort: str | None = None
@@ -51,32 +50,29 @@ class ChatTemplate:
         thinking: whether a checkpoint that can shall think first: the one default, for every command and for training.
         tools: declarations in OpenAI's form. effort: a level for templates that know `reasoning_effort`, None = theirs.
         """
-        found = _checked(messages)
-        options = self._options(thinking, tools, effort)
-        ids: list[int] = self._rendered(found, tokenize=True, add_generation_prompt=True, **options)
-        self._refuse_dropped(found, lambda said, tools: self._text(said, **options | {"tools": tools}), tools)
+        found, options = _checked(messages), self._options(thinking, tools, effort)
+        ids: list[int] = self._rendered(found, options, tokenize=True)
+        self._refuse_dropped(found, options)
         return ids
 
     def conversation(self, messages: Sequence[Message]) -> str:
         """A whole conversation as text to learn from: its last reply after just what a prompt ends in, and its end."""
-        found = _checked(messages)
-        options = self._options(False, None, None)
-        text: str = self._rendered(found, tokenize=False, add_generation_prompt=False, **options)
-        self._refuse_dropped(found, lambda said, _: self._text(said, **options), None)
+        found, options = _checked(messages), self._options()
+        text = str(self._rendered(found, options, prompt=False))
+        self._refuse_dropped(found, options)
         if len(found) < 2 or found[-1]["role"] != "assistant":
             return text
-        asked, reply = self._text(found[:-1], **options), found[-1]["content"].strip()
+        asked, reply = self._text(found[:-1], options), found[-1]["content"].strip()
         at = text.rfind(reply) if reply else -1
         return text if asked is None or at < 0 or text.startswith(asked) else asked + text[at:]
 
     @cached_property
     def can_think(self) -> bool:
         """Whether the template can ask for thoughts, or opens them by itself."""
-        on, off = (self._text(QUESTION, **self._options(thinking, None, None)) for thinking in (True, False))
+        on, off = (self._text(QUESTION, self._options(thinking)) for thinking in (True, False))
         return on != off or any(self.writes(opening) for opening, _ in THOUGHTS)
 
     def writes(self, marker: str) -> bool:
-        """Whether a marker is in the template's source."""
         return marker in str(getattr(self._wrapped, "chat_template", None) or "")
 
     def reply(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str | None:
@@ -87,41 +83,31 @@ class ChatTemplate:
         said = [*QUESTION, {"role": "assistant", "content": "", "tool_calls": made}]
         tools = [{"type": "function", "function": {
             "name": name, "description": "", "parameters": {"type": "object", "properties": {}}}} for name, _ in calls]
-        texts = []
-        for messages, prompt in ((QUESTION, True), (said, False)):
-            try:
-                texts.append(str(self._rendered(messages, tokenize=False, add_generation_prompt=prompt,
-                                                **self._options(False, tools, None))))  # fmt: skip
-            except PromptError:
-                return None
-        return texts[1][len(os.path.commonprefix(texts)) :]
+        options = self._options(tools=tools)
+        asked, whole = self._text(QUESTION, options), self._text(said, options, prompt=False)
+        return None if asked is None or whole is None else whole[len(os.path.commonprefix([asked, whole])) :]
 
     def turn_end(self) -> int | None:
         """The special token with which it ends a reply, None where it writes plain text or nothing."""
-        messages = [*QUESTION, {"role": "assistant", "content": ANSWER}]
-        try:
-            text = self._rendered(messages, tokenize=False, add_generation_prompt=False,
-                                  **self._options(False, None, None))  # fmt: skip
-        except PromptError:
-            return None
-        _, found, rest = str(text).rpartition(ANSWER)
+        said = [*QUESTION, {"role": "assistant", "content": ANSWER}]
+        _, found, rest = (self._text(said, self._options(), prompt=False) or "").rpartition(ANSWER)
         rest = rest.lstrip()
         if not found or not rest:
             return None
         first = int(self._wrapped.encode(rest, add_special_tokens=False)[0])
-        added = getattr(self._wrapped, "added_tokens_decoder", None) or {}
-        return first if first in added and rest.startswith(str(added[first])) else None
+        return first if first in self._added and rest.startswith(str(self._added[first])) else None
+
+    @property
+    def _added(self) -> Mapping[int, Any]:
+        """Tokens that no text is cut into, by their ids."""
+        return getattr(self._wrapped, "added_tokens_decoder", None) or {}
 
     @cached_property
     def _is_jinja(self) -> bool:
         """Whether it takes any variable; a renderer written in Python takes only those that it knows."""
-        try:
-            self._rendered(QUESTION, tokenize=False, add_generation_prompt=True, thinking=False, reasoning_effort="low")
-        except PromptError:
-            return False
-        return True
+        return self._text(QUESTION, {"thinking": False, "reasoning_effort": "low"}) is not None
 
-    def _options(self, thinking: bool, tools: Tools | None, effort: str | None) -> dict[str, Any]:
+    def _options(self, thinking: bool = False, tools: Tools | None = None, effort: str | None = None) -> dict[str, Any]:
         """Variables of the template. The switch is always given: mlx-lm sets it to on where it is not."""
         options: dict[str, Any] = {"enable_thinking": bool(thinking)}
         if self._is_jinja:
@@ -130,58 +116,59 @@ class ChatTemplate:
                 options["reasoning_effort"] = effort
         return options | ({"tools": list(tools)} if tools else {})
 
-    def _text(self, messages: Sequence[Message], **options: Any) -> str | None:
-        """The prompt as text, None where the template refuses."""
+    def _text(self, messages: Sequence[Message], options: Mapping[str, Any], prompt: bool = True) -> str | None:
+        """The conversation as text, None where the template refuses. prompt: up to where a reply begins."""
         try:
-            return str(self._rendered(messages, tokenize=False, add_generation_prompt=True, **options))
+            return str(self._rendered(messages, options, prompt))
         except PromptError:
             return None
 
-    def _rendered(self, messages: Sequence[Message], **options: Any) -> Any:
+    def _rendered(
+        self, messages: Sequence[Message], options: Mapping[str, Any], prompt: bool = True, tokenize: bool = False
+    ) -> Any:
         if not self.has_chat_template:
             raise PromptError("Expected a checkpoint with a chat template, found none; pass a plain prompt or --raw.")
-        if "return_dict" not in options and not hasattr(self._wrapped, "eos_token_ids"):
-            options["return_dict"] = False  # mlx-lm's wrapper says so by itself
+        whole = {"tokenize": tokenize, "add_generation_prompt": prompt, **options}
+        if not hasattr(self._wrapped, "eos_token_ids"):
+            whole["return_dict"] = False  # mlx-lm's wrapper says so by itself
         try:
-            return self._wrapped.apply_chat_template(list(messages), **options)
+            return self._wrapped.apply_chat_template(list(messages), **whole)
         except Exception as error:  # a template may raise anything, most often jinja's TemplateError
             raise PromptError(
                 f"Expected messages that this checkpoint's chat template takes, found others ({brief(error)}); "
                 "use the roles system, user and assistant in turns."
             ) from error
 
-    def _refuse_dropped(
-        self, messages: list[Message], text: Callable[[list[Message], Tools | None], str | None], tools: Tools | None
-    ) -> None:
+    def _refuse_dropped(self, messages: list[Message], options: Mapping[str, Any]) -> None:
         """Raises Dropped where the prompt stays the same without a part. Each kind of part is tried until it is seen
         to arrive: a tokenizer's first conversations cost a few renderings more."""
         whole = None
-        for kind, what, part, said, offered in _without(messages, tools):
+        for kind, dropped, said, changed in _without(messages, options):
             if kind in self._kept:
                 continue
-            whole = text(messages, tools) if whole is None else whole
-            if whole is not None and text(said, offered) == whole:
-                raise Dropped(what, part)
+            whole = self._text(messages, options) if whole is None else whole
+            if whole is not None and self._text(said, changed) == whole:
+                raise dropped
             self._kept.add(kind)
 
 
 def _without(
-    messages: list[Message], tools: Tools | None
-) -> Iterator[tuple[tuple[object, ...], str, str, list[Message], Tools | None]]:
-    """Every part: its kind, its name, its field, and messages and tools that lack it or say something else there."""
-    if tools:
-        yield ("tools", len(tools) > 1), "tools", "tools", messages, list(tools[:-1]) or None
+    messages: list[Message], options: Mapping[str, Any]
+) -> Iterator[tuple[tuple[object, ...], Dropped, list[Message], Mapping[str, Any]]]:
+    """Every part: its kind, the error if it is dropped, and what lacks it or says something else there."""
+    if tools := options.get("tools"):
+        yield ("tools", len(tools) > 1), Dropped("tools", "tools"), messages, {**options, "tools": tools[:-1] or None}
     for i, message in enumerate(messages):
         role, calls = message["role"], message.get("tool_calls")
-        before, after = messages[:i], messages[i + 1 :]
         if calls:
             # Without the last call: one that follows another has its own place or none.
-            other = {**message, "tool_calls": list(calls)[:-1]}
-            yield (role, "calls", len(calls) > 1), "tool_calls", "messages", [*before, other, *after], tools
+            kind, what, other = (role, "calls", len(calls) > 1), "tool_calls", {"tool_calls": list(calls)[:-1]}
         elif message["content"]:
-            what = f"{role} message" + ("" if role != "system" or not i else " after another message")
-            other = {**message, "content": message["content"] + " ~"}
-            yield (role, "content", i == 0), what, "messages", [*before, other, *after], tools
+            kind, what, other = (role, "content", i == 0), f"{role} message", {"content": message["content"] + " ~"}
+            what += " after another message" if role == "system" and i else ""
+        else:
+            continue
+        yield kind, Dropped(what, "messages"), [*messages[:i], {**message, **other}, *messages[i + 1 :]], options
 
 
 def _checked(messages: Sequence[Message]) -> list[Message]:

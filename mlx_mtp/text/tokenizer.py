@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from mlx_mtp.errors import CheckpointError, OptionError, PromptError, brief, lacking
 from mlx_mtp.text.call_grammar import CallGrammar, Notation, notation
-from mlx_mtp.text.channels import GEMMA, THOUGHTS, CallFormat, ThoughtTokens, overlap, parsed_by
+from mlx_mtp.text.channels import GEMMA, THOUGHTS, CallFormat, ThoughtTokens, without_beginnings
 from mlx_mtp.text.detokenizer import Detokenizer, TokenBytes
 from mlx_mtp.text.template import ChatTemplate
 
@@ -36,7 +36,7 @@ class Tokenizer(ChatTemplate):
 
     def __init__(self, wrapped: Any) -> None:
         super().__init__(wrapped)
-        self._making, self._tables = threading.Lock(), dict[tuple[int, ...], Any]()
+        self._making, self._table = threading.Lock(), cache(partial(_grammar_table, wrapped))
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer | None:
@@ -68,9 +68,8 @@ class Tokenizer(ChatTemplate):
     @cached_property
     def _opening(self) -> list[int]:
         with_it, alone = (self._wrapped.encode("a", add_special_tokens=special) for special in (True, False))
-        places = range(len(with_it) - len(alone) + 1)
-        at = next((at for at in places if with_it[at : at + len(alone)] == alone), 0)
-        return list(with_it[:at])
+        places = (at for at in range(len(with_it)) if with_it[at : at + len(alone)] == alone)
+        return list(with_it[: next(places, 0)])
 
     @cached_property
     def _bytes(self) -> TokenBytes:
@@ -113,9 +112,9 @@ class Tokenizer(ChatTemplate):
             return None
         for opening, closing in THOUGHTS:
             if opened == opening or (opened is None and self.writes(opening)):
-                tokens = [self.encode(marker, special=False) for marker in (opening, closing)]
-                if all(len(one) == 1 for one in tokens):
-                    return ThoughtTokens(tokens[0][0], tokens[1][0], opened is not None)
+                first, last = self.encode(opening, special=False), self.encode(closing, special=False)
+                if len(first) == len(last) == 1:
+                    return ThoughtTokens(first[0], last[0], opened is not None)
         raise OptionError(
             "This checkpoint's thoughts are not marked by tokens of their own, so an answer after them cannot be held "
             "to a grammar; leave thinking out."
@@ -123,11 +122,8 @@ class Tokenizer(ChatTemplate):
 
     def grammar_table(self, vocab_size: int, stop_tokens: Collection[int]) -> Any:
         """What llguidance knows of this tokenizer; made once, which may take seconds. OptionError where it cannot."""
-        stops = sorted(stop_tokens)
         with self._making:
-            if (vocab_size, *stops) not in self._tables:
-                self._tables[vocab_size, *stops] = _grammar_table(self._wrapped, vocab_size, stops)
-            return self._tables[vocab_size, *stops]
+            return self._table(vocab_size, tuple(sorted(stop_tokens)))
 
     def call_format(self, tools: Sequence[Mapping[str, Any]] | None = None) -> CallFormat | None:
         """How the checkpoint writes calls of tools; None where nobody can read them.
@@ -137,7 +133,7 @@ class Tokenizer(ChatTemplate):
         opening = getattr(self._wrapped, "tool_call_start", None)  # mlx-lm's wrapper finds it in the template
         if opening is None or opening == GEMMA.opening:
             return GEMMA if self.writes(GEMMA.opening) else None
-        return CallFormat(opening, self._wrapped.tool_call_end, parsed_by(self._wrapped.tool_parser, tools))
+        return CallFormat(opening, self._wrapped.tool_call_end, self._wrapped.tool_parser, tools)
 
     def call_grammar(self) -> CallGrammar | None:
         """Calls of tools as a grammar; None where nobody can read them, or they are written in no known way."""
@@ -151,12 +147,11 @@ class Tokenizer(ChatTemplate):
 
     def _parts(self, text: str) -> list[str | int]:
         """A text as strings and the ids of tokens that no text can spell."""
-        added = getattr(self._wrapped, "added_tokens_decoder", None) or {}
-        marks = {str(token): number for number, token in added.items() if str(token).strip()}
+        marks = {str(token): int(number) for number, token in self._added.items() if str(token).strip()}
         if not marks:
             return [text]
         found = re.split(f"({'|'.join(map(re.escape, sorted(marks, key=len, reverse=True)))})", text)
-        return [part if part not in marks else int(marks[part]) for part in map(str, found) if part]
+        return [marks.get(part, part) for part in found if part]
 
     @cached_property
     def longest_token(self) -> int:
@@ -170,11 +165,10 @@ class Tokenizer(ChatTemplate):
         return {token for token in (*own, self.turn_end()) if isinstance(token, int)}
 
     def stream(self) -> Detokenizer:
-        """A fresh detokeniser."""
         return Detokenizer(self._bytes)
 
 
-def _grammar_table(wrapped: Any, vocab_size: int, stop_tokens: list[int]) -> Any:
+def _grammar_table(wrapped: Any, vocab_size: int, stop_tokens: tuple[int, ...]) -> Any:
     try:
         from llguidance.hf import from_tokenizer
     except ModuleNotFoundError as error:
@@ -185,7 +179,7 @@ def _grammar_table(wrapped: Any, vocab_size: int, stop_tokens: list[int]) -> Any
     if not stop_tokens or not getattr(inner, "is_fast", False):
         lacks = "no tokenizer.json" if stop_tokens else "no stop token"
         raise OptionError(f"This checkpoint has {lacks}, without which an answer cannot be held to a grammar.")
-    return from_tokenizer(inner, n_vocab=vocab_size, eos_token=stop_tokens, slices=SLICES)
+    return from_tokenizer(inner, n_vocab=vocab_size, eos_token=[*stop_tokens], slices=SLICES)
 
 
 def prompt_ids(
@@ -228,18 +222,12 @@ class StopStrings:
         self.past = 0
         self.found: str | None = None
 
-    @property
-    def hit(self) -> bool:
-        """Whether one was found."""
-        return self.found is not None
-
     def __bool__(self) -> bool:
-        """Whether there is anything to look for."""
         return bool(self._stops)
 
     def feed(self, text: str) -> str:
-        """Text that is safe to show now; after `hit` nothing follows."""
-        if self.hit:
+        """Text that is safe to show now; nothing once one was found."""
+        if self.found is not None:
             return ""
         before = len(self._held)
         self._held += text
@@ -250,11 +238,9 @@ class StopStrings:
             self.found, self.past = self._held[begin:end], end - before
             shown, self._held = self._held[:begin], ""
             return shown
-        keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
-        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        shown, self._held = without_beginnings(self._held, self._stops)
         return shown
 
     def flush(self) -> str:
-        """What was held back, once nothing can follow."""
-        shown, self._held = ("" if self.hit else self._held), ""
+        shown, self._held = self._held, ""
         return shown

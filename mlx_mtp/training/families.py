@@ -16,10 +16,10 @@ import mlx.nn as nn
 from mlx_mtp.checkpoints.atomic import replacing_or_refused
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters, write_checkpoint
 from mlx_mtp.drafters import load_drafter
-from mlx_mtp.drafters.assistant import AssistantConfig, AssistantModel, in_token_order
-from mlx_mtp.drafters.parallel import ParallelConfig, ParallelModel
-from mlx_mtp.drafters.sequential import MOST_MODULES, SequentialConfig, SequentialModel
-from mlx_mtp.drafters.shortlist import with_shortlist
+from mlx_mtp.drafters.assistant import ORDERING, AssistantConfig, AssistantModel, reordered
+from mlx_mtp.drafters.layers import LayersModel, with_shortlist
+from mlx_mtp.drafters.parallel import ParallelModel
+from mlx_mtp.drafters.sequential import MOST_MODULES, SequentialModel
 from mlx_mtp.errors import OptionError
 from mlx_mtp.generation import checks
 from mlx_mtp.generation.cache import FULL, SLIDING
@@ -48,7 +48,7 @@ class DrafterShape:
     drafts: K, for how many it is trained (parallel heads: how many there are beside the target's own). modules: of the
     sequential family; beyond them the last is used again. width: hidden size of an assistant. inner: hidden size of
     the feed-forward layers. None = by the target's size. shortlist: tokens that heads of the sequential and parallel
-    families propose (drafters/shortlist.py), 0 = all; all too where the vocabulary has fewer than twice as many.
+    families propose (drafters/layers.py), 0 = all; all too where the vocabulary has fewer than twice as many.
     """
 
     family: str = "assistant"
@@ -156,13 +156,12 @@ FAMILIES: dict[str, Family] = {
         lambda target, drafts, decay, shortlist: assistant_loss(target, drafts, decay), None,
     ),
     "parallel": Family(
-        describe_parallel, lambda config: ParallelModel(ParallelConfig.from_dict(config)),
+        describe_parallel, ParallelModel.of,
         lambda target, drafts, decay, shortlist: parallel_loss(target, decay, shortlist),
         lambda drafts: joint_parallel_loss(),
     ),
     "sequential": Family(
-        describe_sequential, lambda config: SequentialModel(SequentialConfig.from_dict(config)), sequential_loss,
-        joint_sequential_loss,
+        describe_sequential, SequentialModel.of, sequential_loss, joint_sequential_loss,
     ),
 }  # fmt: skip
 
@@ -219,8 +218,8 @@ def _trainable(module: nn.Module) -> nn.Module:
 def prepared(module: nn.Module, chats: Chats) -> nn.Module:
     """A fresh drafter, its shortlist what is written most, and its last norms a share of the size of the states that
     the head is used to: a head that is sure of nothing yet learns faster."""
-    if isinstance(module, ParallelModel | SequentialModel):
-        for part in module.heads if isinstance(module, ParallelModel) else module.blocks:
+    if isinstance(module, LayersModel):
+        for part in module.parts:
             part.norm.weight = NORM_START * mx.array(chats.size)
         if module.config.shortlist:
             module.shortlist = mx.array(chats.frequent(module.config.shortlist, module.config.vocab_size))
@@ -235,6 +234,6 @@ def write_drafter(folder: Path, config: Mapping[str, Any], module: nn.Module) ->
     """
     weights = named_parameters(module)
     if isinstance(module, AssistantModel) and module.config.centroids:
-        weights = in_token_order(weights)
+        weights = reordered(weights, mx.argsort(weights[ORDERING]))  # the published one
     with replacing_or_refused(folder, "free some disk space and go on") as fresh:
         write_checkpoint(fresh, config, weights)

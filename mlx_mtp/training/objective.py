@@ -132,8 +132,7 @@ def joint_sequential_loss(steps: int) -> Loss:
 
 
 def _states(model: Gemma4Model, tokens: mx.array) -> States:
-    states, _ = model.run(tokens, NoCache(model.config.sliding_window, tokens.shape[0]))
-    return states
+    return model(tokens, NoCache(model.config.sliding_window, tokens.shape[0]))
 
 
 def _on_labels(
