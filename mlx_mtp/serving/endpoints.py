@@ -218,8 +218,8 @@ class Endpoints:
 
     async def prometheus(self, request: Request) -> Response:
         """GET /metrics."""
-        gauges = {
-            "queue_length": self.queue.waiting, "running": self.queue.running, "session_bytes": self._pool.nbytes,
-            "sessions": self._pool.count, "active_memory_bytes": mx.get_active_memory(),
-        }  # fmt: skip
-        return PlainTextResponse(self.metrics.render(gauges), media_type="text/plain; version=0.0.4")
+        text = self.metrics.render(
+            queue_length=self.queue.waiting, running=self.queue.running, session_bytes=self._pool.nbytes,
+            sessions=self._pool.count, active_memory_bytes=mx.get_active_memory(),
+        )  # fmt: skip
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")

@@ -60,7 +60,7 @@ class Gate:
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 path = scope["path"] if scope["path"] in self._routes else "other"
-                self._metrics.answered(path, message["status"])
+                self._metrics.add(**{f'requests_total{{route="{path}",status="{message["status"]}"}}': 1})
             await send(message)
 
         error = self._crowded(scope) or self._stranger(scope) or self._keyless(scope)

@@ -95,11 +95,15 @@ class Replier:
         ticket.progress = "prefill"
         try:
             with closing(self.engine.run(replace(request, session=session, on_prefill=on_prefill))) as events:
-                self.metrics.add("prompt_tokens_total", len(request.ids))
+                self.metrics.add(prompt_tokens_total=len(request.ids))
                 for event in events:
-                    self.metrics.add("generated_tokens_total", len(event.tokens))
+                    self.metrics.add(generated_tokens_total=len(event.tokens))
                     if event.result is not None:
-                        self.metrics.finished(event.result.stats)
+                        stats = event.result.stats
+                        self.metrics.add(cached_tokens_total=stats.prompt_tokens - stats.prefilled_tokens)
+                        self.metrics.add(drafted_tokens_total=stats.drafted, accepted_tokens_total=stats.accepted)
+                        self.metrics.add(prefill_seconds_total=stats.prefill_seconds)
+                        self.metrics.add(decode_seconds_total=stats.decode_seconds)
                     yield event
                     ticket.check()
             known = True

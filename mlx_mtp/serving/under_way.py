@@ -49,10 +49,10 @@ class ReplyResponse(Response):
             if speaking.done():
                 speaking.result()
             else:
-                self._metrics.add("dropped_total")
+                self._metrics.add(dropped_total=1)
         except TimeoutError:
             log.warning("A client took nothing for %g seconds: its reply was dropped.", self._options.stall_seconds)
-            self._metrics.add("dropped_total")
+            self._metrics.add(dropped_total=1)
         finally:
             self._ticket.cancel()
             for task in (speaking, leaving):
