@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.errors import ServerErrorMiddleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -64,7 +64,7 @@ def create_app(engine: Engine, options: ServerOptions, places: int = 32) -> Star
     ]
     if options.origins:  # around the other guards, so that a page can read why it was refused
         guards.insert(0, Middleware(PageGuard, origins=options.origins))
-    handlers: dict[Any, Any] = {RequestError: _refused, HTTPException: _not_found, ClientDisconnect: _gone}
+    handlers: dict[Any, Any] = {RequestError: _refused, HTTPException: _not_found}
     app = Starlette(routes=routes, middleware=guards, lifespan=lifespan, exception_handlers=handlers)
     app.router.redirect_slashes = False  # an address is right or it is not
     app.state.queue, app.state.paths = endpoints.queue, paths
@@ -82,11 +82,6 @@ async def _not_found(request: Request, error: HTTPException) -> Response:
     response = RequestError(message, status=error.status_code, code="unknown_url").response(request.url.path)
     response.headers.update(error.headers or {})
     return response
-
-
-async def _gone(request: Request, error: ClientDisconnect) -> Response:
-    """Nobody hears this."""
-    return RequestError("The client left.").response()
 
 
 async def _failed(request: Request, error: Exception) -> Response:
