@@ -227,10 +227,7 @@ class ChatForm(ChoicesForm):
         return _reason(result, bool(self._calls[index]))
 
     def _logprobs(self, index: int, events: Sequence[Event]) -> Object:
-        most = self._asked.logprobs or 0
-        content = [{**token.as_dict(), "top_logprobs": [top.as_dict() for top in tops]}
-                   for token, tops in scored(self._tokenizer, most, events)]  # fmt: skip
-        return {"content": content, "refusal": None}
+        return {"content": scored(self._tokenizer, self._asked.logprobs or 0, events), "refusal": None}
 
 
 def _reason(result: Result, called: bool) -> str:

@@ -66,13 +66,13 @@ class CompletionForm(ChoicesForm):
         """The older form: lists side by side; offsets count characters. Nothing is known of a text's first token."""
         found, offsets = scored(self._tokenizer, self._asked.logprobs or 0, events), []
         first = int(self._asked.echo and index not in self._offsets)
-        for token, _ in found:
+        for token in found:
             offsets.append(self._offsets[index])
-            self._offsets[index] += len(token.text)
+            self._offsets[index] += len(token["token"])
+        tops = [{top["token"]: top["logprob"] for top in reversed(token["top_logprobs"])} for token in found[first:]]
         return {
-            "tokens": [token.text for token, _ in found],
-            "token_logprobs": [*[None] * first, *(token.logprob for token, _ in found[first:])],
-            "top_logprobs": [*[None] * first, *({top.text: top.logprob for top in reversed(tops)}
-                                                for _, tops in found[first:])] if self._asked.logprobs else None,
+            "tokens": [token["token"] for token in found],
+            "token_logprobs": [*[None] * first, *(token["logprob"] for token in found[first:])],
+            "top_logprobs": [*[None] * first, *tops] if self._asked.logprobs else None,
             "text_offset": offsets,
-        }  # fmt: skip
+        }

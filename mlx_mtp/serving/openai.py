@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, FailFast, Field, ValidationInfo, field_validator
 
 from mlx_mtp.errors import OptionError
-from mlx_mtp.generation.types import Event, Result, Sampling
+from mlx_mtp.generation.types import RANGES, Event, Result, Sampling
 from mlx_mtp.serving.errors import RequestError
 from mlx_mtp.serving.interface import (
     Context,
@@ -37,9 +36,6 @@ from mlx_mtp.version import __version__
 LEAST = -9999.0
 FINGERPRINT = f"mlx-mtp-{__version__}"
 MOST_CHOICES = 128
-SAMPLED = (
-    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
-)  # fmt: skip
 
 
 class SampledBody(GenerationBody):
@@ -53,7 +49,7 @@ class SampledBody(GenerationBody):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
 
-    @field_validator(*SAMPLED)
+    @field_validator(*RANGES)
     @classmethod
     def _in_range(cls, value: float | None, info: ValidationInfo) -> float | None:
         if info.field_name == "top_p" and value == 0:
@@ -66,7 +62,7 @@ class SampledBody(GenerationBody):
 
     def sampling(self, options: ServerOptions, bias: dict[int, float] | None = None) -> Sampling:
         """What is given, over the server's own."""
-        given: dict[str, Any] = self.model_dump(include=set(SAMPLED), exclude_none=True)
+        given: dict[str, Any] = self.model_dump(include=set(RANGES), exclude_none=True)
         if given.get("top_p") == 0:
             del given["top_p"]
             given["temperature"] = 0.0
@@ -144,32 +140,16 @@ class OpenAIBody(SampledBody):
         }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Spelled:
-    """A token as text and, where it is whole characters or a known byte, as bytes; and its logprob."""
+def scored(tokenizer: Tokenizer | None, most: int, events: Iterable[Event]) -> list[Object]:
+    """The tokens of events with their logprobs and the likeliest of their places, `most` at most, in OpenAI's form."""
 
-    text: str
-    data: bytes | None
-    logprob: float
-
-    def as_dict(self) -> Object:
-        """OpenAI's form."""
-        return {"token": self.text, "logprob": self.logprob, "bytes": None if self.data is None else list(self.data)}
-
-
-# A generated token and the likeliest of its place.
-Scored = tuple[Spelled, list[Spelled]]
-
-
-def scored(tokenizer: Tokenizer | None, most: int, events: Iterable[Event]) -> list[Scored]:
-    """The tokens of events with their logprobs and the likeliest of their places, `most` at most."""
-
-    def spelled(token: int, logprob: float) -> Spelled:
+    def spelled(token: int, logprob: float) -> Object:
+        """bytes: None where it is no whole characters and no known byte."""
         text, data = (f"token_id:{token}", None) if tokenizer is None else tokenizer.spell(token)
-        return Spelled(text, data, max(LEAST, logprob))
+        return {"token": text, "logprob": max(LEAST, logprob), "bytes": None if data is None else list(data)}
 
     return [
-        (spelled(token, logprob), [spelled(*other) for other in list(row.items())[:most]])
+        {**spelled(token, logprob), "top_logprobs": [spelled(*other) for other in list(row.items())[:most]]}
         for event in events
         for token, logprob, row in zip(event.tokens, event.logprobs or [],
                                        event.top_logprobs or [{}] * len(event.tokens), strict=True)

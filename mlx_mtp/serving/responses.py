@@ -372,10 +372,7 @@ class ResponsesForm(TypedForm):
     def _logprobs(self, event: Event) -> list[Object]:
         if self._asked.logprobs is None:
             return []
-        return [
-            {**token.as_dict(), "top_logprobs": [top.as_dict() for top in tops]}
-            for token, tops in scored(self._context.tokenizer, self._asked.logprobs, [event])
-        ]
+        return scored(self._context.tokenizer, self._asked.logprobs, [event])
 
     def _ended(self, result: Result) -> Object:
         stats, whole = result.stats, result.finish_reason == "stop"
