@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -19,14 +20,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from mlx_mtp.engine import Engine
-from mlx_mtp.serving.chat import ChatBody
-from mlx_mtp.serving.completions import CompletionBody
+from mlx_mtp.serving.chat import ChatBody, ChatForm
+from mlx_mtp.serving.completions import CompletionBody, CompletionForm
 from mlx_mtp.serving.endpoints import Endpoints
 from mlx_mtp.serving.errors import RequestError, failed
 from mlx_mtp.serving.guards import Gate, PageGuard
-from mlx_mtp.serving.messages import MessagesBody, PromptBody
+from mlx_mtp.serving.messages import MessagesBody, MessagesForm, PromptBody
 from mlx_mtp.serving.options import ServerOptions
-from mlx_mtp.serving.responses import ResponsesBody
+from mlx_mtp.serving.responses import ResponsesBody, ResponsesForm
 
 
 def create_app(engine: Engine, options: ServerOptions, places: int = 32) -> Starlette:
@@ -39,19 +40,20 @@ def create_app(engine: Engine, options: ServerOptions, places: int = 32) -> Star
         yield
         await endpoints.close()
 
+    answers, count = endpoints.answers, endpoints.count
     routes = [
-        Route("/v1/chat/completions", endpoints.replies(ChatBody), methods=["POST"]),
-        Route("/v1/completions", endpoints.replies(CompletionBody), methods=["POST"]),
-        Route("/v1/responses", endpoints.replies(ResponsesBody), methods=["POST"]),
-        Route("/v1/responses/input_tokens", endpoints.counts(ResponsesBody), methods=["POST"]),
+        Route("/v1/chat/completions", endpoints.replies(ChatBody, ChatForm), methods=["POST"]),
+        Route("/v1/completions", endpoints.replies(CompletionBody, CompletionForm), methods=["POST"]),
+        Route("/v1/responses", endpoints.replies(ResponsesBody, ResponsesForm), methods=["POST"]),
+        Route("/v1/responses/input_tokens", answers(partial(count, ResponsesBody)), methods=["POST"]),
         Route("/v1/responses/{name}", endpoints.response, methods=["GET", "DELETE"]),
         Route("/v1/responses/{name}/input_items", endpoints.input_items, methods=["GET"]),
-        Route("/v1/messages", endpoints.replies(MessagesBody), methods=["POST"]),
-        Route("/v1/messages/count_tokens", endpoints.counts(PromptBody), methods=["POST"]),
+        Route("/v1/messages", endpoints.replies(MessagesBody, MessagesForm), methods=["POST"]),
+        Route("/v1/messages/count_tokens", answers(partial(count, PromptBody)), methods=["POST"]),
         Route("/v1/models", endpoints.models, methods=["GET"]),
         Route("/v1/models/{name:path}", endpoints.model, methods=["GET"]),
-        Route("/tokenize", endpoints.tokenize, methods=["POST"]),
-        Route("/detokenize", endpoints.detokenize, methods=["POST"]),
+        Route("/tokenize", answers(endpoints.tokenize), methods=["POST"]),
+        Route("/detokenize", answers(endpoints.detokenize), methods=["POST"]),
         Route("/", endpoints.page, methods=["GET"]),
         Route("/health", endpoints.health, methods=["GET"]),
         Route("/metrics", endpoints.prometheus, methods=["GET"]),

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, FailFast, Field
 
-from mlx_mtp.generation.types import Event, Result
+from mlx_mtp.generation.types import Event
 from mlx_mtp.serving.body import as_json
+from mlx_mtp.serving.conversation import Conversation, Messages, filled
 from mlx_mtp.serving.errors import RequestError
-from mlx_mtp.serving.interface import Context, Generation, Messages, Object, identifier, result_of, thinks
+from mlx_mtp.serving.interface import Context, Generation, Object, identifier, thinks
 from mlx_mtp.serving.openai import ChoicesForm, OpenAIBody, scored
-from mlx_mtp.serving.schema import CACHING, Arguments, Part, Schema, ToolName, Whole, call, only, parts
-from mlx_mtp.serving.tools import Chosen, Function, Named, OfFunction, Word, in_words, offered
+from mlx_mtp.serving.schema import CACHING, Arguments, Part, Schema, ToolName, Whole, only, parts
+from mlx_mtp.serving.tools import Function, Named, OfFunction, Word, in_words, offered
+from mlx_mtp.text.call_grammar import ToolChoice
 from mlx_mtp.text.channels import ToolCall
 
 
@@ -93,9 +94,9 @@ class NamedTool(OfFunction):
     function: Named
 
     @property
-    def chosen(self) -> Chosen:
+    def chosen(self) -> ToolChoice:
         """This one."""
-        return [self.function.name], "one"
+        return ToolChoice([self.function.name], required=True, several=False)
 
 
 class Allowed(Schema):
@@ -112,9 +113,10 @@ class AllowedTools(Schema):
     allowed_tools: Allowed
 
     @property
-    def chosen(self) -> Chosen:
+    def chosen(self) -> ToolChoice:
         """These."""
-        return [tool.function.name for tool in self.allowed_tools.tools], self.allowed_tools.mode
+        allowed = self.allowed_tools
+        return ToolChoice([tool.function.name for tool in allowed.tools], allowed.mode == "required")
 
 
 Choice = Annotated[Word | NamedTool | AllowedTools, Field(discriminator="type")]
@@ -158,38 +160,25 @@ class ChatBody(OpenAIBody):
         return Generation(
             messages=for_template(self.messages), effort=effort, thinking=thinks(effort, switch),
             logprobs=self.top_logprobs if self.logprobs else None, **self.common(context),
-            **offered([tool.function for tool in self.tools], self.tool_choice, self.parallel_tool_calls),
+            **offered([tool.function for tool in self.tools], self.tool_choice.chosen, self.parallel_tool_calls),
         )  # fmt: skip
-
-    def form(self, context: Context, asked: Generation) -> ChatForm:
-        return ChatForm(self, context, asked)
 
 
 def for_template(messages: list[Said | Replied | Answered]) -> Messages:
-    """Messages as chat templates take them: parts of text as lines of one, a tool's answer with the name of its call.
-
-    Whether a template takes these roles in this order is its own affair.
-    """
-    found, tools = [], dict[str, str]()
+    """Messages as chat templates take them: parts of text as lines of one."""
+    found = Conversation()
     for i, said in enumerate(messages):
-        texts = [text for part in said.content for text in (part.text, part.refusal) if text]
-        one: dict[str, Any] = {"role": "system" if said.role == "developer" else said.role}
-        one |= {"name": said.name} if said.name else {}
-        if isinstance(said, Replied):
-            texts += [said.refusal] if said.refusal else []
-            if thought := said.reasoning_content or said.reasoning:
-                one["reasoning_content"] = thought
-            if said.tool_calls:
-                one["tool_calls"] = [call(made.id, made.function.name, made.function.arguments)
-                                     for made in said.tool_calls]  # fmt: skip
-            tools |= {made.id: made.function.name for made in said.tool_calls}
+        text = "\n".join(text for part in said.content for text in (part.text, part.refusal) if text)
         if isinstance(said, Answered):
-            if not (name := said.name or tools.get(said.tool_call_id)):
-                raise RequestError("tool_call_id names no call of a tool in an earlier message.",
-                                   param=f"messages[{i}].tool_call_id")  # fmt: skip
-            one |= {"name": name, "tool_call_id": said.tool_call_id}
-        found.append(one | {"content": "\n".join(texts)})
-    return found
+            found.answer(said.tool_call_id, text, f"messages[{i}].tool_call_id", said.name)
+        elif isinstance(said, Replied):
+            text = "\n".join(filter(None, [text, said.refusal]))
+            found.add("assistant", text, name=said.name, reasoning_content=said.reasoning_content or said.reasoning)
+            for made in said.tool_calls:
+                found.call(made.id, made.function.name, made.function.arguments)
+        else:
+            found.add(said.role, text, name=said.name)
+    return found.messages
 
 
 class ChatForm(ChoicesForm):
@@ -198,45 +187,29 @@ class ChatForm(ChoicesForm):
     prefix, whole_kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
     empty: ClassVar[Object] = {"delta": {}}
 
-    def __init__(self, body: ChatBody, context: Context, asked: Generation) -> None:
-        super().__init__(body, context, asked)
-        self._calls = Counter[int]()  # of each choice, streamed
-
-    def begin(self, prompt_tokens: int) -> Iterable[Object]:
-        return [self.chunk(i, {"delta": {"role": "assistant", "content": ""}}) for i in range(self._asked.choices)]
+    def begin(self, prompt_tokens: int) -> list[Object]:
+        return [self.chunk(i, {"delta": {"role": "assistant", "content": ""}}) for i in range(self.asked.choices)]
 
     def _choice(self, index: int, events: Sequence[Event]) -> Object:
         text, thinking = "".join(e.content for e in events), "".join(e.thinking for e in events)
         calls = [made(one) for event in events for one in event.calls]
         message: Object = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
-        message |= _filled(reasoning_content=thinking, tool_calls=calls)
-        return {"message": message, "finish_reason": _reason(result_of(events), bool(calls))}
+        self._called[index] = len(calls)
+        return {"message": message | filled(reasoning_content=thinking, tool_calls=calls)}
 
     def _parts(self, index: int, event: Event) -> Iterator[Object]:
         if event.thinking or event.content:
-            yield {"delta": _filled(reasoning_content=event.thinking, content=event.content)}
+            yield {"delta": filled(reasoning_content=event.thinking, content=event.content)}
         for one in event.calls:
-            number, whole = self._calls[index], made(one)
-            self._calls[index] += 1
+            number, whole = self._called[index], made(one)
+            self._called[index] += 1
             function, arguments = whole["function"], whole["function"]["arguments"]
             head = {"index": number, **whole, "function": function | {"arguments": ""}}
             yield {"delta": {"tool_calls": [head]}}
             yield {"delta": {"tool_calls": [{"index": number, "function": {"arguments": arguments}}]}}
 
-    def _reason(self, index: int, result: Result) -> str:
-        return _reason(result, bool(self._calls[index]))
-
     def _logprobs(self, index: int, events: Sequence[Event]) -> Object:
-        return {"content": scored(self._tokenizer, self._asked.logprobs or 0, events), "refusal": None}
-
-
-def _reason(result: Result, called: bool) -> str:
-    """Why a reply ended; one that its length ended may lack a call."""
-    return "tool_calls" if called and result.finish_reason == "stop" else result.finish_reason
-
-
-def _filled(**fields: Any) -> Object:
-    return {name: value for name, value in fields.items() if value}
+        return {"content": scored(self._context.tokenizer, self.asked.logprobs or 0, events), "refusal": None}
 
 
 def arguments_of(call: ToolCall) -> str:

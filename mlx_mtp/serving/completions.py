@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, PlainValidator
 
 from mlx_mtp.generation.types import Event
-from mlx_mtp.serving.interface import Context, Generation, Object, result_of
+from mlx_mtp.serving.interface import Context, Generation, Object
 from mlx_mtp.serving.openai import ChoicesForm, OpenAIBody, scored
 from mlx_mtp.serving.schema import Whole, fault, only
 
@@ -41,9 +41,6 @@ class CompletionBody(OpenAIBody):
         return Generation(prompts=self.prompt, echo=self.echo, suffix=self.suffix or None, logprobs=self.logprobs,
                           **self.common(context))  # fmt: skip
 
-    def form(self, context: Context, asked: Generation) -> CompletionForm:
-        return CompletionForm(self, context, asked)
-
 
 class CompletionForm(ChoicesForm):
     """A text a choice."""
@@ -56,7 +53,7 @@ class CompletionForm(ChoicesForm):
         self._offsets = Counter[int]()  # characters of each choice's tokens so far
 
     def _choice(self, index: int, events: Sequence[Event]) -> Object:
-        return {"text": "".join(event.content for event in events), "finish_reason": result_of(events).finish_reason}
+        return {"text": "".join(event.content for event in events)}
 
     def _parts(self, index: int, event: Event) -> Iterator[Object]:
         if event.content:
@@ -64,8 +61,8 @@ class CompletionForm(ChoicesForm):
 
     def _logprobs(self, index: int, events: Sequence[Event]) -> Object:
         """The older form: lists side by side; offsets count characters. Nothing is known of a text's first token."""
-        found, offsets = scored(self._tokenizer, self._asked.logprobs or 0, events), []
-        first = int(self._asked.echo and index not in self._offsets)
+        found, offsets = scored(self._context.tokenizer, self.asked.logprobs or 0, events), []
+        first = int(self.asked.echo and index not in self._offsets)
         for token in found:
             offsets.append(self._offsets[index])
             self._offsets[index] += len(token["token"])
@@ -73,6 +70,6 @@ class CompletionForm(ChoicesForm):
         return {
             "tokens": [token["token"] for token in found],
             "token_logprobs": [*[None] * first, *(token["logprob"] for token in found[first:])],
-            "top_logprobs": [*[None] * first, *tops] if self._asked.logprobs else None,
+            "top_logprobs": [*[None] * first, *tops] if self.asked.logprobs else None,
             "text_offset": offsets,
         }

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
 from importlib.resources import files
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import mlx.core as mx
 from pydantic import Field
@@ -18,7 +18,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from mlx_mtp.engine import Engine
 from mlx_mtp.serving.body import read_body
 from mlx_mtp.serving.errors import RequestError, told
-from mlx_mtp.serving.interface import Context, GenerationBody, Object, now
+from mlx_mtp.serving.interface import Context, Form, GenerationBody, Object, now
 from mlx_mtp.serving.metrics import Metrics
 from mlx_mtp.serving.options import ServerOptions
 from mlx_mtp.serving.queue import ReplyQueue
@@ -39,6 +39,7 @@ PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+Found = TypeVar("Found")
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -77,42 +78,34 @@ class Endpoints:
             pool.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.queue.stop)
 
-    def replies(self, schema: type[GenerationBody]) -> Endpoint:
+    def replies(self, schema: type[GenerationBody], form_of: type[Form]) -> Endpoint:
         """An endpoint that answers requests of one interface."""
 
         async def endpoint(request: Request) -> Response:
             data, dropped = await self._data(request), list[str]()
-            run_in = asyncio.get_running_loop().run_in_executor
-            body = await run_in(self._small, self._read, data, schema, dropped)
-            asked = await run_in(self._small, body.generation, self._context)
-            form, ticket = body.form(self._context, asked), self.queue.reserve()
 
-            async def begin() -> int:
-                prepared = await run_in(self._threads(data), self._replier.prepare, asked)
-                self.queue.submit(ticket, partial(self._replier.reply, asked, prepared, body.stream, form, ticket))
-                return len(prepared[0].ids)
+            def read() -> Form:
+                body = self._read(data, schema, dropped)
+                return form_of(body, self._context, body.generation(self._context))
 
-            def waits_for() -> str:
-                return ticket.progress or f"waiting, {self.queue.before(ticket)} before you"
+            form, ticket = await _told(self._small, read), self.queue.reserve()
 
-            return ReplyResponse(ticket, form, body.stream, begin, waits_for, self._options, self.metrics, dropped)
+            async def begin() -> list[Object]:
+                requests = await _told(self._threads(data), partial(self._replier.prepare, form.asked))
+                opening = form.begin(len(requests[0].ids))
+                self.queue.submit(ticket, partial(self._replier.reply, form, requests, ticket))
+                return opening
+
+            return ReplyResponse(ticket, form, begin, self._options, self.metrics, dropped)
 
         return endpoint
 
-    def counts(self, schema: type[GenerationBody]) -> Endpoint:
-        """An endpoint that counts the tokens of a request's prompt."""
-
-        def counted(data: bytes) -> int:
-            try:
-                [ids] = self._replier.prompts(self._read(data, schema, []).generation(self._context))
-                return len(ids)
-            except BaseException as error:  # a tokenizer's panic is no Exception
-                raise told(error) from None
+    def answers(self, work: Callable[[bytes], Object]) -> Endpoint:
+        """An endpoint whose answer is worked out of a body alone."""
 
         async def endpoint(request: Request) -> Response:
             data = await self._data(request)
-            count = await asyncio.get_running_loop().run_in_executor(self._threads(data), counted, data)
-            return JSONResponse({"object": "response.input_tokens", "input_tokens": count})
+            return JSONResponse(await _told(self._threads(data), partial(work, data)))
 
         return endpoint
 
@@ -151,31 +144,24 @@ class Endpoints:
         ends = {"first_id": items[0].get("id"), "last_id": items[-1].get("id")}
         return JSONResponse({"object": "list", "data": items, "has_more": False, **ends})
 
-    async def tokenize(self, request: Request) -> Response:
+    def count(self, schema: type[GenerationBody], data: bytes) -> Object:
+        """The tokens of a request's prompt."""
+        [ids] = self._replier.prompts(self._read(data, schema, []).generation(self._context))
+        return {"object": "response.input_tokens", "input_tokens": len(ids)}
+
+    def tokenize(self, data: bytes) -> Object:
         """POST /tokenize."""
+        body, tokenizer = self._read(data, TokenizeBody, []), self._tokenizer()
+        text = body.content if body.prompt is None else body.prompt
+        if text is None:
+            raise RequestError("prompt: the field is required.", param="prompt")
+        ids = tokenizer.encode(text, body.add_special_tokens)
+        return {"tokens": ids, "count": len(ids), "max_model_len": self._engine.max_context}
 
-        def tokenized(data: bytes) -> Object:
-            body, tokenizer = self._read(data, TokenizeBody, []), self._tokenizer()
-            text = body.content if body.prompt is None else body.prompt
-            if text is None:
-                raise RequestError("prompt: the field is required.", param="prompt")
-            ids = tokenizer.encode(text, body.add_special_tokens)
-            return {"tokens": ids, "count": len(ids), "max_model_len": self._engine.max_context}
-
-        return await self._worked_out(request, tokenized)
-
-    async def detokenize(self, request: Request) -> Response:
+    def detokenize(self, data: bytes) -> Object:
         """POST /detokenize."""
-
-        def text(data: bytes) -> Object:
-            found = self._tokenizer().decode(self._read(data, DetokenizeBody, []).tokens)
-            return {"prompt": found, "content": found}
-
-        return await self._worked_out(request, text)
-
-    async def _worked_out(self, request: Request, work: Callable[[bytes], Object]) -> Response:
-        data = await self._data(request)
-        return JSONResponse(await asyncio.get_running_loop().run_in_executor(self._threads(data), work, data))
+        text = self._tokenizer().decode(self._read(data, DetokenizeBody, []).tokens)
+        return {"prompt": text, "content": text}
 
     def _tokenizer(self) -> Tokenizer:
         if self._engine.tokenizer is None:
@@ -223,3 +209,15 @@ class Endpoints:
             sessions=self._pool.count, active_memory_bytes=mx.get_active_memory(),
         )  # fmt: skip
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+
+async def _told(threads: ThreadPoolExecutor, work: Callable[[], Found]) -> Found:
+    """Work in a thread; RequestError for whatever it raises."""
+
+    def run() -> Found:
+        try:
+            return work()
+        except BaseException as error:  # a tokenizer's panic is no Exception
+            raise told(error) from None
+
+    return await asyncio.get_running_loop().run_in_executor(threads, run)

@@ -8,27 +8,16 @@ are several.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, FailFast, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, FailFast, Field
 
-from mlx_mtp.errors import OptionError
-from mlx_mtp.generation.types import RANGES, Event, Result, Sampling
+from mlx_mtp.generation.types import Event, Result
 from mlx_mtp.serving.errors import RequestError
-from mlx_mtp.serving.interface import (
-    Context,
-    Form,
-    Generation,
-    GenerationBody,
-    Object,
-    identifier,
-    limited,
-    now,
-    result_of,
-)
-from mlx_mtp.serving.options import ServerOptions
-from mlx_mtp.serving.schema import CACHING, JsonSchema, Part, Schema, Tokens, Whole, fault, parts
+from mlx_mtp.serving.interface import Context, Form, Generation, GenerationBody, Object, identifier, now
+from mlx_mtp.serving.schema import CACHING, JsonSchema, Part, Schema, Tokens, Whole, parts
 from mlx_mtp.text.tokenizer import Tokenizer
 from mlx_mtp.version import __version__
 
@@ -36,37 +25,6 @@ from mlx_mtp.version import __version__
 LEAST = -9999.0
 FINGERPRINT = f"mlx-mtp-{__version__}"
 MOST_CHOICES = 128
-
-
-class SampledBody(GenerationBody):
-    """How tokens are chosen, under the names that all interfaces have."""
-
-    temperature: float | None = None
-    top_k: Whole | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-
-    @field_validator(*RANGES)
-    @classmethod
-    def _in_range(cls, value: float | None, info: ValidationInfo) -> float | None:
-        if info.field_name == "top_p" and value == 0:
-            return value  # nothing but the likeliest token
-        try:
-            Sampling(**{str(info.field_name): value})  # type: ignore[arg-type]
-        except OptionError as error:
-            raise fault(str(error).removeprefix(f"{info.field_name} ").rstrip(".")) from None
-        return value
-
-    def sampling(self, options: ServerOptions, bias: dict[int, float] | None = None) -> Sampling:
-        """What is given, over the server's own."""
-        given: dict[str, Any] = self.model_dump(include=set(RANGES), exclude_none=True)
-        if given.get("top_p") == 0:
-            del given["top_p"]
-            given["temperature"] = 0.0
-        return Sampling(**given, logit_bias=bias or None).over(options.sampling)
 
 
 class ResponseFormat(Schema):
@@ -100,7 +58,7 @@ class Prediction(Schema):
     content: Annotated[list[Part], FailFast(), BeforeValidator(parts)]
 
 
-class OpenAIBody(SampledBody):
+class OpenAIBody(GenerationBody):
     """What both endpoints take."""
 
     ignored = CACHING | {
@@ -125,16 +83,17 @@ class OpenAIBody(SampledBody):
 
     def common(self, context: Context) -> dict[str, Any]:
         """What both endpoints ask for."""
-        options, old, new = context.options, self.max_tokens, self.max_completion_tokens
+        old, new = self.max_tokens, self.max_completion_tokens
         if self.stream_options and not self.stream:
             raise RequestError("stream_options are only for a request with stream true.", param="stream_options")
         if old and new and old != new:
             raise RequestError(f"max_tokens and max_completion_tokens differ ({old}, {new}); give one of them.",
                                param="max_tokens")  # fmt: skip
+        bias = {int(token): added for token, added in self.logit_bias.items()}
+        chosen = self.resolved(context.options, new or old, "max_completion_tokens" if new else "max_tokens", bias)
         return {
-            "max_tokens": limited(new or old, options, "max_completion_tokens" if new else "max_tokens"),
-            "sampling": self.sampling(options, {int(token): added for token, added in self.logit_bias.items()}),
-            "stop": self.stop, "seed": options.seed if self.seed is None else self.seed % 2**64, "choices": self.n,
+            **chosen, "seed": chosen["seed"] if self.seed is None else self.seed % 2**64,
+            "stop": self.stop, "choices": self.n,
             "json_schema": self.response_format and self.response_format.schema_of(),
             "prediction": "".join(part.text for part in self.prediction.content) if self.prediction else "",
         }  # fmt: skip
@@ -166,8 +125,10 @@ class ChoicesForm(Form):
     done = "data: [DONE]\n\n"
 
     def __init__(self, body: OpenAIBody, context: Context, asked: Generation) -> None:
-        self._asked, self._tokenizer, self._options = asked, context.tokenizer, body.stream_options or StreamOptions()
+        super().__init__(body, context, asked)
+        self._options = body.stream_options or StreamOptions()
         self._several = asked.choices * len(asked.prompts) > 1
+        self._called, self._results = Counter[int](), list[Result]()  # calls of each choice so far; finished ones
         self._frame: Object = {
             "id": identifier(f"{self.prefix}-"), "created": now(), "model": context.options.model,
             "system_fingerprint": FINGERPRINT,
@@ -175,7 +136,7 @@ class ChoicesForm(Form):
 
     @abstractmethod
     def _choice(self, index: int, events: Sequence[Event]) -> Object:
-        """The fields of a choice that hold a whole reply, the reason of its end too."""
+        """The fields of a choice that hold a whole reply."""
 
     @abstractmethod
     def _parts(self, index: int, event: Event) -> Iterator[Object]:
@@ -185,16 +146,13 @@ class ChoicesForm(Form):
     def _logprobs(self, index: int, events: Sequence[Event]) -> Object:
         """Of the tokens of events."""
 
-    def _reason(self, index: int, result: Result) -> str:
-        """Why a streamed reply ended."""
-        return result.finish_reason
-
     def whole(self, replies: Sequence[Sequence[Event]]) -> Object:
-        results = [result_of(events) for events in replies]
+        results = [event.result for events in replies for event in events if event.result]
         choices = [
-            {"index": i, **self._choice(i, events), "logprobs": self._scores(i, events)} | self._stats(results[i], True)
-            for i, events in enumerate(replies)
-        ]
+            {"index": i, **self._choice(i, events), "finish_reason": self._reason(i, result),
+             "logprobs": self._scores(i, events), **self._stats(result, True)}
+            for i, (events, result) in enumerate(zip(replies, results, strict=True))
+        ]  # fmt: skip
         return {
             **self._frame, "object": self.whole_kind, "choices": choices, "usage": self._usage(results),
             **self._stats(results[0], False),
@@ -211,14 +169,15 @@ class ChoicesForm(Form):
             if scores:
                 yield self.chunk(index, self.empty, scores)
             if event.result is not None:
+                self._results.append(event.result)
                 chunk = self.chunk(index, self.empty, None, self._reason(index, event.result))
                 chunk["choices"][0] |= self._stats(event.result, True)
                 yield chunk | self._stats(event.result, False)
 
-    def end(self, results: Sequence[Result]) -> Iterable[Object]:
+    def end(self) -> Iterable[Object]:
         """The usage, where it was asked for, in a chunk of its own."""
         if self._options.include_usage:
-            yield {**self._frame, "object": self.chunk_kind, "choices": [], "usage": self._usage(results)}
+            yield {**self._frame, "object": self.chunk_kind, "choices": [], "usage": self._usage(self._results)}
 
     def chunk(self, index: int, part: Object, scores: Object | None = None, reason: str | None = None) -> Object:
         """A chunk with one choice."""
@@ -226,16 +185,20 @@ class ChoicesForm(Form):
         usage = {"usage": None} if self._options.include_usage else {}
         return {**self._frame, "object": self.chunk_kind, "choices": [found], **usage}
 
+    def _reason(self, index: int, result: Result) -> str:
+        """Why a reply ended; one that its length ended may lack a call."""
+        return "tool_calls" if self._called[index] and result.finish_reason == "stop" else result.finish_reason
+
     def _stats(self, result: Result, in_choice: bool) -> Object:
         return {"stats": result.stats.as_dict()} if in_choice == self._several else {}
 
     def _scores(self, index: int, events: Sequence[Event]) -> Object | None:
-        return None if self._asked.logprobs is None else self._logprobs(index, events)
+        return None if self.asked.logprobs is None else self._logprobs(index, events)
 
     def _usage(self, results: Sequence[Result]) -> Object:
         """Token counts; a prompt with several replies counts once."""
         stats = [result.stats for result in results]
-        firsts = stats[:: self._asked.choices]
+        firsts = stats[:: self.asked.choices]
         prompt, written = sum(one.prompt_tokens for one in firsts), sum(one.tokens for one in stats)
         accepted = sum(one.accepted for one in stats)
         return {

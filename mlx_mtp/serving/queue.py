@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
-from queue import SimpleQueue
 from typing import Any
 
 from mlx_mtp.serving.errors import RequestError, stopping, told
@@ -34,10 +33,15 @@ class Ticket:
     progress: how far the work has come, in words; "" before it began. over: done, or nobody waits for it any more.
     """
 
-    def __init__(self) -> None:
-        self.progress, self.over = "", False
+    def __init__(self, queue: ReplyQueue) -> None:
+        self.progress, self.over, self._queue = "", False, queue
         self._loop = asyncio.get_running_loop()
         self._items = asyncio.Queue[Item | RequestError | None]()
+
+    @property
+    def waits_for(self) -> str:
+        """Why nothing comes, in words."""
+        return self.progress or f"waiting, {self._queue.before(self)} before you"
 
     def cancel(self) -> None:
         """Nobody waits for this any more: the thread drops it at its next look."""
@@ -79,17 +83,10 @@ class ReplyQueue:
 
     def __init__(self, places: int = 32) -> None:
         self.places, self._mean_seconds = places, 1.0
-        self._stopping = False
+        self.alive = True  # whether work is taken
         self._tickets: list[Ticket] = []  # in order of arrival; only the event loop changes it
         self._running: Ticket | None = None
-        self._ready = SimpleQueue[tuple[Ticket, Callable[[], Iterable[Item]]] | None]()
-        self._thread = threading.Thread(target=self._main, name="mlx-mtp-replies", daemon=True)
-        self._thread.start()
-
-    @property
-    def alive(self) -> bool:
-        """Whether work is taken."""
-        return not self._stopping and self._thread.is_alive()
+        self._thread = ThreadPoolExecutor(1, "mlx-mtp-replies")
 
     @property
     def waiting(self) -> int:
@@ -108,7 +105,7 @@ class ReplyQueue:
 
     def reserve(self) -> Ticket:
         """A place in the queue, kept until the ticket is over; in the event loop. RequestError where there is none."""
-        if self._stopping:
+        if not self.alive:
             raise stopping()
         self._tickets = [ticket for ticket in self._tickets if not ticket.over]
         # The thread may not have taken up the first one yet; that one does not wait, it is about to run.
@@ -118,41 +115,33 @@ class ReplyQueue:
                 f"{self.places} requests are waiting already, which is the most; try again later.",
                 status=429, code="queue_full", retry_after=min(LONGEST_RETRY, max(SHORTEST_RETRY, seconds)),
             )  # fmt: skip
-        ticket = Ticket()
+        ticket = Ticket(self)
         self._tickets = [*self._tickets, ticket]
         return ticket
 
     def submit(self, ticket: Ticket, work: Callable[[], Iterable[Item]]) -> None:
         """Brings the work of a ticket that `reserve` gave."""
-        if self._stopping:
+        if not self.alive:
             raise stopping()
-        self._ready.put((ticket, work))
+        self._thread.submit(self._write, ticket, work)
 
     def refuse(self) -> None:
         """Takes no more work and ends what there is with an error; from any thread, and without waiting."""
-        self._stopping = True
+        self.alive = False
         for ticket in self._tickets:
             ticket.cancel()
             ticket.post(stopping())
-        self._ready.put(None)
 
-    def stop(self, seconds: float = 10.0) -> None:
-        """`refuse`, and waits for the thread to end, at most so long."""
+    def stop(self) -> None:
+        """`refuse`, and waits for the round under way to end."""
         self.refuse()
-        self._thread.join(seconds)
-
-    def _main(self) -> None:
-        while (ready := self._ready.get()) is not None:
-            ticket, work = ready
-            if not ticket.over:
-                self._running = ticket
-                self._write(ticket, work)
-                self._running = None
-            del ready, ticket, work  # whatever they hold must not wait for the next ones
+        self._thread.shutdown()
 
     def _write(self, ticket: Ticket, work: Callable[[], Iterable[Item]]) -> None:
         """Does one piece of work; whatever becomes of it, the thread goes on."""
-        began = time.perf_counter()
+        if ticket.over:
+            return
+        self._running, began = ticket, time.perf_counter()
         try:
             for item in work():
                 ticket.post(item)
@@ -163,3 +152,4 @@ class ReplyQueue:
             ticket.post(told(error))
         ticket.cancel()
         ticket.post(None)
+        self._running = None

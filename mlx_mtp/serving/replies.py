@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import chain
@@ -14,8 +14,9 @@ from mlx_mtp.engine import Engine
 from mlx_mtp.errors import MLXMTPError
 from mlx_mtp.generation.request import GenerationRequest
 from mlx_mtp.generation.types import Event
-from mlx_mtp.serving.errors import MOST_MESSAGE, RequestError, told
-from mlx_mtp.serving.interface import Form, Generation, Messages, Object, result_of
+from mlx_mtp.serving.conversation import Messages
+from mlx_mtp.serving.errors import MOST_MESSAGE, RequestError
+from mlx_mtp.serving.interface import Form, Generation, Object
 from mlx_mtp.serving.metrics import Metrics
 from mlx_mtp.serving.queue import Cancelled, Ticket
 from mlx_mtp.serving.schema import UNSUPPORTED
@@ -32,19 +33,16 @@ class Replier:
         self.engine, self.pool, self.metrics = engine, pool, metrics
 
     def prepare(self, asked: Generation) -> list[GenerationRequest]:
-        """The engine's requests, one a reply. Whatever can be refused before its turn raises a RequestError here.
+        """The engine's requests, one a reply. Whatever can be refused before its turn raises an MLXMTPError here.
 
         In any thread, also while a reply is written: only the tokenizer and plain values are used.
         """
-        try:
-            found: list[GenerationRequest] = []
-            for ids in self.prompts(asked):
-                first = self._request(asked, ids, None if asked.seed is None else (asked.seed + len(found)) % 2**64)
-                # Checked, and its grammar compiled, once; the others differ by their seeds alone.
-                found += [first, *(replace(first, seed=(first.seed + i) % 2**64) for i in range(1, asked.choices))]
-            return found
-        except BaseException as error:  # a tokenizer's panic is no Exception
-            raise told(error) from None
+        found: list[GenerationRequest] = []
+        for ids in self.prompts(asked):
+            first = self._request(asked, ids, None if asked.seed is None else (asked.seed + len(found)) % 2**64)
+            # Checked, and its grammar compiled, once; the others differ by their seeds alone.
+            found += [first, *(replace(first, seed=(first.seed + i) % 2**64) for i in range(1, asked.choices))]
+        return found
 
     def _request(self, asked: Generation, ids: list[int], seed: int | None) -> GenerationRequest:
         request = self.engine.request(
@@ -55,24 +53,18 @@ class Replier:
         )  # fmt: skip
         return self.engine.after_thought(request, asked.thinking)
 
-    def reply(
-        self, asked: Generation, requests: Sequence[GenerationRequest], streamed: bool, form: Form, ticket: Ticket
-    ) -> Generator[Object, None, None]:
+    def reply(self, form: Form, requests: Sequence[GenerationRequest], ticket: Ticket) -> Generator[Object, None, None]:
         """The response to prepared requests, its chunks where it is streamed; Cancelled if nobody waits for it."""
-        replies: list[list[Event]] = []
+        asked, replies = form.asked, list[list[Event]]()
         for i, request in enumerate(requests):
-            replies.append([])
             if not i % asked.choices:
                 before = [self._echoed(asked, i // asked.choices, request, ticket)] if asked.echo else []
             with closing(self._events(request, ticket)) as events:
-                if streamed:
-                    yield from form.chunks(i, _kept_last(chain(before, events), replies[i]))
+                if form.streamed:
+                    yield from form.chunks(i, chain(before, events))
                 else:
-                    replies[i] += chain(before, events)
-        if streamed:
-            yield from form.end([result_of(one) for one in replies])
-        else:
-            yield form.whole(replies)
+                    replies.append([*before, *events])
+        yield from form.end() if form.streamed else [form.whole(replies)]
 
     def _echoed(self, asked: Generation, index: int, request: GenerationRequest, ticket: Ticket) -> Event:
         """A prompt as the beginning of what is returned."""
@@ -166,13 +158,6 @@ class Replier:
         if len(ids) >= self.engine.max_context:
             raise _too_long(self.engine.max_context, str(len(ids)), param)
         return ids
-
-
-def _kept_last(events: Iterable[Event], into: list[Event]) -> Iterator[Event]:
-    """The same events; the last one also goes into a list."""
-    for event in events:
-        into[:] = [event]
-        yield event
 
 
 def _without_strict(tool: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, FailFast, Field
@@ -10,22 +10,14 @@ from pydantic import BeforeValidator, FailFast, Field
 from mlx_mtp.generation.types import Event, Result
 from mlx_mtp.serving.body import strict
 from mlx_mtp.serving.chat import Effort, arguments_of
+from mlx_mtp.serving.conversation import Conversation, Messages
 from mlx_mtp.serving.errors import RequestError
-from mlx_mtp.serving.interface import (
-    Context,
-    Generation,
-    Messages,
-    Object,
-    TypedForm,
-    identifier,
-    limited,
-    now,
-    thinks,
-)
-from mlx_mtp.serving.openai import SampledBody, scored
-from mlx_mtp.serving.schema import CACHING, Arguments, JsonSchema, Schema, Tokens, ToolName, Whole, call, only
+from mlx_mtp.serving.interface import Context, Generation, GenerationBody, Object, TypedForm, identifier, now, thinks
+from mlx_mtp.serving.openai import scored
+from mlx_mtp.serving.schema import CACHING, Arguments, JsonSchema, Schema, Tokens, ToolName, Whole, only
 from mlx_mtp.serving.store import Items, Stored
-from mlx_mtp.serving.tools import Chosen, Function, Named, OfFunction, Word, in_words, offered
+from mlx_mtp.serving.tools import Function, Named, OfFunction, Word, in_words, offered
+from mlx_mtp.text.call_grammar import ToolChoice
 
 
 def _parts(value: object) -> object:
@@ -109,9 +101,9 @@ class NamedTool(Named, OfFunction):
     """The one tool to call."""
 
     @property
-    def chosen(self) -> Chosen:
+    def chosen(self) -> ToolChoice:
         """This one."""
-        return [self.name], "one"
+        return ToolChoice([self.name], required=True, several=False)
 
 
 class AllowedTools(Schema):
@@ -122,9 +114,9 @@ class AllowedTools(Schema):
     tools: Annotated[list[NamedTool], FailFast(), Field(min_length=1)]
 
     @property
-    def chosen(self) -> Chosen:
+    def chosen(self) -> ToolChoice:
         """These."""
-        return [tool.name for tool in self.tools], self.mode
+        return ToolChoice([tool.name for tool in self.tools], self.mode == "required")
 
 
 class Plain(Schema):
@@ -161,7 +153,7 @@ Include = Literal[
 LOGPROBS = "message.output_text.logprobs"
 
 
-class ResponsesBody(SampledBody):
+class ResponsesBody(GenerationBody):
     """/v1/responses."""
 
     ignored = CACHING | {
@@ -207,61 +199,51 @@ class ResponsesBody(SampledBody):
         return Generation(
             messages=for_template([*before, *given], self.instructions), effort=self.reasoning.effort,
             thinking=thinks(self.reasoning.effort),
-            **offered(self.tools, self.tool_choice, self.parallel_tool_calls),
-            sampling=self.sampling(context.options), seed=context.options.seed,
-            max_tokens=limited(self.max_output_tokens, context.options, "max_output_tokens"),
+            **offered(self.tools, self.tool_choice.chosen, self.parallel_tool_calls),
+            **self.resolved(context.options, self.max_output_tokens, "max_output_tokens"),
             logprobs=self.top_logprobs if self.top_logprobs or LOGPROBS in self.include else None,
             json_schema=answer.schema_ if isinstance(answer, BySchema) else
             {"type": "object"} if answer.type == "json_object" else None,
         )  # fmt: skip
 
-    def form(self, context: Context, asked: Generation) -> ResponsesForm:
-        return ResponsesForm(self, context, asked)
-
 
 def for_template(items: Items, instructions: str) -> Messages:
     """Items as chat templates take them: what the assistant thought, said and called in a row is one message."""
-    found: Messages = [{"role": "system", "content": instructions}] if instructions else []
-    tools = dict[str, str]()
-    for i, item in enumerate(items):
-        kind, role = item["type"], item.get("role")
+    found = Conversation(instructions)
+    for item in items:
+        kind, role = item["type"], item.get("role", "")
         parts = item.get("content") or item.get("output") or item.get("summary") or []
         text = "\n".join(part.get("text") or part.get("refusal") or "" for part in parts)
         if kind == "message" and role != "assistant":
-            found.append({"role": "system" if role == "developer" else role, "content": text})
+            found.add(role, text)
         elif kind == "function_call_output":
-            if (name := tools.get(item["call_id"])) is None:
-                raise RequestError(f"input: call_id of item {i} names no call of a tool in an earlier item.",
-                                   param="input")  # fmt: skip
-            found.append({"role": "tool", "name": name, "tool_call_id": item["call_id"], "content": text})
+            found.answer(item["call_id"], text, "input")
         else:
-            if not found or found[-1]["role"] != "assistant":
-                found.append({"role": "assistant", "content": ""})
-            said = found[-1]
+            if not found.messages or found.messages[-1]["role"] != "assistant":
+                found.add("assistant", "")
             if kind == "function_call":
                 given: Any = item["arguments"]
                 given = strict(given) if isinstance(given, str) else given
-                said.setdefault("tool_calls", []).append(call(item["call_id"], item["name"], given))
-                tools[item["call_id"]] = item["name"]
+                found.call(item["call_id"], item["name"], given)
             else:
-                field = "reasoning_content" if kind == "reasoning" else "content"
+                said, field = found.messages[-1], "reasoning_content" if kind == "reasoning" else "content"
                 said[field] = "\n".join(filter(None, [said.get(field), text]))
-    return found
+    return found.messages
 
 
 class ResponsesForm(TypedForm):
     """A response whose output is a list of items: thoughts, messages and calls of tools, in their order."""
 
     def __init__(self, body: ResponsesBody, context: Context, asked: Generation) -> None:
-        self._body, self._context, self._asked = body, context, asked
+        super().__init__(body, context, asked)
         self._before, self._given = body.items(context)
-        self._number, self._thought = 2, 0  # of the next event after `begin`; tokens of thoughts
+        self._number, self._thought = 0, 0  # of the next event; tokens of thoughts
         given = body.model_dump(include={
             "instructions", "max_output_tokens", "temperature", "top_p", "top_logprobs", "parallel_tool_calls", "store",
             "previous_response_id", "reasoning",
         })  # fmt: skip
         choice = body.tool_choice
-        self._response: Object = {
+        self.response = {
             "id": identifier("resp_"), "object": "response", "created_at": now(), "status": "in_progress",
             "model": context.options.model, "output": [], "error": None, "incomplete_details": None, "metadata": {},
             "tools": [tool.model_dump() for tool in body.tools], "truncation": "disabled", "background": False,
@@ -271,11 +253,9 @@ class ResponsesForm(TypedForm):
             **given, "instructions": body.instructions or None,
         }  # fmt: skip
 
-        self._first = {**self._response, "output": []}  # `begin` may be asked for while the reply is being written
-
-    def begin(self, prompt_tokens: int) -> Iterable[Object]:
-        return [{"type": f"response.{what}", "sequence_number": number, "response": self._first}
-                for number, what in enumerate(("created", "in_progress"))]  # fmt: skip
+    def begin(self, prompt_tokens: int) -> list[Object]:
+        empty = {**self.response, "output": []}  # a copy: it is sent while the reply is being written
+        return [self._event(f"response.{what}", response=empty) for what in ("created", "in_progress")]
 
     def chunks(self, index: int, events: Iterable[Event]) -> Iterator[Object]:
         for event in events:
@@ -288,20 +268,15 @@ class ResponsesForm(TypedForm):
                 yield from self._close()
                 yield from self._call(one.name, arguments_of(one))
             if event.result is not None:
-                if not self._response["output"]:
+                if not self.response["output"]:
                     yield from self._grow("message", "", [])
                 yield from self._close()
                 yield self._ended(event.result)
 
-    def whole(self, replies: Sequence[Sequence[Event]]) -> Object:
-        *_, last = self.chunks(0, replies[0])
-        response: Object = last["response"]
-        return response
-
     def failed(self, error: RequestError) -> Object:
         told = error.body["error"]
-        self._response |= {"status": "failed", "error": {"code": "server_error", "message": told["message"]}}
-        return self._event("response.failed", response=self._response)
+        self.response |= {"status": "failed", "error": {"code": "server_error", "message": told["message"]}}
+        return self._event("response.failed", response=self.response)
 
     def _event(self, kind: str, **fields: Any) -> Object:
         self._number += 1
@@ -309,7 +284,7 @@ class ResponsesForm(TypedForm):
 
     def _open(self) -> Object | None:
         """The item that is being written."""
-        output = self._response["output"]
+        output = self.response["output"]
         return output[-1] if output and output[-1]["status"] == "in_progress" else None
 
     def _grow(self, kind: str, text: str, logprobs: list[Object] | None) -> Iterator[Object]:
@@ -318,7 +293,7 @@ class ResponsesForm(TypedForm):
         if item is None or item["type"] != kind:
             yield from self._close()
             yield from self._begin(kind)
-        item = self._response["output"][-1]
+        item = self.response["output"][-1]
         place = self._place(item) | {"content_index": 0}
         item["content"][0]["text"] += text
         if kind == "message":
@@ -328,7 +303,7 @@ class ResponsesForm(TypedForm):
             yield self._event("response.reasoning_text.delta", **place, delta=text)
 
     def _begin(self, kind: str) -> Iterator[Object]:
-        output, is_message = self._response["output"], kind == "message"
+        output, is_message = self.response["output"], kind == "message"
         item: Object = {"id": identifier("msg_" if is_message else "rs_"), "type": kind, "status": "in_progress"}
         item |= {"role": "assistant", "content": []} if is_message else {"summary": [], "content": []}
         part: Object = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
@@ -358,7 +333,7 @@ class ResponsesForm(TypedForm):
             "id": identifier("fc_"), "type": "function_call", "status": "completed", "call_id": identifier("call_"),
             "name": name, "arguments": arguments,
         }  # fmt: skip
-        self._response["output"].append(item)
+        self.response["output"].append(item)
         place = self._place(item)
         begun = {**item, "arguments": "", "status": "in_progress"}
         yield self._event("response.output_item.added", output_index=place["output_index"], item=begun)
@@ -367,16 +342,16 @@ class ResponsesForm(TypedForm):
         yield self._event("response.output_item.done", output_index=place["output_index"], item=item)
 
     def _place(self, item: Object) -> Object:
-        return {"item_id": item["id"], "output_index": len(self._response["output"]) - 1}
+        return {"item_id": item["id"], "output_index": len(self.response["output"]) - 1}
 
     def _logprobs(self, event: Event) -> list[Object]:
-        if self._asked.logprobs is None:
+        if self.asked.logprobs is None:
             return []
-        return scored(self._context.tokenizer, self._asked.logprobs, [event])
+        return scored(self._context.tokenizer, self.asked.logprobs, [event])
 
     def _ended(self, result: Result) -> Object:
         stats, whole = result.stats, result.finish_reason == "stop"
-        self._response |= {
+        self.response |= {
             "status": "completed" if whole else "incomplete", "stats": stats.as_dict(), "completed_at": now(),
             "incomplete_details": None if whole else {"reason": "max_output_tokens"},
             "usage": {
@@ -387,6 +362,5 @@ class ResponsesForm(TypedForm):
             },
         }  # fmt: skip
         if self._body.store:
-            self._context.responses.keep(Stored(self._response, self._before, self._given))
-        return self._event(f"response.{self._response['status']}", response=self._response)
-
+            self._context.responses.keep(Stored(self.response, self._before, self._given))
+        return self._event(f"response.{self.response['status']}", response=self.response)

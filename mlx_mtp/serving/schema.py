@@ -98,11 +98,6 @@ class JsonSchema(Schema):
     strict: bool = True
 
 
-def call(number: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """A call of a tool in an assistant's message, as templates take it."""
-    return {"id": number, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
 Body = TypeVar("Body", bound=ModelBody)
 
 

@@ -1,17 +1,14 @@
-"""Tools as requests declare them, and what of them a reply may call; the same in every interface.
-
-A choice says in `chosen` which tools it names (None = all), and how: "auto", "required", "one" or "none".
-"""
+"""Tools as requests declare them, and what of them a reply may call; the same in every interface."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from dataclasses import replace
+from typing import Any, Literal
 
 from mlx_mtp.serving.schema import Schema, ToolName
 from mlx_mtp.text.call_grammar import ToolChoice
 
-Chosen = tuple[list[str] | None, str]
 WORDS = ("auto", "none", "required")
 
 
@@ -47,9 +44,9 @@ class Word(Schema):
     type: Literal["auto", "none", "required"]
 
     @property
-    def chosen(self) -> Chosen:
-        """All of them."""
-        return None, self.type
+    def chosen(self) -> ToolChoice | None:
+        """What of the declared tools may be called; None = nothing."""
+        return None if self.type == "none" else ToolChoice(required=self.type == "required")
 
 
 def in_words(value: object) -> object:
@@ -57,17 +54,10 @@ def in_words(value: object) -> object:
     return {"type": value} if isinstance(value, str) and value in WORDS else value
 
 
-class Choice(Protocol):
-    """What of the declared tools may be called."""
-
-    @property
-    def chosen(self) -> Chosen: ...
-
-
-def offered(functions: Sequence[Function], choice: Choice, several: bool) -> dict[str, Any]:
+def offered(functions: Sequence[Function], chosen: ToolChoice | None, several: bool = True) -> dict[str, Any]:
     """The tools of a Generation, and its choice. several: whether a reply may hold more than one call."""
-    names, how = choice.chosen
+    choice = chosen or ToolChoice()
     return {
-        "tools": [] if how == "none" else [function.declared() for function in functions],
-        "choice": ToolChoice(names, how in ("required", "one"), several and how != "one"),
+        "tools": [] if chosen is None else [function.declared() for function in functions],
+        "choice": replace(choice, several=choice.several and several),
     }

@@ -26,17 +26,16 @@ STREAM_HEADERS = [
 class ReplyResponse(Response):
     """Whoever leaves before its end frees the queue and the engine.
 
-    begin: checks the request, puts it into the queue and returns the tokens of its prompt; waits_for: says in words why
-    nothing comes. dropped: fields of the request that were left out, for a header.
+    begin: checks the request, puts it into the queue and returns the first chunks of its stream. dropped: fields of the
+    request that were left out, for a header.
     """
 
     def __init__(
-        self, ticket: Ticket, form: Form, streamed: bool, begin: Callable[[], Awaitable[int]],
-        waits_for: Callable[[], str], options: ServerOptions, metrics: Metrics, dropped: Sequence[str] = (),
+        self, ticket: Ticket, form: Form, begin: Callable[[], Awaitable[list[Object]]], options: ServerOptions,
+        metrics: Metrics, dropped: Sequence[str] = (),
     ) -> None:  # fmt: skip
         super().__init__()
-        self._ticket, self._form, self._streamed = ticket, form, streamed
-        self._begin, self._waits_for, self._options, self._metrics = begin, waits_for, options, metrics
+        self._ticket, self._form, self._begin, self._options, self._metrics = ticket, form, begin, options, metrics
         names = ", ".join(dropped)[:4000].encode("ascii", "replace").decode()
         self._dropped = {"x-ignored-fields": names} if names else {}
 
@@ -61,26 +60,26 @@ class ReplyResponse(Response):
 
     async def _speak(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            prompt_tokens = await self._begin()
-            if self._streamed:
-                return await self._events(prompt_tokens, send)
+            opening = await self._begin()
+            if self._form.streamed:
+                return await self._events(opening, send)
             [whole] = [item async for item in self._ticket.items()]
             response: Response = JSONResponse(whole, headers=self._dropped)
         except RequestError as error:
             response = error.response(scope["path"])
         await response(scope, receive, send)
 
-    async def _events(self, prompt_tokens: int, send: Send) -> None:
+    async def _events(self, opening: list[Object], send: Send) -> None:
         """The reply as server-sent events, from the time on when it waits. An error can only be one of them.
 
         Where nothing is to be said there is a comment in its place, which readers of events skip.
         """
         more = [(name.encode(), value.encode()) for name, value in self._dropped.items()]
         await send({"type": "http.response.start", "status": 200, "headers": [*STREAM_HEADERS, *more]})
-        await self._send(send, self._lines(self._form.begin(prompt_tokens)))
+        await self._send(send, self._lines(opening))
         try:
             async for item in self._ticket.items(self._options.quiet_seconds):
-                await self._send(send, f": {self._waits_for()}\n\n" if item is None else self._lines([item]))
+                await self._send(send, f": {self._ticket.waits_for}\n\n" if item is None else self._lines([item]))
             await self._send(send, self._form.done)
         except RequestError as error:
             await self._send(send, self._lines([self._form.failed(error)]))
