@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, FailFast, Field
+from pydantic import BeforeValidator, Field
 
 from mlx_mtp.generation.types import Event
 from mlx_mtp.serving.body import as_json
@@ -13,7 +13,7 @@ from mlx_mtp.serving.conversation import Conversation, Messages, filled
 from mlx_mtp.serving.errors import RequestError
 from mlx_mtp.serving.interface import Context, Generation, Object, identifier, thinks
 from mlx_mtp.serving.openai import ChoicesForm, OpenAIBody, scored
-from mlx_mtp.serving.schema import CACHING, Arguments, Part, Schema, ToolName, Whole, only, parts
+from mlx_mtp.serving.schema import CACHING, Arguments, Part, Parts, Schema, Several, ToolName, Whole, only
 from mlx_mtp.serving.tools import Function, Named, OfFunction, Word, in_words, offered
 from mlx_mtp.text.call_grammar import ToolChoice
 from mlx_mtp.text.channels import ToolCall
@@ -31,7 +31,7 @@ class Said(Schema):
     """A message of the system's, the developer's or the user's."""
 
     role: Literal["system", "developer", "user"]
-    content: Annotated[list[Part], FailFast(), BeforeValidator(parts)]
+    content: Parts[Part]
     name: str | None = None
 
 
@@ -58,12 +58,12 @@ class Replied(Schema):
     """A message of the assistant's: OpenAI's clients send back what they were given, with fields that are empty."""
 
     role: Literal["assistant"]
-    content: Annotated[list[AssistantPart], FailFast(), BeforeValidator(parts)] = []
+    content: Parts[AssistantPart] = []
     name: str | None = None
     refusal: str = ""
     reasoning_content: str = ""
     reasoning: str = ""
-    tool_calls: Annotated[list[Call], FailFast()] = []
+    tool_calls: Several[Call] = []
     annotations: Empty = None
     audio: Empty = None
     function_call: Empty = None
@@ -73,7 +73,7 @@ class Answered(Schema):
     """What a tool answered."""
 
     role: Literal["tool"]
-    content: Annotated[list[Part], FailFast(), BeforeValidator(parts)]
+    content: Parts[Part]
     name: str | None = None
     tool_call_id: str
 
@@ -103,7 +103,7 @@ class Allowed(Schema):
     """The tools that may, or must, be called, of those that are declared."""
 
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedTool], FailFast(), Field(min_length=1)]
+    tools: Annotated[Several[NamedTool], Field(min_length=1)]
 
 
 class AllowedTools(Schema):
@@ -134,8 +134,8 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 class ChatBody(OpenAIBody):
     """/v1/chat/completions."""
 
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1)]
-    tools: Annotated[list[Tool], FailFast(), Field(max_length=512)] = []
+    messages: Annotated[Several[Message], Field(min_length=1)]
+    tools: Annotated[Several[Tool], Field(max_length=512)] = []
     tool_choice: Annotated[Choice, BeforeValidator(in_words)] = Word(type="auto")
     parallel_tool_calls: bool = True
     logprobs: bool = False

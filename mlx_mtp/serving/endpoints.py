@@ -138,8 +138,7 @@ class Endpoints:
 
     async def input_items(self, request: Request) -> Response:
         """GET /v1/responses/NAME/input_items: all of them, the newest first unless `order` is asc."""
-        stored = self._context.responses.get(request.path_params["name"])
-        items = [*stored.before, *stored.given]
+        items = self._context.responses.get(request.path_params["name"]).given
         items = items if request.query_params.get("order") == "asc" else items[::-1]
         ends = {"first_id": items[0].get("id"), "last_id": items[-1].get("id")}
         return JSONResponse({"object": "list", "data": items, "has_more": False, **ends})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, FailFast, Field
+from pydantic import Field
 
 from mlx_mtp.generation.types import Event, Result, Stats
 from mlx_mtp.serving.body import strict
@@ -13,7 +13,7 @@ from mlx_mtp.serving.chat import arguments_of
 from mlx_mtp.serving.conversation import Conversation, Messages
 from mlx_mtp.serving.errors import RequestError, anthropic
 from mlx_mtp.serving.interface import Context, Generation, GenerationBody, Object, TypedForm, identifier
-from mlx_mtp.serving.schema import CACHING, Schema, Tokens, ToolName, only, parts
+from mlx_mtp.serving.schema import CACHING, Parts, Schema, Several, Stops, Tokens, ToolName, only
 from mlx_mtp.serving.tools import Function, offered
 from mlx_mtp.text.call_grammar import ToolChoice
 
@@ -49,7 +49,7 @@ class ToolResultBlock(Schema):
 
     type: Literal["tool_result"]
     tool_use_id: str
-    content: Annotated[list[TextBlock], FailFast(), BeforeValidator(parts)] = []
+    content: Parts[TextBlock] = []
     is_error: bool = False
 
 
@@ -57,19 +57,17 @@ class UserMessage(Schema):
     """A turn of the user's, answers of tools among it."""
 
     role: Literal["user", "system"]
-    content: Annotated[
-        list[Annotated[TextBlock | ToolResultBlock, Field(discriminator="type")]], FailFast(), BeforeValidator(parts)
-    ]  # fmt: skip
+    content: Parts[Annotated[TextBlock | ToolResultBlock, Field(discriminator="type")]]
 
 
 class AssistantMessage(Schema):
     """A turn of the assistant's."""
 
     role: Literal["assistant"]
-    content: Annotated[
-        list[Annotated[TextBlock | ThinkingBlock | ToolUseBlock, Field(discriminator="type")]], FailFast(),
-        BeforeValidator(parts),
-    ]  # fmt: skip
+    content: Parts[Annotated[TextBlock | ThinkingBlock | ToolUseBlock, Field(discriminator="type")]]
+
+
+Message = Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]
 
 
 class Custom(Schema):
@@ -126,17 +124,15 @@ class MessagesBody(GenerationBody):
     """/v1/messages."""
 
     ignored: ClassVar[frozenset[str]] = CACHING | {"metadata", "service_tier", "inference_geo", "speed"}
-    messages: Annotated[
-        list[Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]], FailFast(), Field(min_length=1)
-    ]
+    messages: Annotated[Several[Message], Field(min_length=1)]
     max_tokens: Tokens
-    system: Annotated[list[TextBlock], FailFast(), BeforeValidator(parts)] = []
-    tools: Annotated[list[Tool], FailFast(), Field(max_length=512)] = []
+    system: Parts[TextBlock] = []
+    tools: Annotated[Several[Tool], Field(max_length=512)] = []
     tool_choice: Choice = Choice(type="auto")
     thinking: Thinking = Thinking(type="disabled")
     output_config: OutputConfig = OutputConfig()
     output_format: OutputFormat | None = None
-    stop_sequences: Annotated[list[Annotated[str, Field(min_length=1)]], FailFast(), Field(max_length=16)] = []
+    stop_sequences: Stops = []
     container: Annotated[Any, only(because="this server runs no code")] = None
     mcp_servers: Annotated[Any, only([], because="this server calls no others")] = None
     context_management: Annotated[Any, only(because="nothing is cut out of a conversation")] = None
@@ -216,44 +212,39 @@ class MessagesForm(TypedForm):
                 arguments = arguments_of(made)
                 use = {"type": "tool_use", "id": identifier("toolu_"), "name": made.name, "input": strict(arguments)}
                 content.append(use)
-                yield self._started({**use, "input": {}})
-                yield self._delta({"type": "input_json_delta", "partial_json": arguments})
-                yield {"type": "content_block_stop", "index": len(content) - 1}
+                yield self._event("start", content_block={**use, "input": {}})
+                yield self._event("delta", delta={"type": "input_json_delta", "partial_json": arguments})
+                yield self._event("stop")
             if event.result is not None:
                 yield from self._close()
                 reason = self._reason(event.result)
-                self.response |= reason | {"usage": _usage(event.result.stats), "stats": event.result.stats.as_dict()}
-                yield {
-                    "type": "message_delta", "delta": reason, "usage": self.response["usage"],
-                    "stats": self.response["stats"],
-                }  # fmt: skip
+                figures = {"usage": _usage(event.result.stats), "stats": event.result.stats.as_dict()}
+                self.response |= reason | figures
+                yield {"type": "message_delta", "delta": reason, **figures}
                 yield {"type": "message_stop"}
 
     def failed(self, error: RequestError) -> Object:
         return anthropic(error.body)
+
+    def _event(self, kind: str, **fields: Object) -> Object:
+        """About the newest block."""
+        return {"type": f"content_block_{kind}", "index": len(self.response["content"]) - 1, **fields}
 
     def _grow(self, kind: str, text: str) -> Iterator[Object]:
         """More text of a thought or of the answer."""
         content = self.response["content"]
         if not content or content[-1]["type"] != kind:
             yield from self._close()
-            block = {"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {})
-            content.append(block)
-            yield self._started(dict(block))
+            content.append({"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {}))
+            yield self._event("start", content_block=dict(content[-1]))
         content[-1][kind] += text
-        yield self._delta({"type": f"{kind}_delta", kind: text})
-
-    def _started(self, block: Object) -> Object:
-        return {"type": "content_block_start", "index": len(self.response["content"]) - 1, "content_block": block}
-
-    def _delta(self, delta: Object) -> Object:
-        return {"type": "content_block_delta", "index": len(self.response["content"]) - 1, "delta": delta}
+        yield self._event("delta", delta={"type": f"{kind}_delta", kind: text})
 
     def _close(self) -> Iterator[Object]:
         """The text or thought that is being written is whole."""
         content = self.response["content"]
         if content and content[-1]["type"] != "tool_use":
-            yield {"type": "content_block_stop", "index": len(content) - 1}
+            yield self._event("stop")
 
     def _reason(self, result: Result) -> Object:
         called = any(block["type"] == "tool_use" for block in self.response["content"])

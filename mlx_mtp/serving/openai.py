@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, FailFast, Field
+from pydantic import BeforeValidator, Field
 
 from mlx_mtp.generation.types import Event, Result
 from mlx_mtp.serving.errors import RequestError
 from mlx_mtp.serving.interface import Context, Form, Generation, GenerationBody, Object, identifier, now
-from mlx_mtp.serving.schema import CACHING, JsonSchema, Part, Schema, Tokens, Whole, parts
+from mlx_mtp.serving.schema import CACHING, JsonSchema, Part, Parts, Schema, Stops, Tokens, Whole
 from mlx_mtp.text.tokenizer import Tokenizer
 from mlx_mtp.version import __version__
 
@@ -55,7 +55,7 @@ class Prediction(Schema):
     """What much of the reply is expected to repeat."""
 
     type: Literal["content"]
-    content: Annotated[list[Part], FailFast(), BeforeValidator(parts)]
+    content: Parts[Part]
 
 
 class OpenAIBody(GenerationBody):
@@ -73,10 +73,7 @@ class OpenAIBody(GenerationBody):
         Field(max_length=4096),
     ] = {}
     seed: Annotated[Whole, Field(ge=-(2**63), le=2**64 - 1)] | None = None
-    stop: Annotated[
-        list[Annotated[str, Field(min_length=1)]], FailFast(), Field(max_length=16),
-        BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
-    ] = []  # fmt: skip
+    stop: Annotated[Stops, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = []
     n: Annotated[Whole, Field(ge=1, le=MOST_CHOICES)] = 1
     response_format: ResponseFormat | None = None
     prediction: Prediction | None = None

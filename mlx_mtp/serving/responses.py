@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import count
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, FailFast, Field
+from pydantic import BeforeValidator, Field
 
 from mlx_mtp.generation.types import Event, Result
 from mlx_mtp.serving.body import strict
@@ -14,7 +15,7 @@ from mlx_mtp.serving.conversation import Conversation, Messages
 from mlx_mtp.serving.errors import RequestError
 from mlx_mtp.serving.interface import Context, Generation, GenerationBody, Object, TypedForm, identifier, now, thinks
 from mlx_mtp.serving.openai import scored
-from mlx_mtp.serving.schema import CACHING, Arguments, JsonSchema, Schema, Tokens, ToolName, Whole, only
+from mlx_mtp.serving.schema import CACHING, Arguments, JsonSchema, Schema, Several, Tokens, ToolName, Whole, only
 from mlx_mtp.serving.store import Items, Stored
 from mlx_mtp.serving.tools import Function, Named, OfFunction, Word, in_words, offered
 from mlx_mtp.text.call_grammar import ToolChoice
@@ -52,7 +53,7 @@ class MessageItem(Schema):
     ignored = CACHING | {"id", "status", "phase"}
     type: Literal["message"]
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Part], FailFast(), BeforeValidator(_parts)]
+    content: Annotated[Several[Part], BeforeValidator(_parts)]
 
 
 class CallItem(Schema):
@@ -71,7 +72,7 @@ class OutputItem(Schema):
     ignored = CACHING | {"id", "status"}
     type: Literal["function_call_output"]
     call_id: str
-    output: Annotated[list[Part], FailFast(), BeforeValidator(_parts)]
+    output: Annotated[Several[Part], BeforeValidator(_parts)]
 
 
 class ReasoningItem(Schema):
@@ -79,8 +80,8 @@ class ReasoningItem(Schema):
 
     ignored = CACHING | {"id", "status", "encrypted_content"}
     type: Literal["reasoning"]
-    summary: Annotated[list[Part], FailFast()] = []
-    content: Annotated[list[Part], FailFast()] = []
+    summary: Several[Part] = []
+    content: Several[Part] = []
 
 
 class ReferenceItem(Schema):
@@ -111,12 +112,15 @@ class AllowedTools(Schema):
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedTool], FailFast(), Field(min_length=1)]
+    tools: Annotated[Several[NamedTool], Field(min_length=1)]
 
     @property
     def chosen(self) -> ToolChoice:
         """These."""
         return ToolChoice([tool.name for tool in self.tools], self.mode == "required")
+
+
+Choice = Annotated[Word | NamedTool | AllowedTools, Field(discriminator="type")]
 
 
 class Plain(Schema):
@@ -160,44 +164,41 @@ class ResponsesBody(GenerationBody):
         "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
         "stream_options", "max_tool_calls", "client_metadata",
     }  # fmt: skip
-    input: Annotated[list[Item], FailFast(), BeforeValidator(_items)] = []
+    input: Annotated[Several[Item], BeforeValidator(_items)] = []
     instructions: str = ""
     previous_response_id: str | None = None
     store: bool = True
     max_output_tokens: Tokens | None = None
-    tools: Annotated[list[FunctionTool], FailFast(), Field(max_length=512)] = []
-    tool_choice: Annotated[
-        Annotated[Word | NamedTool | AllowedTools, Field(discriminator="type")], BeforeValidator(in_words)
-    ] = Word(type="auto")
+    tools: Annotated[Several[FunctionTool], Field(max_length=512)] = []
+    tool_choice: Annotated[Choice, BeforeValidator(in_words)] = Word(type="auto")
     parallel_tool_calls: bool = True
     text: Text = Text()
     reasoning: Reasoning = Reasoning()
-    include: Annotated[list[Include], FailFast()] = []
+    include: Several[Include] = []
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] = 0
     truncation: Annotated[Any, only("disabled", because="nothing is cut out of a conversation")] = None
     background: Annotated[Any, only(False, because="replies are written while their client waits")] = None
     conversation: Annotated[Any, only(because="conversations are gone on from by previous_response_id")] = None
     prompt: Annotated[Any, only(because="this server keeps no prompts")] = None
 
-    def items(self, context: Context) -> tuple[Items, Items]:
-        """Items of the conversation before, and those of this request; RequestError for one that is not kept."""
-        before: Items = []
+    def items(self, context: Context) -> Items:
+        """All input of the conversation; RequestError for what is not kept."""
+        given: Items = []
         if self.previous_response_id is not None:
-            before = context.responses.get(self.previous_response_id, "previous_response_id").conversation
-        given = [
-            context.responses.item(one.id, f"input[{i}].id") if isinstance(one, ReferenceItem)
-            else {"id": identifier("item_"), **one.model_dump()}
-            for i, one in enumerate(self.input)
-        ]  # fmt: skip
-        if not before and not given:
+            given += context.responses.get(self.previous_response_id, "previous_response_id").conversation
+        for i, one in enumerate(self.input):
+            if isinstance(one, ReferenceItem):
+                given.append(context.responses.item(one.id, f"input[{i}].id"))
+            else:
+                given.append({"id": identifier("item_"), **one.model_dump()})
+        if not given:
             raise RequestError("input: the field is required.", param="input")
-        return before, given
+        return given
 
     def generation(self, context: Context) -> Generation:
-        before, given = self.items(context)
         answer = self.text.format
         return Generation(
-            messages=for_template([*before, *given], self.instructions), effort=self.reasoning.effort,
+            messages=for_template(self.items(context), self.instructions), effort=self.reasoning.effort,
             thinking=thinks(self.reasoning.effort),
             **offered(self.tools, self.tool_choice.chosen, self.parallel_tool_calls),
             **self.resolved(context.options, self.max_output_tokens, "max_output_tokens"),
@@ -236,8 +237,9 @@ class ResponsesForm(TypedForm):
 
     def __init__(self, body: ResponsesBody, context: Context, asked: Generation) -> None:
         super().__init__(body, context, asked)
-        self._before, self._given = body.items(context)
-        self._number, self._thought = 0, 0  # of the next event; tokens of thoughts
+        self._given = body.items(context)
+        self._numbers, self._thought = count(), 0  # of events; tokens of thoughts
+        self._open: Object = {}  # the item that is being written
         given = body.model_dump(include={
             "instructions", "max_output_tokens", "temperature", "top_p", "top_logprobs", "parallel_tool_calls", "store",
             "previous_response_id", "reasoning",
@@ -255,78 +257,78 @@ class ResponsesForm(TypedForm):
 
     def begin(self, prompt_tokens: int) -> list[Object]:
         empty = {**self.response, "output": []}  # a copy: it is sent while the reply is being written
-        return [self._event(f"response.{what}", response=empty) for what in ("created", "in_progress")]
+        return [self._event(kind, response=empty) for kind in ("created", "in_progress")]
 
     def chunks(self, index: int, events: Iterable[Event]) -> Iterator[Object]:
         for event in events:
             if event.thinking:
-                yield from self._grow("reasoning", event.thinking, None)
+                yield from self._grow("reasoning", event.thinking)
                 self._thought += 0 if event.content else len(event.tokens)
             if event.content:
-                yield from self._grow("message", event.content, self._logprobs(event))
+                most = self.asked.logprobs
+                scores = [] if most is None else scored(self._context.tokenizer, most, [event])
+                yield from self._grow("message", event.content, logprobs=scores)
             for one in event.calls:
                 yield from self._close()
                 yield from self._call(one.name, arguments_of(one))
             if event.result is not None:
                 if not self.response["output"]:
-                    yield from self._grow("message", "", [])
+                    yield from self._grow("message", "", logprobs=[])
                 yield from self._close()
                 yield self._ended(event.result)
 
     def failed(self, error: RequestError) -> Object:
         told = error.body["error"]
         self.response |= {"status": "failed", "error": {"code": "server_error", "message": told["message"]}}
-        return self._event("response.failed", response=self.response)
+        return self._event("failed", response=self.response)
 
     def _event(self, kind: str, **fields: Any) -> Object:
-        self._number += 1
-        return {"type": kind, "sequence_number": self._number - 1, **fields}
+        return {"type": f"response.{kind}", "sequence_number": next(self._numbers), **fields}
 
-    def _open(self) -> Object | None:
-        """The item that is being written."""
+    def _item_event(self, kind: str, item: Object) -> Object:
+        """About the newest item as a whole."""
+        return self._event(f"output_item.{kind}", output_index=len(self.response["output"]) - 1, item=item)
+
+    def _inner_event(self, kind: str, **fields: Any) -> Object:
+        """About something in the newest item."""
         output = self.response["output"]
-        return output[-1] if output and output[-1]["status"] == "in_progress" else None
+        place = {"item_id": output[-1]["id"], "output_index": len(output) - 1}
+        return self._event(kind, **place, **({"content_index": 0} if "content" in output[-1] else {}), **fields)
 
-    def _grow(self, kind: str, text: str, logprobs: list[Object] | None) -> Iterator[Object]:
-        """More text of a thought or a message."""
-        item = self._open()
-        if item is None or item["type"] != kind:
+    def _grow(self, kind: str, text: str, **more: list[Object]) -> Iterator[Object]:
+        """More text of a thought or a message; more: a message's logprobs."""
+        if self._open.get("type") != kind:
             yield from self._close()
             yield from self._begin(kind)
-        item = self.response["output"][-1]
-        place = self._place(item) | {"content_index": 0}
-        item["content"][0]["text"] += text
-        if kind == "message":
-            item["content"][0]["logprobs"] += logprobs or []
-            yield self._event("response.output_text.delta", **place, delta=text, logprobs=logprobs or [])
-        else:
-            yield self._event("response.reasoning_text.delta", **place, delta=text)
+        [part] = self._open["content"]
+        part["text"] += text
+        for name, added in more.items():
+            part[name] += added
+        yield self._inner_event(f"{part['type']}.delta", delta=text, **more)
 
     def _begin(self, kind: str) -> Iterator[Object]:
-        output, is_message = self.response["output"], kind == "message"
-        item: Object = {"id": identifier("msg_" if is_message else "rs_"), "type": kind, "status": "in_progress"}
-        item |= {"role": "assistant", "content": []} if is_message else {"summary": [], "content": []}
-        part: Object = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-        if not is_message:
+        if kind == "message":
+            item: Object = {"id": identifier("msg_"), "type": kind, "status": "in_progress", "role": "assistant"}
+            part: Object = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        else:
+            item = {"id": identifier("rs_"), "type": kind, "status": "in_progress", "summary": []}
             part = {"type": "reasoning_text", "text": ""}
-        output.append(item)
-        yield self._event("response.output_item.added", output_index=len(output) - 1, item={**item, "content": []})
-        item["content"] = [part]
-        yield self._event("response.content_part.added", **self._place(item), content_index=0, part=dict(part))
+        self._open = item | {"content": [part]}
+        self.response["output"].append(self._open)
+        yield self._item_event("added", item | {"content": []})
+        yield self._inner_event("content_part.added", part=dict(part))
 
     def _close(self) -> Iterator[Object]:
         """The item that is being written is whole."""
-        item = self._open()
-        if item is None:
+        if not self._open:
             return
-        part, place = item["content"][0], self._place(item) | {"content_index": 0}
+        item, self._open = self._open, {}
         item["status"] = "completed"
-        if item["type"] == "message":
-            yield self._event("response.output_text.done", **place, text=part["text"], logprobs=part["logprobs"])
-        else:
-            yield self._event("response.reasoning_text.done", **place, text=part["text"])
-        yield self._event("response.content_part.done", **place, part=part)
-        yield self._event("response.output_item.done", output_index=place["output_index"], item=item)
+        [part] = item["content"]
+        said = {name: part[name] for name in ("text", "logprobs") if name in part}
+        yield self._inner_event(f"{part['type']}.done", **said)
+        yield self._inner_event("content_part.done", part=part)
+        yield self._item_event("done", item)
 
     def _call(self, name: str, arguments: str) -> Iterator[Object]:
         item: Object = {
@@ -334,20 +336,10 @@ class ResponsesForm(TypedForm):
             "name": name, "arguments": arguments,
         }  # fmt: skip
         self.response["output"].append(item)
-        place = self._place(item)
-        begun = {**item, "arguments": "", "status": "in_progress"}
-        yield self._event("response.output_item.added", output_index=place["output_index"], item=begun)
-        yield self._event("response.function_call_arguments.delta", **place, delta=arguments)
-        yield self._event("response.function_call_arguments.done", **place, name=name, arguments=arguments)
-        yield self._event("response.output_item.done", output_index=place["output_index"], item=item)
-
-    def _place(self, item: Object) -> Object:
-        return {"item_id": item["id"], "output_index": len(self.response["output"]) - 1}
-
-    def _logprobs(self, event: Event) -> list[Object]:
-        if self.asked.logprobs is None:
-            return []
-        return scored(self._context.tokenizer, self.asked.logprobs, [event])
+        yield self._item_event("added", {**item, "arguments": "", "status": "in_progress"})
+        yield self._inner_event("function_call_arguments.delta", delta=arguments)
+        yield self._inner_event("function_call_arguments.done", name=name, arguments=arguments)
+        yield self._item_event("done", item)
 
     def _ended(self, result: Result) -> Object:
         stats, whole = result.stats, result.finish_reason == "stop"
@@ -362,5 +354,5 @@ class ResponsesForm(TypedForm):
             },
         }  # fmt: skip
         if self._body.store:
-            self._context.responses.keep(Stored(self.response, self._before, self._given))
-        return self._event(f"response.{self.response['status']}", response=self.response)
+            self._context.responses.keep(Stored(self.response, self._given))
+        return self._event(self.response["status"], response=self.response)

@@ -9,7 +9,16 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from mlx_mtp.serving.body import parsed, shown, strict
@@ -18,6 +27,7 @@ from mlx_mtp.serving.errors import RequestError
 # Marks where Anthropic's API, which clients of many servers write for too, shall cache; no reply could differ by them.
 CACHING = frozenset({"cache_control", "prompt_cache_breakpoint"})
 MOST_TOKENS = 2**63 - 1
+Element = TypeVar("Element")
 UNKNOWN, UNSUPPORTED = "unknown_field", "unsupported_value"
 
 
@@ -79,6 +89,11 @@ Arguments = Annotated[dict[str, Any], BeforeValidator(parsed_arguments)]
 def parts(value: object) -> object:
     """A string as a list of one part."""
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+Several = Annotated[list[Element], FailFast()]
+Parts = Annotated[list[Element], FailFast(), BeforeValidator(parts)]
+Stops = Annotated[Several[Annotated[str, Field(min_length=1)]], Field(max_length=16)]
 
 
 class Part(Schema):

@@ -15,16 +15,15 @@ Items = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Stored:
-    """response: as it was sent. before, given: input items of the conversation before it, and its own."""
+    """response: as it was sent. given: input items, those of the conversation before it among them."""
 
     response: dict[str, Any]
-    before: Items
     given: Items
 
     @property
     def conversation(self) -> Items:
         """All items, its output included."""
-        return [*self.before, *self.given, *self.response["output"]]
+        return [*self.given, *self.response["output"]]
 
 
 class ResponseStore:
@@ -37,7 +36,7 @@ class ResponseStore:
 
     def keep(self, stored: Stored) -> None:
         """Keeps a response under its id."""
-        nbytes = len(as_json([stored.response, stored.before, stored.given]))
+        nbytes = len(as_json([stored.response, stored.given]))
         with self._lock:
             self._kept[stored.response["id"]] = stored, nbytes
             self._nbytes += nbytes

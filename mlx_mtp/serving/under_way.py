@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from mlx_mtp.serving.errors import RequestError
@@ -17,13 +17,8 @@ from mlx_mtp.serving.queue import Ticket
 
 log = logging.getLogger(__name__)
 
-STREAM_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]  # fmt: skip
 
-
-class ReplyResponse(Response):
+class ReplyResponse(StreamingResponse):
     """Whoever leaves before its end frees the queue and the engine.
 
     begin: checks the request, puts it into the queue and returns the first chunks of its stream. dropped: fields of the
@@ -34,10 +29,11 @@ class ReplyResponse(Response):
         self, ticket: Ticket, form: Form, begin: Callable[[], Awaitable[list[Object]]], options: ServerOptions,
         metrics: Metrics, dropped: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        super().__init__()
         self._ticket, self._form, self._begin, self._options, self._metrics = ticket, form, begin, options, metrics
         names = ", ".join(dropped)[:4000].encode("ascii", "replace").decode()
         self._dropped = {"x-ignored-fields": names} if names else {}
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no", **self._dropped}
+        super().__init__((), headers=headers, media_type="text/event-stream")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI: speaks until the end, until the client leaves, or until the server cancels this."""
@@ -74,8 +70,7 @@ class ReplyResponse(Response):
 
         Where nothing is to be said there is a comment in its place, which readers of events skip.
         """
-        more = [(name.encode(), value.encode()) for name, value in self._dropped.items()]
-        await send({"type": "http.response.start", "status": 200, "headers": [*STREAM_HEADERS, *more]})
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         await self._send(send, self._lines(opening))
         try:
             async for item in self._ticket.items(self._options.quiet_seconds):
