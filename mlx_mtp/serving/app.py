@@ -62,7 +62,7 @@ def create_app(engine: Engine, options: ServerOptions, places: int = 32) -> Star
     guards = [
         Middleware(Gate, options=options, metrics=endpoints.metrics, routes=paths),
         # Starlette's own is around all guards, where no header for pages is added.
-        Middleware(ServerErrorMiddleware, handler=_failed),
+        Middleware(ServerErrorMiddleware, handler=_refused),
     ]
     if options.origins:  # around the other guards, so that a page can read why it was refused
         guards.insert(0, Middleware(PageGuard, origins=options.origins))
@@ -71,10 +71,6 @@ def create_app(engine: Engine, options: ServerOptions, places: int = 32) -> Star
     app.router.redirect_slashes = False  # an address is right or it is not
     app.state.queue, app.state.paths = endpoints.queue, paths
     return app
-
-
-async def _refused(request: Request, error: RequestError) -> Response:
-    return error.response(request.url.path)
 
 
 async def _not_found(request: Request, error: HTTPException) -> Response:
@@ -86,6 +82,6 @@ async def _not_found(request: Request, error: HTTPException) -> Response:
     return response
 
 
-async def _failed(request: Request, error: Exception) -> Response:
-    """Starlette raises the error again, so that the log has it and uvicorn ends the connection."""
-    return failed().response(request.url.path)
+async def _refused(request: Request, error: Exception) -> Response:
+    """What failed, Starlette raises again, so that the log has it and uvicorn ends the connection."""
+    return (error if isinstance(error, RequestError) else failed()).response(request.url.path)

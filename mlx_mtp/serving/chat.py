@@ -14,7 +14,7 @@ from mlx_mtp.serving.errors import RequestError
 from mlx_mtp.serving.interface import Context, Generation, Object, identifier, thinks
 from mlx_mtp.serving.openai import ChoicesForm, OpenAIBody, scored
 from mlx_mtp.serving.schema import CACHING, Arguments, Part, Parts, Schema, Several, ToolName, Whole, only
-from mlx_mtp.serving.tools import Function, Named, OfFunction, Word, in_words, offered
+from mlx_mtp.serving.tools import Function, Named, Word, in_words, offered
 from mlx_mtp.text.call_grammar import ToolChoice
 from mlx_mtp.text.channels import ToolCall
 
@@ -28,16 +28,12 @@ class AssistantPart(Schema):
 
 
 class Said(Schema):
-    """A message of the system's, the developer's or the user's."""
-
     role: Literal["system", "developer", "user"]
     content: Parts[Part]
     name: str | None = None
 
 
 class CalledFunction(Schema):
-    """A tool's name and the arguments it was given."""
-
     name: ToolName
     arguments: Arguments
 
@@ -70,8 +66,6 @@ class Replied(Schema):
 
 
 class Answered(Schema):
-    """What a tool answered."""
-
     role: Literal["tool"]
     content: Parts[Part]
     name: str | None = None
@@ -82,20 +76,16 @@ Message = Annotated[Said | Replied | Answered, Field(discriminator="role")]
 
 
 class Tool(Schema):
-    """A tool: always a function."""
-
     type: Literal["function"] = "function"
     function: Function
 
 
-class NamedTool(OfFunction):
-    """The one tool to call."""
-
+class NamedTool(Schema):
+    type: Literal["function"]
     function: Named
 
     @property
     def chosen(self) -> ToolChoice:
-        """This one."""
         return ToolChoice([self.function.name], required=True, several=False)
 
 
@@ -107,14 +97,11 @@ class Allowed(Schema):
 
 
 class AllowedTools(Schema):
-    """A choice among some of the tools."""
-
     type: Literal["allowed_tools"]
     allowed_tools: Allowed
 
     @property
     def chosen(self) -> ToolChoice:
-        """These."""
         allowed = self.allowed_tools
         return ToolChoice([tool.function.name for tool in allowed.tools], allowed.mode == "required")
 
@@ -123,8 +110,6 @@ Choice = Annotated[Word | NamedTool | AllowedTools, Field(discriminator="type")]
 
 
 class TemplateOptions(Schema):
-    """Variables of chat templates."""
-
     enable_thinking: bool | None = None
 
 
@@ -132,8 +117,6 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class ChatBody(OpenAIBody):
-    """/v1/chat/completions."""
-
     messages: Annotated[Several[Message], Field(min_length=1)]
     tools: Annotated[Several[Tool], Field(max_length=512)] = []
     tool_choice: Annotated[Choice, BeforeValidator(in_words)] = Word(type="auto")
@@ -201,19 +184,17 @@ class ChatForm(ChoicesForm):
         if event.thinking or event.content:
             yield {"delta": filled(reasoning_content=event.thinking, content=event.content)}
         for one in event.calls:
-            number, whole = self._called[index], made(one)
+            number, whole = {"index": self._called[index]}, made(one)
             self._called[index] += 1
-            function, arguments = whole["function"], whole["function"]["arguments"]
-            head = {"index": number, **whole, "function": function | {"arguments": ""}}
-            yield {"delta": {"tool_calls": [head]}}
-            yield {"delta": {"tool_calls": [{"index": number, "function": {"arguments": arguments}}]}}
+            head = number | whole | {"function": whole["function"] | {"arguments": ""}}
+            rest = number | {"function": {"arguments": whole["function"]["arguments"]}}
+            yield from ({"delta": {"tool_calls": [delta]}} for delta in (head, rest))
 
     def _logprobs(self, index: int, events: Sequence[Event]) -> Object:
         return {"content": scored(self._context.tokenizer, self.asked.logprobs or 0, events), "refusal": None}
 
 
 def arguments_of(call: ToolCall) -> str:
-    """The arguments of a call as JSON."""
     try:
         return as_json(call.arguments)
     except ValueError:  # a model may write NaN, which no JSON reader takes: every value as a string then

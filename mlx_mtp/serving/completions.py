@@ -29,8 +29,6 @@ def _prompts(value: object) -> list[str | list[int]]:
 
 
 class CompletionBody(OpenAIBody):
-    """/v1/completions."""
-
     prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]
     logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     echo: bool = False

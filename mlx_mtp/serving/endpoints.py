@@ -27,7 +27,6 @@ from mlx_mtp.serving.schema import Body, ModelBody, read
 from mlx_mtp.serving.sessions import SessionPool
 from mlx_mtp.serving.store import ResponseStore
 from mlx_mtp.serving.under_way import ReplyResponse
-from mlx_mtp.text.tokenizer import Tokenizer
 from mlx_mtp.version import __version__
 
 # Bytes of a body from which on its prompt is tokenised one at a time, and threads for the smaller ones: nobody with a
@@ -129,7 +128,6 @@ class Endpoints:
             )  # fmt: skip
 
     async def response(self, request: Request) -> Response:
-        """GET and DELETE /v1/responses/NAME."""
         name = request.path_params["name"]
         if request.method == "DELETE":
             self._context.responses.drop(name)
@@ -149,8 +147,7 @@ class Endpoints:
         return {"object": "response.input_tokens", "input_tokens": len(ids)}
 
     def tokenize(self, data: bytes) -> Object:
-        """POST /tokenize."""
-        body, tokenizer = self._read(data, TokenizeBody, []), self._tokenizer()
+        body, tokenizer = self._read(data, TokenizeBody, []), self._replier.tokenizer()
         text = body.content if body.prompt is None else body.prompt
         if text is None:
             raise RequestError("prompt: the field is required.", param="prompt")
@@ -158,14 +155,8 @@ class Endpoints:
         return {"tokens": ids, "count": len(ids), "max_model_len": self._engine.max_context}
 
     def detokenize(self, data: bytes) -> Object:
-        """POST /detokenize."""
-        text = self._tokenizer().decode(self._read(data, DetokenizeBody, []).tokens)
+        text = self._replier.tokenizer().decode(self._read(data, DetokenizeBody, []).tokens)
         return {"prompt": text, "content": text}
-
-    def _tokenizer(self) -> Tokenizer:
-        if self._engine.tokenizer is None:
-            raise RequestError("This checkpoint has no tokenizer, so there is no text but token ids.")
-        return self._engine.tokenizer
 
     async def page(self, request: Request) -> Response:
         """GET /: a page to chat on, in one file that asks nobody but this server."""
@@ -180,7 +171,6 @@ class Endpoints:
         })  # fmt: skip
 
     async def model(self, request: Request) -> Response:
-        """GET /v1/models/NAME."""
         self._check_model(request.path_params["name"])
         return JSONResponse(self._model())
 
@@ -202,7 +192,6 @@ class Endpoints:
         return JSONResponse(state, 200 if alive else 503)
 
     async def prometheus(self, request: Request) -> Response:
-        """GET /metrics."""
         text = self.metrics.render(
             queue_length=self.queue.waiting, running=self.queue.running, session_bytes=self._pool.nbytes,
             sessions=self._pool.count, active_memory_bytes=mx.get_active_memory(),

@@ -12,6 +12,8 @@ from mlx_mtp.errors import MLXMTPError
 log = logging.getLogger(__name__)
 
 MOST_MESSAGE = 1000
+# Seconds after which a client that found no place is told to come back.
+RETRY = 5
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 ANTHROPIC, ANTHROPIC_KINDS = "/v1/messages", {"server_error": "api_error"}
 # Statuses of bodies that were not read to their end: nothing else can follow on such a connection.

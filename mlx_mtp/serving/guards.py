@@ -14,14 +14,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mlx_mtp.serving.errors import RequestError
+from mlx_mtp.serving.errors import RETRY, RequestError
 from mlx_mtp.serving.metrics import Metrics
 from mlx_mtp.serving.options import ServerOptions, host_name
 
 # Connections at a time, those for /health included; beyond it the answer is 503. macOS gives a process 256 files.
 MOST_CONNECTIONS = 200
-# Seconds after which a client that found too many connections is told to come back.
-CROWDED_RETRY = 5
 KEYLESS = ("/", "/health")
 
 
@@ -53,7 +51,6 @@ class Gate:
         self._app, self._options, self._metrics, self._routes = app, options, metrics, frozenset(routes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
 
@@ -76,10 +73,8 @@ class Gate:
 
         # Of the connections the server's protocol keeps count.
         if len(scope.get("state", {}).get("connections", ())) > MOST_CONNECTIONS:
-            return RequestError(
-                f"This server has more than {MOST_CONNECTIONS} connections; try again later.", status=503,
-                code="crowded", retry_after=CROWDED_RETRY, close=True,
-            )  # fmt: skip
+            message = f"This server has more than {MOST_CONNECTIONS} connections; try again later."
+            return RequestError(message, status=503, code="crowded", retry_after=RETRY, close=True)
         # A web page that lets its own name point to 127.0.0.1 must not reach the server.
         if options.hosts is not None and host_name(unique("host")) not in options.hosts:
             return RequestError(

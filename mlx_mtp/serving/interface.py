@@ -12,15 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from pydantic import ValidationInfo, field_validator
-
 from mlx_mtp.errors import OptionError
 from mlx_mtp.generation.types import RANGES, Event, Sampling
 from mlx_mtp.serving.body import as_json
 from mlx_mtp.serving.conversation import Messages
 from mlx_mtp.serving.errors import RequestError
 from mlx_mtp.serving.options import ServerOptions
-from mlx_mtp.serving.schema import ModelBody, Whole, fault
+from mlx_mtp.serving.schema import ModelBody, Whole
 from mlx_mtp.serving.store import ResponseStore
 from mlx_mtp.text.call_grammar import ToolChoice
 from mlx_mtp.text.tokenizer import Tokenizer
@@ -79,17 +77,6 @@ class GenerationBody(ModelBody):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
 
-    @field_validator(*RANGES)
-    @classmethod
-    def _in_range(cls, value: float | None, info: ValidationInfo) -> float | None:
-        if info.field_name == "top_p" and value == 0:
-            return value  # nothing but the likeliest token
-        try:
-            Sampling(**{str(info.field_name): value})  # type: ignore[arg-type]
-        except OptionError as error:
-            raise fault(str(error).removeprefix(f"{info.field_name} ").rstrip(".")) from None
-        return value
-
     @abstractmethod
     def generation(self, context: Context) -> Generation:
         """What the engine is asked for; RequestError where two fields do not go together."""
@@ -107,12 +94,13 @@ class GenerationBody(ModelBody):
         given: dict[str, Any] = self.model_dump(include=set(RANGES), exclude_none=True)
         if given.get("top_p") == 0:
             del given["top_p"]
-            given["temperature"] = 0.0
-        return {
-            "max_tokens": asked or min(options.tokens, most or options.tokens),
-            "sampling": Sampling(**given, logit_bias=bias or None).over(options.sampling),
-            "seed": options.seed,
-        }
+            given["temperature"] = 0.0  # nothing but the likeliest token
+        try:
+            sampling = Sampling(**given, logit_bias=bias or None).over(options.sampling)
+        except OptionError as error:  # its first word is the field
+            raise RequestError(str(error), param=str(error).partition(" ")[0]) from None
+        length = asked or min(options.tokens, most or options.tokens)
+        return {"max_tokens": length, "sampling": sampling, "seed": options.seed}
 
 
 class Form(ABC):

@@ -35,8 +35,6 @@ class ThinkingBlock(Schema):
 
 
 class ToolUseBlock(Schema):
-    """A call of a tool."""
-
     ignored = CACHING | {"caller"}
     type: Literal["tool_use"]
     id: Annotated[str, Field(min_length=1)]
@@ -45,8 +43,6 @@ class ToolUseBlock(Schema):
 
 
 class ToolResultBlock(Schema):
-    """What a tool answered."""
-
     type: Literal["tool_result"]
     tool_use_id: str
     content: Parts[TextBlock] = []
@@ -61,8 +57,6 @@ class UserMessage(Schema):
 
 
 class AssistantMessage(Schema):
-    """A turn of the assistant's."""
-
     role: Literal["assistant"]
     content: Parts[Annotated[TextBlock | ThinkingBlock | ToolUseBlock, Field(discriminator="type")]]
 
@@ -70,16 +64,9 @@ class AssistantMessage(Schema):
 Message = Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]
 
 
-class Custom(Schema):
-    """The kind of a tool; inherited last, so that one that Anthropic runs is refused for that first."""
-
-    type: Literal["custom"] = "custom"
-
-
-class Tool(Function, Custom):
-    """A tool of the client's own."""
-
+class Tool(Function):
     ignored = CACHING | {"eager_input_streaming", "input_examples"}
+    type: Literal["custom"] = "custom"
     parameters: Annotated[dict[str, Any], Field(alias="input_schema")]
 
 
@@ -92,7 +79,6 @@ class Choice(Schema):
 
     @property
     def chosen(self) -> ToolChoice | None:
-        """The named one, or all."""
         if self.type == "none":
             return None
         names = [self.name] if self.name else None
@@ -107,22 +93,16 @@ class Thinking(Schema):
 
 
 class OutputFormat(Schema):
-    """What the answer is held to."""
-
     type: Literal["json_schema"]
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
 
 
 class OutputConfig(Schema):
-    """A level of effort, and what the answer is held to."""
-
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: OutputFormat | None = None
 
 
 class MessagesBody(GenerationBody):
-    """/v1/messages."""
-
     ignored: ClassVar[frozenset[str]] = CACHING | {"metadata", "service_tier", "inference_geo", "speed"}
     messages: Annotated[Several[Message], Field(min_length=1)]
     max_tokens: Tokens
@@ -247,13 +227,12 @@ class MessagesForm(TypedForm):
             yield self._event("stop")
 
     def _reason(self, result: Result) -> Object:
-        called = any(block["type"] == "tool_use" for block in self.response["content"])
-        if called and result.finish_reason == "stop":
+        if result.finish_reason != "stop":
+            reason = "max_tokens"
+        elif any(block["type"] == "tool_use" for block in self.response["content"]):
             reason = "tool_use"
-        elif result.stop_string is not None:
-            reason = "stop_sequence"
         else:
-            reason = "end_turn" if result.finish_reason == "stop" else "max_tokens"
+            reason = "end_turn" if result.stop_string is None else "stop_sequence"
         return {"stop_reason": reason, "stop_sequence": result.stop_string if reason == "stop_sequence" else None}
 
 

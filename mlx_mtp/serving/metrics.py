@@ -32,7 +32,6 @@ class Metrics:
         self._counts = {name: 0.0 for name in TEXTS if name.endswith("_total") and name != "requests_total"}
 
     def add(self, **amounts: float) -> None:
-        """Adds to counters."""
         with self._lock:
             for name, amount in amounts.items():
                 self._counts[name] = self._counts.get(name, 0) + amount

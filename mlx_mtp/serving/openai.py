@@ -59,8 +59,6 @@ class Prediction(Schema):
 
 
 class OpenAIBody(GenerationBody):
-    """What both endpoints take."""
-
     ignored = CACHING | {
         "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
         "prompt_cache_options",
@@ -79,7 +77,6 @@ class OpenAIBody(GenerationBody):
     prediction: Prediction | None = None
 
     def common(self, context: Context) -> dict[str, Any]:
-        """What both endpoints ask for."""
         old, new = self.max_tokens, self.max_completion_tokens
         if self.stream_options and not self.stream:
             raise RequestError("stream_options are only for a request with stream true.", param="stream_options")

@@ -6,19 +6,12 @@ The event loop never waits for this thread, and it never waits for the event loo
 from __future__ import annotations
 
 import asyncio
-import math
-import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
 from typing import Any
 
-from mlx_mtp.serving.errors import RequestError, stopping, told
-
-# Longest and shortest time after which a client that found the queue full is told to come back, in seconds.
-LONGEST_RETRY, SHORTEST_RETRY = 120, 1
-# How much the newest reply moves the mean time of a reply.
-NEWEST = 0.2
+from mlx_mtp.serving.errors import RETRY, RequestError, stopping, told
 
 Item = dict[str, Any]
 
@@ -82,8 +75,7 @@ class ReplyQueue:
     """places: how many requests may wait while one runs."""
 
     def __init__(self, places: int = 32) -> None:
-        self.places, self._mean_seconds = places, 1.0
-        self.alive = True  # whether work is taken
+        self.places, self.alive = places, True  # whether work is taken
         self._tickets: list[Ticket] = []  # in order of arrival; only the event loop changes it
         self._running: Ticket | None = None
         self._thread = ThreadPoolExecutor(1, "mlx-mtp-replies")
@@ -110,11 +102,8 @@ class ReplyQueue:
         self._tickets = [ticket for ticket in self._tickets if not ticket.over]
         # The thread may not have taken up the first one yet; that one does not wait, it is about to run.
         if self.waiting >= self.places + (not self.running):
-            seconds = math.ceil(self._mean_seconds * (self.waiting + 1) / 2)
-            raise RequestError(
-                f"{self.places} requests are waiting already, which is the most; try again later.",
-                status=429, code="queue_full", retry_after=min(LONGEST_RETRY, max(SHORTEST_RETRY, seconds)),
-            )  # fmt: skip
+            message = f"{self.places} requests are waiting already, which is the most; try again later."
+            raise RequestError(message, status=429, code="queue_full", retry_after=RETRY)
         ticket = Ticket(self)
         self._tickets = [*self._tickets, ticket]
         return ticket
@@ -141,11 +130,10 @@ class ReplyQueue:
         """Does one piece of work; whatever becomes of it, the thread goes on."""
         if ticket.over:
             return
-        self._running, began = ticket, time.perf_counter()
+        self._running = ticket
         try:
             for item in work():
                 ticket.post(item)
-            self._mean_seconds += NEWEST * (time.perf_counter() - began - self._mean_seconds)
         except Cancelled:
             pass
         except BaseException as error:

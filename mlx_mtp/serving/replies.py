@@ -108,19 +108,21 @@ class Replier:
 
     def prompts(self, asked: Generation) -> list[list[int]]:
         """The prompts as ids; RequestError for what this checkpoint cannot do."""
-        if asked.messages is not None:
-            return [self._checked(self._conversation(asked, asked.messages), "messages")]
-        return [self._checked(self._ids(prompt, asked.suffix), "prompt") for prompt in asked.prompts]
+        if asked.messages is None:
+            param, found = "prompt", [self._ids(prompt, asked.suffix) for prompt in asked.prompts]
+        else:
+            param, found = "messages", [self._conversation(asked, asked.messages)]
+        for ids in found:
+            self._check_tokens(len(ids), param)
+        return found
 
     def _ids(self, prompt: str | list[int], suffix: str | None) -> list[int]:
-        tokenizer, context = self.engine.tokenizer, self.engine.max_context
         if isinstance(prompt, list):
             if suffix is not None:
                 raise RequestError("suffix needs a prompt that is text.", param="suffix")
             return prompt
-        if tokenizer is None:
-            raise RequestError("This checkpoint has no tokenizer: give the prompt as token ids.", param="prompt")
-        _check_length([prompt, suffix or ""], tokenizer, context, "prompt")
+        tokenizer = self.tokenizer("prompt")
+        self._check_length([prompt, suffix or ""], "prompt")
         if suffix is None:
             return tokenizer.encode(prompt)
         if (ids := tokenizer.fill_in(prompt, suffix)) is None:
@@ -129,13 +131,10 @@ class Replier:
         return ids
 
     def _conversation(self, asked: Generation, messages: Messages) -> list[int]:
-        tokenizer, context = self.engine.tokenizer, self.engine.max_context
-        if tokenizer is None:
-            raise RequestError("This checkpoint has no tokenizer: use /v1/completions with token ids.",
-                               param="messages")  # fmt: skip
+        tokenizer = self.tokenizer("messages")
         if not tokenizer.has_chat_template:
             raise RequestError("This checkpoint has no chat template: use /v1/completions.", param="messages")
-        _check_length([message["content"] for message in messages], tokenizer, context, "messages")
+        self._check_length([message["content"] for message in messages], "messages")
         try:
             ToolChoice.of(asked.choice, asked.tools)
         except MLXMTPError as error:
@@ -154,29 +153,30 @@ class Replier:
             )  # fmt: skip
         return ids
 
-    def _checked(self, ids: list[int], param: str) -> list[int]:
-        if len(ids) >= self.engine.max_context:
-            raise _too_long(self.engine.max_context, str(len(ids)), param)
-        return ids
+    def tokenizer(self, param: str | None = None) -> Tokenizer:
+        """The checkpoint's; RequestError where it has none."""
+        if self.engine.tokenizer is None:
+            message = "This checkpoint has no tokenizer: use /v1/completions, with the prompt as token ids."
+            raise RequestError(message, param=param)
+        return self.engine.tokenizer
+
+    def _check_length(self, texts: list[str], param: str) -> None:
+        """Refuses what no tokenizer could bring into the context before it takes seconds to be tokenised.
+
+        Blanks do not count, as templates and tokenizers may drop them.
+        """
+        count = sum(len(text) - sum(map(text.count, " \t\r\n")) for text in texts)
+        if count > self.engine.max_context:
+            self._check_tokens(count // self.tokenizer().longest_token, param, "at least ")
+
+    def _check_tokens(self, count: int, param: str, about: str = "") -> None:
+        if count >= self.engine.max_context:
+            raise RequestError(
+                f"The prompt has {about}{count} tokens and must be shorter than the context of "
+                f"{self.engine.max_context}; shorten it.", param=param, code="context_length_exceeded",
+            )  # fmt: skip
 
 
 def _without_strict(tool: dict[str, Any]) -> dict[str, Any]:
     """A declaration as the model sees it: what calls are held to is not its affair."""
     return {**tool, "function": {name: value for name, value in tool["function"].items() if name != "strict"}}
-
-
-def _check_length(texts: list[str], tokenizer: Tokenizer, context: int, param: str) -> None:
-    """Refuses what no tokenizer could bring into the context before it takes seconds to be tokenised.
-
-    Blanks do not count, as templates and tokenizers may drop them.
-    """
-    count = sum(len(text) - sum(map(text.count, " \t\r\n")) for text in texts)
-    if count > context and count >= context * tokenizer.longest_token:
-        raise _too_long(context, f"at least {count // tokenizer.longest_token}", param)
-
-
-def _too_long(context: int, found: str, param: str) -> RequestError:
-    return RequestError(
-        f"The prompt has {found} tokens and must be shorter than the context of {context}; shorten it.",
-        param=param, code="context_length_exceeded",
-    )  # fmt: skip

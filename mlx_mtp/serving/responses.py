@@ -17,7 +17,7 @@ from mlx_mtp.serving.interface import Context, Generation, GenerationBody, Objec
 from mlx_mtp.serving.openai import scored
 from mlx_mtp.serving.schema import CACHING, Arguments, JsonSchema, Schema, Several, Tokens, ToolName, Whole, only
 from mlx_mtp.serving.store import Items, Stored
-from mlx_mtp.serving.tools import Function, Named, OfFunction, Word, in_words, offered
+from mlx_mtp.serving.tools import Function, Named, Word, in_words, offered
 from mlx_mtp.text.call_grammar import ToolChoice
 
 
@@ -48,8 +48,6 @@ class Part(Schema):
 
 
 class MessageItem(Schema):
-    """A message of anyone's."""
-
     ignored = CACHING | {"id", "status", "phase"}
     type: Literal["message"]
     role: Literal["system", "developer", "user", "assistant"]
@@ -57,8 +55,6 @@ class MessageItem(Schema):
 
 
 class CallItem(Schema):
-    """A call of a tool."""
-
     ignored = CACHING | {"id", "status"}
     type: Literal["function_call"]
     call_id: Annotated[str, Field(min_length=1)]
@@ -67,8 +63,6 @@ class CallItem(Schema):
 
 
 class OutputItem(Schema):
-    """What a tool answered."""
-
     ignored = CACHING | {"id", "status"}
     type: Literal["function_call_output"]
     call_id: str
@@ -76,8 +70,6 @@ class OutputItem(Schema):
 
 
 class ReasoningItem(Schema):
-    """Thoughts of the assistant's."""
-
     ignored = CACHING | {"id", "status", "encrypted_content"}
     type: Literal["reasoning"]
     summary: Several[Part] = []
@@ -94,16 +86,15 @@ class ReferenceItem(Schema):
 Item = Annotated[MessageItem | CallItem | OutputItem | ReasoningItem | ReferenceItem, Field(discriminator="type")]
 
 
-class FunctionTool(Function, OfFunction):
-    """A tool: always a function."""
+class FunctionTool(Function):
+    type: Literal["function"]
 
 
-class NamedTool(Named, OfFunction):
-    """The one tool to call."""
+class NamedTool(Named):
+    type: Literal["function"]
 
     @property
     def chosen(self) -> ToolChoice:
-        """This one."""
         return ToolChoice([self.name], required=True, several=False)
 
 
@@ -116,7 +107,6 @@ class AllowedTools(Schema):
 
     @property
     def chosen(self) -> ToolChoice:
-        """These."""
         return ToolChoice([tool.name for tool in self.tools], self.mode == "required")
 
 
@@ -124,20 +114,14 @@ Choice = Annotated[Word | NamedTool | AllowedTools, Field(discriminator="type")]
 
 
 class Plain(Schema):
-    """Free text, or any JSON object."""
-
     type: Literal["text", "json_object"]
 
 
 class BySchema(JsonSchema):
-    """JSON by a schema."""
-
     type: Literal["json_schema"]
 
 
 class Text(Schema):
-    """What an answer is."""
-
     format: Annotated[Plain | BySchema, Field(discriminator="type")] = Plain(type="text")
     verbosity: Annotated[Any, only("medium", because="this server has no such dial")] = None
 
@@ -158,8 +142,6 @@ LOGPROBS = "message.output_text.logprobs"
 
 
 class ResponsesBody(GenerationBody):
-    """/v1/responses."""
-
     ignored = CACHING | {
         "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
         "stream_options", "max_tool_calls", "client_metadata",

@@ -7,6 +7,8 @@ A field is honoured, refused with a sentence, or in a schema's `ignored` because
 from __future__ import annotations
 
 import re
+from functools import reduce
+from operator import getitem
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
@@ -121,34 +123,29 @@ def read(body: bytes, schema: type[Body], dropped: list[str] | None = None) -> B
 
     dropped: None = unknown fields and kinds of tools are a fault; else they are left out, and their paths put into it.
     """
-    value, tools = parsed(body), 0  # so many left out
+    value: Any = parsed(body)
+    tools = 0  # so many left out
     while True:
         try:
             return schema.model_validate(value)
         except ValidationError as error:
             faults = error.errors(include_url=False)
             # A tool that is no function is one that the server itself would have to run.
-            kinds: list[Any] = [one["loc"][1] for one in faults if one["type"] == "literal_error"
+            kinds: list[Any] = [one["loc"][:2] for one in faults if one["type"] == "literal_error"
                                 and (one["loc"][0], *one["loc"][2:]) == ("tools", "type")]  # fmt: skip
-            unknown = [_steps(value, one) for one in faults if one["type"] == "extra_forbidden"]
+            unknown: list[Any] = [_steps(value, one) for one in faults if one["type"] == "extra_forbidden"]
             if dropped is None or not (kinds or unknown):
                 raise _refusal(value, error) from None
-        if kinds:
-            del value["tools"][kinds[0]]  # type: ignore[index]
-            dropped.append(f"tools[{kinds[0] + tools}]")
-            tools += 1
-            continue
-        for *way, name in unknown:
-            dropped.append(_path([*way, name]))
-            holder: Any = value
-            for step in way:
-                holder = holder[step]
-            del holder[name]
+        for *way, name in kinds[:1] or unknown:
+            dropped.append(_path([*way, name + tools if kinds else name]))
+            del reduce(getitem, way, value)[name]
+        tools += bool(kinds)
 
 
 def _refusal(value: object, error: ValidationError) -> RequestError:
-    """The first fault; of all, one in a known field comes before an unknown one, which may be the consequence."""
-    first = min(error.errors(include_url=False), key=lambda one: one["type"] == "extra_forbidden")
+    """The first fault; before others a wrong type of something, after all an unknown field: it may be a consequence."""
+    faults = error.errors(include_url=False)
+    first = min(faults, key=lambda one: (one["type"] == "extra_forbidden", one["type"] != "literal_error"))
     path = _path(_steps(value, first))[:100]
     code: str | None = first.get("ctx", {}).get("code")
     if first["type"] == "extra_forbidden":

@@ -5,12 +5,9 @@ Only the engine's thread touches a pool; others may read `nbytes` and `count`.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 from mlx_mtp.generation.prefix import Session
-
-log = logging.getLogger(__name__)
 
 # However little they take: looking for a common beginning goes through all of them.
 MOST_SESSIONS = 64
@@ -65,6 +62,4 @@ class SessionPool:
         before = self.count
         while self._kept and (self.nbytes > self.most_bytes or self.count > MOST_SESSIONS or not self.most_bytes):
             self._kept.pop(0)
-        if self.most_bytes and before and not self._kept:
-            log.info("One conversation's K/V take more than the %d bytes that may be kept.", self.most_bytes)
         return self.count < before

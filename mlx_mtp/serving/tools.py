@@ -13,8 +13,6 @@ WORDS = ("auto", "none", "required")
 
 
 class Named(Schema):
-    """The name of a tool."""
-
     name: ToolName
 
 
@@ -30,12 +28,6 @@ class Function(Named):
         parameters = {"type": "object", "properties": {}} | self.parameters
         function: dict[str, Any] = {"name": self.name, "description": self.description, "parameters": parameters}
         return {"type": "function", "function": function | ({"strict": True} if self.strict else {})}
-
-
-class OfFunction(Schema):
-    """The kind of a tool; inherited last, so that a tool of another kind is refused for that first."""
-
-    type: Literal["function"]
 
 
 class Word(Schema):
