@@ -17,6 +17,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 
 from mlx_mtp.serving.errors import RequestError
+from mlx_mtp.serving.options import ServerOptions
 
 # Seconds for which the rest of a body that was refused is still read.
 LINGER = 2.0
@@ -32,11 +33,12 @@ def shown(value: object) -> str:
     return NAMES.get(type(value)) or _brief.repr(value)
 
 
-async def read_body(request: Request, most_bytes: int, seconds: float) -> bytes:
-    """A JSON body of at most so many bytes that arrives within so many seconds; else RequestError.
+async def read_body(request: Request, options: ServerOptions) -> bytes:
+    """A JSON body that is not too large and arrives in time; else RequestError.
 
     The type is checked because a web page may send text, but not JSON, to another server without asking it first.
     """
+    most_bytes, seconds = options.body_bytes, options.body_seconds
     too_large = f"The body has more than {most_bytes} bytes; shorten it."
     kind, body = request.headers.get("content-type", "").partition(";")[0].strip().lower(), bytearray()
     try:

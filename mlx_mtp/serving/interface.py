@@ -136,7 +136,6 @@ class Form(ABC):
         return error.body
 
     def line(self, chunk: Object) -> str:
-        """A chunk as server-sent event."""
         return f"data: {as_json(chunk)}\n\n"
 
 
@@ -155,12 +154,10 @@ class TypedForm(Form):
 
 
 def identifier(prefix: str) -> str:
-    """A name for an object that nobody has used."""
     return f"{prefix}{secrets.token_hex(12)}"
 
 
 def now() -> int:
-    """Seconds since 1970."""
     return int(time.time())
 
 

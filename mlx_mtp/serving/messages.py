@@ -13,17 +13,13 @@ from mlx_mtp.serving.chat import arguments_of
 from mlx_mtp.serving.conversation import Conversation, Messages
 from mlx_mtp.serving.errors import RequestError, anthropic
 from mlx_mtp.serving.interface import Context, Generation, GenerationBody, Object, TypedForm, identifier
-from mlx_mtp.serving.schema import CACHING, Parts, Schema, Several, Stops, Tokens, ToolName, only
+from mlx_mtp.serving.schema import CACHING, Part, Parts, Schema, Several, Stops, Tokens, ToolName, only
 from mlx_mtp.serving.tools import Function, offered
 from mlx_mtp.text.call_grammar import ToolChoice
 
 
-class TextBlock(Schema):
-    """A part of a message; this server reads no images and no documents."""
-
+class TextBlock(Part):
     ignored = CACHING | {"citations"}
-    type: Literal["text"]
-    text: str
 
 
 class ThinkingBlock(Schema):
@@ -207,7 +203,6 @@ class MessagesForm(TypedForm):
         return anthropic(error.body)
 
     def _event(self, kind: str, **fields: Object) -> Object:
-        """About the newest block."""
         return {"type": f"content_block_{kind}", "index": len(self.response["content"]) - 1, **fields}
 
     def _grow(self, kind: str, text: str) -> Iterator[Object]:

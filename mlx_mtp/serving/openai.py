@@ -104,9 +104,8 @@ def scored(tokenizer: Tokenizer | None, most: int, events: Iterable[Event]) -> l
     return [
         {**spelled(token, logprob), "top_logprobs": [spelled(*other) for other in list(row.items())[:most]]}
         for event in events
-        for token, logprob, row in zip(event.tokens, event.logprobs or [],
-                                       event.top_logprobs or [{}] * len(event.tokens), strict=True)
-    ]  # fmt: skip
+        for token, logprob, row in zip(event.tokens, event.logprobs or [], event.top_logprobs or [], strict=True)
+    ]
 
 
 class ChoicesForm(Form):
@@ -174,7 +173,6 @@ class ChoicesForm(Form):
             yield {**self._frame, "object": self.chunk_kind, "choices": [], "usage": self._usage(self._results)}
 
     def chunk(self, index: int, part: Object, scores: Object | None = None, reason: str | None = None) -> Object:
-        """A chunk with one choice."""
         found = {"index": index, **part, "logprobs": scores, "finish_reason": reason}
         usage = {"usage": None} if self._options.include_usage else {}
         return {**self._frame, "object": self.chunk_kind, "choices": [found], **usage}

@@ -54,11 +54,8 @@ class ServerOptions:
         if self.hosts is not None:
             object.__setattr__(self, "hosts", frozenset(map(allowed_host, self.hosts)))
         object.__setattr__(self, "origins", [allowed_origin(one) for one in self.origins])
-        for name, low, value in (
-            ("tokens", 1, self.tokens), ("most_tokens", 1, self.most_tokens), ("seed", 0, self.seed),
-            ("body_bytes", 1, self.body_bytes), ("session_bytes", 0, self.session_bytes),
-        ):  # fmt: skip
-            if value is not None:
+        for name, low in {"tokens": 1, "most_tokens": 1, "seed": 0, "body_bytes": 1, "session_bytes": 0}.items():
+            if (value := getattr(self, name)) is not None:
                 checks.whole(name, value, low, 2**64 - 1)
 
 

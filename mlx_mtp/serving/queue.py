@@ -21,9 +21,10 @@ class Cancelled(Exception):
 
 
 class Ticket:
-    """A place in the queue. The event loop iterates over what its work yields and may cancel it at any time.
+    """A place in the queue. The event loop iterates over what its work yields and may set `over` at any time.
 
-    progress: how far the work has come, in words; "" before it began. over: done, or nobody waits for it any more.
+    progress: how far the work has come, in words; "" before it began. over: done, or nobody waits for it any more
+    and the thread drops it at its next look.
     """
 
     def __init__(self, queue: ReplyQueue) -> None:
@@ -36,10 +37,6 @@ class Ticket:
         """Why nothing comes, in words."""
         return self.progress or f"waiting, {self._queue.before(self)} before you"
 
-    def cancel(self) -> None:
-        """Nobody waits for this any more: the thread drops it at its next look."""
-        self.over = True
-
     def check(self) -> None:
         """For work: raises Cancelled once nobody waits for it."""
         if self.over:
@@ -50,7 +47,7 @@ class Ticket:
         try:
             self._loop.call_soon_threadsafe(self._items.put_nowait, item)
         except RuntimeError:  # the loop is closed: nobody is there to hear it
-            self.cancel()
+            self.over = True
 
     async def items(self, seconds: float | None = None) -> AsyncIterator[Item | None]:
         """What the work yields, as it comes, and None whenever nothing came for so many seconds.
@@ -82,7 +79,6 @@ class ReplyQueue:
 
     @property
     def waiting(self) -> int:
-        """How many tickets wait."""
         return sum(not ticket.over and ticket is not self._running for ticket in self._tickets)
 
     @property
@@ -118,7 +114,7 @@ class ReplyQueue:
         """Takes no more work and ends what there is with an error; from any thread, and without waiting."""
         self.alive = False
         for ticket in self._tickets:
-            ticket.cancel()
+            ticket.over = True
             ticket.post(stopping())
 
     def stop(self) -> None:
@@ -138,6 +134,6 @@ class ReplyQueue:
             pass
         except BaseException as error:
             ticket.post(told(error))
-        ticket.cancel()
+        ticket.over = True
         ticket.post(None)
         self._running = None

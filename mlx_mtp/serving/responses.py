@@ -268,11 +268,9 @@ class ResponsesForm(TypedForm):
         return {"type": f"response.{kind}", "sequence_number": next(self._numbers), **fields}
 
     def _item_event(self, kind: str, item: Object) -> Object:
-        """About the newest item as a whole."""
         return self._event(f"output_item.{kind}", output_index=len(self.response["output"]) - 1, item=item)
 
     def _inner_event(self, kind: str, **fields: Any) -> Object:
-        """About something in the newest item."""
         output = self.response["output"]
         place = {"item_id": output[-1]["id"], "output_index": len(output) - 1}
         return self._event(kind, **place, **({"content_index": 0} if "content" in output[-1] else {}), **fields)

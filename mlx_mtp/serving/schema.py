@@ -89,7 +89,6 @@ Arguments = Annotated[dict[str, Any], BeforeValidator(parsed_arguments)]
 
 
 def parts(value: object) -> object:
-    """A string as a list of one part."""
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
@@ -99,7 +98,7 @@ Stops = Annotated[Several[Annotated[str, Field(min_length=1)]], Field(max_length
 
 
 class Part(Schema):
-    """A part of a message; this server reads no images, sounds or files."""
+    """A part of a message; this server reads no images, sounds, documents or files."""
 
     type: Literal["text"]
     text: str

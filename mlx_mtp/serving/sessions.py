@@ -32,7 +32,6 @@ class SessionPool:
 
     @property
     def count(self) -> int:
-        """How many sessions are kept."""
         return len(self._kept)
 
     def take(self, ids: Sequence[int]) -> Session:

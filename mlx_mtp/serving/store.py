@@ -32,10 +32,9 @@ class ResponseStore:
     def __init__(self, most_bytes: int = 64_000_000) -> None:
         self._most_bytes, self._nbytes = most_bytes, 0
         self._kept = OrderedDict[str, tuple[Stored, int]]()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def keep(self, stored: Stored) -> None:
-        """Keeps a response under its id."""
         nbytes = len(as_json([stored.response, stored.given]))
         with self._lock:
             self._kept[stored.response["id"]] = stored, nbytes
@@ -64,7 +63,6 @@ class ResponseStore:
 
     def drop(self, name: str) -> None:
         """Forgets a response; RequestError (404) where it is not kept."""
-        self.get(name)
         with self._lock:
-            found = self._kept.pop(name, None)
-            self._nbytes -= found[1] if found else 0
+            self.get(name)
+            self._nbytes -= self._kept.pop(name)[1]

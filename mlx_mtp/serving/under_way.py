@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -14,8 +13,6 @@ from mlx_mtp.serving.interface import Form, Object
 from mlx_mtp.serving.metrics import Metrics
 from mlx_mtp.serving.options import ServerOptions
 from mlx_mtp.serving.queue import Ticket
-
-log = logging.getLogger(__name__)
 
 
 class ReplyResponse(StreamingResponse):
@@ -41,15 +38,12 @@ class ReplyResponse(StreamingResponse):
         leaving = asyncio.create_task(_left(receive))
         try:
             await asyncio.wait({speaking, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if speaking.done():
+            if speaking.done() and not isinstance(speaking.exception(), TimeoutError):
                 speaking.result()
-            else:
+            else:  # the client left, or took nothing for too long
                 self._metrics.add(dropped_total=1)
-        except TimeoutError:
-            log.warning("A client took nothing for %g seconds: its reply was dropped.", self._options.stall_seconds)
-            self._metrics.add(dropped_total=1)
         finally:
-            self._ticket.cancel()
+            self._ticket.over = True
             for task in (speaking, leaving):
                 task.cancel()
             await asyncio.gather(speaking, leaving, return_exceptions=True)
