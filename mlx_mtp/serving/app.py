@@ -16,7 +16,7 @@ from importlib.resources import files
 from typing import Annotated, Any, TypeVar
 
 import mlx.core as mx
-from pydantic import Field
+from pydantic import AliasChoices, Field
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -35,13 +35,12 @@ from mlx_mtp.serving.interface import Context, Form, GenerationBody, Object, now
 from mlx_mtp.serving.messages import MessagesBody, MessagesForm, PromptBody
 from mlx_mtp.serving.metrics import Metrics
 from mlx_mtp.serving.options import ServerOptions
-from mlx_mtp.serving.queue import ReplyQueue
+from mlx_mtp.serving.queue import ReplyQueue, ReplyResponse
 from mlx_mtp.serving.replies import Replier
 from mlx_mtp.serving.responses import ResponsesBody, ResponsesForm
 from mlx_mtp.serving.schema import Body, ModelBody, read
 from mlx_mtp.serving.sessions import SessionPool
 from mlx_mtp.serving.store import ResponseStore
-from mlx_mtp.serving.under_way import ReplyResponse
 from mlx_mtp.version import __version__
 
 # Bytes of a body from which on its prompt is tokenised one at a time, and threads for the smaller ones: nobody with a
@@ -96,8 +95,7 @@ def create_app(engine: Engine, options: ServerOptions, places: int = 32) -> Star
 class TokenizeBody(ModelBody):
     """/tokenize: a text, under the names of vLLM and llama.cpp."""
 
-    prompt: str | None = None
-    content: str | None = None
+    prompt: Annotated[str, Field(validation_alias=AliasChoices("prompt", "content"))]
     add_special_tokens: bool = True
 
 
@@ -193,10 +191,7 @@ class Endpoints:
 
     def tokenize(self, data: bytes) -> Object:
         body, tokenizer = self._read(data, TokenizeBody, []), self._replier.tokenizer()
-        text = body.content if body.prompt is None else body.prompt
-        if text is None:
-            raise RequestError("prompt: the field is required.", param="prompt")
-        ids = tokenizer.encode(text, body.add_special_tokens)
+        ids = tokenizer.encode(body.prompt, body.add_special_tokens)
         return {"tokens": ids, "count": len(ids), "max_model_len": self._engine.max_context}
 
     def detokenize(self, data: bytes) -> Object:
@@ -210,10 +205,8 @@ class Endpoints:
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models, in OpenAI's form and Anthropic's at once."""
-        model = self._model()
-        return JSONResponse({
-            "object": "list", "data": [model], "has_more": False, "first_id": model["id"], "last_id": model["id"],
-        })  # fmt: skip
+        model, name = self._model(), self._options.model
+        return JSONResponse({"object": "list", "data": [model], "has_more": False, "first_id": name, "last_id": name})
 
     async def model(self, request: Request) -> Response:
         self._check_model(request.path_params["name"])

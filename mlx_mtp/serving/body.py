@@ -34,7 +34,7 @@ def shown(value: object) -> str:
 
 
 async def read_body(request: Request, options: ServerOptions) -> bytes:
-    """A JSON body that is not too large and arrives in time; else RequestError.
+    """A JSON body that is not too large and arrives in time; else RequestError, with which the connection ends.
 
     The type is checked because a web page may send text, but not JSON, to another server without asking it first.
     """
@@ -44,18 +44,18 @@ async def read_body(request: Request, options: ServerOptions) -> bytes:
     try:
         async with asyncio.timeout(seconds):
             if int(request.headers.get("content-length", 0)) > most_bytes:  # a number, or it were no HTTP
-                raise RequestError(too_large, status=413, code="body_too_large")
+                raise RequestError(too_large, status=413, code="body_too_large", close=True)
             if kind != "application/json":
                 message = "The header 'Content-Type: application/json' is missing."
-                raise RequestError(message, status=415, code="bad_content_type")
+                raise RequestError(message, status=415, code="bad_content_type", close=True)
             async for part in request.stream():
                 body += part
                 if len(body) > most_bytes:
-                    raise RequestError(too_large, status=413, code="body_too_large")
+                    raise RequestError(too_large, status=413, code="body_too_large", close=True)
             return bytes(body)
     except TimeoutError:
         message = f"The whole body did not arrive within {seconds:g} seconds."
-        raise RequestError(message, status=408, code="too_slow") from None
+        raise RequestError(message, status=408, code="too_slow", close=True) from None
     except ClientDisconnect:
         raise RequestError("The client left.") from None  # nobody hears this
     except RequestError:  # its sender gets to see the answer only once it has sent the rest

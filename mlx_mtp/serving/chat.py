@@ -9,12 +9,11 @@ from pydantic import BeforeValidator, Field
 
 from mlx_mtp.generation.types import Event
 from mlx_mtp.serving.body import as_json
-from mlx_mtp.serving.conversation import Conversation, Messages, filled
+from mlx_mtp.serving.conversation import Conversation, Function, Messages, Named, Word, filled, in_words, offered
 from mlx_mtp.serving.errors import RequestError
 from mlx_mtp.serving.interface import Context, Generation, Object, identifier, thinks
 from mlx_mtp.serving.openai import ChoicesForm, OpenAIBody, scored
 from mlx_mtp.serving.schema import CACHING, Arguments, Part, Parts, Schema, Several, ToolName, Whole, only
-from mlx_mtp.serving.tools import Function, Named, Word, in_words, offered
 from mlx_mtp.text.call_grammar import ToolChoice
 from mlx_mtp.text.channels import ToolCall
 

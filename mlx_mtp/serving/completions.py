@@ -13,8 +13,6 @@ from mlx_mtp.serving.interface import Context, Generation, Object
 from mlx_mtp.serving.openai import ChoicesForm, OpenAIBody, scored
 from mlx_mtp.serving.schema import Whole, fault, only
 
-MOST_PROMPTS = 128
-
 
 def _prompts(value: object) -> list[str | list[int]]:
     """A string, token ids, or a list of these."""
@@ -23,8 +21,8 @@ def _prompts(value: object) -> list[str | list[int]]:
     for one in found:
         if not one or not (isinstance(one, str) or (isinstance(one, list) and all(type(t) is int for t in one))):
             raise fault("should be a string or a list of token ids, or a list of these, none of them empty")
-    if len(found) > MOST_PROMPTS:
-        raise fault(f"should be at most {MOST_PROMPTS} prompts")
+    if len(found) > 128:
+        raise fault("should be at most 128 prompts")
     return list(found)
 
 

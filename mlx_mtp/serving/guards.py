@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mlx_mtp.serving.errors import RETRY, RequestError
+from mlx_mtp.serving.errors import RequestError
 from mlx_mtp.serving.metrics import Metrics
 from mlx_mtp.serving.options import ServerOptions, host_name
 
@@ -74,7 +74,7 @@ class Gate:
         # Of the connections the server's protocol keeps count.
         if len(scope.get("state", {}).get("connections", ())) > MOST_CONNECTIONS:
             message = f"This server has more than {MOST_CONNECTIONS} connections; try again later."
-            return RequestError(message, status=503, code="crowded", retry_after=RETRY, close=True)
+            return RequestError(message, status=503, code="crowded", close=True)
         # A web page that lets its own name point to 127.0.0.1 must not reach the server.
         if options.hosts is not None and host_name(unique("host")) not in options.hosts:
             return RequestError(

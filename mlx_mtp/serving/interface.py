@@ -24,7 +24,6 @@ from mlx_mtp.text.call_grammar import ToolChoice
 from mlx_mtp.text.tokenizer import Tokenizer
 
 Object = dict[str, Any]
-UNTHINKING = ("none", "minimal")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,4 +162,4 @@ def now() -> int:
 
 def thinks(effort: str | None, switch: bool | None = None) -> bool:
     """Whether a level of effort, or a switch beside it, asks for thoughts."""
-    return effort not in UNTHINKING if effort is not None else bool(switch)
+    return effort not in ("none", "minimal") if effort is not None else bool(switch)

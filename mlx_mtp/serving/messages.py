@@ -10,11 +10,10 @@ from pydantic import Field
 from mlx_mtp.generation.types import Event, Result, Stats
 from mlx_mtp.serving.body import strict
 from mlx_mtp.serving.chat import arguments_of
-from mlx_mtp.serving.conversation import Conversation, Messages
+from mlx_mtp.serving.conversation import Conversation, Function, Messages, offered
 from mlx_mtp.serving.errors import RequestError, anthropic
 from mlx_mtp.serving.interface import Context, Generation, GenerationBody, Object, TypedForm, identifier
 from mlx_mtp.serving.schema import CACHING, Part, Parts, Schema, Several, Stops, Tokens, ToolName, only
-from mlx_mtp.serving.tools import Function, offered
 from mlx_mtp.text.call_grammar import ToolChoice
 
 

@@ -1,9 +1,4 @@
-"""What OpenAI's Chat Completions and Completions share: fields of a request, and the form of replies.
-
-`usage` counts drafts that are in the reply as accepted_prediction_tokens and tokens a kept session had as
-cached_tokens; `stats` is an extension with the figures of `mlx-mtp generate --json`, in a choice of its own where there
-are several.
-"""
+"""What Chat Completions and Completions share. `stats` is an extension, in each choice where there are several."""
 
 from __future__ import annotations
 
@@ -23,8 +18,6 @@ from mlx_mtp.version import __version__
 
 # For a probability of zero, as JSON has no infinity.
 LEAST = -9999.0
-FINGERPRINT = f"mlx-mtp-{__version__}"
-MOST_CHOICES = 128
 
 
 class ResponseFormat(Schema):
@@ -72,7 +65,7 @@ class OpenAIBody(GenerationBody):
     ] = {}
     seed: Annotated[Whole, Field(ge=-(2**63), le=2**64 - 1)] | None = None
     stop: Annotated[Stops, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = []
-    n: Annotated[Whole, Field(ge=1, le=MOST_CHOICES)] = 1
+    n: Annotated[Whole, Field(ge=1, le=128)] = 1
     response_format: ResponseFormat | None = None
     prediction: Prediction | None = None
 
@@ -124,7 +117,7 @@ class ChoicesForm(Form):
         self._called, self._results = Counter[int](), list[Result]()  # calls of each choice so far; finished ones
         self._frame: Object = {
             "id": identifier(f"{self.prefix}-"), "created": now(), "model": context.options.model,
-            "system_fingerprint": FINGERPRINT,
+            "system_fingerprint": f"mlx-mtp-{__version__}",
         }  # fmt: skip
 
     @abstractmethod

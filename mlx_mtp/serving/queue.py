@@ -1,4 +1,4 @@
-"""The one thread in which replies are written, one after the other, and the bounded queue in front of it.
+"""Replies wait in a bounded queue, are written in one thread, one after the other, and sent as they come.
 
 The event loop never waits for this thread, and it never waits for the event loop.
 """
@@ -6,14 +6,17 @@ The event loop never waits for this thread, and it never waits for the event loo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
-from typing import Any
 
-from mlx_mtp.serving.errors import RETRY, RequestError, stopping, told
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
-Item = dict[str, Any]
+from mlx_mtp.serving.errors import RequestError, stopping, told
+from mlx_mtp.serving.interface import Form, Object
+from mlx_mtp.serving.metrics import Metrics
+from mlx_mtp.serving.options import ServerOptions
 
 
 class Cancelled(Exception):
@@ -30,7 +33,7 @@ class Ticket:
     def __init__(self, queue: ReplyQueue) -> None:
         self.progress, self.over, self._queue = "", False, queue
         self._loop = asyncio.get_running_loop()
-        self._items = asyncio.Queue[Item | RequestError | None]()
+        self._items = asyncio.Queue[Object | RequestError | None]()
 
     @property
     def waits_for(self) -> str:
@@ -42,14 +45,14 @@ class Ticket:
         if self.over:
             raise Cancelled
 
-    def post(self, item: Item | RequestError | None) -> None:
+    def post(self, item: Object | RequestError | None) -> None:
         """Hands an item, an error or None for the end over to the event loop; from any thread."""
         try:
             self._loop.call_soon_threadsafe(self._items.put_nowait, item)
         except RuntimeError:  # the loop is closed: nobody is there to hear it
             self.over = True
 
-    async def items(self, seconds: float | None = None) -> AsyncIterator[Item | None]:
+    async def items(self, seconds: float | None = None) -> AsyncIterator[Object | None]:
         """What the work yields, as it comes, and None whenever nothing came for so many seconds.
 
         Raises the RequestError that ended it.
@@ -72,7 +75,8 @@ class ReplyQueue:
     """places: how many requests may wait while one runs."""
 
     def __init__(self, places: int = 32) -> None:
-        self.places, self.alive = places, True  # whether work is taken
+        self.places = places
+        self.alive = True  # whether work is taken
         self._tickets: list[Ticket] = []  # in order of arrival; only the event loop changes it
         self._running: Ticket | None = None
         self._thread = ThreadPoolExecutor(1, "mlx-mtp-replies")
@@ -99,12 +103,12 @@ class ReplyQueue:
         # The thread may not have taken up the first one yet; that one does not wait, it is about to run.
         if self.waiting >= self.places + (not self.running):
             message = f"{self.places} requests are waiting already, which is the most; try again later."
-            raise RequestError(message, status=429, code="queue_full", retry_after=RETRY)
+            raise RequestError(message, status=429, code="queue_full")
         ticket = Ticket(self)
         self._tickets = [*self._tickets, ticket]
         return ticket
 
-    def submit(self, ticket: Ticket, work: Callable[[], Iterable[Item]]) -> None:
+    def submit(self, ticket: Ticket, work: Callable[[], Iterable[Object]]) -> None:
         """Brings the work of a ticket that `reserve` gave."""
         if not self.alive:
             raise stopping()
@@ -122,7 +126,7 @@ class ReplyQueue:
         self.refuse()
         self._thread.shutdown()
 
-    def _write(self, ticket: Ticket, work: Callable[[], Iterable[Item]]) -> None:
+    def _write(self, ticket: Ticket, work: Callable[[], Iterable[Object]]) -> None:
         """Does one piece of work; whatever becomes of it, the thread goes on."""
         if ticket.over:
             return
@@ -137,3 +141,77 @@ class ReplyQueue:
         ticket.over = True
         ticket.post(None)
         self._running = None
+
+
+class ReplyResponse(StreamingResponse):
+    """Whoever leaves before its end frees the queue and the engine.
+
+    begin: checks the request, puts it into the queue and returns the first chunks of its stream. dropped: fields of the
+    request that were left out, for a header.
+    """
+
+    def __init__(
+        self, ticket: Ticket, form: Form, begin: Callable[[], Awaitable[list[Object]]], options: ServerOptions,
+        metrics: Metrics, dropped: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        self._ticket, self._form, self._begin, self._options, self._metrics = ticket, form, begin, options, metrics
+        names = ", ".join(dropped)[:4000].encode("ascii", "replace").decode()
+        self._dropped = {"x-ignored-fields": names} if names else {}
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no", **self._dropped}
+        super().__init__((), headers=headers, media_type="text/event-stream")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI: speaks until the end, until the client leaves, or until the server cancels this."""
+        speaking = asyncio.create_task(self._speak(scope, receive, send))
+        leaving = asyncio.create_task(_left(receive))
+        try:
+            await asyncio.wait({speaking, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if speaking.done() and not isinstance(speaking.exception(), TimeoutError):
+                speaking.result()
+            else:  # the client left, or took nothing for too long
+                self._metrics.add(dropped_total=1)
+        finally:
+            self._ticket.over = True
+            for task in (speaking, leaving):
+                task.cancel()
+            await asyncio.gather(speaking, leaving, return_exceptions=True)
+
+    async def _speak(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            opening = await self._begin()
+            if self._form.streamed:
+                return await self._events(opening, send)
+            [whole] = [item async for item in self._ticket.items()]
+            response: Response = JSONResponse(whole, headers=self._dropped)
+        except RequestError as error:
+            response = error.response(scope["path"])
+        await response(scope, receive, send)
+
+    async def _events(self, opening: list[Object], send: Send) -> None:
+        """The reply as server-sent events, from the time on when it waits. An error can only be one of them.
+
+        Where nothing is to be said there is a comment in its place, which readers of events skip.
+        """
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await self._send(send, self._lines(opening))
+        try:
+            async for item in self._ticket.items(self._options.quiet_seconds):
+                await self._send(send, f": {self._ticket.waits_for}\n\n" if item is None else self._lines([item]))
+            await self._send(send, self._form.done)
+        except RequestError as error:
+            await self._send(send, self._lines([self._form.failed(error)]))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _lines(self, chunks: Iterable[Object]) -> str:
+        return "".join(map(self._form.line, chunks))
+
+    async def _send(self, send: Send, text: str) -> None:
+        if text:
+            async with asyncio.timeout(self._options.stall_seconds):  # the engine does not wait for anybody
+                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+
+
+async def _left(receive: Receive) -> None:
+    """Returns once the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -83,7 +83,7 @@ class Replier:
             ticket.progress = f"prefill {done}/{total} tokens" if done < total else "generating"
             ticket.check()
 
-        session, known = self.pool.take(request.ids), False
+        session = self.pool.take(request.ids)
         ticket.progress = "prefill"
         try:
             with closing(self.engine.run(replace(request, session=session, on_prefill=on_prefill))) as events:
@@ -98,12 +98,12 @@ class Replier:
                         self.metrics.add(decode_seconds_total=stats.decode_seconds)
                     yield event
                     ticket.check()
-            known = True
-        except (Cancelled, MLXMTPError, GeneratorExit):
-            known = True  # after any other error, what is in the buffers is anybody's guess
+        except BaseException as error:
+            if not isinstance(error, (Cancelled, MLXMTPError, GeneratorExit)):
+                session.clear()  # what is in the buffers is anybody's guess
             raise
         finally:
-            if known and self.pool.keep(session, len(request.ids)):
+            if self.pool.keep(session, len(request.ids)):
                 mx.clear_cache()  # what was let go of goes back to the system, not into MLX's store of buffers
 
     def prompts(self, asked: Generation) -> list[list[int]]:

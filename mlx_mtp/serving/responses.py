@@ -11,13 +11,12 @@ from pydantic import BeforeValidator, Field
 from mlx_mtp.generation.types import Event, Result
 from mlx_mtp.serving.body import strict
 from mlx_mtp.serving.chat import Effort, arguments_of
-from mlx_mtp.serving.conversation import Conversation, Messages
+from mlx_mtp.serving.conversation import Conversation, Function, Messages, Named, Word, in_words, offered
 from mlx_mtp.serving.errors import RequestError
 from mlx_mtp.serving.interface import Context, Generation, GenerationBody, Object, TypedForm, identifier, now, thinks
 from mlx_mtp.serving.openai import scored
 from mlx_mtp.serving.schema import CACHING, Arguments, JsonSchema, Schema, Several, Tokens, ToolName, Whole, only
 from mlx_mtp.serving.store import Items, Stored
-from mlx_mtp.serving.tools import Function, Named, Word, in_words, offered
 from mlx_mtp.text.call_grammar import ToolChoice
 
 
@@ -138,7 +137,6 @@ Include = Literal[
     "web_search_call.results", "web_search_call.action.sources", "message.input_image.image_url",
     "computer_call_output.output.image_url", "code_interpreter_call.outputs",
 ]  # fmt: skip
-LOGPROBS = "message.output_text.logprobs"
 
 
 class ResponsesBody(GenerationBody):
@@ -184,7 +182,7 @@ class ResponsesBody(GenerationBody):
             thinking=thinks(self.reasoning.effort),
             **offered(self.tools, self.tool_choice.chosen, self.parallel_tool_calls),
             **self.resolved(context.options, self.max_output_tokens, "max_output_tokens"),
-            logprobs=self.top_logprobs if self.top_logprobs or LOGPROBS in self.include else None,
+            logprobs=self.top_logprobs if self.top_logprobs or "message.output_text.logprobs" in self.include else None,
             json_schema=answer.schema_ if isinstance(answer, BySchema) else
             {"type": "object"} if answer.type == "json_object" else None,
         )  # fmt: skip

@@ -28,7 +28,6 @@ from mlx_mtp.serving.errors import RequestError
 
 # Marks where Anthropic's API, which clients of many servers write for too, shall cache; no reply could differ by them.
 CACHING = frozenset({"cache_control", "prompt_cache_breakpoint"})
-MOST_TOKENS = 2**63 - 1
 Element = TypeVar("Element")
 UNKNOWN, UNSUPPORTED = "unknown_field", "unsupported_value"
 
@@ -83,7 +82,7 @@ def parsed_arguments(value: object) -> object:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
-Tokens = Annotated[Whole, Field(ge=1, le=MOST_TOKENS)]
+Tokens = Annotated[Whole, Field(ge=1, le=2**63 - 1)]
 ToolName = Annotated[str, Field(pattern=r"^[\w.\-/]{1,128}$")]
 Arguments = Annotated[dict[str, Any], BeforeValidator(parsed_arguments)]
 
