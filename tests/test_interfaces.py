@@ -452,7 +452,7 @@ def test_every_fault_is_named(server: Running) -> None:
 def test_the_store_keeps_what_was_used_last() -> None:
     store = ResponseStore(most_bytes=300)
     for name in "abc":
-        store.keep(Stored({"id": name, "output": [{"id": f"i{name}", "text": "x" * 60}]}, [], []))
+        store.keep(Stored({"id": name, "output": [{"id": f"i{name}", "text": "x" * 60}]}, []))
         if name != "c":
             store.get("a")
     assert store.get("a").response["id"] == "a" and store.item("ic", "input")["text"]

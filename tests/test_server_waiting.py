@@ -130,7 +130,7 @@ def test_what_is_wrong_is_said_before_the_headers() -> None:
 @pytest.mark.parametrize("path", [COMPLETION, CHAT])
 def test_nobody_waits_for_a_prompt_that_is_tokenised(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Six long prompts, more than there are threads for short ones; their places in the queue are theirs meanwhile."""
-    monkeypatch.setattr(mlx_mtp.serving.endpoints, "LARGE_BODY", 300)
+    monkeypatch.setattr(mlx_mtp.serving.app, "LARGE_BODY", 300)
     tokenizer = Slow()
     fake = ScriptedEngine(tokenizer=tokenizer)
 

@@ -17,8 +17,9 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 
 from mlx_mtp.serving.errors import RequestError
+from mlx_mtp.serving.options import ServerOptions
 
-# Seconds for which the rest of a body that was refused is still read, so that its sender gets to see the answer.
+# Seconds for which the rest of a body that was refused is still read.
 LINGER = 2.0
 DEEPEST = 100
 NAMES = {dict: "an object", list: "a list", type(None): "null"}
@@ -32,48 +33,37 @@ def shown(value: object) -> str:
     return NAMES.get(type(value)) or _brief.repr(value)
 
 
-async def read_body(request: Request, most_bytes: int, seconds: float) -> bytes:
-    """A JSON body of at most so many bytes that arrives within so many seconds; else RequestError.
+async def read_body(request: Request, options: ServerOptions) -> bytes:
+    """A JSON body that is not too large and arrives in time; else RequestError, with which the connection ends.
 
     The type is checked because a web page may send text, but not JSON, to another server without asking it first.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    length = request.headers.get("content-length", "0")
-    too_large = RequestError(
-        f"The body has more than {most_bytes} bytes; shorten it.", status=413, code="body_too_large"
-    )
-    if length.isdigit() and (len(length) > 20 or int(length) > most_bytes):
-        await _linger(request)
-        raise too_large
-    if kind != "application/json":
-        await _linger(request)
-        raise RequestError("The header 'Content-Type: application/json' is missing.", status=415,
-                           code="bad_content_type")  # fmt: skip
-    body, more = bytearray(), True
+    most_bytes, seconds = options.body_bytes, options.body_seconds
+    too_large = f"The body has more than {most_bytes} bytes; shorten it."
+    kind, body = request.headers.get("content-type", "").partition(";")[0].strip().lower(), bytearray()
     try:
         async with asyncio.timeout(seconds):
-            while more and len(body) <= most_bytes:
-                message = await request.receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnect
-                body += message.get("body", b"")
-                more = message.get("more_body", False)
+            if int(request.headers.get("content-length", 0)) > most_bytes:  # a number, or it were no HTTP
+                raise RequestError(too_large, status=413, code="body_too_large", close=True)
+            if kind != "application/json":
+                message = "The header 'Content-Type: application/json' is missing."
+                raise RequestError(message, status=415, code="bad_content_type", close=True)
+            async for part in request.stream():
+                body += part
+                if len(body) > most_bytes:
+                    raise RequestError(too_large, status=413, code="body_too_large", close=True)
+            return bytes(body)
     except TimeoutError:
-        raise RequestError(
-            f"The whole body did not arrive within {seconds:g} seconds.", status=408, code="too_slow"
-        ) from None
-    if len(body) > most_bytes:
-        await _linger(request)
-        raise too_large
-    return bytes(body)
-
-
-async def _linger(request: Request) -> None:
-    """Reads and forgets what a client is still sending, for a moment."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(LINGER):
-            while (await request.receive()).get("more_body"):
-                pass
+        message = f"The whole body did not arrive within {seconds:g} seconds."
+        raise RequestError(message, status=408, code="too_slow", close=True) from None
+    except ClientDisconnect:
+        raise RequestError("The client left.") from None  # nobody hears this
+    except RequestError:  # its sender gets to see the answer only once it has sent the rest
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER):
+                while (await request.receive()).get("more_body"):
+                    pass
+        raise
 
 
 def as_json(value: object) -> str:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, FailFast, Field
+from pydantic import BeforeValidator, Field
 
-from mlx_mtp.generation.types import Event, Result
+from mlx_mtp.generation.types import Event
 from mlx_mtp.serving.body import as_json
+from mlx_mtp.serving.conversation import Conversation, Function, Messages, Named, Word, filled, in_words, offered
 from mlx_mtp.serving.errors import RequestError
-from mlx_mtp.serving.interface import Context, Generation, Messages, Object, identifier, result_of, thinks
+from mlx_mtp.serving.interface import Context, Generation, Object, identifier, thinks
 from mlx_mtp.serving.openai import ChoicesForm, OpenAIBody, scored
-from mlx_mtp.serving.schema import CACHING, Arguments, Part, Schema, ToolName, Whole, call, only, parts
-from mlx_mtp.serving.tools import Chosen, Function, Named, OfFunction, Word, in_words, offered
+from mlx_mtp.serving.schema import CACHING, Arguments, Part, Parts, Schema, Several, ToolName, Whole, only
+from mlx_mtp.text.call_grammar import ToolChoice
 from mlx_mtp.text.channels import ToolCall
 
 
@@ -27,16 +27,12 @@ class AssistantPart(Schema):
 
 
 class Said(Schema):
-    """A message of the system's, the developer's or the user's."""
-
     role: Literal["system", "developer", "user"]
-    content: Annotated[list[Part], FailFast(), BeforeValidator(parts)]
+    content: Parts[Part]
     name: str | None = None
 
 
 class CalledFunction(Schema):
-    """A tool's name and the arguments it was given."""
-
     name: ToolName
     arguments: Arguments
 
@@ -57,22 +53,20 @@ class Replied(Schema):
     """A message of the assistant's: OpenAI's clients send back what they were given, with fields that are empty."""
 
     role: Literal["assistant"]
-    content: Annotated[list[AssistantPart], FailFast(), BeforeValidator(parts)] = []
+    content: Parts[AssistantPart] = []
     name: str | None = None
     refusal: str = ""
     reasoning_content: str = ""
     reasoning: str = ""
-    tool_calls: Annotated[list[Call], FailFast()] = []
+    tool_calls: Several[Call] = []
     annotations: Empty = None
     audio: Empty = None
     function_call: Empty = None
 
 
 class Answered(Schema):
-    """What a tool answered."""
-
     role: Literal["tool"]
-    content: Annotated[list[Part], FailFast(), BeforeValidator(parts)]
+    content: Parts[Part]
     name: str | None = None
     tool_call_id: str
 
@@ -81,48 +75,40 @@ Message = Annotated[Said | Replied | Answered, Field(discriminator="role")]
 
 
 class Tool(Schema):
-    """A tool: always a function."""
-
     type: Literal["function"] = "function"
     function: Function
 
 
-class NamedTool(OfFunction):
-    """The one tool to call."""
-
+class NamedTool(Schema):
+    type: Literal["function"]
     function: Named
 
     @property
-    def chosen(self) -> Chosen:
-        """This one."""
-        return [self.function.name], "one"
+    def chosen(self) -> ToolChoice:
+        return ToolChoice([self.function.name], required=True, several=False)
 
 
 class Allowed(Schema):
     """The tools that may, or must, be called, of those that are declared."""
 
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedTool], FailFast(), Field(min_length=1)]
+    tools: Annotated[Several[NamedTool], Field(min_length=1)]
 
 
 class AllowedTools(Schema):
-    """A choice among some of the tools."""
-
     type: Literal["allowed_tools"]
     allowed_tools: Allowed
 
     @property
-    def chosen(self) -> Chosen:
-        """These."""
-        return [tool.function.name for tool in self.allowed_tools.tools], self.allowed_tools.mode
+    def chosen(self) -> ToolChoice:
+        allowed = self.allowed_tools
+        return ToolChoice([tool.function.name for tool in allowed.tools], allowed.mode == "required")
 
 
 Choice = Annotated[Word | NamedTool | AllowedTools, Field(discriminator="type")]
 
 
 class TemplateOptions(Schema):
-    """Variables of chat templates."""
-
     enable_thinking: bool | None = None
 
 
@@ -130,10 +116,8 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class ChatBody(OpenAIBody):
-    """/v1/chat/completions."""
-
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1)]
-    tools: Annotated[list[Tool], FailFast(), Field(max_length=512)] = []
+    messages: Annotated[Several[Message], Field(min_length=1)]
+    tools: Annotated[Several[Tool], Field(max_length=512)] = []
     tool_choice: Annotated[Choice, BeforeValidator(in_words)] = Word(type="auto")
     parallel_tool_calls: bool = True
     logprobs: bool = False
@@ -158,38 +142,25 @@ class ChatBody(OpenAIBody):
         return Generation(
             messages=for_template(self.messages), effort=effort, thinking=thinks(effort, switch),
             logprobs=self.top_logprobs if self.logprobs else None, **self.common(context),
-            **offered([tool.function for tool in self.tools], self.tool_choice, self.parallel_tool_calls),
+            **offered([tool.function for tool in self.tools], self.tool_choice.chosen, self.parallel_tool_calls),
         )  # fmt: skip
-
-    def form(self, context: Context, asked: Generation) -> ChatForm:
-        return ChatForm(self, context, asked)
 
 
 def for_template(messages: list[Said | Replied | Answered]) -> Messages:
-    """Messages as chat templates take them: parts of text as lines of one, a tool's answer with the name of its call.
-
-    Whether a template takes these roles in this order is its own affair.
-    """
-    found, tools = [], dict[str, str]()
+    """Messages as chat templates take them: parts of text as lines of one."""
+    found = Conversation()
     for i, said in enumerate(messages):
-        texts = [text for part in said.content for text in (part.text, part.refusal) if text]
-        one: dict[str, Any] = {"role": "system" if said.role == "developer" else said.role}
-        one |= {"name": said.name} if said.name else {}
-        if isinstance(said, Replied):
-            texts += [said.refusal] if said.refusal else []
-            if thought := said.reasoning_content or said.reasoning:
-                one["reasoning_content"] = thought
-            if said.tool_calls:
-                one["tool_calls"] = [call(made.id, made.function.name, made.function.arguments)
-                                     for made in said.tool_calls]  # fmt: skip
-            tools |= {made.id: made.function.name for made in said.tool_calls}
+        text = "\n".join(text for part in said.content for text in (part.text, part.refusal) if text)
         if isinstance(said, Answered):
-            if not (name := said.name or tools.get(said.tool_call_id)):
-                raise RequestError("tool_call_id names no call of a tool in an earlier message.",
-                                   param=f"messages[{i}].tool_call_id")  # fmt: skip
-            one |= {"name": name, "tool_call_id": said.tool_call_id}
-        found.append(one | {"content": "\n".join(texts)})
-    return found
+            found.answer(said.tool_call_id, text, f"messages[{i}].tool_call_id", said.name)
+        elif isinstance(said, Replied):
+            text = "\n".join(filter(None, [text, said.refusal]))
+            found.add("assistant", text, name=said.name, reasoning_content=said.reasoning_content or said.reasoning)
+            for made in said.tool_calls:
+                found.call(made.id, made.function.name, made.function.arguments)
+        else:
+            found.add(said.role, text, name=said.name)
+    return found.messages
 
 
 class ChatForm(ChoicesForm):
@@ -198,52 +169,31 @@ class ChatForm(ChoicesForm):
     prefix, whole_kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
     empty: ClassVar[Object] = {"delta": {}}
 
-    def __init__(self, body: ChatBody, context: Context, asked: Generation) -> None:
-        super().__init__(body, context, asked)
-        self._calls = Counter[int]()  # of each choice, streamed
-
-    def begin(self, prompt_tokens: int) -> Iterable[Object]:
-        return [self.chunk(i, {"delta": {"role": "assistant", "content": ""}}) for i in range(self._asked.choices)]
+    def begin(self, prompt_tokens: int) -> list[Object]:
+        return [self.chunk(i, {"delta": {"role": "assistant", "content": ""}}) for i in range(self.asked.choices)]
 
     def _choice(self, index: int, events: Sequence[Event]) -> Object:
         text, thinking = "".join(e.content for e in events), "".join(e.thinking for e in events)
         calls = [made(one) for event in events for one in event.calls]
         message: Object = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
-        message |= _filled(reasoning_content=thinking, tool_calls=calls)
-        return {"message": message, "finish_reason": _reason(result_of(events), bool(calls))}
+        self._called[index] = len(calls)
+        return {"message": message | filled(reasoning_content=thinking, tool_calls=calls)}
 
     def _parts(self, index: int, event: Event) -> Iterator[Object]:
         if event.thinking or event.content:
-            yield {"delta": _filled(reasoning_content=event.thinking, content=event.content)}
+            yield {"delta": filled(reasoning_content=event.thinking, content=event.content)}
         for one in event.calls:
-            number, whole = self._calls[index], made(one)
-            self._calls[index] += 1
-            function, arguments = whole["function"], whole["function"]["arguments"]
-            head = {"index": number, **whole, "function": function | {"arguments": ""}}
-            yield {"delta": {"tool_calls": [head]}}
-            yield {"delta": {"tool_calls": [{"index": number, "function": {"arguments": arguments}}]}}
-
-    def _reason(self, index: int, result: Result) -> str:
-        return _reason(result, bool(self._calls[index]))
+            number, whole = {"index": self._called[index]}, made(one)
+            self._called[index] += 1
+            head = number | whole | {"function": whole["function"] | {"arguments": ""}}
+            rest = number | {"function": {"arguments": whole["function"]["arguments"]}}
+            yield from ({"delta": {"tool_calls": [delta]}} for delta in (head, rest))
 
     def _logprobs(self, index: int, events: Sequence[Event]) -> Object:
-        most = self._asked.logprobs or 0
-        content = [{**token.as_dict(), "top_logprobs": [top.as_dict() for top in tops]}
-                   for token, tops in scored(self._tokenizer, most, events)]  # fmt: skip
-        return {"content": content, "refusal": None}
-
-
-def _reason(result: Result, called: bool) -> str:
-    """Why a reply ended; one that its length ended may lack a call."""
-    return "tool_calls" if called and result.finish_reason == "stop" else result.finish_reason
-
-
-def _filled(**fields: Any) -> Object:
-    return {name: value for name, value in fields.items() if value}
+        return {"content": scored(self._context.tokenizer, self.asked.logprobs or 0, events), "refusal": None}
 
 
 def arguments_of(call: ToolCall) -> str:
-    """The arguments of a call as JSON."""
     try:
         return as_json(call.arguments)
     except ValueError:  # a model may write NaN, which no JSON reader takes: every value as a string then

@@ -9,11 +9,9 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, PlainValidator
 
 from mlx_mtp.generation.types import Event
-from mlx_mtp.serving.interface import Context, Generation, Object, result_of
+from mlx_mtp.serving.interface import Context, Generation, Object
 from mlx_mtp.serving.openai import ChoicesForm, OpenAIBody, scored
 from mlx_mtp.serving.schema import Whole, fault, only
-
-MOST_PROMPTS = 128
 
 
 def _prompts(value: object) -> list[str | list[int]]:
@@ -23,14 +21,12 @@ def _prompts(value: object) -> list[str | list[int]]:
     for one in found:
         if not one or not (isinstance(one, str) or (isinstance(one, list) and all(type(t) is int for t in one))):
             raise fault("should be a string or a list of token ids, or a list of these, none of them empty")
-    if len(found) > MOST_PROMPTS:
-        raise fault(f"should be at most {MOST_PROMPTS} prompts")
+    if len(found) > 128:
+        raise fault("should be at most 128 prompts")
     return list(found)
 
 
 class CompletionBody(OpenAIBody):
-    """/v1/completions."""
-
     prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]
     logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     echo: bool = False
@@ -40,9 +36,6 @@ class CompletionBody(OpenAIBody):
     def generation(self, context: Context) -> Generation:
         return Generation(prompts=self.prompt, echo=self.echo, suffix=self.suffix or None, logprobs=self.logprobs,
                           **self.common(context))  # fmt: skip
-
-    def form(self, context: Context, asked: Generation) -> CompletionForm:
-        return CompletionForm(self, context, asked)
 
 
 class CompletionForm(ChoicesForm):
@@ -56,7 +49,7 @@ class CompletionForm(ChoicesForm):
         self._offsets = Counter[int]()  # characters of each choice's tokens so far
 
     def _choice(self, index: int, events: Sequence[Event]) -> Object:
-        return {"text": "".join(event.content for event in events), "finish_reason": result_of(events).finish_reason}
+        return {"text": "".join(event.content for event in events)}
 
     def _parts(self, index: int, event: Event) -> Iterator[Object]:
         if event.content:
@@ -64,15 +57,15 @@ class CompletionForm(ChoicesForm):
 
     def _logprobs(self, index: int, events: Sequence[Event]) -> Object:
         """The older form: lists side by side; offsets count characters. Nothing is known of a text's first token."""
-        found, offsets = scored(self._tokenizer, self._asked.logprobs or 0, events), []
-        first = int(self._asked.echo and index not in self._offsets)
-        for token, _ in found:
+        found, offsets = scored(self._context.tokenizer, self.asked.logprobs or 0, events), []
+        first = int(self.asked.echo and index not in self._offsets)
+        for token in found:
             offsets.append(self._offsets[index])
-            self._offsets[index] += len(token.text)
+            self._offsets[index] += len(token["token"])
+        tops = [{top["token"]: top["logprob"] for top in reversed(token["top_logprobs"])} for token in found[first:]]
         return {
-            "tokens": [token.text for token, _ in found],
-            "token_logprobs": [*[None] * first, *(token.logprob for token, _ in found[first:])],
-            "top_logprobs": [*[None] * first, *({top.text: top.logprob for top in reversed(tops)}
-                                                for _, tops in found[first:])] if self._asked.logprobs else None,
+            "tokens": [token["token"] for token in found],
+            "token_logprobs": [*[None] * first, *(token["logprob"] for token in found[first:])],
+            "top_logprobs": [*[None] * first, *tops] if self.asked.logprobs else None,
             "text_offset": offsets,
-        }  # fmt: skip
+        }

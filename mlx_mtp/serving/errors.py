@@ -12,33 +12,31 @@ from mlx_mtp.errors import MLXMTPError
 log = logging.getLogger(__name__)
 
 MOST_MESSAGE = 1000
+RETRY = "5"  # seconds after which a client that found no place is told to come back
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 ANTHROPIC, ANTHROPIC_KINDS = "/v1/messages", {"server_error": "api_error"}
-# Statuses of bodies that were not read to their end: nothing else can follow on such a connection.
-UNREAD = (408, 413, 415)
 
 
 class RequestError(MLXMTPError):
     """A request that gets an error in place of a reply.
 
     status: HTTP status. param: the field of the request that is to blame. code: a short name for programs.
-    retry_after: seconds after which the same request may succeed. close: whether the connection ends with it.
+    close: whether the connection ends with it.
     """
 
     def __init__(
-        self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None,
-        retry_after: int | None = None, close: bool = False,
-    ) -> None:  # fmt: skip
+        self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None, close: bool = False
+    ) -> None:
         super().__init__(message)
-        self.status, self._retry_after, self._close = status, retry_after, close or status in UNREAD
+        self.status, self._close = status, close
         kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
         self.body: dict[str, Any] = {"error": {"message": str(self), "type": kind, "param": param, "code": code}}
 
     def response(self, path: str = "") -> JSONResponse:
         """The error as a response, in the form of the interface that an address belongs to."""
         response = JSONResponse(anthropic(self.body) if path.startswith(ANTHROPIC) else self.body, self.status)
-        if self._retry_after is not None:
-            response.headers["Retry-After"] = str(self._retry_after)
+        if self.status in (429, 503):
+            response.headers["Retry-After"] = RETRY
         if self.status == 401:
             response.headers["WWW-Authenticate"] = "Bearer"
         if self._close:

@@ -20,8 +20,6 @@ from mlx_mtp.serving.options import ServerOptions, host_name
 
 # Connections at a time, those for /health included; beyond it the answer is 503. macOS gives a process 256 files.
 MOST_CONNECTIONS = 200
-# Seconds after which a client that found too many connections is told to come back.
-CROWDED_RETRY = 5
 KEYLESS = ("/", "/health")
 
 
@@ -53,53 +51,45 @@ class Gate:
         self._app, self._options, self._metrics, self._routes = app, options, metrics, frozenset(routes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 path = scope["path"] if scope["path"] in self._routes else "other"
-                self._metrics.answered(path, message["status"])
+                self._metrics.add(**{f'requests_total{{route="{path}",status="{message["status"]}"}}': 1})
             await send(message)
 
-        error = self._crowded(scope) or self._stranger(scope) or self._keyless(scope)
+        error = self._refusal(scope)
         await (error.response(scope["path"]) if error else self._app)(scope, receive, counted)
 
-    def _crowded(self, scope: Scope) -> RequestError | None:
-        """Of the connections the server's protocol keeps count."""
-        if len(scope.get("state", {}).get("connections", ())) <= MOST_CONNECTIONS:
-            return None
-        return RequestError(
-            f"This server has more than {MOST_CONNECTIONS} connections; try again later.", status=503, code="crowded",
-            retry_after=CROWDED_RETRY, close=True,
-        )  # fmt: skip
+    def _refusal(self, scope: Scope) -> RequestError | None:
+        options, headers = self._options, Headers(scope=scope)
 
-    def _stranger(self, scope: Scope) -> RequestError | None:
-        """A web page that lets its own name point to 127.0.0.1 must not reach the server."""
-        if self._options.hosts is None or host_name(_header(scope, b"host")) in self._options.hosts:
-            return None
-        return RequestError(
-            "The Host header does not name this machine's loopback address; start the server with --allow-host NAME "
-            "to let that name in, or with --api-key KEY to let in every name that brings the key.",
-            status=403, code="bad_host",
-        )  # fmt: skip
+        def unique(name: str) -> str:
+            """A header's value, "" where it is missing or there are several."""
+            values = headers.getlist(name)
+            return values[0].strip() if len(values) == 1 else ""
 
-    def _keyless(self, scope: Scope) -> RequestError | None:
-        if self._options.api_key is None or scope["path"] in KEYLESS:
+        # Of the connections the server's protocol keeps count.
+        if len(scope.get("state", {}).get("connections", ())) > MOST_CONNECTIONS:
+            message = f"This server has more than {MOST_CONNECTIONS} connections; try again later."
+            return RequestError(message, status=503, code="crowded", close=True)
+        # A web page that lets its own name point to 127.0.0.1 must not reach the server.
+        if options.hosts is not None and host_name(unique("host")) not in options.hosts:
+            return RequestError(
+                "The Host header does not name this machine's loopback address; start the server with --allow-host "
+                "NAME to let that name in, or with --api-key KEY to let in every name that brings the key.",
+                status=403, code="bad_host",
+            )  # fmt: skip
+        if options.api_key is None or scope["path"] in KEYLESS:
             return None
-        scheme, _, key = _header(scope, b"authorization").partition(" ")
+        scheme, _, key = unique("authorization").partition(" ")
         if not scheme:  # Anthropic's way
-            scheme, key = "bearer", _header(scope, b"x-api-key")
+            scheme, key = "bearer", unique("x-api-key")
         # Always the same time, so that nothing can be learned from how long a wrong key takes.
-        same = hmac.compare_digest(key.strip().encode("latin-1"), self._options.api_key.encode())
+        same = hmac.compare_digest(key.strip().encode("latin-1"), options.api_key.encode())
         if same and scheme.lower() == "bearer":
             return None
         return RequestError("This server needs its API key as 'Authorization: Bearer KEY' or 'x-api-key: KEY'; there "
                             "was none or another one.", status=401, code="invalid_api_key")  # fmt: skip
-
-
-def _header(scope: Scope, name: bytes) -> str:
-    """A header's value, "" where it is missing or not unique."""
-    values = [value for key, value in scope["headers"] if key == name]
-    return values[0].decode("latin-1").strip() if len(values) == 1 else ""

@@ -1,6 +1,6 @@
 """What an HTTP interface consists of: a body that asks for replies, and the form in which they are sent.
 
-A new interface is one file: a Body and a Form.
+A new interface is one file: a body and a form.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from mlx_mtp.generation.types import Event, Result, Sampling
+from mlx_mtp.errors import OptionError
+from mlx_mtp.generation.types import RANGES, Event, Sampling
 from mlx_mtp.serving.body import as_json
+from mlx_mtp.serving.conversation import Messages
 from mlx_mtp.serving.errors import RequestError
 from mlx_mtp.serving.options import ServerOptions
-from mlx_mtp.serving.schema import ModelBody
+from mlx_mtp.serving.schema import ModelBody, Whole
 from mlx_mtp.serving.store import ResponseStore
 from mlx_mtp.text.call_grammar import ToolChoice
 from mlx_mtp.text.tokenizer import Tokenizer
 
 Object = dict[str, Any]
-Messages = list[dict[str, Any]]
-UNTHINKING = ("none", "minimal")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,44 @@ class Context:
     responses: ResponseStore
 
 
+class GenerationBody(ModelBody):
+    """A request for replies; how tokens are chosen has the same names in every interface."""
+
+    stream: bool = False
+    temperature: float | None = None
+    top_k: Whole | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+
+    @abstractmethod
+    def generation(self, context: Context) -> Generation:
+        """What the engine is asked for; RequestError where two fields do not go together."""
+
+    def resolved(
+        self, options: ServerOptions, asked: int | None, param: str, bias: dict[int, float] | None = None
+    ) -> dict[str, Any]:
+        """Length, sampling and seed of a Generation: what is given, over the server's own.
+
+        asked: tokens of a reply, from the field `param`; RequestError for more than the server allows.
+        """
+        most = options.most_tokens
+        if asked is not None and most is not None and asked > most:
+            raise RequestError(f"A request may ask this server for 1 to {most} tokens, not {asked}.", param=param)
+        given: dict[str, Any] = self.model_dump(include=set(RANGES), exclude_none=True)
+        if given.get("top_p") == 0:
+            del given["top_p"]
+            given["temperature"] = 0.0  # nothing but the likeliest token
+        try:
+            sampling = Sampling(**given, logit_bias=bias or None).over(options.sampling)
+        except OptionError as error:  # its first word is the field
+            raise RequestError(str(error), param=str(error).partition(" ")[0]) from None
+        length = asked or min(options.tokens, most or options.tokens)
+        return {"max_tokens": length, "sampling": sampling, "seed": options.seed}
+
+
 class Form(ABC):
     """The response objects of one request, whole or streamed as server-sent events.
 
@@ -72,15 +110,19 @@ class Form(ABC):
 
     done: ClassVar[str] = ""
 
-    def begin(self, prompt_tokens: int) -> Iterable[Object]:
+    def __init__(self, body: Any, context: Context, asked: Generation) -> None:
+        self._body, self._context, self.asked = body, context, asked
+        self.streamed: bool = body.stream
+
+    def begin(self, prompt_tokens: int) -> list[Object]:
         """Chunks before the first reply."""
-        return ()
+        return []
 
     @abstractmethod
     def chunks(self, index: int, events: Iterable[Event]) -> Iterator[Object]:
         """One reply, as it comes."""
 
-    def end(self, results: Sequence[Result]) -> Iterable[Object]:
+    def end(self) -> Iterable[Object]:
         """Chunks after the last reply."""
         return ()
 
@@ -93,58 +135,31 @@ class Form(ABC):
         return error.body
 
     def line(self, chunk: Object) -> str:
-        """A chunk as server-sent event."""
         return f"data: {as_json(chunk)}\n\n"
 
 
 class TypedForm(Form):
-    """A stream whose chunks are events with a `type`, which is their name."""
+    """One reply as a response that grows; the chunks of its stream are events with a `type`, which is their name."""
+
+    response: Object
+
+    def whole(self, replies: Sequence[Sequence[Event]]) -> Object:
+        for _ in self.chunks(0, replies[0]):
+            pass
+        return self.response
 
     def line(self, chunk: Object) -> str:
         return f"event: {chunk['type']}\n{super().line(chunk)}"
 
 
-class GenerationBody(ModelBody):
-    """A request for replies."""
-
-    stream: bool = False
-
-    @abstractmethod
-    def generation(self, context: Context) -> Generation:
-        """What the engine is asked for; RequestError where two fields do not go together."""
-
-    @abstractmethod
-    def form(self, context: Context, asked: Generation) -> Form:
-        """How it is answered."""
-
-
-def result_of(events: Sequence[Event]) -> Result:
-    """What the last event carries."""
-    found = events[-1].result
-    assert found is not None
-    return found
-
-
 def identifier(prefix: str) -> str:
-    """A name for an object that nobody has used."""
     return f"{prefix}{secrets.token_hex(12)}"
 
 
 def now() -> int:
-    """Seconds since 1970."""
     return int(time.time())
 
 
 def thinks(effort: str | None, switch: bool | None = None) -> bool:
     """Whether a level of effort, or a switch beside it, asks for thoughts."""
-    return effort not in UNTHINKING if effort is not None else bool(switch)
-
-
-def limited(asked: int | None, options: ServerOptions, param: str) -> int:
-    """Tokens of a reply; RequestError for more than the server allows."""
-    most = options.most_tokens
-    if asked is None:
-        return min(options.tokens, most or options.tokens)
-    if most is not None and asked > most:
-        raise RequestError(f"A request may ask this server for 1 to {most} tokens, not {asked}.", param=param)
-    return asked
+    return effort not in ("none", "minimal") if effort is not None else bool(switch)

@@ -5,24 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, FailFast, Field
+from pydantic import Field
 
 from mlx_mtp.generation.types import Event, Result, Stats
 from mlx_mtp.serving.body import strict
 from mlx_mtp.serving.chat import arguments_of
+from mlx_mtp.serving.conversation import Conversation, Function, Messages, offered
 from mlx_mtp.serving.errors import RequestError, anthropic
-from mlx_mtp.serving.interface import Context, Generation, Messages, Object, TypedForm, identifier, limited
-from mlx_mtp.serving.openai import SampledBody
-from mlx_mtp.serving.schema import CACHING, Schema, Tokens, ToolName, call, only, parts
-from mlx_mtp.serving.tools import Chosen, Function, offered
+from mlx_mtp.serving.interface import Context, Generation, GenerationBody, Object, TypedForm, identifier
+from mlx_mtp.serving.schema import CACHING, Part, Parts, Schema, Several, Stops, Tokens, ToolName, only
+from mlx_mtp.text.call_grammar import ToolChoice
 
 
-class TextBlock(Schema):
-    """A part of a message; this server reads no images and no documents."""
-
+class TextBlock(Part):
     ignored = CACHING | {"citations"}
-    type: Literal["text"]
-    text: str
 
 
 class ThinkingBlock(Schema):
@@ -34,8 +30,6 @@ class ThinkingBlock(Schema):
 
 
 class ToolUseBlock(Schema):
-    """A call of a tool."""
-
     ignored = CACHING | {"caller"}
     type: Literal["tool_use"]
     id: Annotated[str, Field(min_length=1)]
@@ -44,11 +38,9 @@ class ToolUseBlock(Schema):
 
 
 class ToolResultBlock(Schema):
-    """What a tool answered."""
-
     type: Literal["tool_result"]
     tool_use_id: str
-    content: Annotated[list[TextBlock], FailFast(), BeforeValidator(parts)] = []
+    content: Parts[TextBlock] = []
     is_error: bool = False
 
 
@@ -56,31 +48,20 @@ class UserMessage(Schema):
     """A turn of the user's, answers of tools among it."""
 
     role: Literal["user", "system"]
-    content: Annotated[
-        list[Annotated[TextBlock | ToolResultBlock, Field(discriminator="type")]], FailFast(), BeforeValidator(parts)
-    ]  # fmt: skip
+    content: Parts[Annotated[TextBlock | ToolResultBlock, Field(discriminator="type")]]
 
 
 class AssistantMessage(Schema):
-    """A turn of the assistant's."""
-
     role: Literal["assistant"]
-    content: Annotated[
-        list[Annotated[TextBlock | ThinkingBlock | ToolUseBlock, Field(discriminator="type")]], FailFast(),
-        BeforeValidator(parts),
-    ]  # fmt: skip
+    content: Parts[Annotated[TextBlock | ThinkingBlock | ToolUseBlock, Field(discriminator="type")]]
 
 
-class Custom(Schema):
-    """The kind of a tool; inherited last, so that one that Anthropic runs is refused for that first."""
-
-    type: Literal["custom"] = "custom"
+Message = Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]
 
 
-class Tool(Function, Custom):
-    """A tool of the client's own."""
-
+class Tool(Function):
     ignored = CACHING | {"eager_input_streaming", "input_examples"}
+    type: Literal["custom"] = "custom"
     parameters: Annotated[dict[str, Any], Field(alias="input_schema")]
 
 
@@ -92,9 +73,11 @@ class Choice(Schema):
     disable_parallel_tool_use: bool = False
 
     @property
-    def chosen(self) -> Chosen:
-        """The named one, or all."""
-        return [self.name] if self.name else None, "required" if self.type in ("any", "tool") else self.type
+    def chosen(self) -> ToolChoice | None:
+        if self.type == "none":
+            return None
+        names = [self.name] if self.name else None
+        return ToolChoice(names, self.type in ("any", "tool"), not self.disable_parallel_tool_use)
 
 
 class Thinking(Schema):
@@ -105,40 +88,29 @@ class Thinking(Schema):
 
 
 class OutputFormat(Schema):
-    """What the answer is held to."""
-
     type: Literal["json_schema"]
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
 
 
 class OutputConfig(Schema):
-    """A level of effort, and what the answer is held to."""
-
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: OutputFormat | None = None
 
 
-class PromptBody(SampledBody):
-    """What /v1/messages and /v1/messages/count_tokens take."""
-
+class MessagesBody(GenerationBody):
     ignored: ClassVar[frozenset[str]] = CACHING | {"metadata", "service_tier", "inference_geo", "speed"}
-    messages: Annotated[
-        list[Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]], FailFast(), Field(min_length=1)
-    ]
-    system: Annotated[list[TextBlock], FailFast(), BeforeValidator(parts)] = []
-    tools: Annotated[list[Tool], FailFast(), Field(max_length=512)] = []
+    messages: Annotated[Several[Message], Field(min_length=1)]
+    max_tokens: Tokens
+    system: Parts[TextBlock] = []
+    tools: Annotated[Several[Tool], Field(max_length=512)] = []
     tool_choice: Choice = Choice(type="auto")
     thinking: Thinking = Thinking(type="disabled")
     output_config: OutputConfig = OutputConfig()
     output_format: OutputFormat | None = None
-    stop_sequences: Annotated[list[Annotated[str, Field(min_length=1)]], FailFast(), Field(max_length=16)] = []
+    stop_sequences: Stops = []
     container: Annotated[Any, only(because="this server runs no code")] = None
     mcp_servers: Annotated[Any, only([], because="this server calls no others")] = None
     context_management: Annotated[Any, only(because="nothing is cut out of a conversation")] = None
-
-    def limit(self, context: Context) -> int:
-        """Tokens of the reply."""
-        return 1
 
     def generation(self, context: Context) -> Generation:
         choice = self.tool_choice
@@ -151,48 +123,37 @@ class PromptBody(SampledBody):
         return Generation(
             messages=for_template(self.system, self.messages), thinking=self.thinking.type != "disabled",
             effort=self.output_config.effort if self.thinking.type != "disabled" else None,
-            **offered(self.tools, choice, not choice.disable_parallel_tool_use),
-            max_tokens=self.limit(context), sampling=self.sampling(context.options), stop=self.stop_sequences,
-            seed=context.options.seed, json_schema=answer.schema_ if answer else None,
+            **offered(self.tools, choice.chosen),
+            **self.resolved(context.options, self.max_tokens, "max_tokens"), stop=self.stop_sequences,
+            json_schema=answer.schema_ if answer else None,
         )  # fmt: skip
 
-    def form(self, context: Context, asked: Generation) -> MessagesForm:
-        return MessagesForm(context.options.model)
 
+class PromptBody(MessagesBody):
+    """/v1/messages/count_tokens."""
 
-class MessagesBody(PromptBody):
-    """/v1/messages."""
-
-    max_tokens: Tokens
-
-    def limit(self, context: Context) -> int:
-        return limited(self.max_tokens, context.options, "max_tokens")
+    max_tokens: Tokens = 1
 
 
 def for_template(system: list[TextBlock], messages: Sequence[UserMessage | AssistantMessage]) -> Messages:
     """Messages as chat templates take them: answers of tools become messages of their own."""
-    found: Messages = [{"role": "system", "content": _joined(system)}] if system else []
-    tools = dict[str, str]()
+    found = Conversation(_joined(system))
     for i, message in enumerate(messages):
         text = _joined([block for block in message.content if isinstance(block, TextBlock)])
         if isinstance(message, AssistantMessage):
-            one: dict[str, Any] = {"role": "assistant", "content": text}
-            if thought := "\n".join(block.thinking for block in message.content if isinstance(block, ThinkingBlock)):
-                one["reasoning_content"] = thought
-            if uses := [block for block in message.content if isinstance(block, ToolUseBlock)]:
-                one["tool_calls"] = [call(use.id, use.name, use.input) for use in uses]
-                tools |= {use.id: use.name for use in uses}
-            found.append(one)
+            thoughts = [block.thinking for block in message.content if isinstance(block, ThinkingBlock)]
+            found.add("assistant", text, reasoning_content="\n".join(thoughts))
+            for block in message.content:
+                if isinstance(block, ToolUseBlock):
+                    found.call(block.id, block.name, block.input)
             continue
-        for result in (block for block in message.content if isinstance(block, ToolResultBlock)):
-            if (name := tools.get(result.tool_use_id)) is None:
-                raise RequestError(f"messages[{i}]: tool_use_id '{result.tool_use_id[:100]}' names no call of a tool "
-                                   "in an earlier message.", param=f"messages[{i}]")  # fmt: skip
+        results = [block for block in message.content if isinstance(block, ToolResultBlock)]
+        for result in results:
             said = ("Error: " if result.is_error else "") + _joined(result.content)
-            found.append({"role": "tool", "name": name, "tool_call_id": result.tool_use_id, "content": said})
-        if text or not any(isinstance(block, ToolResultBlock) for block in message.content):
-            found.append({"role": message.role, "content": text})
-    return found
+            found.answer(result.tool_use_id, said, f"messages[{i}]")
+        if text or not results:
+            found.add(message.role, text)
+    return found.messages
 
 
 def _joined(blocks: Sequence[TextBlock]) -> str:
@@ -202,19 +163,20 @@ def _joined(blocks: Sequence[TextBlock]) -> str:
 class MessagesForm(TypedForm):
     """A message whose content is a list of blocks."""
 
-    def __init__(self, model: str) -> None:
-        self._message: Object = {
-            "id": identifier("msg_"), "type": "message", "role": "assistant", "model": model, "content": [],
-            "stop_reason": None, "stop_sequence": None,
+    def __init__(self, body: MessagesBody, context: Context, asked: Generation) -> None:
+        super().__init__(body, context, asked)
+        self.response = {
+            "id": identifier("msg_"), "type": "message", "role": "assistant", "model": context.options.model,
+            "content": [], "stop_reason": None, "stop_sequence": None,
         }  # fmt: skip
-        self._first = {**self._message, "content": []}  # `begin` may be asked for while the reply is being written
 
-    def begin(self, prompt_tokens: int) -> Iterable[Object]:
+    def begin(self, prompt_tokens: int) -> list[Object]:
         usage = _usage(Stats(prompt_tokens=prompt_tokens, prefilled_tokens=prompt_tokens))
-        return [{"type": "message_start", "message": {**self._first, "usage": usage}}]
+        # A copy: it is sent while the reply is being written.
+        return [{"type": "message_start", "message": {**self.response, "content": [], "usage": usage}}]
 
     def chunks(self, index: int, events: Iterable[Event]) -> Iterator[Object]:
-        content = self._message["content"]
+        content = self.response["content"]
         for event in events:
             if event.thinking:
                 yield from self._grow("thinking", event.thinking)
@@ -225,58 +187,46 @@ class MessagesForm(TypedForm):
                 arguments = arguments_of(made)
                 use = {"type": "tool_use", "id": identifier("toolu_"), "name": made.name, "input": strict(arguments)}
                 content.append(use)
-                yield self._started({**use, "input": {}})
-                yield self._delta({"type": "input_json_delta", "partial_json": arguments})
-                yield {"type": "content_block_stop", "index": len(content) - 1}
+                yield self._event("start", content_block={**use, "input": {}})
+                yield self._event("delta", delta={"type": "input_json_delta", "partial_json": arguments})
+                yield self._event("stop")
             if event.result is not None:
                 yield from self._close()
                 reason = self._reason(event.result)
-                self._message |= reason | {"usage": _usage(event.result.stats), "stats": event.result.stats.as_dict()}
-                yield {
-                    "type": "message_delta", "delta": reason, "usage": self._message["usage"],
-                    "stats": self._message["stats"],
-                }  # fmt: skip
+                figures = {"usage": _usage(event.result.stats), "stats": event.result.stats.as_dict()}
+                self.response |= reason | figures
+                yield {"type": "message_delta", "delta": reason, **figures}
                 yield {"type": "message_stop"}
-
-    def whole(self, replies: Sequence[Sequence[Event]]) -> Object:
-        for _ in self.chunks(0, replies[0]):
-            pass
-        return self._message
 
     def failed(self, error: RequestError) -> Object:
         return anthropic(error.body)
 
+    def _event(self, kind: str, **fields: Object) -> Object:
+        return {"type": f"content_block_{kind}", "index": len(self.response["content"]) - 1, **fields}
+
     def _grow(self, kind: str, text: str) -> Iterator[Object]:
         """More text of a thought or of the answer."""
-        content = self._message["content"]
+        content = self.response["content"]
         if not content or content[-1]["type"] != kind:
             yield from self._close()
-            block = {"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {})
-            content.append(block)
-            yield self._started(dict(block))
+            content.append({"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {}))
+            yield self._event("start", content_block=dict(content[-1]))
         content[-1][kind] += text
-        yield self._delta({"type": f"{kind}_delta", kind: text})
-
-    def _started(self, block: Object) -> Object:
-        return {"type": "content_block_start", "index": len(self._message["content"]) - 1, "content_block": block}
-
-    def _delta(self, delta: Object) -> Object:
-        return {"type": "content_block_delta", "index": len(self._message["content"]) - 1, "delta": delta}
+        yield self._event("delta", delta={"type": f"{kind}_delta", kind: text})
 
     def _close(self) -> Iterator[Object]:
         """The text or thought that is being written is whole."""
-        content = self._message["content"]
+        content = self.response["content"]
         if content and content[-1]["type"] != "tool_use":
-            yield {"type": "content_block_stop", "index": len(content) - 1}
+            yield self._event("stop")
 
     def _reason(self, result: Result) -> Object:
-        called = any(block["type"] == "tool_use" for block in self._message["content"])
-        if called and result.finish_reason == "stop":
+        if result.finish_reason != "stop":
+            reason = "max_tokens"
+        elif any(block["type"] == "tool_use" for block in self.response["content"]):
             reason = "tool_use"
-        elif result.stop_string is not None:
-            reason = "stop_sequence"
         else:
-            reason = "end_turn" if result.finish_reason == "stop" else "max_tokens"
+            reason = "end_turn" if result.stop_string is None else "stop_sequence"
         return {"stop_reason": reason, "stop_sequence": result.stop_string if reason == "stop_sequence" else None}
 
 

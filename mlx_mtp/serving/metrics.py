@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Mapping
-
-from mlx_mtp.generation.types import Stats
+from itertools import groupby
 
 PREFIX = "mlx_mtp_"
 TEXTS = {
+    "requests_total": "HTTP responses.",
     "prompt_tokens_total": "Tokens of prompts taken up.",
     "cached_tokens_total": "Tokens of prompts that a kept session had and that were not run again.",
     "generated_tokens_total": "Tokens generated, those of dropped replies included.",
@@ -27,40 +25,24 @@ TEXTS = {
 
 
 class Metrics:
-    """Counts from any thread; `render` gives the text."""
+    """Counts from any thread; `render` gives the text. A name may have labels: `requests_total{status="200"}`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts = {name: 0.0 for name in TEXTS if name.endswith("_total")}
-        self._requests = Counter[tuple[str, int]]()
+        self._counts = {name: 0.0 for name in TEXTS if name.endswith("_total") and name != "requests_total"}
 
-    def add(self, name: str, amount: float = 1) -> None:
-        """Adds to a counter."""
+    def add(self, **amounts: float) -> None:
         with self._lock:
-            self._counts[name] += amount
+            for name, amount in amounts.items():
+                self._counts[name] = self._counts.get(name, 0) + amount
 
-    def finished(self, stats: Stats) -> None:
-        """One whole reply; its tokens were counted as they came."""
-        self.add("cached_tokens_total", stats.prompt_tokens - stats.prefilled_tokens)
-        self.add("drafted_tokens_total", stats.drafted)
-        self.add("accepted_tokens_total", stats.accepted)
-        self.add("prefill_seconds_total", stats.prefill_seconds)
-        self.add("decode_seconds_total", stats.decode_seconds)
-
-    def answered(self, route: str, status: int) -> None:
-        """One response of a route of this server's ("other" = no such route)."""
-        with self._lock:
-            self._requests[route, status] += 1
-
-    def render(self, gauges: Mapping[str, float]) -> str:
+    def render(self, **gauges: float) -> str:
         """All of it; gauges: today's values of what is not counted."""
         with self._lock:
-            requests, values = sorted(self._requests.items()), {**self._counts, **gauges}
-        lines = [f"# HELP {PREFIX}requests_total HTTP responses.", f"# TYPE {PREFIX}requests_total counter"]
-        for (route, status), count in requests:
-            lines.append(f'{PREFIX}requests_total{{route="{route}",status="{status}"}} {count}')
-        for name, value in values.items():
-            kind = "counter" if name in self._counts else "gauge"
-            lines += [f"# HELP {PREFIX}{name} {TEXTS[name]}", f"# TYPE {PREFIX}{name} {kind}",
-                      f"{PREFIX}{name} {value:.17g}"]  # fmt: skip
+            values = sorted((self._counts | gauges).items())
+        lines = []
+        for name, group in groupby(values, key=lambda item: item[0].partition("{")[0]):
+            kind = "counter" if name.endswith("_total") else "gauge"
+            lines += [f"# HELP {PREFIX}{name} {TEXTS[name]}", f"# TYPE {PREFIX}{name} {kind}"]
+            lines += [f"{PREFIX}{label} {value:.17g}" for label, value in group]
         return "\n".join(lines) + "\n"

@@ -1,76 +1,23 @@
-"""What OpenAI's Chat Completions and Completions share: fields of a request, and the form of replies.
-
-`usage` counts drafts that are in the reply as accepted_prediction_tokens and tokens a kept session had as
-cached_tokens; `stats` is an extension with the figures of `mlx-mtp generate --json`, in a choice of its own where there
-are several.
-"""
+"""What Chat Completions and Completions share. `stats` is an extension, in each choice where there are several."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, FailFast, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field
 
-from mlx_mtp.errors import OptionError
-from mlx_mtp.generation.types import Event, Result, Sampling
+from mlx_mtp.generation.types import Event, Result
 from mlx_mtp.serving.errors import RequestError
-from mlx_mtp.serving.interface import (
-    Context,
-    Form,
-    Generation,
-    GenerationBody,
-    Object,
-    identifier,
-    limited,
-    now,
-    result_of,
-)
-from mlx_mtp.serving.options import ServerOptions
-from mlx_mtp.serving.schema import CACHING, JsonSchema, Part, Schema, Tokens, Whole, fault, parts
+from mlx_mtp.serving.interface import Context, Form, Generation, GenerationBody, Object, identifier, now
+from mlx_mtp.serving.schema import CACHING, JsonSchema, Part, Parts, Schema, Stops, Tokens, Whole
 from mlx_mtp.text.tokenizer import Tokenizer
 from mlx_mtp.version import __version__
 
 # For a probability of zero, as JSON has no infinity.
 LEAST = -9999.0
-FINGERPRINT = f"mlx-mtp-{__version__}"
-MOST_CHOICES = 128
-SAMPLED = (
-    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
-)  # fmt: skip
-
-
-class SampledBody(GenerationBody):
-    """How tokens are chosen, under the names that all interfaces have."""
-
-    temperature: float | None = None
-    top_k: Whole | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-
-    @field_validator(*SAMPLED)
-    @classmethod
-    def _in_range(cls, value: float | None, info: ValidationInfo) -> float | None:
-        if info.field_name == "top_p" and value == 0:
-            return value  # nothing but the likeliest token
-        try:
-            Sampling(**{str(info.field_name): value})  # type: ignore[arg-type]
-        except OptionError as error:
-            raise fault(str(error).removeprefix(f"{info.field_name} ").rstrip(".")) from None
-        return value
-
-    def sampling(self, options: ServerOptions, bias: dict[int, float] | None = None) -> Sampling:
-        """What is given, over the server's own."""
-        given: dict[str, Any] = self.model_dump(include=set(SAMPLED), exclude_none=True)
-        if given.get("top_p") == 0:
-            del given["top_p"]
-            given["temperature"] = 0.0
-        return Sampling(**given, logit_bias=bias or None).over(options.sampling)
 
 
 class ResponseFormat(Schema):
@@ -101,12 +48,10 @@ class Prediction(Schema):
     """What much of the reply is expected to repeat."""
 
     type: Literal["content"]
-    content: Annotated[list[Part], FailFast(), BeforeValidator(parts)]
+    content: Parts[Part]
 
 
-class OpenAIBody(SampledBody):
-    """What both endpoints take."""
-
+class OpenAIBody(GenerationBody):
     ignored = CACHING | {
         "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
         "prompt_cache_options",
@@ -119,61 +64,41 @@ class OpenAIBody(SampledBody):
         Field(max_length=4096),
     ] = {}
     seed: Annotated[Whole, Field(ge=-(2**63), le=2**64 - 1)] | None = None
-    stop: Annotated[
-        list[Annotated[str, Field(min_length=1)]], FailFast(), Field(max_length=16),
-        BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
-    ] = []  # fmt: skip
-    n: Annotated[Whole, Field(ge=1, le=MOST_CHOICES)] = 1
+    stop: Annotated[Stops, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = []
+    n: Annotated[Whole, Field(ge=1, le=128)] = 1
     response_format: ResponseFormat | None = None
     prediction: Prediction | None = None
 
     def common(self, context: Context) -> dict[str, Any]:
-        """What both endpoints ask for."""
-        options, old, new = context.options, self.max_tokens, self.max_completion_tokens
+        old, new = self.max_tokens, self.max_completion_tokens
         if self.stream_options and not self.stream:
             raise RequestError("stream_options are only for a request with stream true.", param="stream_options")
         if old and new and old != new:
             raise RequestError(f"max_tokens and max_completion_tokens differ ({old}, {new}); give one of them.",
                                param="max_tokens")  # fmt: skip
+        bias = {int(token): added for token, added in self.logit_bias.items()}
+        chosen = self.resolved(context.options, new or old, "max_completion_tokens" if new else "max_tokens", bias)
         return {
-            "max_tokens": limited(new or old, options, "max_completion_tokens" if new else "max_tokens"),
-            "sampling": self.sampling(options, {int(token): added for token, added in self.logit_bias.items()}),
-            "stop": self.stop, "seed": options.seed if self.seed is None else self.seed % 2**64, "choices": self.n,
+            **chosen, "seed": chosen["seed"] if self.seed is None else self.seed % 2**64,
+            "stop": self.stop, "choices": self.n,
             "json_schema": self.response_format and self.response_format.schema_of(),
             "prediction": "".join(part.text for part in self.prediction.content) if self.prediction else "",
         }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Spelled:
-    """A token as text and, where it is whole characters or a known byte, as bytes; and its logprob."""
+def scored(tokenizer: Tokenizer | None, most: int, events: Iterable[Event]) -> list[Object]:
+    """The tokens of events with their logprobs and the likeliest of their places, `most` at most, in OpenAI's form."""
 
-    text: str
-    data: bytes | None
-    logprob: float
-
-    def as_dict(self) -> Object:
-        """OpenAI's form."""
-        return {"token": self.text, "logprob": self.logprob, "bytes": None if self.data is None else list(self.data)}
-
-
-# A generated token and the likeliest of its place.
-Scored = tuple[Spelled, list[Spelled]]
-
-
-def scored(tokenizer: Tokenizer | None, most: int, events: Iterable[Event]) -> list[Scored]:
-    """The tokens of events with their logprobs and the likeliest of their places, `most` at most."""
-
-    def spelled(token: int, logprob: float) -> Spelled:
+    def spelled(token: int, logprob: float) -> Object:
+        """bytes: None where it is no whole characters and no known byte."""
         text, data = (f"token_id:{token}", None) if tokenizer is None else tokenizer.spell(token)
-        return Spelled(text, data, max(LEAST, logprob))
+        return {"token": text, "logprob": max(LEAST, logprob), "bytes": None if data is None else list(data)}
 
     return [
-        (spelled(token, logprob), [spelled(*other) for other in list(row.items())[:most]])
+        {**spelled(token, logprob), "top_logprobs": [spelled(*other) for other in list(row.items())[:most]]}
         for event in events
-        for token, logprob, row in zip(event.tokens, event.logprobs or [],
-                                       event.top_logprobs or [{}] * len(event.tokens), strict=True)
-    ]  # fmt: skip
+        for token, logprob, row in zip(event.tokens, event.logprobs or [], event.top_logprobs or [], strict=True)
+    ]
 
 
 class ChoicesForm(Form):
@@ -186,16 +111,18 @@ class ChoicesForm(Form):
     done = "data: [DONE]\n\n"
 
     def __init__(self, body: OpenAIBody, context: Context, asked: Generation) -> None:
-        self._asked, self._tokenizer, self._options = asked, context.tokenizer, body.stream_options or StreamOptions()
+        super().__init__(body, context, asked)
+        self._options = body.stream_options or StreamOptions()
         self._several = asked.choices * len(asked.prompts) > 1
+        self._called, self._results = Counter[int](), list[Result]()  # calls of each choice so far; finished ones
         self._frame: Object = {
             "id": identifier(f"{self.prefix}-"), "created": now(), "model": context.options.model,
-            "system_fingerprint": FINGERPRINT,
+            "system_fingerprint": f"mlx-mtp-{__version__}",
         }  # fmt: skip
 
     @abstractmethod
     def _choice(self, index: int, events: Sequence[Event]) -> Object:
-        """The fields of a choice that hold a whole reply, the reason of its end too."""
+        """The fields of a choice that hold a whole reply."""
 
     @abstractmethod
     def _parts(self, index: int, event: Event) -> Iterator[Object]:
@@ -205,16 +132,13 @@ class ChoicesForm(Form):
     def _logprobs(self, index: int, events: Sequence[Event]) -> Object:
         """Of the tokens of events."""
 
-    def _reason(self, index: int, result: Result) -> str:
-        """Why a streamed reply ended."""
-        return result.finish_reason
-
     def whole(self, replies: Sequence[Sequence[Event]]) -> Object:
-        results = [result_of(events) for events in replies]
+        results = [event.result for events in replies for event in events if event.result]
         choices = [
-            {"index": i, **self._choice(i, events), "logprobs": self._scores(i, events)} | self._stats(results[i], True)
-            for i, events in enumerate(replies)
-        ]
+            {"index": i, **self._choice(i, events), "finish_reason": self._reason(i, result),
+             "logprobs": self._scores(i, events), **self._stats(result, True)}
+            for i, (events, result) in enumerate(zip(replies, results, strict=True))
+        ]  # fmt: skip
         return {
             **self._frame, "object": self.whole_kind, "choices": choices, "usage": self._usage(results),
             **self._stats(results[0], False),
@@ -231,31 +155,35 @@ class ChoicesForm(Form):
             if scores:
                 yield self.chunk(index, self.empty, scores)
             if event.result is not None:
+                self._results.append(event.result)
                 chunk = self.chunk(index, self.empty, None, self._reason(index, event.result))
                 chunk["choices"][0] |= self._stats(event.result, True)
                 yield chunk | self._stats(event.result, False)
 
-    def end(self, results: Sequence[Result]) -> Iterable[Object]:
+    def end(self) -> Iterable[Object]:
         """The usage, where it was asked for, in a chunk of its own."""
         if self._options.include_usage:
-            yield {**self._frame, "object": self.chunk_kind, "choices": [], "usage": self._usage(results)}
+            yield {**self._frame, "object": self.chunk_kind, "choices": [], "usage": self._usage(self._results)}
 
     def chunk(self, index: int, part: Object, scores: Object | None = None, reason: str | None = None) -> Object:
-        """A chunk with one choice."""
         found = {"index": index, **part, "logprobs": scores, "finish_reason": reason}
         usage = {"usage": None} if self._options.include_usage else {}
         return {**self._frame, "object": self.chunk_kind, "choices": [found], **usage}
+
+    def _reason(self, index: int, result: Result) -> str:
+        """Why a reply ended; one that its length ended may lack a call."""
+        return "tool_calls" if self._called[index] and result.finish_reason == "stop" else result.finish_reason
 
     def _stats(self, result: Result, in_choice: bool) -> Object:
         return {"stats": result.stats.as_dict()} if in_choice == self._several else {}
 
     def _scores(self, index: int, events: Sequence[Event]) -> Object | None:
-        return None if self._asked.logprobs is None else self._logprobs(index, events)
+        return None if self.asked.logprobs is None else self._logprobs(index, events)
 
     def _usage(self, results: Sequence[Result]) -> Object:
         """Token counts; a prompt with several replies counts once."""
         stats = [result.stats for result in results]
-        firsts = stats[:: self._asked.choices]
+        firsts = stats[:: self.asked.choices]
         prompt, written = sum(one.prompt_tokens for one in firsts), sum(one.tokens for one in stats)
         accepted = sum(one.accepted for one in stats)
         return {

@@ -15,7 +15,6 @@ from mlx_mtp.generation.types import Sampling
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 # A Host header: a name, an IPv4 address or an IPv6 address in brackets; perhaps a port (RFC 9110, 7.2; RFC 3986, 3.2).
 HOST = re.compile(r"(?:(?P<name>[\w.~%!$&'()*+,;=-]+)|\[(?P<address>[0-9a-fA-F:.]+)\])(?::[0-9]{0,5})?", re.ASCII)
-DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +53,8 @@ class ServerOptions:
         if self.hosts is not None:
             object.__setattr__(self, "hosts", frozenset(map(allowed_host, self.hosts)))
         object.__setattr__(self, "origins", [allowed_origin(one) for one in self.origins])
-        for name, low, value in (
-            ("tokens", 1, self.tokens), ("most_tokens", 1, self.most_tokens), ("seed", 0, self.seed),
-            ("body_bytes", 1, self.body_bytes), ("session_bytes", 0, self.session_bytes),
-        ):  # fmt: skip
-            if value is not None:
+        for name, low in {"tokens": 1, "most_tokens": 1, "seed": 0, "body_bytes": 1, "session_bytes": 0}.items():
+            if (value := getattr(self, name)) is not None:
                 checks.whole(name, value, low, 2**64 - 1)
 
 
@@ -111,4 +107,5 @@ def allowed_origin(text: str) -> str:
             "'*' or 'null'."
         )
     host = f"[{host}]" if ":" in host else host
-    return f"{parts.scheme}://{host}" + (f":{port}" if port not in (None, DEFAULT_PORTS.get(parts.scheme)) else "")
+    usual = {"http": 80, "https": 443}.get(parts.scheme)
+    return f"{parts.scheme}://{host}" + ("" if port in (None, usual) else f":{port}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import chain
@@ -14,8 +14,9 @@ from mlx_mtp.engine import Engine
 from mlx_mtp.errors import MLXMTPError
 from mlx_mtp.generation.request import GenerationRequest
 from mlx_mtp.generation.types import Event
-from mlx_mtp.serving.errors import MOST_MESSAGE, RequestError, told
-from mlx_mtp.serving.interface import Form, Generation, Messages, Object, result_of
+from mlx_mtp.serving.conversation import Messages
+from mlx_mtp.serving.errors import MOST_MESSAGE, RequestError
+from mlx_mtp.serving.interface import Form, Generation, Object
 from mlx_mtp.serving.metrics import Metrics
 from mlx_mtp.serving.queue import Cancelled, Ticket
 from mlx_mtp.serving.schema import UNSUPPORTED
@@ -32,19 +33,16 @@ class Replier:
         self.engine, self.pool, self.metrics = engine, pool, metrics
 
     def prepare(self, asked: Generation) -> list[GenerationRequest]:
-        """The engine's requests, one a reply. Whatever can be refused before its turn raises a RequestError here.
+        """The engine's requests, one a reply. Whatever can be refused before its turn raises an MLXMTPError here.
 
         In any thread, also while a reply is written: only the tokenizer and plain values are used.
         """
-        try:
-            found: list[GenerationRequest] = []
-            for ids in self.prompts(asked):
-                first = self._request(asked, ids, None if asked.seed is None else (asked.seed + len(found)) % 2**64)
-                # Checked, and its grammar compiled, once; the others differ by their seeds alone.
-                found += [first, *(replace(first, seed=(first.seed + i) % 2**64) for i in range(1, asked.choices))]
-            return found
-        except BaseException as error:  # a tokenizer's panic is no Exception
-            raise told(error) from None
+        found: list[GenerationRequest] = []
+        for ids in self.prompts(asked):
+            first = self._request(asked, ids, None if asked.seed is None else (asked.seed + len(found)) % 2**64)
+            # Checked, and its grammar compiled, once; the others differ by their seeds alone.
+            found += [first, *(replace(first, seed=(first.seed + i) % 2**64) for i in range(1, asked.choices))]
+        return found
 
     def _request(self, asked: Generation, ids: list[int], seed: int | None) -> GenerationRequest:
         request = self.engine.request(
@@ -55,24 +53,18 @@ class Replier:
         )  # fmt: skip
         return self.engine.after_thought(request, asked.thinking)
 
-    def reply(
-        self, asked: Generation, requests: Sequence[GenerationRequest], streamed: bool, form: Form, ticket: Ticket
-    ) -> Generator[Object, None, None]:
+    def reply(self, form: Form, requests: Sequence[GenerationRequest], ticket: Ticket) -> Generator[Object, None, None]:
         """The response to prepared requests, its chunks where it is streamed; Cancelled if nobody waits for it."""
-        replies: list[list[Event]] = []
+        asked, replies = form.asked, list[list[Event]]()
         for i, request in enumerate(requests):
-            replies.append([])
             if not i % asked.choices:
                 before = [self._echoed(asked, i // asked.choices, request, ticket)] if asked.echo else []
             with closing(self._events(request, ticket)) as events:
-                if streamed:
-                    yield from form.chunks(i, _kept_last(chain(before, events), replies[i]))
+                if form.streamed:
+                    yield from form.chunks(i, chain(before, events))
                 else:
-                    replies[i] += chain(before, events)
-        if streamed:
-            yield from form.end([result_of(one) for one in replies])
-        else:
-            yield form.whole(replies)
+                    replies.append([*before, *events])
+        yield from form.end() if form.streamed else [form.whole(replies)]
 
     def _echoed(self, asked: Generation, index: int, request: GenerationRequest, ticket: Ticket) -> Event:
         """A prompt as the beginning of what is returned."""
@@ -91,40 +83,46 @@ class Replier:
             ticket.progress = f"prefill {done}/{total} tokens" if done < total else "generating"
             ticket.check()
 
-        session, known = self.pool.take(request.ids), False
+        session = self.pool.take(request.ids)
         ticket.progress = "prefill"
         try:
             with closing(self.engine.run(replace(request, session=session, on_prefill=on_prefill))) as events:
-                self.metrics.add("prompt_tokens_total", len(request.ids))
+                self.metrics.add(prompt_tokens_total=len(request.ids))
                 for event in events:
-                    self.metrics.add("generated_tokens_total", len(event.tokens))
+                    self.metrics.add(generated_tokens_total=len(event.tokens))
                     if event.result is not None:
-                        self.metrics.finished(event.result.stats)
+                        stats = event.result.stats
+                        self.metrics.add(cached_tokens_total=stats.prompt_tokens - stats.prefilled_tokens)
+                        self.metrics.add(drafted_tokens_total=stats.drafted, accepted_tokens_total=stats.accepted)
+                        self.metrics.add(prefill_seconds_total=stats.prefill_seconds)
+                        self.metrics.add(decode_seconds_total=stats.decode_seconds)
                     yield event
                     ticket.check()
-            known = True
-        except (Cancelled, MLXMTPError, GeneratorExit):
-            known = True  # after any other error, what is in the buffers is anybody's guess
+        except BaseException as error:
+            if not isinstance(error, (Cancelled, MLXMTPError, GeneratorExit)):
+                session.clear()  # what is in the buffers is anybody's guess
             raise
         finally:
-            if known and self.pool.keep(session, len(request.ids)):
+            if self.pool.keep(session, len(request.ids)):
                 mx.clear_cache()  # what was let go of goes back to the system, not into MLX's store of buffers
 
     def prompts(self, asked: Generation) -> list[list[int]]:
         """The prompts as ids; RequestError for what this checkpoint cannot do."""
-        if asked.messages is not None:
-            return [self._checked(self._conversation(asked, asked.messages), "messages")]
-        return [self._checked(self._ids(prompt, asked.suffix), "prompt") for prompt in asked.prompts]
+        if asked.messages is None:
+            param, found = "prompt", [self._ids(prompt, asked.suffix) for prompt in asked.prompts]
+        else:
+            param, found = "messages", [self._conversation(asked, asked.messages)]
+        for ids in found:
+            self._check_tokens(len(ids), param)
+        return found
 
     def _ids(self, prompt: str | list[int], suffix: str | None) -> list[int]:
-        tokenizer, context = self.engine.tokenizer, self.engine.max_context
         if isinstance(prompt, list):
             if suffix is not None:
                 raise RequestError("suffix needs a prompt that is text.", param="suffix")
             return prompt
-        if tokenizer is None:
-            raise RequestError("This checkpoint has no tokenizer: give the prompt as token ids.", param="prompt")
-        _check_length([prompt, suffix or ""], tokenizer, context, "prompt")
+        tokenizer = self.tokenizer("prompt")
+        self._check_length([prompt, suffix or ""], "prompt")
         if suffix is None:
             return tokenizer.encode(prompt)
         if (ids := tokenizer.fill_in(prompt, suffix)) is None:
@@ -133,13 +131,10 @@ class Replier:
         return ids
 
     def _conversation(self, asked: Generation, messages: Messages) -> list[int]:
-        tokenizer, context = self.engine.tokenizer, self.engine.max_context
-        if tokenizer is None:
-            raise RequestError("This checkpoint has no tokenizer: use /v1/completions with token ids.",
-                               param="messages")  # fmt: skip
+        tokenizer = self.tokenizer("messages")
         if not tokenizer.has_chat_template:
             raise RequestError("This checkpoint has no chat template: use /v1/completions.", param="messages")
-        _check_length([message["content"] for message in messages], tokenizer, context, "messages")
+        self._check_length([message["content"] for message in messages], "messages")
         try:
             ToolChoice.of(asked.choice, asked.tools)
         except MLXMTPError as error:
@@ -158,36 +153,30 @@ class Replier:
             )  # fmt: skip
         return ids
 
-    def _checked(self, ids: list[int], param: str) -> list[int]:
-        if len(ids) >= self.engine.max_context:
-            raise _too_long(self.engine.max_context, str(len(ids)), param)
-        return ids
+    def tokenizer(self, param: str | None = None) -> Tokenizer:
+        """The checkpoint's; RequestError where it has none."""
+        if self.engine.tokenizer is None:
+            message = "This checkpoint has no tokenizer: use /v1/completions, with the prompt as token ids."
+            raise RequestError(message, param=param)
+        return self.engine.tokenizer
 
+    def _check_length(self, texts: list[str], param: str) -> None:
+        """Refuses what no tokenizer could bring into the context before it takes seconds to be tokenised.
 
-def _kept_last(events: Iterable[Event], into: list[Event]) -> Iterator[Event]:
-    """The same events; the last one also goes into a list."""
-    for event in events:
-        into[:] = [event]
-        yield event
+        Blanks do not count, as templates and tokenizers may drop them.
+        """
+        count = sum(len(text) - sum(map(text.count, " \t\r\n")) for text in texts)
+        if count > self.engine.max_context:
+            self._check_tokens(count // self.tokenizer().longest_token, param, "at least ")
+
+    def _check_tokens(self, count: int, param: str, about: str = "") -> None:
+        if count >= self.engine.max_context:
+            raise RequestError(
+                f"The prompt has {about}{count} tokens and must be shorter than the context of "
+                f"{self.engine.max_context}; shorten it.", param=param, code="context_length_exceeded",
+            )  # fmt: skip
 
 
 def _without_strict(tool: dict[str, Any]) -> dict[str, Any]:
     """A declaration as the model sees it: what calls are held to is not its affair."""
     return {**tool, "function": {name: value for name, value in tool["function"].items() if name != "strict"}}
-
-
-def _check_length(texts: list[str], tokenizer: Tokenizer, context: int, param: str) -> None:
-    """Refuses what no tokenizer could bring into the context before it takes seconds to be tokenised.
-
-    Blanks do not count, as templates and tokenizers may drop them.
-    """
-    count = sum(len(text) - sum(map(text.count, " \t\r\n")) for text in texts)
-    if count > context and count >= context * tokenizer.longest_token:
-        raise _too_long(context, f"at least {count // tokenizer.longest_token}", param)
-
-
-def _too_long(context: int, found: str, param: str) -> RequestError:
-    return RequestError(
-        f"The prompt has {found} tokens and must be shorter than the context of {context}; shorten it.",
-        param=param, code="context_length_exceeded",
-    )  # fmt: skip

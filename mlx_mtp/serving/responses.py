@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from itertools import count
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, FailFast, Field
+from pydantic import BeforeValidator, Field
 
 from mlx_mtp.generation.types import Event, Result
 from mlx_mtp.serving.body import strict
 from mlx_mtp.serving.chat import Effort, arguments_of
+from mlx_mtp.serving.conversation import Conversation, Function, Messages, Named, Word, in_words, offered
 from mlx_mtp.serving.errors import RequestError
-from mlx_mtp.serving.interface import (
-    Context,
-    Generation,
-    Messages,
-    Object,
-    TypedForm,
-    identifier,
-    limited,
-    now,
-    thinks,
-)
-from mlx_mtp.serving.openai import SampledBody, scored
-from mlx_mtp.serving.schema import CACHING, Arguments, JsonSchema, Schema, Tokens, ToolName, Whole, call, only
+from mlx_mtp.serving.interface import Context, Generation, GenerationBody, Object, TypedForm, identifier, now, thinks
+from mlx_mtp.serving.openai import scored
+from mlx_mtp.serving.schema import CACHING, Arguments, JsonSchema, Schema, Several, Tokens, ToolName, Whole, only
 from mlx_mtp.serving.store import Items, Stored
-from mlx_mtp.serving.tools import Chosen, Function, Named, OfFunction, Word, in_words, offered
+from mlx_mtp.text.call_grammar import ToolChoice
 
 
 def _parts(value: object) -> object:
@@ -55,17 +47,13 @@ class Part(Schema):
 
 
 class MessageItem(Schema):
-    """A message of anyone's."""
-
     ignored = CACHING | {"id", "status", "phase"}
     type: Literal["message"]
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Part], FailFast(), BeforeValidator(_parts)]
+    content: Annotated[Several[Part], BeforeValidator(_parts)]
 
 
 class CallItem(Schema):
-    """A call of a tool."""
-
     ignored = CACHING | {"id", "status"}
     type: Literal["function_call"]
     call_id: Annotated[str, Field(min_length=1)]
@@ -74,21 +62,17 @@ class CallItem(Schema):
 
 
 class OutputItem(Schema):
-    """What a tool answered."""
-
     ignored = CACHING | {"id", "status"}
     type: Literal["function_call_output"]
     call_id: str
-    output: Annotated[list[Part], FailFast(), BeforeValidator(_parts)]
+    output: Annotated[Several[Part], BeforeValidator(_parts)]
 
 
 class ReasoningItem(Schema):
-    """Thoughts of the assistant's."""
-
     ignored = CACHING | {"id", "status", "encrypted_content"}
     type: Literal["reasoning"]
-    summary: Annotated[list[Part], FailFast()] = []
-    content: Annotated[list[Part], FailFast()] = []
+    summary: Several[Part] = []
+    content: Several[Part] = []
 
 
 class ReferenceItem(Schema):
@@ -101,17 +85,16 @@ class ReferenceItem(Schema):
 Item = Annotated[MessageItem | CallItem | OutputItem | ReasoningItem | ReferenceItem, Field(discriminator="type")]
 
 
-class FunctionTool(Function, OfFunction):
-    """A tool: always a function."""
+class FunctionTool(Function):
+    type: Literal["function"]
 
 
-class NamedTool(Named, OfFunction):
-    """The one tool to call."""
+class NamedTool(Named):
+    type: Literal["function"]
 
     @property
-    def chosen(self) -> Chosen:
-        """This one."""
-        return [self.name], "one"
+    def chosen(self) -> ToolChoice:
+        return ToolChoice([self.name], required=True, several=False)
 
 
 class AllowedTools(Schema):
@@ -119,29 +102,25 @@ class AllowedTools(Schema):
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedTool], FailFast(), Field(min_length=1)]
+    tools: Annotated[Several[NamedTool], Field(min_length=1)]
 
     @property
-    def chosen(self) -> Chosen:
-        """These."""
-        return [tool.name for tool in self.tools], self.mode
+    def chosen(self) -> ToolChoice:
+        return ToolChoice([tool.name for tool in self.tools], self.mode == "required")
+
+
+Choice = Annotated[Word | NamedTool | AllowedTools, Field(discriminator="type")]
 
 
 class Plain(Schema):
-    """Free text, or any JSON object."""
-
     type: Literal["text", "json_object"]
 
 
 class BySchema(JsonSchema):
-    """JSON by a schema."""
-
     type: Literal["json_schema"]
 
 
 class Text(Schema):
-    """What an answer is."""
-
     format: Annotated[Plain | BySchema, Field(discriminator="type")] = Plain(type="text")
     verbosity: Annotated[Any, only("medium", because="this server has no such dial")] = None
 
@@ -158,110 +137,95 @@ Include = Literal[
     "web_search_call.results", "web_search_call.action.sources", "message.input_image.image_url",
     "computer_call_output.output.image_url", "code_interpreter_call.outputs",
 ]  # fmt: skip
-LOGPROBS = "message.output_text.logprobs"
 
 
-class ResponsesBody(SampledBody):
-    """/v1/responses."""
-
+class ResponsesBody(GenerationBody):
     ignored = CACHING | {
         "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
         "stream_options", "max_tool_calls", "client_metadata",
     }  # fmt: skip
-    input: Annotated[list[Item], FailFast(), BeforeValidator(_items)] = []
+    input: Annotated[Several[Item], BeforeValidator(_items)] = []
     instructions: str = ""
     previous_response_id: str | None = None
     store: bool = True
     max_output_tokens: Tokens | None = None
-    tools: Annotated[list[FunctionTool], FailFast(), Field(max_length=512)] = []
-    tool_choice: Annotated[
-        Annotated[Word | NamedTool | AllowedTools, Field(discriminator="type")], BeforeValidator(in_words)
-    ] = Word(type="auto")
+    tools: Annotated[Several[FunctionTool], Field(max_length=512)] = []
+    tool_choice: Annotated[Choice, BeforeValidator(in_words)] = Word(type="auto")
     parallel_tool_calls: bool = True
     text: Text = Text()
     reasoning: Reasoning = Reasoning()
-    include: Annotated[list[Include], FailFast()] = []
+    include: Several[Include] = []
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] = 0
     truncation: Annotated[Any, only("disabled", because="nothing is cut out of a conversation")] = None
     background: Annotated[Any, only(False, because="replies are written while their client waits")] = None
     conversation: Annotated[Any, only(because="conversations are gone on from by previous_response_id")] = None
     prompt: Annotated[Any, only(because="this server keeps no prompts")] = None
 
-    def items(self, context: Context) -> tuple[Items, Items]:
-        """Items of the conversation before, and those of this request; RequestError for one that is not kept."""
-        before: Items = []
+    def items(self, context: Context) -> Items:
+        """All input of the conversation; RequestError for what is not kept."""
+        given: Items = []
         if self.previous_response_id is not None:
-            before = context.responses.get(self.previous_response_id, "previous_response_id").conversation
-        given = [
-            context.responses.item(one.id, f"input[{i}].id") if isinstance(one, ReferenceItem)
-            else {"id": identifier("item_"), **one.model_dump()}
-            for i, one in enumerate(self.input)
-        ]  # fmt: skip
-        if not before and not given:
+            given += context.responses.get(self.previous_response_id, "previous_response_id").conversation
+        for i, one in enumerate(self.input):
+            if isinstance(one, ReferenceItem):
+                given.append(context.responses.item(one.id, f"input[{i}].id"))
+            else:
+                given.append({"id": identifier("item_"), **one.model_dump()})
+        if not given:
             raise RequestError("input: the field is required.", param="input")
-        return before, given
+        return given
 
     def generation(self, context: Context) -> Generation:
-        before, given = self.items(context)
         answer = self.text.format
         return Generation(
-            messages=for_template([*before, *given], self.instructions), effort=self.reasoning.effort,
+            messages=for_template(self.items(context), self.instructions), effort=self.reasoning.effort,
             thinking=thinks(self.reasoning.effort),
-            **offered(self.tools, self.tool_choice, self.parallel_tool_calls),
-            sampling=self.sampling(context.options), seed=context.options.seed,
-            max_tokens=limited(self.max_output_tokens, context.options, "max_output_tokens"),
-            logprobs=self.top_logprobs if self.top_logprobs or LOGPROBS in self.include else None,
+            **offered(self.tools, self.tool_choice.chosen, self.parallel_tool_calls),
+            **self.resolved(context.options, self.max_output_tokens, "max_output_tokens"),
+            logprobs=self.top_logprobs if self.top_logprobs or "message.output_text.logprobs" in self.include else None,
             json_schema=answer.schema_ if isinstance(answer, BySchema) else
             {"type": "object"} if answer.type == "json_object" else None,
         )  # fmt: skip
 
-    def form(self, context: Context, asked: Generation) -> ResponsesForm:
-        return ResponsesForm(self, context, asked)
-
 
 def for_template(items: Items, instructions: str) -> Messages:
     """Items as chat templates take them: what the assistant thought, said and called in a row is one message."""
-    found: Messages = [{"role": "system", "content": instructions}] if instructions else []
-    tools = dict[str, str]()
-    for i, item in enumerate(items):
-        kind, role = item["type"], item.get("role")
+    found = Conversation(instructions)
+    for item in items:
+        kind, role = item["type"], item.get("role", "")
         parts = item.get("content") or item.get("output") or item.get("summary") or []
         text = "\n".join(part.get("text") or part.get("refusal") or "" for part in parts)
         if kind == "message" and role != "assistant":
-            found.append({"role": "system" if role == "developer" else role, "content": text})
+            found.add(role, text)
         elif kind == "function_call_output":
-            if (name := tools.get(item["call_id"])) is None:
-                raise RequestError(f"input: call_id of item {i} names no call of a tool in an earlier item.",
-                                   param="input")  # fmt: skip
-            found.append({"role": "tool", "name": name, "tool_call_id": item["call_id"], "content": text})
+            found.answer(item["call_id"], text, "input")
         else:
-            if not found or found[-1]["role"] != "assistant":
-                found.append({"role": "assistant", "content": ""})
-            said = found[-1]
+            if not found.messages or found.messages[-1]["role"] != "assistant":
+                found.add("assistant", "")
             if kind == "function_call":
                 given: Any = item["arguments"]
                 given = strict(given) if isinstance(given, str) else given
-                said.setdefault("tool_calls", []).append(call(item["call_id"], item["name"], given))
-                tools[item["call_id"]] = item["name"]
+                found.call(item["call_id"], item["name"], given)
             else:
-                field = "reasoning_content" if kind == "reasoning" else "content"
+                said, field = found.messages[-1], "reasoning_content" if kind == "reasoning" else "content"
                 said[field] = "\n".join(filter(None, [said.get(field), text]))
-    return found
+    return found.messages
 
 
 class ResponsesForm(TypedForm):
     """A response whose output is a list of items: thoughts, messages and calls of tools, in their order."""
 
     def __init__(self, body: ResponsesBody, context: Context, asked: Generation) -> None:
-        self._body, self._context, self._asked = body, context, asked
-        self._before, self._given = body.items(context)
-        self._number, self._thought = 2, 0  # of the next event after `begin`; tokens of thoughts
+        super().__init__(body, context, asked)
+        self._given = body.items(context)
+        self._numbers, self._thought = count(), 0  # of events; tokens of thoughts
+        self._open: Object = {}  # the item that is being written
         given = body.model_dump(include={
             "instructions", "max_output_tokens", "temperature", "top_p", "top_logprobs", "parallel_tool_calls", "store",
             "previous_response_id", "reasoning",
         })  # fmt: skip
         choice = body.tool_choice
-        self._response: Object = {
+        self.response = {
             "id": identifier("resp_"), "object": "response", "created_at": now(), "status": "in_progress",
             "model": context.options.model, "output": [], "error": None, "incomplete_details": None, "metadata": {},
             "tools": [tool.model_dump() for tool in body.tools], "truncation": "disabled", "background": False,
@@ -271,115 +235,93 @@ class ResponsesForm(TypedForm):
             **given, "instructions": body.instructions or None,
         }  # fmt: skip
 
-        self._first = {**self._response, "output": []}  # `begin` may be asked for while the reply is being written
-
-    def begin(self, prompt_tokens: int) -> Iterable[Object]:
-        return [{"type": f"response.{what}", "sequence_number": number, "response": self._first}
-                for number, what in enumerate(("created", "in_progress"))]  # fmt: skip
+    def begin(self, prompt_tokens: int) -> list[Object]:
+        empty = {**self.response, "output": []}  # a copy: it is sent while the reply is being written
+        return [self._event(kind, response=empty) for kind in ("created", "in_progress")]
 
     def chunks(self, index: int, events: Iterable[Event]) -> Iterator[Object]:
         for event in events:
             if event.thinking:
-                yield from self._grow("reasoning", event.thinking, None)
+                yield from self._grow("reasoning", event.thinking)
                 self._thought += 0 if event.content else len(event.tokens)
             if event.content:
-                yield from self._grow("message", event.content, self._logprobs(event))
+                most = self.asked.logprobs
+                scores = [] if most is None else scored(self._context.tokenizer, most, [event])
+                yield from self._grow("message", event.content, logprobs=scores)
             for one in event.calls:
                 yield from self._close()
                 yield from self._call(one.name, arguments_of(one))
             if event.result is not None:
-                if not self._response["output"]:
-                    yield from self._grow("message", "", [])
+                if not self.response["output"]:
+                    yield from self._grow("message", "", logprobs=[])
                 yield from self._close()
                 yield self._ended(event.result)
 
-    def whole(self, replies: Sequence[Sequence[Event]]) -> Object:
-        *_, last = self.chunks(0, replies[0])
-        response: Object = last["response"]
-        return response
-
     def failed(self, error: RequestError) -> Object:
         told = error.body["error"]
-        self._response |= {"status": "failed", "error": {"code": "server_error", "message": told["message"]}}
-        return self._event("response.failed", response=self._response)
+        self.response |= {"status": "failed", "error": {"code": "server_error", "message": told["message"]}}
+        return self._event("failed", response=self.response)
 
     def _event(self, kind: str, **fields: Any) -> Object:
-        self._number += 1
-        return {"type": kind, "sequence_number": self._number - 1, **fields}
+        return {"type": f"response.{kind}", "sequence_number": next(self._numbers), **fields}
 
-    def _open(self) -> Object | None:
-        """The item that is being written."""
-        output = self._response["output"]
-        return output[-1] if output and output[-1]["status"] == "in_progress" else None
+    def _item_event(self, kind: str, item: Object) -> Object:
+        return self._event(f"output_item.{kind}", output_index=len(self.response["output"]) - 1, item=item)
 
-    def _grow(self, kind: str, text: str, logprobs: list[Object] | None) -> Iterator[Object]:
-        """More text of a thought or a message."""
-        item = self._open()
-        if item is None or item["type"] != kind:
+    def _inner_event(self, kind: str, **fields: Any) -> Object:
+        output = self.response["output"]
+        place = {"item_id": output[-1]["id"], "output_index": len(output) - 1}
+        return self._event(kind, **place, **({"content_index": 0} if "content" in output[-1] else {}), **fields)
+
+    def _grow(self, kind: str, text: str, **more: list[Object]) -> Iterator[Object]:
+        """More text of a thought or a message; more: a message's logprobs."""
+        if self._open.get("type") != kind:
             yield from self._close()
             yield from self._begin(kind)
-        item = self._response["output"][-1]
-        place = self._place(item) | {"content_index": 0}
-        item["content"][0]["text"] += text
-        if kind == "message":
-            item["content"][0]["logprobs"] += logprobs or []
-            yield self._event("response.output_text.delta", **place, delta=text, logprobs=logprobs or [])
-        else:
-            yield self._event("response.reasoning_text.delta", **place, delta=text)
+        [part] = self._open["content"]
+        part["text"] += text
+        for name, added in more.items():
+            part[name] += added
+        yield self._inner_event(f"{part['type']}.delta", delta=text, **more)
 
     def _begin(self, kind: str) -> Iterator[Object]:
-        output, is_message = self._response["output"], kind == "message"
-        item: Object = {"id": identifier("msg_" if is_message else "rs_"), "type": kind, "status": "in_progress"}
-        item |= {"role": "assistant", "content": []} if is_message else {"summary": [], "content": []}
-        part: Object = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-        if not is_message:
+        if kind == "message":
+            item: Object = {"id": identifier("msg_"), "type": kind, "status": "in_progress", "role": "assistant"}
+            part: Object = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        else:
+            item = {"id": identifier("rs_"), "type": kind, "status": "in_progress", "summary": []}
             part = {"type": "reasoning_text", "text": ""}
-        output.append(item)
-        yield self._event("response.output_item.added", output_index=len(output) - 1, item={**item, "content": []})
-        item["content"] = [part]
-        yield self._event("response.content_part.added", **self._place(item), content_index=0, part=dict(part))
+        self._open = item | {"content": [part]}
+        self.response["output"].append(self._open)
+        yield self._item_event("added", item | {"content": []})
+        yield self._inner_event("content_part.added", part=dict(part))
 
     def _close(self) -> Iterator[Object]:
         """The item that is being written is whole."""
-        item = self._open()
-        if item is None:
+        if not self._open:
             return
-        part, place = item["content"][0], self._place(item) | {"content_index": 0}
+        item, self._open = self._open, {}
         item["status"] = "completed"
-        if item["type"] == "message":
-            yield self._event("response.output_text.done", **place, text=part["text"], logprobs=part["logprobs"])
-        else:
-            yield self._event("response.reasoning_text.done", **place, text=part["text"])
-        yield self._event("response.content_part.done", **place, part=part)
-        yield self._event("response.output_item.done", output_index=place["output_index"], item=item)
+        [part] = item["content"]
+        said = {name: part[name] for name in ("text", "logprobs") if name in part}
+        yield self._inner_event(f"{part['type']}.done", **said)
+        yield self._inner_event("content_part.done", part=part)
+        yield self._item_event("done", item)
 
     def _call(self, name: str, arguments: str) -> Iterator[Object]:
         item: Object = {
             "id": identifier("fc_"), "type": "function_call", "status": "completed", "call_id": identifier("call_"),
             "name": name, "arguments": arguments,
         }  # fmt: skip
-        self._response["output"].append(item)
-        place = self._place(item)
-        begun = {**item, "arguments": "", "status": "in_progress"}
-        yield self._event("response.output_item.added", output_index=place["output_index"], item=begun)
-        yield self._event("response.function_call_arguments.delta", **place, delta=arguments)
-        yield self._event("response.function_call_arguments.done", **place, name=name, arguments=arguments)
-        yield self._event("response.output_item.done", output_index=place["output_index"], item=item)
-
-    def _place(self, item: Object) -> Object:
-        return {"item_id": item["id"], "output_index": len(self._response["output"]) - 1}
-
-    def _logprobs(self, event: Event) -> list[Object]:
-        if self._asked.logprobs is None:
-            return []
-        return [
-            {**token.as_dict(), "top_logprobs": [top.as_dict() for top in tops]}
-            for token, tops in scored(self._context.tokenizer, self._asked.logprobs, [event])
-        ]
+        self.response["output"].append(item)
+        yield self._item_event("added", {**item, "arguments": "", "status": "in_progress"})
+        yield self._inner_event("function_call_arguments.delta", delta=arguments)
+        yield self._inner_event("function_call_arguments.done", name=name, arguments=arguments)
+        yield self._item_event("done", item)
 
     def _ended(self, result: Result) -> Object:
         stats, whole = result.stats, result.finish_reason == "stop"
-        self._response |= {
+        self.response |= {
             "status": "completed" if whole else "incomplete", "stats": stats.as_dict(), "completed_at": now(),
             "incomplete_details": None if whole else {"reason": "max_output_tokens"},
             "usage": {
@@ -390,6 +332,5 @@ class ResponsesForm(TypedForm):
             },
         }  # fmt: skip
         if self._body.store:
-            self._context.responses.keep(Stored(self._response, self._before, self._given))
-        return self._event(f"response.{self._response['status']}", response=self._response)
-
+            self._context.responses.keep(Stored(self.response, self._given))
+        return self._event(self.response["status"], response=self.response)

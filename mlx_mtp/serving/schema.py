@@ -7,9 +7,12 @@ A field is honoured, refused with a sentence, or in a schema's `ignored` because
 from __future__ import annotations
 
 import re
+from functools import reduce
+from operator import getitem
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
+from pydantic.functional_validators import AfterValidator, BeforeValidator
 from pydantic_core import PydanticCustomError
 
 from mlx_mtp.serving.body import parsed, shown, strict
@@ -17,7 +20,7 @@ from mlx_mtp.serving.errors import RequestError
 
 # Marks where Anthropic's API, which clients of many servers write for too, shall cache; no reply could differ by them.
 CACHING = frozenset({"cache_control", "prompt_cache_breakpoint"})
-MOST_TOKENS = 2**63 - 1
+Element = TypeVar("Element")
 UNKNOWN, UNSUPPORTED = "unknown_field", "unsupported_value"
 
 
@@ -71,18 +74,22 @@ def parsed_arguments(value: object) -> object:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
-Tokens = Annotated[Whole, Field(ge=1, le=MOST_TOKENS)]
+Tokens = Annotated[Whole, Field(ge=1, le=2**63 - 1)]
 ToolName = Annotated[str, Field(pattern=r"^[\w.\-/]{1,128}$")]
 Arguments = Annotated[dict[str, Any], BeforeValidator(parsed_arguments)]
 
 
 def parts(value: object) -> object:
-    """A string as a list of one part."""
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
+Several = Annotated[list[Element], FailFast()]
+Parts = Annotated[list[Element], FailFast(), BeforeValidator(parts)]
+Stops = Annotated[Several[Annotated[str, Field(min_length=1)]], Field(max_length=16)]
+
+
 class Part(Schema):
-    """A part of a message; this server reads no images, sounds or files."""
+    """A part of a message; this server reads no images, sounds, documents or files."""
 
     type: Literal["text"]
     text: str
@@ -98,11 +105,6 @@ class JsonSchema(Schema):
     strict: bool = True
 
 
-def call(number: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """A call of a tool in an assistant's message, as templates take it."""
-    return {"id": number, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
 Body = TypeVar("Body", bound=ModelBody)
 
 
@@ -111,34 +113,29 @@ def read(body: bytes, schema: type[Body], dropped: list[str] | None = None) -> B
 
     dropped: None = unknown fields and kinds of tools are a fault; else they are left out, and their paths put into it.
     """
-    value, tools = parsed(body), 0  # so many left out
+    value: Any = parsed(body)
+    tools = 0  # so many left out
     while True:
         try:
             return schema.model_validate(value)
         except ValidationError as error:
             faults = error.errors(include_url=False)
             # A tool that is no function is one that the server itself would have to run.
-            kinds: list[Any] = [one["loc"][1] for one in faults if one["type"] == "literal_error"
+            kinds: list[Any] = [one["loc"][:2] for one in faults if one["type"] == "literal_error"
                                 and (one["loc"][0], *one["loc"][2:]) == ("tools", "type")]  # fmt: skip
-            unknown = [_steps(value, one) for one in faults if one["type"] == "extra_forbidden"]
+            unknown: list[Any] = [_steps(value, one) for one in faults if one["type"] == "extra_forbidden"]
             if dropped is None or not (kinds or unknown):
                 raise _refusal(value, error) from None
-        if kinds:
-            del value["tools"][kinds[0]]  # type: ignore[index]
-            dropped.append(f"tools[{kinds[0] + tools}]")
-            tools += 1
-            continue
-        for *way, name in unknown:
-            dropped.append(_path([*way, name]))
-            holder: Any = value
-            for step in way:
-                holder = holder[step]
-            del holder[name]
+        for *way, name in kinds[:1] or unknown:
+            dropped.append(_path([*way, name + tools if kinds else name]))
+            del reduce(getitem, way, value)[name]
+        tools += bool(kinds)
 
 
 def _refusal(value: object, error: ValidationError) -> RequestError:
-    """The first fault; of all, one in a known field comes before an unknown one, which may be the consequence."""
-    first = min(error.errors(include_url=False), key=lambda one: one["type"] == "extra_forbidden")
+    """The first fault; before others a wrong type of something, after all an unknown field: it may be a consequence."""
+    faults = error.errors(include_url=False)
+    first = min(faults, key=lambda one: (one["type"] == "extra_forbidden", one["type"] != "literal_error"))
     path = _path(_steps(value, first))[:100]
     code: str | None = first.get("ctx", {}).get("code")
     if first["type"] == "extra_forbidden":

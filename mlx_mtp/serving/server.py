@@ -47,18 +47,15 @@ class Connection(H11Protocol):
     _late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """The client may begin."""
         super().connection_made(transport)
         self.app_state = {**self.app_state, "connections": self.connections}  # for guards.Gate
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of a head, or of what follows it."""
         super().data_received(data)
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client is gone."""
         self._stop()
         super().connection_lost(exc)
 
@@ -109,7 +106,6 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Called by uvicorn once it was told to end."""
         farewell = asyncio.get_running_loop().call_later(self._grace, self._queue.refuse)
         try:
             await super().shutdown(sockets)

@@ -15,16 +15,15 @@ Items = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Stored:
-    """response: as it was sent. before, given: input items of the conversation before it, and its own."""
+    """response: as it was sent. given: input items, those of the conversation before it among them."""
 
     response: dict[str, Any]
-    before: Items
     given: Items
 
     @property
     def conversation(self) -> Items:
         """All items, its output included."""
-        return [*self.before, *self.given, *self.response["output"]]
+        return [*self.given, *self.response["output"]]
 
 
 class ResponseStore:
@@ -33,11 +32,10 @@ class ResponseStore:
     def __init__(self, most_bytes: int = 64_000_000) -> None:
         self._most_bytes, self._nbytes = most_bytes, 0
         self._kept = OrderedDict[str, tuple[Stored, int]]()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def keep(self, stored: Stored) -> None:
-        """Keeps a response under its id."""
-        nbytes = len(as_json([stored.response, stored.before, stored.given]))
+        nbytes = len(as_json([stored.response, stored.given]))
         with self._lock:
             self._kept[stored.response["id"]] = stored, nbytes
             self._nbytes += nbytes
@@ -65,7 +63,6 @@ class ResponseStore:
 
     def drop(self, name: str) -> None:
         """Forgets a response; RequestError (404) where it is not kept."""
-        self.get(name)
         with self._lock:
-            found = self._kept.pop(name, None)
-            self._nbytes -= found[1] if found else 0
+            self.get(name)
+            self._nbytes -= self._kept.pop(name)[1]
