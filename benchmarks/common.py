@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from embedded.corpus import is_held_out, standard_library
+from embedded.corpus import is_held_out, modules_and_questions
 
 from mlx_mtp.measuring.engines import Decode, DecodeJob, mlx_lm_model
 from mlx_mtp.measuring.turns import Runs, fair_turns
@@ -93,7 +93,7 @@ def mlx_lm_step(folder: Path, prompt: Sequence[int]) -> Callable[[], Any]:
 def held_out_code(tokens: int, most: int, encode: Encode) -> list[list[int]]:
     """The beginnings of held-out source files and every 4000 characters, `tokens` tokens each, evenly chosen."""
     found: list[list[int]] = []
-    for document in standard_library():
+    for document in modules_and_questions():
         text = document.text or ""
         if not is_held_out(document.module) or not text:
             continue
@@ -106,14 +106,14 @@ def held_out_code(tokens: int, most: int, encode: Encode) -> list[list[int]]:
 
 def held_out_chat(most: int) -> list[list[dict[str, str]]]:
     """Questions about held-out modules."""
-    found = [d.messages[:1] for d in standard_library() if is_held_out(d.module) and d.messages]
+    found = [d.messages[:1] for d in modules_and_questions() if is_held_out(d.module) and d.messages]
     return found[:: max(1, len(found) // most)][:most]
 
 
 def unfriendly(tokens: int, encode: Encode, vocabulary: int) -> dict[str, list[int]]:
     """Prompts that a drafter trained on Python is bad at: shuffled words, other languages, random bytes, random ids."""
     chance = random.Random(0)
-    words = " ".join(d.text or "" for d in standard_library() if d.module == "textwrap").split()
+    words = " ".join(d.text or "" for d in modules_and_questions() if d.module == "textwrap").split()
     chance.shuffle(words)
     texts = {
         "shuffled words": " ".join(words),

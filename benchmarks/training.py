@@ -23,7 +23,7 @@ import common
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-from embedded.corpus import standard_library
+from embedded.corpus import modules_and_questions
 
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.measuring.turns import fair_turns
@@ -39,7 +39,7 @@ def packed(most: int) -> np.ndarray:
     """Ids of the first documents, enough for all steps."""
     from mlx_lm.tokenizer_utils import load
 
-    documents = [document for document in standard_library() if document.text][:60]
+    documents = [document for document in modules_and_questions() if document.text][:60]
     return pack(documents, load(EMBEDDED / "target"))[:most]
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import mlx.core as mx
-from corpus import is_held_out, standard_library
+from corpus import is_held_out, modules_and_questions
 from tokenizer import train_tokenizer
 
 from mlx_mtp.checkpoints.checkpoint import write_checkpoint
@@ -59,7 +59,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     start, corpus = args.out / "start", args.out / "corpus.jsonl"
     if not (start / "config.json").exists():
-        documents = [d for d in standard_library() if not is_held_out(d.module)][: args.documents]
+        documents = [d for d in modules_and_questions() if not is_held_out(d.module)][: args.documents]
         write_corpus(documents, corpus)
         write_start(documents, start, args.vocabulary, args.seed)
     recipe = Recipe(start=str(start), data=(str(corpus),), **{name: getattr(args, name) for name in SIZES})
