@@ -93,7 +93,6 @@ def conversation(client: httpx.Client, name: str, turns: int, after_each: Callab
 
 
 def main() -> None:
-    """Alone, together, and the difference."""
     args = common.options(__doc__, model=str, turns=20)
     with server(args.model) as client:
         alone = {name: conversation(client, name, args.turns, lambda: None) for name in NAMES}

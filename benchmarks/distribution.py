@@ -10,14 +10,14 @@ halves of the undrafted replies.
 
 from __future__ import annotations
 
-import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
-
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import common
 import numpy as np
+
+import mlx_mtp
 
 PROMPT = "import os\n\n"
 GEMMA = mlx_mtp.Sampling(temperature=1.0, top_k=64, top_p=0.95)
@@ -57,7 +57,6 @@ def distance(one: Counter[tuple[int, ...]], other: Counter[tuple[int, ...]]) -> 
 
 
 def main() -> None:
-    """Parses options, runs, prints, writes."""
     args = common.options(__doc__, tokens=100_000, length=20, depth=4)
     count = args.tokens // args.length
     plain = replies(0, count, args.length, 0)

@@ -11,8 +11,6 @@ and with each auxiliary objective; the loss is that of the main head alone on he
 
 from __future__ import annotations
 
-import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
-
 import json
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 from verify_cost import round_seconds
 
+import mlx_mtp
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.generation.exactness import WIDEST
 from mlx_mtp.generation.types import acceptance
@@ -31,7 +30,6 @@ from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.measuring import tables
 from mlx_mtp.measuring.engines import DecodeJob, with_engine, with_mlx_lm
 from mlx_mtp.measuring.timing import Passes
-from mlx_mtp.measuring.turns import difference
 from mlx_mtp.targets.gemma4 import Gemma4Target
 from mlx_mtp.training.data import Batches, pack, split, standard_library
 from mlx_mtp.training.families import DrafterShape
@@ -62,12 +60,9 @@ def compare(depth: int, context: int, prompts: int, repeats: int, runs: Path | N
     passes = [one.device for one in Passes(plain.target).alone(ids[0], range(1, WIDEST + 1), 15)]
     found: dict[str, dict[str, Any]] = {}
     for name, runs_of in everything.items():
-        faster, low, high = runs_of.ratio(everything["stock mlx-lm"])
-        row = found[name] = {"tokens_per_second": common.rate(runs_of), "ratio": faster, "interval": [low, high]}
-        row["same_tokens_as_plain"] = not any(
-            difference(plain.target, job, *pair)
-            for job, *pair in zip(jobs, everything["plain"].by_job, runs_of.by_job, strict=True)
-        )
+        row = found[name] = common.relative_speed(runs_of, everything["stock mlx-lm"])
+        differs = common.first_difference(plain.target, jobs, everything["plain"], runs_of)
+        row["same_tokens_as_plain"] = differs is None
         if name in engines:
             used = min(depth, engines[name].drafter.max_depth)  # type: ignore[union-attr]
             alone = round_seconds(engines[name], ids[0], used, 15)["device_milliseconds"]
@@ -87,9 +82,7 @@ def main_head_losses(folder: Path, steps: int) -> dict[str, float]:
     for name, shape in (("alone", None), ("parallel", "parallel"), ("sequential", "sequential")):
         shapes = (DrafterShape(family=shape, inner=320),) if shape else ()
         recipe = Recipe(drafters=shapes, joint=bool(shape), target_steps=steps, length=256)
-        for stage in train(folder / name, recipe):
-            if stage.figures and stage.step % 20 == 0:
-                print(f"joint, {name}: step {stage.step}, loss {stage.figures['loss']:.3f}", flush=True)
+        common.told(train(folder / name, recipe))
         target = mlx_mtp.load(folder / name / "target", drafter=None).target
         assert isinstance(target, Gemma4Target)
         _, held_out = split(list(standard_library()))
@@ -102,23 +95,20 @@ def main_head_losses(folder: Path, steps: int) -> dict[str, float]:
 
 def plot(found: dict[str, dict[str, Any]], file: Path) -> None:
     """Speed of every configuration with its interval, and acceptance by position."""
-    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    names = list(found)
-    speeds = [found[name]["ratio"] for name in names]
-    low, high = zip(*(found[name]["interval"] for name in names), strict=True)
-    errors = [[max(0.0, speed - end) for speed, end in zip(speeds, low, strict=True)],
-              [max(0.0, end - speed) for speed, end in zip(speeds, high, strict=True)]]  # fmt: skip
-    left.barh(names[::-1], speeds[::-1], xerr=[side[::-1] for side in errors], color="#4477aa", capsize=3)
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for name, row in reversed(found.items()):
+        low, high = row["interval"]
+        errors = [[max(0.0, row["ratio"] - low)], [max(0.0, high - row["ratio"])]]
+        left.barh(name, row["ratio"], xerr=errors, color="#4477aa", capsize=3)
     left.axvline(1.0, color="black", linewidth=0.8)
     left.set_xlabel("speed over stock mlx_lm (95 % interval)")
-    for name in names:
-        if found[name].get("acceptance"):
-            rates = found[name]["acceptance"]
+    for name, row in found.items():
+        if rates := row.get("acceptance"):
             right.plot(range(1, len(rates) + 1), rates, marker="o", label=name)
     right.set(xlabel="draft position", ylabel="share of drafts accepted", ylim=(0, 1))
     right.xaxis.get_major_locator().set_params(integer=True)
@@ -127,7 +117,6 @@ def plot(found: dict[str, dict[str, Any]], file: Path) -> None:
 
 
 def main() -> None:
-    """Parses options, runs, prints, writes."""
     args = common.options(
         __doc__, depth=4, context=500, prompts=4, repeats=5, runs=Path, joint_runs=Path, joint_steps=150, markdown=Path,
         plot=Path,

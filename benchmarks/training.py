@@ -8,8 +8,6 @@ turns (A B B A ...); a turn builds its step anew, so its first step does not cou
 
 from __future__ import annotations
 
-import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
-
 import contextlib
 import os
 import statistics
@@ -25,6 +23,7 @@ import mlx.optimizers as optim
 import numpy as np
 from embedded.corpus import modules_and_questions
 
+import mlx_mtp
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.measuring.turns import fair_turns
 from mlx_mtp.targets.gemma4 import Gemma4Target
@@ -99,7 +98,6 @@ def mlx_lms(ids: np.ndarray, steps: int) -> Callable[[], list[float]]:
 
 
 def main() -> None:
-    """Parses options, runs, prints, writes."""
     args = common.options(__doc__, turns=6, steps=4)
     ids = packed(64 * LENGTH + 1)
     trainers = {"mlx-mtp": ours(ids, args.steps), "mlx-lm": mlx_lms(ids, args.steps)}

@@ -9,8 +9,6 @@ device.
 
 from __future__ import annotations
 
-import mlx_mtp  # isort: skip  # noqa: F401  (before MLX: on Linux it brings the fast BLAS)
-
 from typing import Any
 
 import common
@@ -67,7 +65,6 @@ def peak(heads: int, vocabulary: int, batch: int, rows: int, in_order: bool) -> 
 
 
 def main() -> None:
-    """Parses options, measures, prints, writes."""
     args = common.options(__doc__, heads="1,2,4", vocabulary=32_768, batch=2, rows=128)
     mx.set_memory_limit(1)
     counts = [int(count) for count in args.heads.split(",")]

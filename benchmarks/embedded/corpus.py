@@ -122,9 +122,7 @@ def _chat(module: str, kind: str, name: str, signature: str, docstring: str) -> 
     templates = QUESTIONS[kind]
     question = templates[_hash(name) % len(templates)].format(name)
     answer = f"```python\n{signature}\n```\n\n{_first_paragraphs(docstring)}"
-    return Document(
-        module, messages=[{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    )
+    return Document(module, messages=[{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
 
 
 def _first_paragraphs(docstring: str) -> str:

@@ -48,7 +48,6 @@ def write_start(documents: Iterable[Document], folder: Path, vocabulary: int, se
 
 
 def main() -> None:
-    """Parses options, trains, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--vocabulary", type=int, default=4096)
