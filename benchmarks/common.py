@@ -69,14 +69,16 @@ def line(row: dict[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in row.items())
 
 
-def interleave(decoders: Mapping[str, Decode], jobs: Sequence[DecodeJob], repeats: int) -> Iterator[dict[str, Runs]]:
+def interleave(
+    decoders: Mapping[str, Decode], jobs: Sequence[DecodeJob], repeats: int, pause: float = 0.0
+) -> Iterator[dict[str, Runs]]:
     """Takes turns with every job, once untimed first: kernels are built, files are read; yields all runs so far."""
     found = {name: Runs() for name in decoders}
     for job in jobs:
         for name, decode in decoders.items():
             decode(job)
             found[name].by_job.append([])
-        for turn, name in fair_turns(decoders, repeats):
+        for turn, name in fair_turns(decoders, repeats, pause):
             found[name].by_job[-1].append(decoders[name](job.of_turn(turn)))
         yield found
 
@@ -126,10 +128,7 @@ def mlx_lm_step(folder: Path, prompt: Sequence[int]) -> Callable[[], Any]:
 def held_out_code(tokens: int, most: int, encode: Encode) -> list[list[int]]:
     """The beginnings of held-out source files and every 4000 characters, `tokens` tokens each, evenly chosen."""
     found: list[list[int]] = []
-    for document in modules_and_questions():
-        text = document.text or ""
-        if not is_held_out(document.module) or not text:
-            continue
+    for text in (d.text for d in modules_and_questions() if is_held_out(d.module) and d.text):
         for start in range(0, max(1, len(text) - 6 * tokens), CHARACTERS_APART):
             ids = encode(text[start : start + 8 * tokens])[:tokens]
             if len(ids) == tokens:

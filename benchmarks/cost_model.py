@@ -16,7 +16,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -33,7 +33,7 @@ from mlx_mtp.measuring.diagnosis import Costs, measure
 from mlx_mtp.measuring.engines import DecodeJob, TimedRun
 from mlx_mtp.measuring.prompts import read_prompts
 from mlx_mtp.measuring.timing import Passes
-from mlx_mtp.measuring.turns import Runs, fair_turns
+from mlx_mtp.measuring.turns import Runs
 
 # Pipelined rounds above all, for those decide; by their mean, since a run's time is the sum of its rounds.
 REPEATS, PIPELINED = 3, 16
@@ -71,15 +71,6 @@ def round_parts(costs: Costs, counts: Mapping[int, int], padded: int) -> Parts:
     return verify, draft, mean(lambda depth: costs.round(depth, padded)) - verify - draft
 
 
-@dataclass
-class Found:
-    """One sampling: of every configuration its runs and what the model makes of the same turns, by job and turn."""
-
-    measured: dict[str, Runs]
-    predicted: dict[str, Runs]
-    parts: dict[str, list[Parts]]
-
-
 class Foretold:
     """The configurations of a bench beside the pieces of their rounds."""
 
@@ -102,32 +93,23 @@ class Foretold:
         return {name: measure(decoder, ids, deepest, REPEATS, PIPELINED, job.sampling, passes, statistics.fmean)
                 for name, (decoder, deepest) in self.decoders.items()}  # fmt: skip
 
-    def run(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Found:
-        """Times everything."""
+    def rows(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> dict[str, dict[str, Any]]:
+        """Times everything; a row for every configuration."""
         plan, every = self.lineup.plan, self.lineup.configurations
-        ours = [name for name, one in every.items() if one.engine]
-        found = Found(
-            {name: Runs() for name in every}, {name: Runs() for name in ours}, {name: [] for name in ours}
-        )  # fmt: skip
-        contenders: dict[str, Callable[[DecodeJob], Any]] = {
-            "": self.pieces, **{name: one.decode for name, one in every.items()}
-        }  # fmt: skip
-        for i, ids in enumerate(prompts):
-            job = DecodeJob(ids, plan.max_tokens, sampling, plan.seed + i)
-            runs: dict[str, list[Any]] = {name: [] for name in contenders}
-            for run in contenders.values():  # warm
-                run(job)
-            for turn, name in fair_turns(contenders, plan.repeats, plan.cool_down):
-                runs[name].append(contenders[name](job.of_turn(turn)))
-            for name, its in found.measured.items():
-                its.by_job.append(runs[name])
-            for name in ours:
-                pieces = [costs[every[name].drafter or ""] for costs in runs[""]]
-                turns = [self.foretold(*turn) for turn in zip(pieces, runs[name], strict=True)]
-                found.predicted[name].by_job.append([run for run, _ in turns])
-                found.parts[name] += [parts for _, parts in turns]
-            print(f"{sampling_name(sampling)}: {i + 1} of {len(prompts)} prompts", file=sys.stderr)
-        return found
+        jobs = [DecodeJob(ids, plan.max_tokens, sampling, plan.seed + i) for i, ids in enumerate(prompts)]
+        contenders: dict[str, Callable[[DecodeJob], Any]] = {name: one.decode for name, one in every.items()}
+        for measured in common.interleave({"": self.pieces, **contenders}, jobs, plan.repeats, plan.cool_down):
+            done = len(measured[""].by_job)
+            print(f"{sampling_name(sampling)}: {done} of {len(jobs)} prompts", file=sys.stderr)
+        pieces: list[Any] = measured[""].by_job
+        predicted, parts = dict[str, Runs](), dict[str, list[Parts]]()
+        for name, one in every.items():
+            if one.engine:
+                turns = [[self.foretold(costs[one.drafter or ""], run) for costs, run in zip(*job, strict=True)]
+                         for job in zip(pieces, measured[name].by_job, strict=True)]  # fmt: skip
+                predicted[name] = Runs([[run for run, _ in job] for job in turns])
+                parts[name] = [average for job in turns for _, average in job]
+        return rows_of(measured, predicted, parts)
 
     def foretold(self, costs: Costs, run: TimedRun) -> tuple[TimedRun, Parts]:
         """The run with the seconds that the model gives it, and its average round."""
@@ -137,21 +119,21 @@ class Foretold:
         return replace(run, seconds=rounds_needed(chances, len(run.tokens) - 1) * sum(parts)), parts
 
 
-def rows_of(found: Found) -> dict[str, dict[str, Any]]:
+def rows_of(
+    measured: dict[str, Runs], predicted: dict[str, Runs], parts: dict[str, list[Parts]]
+) -> dict[str, dict[str, Any]]:
     """By configuration: parts of its average round, its speed over stock mlx-lm (else over plain), and the model's."""
-    base = STOCK if STOCK in found.measured else PLAIN
-    rows = {}
-    for name, runs in found.predicted.items():
-        if name == base:
-            continue
-        # Stock's own time is measured; over plain decoding the model has to foretell both.
-        against = found.predicted[PLAIN] if base == PLAIN else found.measured[base]
-        measured, low, high = found.measured[name].ratio(found.measured[base])
-        predicted, _, _ = runs.ratio(against)
-        parts = {f"{part}_milliseconds": 1e3 * statistics.fmean(seconds)
-                 for part, seconds in zip(COUNTED, zip(*found.parts[name], strict=True), strict=True)}  # fmt: skip
-        rows[name] = {**parts, "over": base, "measured": measured, "interval": [low, high], "predicted": predicted,
-                      "deviation": predicted / measured - 1.0}  # fmt: skip
+    base = STOCK if STOCK in measured else PLAIN
+    # Stock's own time is measured; over plain decoding the model has to foretell both.
+    against, rows = predicted[PLAIN] if base == PLAIN else measured[base], {}
+    for name in (name for name in predicted if name != base):
+        over, low, high = measured[name].ratio(measured[base])
+        foretold, _, _ = predicted[name].ratio(against)
+        seconds = map(statistics.fmean, zip(*parts[name], strict=True))
+        rows[name] = {f"{part}_milliseconds": 1e3 * mean for part, mean in zip(COUNTED, seconds, strict=True)} | {
+            "over": base, "measured": over, "interval": [low, high], "predicted": foretold,
+            "deviation": foretold / over - 1.0,
+        }  # fmt: skip
     return rows
 
 
@@ -170,7 +152,7 @@ def main() -> None:
     results: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "samplings": {}}
     foretold = Foretold(lineup)
     for sampling in lineup.samplings():
-        rows = results["samplings"][sampling_name(sampling)] = rows_of(foretold.run(prompts, sampling))
+        rows = results["samplings"][sampling_name(sampling)] = foretold.rows(prompts, sampling)
         for name, row in rows.items():
             print(f"{sampling_name(sampling)}, {name}: measured {row['measured']:.2f} over {row['over']}, predicted "
                   f"{row['predicted']:.2f} ({row['deviation']:+.0%})")  # fmt: skip

@@ -1,7 +1,7 @@
 """The families side by side on one target and the same prompts; and what training them jointly does to the main head.
 
     .venv/bin/python benchmarks/families.py [--runs DIR] [--joint-runs DIR --joint-steps 150] \
-        [--json FILE --markdown FILE --plot FILE.png]
+        [--json FILE --plot FILE.png]
 
 Stock mlx_lm (1.00), plain, lookup, assistant, lookup in front of it, parallel heads, sequential module; greedy, in fair
 turns. Draft cost: a round evaluated alone, less a pass of as many tokens. --runs: the folder in which the
@@ -118,19 +118,15 @@ def plot(found: dict[str, dict[str, Any]], file: Path) -> None:
 
 def main() -> None:
     args = common.options(
-        __doc__, depth=4, context=500, prompts=4, repeats=5, runs=Path, joint_runs=Path, joint_steps=150, markdown=Path,
-        plot=Path,
+        __doc__, depth=4, context=500, prompts=4, repeats=5, runs=Path, joint_runs=Path, joint_steps=150, plot=Path
     )
     results: dict[str, Any] = {"depth": args.depth, "context": args.context}
     if args.joint_runs:
         losses = main_head_losses(args.joint_runs, args.joint_steps)
         results["main_head_held_out_loss"] = {"steps": args.joint_steps, **losses}
     found = results["arms"] = compare(args.depth, args.context, args.prompts, args.repeats, args.runs)
-    table = tables.markdown([tables.Table("", *blocks.families(results))])
-    print(table)
+    print(tables.markdown([tables.Table("", *blocks.families(results))]))
     common.save(args.json, results)
-    if args.markdown:
-        args.markdown.write_text(table)
     if args.plot:
         plot(found, args.plot)
 

@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_mtp.drafters.parallel import ParallelConfig, ParallelModel
+from mlx_mtp.generation.cache import NoCache
 from mlx_mtp.targets.gemma4 import Gemma4Model
 from mlx_mtp.targets.gemma4_config import Gemma4Config
 from mlx_mtp.training.objective import Joint, joint_parallel_loss
@@ -35,8 +36,6 @@ BLOCK: dict[str, Any] = {
 
 def at_once(module: Joint, batch: mx.array) -> mx.array:
     """The same loss with the logits of all heads at once, for comparison."""
-    from mlx_mtp.generation.cache import NoCache
-
     count = 1 + len(module.drafter.heads)
     rows = batch.shape[1] - count
     states, _ = module.target.run(batch[:, :rows], NoCache(module.target.config.sliding_window, batch.shape[0]))
