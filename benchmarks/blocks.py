@@ -305,10 +305,9 @@ def real_speed(results: Results) -> Rows:
 
 def speed_chart(results: Results) -> str:
     """Bars with intervals, one group a category; its own light background, for pages of any colour."""
-    groups = {f"all, {temperature(s)}": arms_of(s) for s in results["samplings"]}
-    first = results["samplings"][0]
-    groups |= {f"{group['category']}, {temperature(first)}": arms_of(first, group["category"])
-               for group in first["groups"] if group["category"] != ALL}  # fmt: skip
+    samplings = results["samplings"]
+    shown = [(s, ALL) for s in samplings] + [(samplings[0], group["category"]) for group in samplings[0]["groups"]]
+    groups = {f"{category}, {temperature(s)}": arms_of(s, category) for s, category in shown}
     names = [name for name in CHARTED if name in next(iter(groups.values()))]
     left, width, bar, gap, top = 170, 560, 14, 14, 74
     step = len(names) * bar + gap

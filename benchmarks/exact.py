@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,27 +75,22 @@ def compare(engines: dict[str, mlx_mtp.Engine], capacity: int, count: int, token
     """One row a family and turn."""
     plain = engines["none"]
     assert plain.exactness is not None
-    way, rows = plain.exactness.at(capacity), {}
+    way, counts = plain.exactness.at(capacity), defaultdict[tuple[str, str], Counter[str]](Counter)
     for family in FAMILIES:
         probes = engines[family].exactness
         assert probes is not None
         probes.found.setdefault(capacity, way)
-        for turn in TURNS:
-            rows[family, turn] = {
-                "family": family, "capacity": capacity, "turn": turn, "width": way.width, "depths": way.depths,
-                "logprobs": 0, "differing": 0, "accepted": 0, "drafted": 0,
-            }  # fmt: skip
     for prompt in prompts_for(capacity, count, tokens):
         said = plain.generate(prompt, max_tokens=tokens, ignore_end=True).tokens
         expected = turns(plain, prompt, said, tokens)
         for family in FAMILIES:
             for turn, one, other in zip(TURNS, expected, turns(engines[family], prompt, said, tokens), strict=True):
-                row = rows[family, turn]
-                row["logprobs"] += len(one.tokens)
-                row["differing"] += differing(one, other)
-                row["accepted"] += other.stats.accepted
-                row["drafted"] += other.stats.drafted
-    return list(rows.values())
+                counts[family, turn].update(
+                    logprobs=len(one.tokens), differing=differing(one, other), accepted=other.stats.accepted,
+                    drafted=other.stats.drafted,
+                )  # fmt: skip
+    return [{"family": family, "capacity": capacity, "turn": turn, "width": way.width, "depths": way.depths, **found}
+            for (family, turn), found in counts.items()]  # fmt: skip
 
 
 def main() -> None:
