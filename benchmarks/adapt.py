@@ -53,7 +53,7 @@ def drifted(folder: Path, texts: Path, steps: int) -> Path:
     options = TrainOptions(steps=steps, learning_rate=1e-3)
     trainer = Trainer(target.model, next_token_loss, learned.batch, options, folder / "train-target", data=learned.name,
                       held_out=[held.batch(i) for i in range(4)], figures=("accuracy",), name="target")  # fmt: skip
-    common.told(trainer.go_on())
+    common.told(trainer.run())
     shutil.copytree(EMBEDDED / "target", out)
     write_checkpoint(out, Checkpoint.open(EMBEDDED / "target").config, published_weights(target.model))
     return out

@@ -52,12 +52,8 @@ def ours(ids: np.ndarray, steps: int) -> Callable[[], list[float]]:
             batches = Batches(ids, BATCH, LENGTH, 0)
             options = TrainOptions(steps=steps, learning_rate=RATE, optimizer="adamw")
             trainer = Trainer(target.model, next_token_loss, batches.batch, options, Path(folder), data=batches.name)
-            times, began = [], time.perf_counter()
-            for _ in trainer.run():
-                now = time.perf_counter()
-                times.append(now - began)
-                began = now
-        return times
+            stamps = [time.perf_counter(), *(time.perf_counter() for _ in trainer.run())]
+        return [float(each) for each in np.diff(stamps)]
 
     return turn
 

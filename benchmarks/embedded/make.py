@@ -39,9 +39,7 @@ def write_corpus(documents: Iterable[Document], file: Path) -> None:
 
 def write_start(documents: Iterable[Document], folder: Path, vocabulary: int, seed: int) -> None:
     """A target with random weights, and a tokenizer made of the documents."""
-    train_tokenizer(
-        (d.text or "\n".join(turn["content"] for turn in d.messages or []) for d in documents), folder, vocabulary
-    )
+    train_tokenizer((document.plain for document in documents), folder, vocabulary)
     mx.random.seed(seed)
     config = target_config(vocabulary)
     write_checkpoint(folder, config, published_weights(Gemma4Model(Gemma4Config.from_dict(config))))
