@@ -48,8 +48,8 @@ def training_minutes(runs: Path, family: str) -> float | None:
 
 def compare(depth: int, context: int, prompts: int, repeats: int, runs: Path | None) -> dict[str, dict[str, Any]]:
     """Speed, acceptance and cost of every configuration."""
-    deepest = {name: mlx_mtp.load(drafter=name).drafter.max_depth for name in DRAFTERS}  # type: ignore[union-attr]
-    engines = {name: mlx_mtp.load(drafter=name, depth=min(depth, deepest[name])) for name in DRAFTERS}
+    depths = {name: min(depth, mlx_mtp.load(drafter=name).drafter.max_depth) for name in DRAFTERS}  # type: ignore[union-attr]
+    engines = {name: mlx_mtp.load(drafter=name, depth=depths[name]) for name in DRAFTERS}
     plain = mlx_mtp.load(drafter=None)
     assert plain.tokenizer is not None
     decoders = {"stock mlx-lm": with_mlx_lm(EMBEDDED / "target"), "plain": with_engine(plain)}
@@ -64,11 +64,10 @@ def compare(depth: int, context: int, prompts: int, repeats: int, runs: Path | N
         differs = common.first_difference(plain.target, jobs, everything["plain"], runs_of)
         row["same_tokens_as_plain"] = differs is None
         if name in engines:
-            used = min(depth, engines[name].drafter.max_depth)  # type: ignore[union-attr]
-            alone = round_seconds(engines[name], ids[0], used, 15)["device_milliseconds"]
-            row |= {"depth": used, "tokens_per_round": runs_of.tokens_per_round,
+            alone = round_seconds(engines[name], ids[0], depths[name], 15)["device_milliseconds"]
+            row |= {"depth": depths[name], "tokens_per_round": runs_of.tokens_per_round,
                     "acceptance": acceptance(runs_of.stats),
-                    "draft_milliseconds": alone - 1e3 * passes[used]}  # fmt: skip
+                    "draft_milliseconds": alone - 1e3 * passes[depths[name]]}  # fmt: skip
         if (EMBEDDED / name / "config.json").exists():
             row["parameters"] = sum(w.size for w in Checkpoint.open(EMBEDDED / name).weights().values())
             if runs and (minutes := training_minutes(runs, name)) is not None:

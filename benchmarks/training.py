@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import common
 import mlx.core as mx
@@ -69,17 +68,10 @@ def mlx_lms(ids: np.ndarray, steps: int) -> Callable[[], list[float]]:
     # It cuts rows at a multiple of 32 and one: the same 512 places learn.
     rows = [(ids[i * LENGTH : (i + 1) * LENGTH + 1].tolist(), 0) for i in range((len(ids) - 1) // LENGTH)]
 
-    class Times(TrainingCallback):
-        """Collects what it reports."""
-
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
-
-        def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
-            self.seconds.append(1.0 / train_info["iterations_per_second"])
-
     def turn() -> list[float]:
-        times = Times()
+        seconds: list[float] = []
+        told = TrainingCallback()
+        told.on_train_loss_report = lambda info: seconds.append(1.0 / info["iterations_per_second"])
         with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null:
             args = TrainingArgs(
                 batch_size=BATCH, iters=steps, steps_per_report=1, steps_per_save=10**9, max_seq_length=LENGTH + 1,
@@ -87,8 +79,8 @@ def mlx_lms(ids: np.ndarray, steps: int) -> Callable[[], list[float]]:
             )  # fmt: skip
             optimizer = optim.AdamW(learning_rate=RATE, betas=[0.9, 0.95], weight_decay=0.05)
             with contextlib.redirect_stdout(null):
-                train(model, optimizer, rows, args=args, training_callback=times)
-        return times.seconds
+                train(model, optimizer, rows, args=args, training_callback=told)
+        return seconds
 
     return turn
 

@@ -116,7 +116,6 @@ def check_installed(wheel: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Builds, checks, and keeps both files where asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder that gets wheel and sdist")
     args = parser.parse_args()
