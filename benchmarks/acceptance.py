@@ -36,7 +36,6 @@ def measure(engine: mlx_mtp.Engine, asked: Sequence[Any], tokens: int) -> dict[s
 
 
 def main() -> None:
-    """Prints one line a kind; --json writes the same figures."""
     args = common.options(__doc__, model=str, drafters="", depth=4, tokens=128, prompts=40, draft_head_bits=0)
     figures: dict[str, dict[str, Any]] = {}
     names = args.drafters or ("auto" if args.model else ",".join(FAMILIES))

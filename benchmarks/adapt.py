@@ -9,9 +9,6 @@ held-out prompts, greedily; the wall time of adapting; and whether the answers a
 
 from __future__ import annotations
 
-import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
-
-import json
 import shutil
 import time
 from dataclasses import replace
@@ -19,8 +16,8 @@ from pathlib import Path
 
 import common
 import mlx.core as mx
-import numpy as np
 
+import mlx_mtp
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, write_checkpoint
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.targets.gemma4 import Gemma4Target, published_weights
@@ -56,30 +53,20 @@ def drifted(folder: Path, texts: Path, steps: int) -> Path:
     options = TrainOptions(steps=steps, learning_rate=1e-3)
     trainer = Trainer(target.model, next_token_loss, learned.batch, options, folder / "train-target", data=learned.name,
                       held_out=[held.batch(i) for i in range(4)], figures=("accuracy",), name="target")  # fmt: skip
-    for stage in trainer.go_on():
-        if stage.step % 20 == 0:
-            print(f"target: step {stage.step}, loss {stage.figures['loss']:.3f}", flush=True)
+    common.told(trainer.run())
     shutil.copytree(EMBEDDED / "target", out)
     write_checkpoint(out, Checkpoint.open(EMBEDDED / "target").config, published_weights(target.model))
     return out
 
 
 def main() -> None:
-    """Parses options, runs, prints, writes."""
     args = common.options(__doc__, out=Path, steps=200, family="assistant")
     if args.out is None:
         raise SystemExit("Name a folder with --out.")
     texts = headers(args.out)
     target = drifted(args.out, texts, args.steps)
     began, recipe = time.perf_counter(), replace(DEFAULTS, data=(str(texts),))
-    stages = adapt(target, EMBEDDED / args.family, args.out / args.family, recipe)
-    try:
-        while True:
-            stage = next(stages)
-            if stage.step % 20 == 0 or stage.step == stage.steps:
-                print(f"{stage.name}: {stage.step} of {stage.steps}", flush=True)
-    except StopIteration as end:
-        report = end.value
+    report = common.told(adapt(target, EMBEDDED / args.family, args.out / args.family, recipe))
     seconds = time.perf_counter() - began
     plain = mlx_mtp.load(target, drafter=None)
     adapted = mlx_mtp.load(target, drafter=args.out / args.family, depth=4)
@@ -93,11 +80,10 @@ def main() -> None:
     gain = report.after / report.before - 1
     print(
         f"{report.before:.2f} tokens per round before, {report.after:.2f} after ({gain:+.0%}), "
-        f"{seconds / 60:.1f} minutes; answers of the target alone: {int(np.sum(same))} of {len(same)} equal"
+        f"{seconds / 60:.1f} minutes; answers of the target alone: {sum(same)} of {len(same)} equal"
     )
-    if args.json:
-        found = {"before": report.before, "after": report.after, "minutes": seconds / 60, "same_answers": same}
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+    found = {"before": report.before, "after": report.after, "minutes": seconds / 60, "same_answers": same}
+    common.save(args.json, found)
 
 
 if __name__ == "__main__":

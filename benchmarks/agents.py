@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,22 +53,17 @@ def server(model: str) -> Iterator[httpx.Client]:
     process = subprocess.Popen([program, "serve", "--model", model, "--model-name", MODEL, "--port", str(port)])
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE, trust_env=False) as client:
-            while not answers(client):
+            ready = False
+            while not ready:
                 if process.poll() is not None:
                     sys.exit("The server did not start.")
                 time.sleep(0.1)
+                with suppress(httpx.ConnectError):
+                    ready = client.get("/health").is_success
             yield client
     finally:
         process.terminate()
         process.wait()
-
-
-def answers(client: httpx.Client) -> bool:
-    """Whether the server takes requests already."""
-    try:
-        return client.get("/health").is_success
-    except httpx.ConnectError:
-        return False
 
 
 def conversation(client: httpx.Client, name: str, turns: int, after_each: Callable[[], object]) -> list[dict[str, int]]:
@@ -93,7 +88,6 @@ def conversation(client: httpx.Client, name: str, turns: int, after_each: Callab
 
 
 def main() -> None:
-    """Alone, together, and the difference."""
     args = common.options(__doc__, model=str, turns=20)
     with server(args.model) as client:
         alone = {name: conversation(client, name, args.turns, lambda: None) for name in NAMES}

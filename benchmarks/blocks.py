@@ -1,7 +1,6 @@
 """What the marked blocks of README.md and docs/ show: one function a block, from a result file to rows, text or SVG.
 
-A new block is a function here and an entry in TABLES (Markdown, between the marks: rows or a text) or CHARTS (an SVG
-file).
+A new block of Markdown, rows or a text, is a function here with `block` in front; an SVG file is an entry in CHARTS.
 """
 
 from __future__ import annotations
@@ -16,23 +15,37 @@ Rows = tuple[Sequence[str], Sequence[Sequence[str]]]
 PLAIN = "depth 0"  # the configuration of unfriendly.py that the others are compared with
 ALL = "all"  # of a bench report: every category
 CHARTED = {"plain": "#9dbfe3", "mtp@4": "#5b93d0", "mtp@auto": "#1f5fa8", "mlx-vlm@4": "#d08a3c"}
+FAMILIES = "families.py --runs runs/embedded --joint-runs runs/joint --plot docs/images/families.png"
 HEADLINE = "lookup+auto@auto"  # what a user of the real model is told to take
 ARMS = {"stock": "stock mlx-lm", "plain": "mlx_mtp, plain", "mtp@2": "mlx_mtp, 2 drafts", "mtp@4": "mlx_mtp, 4 drafts",
         "mtp@auto": "mlx_mtp, auto", "lookup@auto": "mlx_mtp, lookup", "mlx-vlm@4": "mlx-vlm, 4 drafts"}  # fmt: skip
-PARTS = ("verify_milliseconds", "draft_milliseconds", "gap_milliseconds")
 
 
 @dataclass(frozen=True)
 class Block:
-    """file: in benchmarks/results. command: what made it, where the file itself does not say."""
+    """file: in benchmarks/results. script: what wrote it, with options, where the file itself names no command."""
 
     file: str
-    command: str
+    script: str
     show: Callable[[Results], Any]
 
     def made_by(self, results: Results) -> str:
         """The command that gave these results."""
-        return str(results.get("command", self.command))
+        script = f"python benchmarks/{self.script} --json benchmarks/results/{self.file}"
+        return str(results.get("command", script))
+
+
+TABLES: dict[str, Block] = {}
+
+
+def block(file: str, script: str = "") -> Callable[[Callable[[Results], Any]], Callable[[Results], Any]]:
+    """Decorator: the function shows this file between the marks that bear its name, with hyphens."""
+
+    def add(show: Callable[[Results], Any]) -> Callable[[Results], Any]:
+        TABLES[show.__name__.replace("_", "-")] = Block(file, script, show)
+        return show
+
+    return add
 
 
 def ratio(row: Results) -> str:
@@ -42,8 +55,13 @@ def ratio(row: Results) -> str:
 
 
 def rates(values: Sequence[float]) -> str:
-    """'66 58 49 %'."""
-    return " ".join(f"{100 * value:.0f}" for value in values) + " %"
+    """'66 58 49 %'; nothing of none."""
+    return " ".join(f"{100 * value:.0f}" for value in values) + " %" if values else ""
+
+
+def cell(row: Results, name: str, form: str = "{}") -> str:
+    """A figure; nothing where the row has none."""
+    return form.format(row[name]) if name in row else ""
 
 
 def arms_of(sampling: Results, category: str = ALL) -> dict[str, Results]:
@@ -57,6 +75,7 @@ def temperature(sampling: Results) -> str:
     return f"T = {sampling['sampling']['temperature']:g}"
 
 
+@block("bench-smollm2.json")
 def headline(results: Results) -> str:
     """The real model's drafts over stock in a sentence, and another on where that was measured."""
     found = []
@@ -72,6 +91,7 @@ def headline(results: Results) -> str:
     )
 
 
+@block("bench.json")
 def speed(results: Results) -> Rows:
     """A row for every configuration: over stock and tokens a pass, by temperature."""
     samplings = results["samplings"]
@@ -86,42 +106,43 @@ def speed(results: Results) -> Rows:
     return heads, rows
 
 
+@block("bench.json")
 def speed_by_category(results: Results) -> Rows:
     """A row for every category at the first temperature."""
     sampling = results["samplings"][0]
-    categories = [group["category"] for group in sampling["groups"] if group["category"] != ALL]
-    rows = []
-    for category in categories:
-        arms = arms_of(sampling, category)
-        rows.append([category, *(ratio(arm["over_stock"]) for arm in arms.values() if arm["arm"] != "stock")])
+    rows = [
+        [group["category"], *(ratio(arm["over_stock"]) for arm in group["arms"] if arm["arm"] != "stock")]
+        for group in sampling["groups"] if group["category"] != ALL
+    ]  # fmt: skip
     arms = [name for name in arms_of(sampling) if name != "stock"]
     return (temperature(sampling), *(ARMS.get(name, name) for name in arms)), rows
 
 
+@block("bench.json")
 def bench_acceptance(results: Results) -> Rows:
     """Speed in tokens and acceptance by position."""
     rows = []
     for sampling in results["samplings"]:
         for name, arm in arms_of(sampling).items():
             rate = arm["tokens_per_second"]
-            rows.append([
-                f"{ARMS.get(name, name)}, {temperature(sampling)}",
-                f"{rate['median']:.0f} ({rate['low']:.0f} to {rate['high']:.0f})",
-                rates(arm["acceptance"]) if arm["acceptance"] else "",
-            ])  # fmt: skip
+            speeds = f"{rate['median']:.0f} ({rate['low']:.0f} to {rate['high']:.0f})"
+            rows.append([f"{ARMS.get(name, name)}, {temperature(sampling)}", speeds, rates(arm["acceptance"] or ())])
     return ("configuration", "tokens/s (range)", "acceptance by position"), rows
 
 
+@block("cost-model.json")
 def cost_model(results: Results) -> Rows:
     """What a round is made of, and what the cost model makes of it beside the measurement."""
+    parts = "verify", "draft", "gap"
     rows = [
-        [f"{ARMS.get(name, name)}, {sampling.split(',')[0]}", *(f"{row[part]:.2f}" for part in PARTS),
+        [f"{ARMS.get(name, name)}, {sampling.split(',')[0]}", *(f"{row[f'{part}_milliseconds']:.2f}" for part in parts),
          f"{row['measured']:.2f}", f"{row['predicted']:.2f}", f"{row['deviation']:+.0%}"]
         for sampling, arms in results["samplings"].items() for name, row in arms.items()
     ]  # fmt: skip
     return ("configuration", "pass, ms", "drafts, ms", "gap, ms", "over stock", "predicted", "off by"), rows
 
 
+@block("unfriendly.json", "unfriendly.py --repeats 30")
 def unfriendly(results: Results) -> Rows:
     """A row for every text: each configuration's speed over plain decoding."""
     found = {name: arms for name, arms in results.items() if name not in ("about", "command")}
@@ -131,6 +152,7 @@ def unfriendly(results: Results) -> Rows:
     return ("text", "plain", *arms, "of its rounds drafted"), rows
 
 
+@block("verify-cost.json", "verify_cost.py")
 def verify_cost(results: Results) -> Rows:
     """Milliseconds of a pass of M tokens."""
     times = results["verify_milliseconds"]
@@ -140,6 +162,7 @@ def verify_cost(results: Results) -> Rows:
     return ("tokens of the pass", "ms", "over one token"), rows
 
 
+@block("verify-cost.json", "verify_cost.py")
 def rounds(results: Results) -> Rows:
     """What a round of each depth is made of."""
     heads = ("drafts", "round, ms", "of it one draft step", "in the loop, ms", "device idle", "built in Python, ms")
@@ -151,6 +174,7 @@ def rounds(results: Results) -> Rows:
     return heads, rows
 
 
+@block("soak.json", "soak.py")
 def memory(results: Results) -> Rows:
     """Active megabytes early and late in long replies, and over many short requests."""
     rows = []
@@ -165,6 +189,7 @@ def memory(results: Results) -> Rows:
     return ("", "active MB", "active MB"), rows
 
 
+@block("soak.json", "soak.py")
 def context(results: Results) -> Rows:
     """What a round costs after a short and a long context."""
     short, long = ((n, results["context"][n]) for n in sorted(results["context"], key=int))
@@ -173,6 +198,7 @@ def context(results: Results) -> Rows:
     return ("", f"ms at {int(short[0]):,} tokens", f"ms at {int(long[0]):,}", "ratio"), rows
 
 
+@block("compiled.json", "compiled.py")
 def compiled(results: Results) -> Rows:
     """Rounds compiled once against rounds whose graph is built anew."""
     rows = [[f"{depth} drafts, {name}", f"{row['build_milliseconds']:.2f}", f"{row['wall_milliseconds']:.2f}"]
@@ -180,6 +206,7 @@ def compiled(results: Results) -> Rows:
     return ("round", "built in Python, ms", "in the loop, ms"), rows
 
 
+@block("training.json", "training.py")
 def training(results: Results) -> Rows:
     """Training speed beside mlx-lm's trainer."""
     base = results["tokens_per_second"]["mlx-lm"]
@@ -187,6 +214,7 @@ def training(results: Results) -> Rows:
     return ("trainer", "tokens/s", "ratio"), rows
 
 
+@block("training-memory.json", "training_memory.py")
 def training_memory(results: Results) -> Rows:
     """Peak memory of a training step by number of heads."""
     counts = list(next(iter(results["peak_bytes"].values())))
@@ -195,23 +223,21 @@ def training_memory(results: Results) -> Rows:
     return ("", *(f"{n} heads" if n != "1" else "1 head" for n in counts)), rows
 
 
+@block("families.json", FAMILIES)
 def families(results: Results) -> Rows:
     """The drafter families on one target."""
     heads = ("drafter", "speed over stock mlx-lm", "drafts", "tokens a round", "drafts accepted, by position",
              "drafts, ms a round", "parameters", "trained")  # fmt: skip
-    rows = []
-    for name, row in results["arms"].items():
-        drafted = "tokens_per_round" in row
-        rows.append([
-            name, ratio(row), str(row["depth"]) if drafted else "",
-            f"{row['tokens_per_round']:.2f}" if drafted else "", rates(row["acceptance"]) if drafted else "",
-            f"{row['draft_milliseconds']:.2f}" if drafted else "",
-            f"{row['parameters'] / 1e6:.2f} M" if "parameters" in row else "",
-            f"{row['training_minutes']:.0f} min" if "training_minutes" in row else "",
-        ])  # fmt: skip
+    rows = [
+        [name, ratio(row), cell(row, "depth"), cell(row, "tokens_per_round", "{:.2f}"),
+         rates(row.get("acceptance", ())), cell(row, "draft_milliseconds", "{:.2f}"),
+         f"{row['parameters'] / 1e6:.2f} M" if "parameters" in row else "", cell(row, "training_minutes", "{:.0f} min")]
+        for name, row in results["arms"].items()
+    ]  # fmt: skip
     return heads, rows
 
 
+@block("families.json", FAMILIES)
 def main_head(results: Results) -> Rows:
     """What an auxiliary objective does to the next token's loss."""
     losses = results["main_head_held_out_loss"]
@@ -222,19 +248,22 @@ def main_head(results: Results) -> Rows:
     return (f"trained {losses['steps']} steps on", "held-out loss of the next token, nats", "difference"), rows
 
 
-def adapted(results: Results) -> Rows:
+@block("adapt.json", "adapt.py --out runs/adapt")
+def adapt(results: Results) -> Rows:
     """What fine-tuning a drafter won back."""
     gain = results["after"] / results["before"] - 1
     row = [f"{results['before']:.2f}", f"{results['after']:.2f}", f"{gain:+.0%}", f"{results['minutes']:.0f} min"]
     return ("tokens a round before", "after", "gain", "time"), [row]
 
 
+@block("masks.json", "constrained.py masks --model FOLDER")
 def masks(results: Results) -> Rows:
     """What the masks of a round cost."""
     rows = [[depth, f"{row['median']:.2f}", f"{row['p99']:.2f}"] for depth, row in results["rounds"].items()]
     return ("drafts", f"masks of a round over {results['vocabulary']:,} tokens, ms", "99th percentile"), rows
 
 
+@block("real.json", "real.py equality")
 def real_equality(results: Results) -> Rows:
     """Greedy replies beside stock mlx-lm's, a row for every form of every real model."""
     heads = ("model", "weights", "replies", "plain", "with drafts", "tokens a round", "peak, MB", "stock mlx-lm's, MB")
@@ -261,6 +290,7 @@ def _same(differs: Sequence[Results | None]) -> str:
     return f"{len(differs) - len(found)} of {len(differs)} equal" + (f" ({'; '.join(found)})" if found else "")
 
 
+@block("real.json", "real.py speed")
 def real_speed(results: Results) -> Rows:
     """Speed of real models over stock mlx-lm, a row for every prompt."""
     models = results.get("speed", {}).values()
@@ -275,10 +305,9 @@ def real_speed(results: Results) -> Rows:
 
 def speed_chart(results: Results) -> str:
     """Bars with intervals, one group a category; its own light background, for pages of any colour."""
-    groups = {f"all, {temperature(s)}": arms_of(s) for s in results["samplings"]}
-    first = results["samplings"][0]
-    groups |= {f"{group['category']}, {temperature(first)}": arms_of(first, group["category"])
-               for group in first["groups"] if group["category"] != ALL}  # fmt: skip
+    samplings = results["samplings"]
+    shown = [(s, ALL) for s in samplings] + [(samplings[0], group["category"]) for group in samplings[0]["groups"]]
+    groups = {f"{category}, {temperature(s)}": arms_of(s, category) for s, category in shown}
     names = [name for name in CHARTED if name in next(iter(groups.values()))]
     left, width, bar, gap, top = 170, 560, 14, 14, 74
     step = len(names) * bar + gap
@@ -326,51 +355,4 @@ def _bar(over: Results, left: int, y: int, thick: int, scale: float, colour: str
             f'stroke-width="4">{over["ratio"]:.2f}</text>')  # fmt: skip
 
 
-BENCH = "mlx-mtp bench --json benchmarks/results/bench.json --plot docs/images/bench.png"
-FAMILIES = ("python benchmarks/families.py --runs runs/embedded --joint-runs runs/joint "
-            "--json benchmarks/results/families.json --plot docs/images/families.png")  # fmt: skip
-REAL = "python benchmarks/real.py"
-COST = "python benchmarks/verify_cost.py --json benchmarks/results/verify-cost.json"
-SMOLLM2 = (
-    "mlx-mtp bench -m smollm2 --arms stock,lookup+auto@auto --repeats 5 --max-tokens 48 --cool-down 0 --category code "
-    "--category edit --category chat --category translation --category prose --category JSON "
-    "--json benchmarks/results/bench-smollm2.json"
-)
-SOAK = "python benchmarks/soak.py --json benchmarks/results/soak.json"
-
-TABLES = {
-    "headline": Block("bench-smollm2.json", SMOLLM2, headline),
-    "speed": Block("bench.json", BENCH, speed),
-    "speed-by-category": Block("bench.json", BENCH, speed_by_category),
-    "bench-acceptance": Block("bench.json", BENCH, bench_acceptance),
-    "cost-model": Block(
-        "cost-model.json", "python benchmarks/cost_model.py --json benchmarks/results/cost-model.json", cost_model
-    ),
-    "unfriendly": Block(
-        "unfriendly.json", "python benchmarks/unfriendly.py --repeats 30 --json benchmarks/results/unfriendly.json",
-        unfriendly,
-    ),
-    "verify-cost": Block("verify-cost.json", COST, verify_cost),
-    "rounds": Block("verify-cost.json", COST, rounds),
-    "memory": Block("soak.json", SOAK, memory),
-    "context": Block("soak.json", SOAK, context),
-    "compiled": Block(
-        "compiled.json", "python benchmarks/compiled.py --json benchmarks/results/compiled.json", compiled
-    ),
-    "training": Block(
-        "training.json", "python benchmarks/training.py --json benchmarks/results/training.json", training
-    ),
-    "training-memory": Block(
-        "training-memory.json",
-        "python benchmarks/training_memory.py --json benchmarks/results/training-memory.json", training_memory,
-    ),
-    "families": Block("families.json", FAMILIES, families),
-    "main-head": Block("families.json", FAMILIES, main_head),
-    "real-equality": Block("real.json", f"{REAL} equality --json benchmarks/results/real.json", real_equality),
-    "real-speed": Block("real.json", f"{REAL} speed --json benchmarks/results/real.json", real_speed),
-    "masks": Block("masks.json", "python benchmarks/constrained.py masks --model FOLDER "
-                   "--json benchmarks/results/masks.json", masks),
-    "adapt": Block("adapt.json", "python benchmarks/adapt.py --out runs/adapt --json benchmarks/results/adapt.json",
-                   adapted),
-}  # fmt: skip
-CHARTS = {"docs/images/speed.svg": Block("bench.json", BENCH, speed_chart)}
+CHARTS = {"docs/images/speed.svg": Block("bench.json", "", speed_chart)}

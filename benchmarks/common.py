@@ -1,5 +1,5 @@
-"""What the benchmarks share: options, results, and prompts: held-out modules of the standard library, and texts the
-drafter was not made for."""
+"""What the benchmarks share: options, results, turns, and prompts: held-out modules of the standard library, and texts
+the drafter was not made for. To be imported before MLX."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import argparse
 import json
 import random
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
-from embedded.corpus import is_held_out, standard_library
+from embedded.corpus import is_held_out, modules_and_questions
 
+from mlx_mtp.generation.interfaces import Target
 from mlx_mtp.measuring.engines import Decode, DecodeJob, mlx_lm_model
-from mlx_mtp.measuring.turns import Runs, fair_turns
+from mlx_mtp.measuring.turns import Difference, Runs, difference, fair_turns
+from mlx_mtp.training.trainer import Stage
 
 CHARACTERS_APART = 4000
+Returned = TypeVar("Returned")
 Encode = Callable[[str], list[int]]
 
 SPANISH = (
@@ -35,15 +38,20 @@ GERMAN = (
 def options(doc: str | None, **defaults: Any) -> argparse.Namespace:
     """The command line of a benchmark: an option for every default, and --json FILE.
 
-    A default is a value, a tuple of them for several words, or a type where there is none.
+    A default is a value, a tuple for several numbers or some of these words, or a type where there is none; a list
+    holds the choices of a positional word.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {**defaults, "json": Path}.items():
         option = "--" + name.replace("_", "-")
-        if isinstance(default, type):
+        if isinstance(default, list):
+            parser.add_argument(name, choices=default)
+        elif isinstance(default, type):
             parser.add_argument(option, type=default)
         elif isinstance(default, tuple):
-            parser.add_argument(option, nargs="*", type=type(default[0]) if default else str, default=default)
+            kind, *_ = *map(type, default), str
+            words = default if default and kind is str else None
+            parser.add_argument(option, nargs="*", type=kind, default=default, choices=words)
         else:
             parser.add_argument(option, type=type(default), default=default)
     return parser.parse_args()
@@ -61,14 +69,16 @@ def line(row: dict[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in row.items())
 
 
-def interleave(decoders: Mapping[str, Decode], jobs: Sequence[DecodeJob], repeats: int) -> Iterator[dict[str, Runs]]:
+def interleave(
+    decoders: Mapping[str, Decode], jobs: Sequence[DecodeJob], repeats: int, pause: float = 0.0
+) -> Iterator[dict[str, Runs]]:
     """Takes turns with every job, once untimed first: kernels are built, files are read; yields all runs so far."""
     found = {name: Runs() for name in decoders}
     for job in jobs:
         for name, decode in decoders.items():
             decode(job)
             found[name].by_job.append([])
-        for turn, name in fair_turns(decoders, repeats):
+        for turn, name in fair_turns(decoders, repeats, pause):
             found[name].by_job[-1].append(decoders[name](job.of_turn(turn)))
         yield found
 
@@ -77,6 +87,31 @@ def rate(runs: Runs) -> float:
     """Tokens per second over all jobs: each job's tokens over its median time."""
     seconds = [statistics.median(run.seconds for run in turns) for turns in runs.by_job]
     return sum(len(turns[0].tokens) - 1 for turns in runs.by_job) / sum(seconds)
+
+
+def relative_speed(runs: Runs, base: Runs) -> dict[str, Any]:
+    """Tokens per second, and how much faster than the base."""
+    faster, low, high = runs.ratio(base)
+    return {"tokens_per_second": rate(runs), "ratio": faster, "interval": [low, high]}
+
+
+def first_difference(target: Target, jobs: Sequence[DecodeJob], expected: Runs, found: Runs) -> Difference | None:
+    """Of greedy outputs, over all jobs."""
+    pairs = zip(jobs, expected.by_job, found.by_job, strict=True)
+    return next(filter(None, (difference(target, job, *pair) for job, *pair in pairs)), None)
+
+
+def told(stages: Generator[Stage, None, Returned]) -> Returned:
+    """Runs a training to its end, prints every 20th step, and returns what it returns."""
+    while True:
+        try:
+            stage = next(stages)
+        except StopIteration as end:
+            returned: Returned = end.value
+            return returned
+        if stage.step % 20 == 0 or stage.step == stage.steps:
+            loss = f", loss {stage.figures['loss']:.3f}" if stage.figures else ""
+            print(f"{stage.name}: {stage.step} of {stage.steps}{loss}", flush=True)
 
 
 def mlx_lm_step(folder: Path, prompt: Sequence[int]) -> Callable[[], Any]:
@@ -93,10 +128,7 @@ def mlx_lm_step(folder: Path, prompt: Sequence[int]) -> Callable[[], Any]:
 def held_out_code(tokens: int, most: int, encode: Encode) -> list[list[int]]:
     """The beginnings of held-out source files and every 4000 characters, `tokens` tokens each, evenly chosen."""
     found: list[list[int]] = []
-    for document in standard_library():
-        text = document.text or ""
-        if not is_held_out(document.module) or not text:
-            continue
+    for text in (d.text for d in modules_and_questions() if is_held_out(d.module) and d.text):
         for start in range(0, max(1, len(text) - 6 * tokens), CHARACTERS_APART):
             ids = encode(text[start : start + 8 * tokens])[:tokens]
             if len(ids) == tokens:
@@ -106,14 +138,14 @@ def held_out_code(tokens: int, most: int, encode: Encode) -> list[list[int]]:
 
 def held_out_chat(most: int) -> list[list[dict[str, str]]]:
     """Questions about held-out modules."""
-    found = [d.messages[:1] for d in standard_library() if is_held_out(d.module) and d.messages]
+    found = [d.messages[:1] for d in modules_and_questions() if is_held_out(d.module) and d.messages]
     return found[:: max(1, len(found) // most)][:most]
 
 
 def unfriendly(tokens: int, encode: Encode, vocabulary: int) -> dict[str, list[int]]:
     """Prompts that a drafter trained on Python is bad at: shuffled words, other languages, random bytes, random ids."""
     chance = random.Random(0)
-    words = " ".join(d.text or "" for d in standard_library() if d.module == "textwrap").split()
+    words = " ".join(d.text or "" for d in modules_and_questions() if d.module == "textwrap").split()
     chance.shuffle(words)
     texts = {
         "shuffled words": " ".join(words),

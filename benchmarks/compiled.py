@@ -8,13 +8,12 @@ the turns (A B B A ...).
 
 from __future__ import annotations
 
-import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
-
 import statistics
 
 import common
 import mlx.core as mx
 
+import mlx_mtp
 from mlx_mtp.generation.depth import FixedDepth
 from mlx_mtp.generation.loop import Decoder
 from mlx_mtp.measuring.timing import pipelined_rounds, rounds_alone
@@ -32,7 +31,6 @@ def turn(engine: mlx_mtp.Engine, prompt: list[int], depth: int) -> tuple[float, 
 
 
 def main() -> None:
-    """Parses options, runs, prints, writes."""
     args = common.options(__doc__, depths="0,4", context=500, turns=6)
     engine = mlx_mtp.load(depth=4)
     assert engine.tokenizer is not None

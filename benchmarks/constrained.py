@@ -11,7 +11,6 @@ masks: milliseconds that a round's masks take, for a folder's tokenizer; no mode
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -19,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import common
 import jsonschema
 
 import mlx_mtp
@@ -82,7 +82,7 @@ def speed(model: str | None, runs: int, tokens: int) -> dict[str, Any]:
     found: dict[str, list[float]] = {kind: [] for kind in kinds}
     passes: dict[str, float] = {}
     for run in range(runs + 1):
-        for kind in (list(kinds) if run % 2 else list(reversed(kinds))):
+        for kind in list(kinds) if run % 2 else list(reversed(kinds)):
             engine, options = kinds[kind]
             stats = engine.generate(prompt, max_tokens=tokens, temperature=0, **options).stats
             passes[kind] = stats.tokens_per_round
@@ -122,24 +122,15 @@ def masks(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """One of the three."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["documents", "speed", "masks"])
-    parser.add_argument("--model")
-    parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--max-tokens", type=int, default=300)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    if given.what == "documents":
-        found = documents(given.model, given.count, given.max_tokens)
-    elif given.what == "masks":
-        found = masks(Path(given.model))
+    args = common.options(__doc__, what=["documents", "speed", "masks"], model=str, count=2000, max_tokens=300, runs=5)
+    if args.what == "documents":
+        found = documents(args.model, args.count, args.max_tokens)
+    elif args.what == "masks":
+        found = masks(Path(args.model))
     else:
-        found = speed(given.model, given.runs, given.max_tokens)
+        found = speed(args.model, args.runs, args.max_tokens)
     print(json.dumps(found, indent=1))
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=2) + "\n")
+    common.save(args.json, found)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,6 @@ def compare_conventions(
 
 
 def main() -> None:
-    """Parses options, runs, prints, writes."""
     args = common.options(__doc__, model=str, drafter="auto", tokens=48)
     engine = mlx_mtp.load(args.model, drafter=args.drafter, depth=0)
     if not isinstance(engine.drafter, Assistant):

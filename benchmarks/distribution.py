@@ -10,8 +10,6 @@ halves of the undrafted replies.
 
 from __future__ import annotations
 
-import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
-
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -19,8 +17,10 @@ from typing import Any
 import common
 import numpy as np
 
+import mlx_mtp
+from mlx_mtp.measuring.configurations import GEMMA
+
 PROMPT = "import os\n\n"
-GEMMA = mlx_mtp.Sampling(temperature=1.0, top_k=64, top_p=0.95)
 
 
 def replies(depth: int, count: int, length: int, first_seed: int) -> list[list[int]]:
@@ -34,11 +34,9 @@ def replies(depth: int, count: int, length: int, first_seed: int) -> list[list[i
     ]  # fmt: skip
 
 
-def cells(found: Sequence[Sequence[int]], pairs: bool) -> Counter[tuple[int, ...]]:
-    """How often each token, or each pair of neighbours, is at each place."""
-    if pairs:
-        return Counter((i, a, b) for row in found for i, (a, b) in enumerate(zip(row, row[1:], strict=False)))
-    return Counter((i, a) for row in found for i, a in enumerate(row))
+def cells(found: Sequence[Sequence[int]], width: int) -> Counter[tuple[int, ...]]:
+    """How often each token, or each run of so many neighbours, is at each place."""
+    return Counter((i, *row[i : i + width]) for row in found for i in range(len(row) - width + 1))
 
 
 def distance(one: Counter[tuple[int, ...]], other: Counter[tuple[int, ...]]) -> dict[str, float]:
@@ -57,21 +55,21 @@ def distance(one: Counter[tuple[int, ...]], other: Counter[tuple[int, ...]]) -> 
 
 
 def main() -> None:
-    """Parses options, runs, prints, writes."""
     args = common.options(__doc__, tokens=100_000, length=20, depth=4)
     count = args.tokens // args.length
     plain = replies(0, count, args.length, 0)
     drafted = replies(args.depth, count, args.length, 10**6)
     found: dict[str, Any] = {"tokens": count * args.length, "depth": args.depth}
-    for pairs in (False, True):
-        name = "pairs" if pairs else "marginals"
-        half = count // 2
-        found[name] = {
-            "drafted against plain": distance(cells(drafted, pairs), cells(plain, pairs)),
-            "halves, drafted against plain": distance(cells(drafted[:half], pairs), cells(plain[:half], pairs)),
-            "halves, plain against plain": distance(cells(plain[:half], pairs), cells(plain[half:], pairs)),
-        }
-        for what, row in found[name].items():
+    half = count // 2
+    compared = {
+        "drafted against plain": (drafted, plain),
+        "halves, drafted against plain": (drafted[:half], plain[:half]),
+        "halves, plain against plain": (plain[:half], plain[half:]),
+    }
+    for name, width in (("marginals", 1), ("pairs", 2)):
+        found[name] = {}
+        for what, (one, other) in compared.items():
+            row = found[name][what] = distance(cells(one, width), cells(other, width))
             print(f"{name}, {what}: {common.line(row)}")
     common.save(args.json, found)
 

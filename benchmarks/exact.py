@@ -11,20 +11,18 @@ many, and how many drafts were accepted of how many (none where the engine decod
 
 from __future__ import annotations
 
-import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
-
-import json
-import shutil
 import tempfile
 import time
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import common
-import mlx.core as mx
 import numpy as np
+from mlx_lm import convert
 
+import mlx_mtp
 from mlx_mtp.backend import blas
 from mlx_mtp.generation.cache import CAPACITY_STEP, capacity_for
 from mlx_mtp.generation.exactness import WIDEST
@@ -34,29 +32,7 @@ from mlx_mtp.loading import EMBEDDED
 
 FAMILIES = ("assistant", "parallel", "sequential", "lookup", "lookup+assistant")
 TURNS = ("fresh", "second", "retry")
-FORMS = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16, "4 bits": None}
-
-
-def stored(form: str, folder: Path) -> Path:
-    """The embedded target in another precision."""
-    shutil.copytree(EMBEDDED / "target", folder)
-    weights = dict(mx.load(str(folder / "model.safetensors")))  # type: ignore[arg-type]
-    dtype, found = FORMS[form], {}
-    for name, weight in weights.items():
-        if dtype is not None:
-            found[name] = weight.astype(dtype)
-        elif weight.ndim == 2 and weight.shape[-1] % 64 == 0:
-            parts = mx.quantize(weight.astype(mx.float32), group_size=64, bits=4)
-            names = [name, name.replace(".weight", ".scales"), name.replace(".weight", ".biases")]
-            found |= dict(zip(names, parts, strict=True))
-        else:
-            found[name] = weight
-    mx.eval(found)
-    if dtype is None:
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"quantization": {"group_size": 64, "bits": 4}}))
-    mx.save_safetensors(str(folder / "model.safetensors"), found, {"format": "pt"})
-    return folder
+FORMS = ("float32", "float16", "bfloat16", "4 bits")
 
 
 def prompts_for(capacity: int, count: int, tokens: int) -> Iterator[list[int]]:
@@ -86,7 +62,9 @@ def differing(one: Result, other: Result) -> int:
 def loaded(form: str, depth: int) -> dict[str, mlx_mtp.Engine]:
     """An engine for plain decoding, "none", and one a family."""
     with tempfile.TemporaryDirectory() as folder:
-        target = EMBEDDED / "target" if form == "float32" else stored(form, Path(folder) / "target")
+        target = Path(folder) / "target"
+        stored: dict[str, Any] = {"quantize": True, "q_bits": 4} if form == "4 bits" else {"dtype": form}
+        convert(str(EMBEDDED / "target"), str(target), **stored)
         drafters = {name: name.replace("assistant", str(EMBEDDED / "assistant")) for name in FAMILIES}
         drafters |= {name: str(EMBEDDED / name) for name in ("parallel", "sequential")}
         return {name: mlx_mtp.load(target, drafter=drafter, mode="exact", depth=depth if name != "none" else 0)
@@ -97,31 +75,25 @@ def compare(engines: dict[str, mlx_mtp.Engine], capacity: int, count: int, token
     """One row a family and turn."""
     plain = engines["none"]
     assert plain.exactness is not None
-    way, rows = plain.exactness.at(capacity), {}
+    way, counts = plain.exactness.at(capacity), defaultdict[tuple[str, str], Counter[str]](Counter)
     for family in FAMILIES:
         probes = engines[family].exactness
         assert probes is not None
         probes.found.setdefault(capacity, way)
-        for turn in TURNS:
-            rows[family, turn] = {
-                "family": family, "capacity": capacity, "turn": turn, "width": way.width, "depths": way.depths,
-                "logprobs": 0, "differing": 0, "accepted": 0, "drafted": 0,
-            }  # fmt: skip
     for prompt in prompts_for(capacity, count, tokens):
         said = plain.generate(prompt, max_tokens=tokens, ignore_end=True).tokens
         expected = turns(plain, prompt, said, tokens)
         for family in FAMILIES:
             for turn, one, other in zip(TURNS, expected, turns(engines[family], prompt, said, tokens), strict=True):
-                row = rows[family, turn]
-                row["logprobs"] += len(one.tokens)
-                row["differing"] += differing(one, other)
-                row["accepted"] += other.stats.accepted
-                row["drafted"] += other.stats.drafted
-    return list(rows.values())
+                counts[family, turn].update(
+                    logprobs=len(one.tokens), differing=differing(one, other), accepted=other.stats.accepted,
+                    drafted=other.stats.drafted,
+                )  # fmt: skip
+    return [{"family": family, "capacity": capacity, "turn": turn, "width": way.width, "depths": way.depths, **found}
+            for (family, turn), found in counts.items()]  # fmt: skip
 
 
 def main() -> None:
-    """Parses options, runs, prints, writes."""
     capacities = (256, 512, 1024, 2048, 4608)
     args = common.options(__doc__, prompts=50, tokens=8, depth=3, capacities=capacities, form="float32")
     if wrong := [size for size in args.capacities if capacity_for(size) != size]:

@@ -1,7 +1,7 @@
 """The families side by side on one target and the same prompts; and what training them jointly does to the main head.
 
     .venv/bin/python benchmarks/families.py [--runs DIR] [--joint-runs DIR --joint-steps 150] \
-        [--json FILE --markdown FILE --plot FILE.png]
+        [--json FILE --plot FILE.png]
 
 Stock mlx_lm (1.00), plain, lookup, assistant, lookup in front of it, parallel heads, sequential module; greedy, in fair
 turns. Draft cost: a round evaluated alone, less a pass of as many tokens. --runs: the folder in which the
@@ -10,8 +10,6 @@ and with each auxiliary objective; the loss is that of the main head alone on he
 """
 
 from __future__ import annotations
-
-import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
 
 import json
 from pathlib import Path
@@ -24,6 +22,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 from verify_cost import round_seconds
 
+import mlx_mtp
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.generation.exactness import WIDEST
 from mlx_mtp.generation.types import acceptance
@@ -31,7 +30,7 @@ from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.measuring import tables
 from mlx_mtp.measuring.engines import DecodeJob, with_engine, with_mlx_lm
 from mlx_mtp.measuring.timing import Passes
-from mlx_mtp.measuring.turns import difference, tokens_per_round
+from mlx_mtp.measuring.turns import tokens_per_round
 from mlx_mtp.targets.gemma4 import Gemma4Target
 from mlx_mtp.training.data import Batches, pack, split, standard_library
 from mlx_mtp.training.families import DrafterShape
@@ -50,8 +49,8 @@ def training_minutes(runs: Path, family: str) -> float | None:
 
 def compare(depth: int, context: int, prompts: int, repeats: int, runs: Path | None) -> dict[str, dict[str, Any]]:
     """Speed, acceptance and cost of every configuration."""
-    deepest = {name: mlx_mtp.load(drafter=name).drafter.max_depth for name in DRAFTERS}  # type: ignore[union-attr]
-    engines = {name: mlx_mtp.load(drafter=name, depth=min(depth, deepest[name])) for name in DRAFTERS}
+    depths = {name: min(depth, mlx_mtp.load(drafter=name).drafter.max_depth) for name in DRAFTERS}  # type: ignore[union-attr]
+    engines = {name: mlx_mtp.load(drafter=name, depth=depths[name]) for name in DRAFTERS}
     plain = mlx_mtp.load(drafter=None)
     assert plain.tokenizer is not None
     decoders = {"stock mlx-lm": with_mlx_lm(EMBEDDED / "target"), "plain": with_engine(plain)}
@@ -62,18 +61,14 @@ def compare(depth: int, context: int, prompts: int, repeats: int, runs: Path | N
     passes = [one.device for one in Passes(plain.target).alone(ids[0], range(1, WIDEST + 1), 15)]
     found: dict[str, dict[str, Any]] = {}
     for name, runs_of in everything.items():
-        faster, low, high = runs_of.ratio(everything["stock mlx-lm"])
-        row = found[name] = {"tokens_per_second": common.rate(runs_of), "ratio": faster, "interval": [low, high]}
-        row["same_tokens_as_plain"] = not any(
-            difference(plain.target, job, *pair)
-            for job, *pair in zip(jobs, everything["plain"].by_job, runs_of.by_job, strict=True)
-        )
+        row = found[name] = common.relative_speed(runs_of, everything["stock mlx-lm"])
+        differs = common.first_difference(plain.target, jobs, everything["plain"], runs_of)
+        row["same_tokens_as_plain"] = differs is None
         if name in engines:
-            used = min(depth, engines[name].drafter.max_depth)  # type: ignore[union-attr]
-            alone = round_seconds(engines[name], ids[0], used, 15)["device_milliseconds"]
-            row |= {"depth": used, "tokens_per_round": tokens_per_round(runs_of.stats),
+            alone = round_seconds(engines[name], ids[0], depths[name], 15)["device_milliseconds"]
+            row |= {"depth": depths[name], "tokens_per_round": tokens_per_round(runs_of.stats),
                     "acceptance": acceptance(runs_of.stats),
-                    "draft_milliseconds": alone - 1e3 * passes[used]}  # fmt: skip
+                    "draft_milliseconds": alone - 1e3 * passes[depths[name]]}  # fmt: skip
         if (EMBEDDED / name / "config.json").exists():
             row["parameters"] = sum(w.size for w in Checkpoint.open(EMBEDDED / name).weights().values())
             if runs and (minutes := training_minutes(runs, name)) is not None:
@@ -87,9 +82,7 @@ def main_head_losses(folder: Path, steps: int) -> dict[str, float]:
     for name, shape in (("alone", None), ("parallel", "parallel"), ("sequential", "sequential")):
         shapes = (DrafterShape(family=shape, inner=320),) if shape else ()
         recipe = Recipe(drafters=shapes, joint=bool(shape), target_steps=steps, length=256)
-        for stage in train(folder / name, recipe):
-            if stage.figures and stage.step % 20 == 0:
-                print(f"joint, {name}: step {stage.step}, loss {stage.figures['loss']:.3f}", flush=True)
+        common.told(train(folder / name, recipe))
         target = mlx_mtp.load(folder / name / "target", drafter=None).target
         assert isinstance(target, Gemma4Target)
         _, held_out = split(list(standard_library()))
@@ -102,23 +95,20 @@ def main_head_losses(folder: Path, steps: int) -> dict[str, float]:
 
 def plot(found: dict[str, dict[str, Any]], file: Path) -> None:
     """Speed of every configuration with its interval, and acceptance by position."""
-    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    names = list(found)
-    speeds = [found[name]["ratio"] for name in names]
-    low, high = zip(*(found[name]["interval"] for name in names), strict=True)
-    errors = [[max(0.0, speed - end) for speed, end in zip(speeds, low, strict=True)],
-              [max(0.0, end - speed) for speed, end in zip(speeds, high, strict=True)]]  # fmt: skip
-    left.barh(names[::-1], speeds[::-1], xerr=[side[::-1] for side in errors], color="#4477aa", capsize=3)
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for name, row in reversed(found.items()):
+        low, high = row["interval"]
+        errors = [[max(0.0, row["ratio"] - low)], [max(0.0, high - row["ratio"])]]
+        left.barh(name, row["ratio"], xerr=errors, color="#4477aa", capsize=3)
     left.axvline(1.0, color="black", linewidth=0.8)
     left.set_xlabel("speed over stock mlx_lm (95 % interval)")
-    for name in names:
-        if found[name].get("acceptance"):
-            rates = found[name]["acceptance"]
+    for name, row in found.items():
+        if rates := row.get("acceptance"):
             right.plot(range(1, len(rates) + 1), rates, marker="o", label=name)
     right.set(xlabel="draft position", ylabel="share of drafts accepted", ylim=(0, 1))
     right.xaxis.get_major_locator().set_params(integer=True)
@@ -127,21 +117,16 @@ def plot(found: dict[str, dict[str, Any]], file: Path) -> None:
 
 
 def main() -> None:
-    """Parses options, runs, prints, writes."""
     args = common.options(
-        __doc__, depth=4, context=500, prompts=4, repeats=5, runs=Path, joint_runs=Path, joint_steps=150, markdown=Path,
-        plot=Path,
+        __doc__, depth=4, context=500, prompts=4, repeats=5, runs=Path, joint_runs=Path, joint_steps=150, plot=Path
     )
     results: dict[str, Any] = {"depth": args.depth, "context": args.context}
     if args.joint_runs:
         losses = main_head_losses(args.joint_runs, args.joint_steps)
         results["main_head_held_out_loss"] = {"steps": args.joint_steps, **losses}
     found = results["arms"] = compare(args.depth, args.context, args.prompts, args.repeats, args.runs)
-    table = tables.markdown([tables.Table("", *blocks.families(results))])
-    print(table)
+    print(tables.markdown([tables.Table("", *blocks.families(results))]))
     common.save(args.json, results)
-    if args.markdown:
-        args.markdown.write_text(table)
     if args.plot:
         plot(found, args.plot)
 

@@ -8,8 +8,6 @@ strings and logits processors. The rate is that of the tokens since the last mar
 
 from __future__ import annotations
 
-import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
-
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,22 +15,20 @@ from typing import Any
 import common
 import mlx.core as mx
 
+import mlx_mtp
 from mlx_mtp.testing import MarkovDrafter, MarkovTarget
 
 MARKS = (5_000, 20_000, 40_000, 100_000)
-WORDS = 97  # tokens that follow each other in a circle
-
-
-FIRST = 600  # of them, an id of the embedded tokenizer
+WORDS, FIRST = 97, 600  # tokens that follow each other in a circle, and the first, an id of the embedded tokenizer
 
 
 def circle(depth: int) -> mlx_mtp.Engine:
     """Writes the same words of the embedded tokenizer again and again; drafts are right but at one word."""
-    tokenizer, first = mlx_mtp.load(drafter=None).tokenizer, FIRST
-    after = mx.array([first + (i - first + 1) % WORDS for i in range(first + WORDS)])
-    table = 20.0 * (after[:, None] == mx.arange(first + WORDS)).astype(mx.float32)
+    tokenizer = mlx_mtp.load(drafter=None).tokenizer
+    after = mx.array([FIRST + (i - FIRST + 1) % WORDS for i in range(FIRST + WORDS)])
+    table = 20.0 * (after[:, None] == mx.arange(FIRST + WORDS)).astype(mx.float32)
     wrong = mx.array(table)
-    wrong[first] = mx.roll(table[first], 1)
+    wrong[FIRST] = mx.roll(table[FIRST], 1)
     return mlx_mtp.Engine(MarkovTarget(table), MarkovDrafter(wrong) if depth else None, tokenizer, depth=depth)
 
 
@@ -50,7 +46,6 @@ def rates(events: Iterator[mlx_mtp.Event], tokens: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Parses options, runs, prints, writes."""
     args = common.options(__doc__, tokens=MARKS[-1], depth=3)
     engine = circle(args.depth)
     kinds: dict[str, dict[str, Any]] = {

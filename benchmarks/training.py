@@ -8,8 +8,6 @@ turns (A B B A ...); a turn builds its step anew, so its first step does not cou
 
 from __future__ import annotations
 
-import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
-
 import contextlib
 import os
 import statistics
@@ -17,14 +15,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import common
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-from embedded.corpus import standard_library
+from embedded.corpus import modules_and_questions
 
+import mlx_mtp
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.measuring.turns import fair_turns
 from mlx_mtp.targets.gemma4 import Gemma4Target
@@ -39,7 +37,7 @@ def packed(most: int) -> np.ndarray:
     """Ids of the first documents, enough for all steps."""
     from mlx_lm.tokenizer_utils import load
 
-    documents = [document for document in standard_library() if document.text][:60]
+    documents = [document for document in modules_and_questions() if document.text][:60]
     return pack(documents, load(EMBEDDED / "target"))[:most]
 
 
@@ -53,12 +51,8 @@ def ours(ids: np.ndarray, steps: int) -> Callable[[], list[float]]:
             batches = Batches(ids, BATCH, LENGTH, 0)
             options = TrainOptions(steps=steps, learning_rate=RATE, optimizer="adamw")
             trainer = Trainer(target.model, next_token_loss, batches.batch, options, Path(folder), data=batches.name)
-            times, began = [], time.perf_counter()
-            for _ in trainer.run():
-                now = time.perf_counter()
-                times.append(now - began)
-                began = now
-        return times
+            stamps = [time.perf_counter(), *(time.perf_counter() for _ in trainer.run())]
+        return [float(each) for each in np.diff(stamps)]
 
     return turn
 
@@ -74,17 +68,10 @@ def mlx_lms(ids: np.ndarray, steps: int) -> Callable[[], list[float]]:
     # It cuts rows at a multiple of 32 and one: the same 512 places learn.
     rows = [(ids[i * LENGTH : (i + 1) * LENGTH + 1].tolist(), 0) for i in range((len(ids) - 1) // LENGTH)]
 
-    class Times(TrainingCallback):
-        """Collects what it reports."""
-
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
-
-        def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
-            self.seconds.append(1.0 / train_info["iterations_per_second"])
-
     def turn() -> list[float]:
-        times = Times()
+        seconds: list[float] = []
+        told = TrainingCallback()
+        told.on_train_loss_report = lambda info: seconds.append(1.0 / info["iterations_per_second"])
         with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null:
             args = TrainingArgs(
                 batch_size=BATCH, iters=steps, steps_per_report=1, steps_per_save=10**9, max_seq_length=LENGTH + 1,
@@ -92,14 +79,13 @@ def mlx_lms(ids: np.ndarray, steps: int) -> Callable[[], list[float]]:
             )  # fmt: skip
             optimizer = optim.AdamW(learning_rate=RATE, betas=[0.9, 0.95], weight_decay=0.05)
             with contextlib.redirect_stdout(null):
-                train(model, optimizer, rows, args=args, training_callback=times)
-        return times.seconds
+                train(model, optimizer, rows, args=args, training_callback=told)
+        return seconds
 
     return turn
 
 
 def main() -> None:
-    """Parses options, runs, prints, writes."""
     args = common.options(__doc__, turns=6, steps=4)
     ids = packed(64 * LENGTH + 1)
     trainers = {"mlx-mtp": ours(ids, args.steps), "mlx-lm": mlx_lms(ids, args.steps)}

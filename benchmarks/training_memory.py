@@ -9,8 +9,6 @@ device.
 
 from __future__ import annotations
 
-import mlx_mtp  # isort: skip  # noqa: F401  (before MLX: on Linux it brings the fast BLAS)
-
 from typing import Any
 
 import common
@@ -20,6 +18,7 @@ from mlx.utils import tree_flatten
 
 from mlx_mtp.drafters.layers import LayersConfig
 from mlx_mtp.drafters.parallel import ParallelModel
+from mlx_mtp.generation.cache import NoCache
 from mlx_mtp.targets.gemma4 import Gemma4Model
 from mlx_mtp.targets.gemma4_config import Gemma4Config
 from mlx_mtp.training.objective import Joint, joint_parallel_loss
@@ -38,8 +37,6 @@ BLOCK: dict[str, Any] = {
 
 def at_once(module: Joint, batch: mx.array) -> mx.array:
     """The same loss with the logits of all heads at once, for comparison."""
-    from mlx_mtp.generation.cache import NoCache
-
     count = 1 + len(module.drafter.heads)
     rows = batch.shape[1] - count
     states = module.target(batch[:, :rows], NoCache(module.target.config.sliding_window, batch.shape[0]))
@@ -68,7 +65,6 @@ def peak(heads: int, vocabulary: int, batch: int, rows: int, in_order: bool) -> 
 
 
 def main() -> None:
-    """Parses options, measures, prints, writes."""
     args = common.options(__doc__, heads="1,2,4", vocabulary=32_768, batch=2, rows=128)
     mx.set_memory_limit(1)
     counts = [int(count) for count in args.heads.split(",")]

@@ -9,14 +9,14 @@ on ordinary text: `mlx-mtp bench`.
 
 from __future__ import annotations
 
-import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
-
 from typing import Any
 
 import common
 import mlx.core as mx
+from blocks import PLAIN, ratio
 from mlx.utils import tree_map
 
+import mlx_mtp
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.generation.types import NEUTRAL
@@ -24,9 +24,7 @@ from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.measuring import machine
 from mlx_mtp.measuring.configurations import GEMMA, sampling_name
 from mlx_mtp.measuring.engines import Decode, DecodeJob, with_engine
-from mlx_mtp.measuring.turns import Runs, difference
-
-PLAIN = "depth 0"
+from mlx_mtp.measuring.turns import Runs
 
 
 def with_random_drafter() -> Decode:
@@ -45,29 +43,22 @@ def drafted(runs: Runs) -> float:
     return 1.0 - sum(one.get(0, 0) for one in counts) / sum(sum(one.values()) for one in counts)
 
 
-def printed(engine: mlx_mtp.Engine, jobs: list[DecodeJob], found_runs: dict[str, Runs]) -> dict[str, Any]:
+def printed(engine: mlx_mtp.Engine, jobs: list[DecodeJob], found: dict[str, Runs]) -> dict[str, Any]:
     """Prints a line a configuration and returns them."""
-    found: dict[str, Any] = {}
-    for name, runs in found_runs.items():
-        over, low, high = runs.ratio(found_runs[PLAIN])
-        row: dict[str, Any] = {
-            "tokens_per_second": common.rate(runs), "ratio": over, "interval": [low, high],
-            "drafted_rounds": drafted(runs),
-        }  # fmt: skip
-        line = f"  {name:22} {row['tokens_per_second']:7.1f} tokens/s  {over:5.2f} [{low:.2f}, {high:.2f}] of plain"
+    rows: dict[str, Any] = {}
+    for name, runs in found.items():
+        row = rows[name] = common.relative_speed(runs, found[PLAIN]) | {"drafted_rounds": drafted(runs)}
+        line = f"  {name:22} {row['tokens_per_second']:7.1f} tokens/s  {ratio(row)} of plain"
         line += f"  {row['drafted_rounds']:.1%} of rounds drafted"
         if not jobs[0].sampling.temperature:
-            pairs = zip(jobs, found_runs[PLAIN].by_job, runs.by_job, strict=True)
-            differing = [at for job, *pair in pairs if (at := difference(engine.target, job, *pair))]
-            row["same_tokens"] = not differing
-            line += f"  (differs at token {differing[0].token + 1})" if differing else ""
+            differs = common.first_difference(engine.target, jobs, found[PLAIN], runs)
+            row["same_tokens"] = differs is None
+            line += f"  (differs at token {differs.token + 1})" if differs else ""
         print(line, flush=True)
-        found[name] = row
-    return found
+    return rows
 
 
 def main() -> None:
-    """Parses options, runs, prints, writes."""
     args = common.options(__doc__, tokens=128, repeats=7)
     engine = mlx_mtp.load(drafter=None)
     assert engine.tokenizer is not None

@@ -8,8 +8,6 @@ depth is 1 - (its round evaluated alone) / (wall time per round in the pipelined
 
 from __future__ import annotations
 
-import mlx_mtp  # isort: skip  (before MLX: on Linux it brings the fast BLAS)
-
 import statistics
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import common
 import mlx.core as mx
 
+import mlx_mtp
 from mlx_mtp.generation.depth import FixedDepth
 from mlx_mtp.generation.exactness import WIDEST
 from mlx_mtp.generation.loop import Decoder
@@ -29,21 +28,18 @@ def round_seconds(engine: mlx_mtp.Engine, prompt: list[int], depth: int, repeats
     decoder = Decoder(engine.target, engine.drafter, FixedDepth(depth))
     (alone,) = rounds_alone(decoder, prompt, [depth], repeats)
     fixed = mlx_mtp.Engine(engine.target, engine.drafter, engine.tokenizer, depth=depth)
-    walls = []
-    for _ in range(3):
-        # As many tokens as keep the context where the pieces were measured.
-        stats = fixed.generate(prompt, max_tokens=repeats * (depth + 1), ignore_end=True).stats
-        walls.append(stats.decode_seconds / stats.rounds)
-    wall = statistics.median(walls)
+    # As many tokens as keep the context where the pieces were measured.
+    room = repeats * (depth + 1)
+    replies = [fixed.generate(prompt, max_tokens=room, ignore_end=True).stats for _ in range(3)]
+    wall = statistics.median(stats.decode_seconds / stats.rounds for stats in replies)
     return {
         "host_milliseconds": 1e3 * alone.build, "device_milliseconds": 1e3 * alone.device,
         "wall_milliseconds": 1e3 * wall, "idle_share": max(0.0, 1.0 - alone.device / wall),
-        "peak_megabytes": stats.peak_memory_bytes / 1e6, "active_megabytes": mx.get_active_memory() / 1e6,
+        "peak_megabytes": replies[-1].peak_memory_bytes / 1e6, "active_megabytes": mx.get_active_memory() / 1e6,
     }  # fmt: skip
 
 
 def main() -> None:
-    """Parses options, runs, prints, writes."""
     args = common.options(__doc__, model=str, drafter="auto", context=500, repeats=21, depths="0,1,2,3,4,6,8")
     engine = mlx_mtp.load(args.model, drafter=args.drafter, depth=1)
     assert engine.tokenizer is not None
@@ -59,9 +55,7 @@ def main() -> None:
                              "mlx_lm_step_milliseconds": 1e3 * stock, "rounds": {}}  # fmt: skip
     for depth in map(int, args.depths.split(",")):
         row = round_seconds(engine, prompt, depth, args.repeats)
-        row["draft_step_milliseconds"] = (
-            (row["device_milliseconds"] - 1e3 * verify[depth]) / depth if depth else 0.0
-        )
+        row["draft_step_milliseconds"] = (row["device_milliseconds"] - 1e3 * verify[depth]) / depth if depth else 0.0
         found["rounds"][depth] = row
         print(f"depth {depth}: {common.line(row)}")
     common.save(args.json, found)

@@ -239,7 +239,7 @@ def test_parallel_on_a_frozen_target(
         target, batch, some(batch), 2, 0.7, ids or list(range(target.info.vocab_size)), late,
         lambda weights, hidden, trunk, _: parallel_heads(weights, trunk if reads == "trunk" else hidden),
     )  # fmt: skip
-    loss = objective.parallel_loss(target, 0.7, listed)
+    loss = objective.parallel_loss(target, 2, 0.7, listed)
     check(drafter, loss, kept(target, batch, some(batch)), by_hand, 0.7 if late else 0.3)
 
 
@@ -296,7 +296,7 @@ def test_chats_of_one_row_do_not_see_each_other(family: str, progress: float, ta
         drafter, loss = model_of(config_of("sequential_modules", 32, 128, 2)), objective.sequential_loss(target, 2)
     else:
         drafter = model_of(config_of("parallel_heads", 32, 128, 2, reads=family))
-        loss = objective.parallel_loss(target)
+        loss = objective.parallel_loss(target, 2)
     told = np.ones((2, 24), bool)
     told[:, [11, 23]] = False  # the last places of a row have no second draft
     both = kept(target, tokens, told, mx.array(np.repeat([[0, 12]], 2, axis=0).repeat(12, axis=1).astype(np.int32)))

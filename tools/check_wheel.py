@@ -29,11 +29,6 @@ NEEDED = ("mlx_mtp/py.typed", "mlx_mtp/checkpoints/pairs.json", "mlx_mtp/cli/app
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, 'build_' + sys.argv[1])(sys.argv[2])"
 
 
-def fail(message: str) -> None:
-    """Ends with a sentence."""
-    raise SystemExit(f"check_wheel: {message}")
-
-
 def copied(folder: Path) -> Path:
     """The sources alone: old build folders and a development link inside them would get into the wheel."""
 
@@ -55,7 +50,7 @@ def built(kind: str, source: Path, out: Path) -> Path:
     run = subprocess.run([sys.executable, "-c", BUILD, kind, str(out)], cwd=source, capture_output=True, text=True)
     files = list(out.glob("*.whl" if kind == "wheel" else "*.tar.gz"))
     if run.returncode or len(files) != 1:
-        fail(f"the {kind} could not be built:\n{run.stdout}{run.stderr}")
+        sys.exit(f"The {kind} could not be built:\n{run.stdout}{run.stderr}")
     return files[0]
 
 
@@ -69,21 +64,18 @@ def check_contents(wheel: Path) -> None:
     """Size, the embedded model as it stands in the checkout, and nothing else at the top."""
     size, found = wheel.stat().st_size, held(wheel)
     if size >= MOST_BYTES:
-        fail(f"expected a wheel under {MOST_BYTES / 1e6:.0f} MB, found {size / 1e6:.1f} MB.")
+        sys.exit(f"Expected a wheel under {MOST_BYTES / 1e6:.0f} MB, found {size / 1e6:.1f} MB.")
     assets = ROOT / "mlx_mtp" / "assets"
     expected = {str(file.relative_to(ROOT)): file.stat().st_size for file in assets.rglob("*")
                 if file.is_file() and file.name != ".DS_Store" and "__pycache__" not in file.parts}  # fmt: skip
     models = sorted({Path(name).parent.name for name in expected if name.endswith(".safetensors")})
     if not {"target", "assistant"} <= set(models):
-        fail(f"expected the embedded target and its assistant in {assets}, found {models}.")
-    for name, file_size in expected.items():
-        if found.get(name) != file_size:
-            fail(f"expected {name} of {file_size} bytes in the wheel, found {found.get(name, 'nothing')}.")
-    for name in NEEDED:
-        if name not in found:
-            fail(f"expected {name} in the wheel, found none.")
+        sys.exit(f"Expected the embedded target and its assistant in {assets}, found {models}.")
+    lacking = [name for name, size in expected.items() if found.get(name) != size] + [*{*NEEDED} - found.keys()]
+    if lacking:
+        sys.exit(f"Expected {lacking[0]} in the wheel as it is in the checkout, found another or none.")
     if strange := [name for name in found if not name.startswith("mlx_mtp/") or "__pycache__" in name]:
-        fail(f"expected nothing in the wheel but the package, found {strange[0]}.")
+        sys.exit(f"Expected nothing in the wheel but the package, found {strange[0]}.")
     print(f"{wheel.name}: {size / 1e6:.1f} MB, {len(found)} files, embedded: {', '.join(models)}")
 
 
@@ -94,7 +86,7 @@ def check_sdist(sdist: Path, wheel: Path, folder: Path) -> None:
     (source,) = folder.iterdir()
     again = built("wheel", source, folder / "again")
     if held(again) != held(wheel):
-        fail(f"{sdist.name} gives another wheel: {sorted(held(again).items() ^ held(wheel).items())[:3]}")
+        sys.exit(f"{sdist.name} gives another wheel: {sorted(held(again).items() ^ held(wheel).items())[:3]}")
     print(f"{sdist.name}: {sdist.stat().st_size / 1e6:.1f} MB, gives the same wheel")
 
 
@@ -109,38 +101,34 @@ def check_installed(wheel: Path, folder: Path) -> None:
     def said(*command: str) -> str:
         run = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
         if run.returncode:
-            fail(f"{' '.join(command)} ended with {run.returncode}:\n{run.stdout}{run.stderr}")
+            sys.exit(f"{' '.join(command)} ended with {run.returncode}:\n{run.stdout}{run.stderr}")
         return run.stdout
 
     imported = said(sys.executable, "-c", "import mlx_mtp; print(mlx_mtp.__file__)").strip()
     if not Path(imported).resolve().is_relative_to(place.resolve()):
-        fail(f"expected the installed package, found {imported}.")
+        sys.exit(f"Expected the installed package, found {imported}.")
     reply = json.loads(said(str(place / "bin" / "mlx-mtp"), "generate", "import os\n", "--raw", "--depth", "3",
                             "--max-tokens", "24", "--json"))  # fmt: skip
     if not reply["text"] or reply["stats"]["drafted"] == 0:
-        fail(f"expected a reply made with drafts, found {reply}.")
+        sys.exit(f"Expected a reply made with drafts, found {reply}.")
     print(f"installed: mlx-mtp generate wrote {reply['stats']['tokens']} tokens, "
           f"{reply['stats']['tokens_per_round']:.2f} a round")  # fmt: skip
 
 
 def main() -> None:
-    """Builds, checks, and keeps both files where asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder that gets wheel and sdist")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mlx-mtp wheel ") as name:
         folder = Path(name)
         (folder / "source").mkdir()
-        (folder / "sdist").mkdir()
         source = copied(folder / "source")
         sdist, wheel = built("sdist", source, folder / "out"), built("wheel", source, folder / "out")
         check_contents(wheel)
         check_sdist(sdist, wheel, folder / "sdist")
         check_installed(wheel, folder)
         if args.out:
-            args.out.mkdir(parents=True, exist_ok=True)
-            for file in (sdist, wheel):
-                shutil.copy(file, args.out)
+            shutil.copytree(folder / "out", args.out, dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ import pyte
 ROOT = Path(__file__).parent.parent
 ROWS = 60
 PATIENCE = 120
-QUESTIONS = ("Give me a Python one-liner that reverses a string.", "Make it a function with type hints.")
+# Each is answered by something with a line of tokens/s.
+TYPED = ("Give me a Python one-liner that reverses a string.", "Make it a function with type hints.", "/stats")
 NO_BREAK = "\N{NO-BREAK SPACE}"  # browsers drop ordinary spaces at a text's ends and then stretch what is left
 READY = "\n>"
 PLAIN = ("NO_COLOR", "COLUMNS", "LINES")  # would change what is drawn
@@ -105,7 +106,6 @@ def drawn(screen: Any, title: str) -> str:
 
 
 def main() -> None:
-    """Parses options, records, draws."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="as `mlx-mtp chat` takes it")
     parser.add_argument("--columns", type=int, default=80, help="of the terminal")
@@ -114,11 +114,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         chat = Recording(folder, args.model, args.columns)
         chat.wait_for_prompt(0)
-        for i, question in enumerate(QUESTIONS, 1):
-            chat.child.send(f"{question}\r")
+        for i, typed in enumerate(TYPED, 1):
+            chat.child.send(f"{typed}\r")
             chat.wait_for_prompt(i)
-        chat.child.send("/stats\r")
-        chat.wait_for_prompt(len(QUESTIONS) + 1)  # the command's own table has such a line too
         title = f"mlx-mtp chat --model {args.model}, on {os.cpu_count()} CPU cores of a {platform.system()} machine"
         svg = drawn(chat.screen, title)
         chat.child.sendeof()

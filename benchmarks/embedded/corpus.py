@@ -1,8 +1,7 @@
 """Documents for the embedded model: the running Python's standard library, as source and as questions and answers.
 
-Reads the files under `sysconfig.get_path("stdlib")` with `ast`; nothing is imported, so no module's code runs.
-Does not tokenize, shuffle or split: `is_held_out` says on which side of the split a module lies, the caller filters.
-The order is that of the sorted paths, so one Python release always gives the same documents.
+Read with `ast`; nothing is imported, so no module's code runs. `is_held_out` says on which side of the split a module
+lies, the caller filters. The order is that of the sorted paths, so one Python release always gives the same documents.
 """
 
 from __future__ import annotations
@@ -14,12 +13,11 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlx_mtp.training.data import Document
+from mlx_mtp.training.data import Document, standard_library
 
-SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "__pycache__", "lib-dynload"})
 # Tables written by scripts: bytes that teach nothing about Python.
-GENERATED = ("encodings/", "pydoc_data/", "html/entities.py", "stringprep.py", "_sysconfigdata", "msilib/schema.py",
-             "msilib/sequence.py", "msilib/text.py")  # fmt: skip
+GENERATED = ("html/entities.py", "stringprep.py", "_sysconfigdata", "msilib/schema.py", "msilib/sequence.py",
+             "msilib/text.py")  # fmt: skip
 # Pure Python twins of C modules; asked about, and held out, under the name that people import.
 PUBLIC_NAMES = {"_pydecimal": "decimal", "_pyio": "io", "_pydatetime": "datetime", "_pylong": "int",
                 "_collections_abc": "collections.abc"}  # fmt: skip
@@ -43,20 +41,19 @@ def is_held_out(module: str) -> bool:
     return _hash(f"{SPLIT} {module.partition('.')[0]}") % 100 < HELD_OUT_PERCENT
 
 
-def standard_library() -> Iterator[Document]:
-    """Every module's source text, each followed by its questions and answers."""
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if _is_skipped(relative):
+def modules_and_questions() -> Iterator[Document]:
+    """Every module's source text, each followed by its questions and answers; what is not Python is left out."""
+    for document in standard_library():
+        path = Path(document.module).relative_to(sysconfig.get_path("stdlib"))
+        if path.as_posix().startswith(GENERATED):
             continue
-        parsed = _parse(path)
-        if parsed is None:
+        try:
+            with warnings.catch_warnings(action="ignore"):  # invalid escapes in old modules are not ours to report
+                tree = ast.parse(document.text or "")
+        except (SyntaxError, ValueError):  # templates, deliberate errors
             continue
-        source, tree = parsed
-        module = _module_name(relative)
-        if source.strip():
-            yield Document(module, text=source)
+        module = _module_name(path)
+        yield Document(module, text=document.text)
         if not any(part.startswith("_") for part in module.split(".")):
             yield from _questions(module, tree)
 
@@ -65,30 +62,12 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def _is_skipped(relative: Path) -> bool:
-    folders = relative.parts[:-1]
-    # A folder that is no identifier (config-3.11-x86_64-linux-gnu) belongs to one build of Python, not to the library.
-    foreign = any(name in SKIPPED_FOLDERS or not name.isidentifier() for name in folders)
-    return foreign or relative.as_posix().startswith(GENERATED)
-
-
 def _module_name(relative: Path) -> str:
     parts = list(relative.with_suffix("").parts)
     if len(parts) > 1 and parts[-1] == "__init__":
         parts.pop()
     parts[0] = PUBLIC_NAMES.get(parts[0], parts[0])
     return ".".join(parts)
-
-
-def _parse(path: Path) -> tuple[str, ast.Module] | None:
-    """The text and tree of a file, or None where it is not UTF-8 or not Python (templates, deliberate errors)."""
-    try:
-        source = path.read_text(encoding="utf-8")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in old modules are not ours to report
-            return source, ast.parse(source)
-    except (UnicodeDecodeError, SyntaxError, ValueError):
-        return None
 
 
 def _questions(module: str, tree: ast.Module) -> Iterator[Document]:
@@ -143,9 +122,7 @@ def _chat(module: str, kind: str, name: str, signature: str, docstring: str) -> 
     templates = QUESTIONS[kind]
     question = templates[_hash(name) % len(templates)].format(name)
     answer = f"```python\n{signature}\n```\n\n{_first_paragraphs(docstring)}"
-    return Document(
-        module, messages=[{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    )
+    return Document(module, messages=[{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
 
 
 def _first_paragraphs(docstring: str) -> str:

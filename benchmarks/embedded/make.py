@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import mlx.core as mx
-from corpus import is_held_out, standard_library
+from corpus import is_held_out, modules_and_questions
 from tokenizer import train_tokenizer
 
 from mlx_mtp.checkpoints.checkpoint import write_checkpoint
@@ -39,16 +39,13 @@ def write_corpus(documents: Iterable[Document], file: Path) -> None:
 
 def write_start(documents: Iterable[Document], folder: Path, vocabulary: int, seed: int) -> None:
     """A target with random weights, and a tokenizer made of the documents."""
-    train_tokenizer(
-        (d.text or "\n".join(turn["content"] for turn in d.messages or []) for d in documents), folder, vocabulary
-    )
+    train_tokenizer((document.plain for document in documents), folder, vocabulary)
     mx.random.seed(seed)
     config = target_config(vocabulary)
     write_checkpoint(folder, config, published_weights(Gemma4Model(Gemma4Config.from_dict(config))))
 
 
 def main() -> None:
-    """Parses options, trains, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--vocabulary", type=int, default=4096)
@@ -59,7 +56,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     start, corpus = args.out / "start", args.out / "corpus.jsonl"
     if not (start / "config.json").exists():
-        documents = [d for d in standard_library() if not is_held_out(d.module)][: args.documents]
+        documents = [d for d in modules_and_questions() if not is_held_out(d.module)][: args.documents]
         write_corpus(documents, corpus)
         write_start(documents, start, args.vocabulary, args.seed)
     recipe = Recipe(start=str(start), data=(str(corpus),), **{name: getattr(args, name) for name in SIZES})

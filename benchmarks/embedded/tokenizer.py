@@ -19,7 +19,6 @@ from pathlib import Path
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
-from mlx_mtp.errors import DataError
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.training.small_target import CONTROL, MARKERS
 
@@ -30,6 +29,12 @@ INDENTS = tuple(SPACE * width for width in (*range(2, 17), 20, 24, 28, 32))
 REQUIRED = "".join(chr(code) for code in range(33, 127))
 COVERAGE = 0.9998
 LINE_BYTES = 4000
+CONFIG = {
+    # The class that takes tokenizer.json as it is; GemmaTokenizer would rebuild it with its own settings.
+    "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>",
+    "unk_token": "<unk>", "additional_special_tokens": list(MARKERS), "clean_up_tokenization_spaces": False,
+    "padding_side": "left", "model_max_length": 1_000_000,
+}  # fmt: skip
 
 
 def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int = 4096) -> None:
@@ -39,39 +44,33 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int = 4096) 
     (folder / "tokenizer.model").write_bytes(model)
     fast = _fast_tokenizer(sentencepiece.SentencePieceProcessor(model_proto=model))
     (folder / "tokenizer.json").write_text(fast.to_str(pretty=True), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(_config(), indent=2) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(EMBEDDED / "target" / "chat_template.jinja", folder / "chat_template.jinja")
 
 
 def _train(texts: Iterable[str], vocabulary: int) -> bytes:
     model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocabulary,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            # Code mixes letters and punctuation: without this `self.` and `__init__` could not become pieces.
-            split_by_unicode_script=False,
-            character_coverage=COVERAGE,
-            required_chars=REQUIRED,
-            max_sentence_length=2 * LINE_BYTES,
-            pad_id=0, eos_id=1, bos_id=2, unk_id=3,
-            pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", unk_piece="<unk>",
-            user_defined_symbols=[*MARKERS, *NEWLINES, *INDENTS],
-            minloglevel=2,
-        )  # fmt: skip
-    except (RuntimeError, OSError) as error:
-        raise DataError(
-            f"expected text enough for a vocabulary of {vocabulary} pieces, sentencepiece says: {error}; "
-            "give more text or another vocabulary size"
-        ) from error
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=_lines(texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocabulary,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        # Code mixes letters and punctuation: without this `self.` and `__init__` could not become pieces.
+        split_by_unicode_script=False,
+        character_coverage=COVERAGE,
+        required_chars=REQUIRED,
+        max_sentence_length=2 * LINE_BYTES,
+        pad_id=0, eos_id=1, bos_id=2, unk_id=3,
+        pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", unk_piece="<unk>",
+        user_defined_symbols=[*MARKERS, *NEWLINES, *INDENTS],
+        minloglevel=2,
+    )  # fmt: skip
     return model.getvalue()
 
 
@@ -119,18 +118,3 @@ def _merges(pieces: sentencepiece.SentencePieceProcessor, names: list[str]) -> l
         splits = [(name[:cut], name[cut:]) for cut in range(1, len(name))]
         merges += [(left, right) for left, right in splits if left in learned and right in learned]
     return merges
-
-
-def _config() -> dict[str, object]:
-    return {
-        # The class that takes tokenizer.json as it is; GemmaTokenizer would rebuild it with its own settings.
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": "<pad>",
-        "eos_token": "<eos>",
-        "bos_token": "<bos>",
-        "unk_token": "<unk>",
-        "additional_special_tokens": list(MARKERS),
-        "clean_up_tokenization_spaces": False,
-        "padding_side": "left",
-        "model_max_length": 1_000_000,
-    }

@@ -28,6 +28,7 @@ from mlx_mtp.targets.gemma4 import Gemma4Model
 from mlx_mtp.targets.gemma4_config import MAX_SIZE, Gemma4Config
 
 TABLE = "model.embed_tokens."
+MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 ORDERING = "masked_embedding.token_ordering"
 
 # K/V per kind [B, G, S, d], and who may be seen per kind: bool [B, 1, M, S].
@@ -218,7 +219,7 @@ def reordered(weights: dict[str, mx.array], order: mx.array) -> dict[str, mx.arr
     }
 
 
-@registry.register("gemma4_assistant", "gemma4_unified_assistant")
+@registry.register(*MODEL_TYPES)
 def load(checkpoint: Checkpoint) -> Assistant:
     model = AssistantModel(AssistantConfig.from_dict(checkpoint.config))
     weights = {k: w for k, w in checkpoint.weights().items() if not k.startswith("lm_head")}

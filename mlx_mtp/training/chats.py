@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +91,7 @@ class Script:
         if one == other:  # no template, or a tokenizer that knows no word
             text = tokenizer.opening([]) or sorted(stops)[:1] or [0]
             return cls(prompts, text, [], [], frozenset(stops))
-        first, reply = one[: _common(one, other)], one[len(one) - _common(one[::-1], other[::-1]) :]
+        first, reply = list(commonprefix([one, other])), list(commonprefix([one[::-1], other[::-1]]))[::-1]
         whole, spoken = said("Apples", "Yes", "Apples"), tokenizer.encode("Yes", special=False)
         start = len(one) + len(spoken)
         later = whole[start : len(whole) - (len(one) - len(first))]
@@ -105,12 +107,6 @@ class Script:
         if self.prompts:
             return list(self.prompts[int(random.integers(len(self.prompts)))]), False
         return list(self.first), bool(self.reply)
-
-
-def _common(one: list[int], other: list[int]) -> int:
-    """How many ids two rows begin with alike."""
-    differs = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return next(differs, min(len(one), len(other)))
 
 
 class _Row:
@@ -280,9 +276,9 @@ class Chats:
     def questions(self) -> frozenset[tuple[int, ...]]:
         """What the target asked itself."""
         found: set[tuple[int, ...]] = set()
-        for tokens, mask in zip(self.tokens, self.mask == QUESTION, strict=True):
-            edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]])))
-            found |= {tuple(tokens[start:stop].tolist()) for start, stop in zip(edges[::2], edges[1::2], strict=True)}
+        for tokens, mask in zip(self.tokens.tolist(), self.mask.tolist(), strict=True):
+            runs = groupby(zip(tokens, mask, strict=True), lambda place: place[1])
+            found |= {tuple(token for token, _ in run) for kind, run in runs if kind == QUESTION}
         return frozenset(found)
 
     def prompts(self, most: int) -> list[list[int]]:

@@ -1,9 +1,5 @@
 """Training data: reads documents from files, packs them into one row of token ids, cuts that row into batches.
 
-    documents = read_documents(["notes/", "chats/*.jsonl"])
-    ids = pack(documents, tokenizer)
-    rows = Batches(ids, batch_size=8, length=512, seed=0).batch(step)
-
 Everything is deterministic: the same files and seed give the same batch at the same step, so a run resumes anywhere.
 Nothing is masked: prompts and answers are all learned, and attention may look past a document's `<bos>`.
 Marker tokens written out in a text (`<|turn>`) are read as markers: clean untrusted text first.
@@ -44,6 +40,11 @@ class Document:
     module: str
     text: str | None = None
     messages: list[dict[str, str]] | None = None
+
+    @property
+    def plain(self) -> str:
+        """All that is said."""
+        return self.text or "\n".join(message["content"] for message in self.messages or [])
 
 
 def split(items: list[Item]) -> tuple[list[Item], list[Item]]:

@@ -16,6 +16,7 @@ import mlx.nn as nn
 from mlx_mtp.checkpoints.atomic import replacing_or_refused
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters, write_checkpoint
 from mlx_mtp.drafters import load_drafter
+from mlx_mtp.drafters.assistant import MODEL_TYPES as ASSISTANTS
 from mlx_mtp.drafters.assistant import ORDERING, AssistantConfig, AssistantModel, reordered
 from mlx_mtp.drafters.layers import LayersModel, with_shortlist
 from mlx_mtp.drafters.parallel import ParallelModel
@@ -140,35 +141,24 @@ def _layered(shape: DrafterShape, target: Target, **own: Any) -> dict[str, Any]:
     return {**own, "hidden_size": width, "vocab_size": vocabulary, "block": block, **listed}
 
 
-def describe_parallel(shape: DrafterShape, target: Target, length: int) -> dict[str, Any]:
-    """As many heads as drafts, each a llama layer on the finished target's states."""
-    return _layered(shape, target, model_type="parallel_heads", heads=shape.drafts, reads="hidden")
-
-
-def describe_sequential(shape: DrafterShape, target: Target, length: int) -> dict[str, Any]:
-    """Modules of one llama layer each."""
-    return _layered(shape, target, model_type="sequential_modules", modules=shape.modules)
-
-
 FAMILIES: dict[str, Family] = {
     "assistant": Family(
-        describe_assistant, lambda config: AssistantModel(AssistantConfig.from_dict(config)),
-        lambda target, drafts, decay, shortlist: assistant_loss(target, drafts, decay), None,
+        describe_assistant, lambda config: AssistantModel(AssistantConfig.from_dict(config)), assistant_loss, None
     ),
-    "parallel": Family(
-        describe_parallel, ParallelModel.of,
-        lambda target, drafts, decay, shortlist: parallel_loss(target, decay, shortlist),
-        lambda drafts: joint_parallel_loss(),
+    "parallel": Family(  # on the finished target's states
+        lambda shape, target, length: _layered(
+            shape, target, model_type="parallel_heads", heads=shape.drafts, reads="hidden"
+        ),
+        ParallelModel.of, parallel_loss, lambda drafts: joint_parallel_loss(),
     ),
     "sequential": Family(
-        describe_sequential, SequentialModel.of, sequential_loss, joint_sequential_loss,
+        lambda shape, target, length: _layered(shape, target, model_type="sequential_modules", modules=shape.modules),
+        SequentialModel.of, sequential_loss, joint_sequential_loss,
     ),
 }  # fmt: skip
-
 QUANTISED = ("quantization", "quantization_config")
-MODEL_TYPES = {
-    "gemma4_assistant": "assistant", "gemma4_unified_assistant": "assistant", "parallel_heads": "parallel",
-    "sequential_modules": "sequential",
+MODEL_TYPES = dict.fromkeys(ASSISTANTS, "assistant") | {
+    "parallel_heads": "parallel", "sequential_modules": "sequential"
 }  # fmt: skip
 
 

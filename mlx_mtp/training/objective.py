@@ -10,7 +10,6 @@ Shapes: B batch, T places, K drafts, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import mlx.core as mx
@@ -155,19 +154,7 @@ def _on_labels(
 # A drafter on a frozen target
 
 
-@dataclass(frozen=True)
-class Drafted:
-    """What a family makes of a frozen target's pass: K results [B, T, D] that only lack the unembedding.
-
-    table: a family's own unembedding [V, D]; None = the target's. ordering [V]: the tokens its rows are for; None = all
-    in order.
-    """
-
-    hiddens: list[mx.array]
-    table: mx.array | None = None
-    ordering: mx.array | None = None
-
-
+@mx.custom_function
 def _distance(logits: mx.array, p: mx.array, late: mx.array) -> tuple[mx.array, mx.array]:
     """The loss of every place and its gradient [..., V], by hand: taken step by step it costs twice the time."""
     size = logsumexp(logits)
@@ -180,10 +167,7 @@ def _distance(logits: mx.array, p: mx.array, late: mx.array) -> tuple[mx.array, 
     return mx.where(late, both, surprise), mx.where(late, 0.5 * (toward + more), toward)
 
 
-_distance_with_slope = mx.custom_function(_distance)
-
-
-@_distance_with_slope.vjp
+@_distance.vjp
 def _distance_vjp(
     primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
 ) -> tuple[mx.array, ...]:
@@ -195,23 +179,26 @@ def distance(logits: mx.array, p: mx.array, late: mx.array) -> mx.array:
 
     Cross-entropy, in nats; where `late`, half of it and half of -log sum min(p, q).
     """
-    value, _ = cast(tuple[mx.array, mx.array], _distance_with_slope(logits, p, late))
+    value, _ = cast(tuple[mx.array, mx.array], _distance(logits, p, late))
     return value
 
 
-# (drafter, the target's states, tokens and the places where their chats begin [B, T + K], T) -> drafts of every place.
-Draft = Callable[[Any, States, mx.array, mx.array, int], Drafted]
+# (drafter, the target's states, tokens and the places where their chats begin [B, T + K], T) -> of every draft what
+# only lacks the unembedding [B, T, D].
+Draft = Callable[[Any, States, mx.array, mx.array, int], list[mx.array]]
+# drafter -> its own unembedding [V, D] and the tokens its rows are for [V], None = all in order.
+Table = Callable[[Any], tuple[mx.array, mx.array | None]]
 
 
-def parallel_loss(target: Target, decay: float = 1.0, shortlist: mx.array | None = None) -> Loss:
-    """Heads 2..n (K = n - 1) of a ParallelModel on a frozen target, whose own head is head 1; as in _frozen."""
+def parallel_loss(target: Target, steps: int, decay: float = 1.0, shortlist: mx.array | None = None) -> Loss:
+    """Heads 2..n (K = steps = n - 1) of a ParallelModel on a frozen target, whose own head is head 1; as in _frozen."""
 
-    def draft(drafter: ParallelModel, states: States, tokens: mx.array, start: mx.array, rows: int) -> Drafted:
+    def draft(drafter: ParallelModel, states: States, tokens: mx.array, start: mx.array, rows: int) -> list[mx.array]:
         if drafter.config.reads == "trunk":
             states = target.forward(tokens, _remembering(target, start))
-        return Drafted(drafter(drafter.read(states.first(rows)), start[:, :rows]))
+        return drafter(drafter.read(states.first(rows)), start[:, :rows])
 
-    return _frozen(target, draft, None, decay, shortlist)
+    return _frozen(target, draft, steps, decay, shortlist)
 
 
 def sequential_loss(target: Target, steps: int, decay: float = 1.0, shortlist: mx.array | None = None) -> Loss:
@@ -221,23 +208,23 @@ def sequential_loss(target: Target, steps: int, decay: float = 1.0, shortlist: m
     chain its own. As in _frozen.
     """
 
-    def draft(drafter: SequentialModel, states: States, tokens: mx.array, start: mx.array, rows: int) -> Drafted:
+    def draft(drafter: SequentialModel, states: States, tokens: mx.array, start: mx.array, rows: int) -> list[mx.array]:
         embedded = target.embed(tokens[:, 1 : rows + steps])
-        return Drafted(drafter(states.hidden[:, :rows], embedded, steps, start[:, :rows]))
+        return drafter(states.hidden[:, :rows], embedded, steps, start[:, :rows])
 
     return _frozen(target, draft, steps, decay, shortlist)
 
 
-def assistant_loss(target: Target, steps: int, decay: float = 0.8) -> Loss:
+def assistant_loss(target: Target, steps: int, decay: float = 0.8, shortlist: mx.array | None = None) -> Loss:
     """An assistant on a frozen target, K = steps, as in _frozen.
 
     The drafter's row at position t reads the target's K/V up to t, as in decoding (convention B: query position
     t, P = t + 1), so the target's pass is run again. Its step j gets the embedding of token t + 1 + j. From the second
-    step on the state is the drafter's own, as in decoding. All of its own table learns: choosing among centroids is
-    for decoding.
+    step on the state is the drafter's own, as in decoding. All of its own table learns, whatever the shortlist:
+    choosing among centroids is for decoding.
     """
 
-    def draft(drafter: AssistantModel, states: States, tokens: mx.array, start: mx.array, rows: int) -> Drafted:
+    def draft(drafter: AssistantModel, states: States, tokens: mx.array, start: mx.array, rows: int) -> list[mx.array]:
         cache = _remembering(target, start)
         states = target.forward(tokens, cache)
         shared = {k: (cache.keys[i][:, :, :rows], cache.values[i][:, :, :rows])
@@ -249,14 +236,19 @@ def assistant_loss(target: Target, steps: int, decay: float = 0.8) -> Loss:
             embedded = target.embed(tokens[:, j + 1 : j + 1 + rows])
             inner, state = drafter.step(embedded, state, view.offset, shared, masks)
             found.append(inner)
+        return found
+
+    def own(drafter: AssistantModel) -> tuple[mx.array, mx.array | None]:
         ordering = drafter.masked_embedding.token_ordering if drafter.config.centroids else None
-        return Drafted(found, drafter.model.embed_tokens.weight, ordering)
+        return drafter.model.embed_tokens.weight, ordering
 
-    return _frozen(target, draft, steps, decay, None)
+    return _frozen(target, draft, steps, decay, None, own)
 
 
-def _frozen(target: Target, draft: Draft, steps: int | None, decay: float, shortlist: mx.array | None) -> Loss:
-    """The loss of K drafts (None = as many as the drafter has heads) on a target that does not learn.
+def _frozen(
+    target: Target, draft: Draft, steps: int, decay: float, shortlist: mx.array | None, own: Table | None = None
+) -> Loss:
+    """The loss of K = steps drafts on a target that does not learn, by `own` unembedding or the target's.
 
     Batches are those of chats.py: tokens, mask, start, best, norm [B, T + 1 + K] and states [B, T + 1 + K, D];
     places count whose drafted token is of a reply in their own chat. Cross-entropy of every draft against the
@@ -270,34 +262,32 @@ def _frozen(target: Target, draft: Draft, steps: int | None, decay: float, short
 
     def loss(drafter: Any, batch: tuple[mx.array, ...], progress: mx.array = START) -> Result:
         tokens, mask, start, best, norm, kept = batch
-        count = steps or len(drafter.heads)
-        rows = tokens.shape[1] - 1 - count
-        states = States(kept[:, : rows + count].astype(mx.float32))
-        drafted = draft(drafter, states, tokens[:, : rows + count], start[:, : rows + count], rows)
+        rows = tokens.shape[1] - 1 - steps
+        states = States(kept[:, :-1].astype(mx.float32))
+        hiddens = draft(drafter, states, tokens[:, :-1], start[:, :-1], rows)
 
         def counts(j: int) -> mx.array:
             there = slice(j + 2, j + 2 + rows)
             return (mask[:, there] == REPLY) & (start[:, there] == start[:, :rows])
 
-        wanted, ids = head(states.hidden), shortlist
-        if drafted.ordering is not None:
-            ids = drafted.ordering
+        *table, ids = own(drafter) if own else (shortlist,)
+        wanted = head(states.hidden)
+        if own and ids is not None:
             wanted = wanted[..., ids]
-        targets, late = probabilities(wanted - norm[:, : rows + count, None]), progress >= LATE
+        targets, late = probabilities(wanted - norm[:, :-1, None]), progress >= LATE
 
-        def leaf(j: int, hidden: mx.array, *table: mx.array) -> Result:
+        def leaf(j: int, hidden: mx.array, *unembedding: mx.array) -> Result:
             told, there = counts(j), slice(j + 1, j + 1 + rows)
             share = told / mx.maximum(told.sum(), 1)
-            q = hidden @ table[0].T if table else head(hidden)
+            q = hidden @ unembedding[0].T if unembedding else head(hidden)
             drawn = mx.argmax(mx.stop_gradient(q), axis=-1)
             right = (drawn if ids is None else ids[drawn]) == best[:, there]
             (q,) = mx.depends([q], [right])  # as in _on_labels
             value = distance(q, targets[:, there], late)
             return (value * share).sum(), (right & told).astype(mx.float32)
 
-        weights = [decay**j / sum(decay**i for i in range(count)) for j in range(count)]
-        own = () if drafted.table is None else (drafted.table,)
-        total, right = in_order(leaf, weights)(mx.stack(drafted.hiddens), *own)
+        weights = [decay**j / sum(decay**i for i in range(steps)) for j in range(steps)]
+        total, right = in_order(leaf, weights)(mx.stack(hiddens), *table)
         return total, mx.cumprod(right, axis=0).sum(axis=(1, 2)) / mx.maximum(counts(0).sum(), 1)
 
     return loss

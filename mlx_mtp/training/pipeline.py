@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 import mlx_mtp
 from mlx_mtp.checkpoints.atomic import replacing, replacing_or_refused
@@ -73,7 +72,7 @@ def train(folder: Path, recipe: Recipe) -> Generator[Stage, None, list[Report]]:
                 with replacing_or_refused(folder / FILE, RESUME) as file:
                     file.write_text(json.dumps(recipe.saved() | {"inputs": _inputs(recipe, engine)}, indent=2) + "\n")
         if data.texts is not None:
-            yield from (_train_joint if recipe.joint else _train_target)(folder, recipe, *data.texts)
+            yield from _train_target(folder, recipe, *data.texts)
         engine = engine or mlx_mtp.load(folder / "target", drafter=None)
         reports = []
         for shape in left:
@@ -169,7 +168,7 @@ def _texts(place: Path, recipe: Recipe, made: contextlib.ExitStack) -> Data:
         if recipe.start:
             copy_companions(Path(recipe.start), place)
         else:
-            train_tokenizer((_plain(document) for document in learned), place, recipe.vocabulary)
+            train_tokenizer((document.plain for document in learned), place, recipe.vocabulary)
     tokenizer = Tokenizer.load(place)
     if tokenizer is None:
         raise CheckpointError(f"'{recipe.start}' has no tokenizer to read the data with; start from one that has.")
@@ -179,10 +178,6 @@ def _texts(place: Path, recipe: Recipe, made: contextlib.ExitStack) -> Data:
     texts = (Batches(ids[0], recipe.batch_size, recipe.length, recipe.seed, ahead),
              Batches(ids[1], held_rows, recipe.length, 0, ahead))  # fmt: skip
     return _split(prompts_of(documents, tokenizer, recipe.length), texts)
-
-
-def _plain(document: Document) -> str:
-    return document.text or "\n".join(message["content"] for message in document.messages or [])
 
 
 def _fresh_target(recipe: Recipe) -> tuple[dict[str, Any], Gemma4Model]:
@@ -201,41 +196,30 @@ def _fresh_target(recipe: Recipe) -> tuple[dict[str, Any], Gemma4Model]:
 
 
 def _train_target(folder: Path, recipe: Recipe, texts: Batches, held: Batches) -> Iterator[Stage]:
+    """The target alone, or with its first drafter by one loss."""
     config, model = _fresh_target(recipe)
-    yield from _learned(folder, recipe, "target", model, next_token_loss, texts, held, ("accuracy",))
-    _write_target(folder, config, model)
-
-
-def _train_joint(folder: Path, recipe: Recipe, texts: Batches, held: Batches) -> Iterator[Stage]:
-    """The target and its first drafter with one loss."""
-    (shape,) = recipe.drafters
-    config, model = _fresh_target(recipe)
-    family = FAMILIES[shape.family]
-    described = family.describe(shape, Gemma4Target(model, mx.float32), recipe.length)
-    if shape.family == "parallel":
-        described["reads"] = "trunk"  # as in the paper: the last layer is the first head's own
-    module = Joint(model, family.build(described))
-    assert family.joint is not None
-    names = ("accuracy", *(f"accuracy_{j + 2}" for j in range(shape.drafts)))
-    yield from _learned(folder, recipe, "joint", module, family.joint(shape.drafts), texts, held, names)
-    write_drafter(folder / shape.family, described, module.drafter)
-    _write_target(folder, config, model)  # last: that it is there says that both are
-
-
-def _learned(
-    folder: Path, recipe: Recipe, name: str, module: nn.Module, loss: Loss, texts: Batches, held: Batches,
-    figures: tuple[str, ...],
-) -> Iterator[Stage]:  # fmt: skip
+    loss: Loss = next_token_loss
+    module: Any = model
+    name, figures = "target", ["accuracy"]
+    if recipe.joint:
+        (shape,) = recipe.drafters
+        family = FAMILIES[shape.family]
+        assert family.joint is not None
+        described = family.describe(shape, Gemma4Target(model, mx.float32), recipe.length)
+        if shape.family == "parallel":
+            described["reads"] = "trunk"  # as in the paper: the last layer is the first head's own
+        loss = family.joint(shape.drafts)
+        name, module = "joint", Joint(model, family.build(described))
+        figures += [f"accuracy_{j + 2}" for j in range(shape.drafts)]
     trainer = Trainer(
         module, loss, texts.batch, recipe.options(recipe.target_steps), folder / f"train-{name}", name=name,
         held_out=[held.batch(i) for i in range(min(HELD_OUT_BATCHES, held.steps_per_epoch))], data=texts.name,
-        figures=figures,
+        figures=tuple(figures),
     )  # fmt: skip
-    yield from trainer.go_on()
-
-
-def _write_target(folder: Path, config: dict[str, Any], model: Gemma4Model) -> None:
-    out = folder / "target"
+    yield from trainer.run()
+    if recipe.joint:
+        write_drafter(folder / shape.family, described, module.drafter)
+    out = folder / "target"  # last: that it is there says that all is
     out.mkdir(exist_ok=True)
     copy_companions(folder / "tokenizer", out)
     write_checkpoint(out, config, published_weights(model))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -112,5 +112,5 @@ class Recipe:
 
     def differs(self, other: Recipe) -> list[str]:
         """Names of the fields in which two recipes differ."""
-        mine, theirs = self.saved(), other.saved()
-        return [f.name for f in fields(self) if mine[f.name] != theirs[f.name]]
+        theirs = other.saved()
+        return [name for name, mine in self.saved().items() if mine != theirs[name]]

@@ -16,7 +16,6 @@ import numpy as np
 import mlx_mtp
 from mlx_mtp.engine import Engine
 from mlx_mtp.errors import OptionError
-from mlx_mtp.generation.types import Sampling
 from mlx_mtp.training.chats import Chats, Script, write_chats
 from mlx_mtp.training.families import FAMILIES, DrafterShape, fresh, prepared, started, write_drafter
 from mlx_mtp.training.recipe import Recipe
@@ -74,10 +73,7 @@ def make_drafter(
     """
     mx.random.seed(recipe.seed + 1)
     target, start = engine.target, recipe.start if recipe.target else None
-    if start:
-        config, module = started(start, shape, target)
-    else:
-        config, module = fresh(shape, target, recipe.length)
+    config, module = started(start, shape, target) if start else fresh(shape, target, recipe.length)
     asked = asked or held.prompts(MEASURED_PROMPTS) or chats.prompts(MEASURED_PROMPTS)
     before = 1.0
     if start:
@@ -109,7 +105,7 @@ def drafter_stage(
         data=chats.name, held_out=[fixed(i) for i in range(min(HELD_OUT_BATCHES, len(held.tokens) // size))],
         figures=figures, name=shape.family,
     )  # fmt: skip
-    for stage in trainer.go_on():
+    for stage in trainer.run():
         if stage.held_out:
             plot(trainer.log_file, figures, recipe.batch_size * recipe.length)
         yield stage
@@ -119,8 +115,7 @@ def measured(name: str, engine: Engine, prompts: Sequence[Sequence[int]]) -> Gen
     """Tokens per round over all prompts, greedily."""
     tokens = rounds = 0
     for i, prompt in enumerate(prompts):
-        sampling = Sampling(temperature=0.0)
-        stats = engine.generate(list(prompt), max_tokens=MEASURED_TOKENS, sampling=sampling).stats
+        stats = engine.generate(list(prompt), max_tokens=MEASURED_TOKENS, temperature=0.0).stats
         tokens, rounds = tokens + max(0, stats.tokens - 1), rounds + stats.rounds
         yield Stage(name, i + 1, len(prompts))
     return tokens / max(1, rounds)

@@ -25,7 +25,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_mtp.checkpoints.atomic import write_state
-from mlx_mtp.checkpoints.checkpoint import check_finite, named_parameters
+from mlx_mtp.checkpoints.checkpoint import check_finite
 from mlx_mtp.errors import CheckpointError, OptionError
 from mlx_mtp.generation import checks
 from mlx_mtp.training import optimizers
@@ -119,8 +119,7 @@ class Trainer:
 
         CheckpointError, and nothing is written, where weights or the optimiser's state are not finite.
         """
-        tensors = {f"model.{name}": value for name, value in named_parameters(self.module).items()}
-        tensors |= {f"optimizer.{name}": value for name, value in dict(tree_flatten(self.optimizer.state)).items()}
+        tensors = dict(tree_flatten({"model": self.module.parameters(), "optimizer": self.optimizer.state}))
         check_finite(tensors.items(), self.state_file, "the last checkpoint is untouched")
         write_state(self.state_file, tensors, {"step": self.step, **self._settings}, RESUME)
 
@@ -137,18 +136,16 @@ class Trainer:
                 f"{self.state_file}: was trained with another {', '.join(changed)}; use the same, or another folder."
             )
         check_finite(tensors.items(), self.state_file, "no run can go on from it: train into another folder")
-        parts: dict[str, list[tuple[str, mx.array]]] = {"model": [], "optimizer": []}
-        for key, value in tensors.items():
-            part, name = key.split(".", 1)
-            parts[part].append((name, value))
+        state: Any = tree_unflatten(list(tensors.items()))
+        weights: Any = tree_flatten(state["model"])
         try:
-            self.module.load_weights(parts["model"], strict=True)
+            self.module.load_weights(weights, strict=True)
         except ValueError as error:
             raise CheckpointError(
                 f"{self.state_file}: holds the weights of another model ({str(error).splitlines()[0]}); use the same "
                 "model, or another folder."
             ) from error
-        self.optimizer.state = tree_unflatten(parts["optimizer"])
+        self.optimizer.state = state["optimizer"]
         self.optimizer.init(self.module.trainable_parameters())
         self.step = about["step"]
         mx.eval(self.module.state, self.optimizer.state)
@@ -160,19 +157,16 @@ class Trainer:
         patience, seen = self.options.patience, self.evaluations
         return 0 < patience < len(seen) and max(seen[-patience:]) <= max(seen[:-patience])
 
-    def go_on(self) -> Iterator[Stage]:
-        """Trains from the checkpoint in the folder, or from the weights the module has where there is none."""
-        self.resume()
-        yield from self.run()
-
     def run(self) -> Iterator[Stage]:
-        """Trains to the last step, saving as it goes, and yields every step.
+        """Trains from the checkpoint, or from the weights the module has where there is none, to the last step, saving
+        as it goes, and yields every step.
 
         Closing the iterator early saves first, and so does an interrupt (Ctrl-C), so nothing is lost. A loss, gradient,
         weight or held-out figure that is not finite ends the run with OptionError, after the last step too; the last
         checkpoint is then kept as it is.
         """
         with locked(self.folder):
+            self.resume()
             cut_log(self.log_file, self.step)
             past = read_log(self.log_file) if self.log_file.exists() else []
             self.evaluations = [self._sum(record["held_out"]) for record in past if "held_out" in record]
