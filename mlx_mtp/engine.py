@@ -375,7 +375,7 @@ class Engine:
             reply.finish()
         finally:
             if request.session is not None:  # the last token may have no row, unless a stop token came after it
-                request.session.cut(len(request.ids) + max(0, len(reply.tokens) - (reply.stop_token is None)))
+                request.session.cut(len(request.ids) + max(0, reply.sure - (reply.stop_token is None)))
         stats.peak_memory_bytes = mx.get_peak_memory()
         stats.count(rounds, len(reply.tokens))
         policy.save()

@@ -134,7 +134,7 @@ FAULTS = (
     Fault("stop strings: what may become one is shown", "mlx_mtp/text/tokenizer.py",
           "keep = max((overlap(self._held, stop) for stop in self._stops), default=0)", "keep = 0", REPLY),
     Fault("stop strings: the reply is cut one token late", "mlx_mtp/generation/reply.py",
-          "if end >= place), len", "if end > place), len", REPLY),
+          "bisect_left(self._ends, place) + 1", "bisect_left(self._ends, place) + 2", REPLY),
     Fault("stop strings: thoughts are searched too", "mlx_mtp/generation/reply.py",
           "if not piece.answer:", "if not piece.answer and not piece.thinking:", REPLY),
     Fault("statistics: drafts that a stop cut off count as accepted", "mlx_mtp/generation/types.py",
