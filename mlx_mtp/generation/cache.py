@@ -83,6 +83,7 @@ class KVCache:
     """K/V buffers [B, G, S, d] of every storing layer, and the committed length [B] on the device.
 
     slack: rows that a pass may write ahead in a sliding layer; as many as the capacity, and nothing is ever forgotten.
+    newest: the furthest row that was or will be written, for the loop, which knows it without asking the device.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class KVCache:
         slack: int = SLACK,
     ) -> None:  # fmt: skip
         self.shapes, self.window, self.slack = tuple(shapes), window, slack
-        self.capacity, self.batch = capacity, batch
+        self.capacity, self.batch, self.newest = capacity, batch, -1
         self.length = mx.zeros((batch,), dtype=mx.int32)
         sizes = [(batch, s.heads, self.slots(s.kind)) for s in self.shapes]
         widths = [s.head_dim if s.value_dim is None else s.value_dim for s in self.shapes]

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -23,7 +23,7 @@ from mlx_mtp.generation.constraint import Constraint
 from mlx_mtp.generation.depth import DepthPolicy
 from mlx_mtp.generation.exactness import WIDEST, Exactness, Probes
 from mlx_mtp.generation.interfaces import Drafter, Memory, States, Target
-from mlx_mtp.generation.prefix import Lease, Pair, Session
+from mlx_mtp.generation.prefix import Lease, Pair
 from mlx_mtp.generation.processors import Processors
 from mlx_mtp.generation.request import GenerationRequest
 from mlx_mtp.generation.round import RoundOutput, Rounds, SequenceState
@@ -104,31 +104,19 @@ class RoundClock:
         return found
 
 
-@dataclass
 class _Decoding:
     """Host side of one request: its tokens so far, and an upper bound of the device's length.
 
-    newest: the furthest row that was or will be written. constraint: the grammar, which is one of the `changes`: what
-    changes logits on the host between a pass and its acceptance, in this order; rounds are then read one by one.
+    constraint: the grammar, which is one of the `changes`: what changes logits on the host between a pass and its
+    acceptance, in this order; rounds are then read one by one.
     """
 
-    request: GenerationRequest
-    state: SequenceState
-    stats: Stats
-    newest: int
-    bound: int = field(init=False)
-    constraint: Constraint | None = field(init=False)
-    changes: list[Processors | Constraint] = field(default_factory=list)
-    emitted: list[int] = field(default_factory=list)
-    clock: RoundClock = field(default_factory=RoundClock)
-
-    def __post_init__(self) -> None:
-        request, self.bound = self.request, len(self.request.ids)
+    def __init__(self, request: GenerationRequest, state: SequenceState, stats: Stats) -> None:
+        self.request, self.state, self.stats = request, state, stats
+        self.bound, self.emitted, self.clock = len(request.ids), list[int](), RoundClock()
         self.constraint = Constraint(request.grammar, request.thought) if request.grammar else None
-        if request.processors:
-            self.changes.append(Processors(request.processors, request.ids))
-        if self.constraint is not None:
-            self.changes.append(self.constraint)
+        processors = Processors(request.processors, request.ids) if request.processors else None
+        self.changes = [one for one in (processors, self.constraint) if one is not None]
 
     def add(self, tokens: list[int]) -> None:
         """Tokens that were read."""
@@ -155,13 +143,9 @@ class Decoder:
         self, target: Target, drafter: Drafter | None, policy: DepthPolicy, exact: Probes | None = None
     ) -> None:
         self.target, self.drafter, self.policy, self.exact = target, drafter, policy, exact
-        self.rounds = Rounds(target, drafter, exact is not None)
+        self.pair: Pair = target, drafter, exact is not None  # what K/V that it fills belong to
+        self.rounds = Rounds(*self.pair)
         self._reads_states = drafter is not None and drafter.reads_states
-
-    @property
-    def pair(self) -> Pair:
-        """What K/V that it fills belong to."""
-        return self.target, self.drafter, self.exact is not None
 
     def decode(
         self, request: GenerationRequest, stats: Stats, policy: DepthPolicy | None = None
@@ -169,19 +153,23 @@ class Decoder:
         """Chunks of new tokens, at most the budget in all: the first from the prefill, then one a round."""
         policy = policy or self.policy
         policy.begin()
-        session, decoding = request.session, None
-        reused = None
+        session, reused, decoding = request.session, None, None
         if session is not None:  # a drafter that reads states needs the last row's, which is run again for it
-            back = None if self.exact is not None else int(self._reads_states)
+            back = None if self.exact else int(self._reads_states)
             reused = session.acquire(request.ids, back, self.pair)
+        stats.prefilled_tokens = len(request.ids) - (reused[1] if reused else 0)
         try:
             began = time.perf_counter()
-            state, newest = self._prefill(request, policy.deepest, reused, stats)
-            decoding = _Decoding(request, state, stats, newest)
+            decoding = _Decoding(request, self.prefill(request, policy.deepest, reused), stats)
             yield from self._rounds(decoding, policy, began)
         finally:
-            if session is not None:
-                _leave(session, decoding, self.exact is not None)
+            if session is not None and decoding is not None:
+                # The last token's row is not written yet, or not for sure. In exact mode the session has the prompt
+                # only: what a reply leaves beyond what was wanted of it depends on the drafter.
+                said = [] if self.exact else decoding.emitted[:-1]
+                session.release(Lease(decoding.state.cache, decoding.state.memory), [*request.ids, *said])
+            elif session is not None:
+                session.release()
 
     def _rounds(self, decoding: _Decoding, policy: DepthPolicy, began: float) -> Iterator[Chunk]:
         """The tokens after the prompt; one round in flight while the one before is read."""
@@ -231,7 +219,7 @@ class Decoder:
         depth, state = policy.next(), decoding.state
         depth = state.exact.deepest(depth) if state.exact else depth
         rows = decoding.bound + max(depth + 1, (state.exact and state.exact.width) or 0)
-        decoding.newest = max(decoding.newest, rows - 1)
+        state.cache.newest = max(state.cache.newest, rows - 1)
         if rows > state.cache.capacity:
             state.cache.grow(capacity_for(rows))
             if self.drafter is not None:
@@ -249,21 +237,15 @@ class Decoder:
         decoding.stats.submitted(depth)
         return depth, output
 
-    def prefill(self, request: GenerationRequest, deepest: int) -> SequenceState:
-        """Runs the prompt in chunks that bound memory; leaves the state of its last token."""
-        return self._prefill(request, deepest, None, Stats())[0]
-
-    def _prefill(
-        self, request: GenerationRequest, deepest: int, reused: Reused | None, stats: Stats
-    ) -> tuple[SequenceState, int]:
-        """The sequence after its prompt, and the furthest row written; `reused` = what is there of it already."""
+    def prefill(self, request: GenerationRequest, deepest: int, reused: Reused | None = None) -> SequenceState:
+        """Runs the prompt in chunks that bound memory; the sequence after it. reused: what is there of it already."""
         target, drafter, ids = self.target, self.drafter, request.ids
         # In exact mode room for the whole reply: the kernels may depend on the size of the buffers, and when those
         # grow must not depend on how many drafts are in flight.
         rows = len(ids) + (request.budget + 4 * WIDEST if self.exact else deepest + 1)
         capacity = max(capacity_for(rows), reused[0].cache.capacity if reused else 0)
         exact = self._exactness(capacity)  # before there are buffers: the probe has some of its own
-        cache, memory, states, begin, newest = self._start(ids, capacity, reused)
+        cache, memory, states, begin = self._start(ids, capacity, reused)
         if drafter is not None:
             memory = drafter.expect(memory, mx.array([list(request.prediction)], dtype=mx.int32))
         # In exact mode every family goes the same way, plain decoding too: the same rows through every layer.
@@ -282,17 +264,16 @@ class Decoder:
             if request.on_prefill:
                 request.on_prefill(min(start + rows_at_once, len(ids)) - begin, len(ids) - begin)
         assert states is not None, "a prompt has a last token"
-        stats.prefilled_tokens, newest = len(ids) - begin, max(newest, len(ids) - 1)
+        cache.newest = max(cache.newest, len(ids) - 1)
         if request.session is not None and begin < len(ids):
-            request.session.snapshot(cache, len(ids), newest, states.last() if self.exact else None)
+            request.session.snapshot(cache, len(ids), states.last() if self.exact else None)
         vocabulary = target.info.vocab_size
         spec = SamplingSpec.of(request.sampling, vocabulary, request.logprobs)
-        state = SequenceState(
+        return SequenceState(
             mx.zeros((1, 1), dtype=mx.int32), states.hidden[:, -1:], cache, memory, spec,
             spec.arrays(request.sampling, vocabulary), spec.history(ids, vocabulary), mx.random.key(request.seed),
             exact,
         )  # fmt: skip
-        return state, newest
 
     def _exactness(self, capacity: int) -> Exactness | None:
         """How passes over caches of this capacity are exact; None in the fast mode."""
@@ -307,13 +288,12 @@ class Decoder:
 
     def _start(
         self, ids: list[int], capacity: int, reused: Reused | None
-    ) -> tuple[KVCache, Memory, States | None, int, int]:
-        """Cache and drafter's memory to start from, the last token's states, how many tokens these hold, and the
-        furthest row written."""
+    ) -> tuple[KVCache, Memory, States | None, int]:
+        """Cache and drafter's memory to start from, the last token's states, and how many tokens these hold."""
         target, drafter = self.target, self.drafter
         if reused is None:
             cache = target.new_cache(capacity)
-            return cache, drafter.start(1, cache.capacity) if drafter else {}, None, 0, -1
+            return cache, drafter.start(1, cache.capacity) if drafter else {}, None, 0
         lease, length, states = reused
         cache, memory = lease.cache, lease.memory
         cache.grow(capacity)
@@ -322,17 +302,4 @@ class Decoder:
                 states = target.forward(mx.array([[ids[length - 1]]], dtype=mx.int32), cache)
                 cache.advance(1)
             memory = drafter.rewind(drafter.grow(memory, cache.capacity), length, states)
-        return cache, memory, states, length, lease.newest
-
-
-def _leave(session: Session, decoding: _Decoding | None, exact: bool) -> None:
-    """Gives a session what a request computed; the last token's row is not written yet, or not for sure.
-
-    exact: the prompt only. What a reply leaves beyond what was wanted of it depends on the drafter.
-    """
-    if decoding is None:
-        session.release(None, ())
-        return
-    state, ids = decoding.state, [*decoding.request.ids, *([] if exact else decoding.emitted)]
-    lease = Lease(state.cache, state.memory, decoding.newest)
-    session.release(lease, ids[: max(len(decoding.request.ids), len(ids) - 1)])
+        return cache, memory, states, length
