@@ -2,7 +2,7 @@
 
 Rounds come back as chunks of tokens; text and stop conditions are the engine's.
 
-Invariant: the device is read in one place (`_read`), once per round; everything a request changes belongs to that
+Invariant: the device is read in one place (`read`), once per round; everything a request changes belongs to that
 request, so stopping early, cancelling or an exception in the consumer leave nothing behind.
 """
 
@@ -37,6 +37,7 @@ CHUNK_BYTES, MAX_CHUNK, MIN_CHUNK = 256_000_000, 512, 16
 # The time between two reads is what a round costs, unless the consumer of the tokens took more than this share of it.
 PAUSED = 0.1
 
+
 @dataclass
 class Chunk:
     """New tokens, and per token its logprob and the likeliest alternatives where asked for.
@@ -49,21 +50,6 @@ class Chunk:
     top: list[dict[int, float]] | None = None
     drafted: int | None = None
     accepted: int = 0
-
-
-def _read(output: RoundOutput, stats: Stats) -> tuple[Chunk, int]:
-    """The whole round as a chunk, not cut to the accepted drafts yet, and how many these are.
-
-    The only place that waits for the device after prefill.
-    """
-    stats.host_syncs += 1
-    *tokens, accepted = _first(output.tokens)
-    if output.logprobs is None or output.top is None:
-        return Chunk(tokens), accepted
-    # Computed with the tokens by one graph, so these wait for nothing.
-    ids, values = map(_first, output.top)
-    top = [dict(zip(*row, strict=True)) for row in zip(ids, values, strict=True)]
-    return Chunk(tokens, _first(output.logprobs), top), accepted
 
 
 def _first(array: mx.array) -> list[Any]:
@@ -117,6 +103,24 @@ class _Decoding:
         self.constraint = Constraint(request.grammar, request.thought) if request.grammar else None
         processors = Processors(request.processors, request.ids) if request.processors else None
         self.changes = [one for one in (processors, self.constraint) if one is not None]
+
+    @property
+    def left(self) -> int:
+        """Tokens that may still be emitted."""
+        return self.request.budget - len(self.emitted)
+
+    def read(self, output: RoundOutput, drafted: int | None = None) -> Chunk:
+        """A round, cut to what was accepted and to the budget. After prefill only this waits for the device."""
+        self.stats.host_syncs += 1
+        *tokens, accepted = _first(output.tokens)
+        kept = slice(min(accepted + 1, self.left))
+        chunk = Chunk(tokens[kept], None, None, drafted, accepted)
+        if output.logprobs is not None and output.top is not None:
+            # Computed with the tokens by one graph, so these wait for nothing.
+            ids, values = (_first(array)[kept] for array in output.top)
+            chunk.logprobs = _first(output.logprobs)[kept]
+            chunk.top = [dict(zip(*row, strict=True)) for row in zip(ids, values, strict=True)]
+        return chunk
 
     def add(self, tokens: list[int]) -> None:
         """Tokens that were read."""
@@ -173,46 +177,33 @@ class Decoder:
 
     def _rounds(self, decoding: _Decoding, policy: DepthPolicy, began: float) -> Iterator[Chunk]:
         """The tokens after the prompt; one round in flight while the one before is read."""
-        request, stats = decoding.request, decoding.stats
+        clock, stats = decoding.clock, decoding.stats
         first = self.rounds.first(decoding.state, decoding.change)
         stats.head_passes += 1
-        serial = bool(decoding.changes)  # what is done on the host wants every token before the next round is built
         # Read before a round is submitted: where that waits for the device (MLX on a CPU), the token would be late.
-        chunk, _ = _read(first, stats)
+        chunk = decoding.read(first)
         stats.prefill_seconds = time.perf_counter() - began
-        decoding.clock.lap()
+        clock.lap()
         decoding.add(chunk.tokens)
         yield chunk
         pending: tuple[int, RoundOutput] | None = None
-        while len(decoding.emitted) < request.budget:
-            alone = pending is None
-            if pending is None:
-                pending = self._submit(decoding, policy)
+        while decoding.left > 0:
+            depth, output = pending or self._submit(decoding, policy)
             # After a round that may be the last none is submitted: it would be for nothing, and on a CPU waited for.
+            # What is done on the host wants every token before the next round is built.
             ahead = None
-            if len(decoding.emitted) + pending[0] + 1 < request.budget and not serial:
+            if decoding.left > depth + 1 and not decoding.changes:
                 ahead = self._submit(decoding, policy)
+            chunk = decoding.read(output, depth)
             # What a round takes shows only where it was built while the one before ran, and the next, which is built
             # meanwhile, is one like it: with nothing to build it looks far too short, with two of them too long.
-            alike = not alone and ahead is not None and ahead[0] == pending[0]
-            chunk = self._collect(decoding, *pending, policy, alike)
-            with decoding.clock.pause():
+            seconds, alike = clock.lap(), pending is not None and ahead is not None and ahead[0] == depth
+            policy.learn(depth, chunk.accepted, seconds if alike else None)
+            decoding.bound -= depth - chunk.accepted
+            decoding.add(chunk.tokens)
+            with clock.pause():
                 yield chunk
             pending = ahead
-
-    def _collect(
-        self, decoding: _Decoding, depth: int, output: RoundOutput, policy: DepthPolicy, alike: bool
-    ) -> Chunk:
-        """Reads a round and cuts it to what was accepted and to the budget."""
-        chunk, accepted = _read(output, decoding.stats)
-        seconds = decoding.clock.lap()
-        policy.learn(depth, accepted, seconds if alike else None)
-        decoding.bound -= depth - accepted
-        upto = min(accepted + 1, decoding.request.budget - len(decoding.emitted))
-        logprobs, top = chunk.logprobs and chunk.logprobs[:upto], chunk.top and chunk.top[:upto]
-        chunk = Chunk(chunk.tokens[:upto], logprobs, top, depth, accepted)
-        decoding.add(chunk.tokens)
-        return chunk
 
     def _submit(self, decoding: _Decoding, policy: DepthPolicy) -> tuple[int, RoundOutput]:
         """Starts a round of the depth the policy chose; that depth and what the round will give."""
@@ -228,12 +219,10 @@ class Decoder:
         if self.rounds.is_new(state, depth):
             decoding.clock.disturb()
         decoding.bound += depth + 1
-        if decoding.changes:
-            override = decoding.constraint.override(depth) if decoding.constraint and depth else None
-            output = self.rounds.submit(state, depth, decoding.change, override)
-            decoding.stats.host_syncs += decoding.constraint is not None  # the drafts are read
-        else:
-            output = self.rounds.submit(state, depth)
+        change = decoding.change if decoding.changes else None
+        override = decoding.constraint.override(depth) if decoding.constraint and depth else None
+        output = self.rounds.submit(state, depth, change, override)
+        decoding.stats.host_syncs += decoding.constraint is not None  # the drafts are read
         decoding.stats.submitted(depth)
         return depth, output
 
