@@ -18,8 +18,8 @@ from mlx_mtp.text.tokenizer import StopStrings
 
 
 class Reply:
-    """Builds one reply. sure: how many of the tokens belong to it for certain. stop_token: the one that ended it.
-    stopped: whether a stop string did.
+    """Builds one reply. sure: how many of the tokens belong to it for certain. stop_token: the one that ended it,
+    where no stop string did.
 
     detokenizer: None = there is no text. channels: None = all text is answer. While a stop string is looked for, tokens
     are held back as long as their text is: the reply may turn out to end before them.
@@ -31,8 +31,7 @@ class Reply:
         self.top: list[dict[int, float]] = []
         self.sure = 0
         self.stop_token: int | None = None
-        self.stopped = False
-        self._detokenizer, self._channels, self._stops = detokenizer, channels, StopStrings(stop)
+        self._detokenizer, self._channels, self.stops = detokenizer, channels, StopStrings(stop)
         self._ends: list[int] = []  # where in the text each token ends, while stop strings are looked for
         self._written = self._read = 0  # characters of the text, and those that were looked at for a stop
         self._text: list[str] = []
@@ -45,19 +44,14 @@ class Reply:
         return "".join(self._text)
 
     @property
-    def stop_string(self) -> str | None:
-        """The stop string that ended it."""
-        return self._stops.found
-
-    @property
     def over(self) -> bool:
         """Whether an ending token or a stop string ended it."""
-        return self.stopped or self.stop_token is not None
+        return self.stops.hit or self.stop_token is not None
 
     def extend(self, chunk: Chunk, stop_tokens: Collection[int]) -> None:
         """New tokens, up to a stop token (which belongs to no reply) or to the one that completes a stop string."""
         for i, token in enumerate(chunk.tokens):
-            if not self.stopped and token in stop_tokens:
+            if not self.stops.hit and token in stop_tokens:
                 self.stop_token = token
             if self.over:
                 return
@@ -67,17 +61,17 @@ class Reply:
             if self._detokenizer:
                 self._detokenizer.add_token(token)
                 self._take(self._detokenizer.last_segment)
-            if not self._stops:
+            if not self.stops:
                 self.sure = len(self.tokens)
 
     def finish(self) -> None:
         """Nothing follows: what was held back belongs to the reply, unless a stop string turns up in it."""
-        if self.stopped:
+        if self.stops.hit:
             return
         if self._detokenizer:
             self._detokenizer.finalize()
         self._split(self._detokenizer.last_segment if self._detokenizer else "", final=True)
-        if not self.stopped:
+        if not self.stops.hit:
             self._show(Pieces())  # whatever comes now is not the answer
             self.sure = len(self.tokens)
 
@@ -98,7 +92,7 @@ class Reply:
     def _take(self, text: str) -> None:
         """The text of the newest token."""
         self._written += len(text)
-        if self._stops:
+        if self.stops:
             self._ends.append(self._written)
         self._split(text)
         while self.sure < len(self._ends) and self._ends[self.sure] <= self._read:
@@ -108,20 +102,20 @@ class Reply:
         whole = [Pieces(text, raw=text, answer=True)]
         for piece in whole if self._channels is None else self._channels.split(text, final):
             self._show(piece)
-            if self.stopped:
+            if self.stops.hit:
                 return
 
     def _show(self, piece: Pieces) -> None:
         """A stretch of the text, up to a stop string."""
         if not piece.answer:
-            held = self._stops.flush()  # no stop string goes on beyond the answer's own text
+            held = self.stops.flush()  # no stop string goes on beyond the answer's own text
             piece = Pieces(held + piece.text, piece.thinking, piece.calls, held + piece.raw)
             self._read += len(piece.raw) - len(held)
         else:
             front = piece.raw[: len(piece.raw) - len(piece.text)]  # empty lines that are not the answer's
-            shown = self._stops.feed(piece.text)
-            if self._stops.hit:
-                self._end(self._read + len(front) + self._stops.past)
+            shown = self.stops.feed(piece.text)
+            if self.stops.hit:
+                self._end(self._read + len(front) + self.stops.past)
             self._read += len(piece.raw)
             piece = Pieces(shown, raw=front + shown)
         if piece.raw or piece.text:
@@ -133,4 +127,3 @@ class Reply:
         self.sure = min(bisect_left(self._ends, place) + 1, len(self.tokens))
         for column in (self.tokens, self.logprobs, self.top, self._ends):
             del column[self.sure :]
-        self.stopped = True
