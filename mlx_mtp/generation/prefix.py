@@ -1,14 +1,11 @@
 """What a conversation has computed: the K/V of its tokens, kept from one request to the next.
 
-A new prompt begins where it first differs from what is there, and snapshots of the sliding layers at the ends of
-prompts make undoing and retrying cheap too.
-
 Invariant: `ids` are tokens whose K/V rows are in the cache, in order. A session that a request has acquired is empty
 until that request releases it; so whatever happens to a request, a session never holds rows it does not know.
 
-Rolling a full layer back is a smaller length. A ring has forgotten what its newest rows overwrote: it can only go
-back by its slack. Beyond that the session goes back to the last snapshot, a copy of the rings made where a
-prompt ended.
+A new prompt begins where it first differs from what is there. Rolling a full layer back is a smaller length. A ring
+has forgotten what its newest rows overwrote: it can only go back by its slack, and beyond that to the last snapshot, a
+copy of the rings made where a prompt ended.
 
 In exact mode a session only ever goes on from such an end of a prompt: which rows a reply leaves, and with how many
 others they were computed, depends on the drafter, and so would everything after them.
@@ -118,7 +115,7 @@ class Session:
         """The same once more, for a conversation that begins alike and goes another way; copies the rows.
 
         `mx.array` for the reason that `snapshot` gives; evaluated, since lazy arrays belong to the thread that made
-        them. A session in use has nothing to copy.
+        them.
         """
         other = Session(list(self.ids), list(self.snapshots), _pair=self._pair)
         if self.lease is not None:

@@ -1,4 +1,4 @@
-"""One round: draft, verify, accept, commit (`Rounds._round`). Names no model and no drafter family.
+"""One round: draft, verify, accept, commit (`Rounds._stages`). Names no model and no drafter family.
 
 A round is one lazy graph, compiled once per depth, capacity and kind of sampling, and submitted without waiting: no
 value is read here.
@@ -26,6 +26,8 @@ Tree = dict[str, Any]
 Output = tuple[Any, ...]  # the fields of a RoundOutput
 # Compiled rounds kept: a server meets every kind of sampling there is, and each graph takes memory.
 MOST_COMPILED = 128
+# What a round changes of a SequenceState, besides the arrays of its cache.
+CHANGING = ("token", "hidden", "memory", "history", "key")
 # Random keys a round spends besides one a draft: the next round's, acceptance, the token after the drafts.
 SPARE_KEYS = 3
 
@@ -64,15 +66,12 @@ class SequenceState:
     @property
     def tree(self) -> Tree:
         """Everything a round changes, as one tree of arrays."""
-        return {
-            "token": self.token, "hidden": self.hidden, "cache": self.cache.arrays, "memory": self.memory,
-            "history": self.history, "key": self.key,
-        }  # fmt: skip
+        return {name: getattr(self, name) for name in CHANGING} | {"cache": self.cache.arrays}
 
     @tree.setter
     def tree(self, tree: Tree) -> None:
-        self.token, self.hidden, self.cache.arrays = tree["token"], tree["hidden"], tree["cache"]
-        self.memory, self.history, self.key = tree["memory"], tree["history"], tree["key"]
+        vars(self).update((name, tree[name]) for name in CHANGING)
+        self.cache.arrays = tree["cache"]
 
 
 Part = Callable[..., Any]
@@ -118,15 +117,14 @@ class Rounds:
         that are not the drafter's.
         """
         if change is None:
-            return _started(state, self.build(state, depth))
+            return _started(state, *self._graphs(state, depth)(state.tree, state.arrays))
         verify, accept = self._graphs(state, depth, (override is not None,))
         tree, cache, verified, logits = verify(state.tree, state.arrays, override or {})
         state.cache.arrays = cache  # nobody else may hold the buffers that the pass writes
         mx.async_eval(verified.get("drafts"))
         mx.async_eval(tree, cache, verified, logits)
         logits = change(verified.get("drafts"), logits)
-        state.tree, output = accept(state.arrays, tree, cache, verified, logits)
-        return _started(state, RoundOutput(*output))
+        return _started(state, *accept(state.arrays, tree, cache, verified, logits))
 
     def build(self, state: SequenceState, depth: int) -> RoundOutput:
         """A round that nobody has asked the device for yet; `state` is past it."""
@@ -140,8 +138,7 @@ class Rounds:
         logits = change(None, logits) if change else logits
         logits = _processed(spec, tree, state.arrays, None, logits, spec.processed)
         tree = {**tree, "key": keys[0]}
-        state.tree, output = _accept(spec, tree, state.arrays, keys[1:], None, None, logits)
-        return _started(state, RoundOutput(*output))
+        return _started(state, *_accept(spec, tree, state.arrays, keys[1:], None, None, logits))
 
     def _graphs(self, state: SequenceState, depth: int, between: tuple[bool, ...] = ()) -> Any:
         """The compiled round; with `between` its two stages by themselves, for what is done between them."""
@@ -276,10 +273,11 @@ def _processed(
     return found
 
 
-def _started(state: SequenceState, output: RoundOutput) -> RoundOutput:
-    """Hands a built round to the device without waiting."""
-    mx.async_eval(output.tokens, output.logprobs, output.top, state.tree)
-    return output
+def _started(state: SequenceState, tree: Tree, output: Output) -> RoundOutput:
+    """Hands a built round to the device without waiting, and moves the state past it."""
+    state.tree = tree
+    mx.async_eval(output, tree)
+    return RoundOutput(*output)
 
 
 def token_logprobs(logits: mx.array, tokens: mx.array, most: int) -> tuple[Any, ...]:
