@@ -123,7 +123,7 @@ FAULTS = (
     Fault("exact mode: the K/V that several rows leave are not compared", "mlx_mtp/generation/exactness.py",
           "left += (mx.take(buffer, slots, axis=2) for buffer in (keys, values))", "pass", EXACT),
     Fault("exact mode: the pass is fused with the rest of the round", "mlx_mtp/generation/round.py",
-          "return self._exact is not None and state.spec.greedy", "return False", EXACT),
+          "apart = self._exact is not None and state.spec.greedy", "apart = False", EXACT),
     Fault("exact mode: a conversation goes on from as far as the reply came", "mlx_mtp/generation/loop.py",
           "None if self.exact else int(self._reads_states)", "int(self._reads_states)", EXACT),
     Fault("exact mode: a session knows of tokens after the end of a reply", "mlx_mtp/generation/loop.py",

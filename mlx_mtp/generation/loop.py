@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,31 +61,21 @@ class RoundClock:
     """What a round took: the time between two reads of the device, where that says something about a round.
 
     It says nothing next to a round whose graph or buffers were made, or where the consumer of the tokens was slow, so
-    that the device was ahead.
+    that the device was ahead. disturbed: whether the interval that runs holds more than a round. paused: seconds of it
+    in which the consumer had the tokens.
     """
 
     def __init__(self) -> None:
-        self._read_at = time.perf_counter()
-        self._paused, self._disturbed, self._before = 0.0, True, True
-
-    def disturb(self) -> None:
-        """The interval that runs holds more than a round."""
-        self._disturbed = True
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """While the consumer has the tokens."""
-        given = time.perf_counter()
-        yield
-        self._paused = time.perf_counter() - given
+        self.paused, self.disturbed = 0.0, True
+        self._read_at, self._before = time.perf_counter(), True
 
     def lap(self) -> float | None:
         """Seconds since the last read, None where they say nothing; starts the next interval."""
         now = time.perf_counter()
         seconds = now - self._read_at
-        disturbed = self._disturbed or self._paused > PAUSED * seconds
+        disturbed = self.disturbed or self.paused > PAUSED * seconds
         found = None if disturbed or self._before else seconds
-        self._read_at, self._paused, self._before, self._disturbed = now, 0.0, disturbed, False
+        self._read_at, self.paused, self._before, self.disturbed = now, 0.0, disturbed, False
         return found
 
 
@@ -201,9 +190,9 @@ class Decoder:
             policy.learn(depth, chunk.accepted, seconds if alike else None)
             decoding.bound -= depth - chunk.accepted
             decoding.add(chunk.tokens)
-            with clock.pause():
-                yield chunk
-            pending = ahead
+            given = time.perf_counter()
+            yield chunk
+            clock.paused, pending = time.perf_counter() - given, ahead
 
     def _submit(self, decoding: _Decoding, policy: DepthPolicy) -> tuple[int, RoundOutput]:
         """Starts a round of the depth the policy chose; that depth and what the round will give."""
@@ -215,9 +204,8 @@ class Decoder:
             state.cache.grow(capacity_for(rows))
             if self.drafter is not None:
                 state.memory = self.drafter.grow(state.memory, state.cache.capacity)
-            decoding.clock.disturb()
-        if self.rounds.is_new(state, depth):
-            decoding.clock.disturb()
+            decoding.clock.disturbed = True
+        decoding.clock.disturbed |= self.rounds.is_new(state, depth)
         decoding.bound += depth + 1
         change = decoding.change if decoding.changes else None
         override = decoding.constraint.override(depth) if decoding.constraint and depth else None

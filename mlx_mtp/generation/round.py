@@ -147,8 +147,10 @@ class Rounds:
         if compiled is None:
             if len(self._compiled) >= MOST_COMPILED:
                 self._compiled.pop(list(self._compiled)[0], None)  # the least recently used; two threads may be here
-            verify, accept = self._stages(state, depth)
-            whole = _uncompiled if self._apart(state) else mx.compile
+            # Each part by itself where bits count, and the pass is one of them.
+            apart = self._exact is not None and state.spec.greedy
+            whole, part = (_uncompiled, mx.compile) if apart else (mx.compile, _uncompiled)
+            verify, accept = self._stages(state, depth, part)
 
             def both(tree: Tree, arrays: SamplingArrays) -> tuple[Tree, Output]:
                 found: tuple[Tree, Output] = accept(arrays, *verify(tree, arrays, {}))
@@ -163,18 +165,13 @@ class Rounds:
         states = self._target.forward(rows, cache)
         return states, self._target.head(states.hidden)
 
-    def _apart(self, state: SequenceState) -> bool:
-        """Whether the parts of a round are compiled each by itself: where bits count, and the pass is one of them."""
-        return self._exact is not None and state.spec.greedy
-
-    def _stages(self, state: SequenceState, depth: int) -> tuple[Part, Part]:
+    def _stages(self, state: SequenceState, depth: int, part: Callable[[Part], Part]) -> tuple[Part, Part]:
         """The round as two pure functions of arrays, for one cache layout, one SamplingSpec and one depth.
 
-        The first drafts and runs the pass; the second decides by its logits, and commits.
+        The first drafts and runs the pass; the second decides by its logits, and commits. part: how parts are compiled.
         """
         layout, spec, drafter = state.cache.layout(), state.spec, self._drafter
         width = state.exact.width if state.exact else None
-        part = mx.compile if self._apart(state) else _uncompiled
         process = part(spec.processed)
 
         def draft(tree: Tree, arrays: SamplingArrays, keys: mx.array, override: Override) -> tuple[Any, ...]:
