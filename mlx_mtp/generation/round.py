@@ -201,8 +201,10 @@ class Rounds:
             if drafter is not None and depth:
                 verified["drafts"], tree["memory"], verified["q"] = draft(tree, arrays, keys[SPARE_KEYS:], override)
                 tokens = mx.concatenate([tokens, verified["drafts"]], axis=1)
-            cache = layout.around(tree.pop("cache"))
-            states, logits = self._pass(_padded(tokens, width), cache)
+            rows, cache = tokens, layout.around(tree.pop("cache"))
+            if width is not None and width > depth + 1:  # what is beyond the drafts is never committed
+                rows = mx.concatenate([rows, mx.repeat(rows[:, :1], width - depth - 1, axis=1)], axis=1)
+            states, logits = self._pass(rows, cache)
             states = states.first(depth + 1)
             verified |= {"tokens": tokens, "states": (states.hidden, states.trunk)}
             return tree, cache.arrays, verified, logits[:, : depth + 1]
@@ -248,13 +250,6 @@ def _forget_all() -> None:
     """Graphs go before the functions that they are made of: the other way round MLX locks itself out (0.32.4)."""
     for rounds in list(_alive):
         rounds.forget()
-
-
-def _padded(rows: mx.array, width: int | None) -> mx.array:
-    """Tokens [B, M], repeated up to the width of the exact mode; what is beyond the drafts is never committed."""
-    if width is None or rows.shape[1] >= width:
-        return rows
-    return mx.concatenate([rows, mx.repeat(rows[:, :1], width - rows.shape[1], axis=1)], axis=1)
 
 
 def _processed(
