@@ -92,6 +92,7 @@ class Engine:
         if drafter is not None:
             drafter.attach(target)
         self.exactness = exactness.Probes(target, probes) if mode == "exact" else None
+        self.pair: Pair = target, drafter, mode == "exact"  # whose K/V a session of this engine holds
         self._profile = profile
         self._made: Decoder | None = None
         self._making = threading.Lock()
@@ -124,11 +125,6 @@ class Engine:
                 log.warning("Exact mode: %d drafts a round in place of %s.", deepest, self.depth)
             return FixedDepth(deepest)
         return DepthController(allowed, self._profile) if len(allowed) > 1 else FixedDepth(0)
-
-    @property
-    def pair(self) -> Pair:
-        """Whose K/V a session of this engine holds."""
-        return self.target, self.drafter, self.exactness is not None
 
     @property
     def plain_seconds_per_token(self) -> float | None:
@@ -375,13 +371,13 @@ class Engine:
             reply.finish()
         finally:
             if request.session is not None:  # the last token may have no row, unless a stop token came after it
-                request.session.cut(len(request.ids) + max(0, len(reply.tokens) - (reply.stop_token is None)))
+                request.session.cut(len(request.ids) + max(0, reply.sure - (reply.stop_token is None)))
         stats.peak_memory_bytes = mx.get_peak_memory()
         stats.count(rounds, len(reply.tokens))
         policy.save()
         reason = "stop" if reply.over else "length"
         logprobs, top = (reply.logprobs, reply.top) if request.logprobs else (None, None)
-        ends = reply.stop_token, reply.stop_string
+        ends = reply.stop_token, reply.stops.found
         yield reply.event(Result(reply.text, reply.tokens, logprobs, reason, stats, top, *ends))
 
 

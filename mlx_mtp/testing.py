@@ -19,7 +19,7 @@ from mlx_mtp.generation.interfaces import Drafter, Memory, SampleDraft, States, 
 from mlx_mtp.generation.loop import Decoder
 from mlx_mtp.generation.prefix import Session
 from mlx_mtp.generation.request import GenerationRequest
-from mlx_mtp.generation.sampling import Forced, SamplingArrays, SamplingSpec, TokenDistribution, point_mass, stacked
+from mlx_mtp.generation.sampling import DraftSampler, TokenDistribution
 from mlx_mtp.generation.types import NEUTRAL, Result, Sampling, Stats
 
 # Kernels round differently for one row and for several. This is more than rounding explains on any device, and far
@@ -29,7 +29,7 @@ NEAR_TIE = 1e-3
 MIXED = [bool(int(digit)) for digit in "101111110101100"]
 NEWEST_DRAFTS = 16
 # The probe for exact mode takes seconds and says the same of one target every time.
-_probe = functools.lru_cache(maxsize=64)(exactness.probe)
+_probes = functools.lru_cache(maxsize=64)(exactness.Probes)
 
 
 class ScriptedDrafter(Drafter):
@@ -155,24 +155,6 @@ class _Guided:
         return {**memory, "script": self._script, "own": self._drafter.rewind(memory["own"], length, states)}
 
 
-class _Block:
-    """Samples the drafts that it is told to, and keeps the distributions that they would have been drawn from."""
-
-    def __init__(self, spec: SamplingSpec, arrays: SamplingArrays, drafts: Sequence[int]) -> None:
-        self._spec, self._arrays, self._drafts = spec, arrays, drafts
-        self.distributions: list[TokenDistribution] = []
-
-    def __call__(self, logits: mx.array, tokens: mx.array | None = None, forced: Forced | None = None) -> mx.array:
-        logits = self._spec.processed(logits.astype(mx.float32), tokens, self._arrays, {})
-        found = self._spec.distribution(logits, tokens, self._arrays)
-        self.distributions.append(found if forced is None else found.overridden(*forced))
-        return mx.array([[self._drafts[len(self.distributions) - 1]]], dtype=mx.int32)
-
-    def point_mass(self, tokens: mx.array) -> mx.array:
-        self.distributions += [point_mass(tokens[:, i : i + 1]) for i in range(tokens.shape[1])]
-        return mx.array([self._drafts], dtype=mx.int32)
-
-
 class Conformance:
     """What every target promises with every drafter, checked on a pair of yours; the names are in `PROMISES`.
 
@@ -201,24 +183,17 @@ class Conformance:
         tokens: list[int] = np.random.default_rng(seed).integers(3, self.target.info.vocab_size, length).tolist()
         return tokens
 
-    def plain(self, mode: str = "fast") -> Engine:
-        """The target without any drafter."""
-        return self._engine(None, 0, mode)
-
-    def scripted(self, depth: int, mode: str = "fast") -> Engine:
-        """The pair, proposing what the last script says."""
-        return self._engine(cast(Drafter, self.guided), depth, mode)
-
-    def _engine(self, drafter: Drafter | None, depth: int, mode: str) -> Engine:
+    def engine(self, depth: int = 0, mode: str = "fast") -> Engine:
+        """The pair, proposing what the last script says; at depth 0 the target without any drafter."""
         if (depth, mode) not in self._engines:
-            with mock.patch.object(exactness, "probe", _probe):
-                self._engines[depth, mode] = Engine(self.target, drafter, None, depth=depth, mode=mode)
+            drafter = cast(Drafter, self.guided) if depth else None
+            made = self._engines[depth, mode] = Engine(self.target, drafter, None, depth=depth, mode=mode)
+            made.exactness = made.exactness and _probes(self.target)  # type: ignore[arg-type]
         return self._engines[depth, mode]
 
     def _reply(self, engine: Engine, ids: Sequence[int], tokens: int, **options: Any) -> Result:
         """A greedy reply, with statistics that add up."""
-        with mock.patch.object(exactness, "probe", _probe):
-            result = engine.generate(list(ids), max_tokens=tokens, ignore_end=True, **options)
+        result = engine.generate(list(ids), max_tokens=tokens, ignore_end=True, **options)
         _require(len(result.tokens), tokens, "tokens of a reply")
         _check_statistics(result.stats)
         return result
@@ -245,14 +220,14 @@ class Conformance:
         """Whatever is accepted and rejected, greedy tokens are the likeliest ones, over wraps and growing buffers."""
         for begin, count in ((4, 48), (CAPACITY_STEP - 20, 32)):
             ids = self.prompt(begin)
-            plain = self._reply(self.plain(), ids, count)
+            plain = self._reply(self.engine(), ids, count)
             self._check_greedy(ids, plain)
             _require(len(set(plain.tokens)) > count // 5, True, "varied text, or an error would not be seen")
             few, most = min(3, self.depth), self.depth
             for depth, right in ((1, [False]), (1, MIXED), (few, MIXED), (most, [True]), (most, MIXED)):
                 script = self._script(ids, plain.tokens, right)
                 with mock.patch.object(loop, "MAX_CHUNK", 100):  # the longer prompt in pieces
-                    result = self._reply(self.scripted(depth), ids, count)
+                    result = self._reply(self.engine(depth), ids, count)
                 self._check_greedy(ids, result)
                 rounds = script.accepted(begin, count, depth)
                 if result.tokens == plain.tokens:
@@ -262,10 +237,10 @@ class Conformance:
     def budgets(self) -> None:
         """A reply is as long as was asked for, and ends at a stop token inside a draft."""
         ids = self.prompt(8)
-        plain = self._reply(self.plain(), ids, 24).tokens
+        plain = self._reply(self.engine(), ids, 24).tokens
         self._script(ids, plain, [True])
         for budget in (1, 2, self.depth + 1, self.depth + 2):
-            _require(self._reply(self.scripted(self.depth), ids, budget).tokens, plain[:budget], "tokens of a budget")
+            _require(self._reply(self.engine(self.depth), ids, budget).tokens, plain[:budget], "tokens of a budget")
         stop = plain[10]
         engine = Engine(self.target, cast(Drafter, self.guided), None, stop_tokens=[stop], depth=self.depth)
         result = engine.generate(ids, max_tokens=24)
@@ -276,8 +251,7 @@ class Conformance:
     def distribution(self) -> None:
         """Over a vocabulary of four tokens, a round emits them with the target's own probabilities: every block of
         drafts is tried."""
-        depth, allowed = min(2, self.depth), self.prompt(64)
-        allowed = list(dict.fromkeys(allowed))[:4]
+        depth, allowed = min(2, self.depth), list(dict.fromkeys(self.prompt(64)))[:4]
         sampling = Sampling(temperature=4.0, logit_bias=dict.fromkeys(allowed, 100.0)).over(NEUTRAL)
         ids = [allowed[i] for i in np.random.default_rng(1).integers(0, 4, 12)]
         state = Decoder(self.target, self.drafter, FixedDepth(depth)).prefill(
@@ -294,14 +268,16 @@ class Conformance:
         after = {p: every[i, len(ids) - 1 + len(p)] for i, p in enumerate(prefixes)}
         emitted: dict[tuple[int, ...], float] = {}
         for block in itertools.product(allowed, repeat=depth):
-            sample = _Block(spec, arrays, block)
+            sample = DraftSampler(spec, arrays, {}, mx.random.split(state.key, depth))
             args = state.memory, mx.array([[token]]), state.hidden, state.cache, depth, sample
-            drafts = self.drafter.draft(*args)[0]
-            _require(drafts.tolist(), [list(block)], "drafts to be those that were sampled")
-            q = stacked(sample.distributions)
-            drawn = float(np.array(q.at(drafts)).prod())
+            told = [mx.array([[one]], dtype=mx.int32) for one in block]
+            with mock.patch.object(TokenDistribution, "draw", side_effect=told):
+                drafts, q = self.drafter.draft(*args)[0], sample.distribution
+            assert q is not None, "it is not greedy"
+            drawn = float(np.array(q.at(mx.array([block]))).prod())
             if drawn == 0:
                 continue
+            _require(drafts.tolist(), [list(block)], "drafts to be those that were sampled")
             states = self.target.forward(mx.array([[token, *block]]), state.cache)
             odds = acceptance.block_odds(drafts, q, distributions(self.target.head(states.hidden)))
             passes, residual = np.array(odds.pass_)[0], np.array(odds.residual.probabilities)[0]
@@ -325,13 +301,13 @@ class Conformance:
 
     def sessions(self) -> None:
         """A second turn, a retry and an edit run only what is new, and continue as a fresh conversation does."""
-        engine, session, first = self.scripted(min(3, self.depth)), Session(), self.prompt(50)
-        said = self._reply(self.plain(), first, 44).tokens
+        engine, session, first = self.engine(min(3, self.depth)), Session(), self.prompt(50)
+        said = self._reply(self.engine(), first, 44).tokens
         second, edited = [*first, *said, *self.prompt(9, 3)], [*first, *self.prompt(12, 4)]
         before: list[int] = []
         for ids, most in ((first, 50), (second, 10), (second, len(second)), (edited, len(edited))):
             count = 44 if ids is first else 16
-            self._script(ids, said if ids is first else self._reply(self.plain(), ids, count).tokens, MIXED)
+            self._script(ids, said if ids is first else self._reply(self.engine(), ids, count).tokens, MIXED)
             other = Session()
             result, fresh = (self._reply(engine, ids, count, session=one, logprobs=1)
                              for one in (session, other))  # fmt: skip
@@ -347,12 +323,12 @@ class Conformance:
     def exact(self) -> None:
         """In exact mode tokens and logprobs are bit-equal to plain decoding, in sessions too, or nothing is drafted."""
         ids = self.prompt(61, 6)
-        said = self._reply(self.plain("exact"), ids, 50).tokens
+        said = self._reply(self.engine(0, "exact"), ids, 50).tokens
         turns = ids, [*ids, *said[:30], *ids[:13]], ids
-        plain = self._turns(self.plain("exact"), turns)
+        plain = self._turns(self.engine(0, "exact"), turns)
         self._script(ids, said, MIXED)
         for depth in {1, min(4, self.depth)}:
-            engine = self.scripted(depth, "exact")
+            engine = self.engine(depth, "exact")
             for one, other in zip(plain, drafted := self._turns(engine, turns), strict=True):
                 _require(other.tokens, one.tokens, "the tokens of plain decoding")
                 _require(other.logprobs, one.logprobs, "the very logprobs of plain decoding")

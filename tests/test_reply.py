@@ -174,7 +174,7 @@ def test_any_reply_like_a_search(
     reply.finish()
     events.append(reply.event())
     wanted = expected(parts, stops, None if raw else opened, raw)
-    assert reply.stopped == wanted.stopped
+    assert reply.stops.found is not None == wanted.stopped
     assert reply.text == "".join(event.text for event in events) == wanted.text
     assert reply.tokens == [token for event in events for token in event.tokens] == list(range(wanted.count))
     scores = [one for event in events for one in zip(event.logprobs or [], event.top_logprobs or [], strict=True)]
@@ -193,7 +193,7 @@ def test_no_stop_in_a_call() -> None:
         reply = Reply(Stream(parts), ["f{a", ". <"], Channels(calls=GEMMA))
         reply.extend(Chunk(list(range(len(parts)))), ())
         event = reply.event()
-        assert reply.stopped and reply.text == text[: text.rindex("f{a")] and event.calls == calls
+        assert reply.stops.found is not None and reply.text == text[: text.rindex("f{a")] and event.calls == calls
         assert len(reply.tokens) == text.rindex("f{a") + 3
         assert event.content == "Well.  Then " if calls else event.content == reply.text
 

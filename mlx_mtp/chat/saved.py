@@ -88,7 +88,7 @@ def save_chat(chat: Chat, file: Path) -> Path:
     }  # fmt: skip
     tensors = {"ids": mx.array(session.ids, dtype=mx.int32)}
     if session.lease is not None:
-        about |= {"capacity": session.lease.cache.capacity, "newest": session.lease.newest}
+        about |= {"capacity": session.lease.cache.capacity, "newest": session.lease.cache.newest}
         tensors |= _rows(session.lease, len(session.ids))
     about["digest"] = _digest(about, tensors)
     try:
@@ -204,7 +204,7 @@ def _lease(
     ):
         raise _damaged(file, f"has {len(ids)} tokens in room for {capacity}, which this model cannot have written")
     cache = engine.target.new_cache(capacity)
-    lease = Lease(cache, engine.drafter.start(1, capacity) if engine.drafter else {}, newest)
+    lease, cache.newest = Lease(cache, engine.drafter.start(1, capacity) if engine.drafter else {}), newest
     wanted, found = ({name: (t.shape, t.dtype) for name, t in each.items()}
                      for each in (_rows(lease, len(ids)), tensors))  # fmt: skip
     if wanted != found:

@@ -1,10 +1,7 @@
 """Acceptance: which drafted tokens are kept, so that the output follows the target's own distribution.
 
-Pure functions on the device: drafts, the distribution q they were drawn from and the target's distribution p give the
-number of accepted drafts and the next token.
-
-Shapes: B batch, K drafts, M = K + 1 rows, V vocabulary, N support of a distribution. Row i of p is the distribution
-after i drafts.
+Pure functions on the device: drafts, the distribution q they were drawn from and the target's distribution p, whose
+row i is the one after i drafts, give the number of accepted drafts and the next token.
 """
 
 from __future__ import annotations
@@ -44,8 +41,7 @@ class Odds:
 def greedy(drafts: mx.array | None, logits: mx.array) -> Accepted:
     """Temperature 0: the longest prefix of drafts [B, K] equal to the target's own best tokens (logits [B, M, V]).
 
-    Row i's best token is right whenever drafts 0..i-1 were; so the row after the last accepted draft gives the
-    next token, and the tokens to emit are simply the rows' best ones.
+    Row i's best token is right whenever drafts 0..i-1 were; so the tokens to emit are simply the rows' best ones.
     """
     best = mx.argmax(logits, axis=-1).astype(mx.int32)
     if drafts is None:
@@ -59,7 +55,7 @@ def greedy(drafts: mx.array | None, logits: mx.array) -> Accepted:
 def token_odds(drafts: mx.array, q: TokenDistribution, p: TokenDistribution) -> Odds:
     """Leviathan et al. 2023 (arXiv 2211.17192, algorithm 1): each draft by itself, min(1, p / q)."""
     depth = drafts.shape[1]
-    before = p.rows(0, depth)
+    before = p.each(lambda rows: rows[:, :depth])
     excess = mx.maximum(before.probabilities - q.on(before), 0.0)
     return Odds(mx.minimum(before.at(drafts) / q.at(drafts), 1.0), _residual(excess, p, depth), True)
 
@@ -72,7 +68,7 @@ def block_odds(drafts: mx.array, q: TokenDistribution, p: TokenDistribution) -> 
     accepted together with all before it.
     """
     depth = drafts.shape[1]
-    before = p.rows(0, depth)
+    before = p.each(lambda rows: rows[:, :depth])
     ratio = before.at(drafts) / q.at(drafts)
     weights = [mx.ones(ratio.shape[:1])]
     for i in range(depth):
@@ -103,11 +99,10 @@ def sampled(
 
     keys [2, 2]: one for acceptance, one for the token after the last accepted draft.
     """
-    batch = p.probabilities.shape[0]
     if drafts is None or q is None:
         token = p.draw(keys[1])
-        return Accepted(mx.zeros((batch,), dtype=mx.int32), token, token)
-    depth = drafts.shape[1]
+        return Accepted(mx.zeros(token.shape[:1], dtype=mx.int32), token, token)
+    batch, depth = drafts.shape
     found = odds(drafts, q, p)
     passes = (mx.random.uniform(shape=(batch, depth), key=keys[0]) < found.pass_).astype(mx.int32)
     if found.prefix:
@@ -115,12 +110,7 @@ def sampled(
     else:
         accepted = (passes * mx.arange(1, depth + 1)).max(axis=1)
     accepted = accepted.astype(mx.int32)
-    row = accepted[:, None, None]
-    tokens = found.residual.tokens
-    last = TokenDistribution(
-        None if tokens is None else mx.take_along_axis(tokens, row, axis=1),
-        mx.take_along_axis(found.residual.probabilities, row, axis=1),
-    ).draw(keys[1])
+    last = found.residual.each(lambda rows: mx.take_along_axis(rows, accepted[:, None, None], axis=1)).draw(keys[1])
     kept = mx.arange(depth + 1) < accepted[:, None]
     padded = mx.concatenate([drafts, last], axis=1)
     return Accepted(accepted, mx.where(kept, padded, last), last)

@@ -1,15 +1,10 @@
-"""K/V buffers of fixed capacity whose length lives on the device.
-
-One pair of buffers for every layer that stores K/V; new rows are written at an offset that is an array, and masks say
-which rows a query may see.
+"""K/V buffers of fixed capacity whose length lives on the device, and masks that say which rows a query may see.
 
 Invariant: a row at a position >= `length` is dead. Accepting n rows is `length += n`, rolling back is a smaller
 `length`; nothing is ever copied or cleared. Full layers keep every position. Sliding layers are rings of
 `window + slack` slots: the slot of position p is p mod size, so writing up to `slack` rows ahead only overwrites
 rows that have already left the window, and any rollback by at most `slack` rows (less the rows of the next pass)
 finds its window intact.
-
-Shapes: B batch, G K/V heads, M rows of one pass, S slots, d head size.
 """
 
 from __future__ import annotations
@@ -36,8 +31,7 @@ CAPACITY_STEP = 256
 class LayerShape:
     """One layer that stores K/V: its kind (FULL or SLIDING), K/V heads G and head size d.
 
-    value_dim: the size of the values where it is not that of the keys (multi-head latent attention stores a latent
-    and a rotated part in their places).
+    value_dim: the size of the values where it is not that of the keys, as in multi-head latent attention.
     """
 
     kind: str
@@ -73,16 +67,17 @@ def capacity_for(rows: int) -> int:
     return capacity
 
 
-def _window_mask(positions: mx.array, queries: mx.array, window: int) -> mx.array:
-    """Visible = not in the future, inside the window (which counts the query itself), and ever written."""
+def _mask(positions: mx.array, queries: mx.array, window: int | None) -> mx.array:
+    """Visible = not in the future, and in a window (which counts the query itself) inside it and ever written."""
     keys, rows = positions[:, None, None, :], queries[:, None, :, None]
-    return (keys <= rows) & (keys > rows - window) & (keys >= 0)
+    return keys <= rows if window is None else (keys <= rows) & (keys > rows - window) & (keys >= 0)
 
 
 class KVCache:
     """K/V buffers [B, G, S, d] of every storing layer, and the committed length [B] on the device.
 
     slack: rows that a pass may write ahead in a sliding layer; as many as the capacity, and nothing is ever forgotten.
+    newest: the furthest row that was or will be written, for the loop, which knows it without asking the device.
     """
 
     def __init__(
@@ -90,7 +85,7 @@ class KVCache:
         slack: int = SLACK,
     ) -> None:  # fmt: skip
         self.shapes, self.window, self.slack = tuple(shapes), window, slack
-        self.capacity, self.batch = capacity, batch
+        self.capacity, self.batch, self.newest = capacity, batch, -1
         self.length = mx.zeros((batch,), dtype=mx.int32)
         sizes = [(batch, s.heads, self.slots(s.kind)) for s in self.shapes]
         widths = [s.head_dim if s.value_dim is None else s.value_dim for s in self.shapes]
@@ -103,9 +98,7 @@ class KVCache:
 
     def grow(self, capacity: int) -> None:
         """Enlarges the buffers (never shrinks them); what is stored keeps its slot."""
-        if capacity <= self.capacity:
-            return
-        self.capacity = capacity
+        self.capacity = max(self.capacity, capacity)
         for buffers in (self.keys, self.values):
             for i, shape in enumerate(self.shapes):
                 missing = self.slots(shape.kind) - buffers[i].shape[2]
@@ -129,29 +122,23 @@ class KVCache:
         in_place = rows <= self.slack or ring == self.capacity
         step = AttentionPlan(self.length, {}, {}, in_place)
         for kind in {shape.kind for shape in self.shapes}:
-            if kind == FULL:
-                step.slots[kind] = queries
-                positions = self.positions(FULL, self.length)
-                step.masks[kind] = positions[:, None, None, :] <= queries[:, None, :, None]
-            else:
-                step.slots[kind] = queries % ring
-                positions = self.positions(SLIDING, self.length + (rows if in_place else 0))
-                if not in_place:
-                    positions = mx.concatenate([positions, queries], axis=1)
-                step.masks[kind] = _window_mask(positions, queries, self.window)
+            sliding = kind == SLIDING
+            step.slots[kind] = queries % ring if sliding else queries
+            positions = self.positions(kind, self.length + (rows if in_place else 0))
+            if sliding and not in_place:
+                positions = mx.concatenate([positions, queries], axis=1)
+            step.masks[kind] = _mask(positions, queries, self.window if sliding else None)
         return step
 
     def update(self, layer: int, keys: mx.array, values: mx.array, step: AttentionPlan) -> tuple[mx.array, mx.array]:
         """Writes rows [B, G, M, d] of one layer; returns the K/V that this pass attends to, as step.masks sees it."""
-        kind = self.shapes[layer].kind
+        kind, working = self.shapes[layer].kind, None
         slots = step.slots[kind]
         if kind == SLIDING and not step.ring_in_place:
             working = (mx.concatenate([self.keys[layer], keys], axis=2),
                        mx.concatenate([self.values[layer], values], axis=2))  # fmt: skip
             kept = min(keys.shape[2], self.slots(kind))  # only the newest rows; slots must not repeat in one write
             slots, keys, values = slots[:, -kept:], keys[:, :, -kept:], values[:, :, -kept:]
-        else:
-            working = None
         contiguous = kind == FULL and self.batch == 1
         self.keys[layer] = _write(self.keys[layer], keys, slots, contiguous)
         self.values[layer] = _write(self.values[layer], values, slots, contiguous)
@@ -252,8 +239,7 @@ class NoCache:
     def plan(self, rows: int) -> AttentionPlan:
         """A pass over positions 0..rows-1."""
         positions = mx.arange(rows, dtype=mx.int32)[None]
-        causal = positions[:, None, None, :] <= positions[:, None, :, None]
-        masks = {FULL: causal, SLIDING: _window_mask(positions, positions, self.window)}
+        masks = {FULL: _mask(positions, positions, None), SLIDING: _mask(positions, positions, self.window)}
         return AttentionPlan(mx.zeros((self.batch,), dtype=mx.int32), masks, {})
 
     def update(self, layer: int, keys: mx.array, values: mx.array, step: AttentionPlan) -> tuple[mx.array, mx.array]:

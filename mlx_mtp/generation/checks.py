@@ -17,7 +17,7 @@ from typing import Any, SupportsIndex
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.errors import OptionError, PromptError
+from mlx_mtp.errors import MLXMTPError, OptionError, PromptError
 
 # Sampling happens in float32: what is larger overflows there, what is smaller and not 0 becomes 0.
 LARGEST, SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
@@ -48,7 +48,7 @@ def flag(name: str, value: object) -> bool:
     return bool(value)
 
 
-def text(name: str, value: object, error: type[OptionError] | type[PromptError] = OptionError) -> str:
+def text(name: str, value: object, error: type[MLXMTPError] = OptionError) -> str:
     """A string that UTF-8 can write."""
     if not isinstance(value, str):
         raise _odd(name, "a string", value, error)
@@ -142,12 +142,7 @@ def prompt(value: object) -> str | list[int] | list[dict[str, Any]]:
     if isinstance(value, str):
         return text("The prompt", value, PromptError)
     if isinstance(value, (np.ndarray, mx.array)):
-        kinds = mx.issubdtype(value.dtype, mx.integer) if isinstance(value, mx.array) else value.dtype.kind in "iu"
-        if value.ndim != 1 or not kinds:
-            raise PromptError(
-                f"Token ids must be one row of whole numbers, not an array of {value.dtype} with shape {value.shape}."
-            )
-        return np.asarray(value).astype(np.int64).tolist()
+        value = value.tolist()
     if isinstance(value, Mapping):
         raise PromptError("A prompt of chat messages must be a list of them; put the one message into a list.")
     if not isinstance(value, Sequence) or isinstance(value, (bytes, bytearray, memoryview)):
@@ -197,9 +192,7 @@ def _index(value: object) -> int | None:
         return None
 
 
-def _odd(
-    name: str, wanted: str, value: object, error: type[OptionError] | type[PromptError] = OptionError
-) -> OptionError | PromptError:
+def _odd(name: str, wanted: str, value: object, error: type[MLXMTPError] = OptionError) -> MLXMTPError:
     return error(f"{name} must be {wanted}, not {shown(value)}.")
 
 

@@ -143,10 +143,8 @@ class Constraint:
 
     def _moves(self, token: int) -> bool:
         """Whether the token is the answer's; the others open, continue or close a thought."""
-        if self._thinking:
-            self._thinking = self._thought is not None and token != self._thought.closing
+        thought, inside = self._thought, self._thinking
+        if thought is not None and not self._begun:
+            self._thinking = token != thought.closing if inside else token == thought.opening
             self._begun = not self._thinking
-            return False
-        self._thinking = not self._begun and self._thought is not None and token == self._thought.opening
-        self._begun = not self._thinking
-        return self._begun
+        return self._begun and not inside

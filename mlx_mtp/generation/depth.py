@@ -19,7 +19,7 @@ import statistics
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Protocol
 
@@ -99,14 +99,14 @@ class FixedDepth(DepthPolicy):
     def reason(self) -> str:
         if not self.deepest:
             return "Not drafting: the depth is fixed at 0."
-        return f"Drafting {_drafts(self.deepest)} a round: the depth is fixed."
+        return f"Drafting {_counted(self.deepest, 'token')} a round: the depth is fixed."
 
     def next(self) -> int:
         return self.deepest
 
 
-def _drafts(count: int) -> str:
-    return "1 token" if count == 1 else f"{count} tokens"
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 class RoundCosts:
@@ -202,21 +202,14 @@ class Acceptance:
     verified: list[float]
     accepted: list[float]
 
-    @classmethod
-    def unknown(cls, positions: int) -> Acceptance:
-        """Nothing verified yet."""
-        return cls([0.0] * positions, [0.0] * positions)
+    def count(self, depth: int, accepted: int, fade: float) -> None:
+        """A round of `depth` drafts, of which so many were accepted; those after the first loss tell nothing.
 
-    def fade(self, factor: float) -> None:
-        """Makes all rounds so far count less."""
-        self.verified = [factor * count for count in self.verified]
-        self.accepted = [factor * count for count in self.accepted]
-
-    def count(self, depth: int, accepted: int) -> None:
-        """A round of `depth` drafts, of which so many were accepted; those after the first loss tell nothing."""
-        for i in range(min(depth, accepted + 1)):
-            self.verified[i] += 1.0
-            self.accepted[i] += float(i < accepted)
+        fade: by what factor all rounds so far count less.
+        """
+        for i in range(len(self.verified)):
+            self.verified[i] = fade * self.verified[i] + (i < min(depth, accepted + 1))
+            self.accepted[i] = fade * self.accepted[i] + (i < accepted)
 
     def reach(self) -> int:
         """Twice as many drafts as were ever accepted in a row: nobody starts with eight."""
@@ -269,12 +262,10 @@ class ProfileFile(Kept):
         try:
             costs, verified, accepted = (list(map(float, known[name] or ()))
                                          for name in ("costs", "verified", "accepted"))  # fmt: skip
-            noise = float(known["noise"])
+            noise, counts = float(known["noise"]), list(zip(verified, accepted, strict=True))
         except (KeyError, TypeError, ValueError):
             return None
-        if {len(verified), len(accepted)} != {deepest}:
-            return None
-        if not all(0 <= few <= many < math.inf for many, few in zip(verified, accepted, strict=True)):
+        if len(counts) != deepest or not all(0 <= few <= many < math.inf for many, few in counts):
             return None
         usable = len(costs) == deepest + 1 and possible(costs) and 0 <= noise <= CALM
         return Profile(costs if usable else None, noise, verified, accepted)
@@ -296,19 +287,15 @@ def possible(costs: Sequence[float]) -> bool:
     return rising and all(cost <= 1.0 + 2.0 * depth for depth, cost in enumerate(costs))
 
 
-@dataclass
 class DepthController(DepthPolicy):
     """Chooses among `allowed` depths, 0 among them. kept: where what it learns stays for the next start."""
 
-    allowed: Sequence[int]
-    kept: ProfileFile | None = None
-    deepest: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.deepest = max(self.allowed)
-        known = self.kept.load(self.deepest) if self.kept else None
-        self.costs = RoundCosts(self.deepest, known.costs if known else None)
-        self.long_run = Acceptance(known.verified, known.accepted) if known else Acceptance.unknown(self.deepest)
+    def __init__(self, allowed: Sequence[int], kept: ProfileFile | None = None) -> None:
+        self.allowed, self.kept, self.deepest = allowed, kept, max(allowed)
+        self._nothing = [0.0] * self.deepest  # counts where nothing was verified yet
+        known = kept and kept.load(self.deepest) or Profile(None, 0.0, self._nothing, self._nothing)
+        self.costs = RoundCosts(self.deepest, known.costs)
+        self.long_run = Acceptance([*known.verified], [*known.accepted])
         # Counted over all requests: many short ones must find out what a long one does.
         self._rounds, self._tried_at = 0, dict.fromkeys(self.allowed, 0)
         self._saved = 1.0  # rounds' worth of time that may be lost on tries
@@ -323,7 +310,7 @@ class DepthController(DepthPolicy):
 
     def begin(self) -> None:
         self.costs.pause()
-        self._here = Acceptance.unknown(self.deepest)
+        self._here = Acceptance([*self._nothing], [*self._nothing])
         self._rates = self.long_run.rates()
         self._chosen = 0
         if self.costs.known:
@@ -333,13 +320,12 @@ class DepthController(DepthPolicy):
         self._run = 0 if self.costs.known else -2
         self._learned = -1  # the depth of the round that was read last
 
-    def tokens(self, depth: int) -> float:
-        """Expected tokens of a round."""
+    def _tokens(self, depth: int) -> float:
         return expected_tokens(self._rates, depth)
 
-    def speed_up(self, depth: int) -> float:
+    def _speed_up(self, depth: int) -> float:
         """Expected tokens in the time of a plain round."""
-        return self.tokens(depth) / self.costs.cost(depth)
+        return self._tokens(depth) / self.costs.cost(depth)
 
     def next(self) -> int:
         self._rounds += 1
@@ -347,11 +333,11 @@ class DepthController(DepthPolicy):
         if self._run <= HOLD:
             return self._now
         tried, best = self._now if self._now != self._chosen else None, self._best()
-        if best != self._chosen and self.speed_up(best) > (1.0 + LITTLE) * self.speed_up(self._chosen):
+        if best != self._chosen and self._speed_up(best) > (1.0 + LITTLE) * self._speed_up(self._chosen):
             log.info("depth %d -> %d: %.2f times plain decoding expected in place of %.2f",
-                     self._chosen, best, self.speed_up(best), self.speed_up(self._chosen))  # fmt: skip
+                     self._chosen, best, self._speed_up(best), self._speed_up(self._chosen))  # fmt: skip
             self._chosen = best
-        self._saved += TRYING * self.speed_up(self._chosen)
+        self._saved += TRYING * self._speed_up(self._chosen)
         depth = self._chosen
         if tried is not None:
             self._saved = max(-1.0, self._saved - (self._run - 1) * self._loss(tried, self.costs.cost(tried)))
@@ -381,7 +367,7 @@ class DepthController(DepthPolicy):
 
     def _loss(self, depth: int, cost: float) -> float:
         """What a round of this depth loses if it costs so much, in rounds of the depth in use."""
-        return max(0.0, cost / self.costs.cost(self._chosen) - self.tokens(depth) / self.tokens(self._chosen))
+        return max(0.0, cost / self.costs.cost(self._chosen) - self._tokens(depth) / self._tokens(self._chosen))
 
     def _best(self) -> int:
         return best_depth(self.costs.cost, self._rates, self._within_reach())
@@ -394,9 +380,8 @@ class DepthController(DepthPolicy):
     def learn(self, depth: int, accepted: int, seconds: float | None) -> None:
         # What a depth that is out of use was found to give fades within a request, so that an unlucky one gets another
         # chance; over all of them only new drafts make old ones count less, or plain decoding would forget why.
-        for acceptance, fades in ((self._here, True), (self.long_run, depth > 0)):
-            acceptance.fade(FADE if fades else 1.0)
-            acceptance.count(depth, accepted)
+        self._here.count(depth, accepted, FADE)
+        self.long_run.count(depth, accepted, FADE if depth else 1.0)
         self._rates = self._here.rates(self.long_run.rates())
         # The first round of a depth may be charged with the end of the one before.
         self.costs.learn(depth, seconds if depth == self._learned else None)
@@ -404,19 +389,14 @@ class DepthController(DepthPolicy):
 
     @property
     def reason(self) -> str:
-        depth = self._chosen or max((d for d in self.allowed if d), key=self.speed_up)
+        depth = self._chosen or max((d for d in self.allowed if d), key=self._speed_up)
         if not self.costs.known:
             return "Not enough rounds yet to say whether drafting pays."
-        cost, tokens = self.costs.cost(depth), self.tokens(depth)
+        cost, tokens = self.costs.cost(depth), self._tokens(depth)
+        takes = f"takes {cost:.1f} times a plain one and yields"
         if self._chosen:
-            return (
-                f"Drafting {_drafts(depth)} a round: a round takes {cost:.1f} times a plain one "
-                f"and yields {tokens:.1f} tokens."
-            )
-        drafts = "1 draft" if depth == 1 else f"{depth} drafts"
-        return (
-            f"Not drafting: a round of {drafts} takes {cost:.1f} times a plain one and yields only {tokens:.1f} tokens."
-        )
+            return f"Drafting {_counted(depth, 'token')} a round: a round {takes} {tokens:.1f} tokens."
+        return f"Not drafting: a round of {_counted(depth, 'draft')} {takes} only {tokens:.1f} tokens."
 
     def save(self) -> None:
         if self.kept is None:

@@ -104,7 +104,7 @@ class ProbeFile(Kept):
 class Probes:
     """What was found of a target, capacity by capacity; each is probed when a request first meets it.
 
-    found: the results so far. kept: where those of earlier runs are, which of one target on one device are the same.
+    kept: where the results of earlier runs are, which of one target on one device are the same.
     """
 
     def __init__(self, target: Target, kept: ProbeFile | None = None) -> None:
@@ -126,10 +126,7 @@ class Probes:
 
 
 def probe(target: Target, capacity: int = CAPACITY_STEP) -> Exactness:
-    """Finds the way this target can be exact over caches of this capacity; Exactness((0,), None) when it cannot.
-
-    Holds one cache of that capacity while it runs.
-    """
+    """Finds the way this target can be exact over caches of this capacity; Exactness((0,), None) when it cannot."""
     trial = _Trial(target, capacity)
     if widths := trial.equal(1, range(2, WIDEST + 1)):
         return Exactness((0, *(width - 1 for width in widths)), None)
@@ -138,15 +135,10 @@ def probe(target: Target, capacity: int = CAPACITY_STEP) -> Exactness:
     return Exactness((0,), None)
 
 
-# Logits [T, V] of the tried tokens, and the K/V rows [B, G, T, d] that they left.
-_Left = list[mx.array]
-
-
 class _Trial:
     """The same tokens after the same past, so and so many a pass.
 
-    What a pass does depends on rows and capacity alone, for it always goes over whole buffers; so these are filled,
-    and everything in them counts. Only the rows that the tokens write change; those in front of them stay.
+    What a pass does depends on rows and capacity alone, for it always goes over whole buffers; so these are filled.
     """
 
     def __init__(self, target: Target, capacity: int) -> None:
@@ -167,8 +159,9 @@ class _Trial:
             )]  # fmt: skip
         return found
 
-    def _left(self, start: int, width: int, commits: Sequence[int]) -> _Left:
-        """What tokens leave of which `commits` are accepted a pass; what else is in a pass are wrong drafts."""
+    def _left(self, start: int, width: int, commits: Sequence[int]) -> list[mx.array]:
+        """Logits [T, V] of tokens of which `commits` are accepted a pass, and the K/V rows [B, G, T, d] that they
+        leave; what else is in a pass are wrong drafts."""
         cache, rows, at = self._cache, [], 0
         tokens = [(7919 * (start + i) + 13) % self._vocabulary for i in range(PROBE_TOKENS + width)]
         cache.length = mx.array([start], dtype=mx.int32)
@@ -181,13 +174,11 @@ class _Trial:
             cache.advance(count)
             mx.eval(rows[-1], cache.arrays)
             at += count
-        return [mx.concatenate(rows)[:PROBE_TOKENS], *self._written(start)]
-
-    def _written(self, start: int) -> Iterator[mx.array]:
-        positions, cache = mx.arange(start, start + PROBE_TOKENS), self._cache
+        positions, left = mx.arange(start, start + PROBE_TOKENS), [mx.concatenate(rows)]
         for shape, keys, values in zip(cache.shapes, cache.keys, cache.values, strict=True):
             slots = positions if shape.kind == FULL else positions % cache.slots(shape.kind)
-            yield from (mx.take(buffer, slots, axis=2) for buffer in (keys, values))
+            left += (mx.take(buffer, slots, axis=2) for buffer in (keys, values))
+        return left
 
 
 def _commits(width: int) -> Iterator[list[int]]:

@@ -1,10 +1,8 @@
 """What the loop knows of a target and of a drafter, and nothing else.
 
 Shape legend, used in every file:
-    B batch   M rows of one pass (= K + 1)   K drafts (the depth)   D hidden   V vocabulary
+    B batch   M rows of one pass (= K + 1)   K drafts (the depth)   D hidden   V vocabulary   N some of its tokens
     S slots of a K/V buffer   G K/V heads   H query heads   d head size   P committed length
-
-Adding a target is one file in targets/, adding a drafter family one file in drafters/.
 """
 
 from __future__ import annotations
@@ -91,10 +89,8 @@ class Target(Protocol):
         """Hidden [B, M, D] -> float32 logits [B, M, V]."""
 
     def head_on(self, tokens: mx.array) -> Callable[[mx.array], mx.array]:
-        """The head of `tokens` int32 [N] alone: hidden [B, M, D] -> float32 logits [B, M, N].
-
-        A target that has the rows of its head at hand makes one that costs N / V of the whole.
-        """
+        """The head of `tokens` int32 [N] alone: hidden [B, M, D] -> float32 logits [B, M, N]; at best at N / V of the
+        whole's cost."""
         return lambda hidden: self.head(hidden)[..., tokens]
 
     @abstractmethod
@@ -120,8 +116,8 @@ class SampleDraft(Protocol):
 class Drafter(Protocol):
     """A family of draft heads. It may read the target's cache, never write it.
 
-    A family says what it needs and writes only what differs from the defaults here, those of one that knows nothing
-    but the target's K/V: no weights of its own, no memory, and nothing to hear of what was accepted.
+    The defaults are those of one that knows nothing but the target's K/V: no weights of its own, no memory, and nothing
+    to hear of what was accepted.
     """
 
     name: str = "drafter"  # in messages; the checkpoint's folder where there is one
@@ -152,8 +148,7 @@ class Drafter(Protocol):
         return memory
 
     def expect(self, memory: Memory, tokens: mx.array) -> Memory:
-        """What the caller expects of the reply, tokens [B, E], in place of what was expected before; most drafters do
-        not ask."""
+        """What the caller expects of the reply, tokens [B, E], in place of what was expected before."""
         return memory
 
     @abstractmethod

@@ -2,7 +2,7 @@
 
 Rounds come back as chunks of tokens; text and stop conditions are the engine's.
 
-Invariant: the device is read in one place (`_read`), once per round; everything a request changes belongs to that
+Invariant: the device is read in one place (`read`), once per round; everything a request changes belongs to that
 request, so stopping early, cancelling or an exception in the consumer leave nothing behind.
 """
 
@@ -11,8 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -23,7 +22,7 @@ from mlx_mtp.generation.constraint import Constraint
 from mlx_mtp.generation.depth import DepthPolicy
 from mlx_mtp.generation.exactness import WIDEST, Exactness, Probes
 from mlx_mtp.generation.interfaces import Drafter, Memory, States, Target
-from mlx_mtp.generation.prefix import Lease, Pair, Session
+from mlx_mtp.generation.prefix import Lease, Pair
 from mlx_mtp.generation.processors import Processors
 from mlx_mtp.generation.request import GenerationRequest
 from mlx_mtp.generation.round import RoundOutput, Rounds, SequenceState
@@ -36,6 +35,7 @@ log = logging.getLogger(__name__)
 CHUNK_BYTES, MAX_CHUNK, MIN_CHUNK = 256_000_000, 512, 16
 # The time between two reads is what a round costs, unless the consumer of the tokens took more than this share of it.
 PAUSED = 0.1
+
 
 @dataclass
 class Chunk:
@@ -51,21 +51,6 @@ class Chunk:
     accepted: int = 0
 
 
-def _read(output: RoundOutput, stats: Stats) -> tuple[Chunk, int]:
-    """The whole round as a chunk, not cut to the accepted drafts yet, and how many these are.
-
-    The only place that waits for the device after prefill.
-    """
-    stats.host_syncs += 1
-    *tokens, accepted = _first(output.tokens)
-    if output.logprobs is None or output.top is None:
-        return Chunk(tokens), accepted
-    # Computed with the tokens by one graph, so these wait for nothing.
-    ids, values = map(_first, output.top)
-    top = [dict(zip(*row, strict=True)) for row in zip(ids, values, strict=True)]
-    return Chunk(tokens, _first(output.logprobs), top), accepted
-
-
 def _first(array: mx.array) -> list[Any]:
     """The values of a batch's only sequence."""
     values: list[list[Any]] = array.tolist()  # type: ignore[assignment]
@@ -76,59 +61,55 @@ class RoundClock:
     """What a round took: the time between two reads of the device, where that says something about a round.
 
     It says nothing next to a round whose graph or buffers were made, or where the consumer of the tokens was slow, so
-    that the device was ahead.
+    that the device was ahead. disturbed: whether the interval that runs holds more than a round. paused: seconds of it
+    in which the consumer had the tokens.
     """
 
     def __init__(self) -> None:
-        self._read_at = time.perf_counter()
-        self._paused, self._disturbed, self._before = 0.0, True, True
-
-    def disturb(self) -> None:
-        """The interval that runs holds more than a round."""
-        self._disturbed = True
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """While the consumer has the tokens."""
-        given = time.perf_counter()
-        yield
-        self._paused = time.perf_counter() - given
+        self.paused, self.disturbed = 0.0, True
+        self._read_at, self._before = time.perf_counter(), True
 
     def lap(self) -> float | None:
         """Seconds since the last read, None where they say nothing; starts the next interval."""
         now = time.perf_counter()
         seconds = now - self._read_at
-        disturbed = self._disturbed or self._paused > PAUSED * seconds
+        disturbed = self.disturbed or self.paused > PAUSED * seconds
         found = None if disturbed or self._before else seconds
-        self._read_at, self._paused, self._before, self._disturbed = now, 0.0, disturbed, False
+        self._read_at, self.paused, self._before, self.disturbed = now, 0.0, disturbed, False
         return found
 
 
-@dataclass
 class _Decoding:
     """Host side of one request: its tokens so far, and an upper bound of the device's length.
 
-    newest: the furthest row that was or will be written. constraint: the grammar, which is one of the `changes`: what
-    changes logits on the host between a pass and its acceptance, in this order; rounds are then read one by one.
+    constraint: the grammar, which is one of the `changes`: what changes logits on the host between a pass and its
+    acceptance, in this order; rounds are then read one by one.
     """
 
-    request: GenerationRequest
-    state: SequenceState
-    stats: Stats
-    newest: int
-    bound: int = field(init=False)
-    constraint: Constraint | None = field(init=False)
-    changes: list[Processors | Constraint] = field(default_factory=list)
-    emitted: list[int] = field(default_factory=list)
-    clock: RoundClock = field(default_factory=RoundClock)
-
-    def __post_init__(self) -> None:
-        request, self.bound = self.request, len(self.request.ids)
+    def __init__(self, request: GenerationRequest, state: SequenceState, stats: Stats) -> None:
+        self.request, self.state, self.stats = request, state, stats
+        self.bound, self.emitted, self.clock = len(request.ids), list[int](), RoundClock()
         self.constraint = Constraint(request.grammar, request.thought) if request.grammar else None
-        if request.processors:
-            self.changes.append(Processors(request.processors, request.ids))
-        if self.constraint is not None:
-            self.changes.append(self.constraint)
+        processors = Processors(request.processors, request.ids) if request.processors else None
+        self.changes = [one for one in (processors, self.constraint) if one is not None]
+
+    @property
+    def left(self) -> int:
+        """Tokens that may still be emitted."""
+        return self.request.budget - len(self.emitted)
+
+    def read(self, output: RoundOutput, drafted: int | None = None) -> Chunk:
+        """A round, cut to what was accepted and to the budget. After prefill only this waits for the device."""
+        self.stats.host_syncs += 1
+        *tokens, accepted = _first(output.tokens)
+        kept = slice(min(accepted + 1, self.left))
+        chunk = Chunk(tokens[kept], None, None, drafted, accepted)
+        if output.logprobs is not None and output.top is not None:
+            # Computed with the tokens by one graph, so these wait for nothing.
+            ids, values = (_first(array)[kept] for array in output.top)
+            chunk.logprobs = _first(output.logprobs)[kept]
+            chunk.top = [dict(zip(*row, strict=True)) for row in zip(ids, values, strict=True)]
+        return chunk
 
     def add(self, tokens: list[int]) -> None:
         """Tokens that were read."""
@@ -155,13 +136,9 @@ class Decoder:
         self, target: Target, drafter: Drafter | None, policy: DepthPolicy, exact: Probes | None = None
     ) -> None:
         self.target, self.drafter, self.policy, self.exact = target, drafter, policy, exact
-        self.rounds = Rounds(target, drafter, exact is not None)
+        self.pair: Pair = target, drafter, exact is not None  # what K/V that it fills belong to
+        self.rounds = Rounds(*self.pair)
         self._reads_states = drafter is not None and drafter.reads_states
-
-    @property
-    def pair(self) -> Pair:
-        """What K/V that it fills belong to."""
-        return self.target, self.drafter, self.exact is not None
 
     def decode(
         self, request: GenerationRequest, stats: Stats, policy: DepthPolicy | None = None
@@ -169,101 +146,83 @@ class Decoder:
         """Chunks of new tokens, at most the budget in all: the first from the prefill, then one a round."""
         policy = policy or self.policy
         policy.begin()
-        session, decoding = request.session, None
-        reused = None
+        session, reused, decoding = request.session, None, None
         if session is not None:  # a drafter that reads states needs the last row's, which is run again for it
-            back = None if self.exact is not None else int(self._reads_states)
+            back = None if self.exact else int(self._reads_states)
             reused = session.acquire(request.ids, back, self.pair)
+        stats.prefilled_tokens = len(request.ids) - (reused[1] if reused else 0)
         try:
             began = time.perf_counter()
-            state, newest = self._prefill(request, policy.deepest, reused, stats)
-            decoding = _Decoding(request, state, stats, newest)
+            decoding = _Decoding(request, self.prefill(request, policy.deepest, reused), stats)
             yield from self._rounds(decoding, policy, began)
         finally:
-            if session is not None:
-                _leave(session, decoding, self.exact is not None)
+            if session is not None and decoding is not None:
+                # The last token's row is not written yet, or not for sure. In exact mode the session has the prompt
+                # only: what a reply leaves beyond what was wanted of it depends on the drafter.
+                said = [] if self.exact else decoding.emitted[:-1]
+                session.release(Lease(decoding.state.cache, decoding.state.memory), [*request.ids, *said])
+            elif session is not None:
+                session.release()
 
     def _rounds(self, decoding: _Decoding, policy: DepthPolicy, began: float) -> Iterator[Chunk]:
         """The tokens after the prompt; one round in flight while the one before is read."""
-        request, stats = decoding.request, decoding.stats
+        clock, stats = decoding.clock, decoding.stats
         first = self.rounds.first(decoding.state, decoding.change)
         stats.head_passes += 1
-        serial = bool(decoding.changes)  # what is done on the host wants every token before the next round is built
         # Read before a round is submitted: where that waits for the device (MLX on a CPU), the token would be late.
-        chunk, _ = _read(first, stats)
+        chunk = decoding.read(first)
         stats.prefill_seconds = time.perf_counter() - began
-        decoding.clock.lap()
+        clock.lap()
         decoding.add(chunk.tokens)
         yield chunk
         pending: tuple[int, RoundOutput] | None = None
-        while len(decoding.emitted) < request.budget:
-            alone = pending is None
-            if pending is None:
-                pending = self._submit(decoding, policy)
+        while decoding.left > 0:
+            depth, output = pending or self._submit(decoding, policy)
             # After a round that may be the last none is submitted: it would be for nothing, and on a CPU waited for.
+            # What is done on the host wants every token before the next round is built.
             ahead = None
-            if len(decoding.emitted) + pending[0] + 1 < request.budget and not serial:
+            if decoding.left > depth + 1 and not decoding.changes:
                 ahead = self._submit(decoding, policy)
+            chunk = decoding.read(output, depth)
             # What a round takes shows only where it was built while the one before ran, and the next, which is built
             # meanwhile, is one like it: with nothing to build it looks far too short, with two of them too long.
-            alike = not alone and ahead is not None and ahead[0] == pending[0]
-            chunk = self._collect(decoding, *pending, policy, alike)
-            with decoding.clock.pause():
-                yield chunk
-            pending = ahead
-
-    def _collect(
-        self, decoding: _Decoding, depth: int, output: RoundOutput, policy: DepthPolicy, alike: bool
-    ) -> Chunk:
-        """Reads a round and cuts it to what was accepted and to the budget."""
-        chunk, accepted = _read(output, decoding.stats)
-        seconds = decoding.clock.lap()
-        policy.learn(depth, accepted, seconds if alike else None)
-        decoding.bound -= depth - accepted
-        upto = min(accepted + 1, decoding.request.budget - len(decoding.emitted))
-        logprobs, top = chunk.logprobs and chunk.logprobs[:upto], chunk.top and chunk.top[:upto]
-        chunk = Chunk(chunk.tokens[:upto], logprobs, top, depth, accepted)
-        decoding.add(chunk.tokens)
-        return chunk
+            seconds, alike = clock.lap(), pending is not None and ahead is not None and ahead[0] == depth
+            policy.learn(depth, chunk.accepted, seconds if alike else None)
+            decoding.bound -= depth - chunk.accepted
+            decoding.add(chunk.tokens)
+            given = time.perf_counter()
+            yield chunk
+            clock.paused, pending = time.perf_counter() - given, ahead
 
     def _submit(self, decoding: _Decoding, policy: DepthPolicy) -> tuple[int, RoundOutput]:
         """Starts a round of the depth the policy chose; that depth and what the round will give."""
         depth, state = policy.next(), decoding.state
         depth = state.exact.deepest(depth) if state.exact else depth
         rows = decoding.bound + max(depth + 1, (state.exact and state.exact.width) or 0)
-        decoding.newest = max(decoding.newest, rows - 1)
+        state.cache.newest = max(state.cache.newest, rows - 1)
         if rows > state.cache.capacity:
             state.cache.grow(capacity_for(rows))
             if self.drafter is not None:
                 state.memory = self.drafter.grow(state.memory, state.cache.capacity)
-            decoding.clock.disturb()
-        if self.rounds.is_new(state, depth):
-            decoding.clock.disturb()
+            decoding.clock.disturbed = True
+        decoding.clock.disturbed |= self.rounds.is_new(state, depth)
         decoding.bound += depth + 1
-        if decoding.changes:
-            override = decoding.constraint.override(depth) if decoding.constraint and depth else None
-            output = self.rounds.submit(state, depth, decoding.change, override)
-            decoding.stats.host_syncs += decoding.constraint is not None  # the drafts are read
-        else:
-            output = self.rounds.submit(state, depth)
+        change = decoding.change if decoding.changes else None
+        override = decoding.constraint.override(depth) if decoding.constraint and depth else None
+        output = self.rounds.submit(state, depth, change, override)
+        decoding.stats.host_syncs += decoding.constraint is not None  # the drafts are read
         decoding.stats.submitted(depth)
         return depth, output
 
-    def prefill(self, request: GenerationRequest, deepest: int) -> SequenceState:
-        """Runs the prompt in chunks that bound memory; leaves the state of its last token."""
-        return self._prefill(request, deepest, None, Stats())[0]
-
-    def _prefill(
-        self, request: GenerationRequest, deepest: int, reused: Reused | None, stats: Stats
-    ) -> tuple[SequenceState, int]:
-        """The sequence after its prompt, and the furthest row written; `reused` = what is there of it already."""
+    def prefill(self, request: GenerationRequest, deepest: int, reused: Reused | None = None) -> SequenceState:
+        """Runs the prompt in chunks that bound memory; the sequence after it. reused: what is there of it already."""
         target, drafter, ids = self.target, self.drafter, request.ids
         # In exact mode room for the whole reply: the kernels may depend on the size of the buffers, and when those
         # grow must not depend on how many drafts are in flight.
         rows = len(ids) + (request.budget + 4 * WIDEST if self.exact else deepest + 1)
         capacity = max(capacity_for(rows), reused[0].cache.capacity if reused else 0)
         exact = self._exactness(capacity)  # before there are buffers: the probe has some of its own
-        cache, memory, states, begin, newest = self._start(ids, capacity, reused)
+        cache, memory, states, begin = self._start(ids, capacity, reused)
         if drafter is not None:
             memory = drafter.expect(memory, mx.array([list(request.prediction)], dtype=mx.int32))
         # In exact mode every family goes the same way, plain decoding too: the same rows through every layer.
@@ -282,17 +241,16 @@ class Decoder:
             if request.on_prefill:
                 request.on_prefill(min(start + rows_at_once, len(ids)) - begin, len(ids) - begin)
         assert states is not None, "a prompt has a last token"
-        stats.prefilled_tokens, newest = len(ids) - begin, max(newest, len(ids) - 1)
+        cache.newest = max(cache.newest, len(ids) - 1)
         if request.session is not None and begin < len(ids):
-            request.session.snapshot(cache, len(ids), newest, states.last() if self.exact else None)
+            request.session.snapshot(cache, len(ids), states.last() if self.exact else None)
         vocabulary = target.info.vocab_size
         spec = SamplingSpec.of(request.sampling, vocabulary, request.logprobs)
-        state = SequenceState(
+        return SequenceState(
             mx.zeros((1, 1), dtype=mx.int32), states.hidden[:, -1:], cache, memory, spec,
             spec.arrays(request.sampling, vocabulary), spec.history(ids, vocabulary), mx.random.key(request.seed),
             exact,
         )  # fmt: skip
-        return state, newest
 
     def _exactness(self, capacity: int) -> Exactness | None:
         """How passes over caches of this capacity are exact; None in the fast mode."""
@@ -307,13 +265,12 @@ class Decoder:
 
     def _start(
         self, ids: list[int], capacity: int, reused: Reused | None
-    ) -> tuple[KVCache, Memory, States | None, int, int]:
-        """Cache and drafter's memory to start from, the last token's states, how many tokens these hold, and the
-        furthest row written."""
+    ) -> tuple[KVCache, Memory, States | None, int]:
+        """Cache and drafter's memory to start from, the last token's states, and how many tokens these hold."""
         target, drafter = self.target, self.drafter
         if reused is None:
             cache = target.new_cache(capacity)
-            return cache, drafter.start(1, cache.capacity) if drafter else {}, None, 0, -1
+            return cache, drafter.start(1, cache.capacity) if drafter else {}, None, 0
         lease, length, states = reused
         cache, memory = lease.cache, lease.memory
         cache.grow(capacity)
@@ -322,17 +279,4 @@ class Decoder:
                 states = target.forward(mx.array([[ids[length - 1]]], dtype=mx.int32), cache)
                 cache.advance(1)
             memory = drafter.rewind(drafter.grow(memory, cache.capacity), length, states)
-        return cache, memory, states, length, lease.newest
-
-
-def _leave(session: Session, decoding: _Decoding | None, exact: bool) -> None:
-    """Gives a session what a request computed; the last token's row is not written yet, or not for sure.
-
-    exact: the prompt only. What a reply leaves beyond what was wanted of it depends on the drafter.
-    """
-    if decoding is None:
-        session.release(None, ())
-        return
-    state, ids = decoding.state, [*decoding.request.ids, *([] if exact else decoding.emitted)]
-    lease = Lease(state.cache, state.memory, decoding.newest)
-    session.release(lease, ids[: max(len(decoding.request.ids), len(ids) - 1)])
+        return cache, memory, states, length

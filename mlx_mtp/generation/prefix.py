@@ -1,14 +1,11 @@
 """What a conversation has computed: the K/V of its tokens, kept from one request to the next.
 
-A new prompt begins where it first differs from what is there, and snapshots of the sliding layers at the ends of
-prompts make undoing and retrying cheap too.
-
 Invariant: `ids` are tokens whose K/V rows are in the cache, in order. A session that a request has acquired is empty
 until that request releases it; so whatever happens to a request, a session never holds rows it does not know.
 
-Rolling a full layer back is a smaller length. A ring has forgotten what its newest rows overwrote: it can only go
-back by its slack. Beyond that the session goes back to the last snapshot, a copy of the rings made where a
-prompt ended.
+A new prompt begins where it first differs from what is there. Rolling a full layer back is a smaller length. A ring
+has forgotten what its newest rows overwrote: it can only go back by its slack, and beyond that to the last snapshot, a
+copy of the rings made where a prompt ended.
 
 In exact mode a session only ever goes on from such an end of a prompt: which rows a reply leaves, and with how many
 others they were computed, depends on the drafter, and so would everything after them.
@@ -21,7 +18,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from operator import is_
 
 import mlx.core as mx
 from mlx.utils import tree_map
@@ -35,7 +32,7 @@ from mlx_mtp.generation.interfaces import Drafter, Memory, States, Target
 SNAPSHOT_BYTES = 256_000_000
 
 # What K/V and memory belong to: a target, a drafter, and whether passes are those of the exact mode.
-Pair: TypeAlias = tuple[Target, Drafter | None, bool]
+Pair = tuple[Target, Drafter | None, bool]
 _taking = threading.Lock()
 
 
@@ -56,14 +53,21 @@ class Snapshot:
         """Bytes of the copies."""
         return sum(keys.nbytes + values.nbytes for keys, values in self.rings.values())
 
+    def restore(self, cache: KVCache) -> None:
+        """Puts the rings back, into buffers that may have grown since; what was stored keeps its slot."""
+        for layer, rings in self.rings.items():
+            for buffers, ring in zip((cache.keys, cache.values), rings, strict=True):
+                missing = buffers[layer].shape[2] - ring.shape[2]
+                buffers[layer] = mx.pad(ring, [(0, 0), (0, 0), (0, missing), (0, 0)]) if missing else mx.array(ring)
+        cache.newest = self.newest
+
 
 @dataclass
 class Lease:
-    """What a request takes from a session: a cache and a drafter's memory; rows up to `newest` have been written."""
+    """What a request takes from a session: a cache and a drafter's memory."""
 
     cache: KVCache
     memory: Memory
-    newest: int
 
 
 @dataclass
@@ -74,7 +78,7 @@ class Session:
     snapshots: list[Snapshot] = field(default_factory=list)
     lease: Lease | None = None
     busy: bool = False
-    _pair: tuple[weakref.ref[Target], weakref.ref[Drafter] | None, bool] | None = None  # who filled it
+    _pair: tuple[object, ...] = ()  # who filled it, as `_weak` writes it
 
     @property
     def nbytes(self) -> int:
@@ -91,15 +95,11 @@ class Session:
         pairs = zip(self.ids, ids, strict=False)
         return next((i for i, (mine, theirs) in enumerate(pairs) if mine != theirs), min(len(self.ids), len(ids)))
 
-    def check(self, pair: Pair | None) -> None:
+    def check(self, pair: Pair) -> None:
         """OptionError where another pair has filled it, or another reply has it."""
         if self.busy:
             raise OptionError("Expected a session that is free, found it in use by another reply; finish that first.")
-        if self.lease is None or self._pair is None or pair is None:
-            return
-        target, drafter, exact = self._pair
-        same_drafter = pair[1] is None if drafter is None else pair[1] is not None and drafter() is pair[1]
-        if not (target() is pair[0] and same_drafter and exact == pair[2]):
+        if self.lease is not None and not all(map(is_, self._pair, _weak(pair))):
             raise OptionError(
                 "Expected a session of this engine, found one that another engine has filled (another model, drafter "
                 "or mode, or the same ones loaded again); use a new session, or Chat.moved for a chat."
@@ -115,7 +115,7 @@ class Session:
         """The same once more, for a conversation that begins alike and goes another way; copies the rows.
 
         `mx.array` for the reason that `snapshot` gives; evaluated, since lazy arrays belong to the thread that made
-        them. A session in use has nothing to copy.
+        them.
         """
         other = Session(list(self.ids), list(self.snapshots), _pair=self._pair)
         if self.lease is not None:
@@ -123,12 +123,10 @@ class Session:
             cache.keys, cache.values = [*map(mx.array, cache.keys)], [*map(mx.array, cache.values)]
             memory = tree_map(lambda leaf: mx.array(leaf) if isinstance(leaf, mx.array) else leaf, self.lease.memory)
             mx.eval(cache.keys, cache.values, memory)
-            other.lease = Lease(cache, memory, self.lease.newest)
+            other.lease = Lease(cache, memory)
         return other
 
-    def acquire(
-        self, ids: Sequence[int], back: int | None, pair: Pair | None = None
-    ) -> tuple[Lease, int, States | None] | None:
+    def acquire(self, ids: Sequence[int], back: int | None, pair: Pair) -> tuple[Lease, int, States | None] | None:
         """The cache rolled back to as many tokens of `ids` as it can, that number, and the last one's states.
 
         back: rows before that number which the caller runs again, for states that it then needs (and whose windows must
@@ -136,52 +134,33 @@ class Session:
         depends on the prompts so far and on nothing else: the end of the longest prompt that `ids` begin with. pair:
         who asks. OptionError as for `check`.
         """
-        lease = self._claim(pair)
-        found = None if lease is None else self._reach(lease, ids, back)
-        self._clear_above(found[0] if found else 0)
-        if found is None or lease is None:
-            return None
-        lease.cache.length = mx.array([found[0] - (back or 0)], dtype=mx.int32)
-        return (lease, *found)
-
-    def _claim(self, pair: Pair | None) -> Lease | None:
-        """What the session holds, for a request that has it to itself from now on."""
         with _taking:
             self.check(pair)
             self.busy = True
-        self._pair = None if pair is None else _weak(pair)
-        return self.lease
-
-    def _clear_above(self, length: int) -> None:
-        """Forgets all but the snapshots of up to `length` tokens: the rest is the request's."""
+        lease, self._pair = self.lease, _weak(pair)
+        length, states = self._reach(lease.cache, ids, back) if lease else (0, None)
         self.lease, self.ids = None, []
         self.snapshots = [snapshot for snapshot in self.snapshots if snapshot.length <= length]
+        if lease is None or not length:
+            return None
+        lease.cache.length = mx.array([length - (back or 0)], dtype=mx.int32)
+        return lease, length, states
 
-    @staticmethod
-    def _restore(lease: Lease, snapshot: Snapshot) -> None:
-        """Puts the rings back, into buffers that may have grown since; what was stored keeps its slot."""
-        for layer, rings in snapshot.rings.items():
-            for buffers, ring in zip((lease.cache.keys, lease.cache.values), rings, strict=True):
-                missing = buffers[layer].shape[2] - ring.shape[2]
-                buffers[layer] = mx.pad(ring, [(0, 0), (0, 0), (0, missing), (0, 0)]) if missing else mx.array(ring)
-        lease.newest = snapshot.newest
-
-    def _reach(self, lease: Lease, ids: Sequence[int], back: int | None) -> tuple[int, States | None] | None:
+    def _reach(self, cache: KVCache, ids: Sequence[int], back: int | None) -> tuple[int, States | None]:
         """The most tokens of `ids` whose rows are all there, after bringing old rings back if it must."""
-        wanted = self.common(ids) if back is None else min(self.common(ids), len(ids) - 1)
-        if back is not None and back < wanted and _intact(lease.cache, wanted - back, lease.newest):
-            return wanted, None
+        wanted, again = self.common(ids), back or 0
+        if back is not None:
+            wanted = min(wanted, len(ids) - 1)
+            if again < wanted and _intact(cache, wanted - again, cache.newest):
+                return wanted, None
         for snapshot in reversed(self.snapshots):
             length = snapshot.length
-            if back is None and length <= wanted:
-                self._restore(lease, snapshot)
+            if again < length <= wanted and _intact(cache, length - again, snapshot.newest):
+                snapshot.restore(cache)
                 return length, snapshot.states
-            if back is not None and back < length <= wanted and _intact(lease.cache, length - back, snapshot.newest):
-                self._restore(lease, snapshot)
-                return length, None
-        return None
+        return 0, None
 
-    def snapshot(self, cache: KVCache, length: int, newest: int, states: States | None = None) -> None:
+    def snapshot(self, cache: KVCache, length: int, states: States | None = None) -> None:
         """Remembers the rings where a prompt of `length` tokens ended, if they can wrap at all.
 
         states [B, 1, D]: of its last token, for exact mode, which comes back in any case. Costs one copy of the rings:
@@ -193,7 +172,7 @@ class Session:
             return
         rings = {i: (mx.array(cache.keys[i]), mx.array(cache.values[i])) for i in layers}
         earlier = [snapshot for snapshot in self.snapshots if snapshot.length < length]
-        self.snapshots = [*earlier, Snapshot(length, newest, rings, states)]
+        self.snapshots = [*earlier, Snapshot(length, cache.newest, rings, states)]
         while len(self.snapshots) > 1 and sum(snapshot.nbytes for snapshot in self.snapshots) > SNAPSHOT_BYTES:
             self.snapshots.pop(0)
 
@@ -201,13 +180,13 @@ class Session:
         """Forgets the tokens after the first `length`: what was computed for nothing is not part of what was said."""
         del self.ids[length:]
 
-    def release(self, lease: Lease | None, ids: Sequence[int]) -> None:
+    def release(self, lease: Lease | None = None, ids: Sequence[int] = ()) -> None:
         """Ends a request: `ids` are the tokens whose rows are in its cache. None = it came to nothing."""
-        self.busy, self.lease, self.ids = False, lease, list(ids) if lease is not None else []
+        self.busy, self.lease, self.ids = False, lease, list(ids)
 
 
-def _weak(pair: Pair) -> tuple[weakref.ref[Target], weakref.ref[Drafter] | None, bool]:
-    """The same, without keeping a model in memory."""
+def _weak(pair: Pair) -> tuple[object, ...]:
+    """The same, without keeping a model in memory; there is one reference to an object, so they compare by identity."""
     target, drafter, exact = pair
     return weakref.ref(target), None if drafter is None else weakref.ref(drafter), exact
 

@@ -91,13 +91,10 @@ class RequestOptions(ReplyOptions, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """A checked request. sampling has no None left; budget is the most tokens to emit.
+    """A checked request, of which RequestOptions says the most. sampling has no None left; budget: the most tokens.
 
-    seeded: whether the caller gave the seed, so that the same seed must give the same reply. session: what an earlier
-    request of the same conversation left, and where this one leaves its own. stop, stop_tokens: strings and tokens that
-    end the reply. raw: its text is all answer. tools: whether calls of tools are told apart from it, or those declared.
-    grammar: what the answer is held to, after the thought where there may be one. prediction: what the caller expects
-    of the reply, for drafters that look things up.
+    seeded: whether the caller gave the seed, so that the same seed must give the same reply. stop_tokens: they end the
+    reply. grammar: what the answer is held to, after the thought where there may be one.
     """
 
     ids: list[int]

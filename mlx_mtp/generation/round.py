@@ -1,4 +1,4 @@
-"""One round: draft, verify, accept, commit (`Rounds._round`). Names no model and no drafter family.
+"""One round: draft, verify, accept, commit (`Rounds._stages`). Names no model and no drafter family.
 
 A round is one lazy graph, compiled once per depth, capacity and kind of sampling, and submitted without waiting: no
 value is read here.
@@ -26,6 +26,8 @@ Tree = dict[str, Any]
 Output = tuple[Any, ...]  # the fields of a RoundOutput
 # Compiled rounds kept: a server meets every kind of sampling there is, and each graph takes memory.
 MOST_COMPILED = 128
+# What a round changes of a SequenceState, besides the arrays of its cache.
+CHANGING = ("token", "hidden", "memory", "history", "key")
 # Random keys a round spends besides one a draft: the next round's, acceptance, the token after the drafts.
 SPARE_KEYS = 3
 
@@ -64,15 +66,12 @@ class SequenceState:
     @property
     def tree(self) -> Tree:
         """Everything a round changes, as one tree of arrays."""
-        return {
-            "token": self.token, "hidden": self.hidden, "cache": self.cache.arrays, "memory": self.memory,
-            "history": self.history, "key": self.key,
-        }  # fmt: skip
+        return {name: getattr(self, name) for name in CHANGING} | {"cache": self.cache.arrays}
 
     @tree.setter
     def tree(self, tree: Tree) -> None:
-        self.token, self.hidden, self.cache.arrays = tree["token"], tree["hidden"], tree["cache"]
-        self.memory, self.history, self.key = tree["memory"], tree["history"], tree["key"]
+        vars(self).update((name, tree[name]) for name in CHANGING)
+        self.cache.arrays = tree["cache"]
 
 
 Part = Callable[..., Any]
@@ -118,15 +117,14 @@ class Rounds:
         that are not the drafter's.
         """
         if change is None:
-            return _started(state, self.build(state, depth))
+            return _started(state, *self._graphs(state, depth)(state.tree, state.arrays))
         verify, accept = self._graphs(state, depth, (override is not None,))
         tree, cache, verified, logits = verify(state.tree, state.arrays, override or {})
         state.cache.arrays = cache  # nobody else may hold the buffers that the pass writes
         mx.async_eval(verified.get("drafts"))
         mx.async_eval(tree, cache, verified, logits)
         logits = change(verified.get("drafts"), logits)
-        state.tree, output = accept(state.arrays, tree, cache, verified, logits)
-        return _started(state, RoundOutput(*output))
+        return _started(state, *accept(state.arrays, tree, cache, verified, logits))
 
     def build(self, state: SequenceState, depth: int) -> RoundOutput:
         """A round that nobody has asked the device for yet; `state` is past it."""
@@ -140,8 +138,7 @@ class Rounds:
         logits = change(None, logits) if change else logits
         logits = _processed(spec, tree, state.arrays, None, logits, spec.processed)
         tree = {**tree, "key": keys[0]}
-        state.tree, output = _accept(spec, tree, state.arrays, keys[1:], None, None, logits)
-        return _started(state, RoundOutput(*output))
+        return _started(state, *_accept(spec, tree, state.arrays, keys[1:], None, None, logits))
 
     def _graphs(self, state: SequenceState, depth: int, between: tuple[bool, ...] = ()) -> Any:
         """The compiled round; with `between` its two stages by themselves, for what is done between them."""
@@ -150,8 +147,10 @@ class Rounds:
         if compiled is None:
             if len(self._compiled) >= MOST_COMPILED:
                 self._compiled.pop(list(self._compiled)[0], None)  # the least recently used; two threads may be here
-            verify, accept = self._stages(state, depth)
-            whole = _uncompiled if self._apart(state) else mx.compile
+            # Each part by itself where bits count, and the pass is one of them.
+            apart = self._exact is not None and state.spec.greedy
+            whole, part = (_uncompiled, mx.compile) if apart else (mx.compile, _uncompiled)
+            verify, accept = self._stages(state, depth, part)
 
             def both(tree: Tree, arrays: SamplingArrays) -> tuple[Tree, Output]:
                 found: tuple[Tree, Output] = accept(arrays, *verify(tree, arrays, {}))
@@ -166,18 +165,13 @@ class Rounds:
         states = self._target.forward(rows, cache)
         return states, self._target.head(states.hidden)
 
-    def _apart(self, state: SequenceState) -> bool:
-        """Whether the parts of a round are compiled each by itself: where bits count, and the pass is one of them."""
-        return self._exact is not None and state.spec.greedy
-
-    def _stages(self, state: SequenceState, depth: int) -> tuple[Part, Part]:
+    def _stages(self, state: SequenceState, depth: int, part: Callable[[Part], Part]) -> tuple[Part, Part]:
         """The round as two pure functions of arrays, for one cache layout, one SamplingSpec and one depth.
 
-        The first drafts and runs the pass; the second decides by its logits, and commits.
+        The first drafts and runs the pass; the second decides by its logits, and commits. part: how parts are compiled.
         """
         layout, spec, drafter = state.cache.layout(), state.spec, self._drafter
         width = state.exact.width if state.exact else None
-        part = mx.compile if self._apart(state) else _uncompiled
         process = part(spec.processed)
 
         def draft(tree: Tree, arrays: SamplingArrays, keys: mx.array, override: Override) -> tuple[Any, ...]:
@@ -207,8 +201,10 @@ class Rounds:
             if drafter is not None and depth:
                 verified["drafts"], tree["memory"], verified["q"] = draft(tree, arrays, keys[SPARE_KEYS:], override)
                 tokens = mx.concatenate([tokens, verified["drafts"]], axis=1)
-            cache = layout.around(tree.pop("cache"))
-            states, logits = self._pass(_padded(tokens, width), cache)
+            rows, cache = tokens, layout.around(tree.pop("cache"))
+            if width is not None and width > depth + 1:  # what is beyond the drafts is never committed
+                rows = mx.concatenate([rows, mx.repeat(rows[:, :1], width - depth - 1, axis=1)], axis=1)
+            states, logits = self._pass(rows, cache)
             states = states.first(depth + 1)
             verified |= {"tokens": tokens, "states": (states.hidden, states.trunk)}
             return tree, cache.arrays, verified, logits[:, : depth + 1]
@@ -256,13 +252,6 @@ def _forget_all() -> None:
         rounds.forget()
 
 
-def _padded(rows: mx.array, width: int | None) -> mx.array:
-    """Tokens [B, M], repeated up to the width of the exact mode; what is beyond the drafts is never committed."""
-    if width is None or rows.shape[1] >= width:
-        return rows
-    return mx.concatenate([rows, mx.repeat(rows[:, :1], width - rows.shape[1], axis=1)], axis=1)
-
-
 def _processed(
     spec: SamplingSpec, tree: Tree, arrays: SamplingArrays, drafts: mx.array | None, logits: mx.array, process: Part
 ) -> mx.array:
@@ -276,10 +265,11 @@ def _processed(
     return found
 
 
-def _started(state: SequenceState, output: RoundOutput) -> RoundOutput:
-    """Hands a built round to the device without waiting."""
-    mx.async_eval(output.tokens, output.logprobs, output.top, state.tree)
-    return output
+def _started(state: SequenceState, tree: Tree, output: Output) -> RoundOutput:
+    """Hands a built round to the device without waiting, and moves the state past it."""
+    state.tree = tree
+    mx.async_eval(output, tree)
+    return RoundOutput(*output)
 
 
 def token_logprobs(logits: mx.array, tokens: mx.array, most: int) -> tuple[Any, ...]:

@@ -3,12 +3,11 @@
 The same filters, in float32, for the target's distribution p and the drafter's distribution q, on whatever support is
 small enough: with top-k only k tokens a row are ever normalised, sorted or compared. They act in transformers' order:
 penalties and bias on the logits, then temperature, top-k, top-p, min-p.
-
-Shapes: B batch, M rows, N tokens a distribution is defined on (its support), V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -68,10 +67,9 @@ class TokenDistribution:
         support = mx.where(mask & first, tokens, self.tokens)
         return TokenDistribution(support, mx.where(mask, first.astype(mx.float32), self.probabilities))
 
-    def rows(self, start: int, stop: int) -> TokenDistribution:
-        """Rows start..stop-1 of a distribution [B, M, N]."""
-        tokens = None if self.tokens is None else self.tokens[:, start:stop]
-        return TokenDistribution(tokens, self.probabilities[:, start:stop])
+    def each(self, change: Callable[[mx.array], mx.array]) -> TokenDistribution:
+        """The same change of both arrays: other rows of a distribution [B, M, N]."""
+        return TokenDistribution(None if self.tokens is None else change(self.tokens), change(self.probabilities))
 
 
 def _cells(places: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -211,10 +209,7 @@ def running_counts(generated: mx.array, drafts: mx.array | None) -> mx.array:
 
 
 class DraftSampler:
-    """Samples one round's drafts: greedily, or from the filtered distribution, which it keeps for acceptance.
-
-    Drafter families call it once a step and know nothing of sampling.
-    """
+    """Samples one round's drafts: greedily, or from the filtered distribution, which it keeps for acceptance."""
 
     def __init__(
         self, spec: SamplingSpec, arrays: SamplingArrays, history: History, keys: mx.array,

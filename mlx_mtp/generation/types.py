@@ -200,10 +200,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Event:
-    """A piece of a running generation: the new text and tokens.
-
-    With `raw` and without a chat template all text is answer; an event that is made without `content` says so of its
-    text.
+    """A piece of a running generation: the new text and tokens. With `raw` and without a chat template all is answer.
 
     Attributes:
         text: As the model wrote it; in a chat, the answer alone.
@@ -222,9 +219,5 @@ class Event:
     logprobs: list[float] | None = None
     top_logprobs: list[dict[int, float]] | None = None
     thinking: str = ""
-    content: str = field(default=None)  # type: ignore[assignment]
+    content: str = ""
     calls: list[ToolCall] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if self.content is None:
-            object.__setattr__(self, "content", self.text)

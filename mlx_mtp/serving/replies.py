@@ -71,10 +71,10 @@ class Replier:
         prompt, tokenizer = asked.prompts[index], self.engine.tokenizer
         text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt) if tokenizer else ""
         if asked.logprobs is None:
-            return Event(text, [])
+            return Event(text, [], content=text)
         found = self.engine.prompt_logprobs(request.ids, max(1, asked.logprobs), ticket.check)
         logprobs, tops = zip((0.0, {}), *found, strict=True)
-        return Event(text, request.ids, logprobs=list(logprobs), top_logprobs=list(tops))
+        return Event(text, request.ids, logprobs=list(logprobs), top_logprobs=list(tops), content=text)
 
     def _events(self, request: GenerationRequest, ticket: Ticket) -> Generator[Event, None, None]:
         """One reply's events, with the session that knows most of its prompt."""
