@@ -174,7 +174,7 @@ def test_any_reply_like_a_search(
     reply.finish()
     events.append(reply.event())
     wanted = expected(parts, stops, None if raw else opened, raw)
-    assert reply.stops.found is not None == wanted.stopped
+    assert (reply.stops.found is not None) == wanted.stopped
     assert reply.text == "".join(event.text for event in events) == wanted.text
     assert reply.tokens == [token for event in events for token in event.tokens] == list(range(wanted.count))
     scores = [one for event in events for one in zip(event.logprobs or [], event.top_logprobs or [], strict=True)]
