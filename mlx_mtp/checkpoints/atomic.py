@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp.errors import CheckpointError
+from mlx_mtp.errors import explaining
 
 HEADER_BYTES = 1 << 20  # more than any safetensors header of ours
 
@@ -88,11 +88,9 @@ def _sync(path: Path) -> None:
 @contextmanager
 def replacing_or_refused(file: Path, advice: str) -> Iterator[Path]:
     """As `replacing`, durable, but what goes wrong is a CheckpointError that ends in the `advice`."""
-    try:
-        with replacing(file, durable=True) as fresh:
-            yield fresh
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{file}: could not be written ({error}); {advice}.") from error
+    what = f"{file}: could not be written"
+    with explaining(what, advice, OSError, RuntimeError), replacing(file, durable=True) as fresh:
+        yield fresh
 
 
 def write_state(file: Path, tensors: dict[str, mx.array], about: dict[str, Any], advice: str) -> None:

@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
 from mlx_mtp.backend import threads
-from mlx_mtp.errors import CheckpointError, ModelNotFound, brief
+from mlx_mtp.errors import CheckpointError, ModelNotFound, explaining
 
 INDEX = "model.safetensors.index.json"
 GGUF_MAGIC = b"GGUF"
@@ -107,10 +107,8 @@ class Checkpoint:
         """Every tensor of every shard, memory-mapped, under the names of the files."""
         weights: dict[str, mx.array] = {}
         for file in self.headers:
-            try:
+            with explaining(f"{file} is not readable as safetensors", "download it again", RuntimeError, ValueError):
                 weights.update(mx.load(str(file)))  # type: ignore[arg-type]
-            except (RuntimeError, ValueError) as error:
-                raise CheckpointError(f"{file}: not readable as safetensors ({error}); download it again.") from error
         return weights
 
     def read(self, module: nn.Module) -> None:
@@ -181,15 +179,12 @@ def read_config(file: Path) -> dict[str, Any]:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file; CheckpointError with the file's name otherwise."""
-    try:
+    if not os.path.exists(file):
+        raise CheckpointError(f"Expected the file {file.name} in '{file.parent}', found none; "
+                              "point to a folder that holds a whole checkpoint.")  # fmt: skip
+    what = f"{file}: expected JSON, found something else"
+    with explaining(what, "download it again", OSError, ValueError, RecursionError):
         found = json.loads(file.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"Expected the file {file.name} in '{file.parent}', found none; "
-            "point to a folder that holds a whole checkpoint."
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: expected JSON, found something else ({error}); download it again.") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{file}: expected a JSON object, found a {type(found).__name__}; download it again.")
     return found
@@ -200,13 +195,12 @@ def header_of(file: Path) -> dict[str, tuple[str, int]]:
 
     MLX reads lazily, so a short file would otherwise fail much later.
     """
-    try:
-        with safe_open(file, "numpy") as stored:
-            return {name: _type_and_bytes(stored.get_slice(name)) for name in stored.keys()}  # noqa: SIM118
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read ({brief(error)}); check the file and its rights.") from error
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is no whole safetensors file ({brief(error)}); download it again.") from error
+    with (
+        explaining(f"{file} cannot be read", "check the file and its rights", OSError),
+        explaining(f"{file} is no whole safetensors file", "download it again", SafetensorError),
+        safe_open(file, "numpy") as stored,
+    ):
+        return {name: _type_and_bytes(stored.get_slice(name)) for name in stored.keys()}  # noqa: SIM118
 
 
 def _type_and_bytes(tensor: Any) -> tuple[str, int]:
@@ -262,10 +256,8 @@ def load_into(module: nn.Module, weights: dict[str, mx.array], dtype: mx.Dtype, 
     cast = {n: w.astype(dtype) if w.dtype in floating else w for n, w in weights.items()}
     module.load_weights(list(cast.items()), strict=True)
     module.eval()
-    try:
+    with explaining(f"{source.path}: weights that cannot be read", "download them again", RuntimeError):
         source.read(module)
-    except RuntimeError as error:
-        raise CheckpointError(f"{source.path}: weights that cannot be read ({error}); download them again.") from error
 
 
 def check_shapes(module: nn.Module, found: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -297,12 +289,9 @@ def _quantize_like(module: nn.Module, weights: Mapping[str, mx.array], source: P
         return found | ({"global_scale": True} if f"{path}.global_scale" in weights else {})
 
     if any(name.endswith(".scales") for name in weights):
-        try:
+        what, kinds = f"{source}: cannot tell how the weights are quantised", (LookupError, TypeError, ValueError)
+        with explaining(what, "download them again", *kinds, ZeroDivisionError):
             nn.quantize(module, class_predicate=settings)
-        except (ValueError, KeyError, IndexError, TypeError, ZeroDivisionError) as error:
-            raise CheckpointError(
-                f"{source}: cannot tell how the weights are quantised ({brief(error)}); download them again."
-            ) from error
 
 
 def renamed(weights: Mapping[str, mx.array], name_of: Callable[[str], str | None]) -> tuple[dict[str, mx.array], int]:

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mlx_mtp.checkpoints import memory
-from mlx_mtp.errors import OptionError, brief
+from mlx_mtp.errors import OptionError, explaining
 
 OURS = Path(__file__).with_name("pairs.json")
 SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
@@ -119,10 +119,9 @@ def _tables() -> list[tuple[list[KnownPair], list[KnownPair]]]:
 
 def _read(file: Path) -> tuple[list[KnownPair], list[KnownPair]]:
     """The pairs of a table, and those whose target is a pattern."""
-    try:
+    what = f'{file} is no table of pairs like {{"pairs": [{{"target": "NAME", "assistant": "NAME"}}]}}'
+    kinds = (OSError, ValueError, TypeError, AttributeError, RecursionError)
+    with explaining(what, "correct or remove it", *kinds, raised=OptionError):
         table = json.loads(file.read_text(encoding="utf-8-sig"))
         pairs, patterns = ([KnownPair(**entry) for entry in table.get(key, [])] for key in ("pairs", "patterns"))
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        form = '{"pairs": [{"target": "NAME", "assistant": "NAME"}]}'
-        raise OptionError(f"{file} is no table of pairs like {form} ({brief(error)}); correct or remove it.") from error
     return pairs, patterns

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
-from mlx_mtp.errors import CheckpointError, UnsupportedModel
+from mlx_mtp.errors import CheckpointError, UnsupportedModel, explaining
 
 Loaded = TypeVar("Loaded")
 Loader = Callable[[Checkpoint], Loaded]
@@ -52,13 +52,9 @@ class Registry(Generic[Loaded]):
     def _plugged_in(self, model_type: str) -> Loader[Loaded]:
         """The loader of the first plug-in that names this model type; CheckpointError where it cannot be imported."""
         entry = importlib.metadata.entry_points(group=self.group)[model_type]
-        try:
+        what = f"The plug-in '{entry.value}' for {self._what}s of model_type '{model_type}' cannot be loaded"
+        with explaining(what, "install it again, or remove it", ImportError, AttributeError):
             loader: Loader[Loaded] = entry.load()
-        except (ImportError, AttributeError) as error:
-            raise CheckpointError(
-                f"The plug-in '{entry.value}' for {self._what}s of model_type '{model_type}' cannot be loaded: "
-                f"{error}; install it again, or remove it."
-            ) from error
         return self._loaders.setdefault(model_type, loader)
 
     def loader(self, config: Mapping[str, Any], where: str) -> Loader[Loaded]:

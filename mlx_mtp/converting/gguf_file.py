@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mlx_mtp.checkpoints.checkpoint import GGUF_MAGIC
-from mlx_mtp.errors import CheckpointError, UnsupportedModel, brief, lacking
+from mlx_mtp.errors import UnsupportedModel, explaining, lacking
 
 Array = np.ndarray[Any, Any]
 SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8",
@@ -61,16 +61,13 @@ class GGUFFile:
     @classmethod
     def open(cls, path: Path) -> GGUFFile:
         """Raises CheckpointError for a file that is no whole GGUF, UnsupportedModel for block types nobody reads."""
-        try:
-            with path.open("rb") as stream:
-                data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:  # the second for an empty file
-            raise CheckpointError(f"{path} cannot be read ({brief(error)}); check the file and its rights.") from error
-        try:
-            return cls(path, *_Walk(path, data).contents())
-        # Damage can be anything: text that is none, sizes beyond all memory, ...
-        except (ValueError, OverflowError, MemoryError) as error:
-            raise CheckpointError(f"{path} is no whole GGUF file ({brief(error)}); download it again.") from error
+        # Damage can be anything: no byte at all, text that is none, sizes beyond all memory, ...
+        with (
+            explaining(f"{path} cannot be read", "check the file and its rights", OSError),
+            explaining(f"{path} is no whole GGUF file", "download it again", ValueError, OverflowError, MemoryError),
+            path.open("rb") as stream,
+        ):
+            return cls(path, *_Walk(path, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)).contents())
 
 
 def _library() -> Any:

@@ -29,7 +29,7 @@ from mlx_mtp.checkpoints.checkpoint import Checkpoint, check_shapes, number, wri
 from mlx_mtp.converting.output import copy_companions
 from mlx_mtp.drafters.layers import build_layers
 from mlx_mtp.drafters.sequential import MOST_MODULES
-from mlx_mtp.errors import CheckpointError, UnsupportedModel, brief
+from mlx_mtp.errors import CheckpointError, UnsupportedModel, explaining
 from mlx_mtp.targets.generic import MAX_COUNT, MAX_SIZE
 
 COUNT = "num_nextn_predict_layers"
@@ -142,15 +142,14 @@ class Modules:
         """A module's tensors as mlx-lm keeps them: experts stacked, fp8 and attention unpacked by its `sanitize`."""
         prefix, where = "model.layers.0.", f"{self.checkpoint.path}: module {k}"
         named = {prefix + name: weight for name, weight in found.items() if name not in self.layout.copies}
-        try:
+        what = f"{where}, of a {block['model_type']} model, cannot be brought into mlx-lm's form"
+        kinds = (Exception, SystemExit)  # another project's code on any checkpoint
+        with explaining(what, "use a checkpoint as it was published", *kinds, raised=UnsupportedModel):
             with contextlib.redirect_stdout(io.StringIO()):
                 model_class, args_class = _get_classes(block)
             model = model_class(args_class.from_dict(block))
             clean = model.sanitize(named) if hasattr(model_class, "sanitize") else named
             (layer,) = build_layers(block, 1, block["hidden_size"])
-        except (Exception, SystemExit) as error:  # another project's code on any checkpoint
-            raise UnsupportedModel(f"{where}, of a {block['model_type']} model, cannot be brought into mlx-lm's form "
-                                   f"({brief(error)}); use a checkpoint as it was published.") from error  # fmt: skip
         clean = {name.removeprefix(prefix): weight for name, weight in clean.items()}
         own = {name: weight.shape for name, weight in clean.items() if name not in self.layout.names}
         check_shapes(layer, own, where)

