@@ -19,7 +19,7 @@ from mlx_mtp import assets, drafters, targets
 from mlx_mtp.backend import blas, threads
 from mlx_mtp.checkpoints import hub, kept, memory, pairs
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, misfit, read_json, section, visible
-from mlx_mtp.checkpoints.hub import Listing, LoadProgress, OnProgress, Source
+from mlx_mtp.checkpoints.hub import Listing, OnProgress, Source
 from mlx_mtp.checkpoints.packaged import model_of
 from mlx_mtp.drafters.lookup import Lookup, LookupFirst
 from mlx_mtp.engine import MODES, Engine
@@ -85,7 +85,7 @@ def load(
     plan = _checked(model, source, _plan_drafter(model, source, drafter))
     checkpoint = source.fetch(on_progress)
     plan = plan.fetched(on_progress)
-    checkpoint.on_read = _telling(str(model or "the embedded model"), on_progress)
+    checkpoint.on_read = hub.telling("load", str(model or "the embedded model"), on_progress)
     target = targets.load_target(checkpoint)
     loaded = _read_drafter(plan, draft_head_bits, on_progress)
 
@@ -261,11 +261,6 @@ def _supported(drafter: Source, target: Source) -> Source:
 # Read
 
 
-def _telling(name: str, on_progress: OnProgress | None) -> Callable[[int, int], None] | None:
-    """What a checkpoint calls while it is read."""
-    return on_progress and (lambda done, total: on_progress(LoadProgress("load", name, done, total)))
-
-
 def _read_drafter(plan: DrafterPlan, head_bits: int | str, on_progress: OnProgress | None) -> Drafter | None:
     """The drafter of a plan whose files are here, its own output head stored in fewer bits.
 
@@ -273,7 +268,7 @@ def _read_drafter(plan: DrafterPlan, head_bits: int | str, on_progress: OnProgre
     """
     loaded: Drafter | None = None
     if isinstance(plan.source, Checkpoint):
-        plan.source.on_read = _telling("its drafter", on_progress)
+        plan.source.on_read = hub.telling("load", "its drafter", on_progress)
         loaded = drafters.load_drafter(plan.source)
     if plan.lookup:
         loaded = Lookup() if loaded is None else LookupFirst(loaded)

