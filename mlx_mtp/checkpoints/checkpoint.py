@@ -223,7 +223,8 @@ def number(
     kinds = (int,) if kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
         what = "a whole number" if kind is int else "a number"
-        raise misfit(f"{what} from {low} to {high} as '{key}'", reprlib.repr(value), where)
+        found = "none" if value is None else reprlib.repr(value)
+        raise misfit(f"{what} from {low} to {high} as '{key}'", found, where)
     return kind(value)
 
 

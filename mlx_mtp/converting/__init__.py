@@ -2,7 +2,7 @@
 
     Meta's `.pth` with extra heads  -> target/ and parallel/     (meta.py, read by pth.py)
     modules inside a checkpoint     -> sequential/, and target/ where asked for     (modules.py)
-    a GGUF file                     -> a checkpoint     (gguf.py, read by gguf_file.py and gguf_tokenizer.py)
+    a GGUF file                     -> a checkpoint     (gguf.py, read by gguf_file.py and tokenizers.py)
     any checkpoint, with bits       -> the same, quantised     (quantise.py)
 
 The source is never touched.
