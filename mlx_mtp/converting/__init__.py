@@ -61,19 +61,15 @@ def convert(
         raise OptionError(f"'{folder}' holds Meta's .pth, for which --what must be auto, not '{what}'.")
     modules = None if of_meta else _modules_of(folder, what, bits, with_target)
     with whole_folder(out, folder, force) as place:
-        if bits is not None and not of_meta and modules is None:
-            _check_weights(folder, folder)
-            quantise(Checkpoint.open(folder), place, bits, group_size)
-            _check_weights(place, folder)
-            return [out]
-        names = modules.write(place, with_target) if modules else meta.bring_in(folder, place)
+        # What is quantised is first written whole, unless the source is quantised as it is.
+        whole = place if bits is None else place / "whole" if of_meta or modules else folder
+        names = modules.write(whole, with_target) if modules else meta.bring_in(folder, whole) if of_meta else [""]
         for name in names:
-            _check_weights(place / name, folder)
+            _check_weights(whole / name, folder)
             if bits is not None:
-                whole = (place / name).rename(place / f"{name}-whole")
-                quantise(Checkpoint.open(whole), place / name, bits, group_size)
-                shutil.rmtree(whole)
+                quantise(Checkpoint.open(whole / name), place / name, bits, group_size)
                 _check_weights(place / name, folder)
+        shutil.rmtree(place / "whole", ignore_errors=True)
     return [out / name for name in names]
 
 
@@ -83,17 +79,18 @@ def _modules_of(folder: Path, what: str, bits: int | None, with_target: bool) ->
         raise ModelNotFound(f"'{folder}' holds .pth files without {meta.PARAMS} and consolidated.pth; "
                             "point to a checkpoint of facebook/multi-token-prediction.")  # fmt: skip
     checkpoint = Checkpoint.open(folder)
-    found = None if what == "quantise" else Modules.find(checkpoint)
-    if what == "split" and found is None:
+    if what != "quantise" and (found := Modules.find(checkpoint)):
+        return found
+    if what == "split":
         raise CheckpointError(f"{folder} has no MTP modules in its weights (model.layers.N.eh_proj or "
                               "model.mtp_layers); conversions often leave them out: use the checkpoint as it was "
                               "published.")  # fmt: skip
-    if found is None and bits is None:
+    if bits is None:
         raise OptionError(f"'{folder}' holds no MTP modules to split off, so it can only be quantised: "
                           "say --bits 4 or 8.")  # fmt: skip
-    if found is None and with_target:
+    if with_target:
         raise OptionError(f"--with-target is for modules that are split off, and '{folder}' has none; leave it out.")
-    return found
+    return None
 
 
 def _check_weights(folder: Path, source: Path) -> None:

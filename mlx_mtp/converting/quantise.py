@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
-from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters, number, section, write_tensors
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters, section, write_tensors
 from mlx_mtp.converting.output import copy_companions
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters import registry as drafters
@@ -59,11 +59,8 @@ def quantise(checkpoint: Checkpoint, folder: Path, bits: int, group: int) -> Non
 def _target(checkpoint: Checkpoint, folder: Path, bits: int, group: int) -> bool:
     """Through mlx-lm: load lazily, quantise, save shard by shard. Whether anything was quantised."""
     checkpoint.check_files()
-    where = str(checkpoint.path / "config.json")
     for names, high in ((generic.LAYERS, generic.MAX_COUNT), (("hidden_size",), generic.MAX_SIZE)):
-        for name in names:
-            if checkpoint.config.get(name) is not None and not isinstance(checkpoint.config[name], list):
-                number(checkpoint.config, name, int, 1, high, where=where)
+        generic._size(checkpoint.config, names, 1, high)
     what = f"{checkpoint.path}: mlx-lm cannot quantise this {checkpoint.config['model_type']} model"
     advice = "the weights and config.json must be whole and belong together"
     # mlx-lm has no error class of its own, and prints as it goes.
@@ -85,16 +82,15 @@ def _drafter(checkpoint: Checkpoint, folder: Path, bits: int, group: int) -> boo
         for path, layer in drafter.model.named_modules()
         if hasattr(layer, "to_quantized") and layer.weight.shape[-1] % group == 0
     }
-    settings = {"group_size": group, "bits": bits, "mode": "affine"}
 
     def quantised() -> Iterator[tuple[str, mx.array]]:
         for name, weight in checkpoint.weights().items():
             if name in layers:
-                packed, scales, biases = mx.quantize(weight, group, bits)
-                path = name.removesuffix("weight")
-                yield from ((name, packed), (f"{path}scales", scales), (f"{path}biases", biases))
+                stem = name.removesuffix("weight")
+                yield from zip((name, f"{stem}scales", f"{stem}biases"), mx.quantize(weight, group, bits), strict=True)
             else:
                 yield name, weight
 
+    settings = {"group_size": group, "bits": bits, "mode": "affine"}
     write_tensors(folder, {**checkpoint.config, "quantization": settings}, quantised())
     return bool(layers)
