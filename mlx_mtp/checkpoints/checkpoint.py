@@ -11,11 +11,12 @@ import os
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,10 +31,8 @@ GGUF_MAGIC = b"GGUF"
 # Parts of a multimodal checkpoint that text does not need: never read, so they cost no memory.
 TOWERS = ("vision_tower", "audio_tower", "embed_vision", "embed_audio", "vision_embedder", "multi_modal_projector")
 SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.safetensors")
-# Weights are read in pieces of so many bytes, that progress can be told in between.
-PIECE_BYTES = 256 * 2**20
-# Small enough that a shard fits in memory beside the tensor that is being read.
-SHARD_BYTES = 4 * 10**9
+PIECE_BYTES = 256 * 2**20  # weights are read in such pieces, that progress can be told in between
+SHARD_BYTES = 4 * 10**9  # small enough that a shard fits in memory beside the tensor that is being read
 
 Number = TypeVar("Number", int, float)
 OnRead = Callable[[int, int], None]  # hears (bytes read, bytes in all)
@@ -46,30 +45,25 @@ class Checkpoint:
     path: Path
     config: dict[str, Any]
     on_read: OnRead | None = None
+    bytes_to_come: ClassVar[int] = 0  # nothing is to be downloaded
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
         """Raises ModelNotFound without a folder, CheckpointError without a usable config.json."""
         folder = Path(os.path.expanduser(path))
+        if is_gguf(folder):
+            raise ModelNotFound(f"'{path}' is a GGUF file, which is made a folder first: mlx-mtp convert {path} "
+                                "--out FOLDER, and then use that folder.")  # fmt: skip
         if not os.path.isdir(folder):  # unlike Path.is_dir it answers for every string
-            if is_gguf(folder):
-                raise ModelNotFound(f"'{path}' is a GGUF file, which is made a folder first: mlx-mtp convert {path} "
-                                    "--out FOLDER, and then use that folder.")  # fmt: skip
-            raise ModelNotFound(
-                f"Expected a folder with config.json and safetensors files, found "
-                f"{'a file' if os.path.exists(folder) else 'nothing'} at '{path}'; check the path."
-            )
+            found = "a file" if os.path.exists(folder) else "nothing"
+            raise ModelNotFound(f"Expected a folder with config.json and safetensors files, found {found} at '{path}'; "
+                                "check the path.")  # fmt: skip
         return cls(folder, read_config(folder / "config.json"))
 
     @property
     def name(self) -> str:
         """What messages call it."""
         return str(self.path)
-
-    @property
-    def bytes_to_come(self) -> int:
-        """Nothing is to be downloaded."""
-        return 0
 
     def fetch(self, on_progress: Any = None) -> Checkpoint:
         """All is here."""
@@ -83,11 +77,8 @@ class Checkpoint:
         """
         names = weight_files(self.path)
         if missing := [name for name in names if not os.path.isfile(self.path / name)]:
-            which = f"the {len(names)} of {INDEX}" if (self.path / INDEX).exists() else "model*.safetensors"
-            raise CheckpointError(
-                f"{self.path}: of its weight files, {which}, there was found none named {missing[0]!r:.90}; "
-                "download the weights again."
-            )
+            raise CheckpointError(f"{self.path}: of its {len(names)} model*.safetensors there was found none named "
+                                  f"{missing[0]!r:.90}; download the weights again.")  # fmt: skip
         return {self.path / name: header_of(self.path / name) for name in names}
 
     def check_files(self) -> None:
@@ -97,11 +88,9 @@ class Checkpoint:
 
     def tensors(self) -> Iterator[tuple[str, str, int]]:
         """Name, type and bytes of every stored tensor; a family may need none."""
-        if not any(self.path.glob("*.safetensors")):
-            return
-        for header in self.headers.values():
-            for name, (dtype, size) in header.items():
-                yield name, dtype, size
+        if any(self.path.glob("*.safetensors")):
+            for header in self.headers.values():
+                yield from ((name, dtype, size) for name, (dtype, size) in header.items())
 
     def weights(self) -> dict[str, mx.array]:
         """Every tensor of every shard, memory-mapped, under the names of the files."""
@@ -131,11 +120,10 @@ def is_gguf(path: Path) -> bool:
     """Whether a path is a file that begins as a GGUF does, or is named like one."""
     if not os.path.isfile(path):
         return False
-    try:
-        with path.open("rb") as stream:
-            return path.suffix.lower() == ".gguf" or stream.read(4) == GGUF_MAGIC
-    except OSError:
-        return path.suffix.lower() == ".gguf"
+    with suppress(OSError), path.open("rb") as stream:
+        if stream.read(len(GGUF_MAGIC)) == GGUF_MAGIC:
+            return True
+    return path.suffix.lower() == ".gguf"
 
 
 def visible(files: Iterable[Path]) -> list[Path]:
@@ -191,10 +179,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def header_of(file: Path) -> dict[str, tuple[str, int]]:
-    """Type ("BF16", "U32", ...) and bytes of every tensor in a safetensors file, which is found whole.
-
-    MLX reads lazily, so a short file would otherwise fail much later.
-    """
+    """Type ("BF16", "U32", ...) and bytes of every tensor in a safetensors file, which is found whole: MLX reads
+    lazily, so a short file would otherwise fail much later."""
     with (
         explaining(f"{file} cannot be read", "check the file and its rights", OSError),
         explaining(f"{file} is no whole safetensors file", "download it again", SafetensorError),
@@ -204,8 +190,7 @@ def header_of(file: Path) -> dict[str, tuple[str, int]]:
 
 
 def _type_and_bytes(tensor: Any) -> tuple[str, int]:
-    dtype = str(tensor.get_dtype())
-    bits = re.search(r"\d+", dtype)  # none in BOOL
+    bits = re.search(r"\d+", dtype := str(tensor.get_dtype()))  # none in BOOL
     return dtype, math.prod(tensor.get_shape()) * int(bits[0] if bits else 8) // 8
 
 
@@ -277,10 +262,8 @@ def check_shapes(module: nn.Module, found: Mapping[str, tuple[int, ...]], where:
 
 
 def _quantize_like(module: nn.Module, weights: Mapping[str, mx.array], source: Path) -> None:
-    """Makes every layer quantised whose stored weight is; bits, group and mode come from the tensors themselves.
-
-    The tensors decide because `config["quantization"]` names layers by the writer's paths, which differ.
-    """
+    """Makes every layer quantised whose stored weight is; bits, group and mode come from the tensors themselves, since
+    `config["quantization"]` names layers by the writer's paths, which differ."""
     from mlx_lm.utils import infer_quant_config
 
     def settings(path: str, layer: nn.Module) -> bool | dict[str, Any]:
@@ -309,10 +292,7 @@ def check_finite(tensors: Iterable[tuple[str, mx.array]], where: Path, advice: s
 
 
 def write_checkpoint(folder: Path, config: Mapping[str, Any], weights: Mapping[str, mx.array]) -> None:
-    """Writes config.json and the weights in the published layout (float16 on disk).
-
-    Raises CheckpointError, and writes nothing, where a weight is not finite as float16.
-    """
+    """Writes config.json and the weights, in float16; nothing, and a CheckpointError, where one is not finite so."""
     floating = (mx.float32, mx.bfloat16)
     halves = {k: w.astype(mx.float16) if w.dtype in floating else w for k, w in weights.items()}
     check_finite(halves.items(), folder, "nothing was written: train with a lower learning rate")

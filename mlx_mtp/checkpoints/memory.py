@@ -27,19 +27,17 @@ CGROUP_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit
 
 
 def on_metal() -> bool:
-    """Whether MLX computes on Apple's GPU."""
     return mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu)
 
 
 def on_cpu() -> bool:
-    """Whether MLX computes on its CPU backend."""
     return mx.default_device() == mx.Device(mx.cpu)
 
 
 def available_bytes() -> int:
     """Most bytes a model may take: on Metal what macOS recommends for the GPU, elsewhere the physical memory.
 
-    A container's limit counts where it is lower. Other programs' memory does not: they can be swapped out.
+    Other programs' memory counts as free: they can be swapped out.
     """
     return int(mx.device_info()["max_recommended_working_set_size"]) if on_metal() else physical_bytes()
 
@@ -79,10 +77,7 @@ def fits(weights: int, available: int | None = None) -> bool:
 
 
 def refuse(weights: int, what: str, instead: str) -> None:
-    """Raises DoesNotFit for weights too large for this machine; MLX_MTP_IGNORE_MEMORY=1 turns that into a warning.
-
-    what: whose weights. instead: what fits, as a part of a sentence.
-    """
+    """Raises DoesNotFit for weights too large for this machine; MLX_MTP_IGNORE_MEMORY=1 turns that into a warning."""
     available, needed = available_bytes(), readable(needed_bytes(weights))
     if os.environ.get(IGNORE) == "1":
         log.warning("%s needs %s of memory, %s are there: expect swapping.", what, needed, readable(available))

@@ -37,7 +37,6 @@ class KnownPair:
     source: str = ""
 
     def __post_init__(self) -> None:
-        """ValueError for what a table must not hold."""
         if not isinstance(self.target, str) or not self.target or not isinstance(self.assistant, str | None):
             raise ValueError(f"{reprlib.repr(self.target)} with {reprlib.repr(self.assistant)}")
         for size, high in ((self.bits, 32), (self.download_bytes, 2**60), (self.weight_bytes, 2**60)):

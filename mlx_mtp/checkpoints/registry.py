@@ -44,7 +44,7 @@ class Registry(Generic[Loaded]):
 
     @property
     def model_types(self) -> list[str]:
-        """All that have a loader of their own, those of plug-ins among them."""
+        """All that have a loader of their own, plug-ins' too."""
         for module in pkgutil.iter_modules(self._path):
             importlib.import_module(f"{self._package}.{module.name}")
         return sorted({*self._loaders, *importlib.metadata.entry_points(group=self.group).names})
