@@ -56,8 +56,9 @@ class Checkpoint:
                                 "--out FOLDER, and then use that folder.")  # fmt: skip
         if not os.path.isdir(folder):  # unlike Path.is_dir it answers for every string
             found = "a file" if os.path.exists(folder) else "nothing"
-            raise ModelNotFound(f"Expected a folder with config.json and safetensors files, found {found} at '{path}'; "
-                                "check the path.")  # fmt: skip
+            raise ModelNotFound(
+                f"Expected a folder with config.json and safetensors files, found {found} at '{path}'; check the path."
+            )
         return cls(folder, read_config(folder / "config.json"))
 
     @property
@@ -77,8 +78,10 @@ class Checkpoint:
         """
         names = weight_files(self.path)
         if missing := [name for name in names if not os.path.isfile(self.path / name)]:
-            raise CheckpointError(f"{self.path}: of its {len(names)} model*.safetensors there was found none named "
-                                  f"{missing[0]!r:.90}; download the weights again.")  # fmt: skip
+            raise CheckpointError(
+                f"{self.path}: of its {len(names)} model*.safetensors there was found none named "
+                f"{missing[0]!r:.90}; download the weights again."
+            )
         return {self.path / name: header_of(self.path / name) for name in names}
 
     def check_files(self) -> None:
@@ -168,8 +171,10 @@ def read_config(file: Path) -> dict[str, Any]:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file; CheckpointError with the file's name otherwise."""
     if not os.path.exists(file):
-        raise CheckpointError(f"Expected the file {file.name} in '{file.parent}', found none; "
-                              "point to a folder that holds a whole checkpoint.")  # fmt: skip
+        raise CheckpointError(
+            f"Expected the file {file.name} in '{file.parent}', found none; "
+            "point to a folder that holds a whole checkpoint."
+        )
     what = f"{file}: expected JSON, found something else"
     with explaining(what, "download it again", OSError, ValueError, RecursionError):
         found = json.loads(file.read_text(encoding="utf-8-sig"))

@@ -18,6 +18,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub  # brings its parts only when they are used, but for these constants
+from huggingface_hub import constants
+
 from mlx_mtp.checkpoints import memory
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, lacking, read_config
 from mlx_mtp.checkpoints.download import LargeFile, fetch_all, in_background
@@ -84,21 +87,19 @@ class Listing:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The parsed config.json, which is fetched for it."""
-        from huggingface_hub import hf_hub_download
-
         with _refusals(self.name):
-            file = hf_hub_download(self.name, "config.json", revision=self.commit, tqdm_class=_no_bar())
+            revision, no_bar = self.commit, _no_bar()
+            file = huggingface_hub.hf_hub_download(self.name, "config.json", revision=revision, tqdm_class=no_bar)
             return read_config(Path(file))
 
     def tensors(self) -> Iterator[tuple[str, str, int]]:
         """Name, type and bytes of every stored tensor, by the headers of the files; at least as much without them."""
-        from huggingface_hub import HfApi
-
+        header_of = huggingface_hub.HfApi().parse_safetensors_file_metadata
         for file in self.large:
             if file.name.endswith(".safetensors"):
                 try:
                     with _quiet():
-                        header = HfApi().parse_safetensors_file_metadata(self.name, file.name, revision=self.commit)
+                        header = header_of(self.name, file.name, revision=self.commit)
                 except Exception as error:  # an estimate is enough
                     log.debug("the header of '%s' was not to be had: %s", file.name, error)
                     yield file.name, "BF16", file.size
@@ -112,12 +113,11 @@ class Listing:
         ModelNotFound where the hub refuses or the network breaks for good, CheckpointError where what came is not what
         the hub announced.
         """
-        from huggingface_hub import snapshot_download
-
         with _refusals(self.name):
             by_http = [file for file in self.large if file.size <= LARGEST_BY_HTTP]
             fetch_all(by_http, telling("download", self.name, on_progress))
-            folder = snapshot_download(  # the small files, and the snapshot's layout around the large ones
+            # The small files, and the snapshot's layout around the large ones.
+            folder = huggingface_hub.snapshot_download(
                 self.name, allow_patterns=FILES, ignore_patterns=NO_FILES, tqdm_class=_no_bar(),
                 library_name="mlx-mtp", library_version=__version__,
             )  # fmt: skip
@@ -150,7 +150,7 @@ def find(name: str) -> Source:
 
 
 def cached(name: str) -> Path | None:
-    """The newest whole copy of a model in the hub's cache, without asking the hub; None where there is none."""
+    """The newest whole copy of a model in the hub's cache, without asking the hub."""
     snapshots = (_storage(name) / "snapshots").glob("*")
     newest_first = sorted(snapshots, key=lambda folder: folder.stat().st_mtime, reverse=True)
     revisions = ("main", *(folder.name for folder in newest_first))
@@ -164,22 +164,15 @@ def started(name: str) -> bool:
 
 def hub_answers(seconds: float = GLANCE) -> bool:
     """Whether the hub can be reached now: one small request; no answer within `seconds` is a no."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    try:
-        with _quiet():
-            answer = in_background(lambda: get_session().head(constants.ENDPOINT, timeout=seconds))
-            return bool(answer.result(seconds).status_code < 500)
-    except Exception as error:  # whatever it is, the hub did not answer
-        log.debug("the hub does not answer: %s", error)
-        return False
+    with contextlib.suppress(Exception), _quiet():  # whatever it is, the hub did not answer
+        session = huggingface_hub.get_session()
+        answer = in_background(lambda: session.head(constants.ENDPOINT, timeout=seconds)).result(seconds)
+        return bool(answer.status_code < 500)
+    return False
 
 
 def check_disk(names: str, needed: int) -> None:
     """Raises DoesNotFit where the disk of the hub's cache has less room than so many bytes of these models take."""
-    from huggingface_hub import constants
-
     folder = Path(constants.HF_HUB_CACHE)
     while not folder.exists():
         folder = folder.parent
@@ -195,13 +188,11 @@ def check_disk(names: str, needed: int) -> None:
 
 
 def _listing(name: str) -> Listing:
-    from huggingface_hub import HfApi, hf_hub_url
     from huggingface_hub.utils import filter_repo_objects
 
     with _quiet():
-        info = HfApi(library_name="mlx-mtp", library_version=__version__).model_info(
-            name, files_metadata=True, timeout=REQUEST_SECONDS
-        )
+        api = huggingface_hub.HfApi(library_name="mlx-mtp", library_version=__version__)
+        info = api.model_info(name, files_metadata=True, timeout=REQUEST_SECONDS)
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
     wanted = list(filter_repo_objects(siblings, allow_patterns=FILES, ignore_patterns=NO_FILES))
     if "config.json" not in wanted or not any(file.endswith(".safetensors") for file in wanted):
@@ -210,13 +201,13 @@ def _listing(name: str) -> Listing:
             "MLX format (no GGUF, no adapter alone)."
         )
     name, commit = info.id if NAME.fullmatch(info.id) else name, str(info.sha)
-    large = []
+    place, large = _storage(name), []
     for file in wanted:
         content = siblings[file].lfs
         if content and SHA256.fullmatch(sha256 := content.sha256):  # it names a path
-            url, blob = hf_hub_url(name, file, revision=commit), _storage(name) / "blobs" / sha256
-            lock = _storage(name).parent / ".locks" / _storage(name).name / f"{sha256}.lock"
-            large.append(LargeFile(file, url, int(siblings[file].size or 0), sha256, blob, lock))
+            url = huggingface_hub.hf_hub_url(name, file, revision=commit)
+            lock = place.parent / ".locks" / place.name / f"{sha256}.lock"
+            large.append(LargeFile(file, url, int(siblings[file].size or 0), sha256, place / "blobs" / sha256, lock))
     return Listing(name, commit, tuple(wanted), tuple(large))
 
 
@@ -234,7 +225,7 @@ def _refusals(name: str) -> Iterator[None]:
 
 def _explained(name: str, error: BaseException) -> ModelNotFound:
     """Why a model could not be had, in a sentence that says what to do."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
     while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
@@ -268,24 +259,21 @@ def _explained(name: str, error: BaseException) -> ModelNotFound:
 
 
 def _storage(name: str) -> Path:
-    from huggingface_hub import constants
-
     return Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
 
 
 def _whole(name: str, revision: str) -> Path | None:
     """The snapshot of a revision, where it has all its files as far as anything here tells."""
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    try:  # compares with the hub's listing, where the download that made the snapshot kept it
-        with _quiet():
-            found = snapshot_download(
-                name, revision=revision, local_files_only=True, allow_patterns=FILES, ignore_patterns=NO_FILES
-            )
-    except (LocalEntryNotFoundError, ValueError):  # ValueError: of a name, or of bytes in refs that are no UTF-8
-        return None
-    return None if lacking(Path(found)) else Path(found)
+    # Of a name that the hub does not allow, and bytes in refs that are no UTF-8, comes a ValueError.
+    with contextlib.suppress(LocalEntryNotFoundError, ValueError), _quiet():
+        # Compares with the hub's listing, where the download that made the snapshot kept it.
+        found = huggingface_hub.snapshot_download(
+            name, revision=revision, local_files_only=True, allow_patterns=FILES, ignore_patterns=NO_FILES
+        )
+        return None if lacking(Path(found)) else Path(found)
+    return None
 
 
 def _no_bar() -> Any:

@@ -70,11 +70,12 @@ def write_llama(model: Path, folder: Path, vocabulary: int, context: int) -> dic
             raise ValueError(f"{len(every)} pieces for a vocabulary of {vocabulary}")
         kinds = [CONTROL if pieces.is_control(i) else UNKNOWN if pieces.is_unknown(i) else 0 for i in every]
         ids = {"bos": pieces.bos_id(), "eos": pieces.eos_id(), "unknown": pieces.unk_id()}
-        stated = {
-            "model": "llama", "tokens": [pieces.id_to_piece(i) for i in every], "token_type": kinds,
+        stated = {f"{name}_token_id": token for name, token in ids.items() if token >= 0} | {
+            "model": "llama",
+            "tokens": [pieces.id_to_piece(i) for i in every],
             "scores": [pieces.get_score(i) for i in every],
-            **{f"{name}_token_id": token for name, token in ids.items() if token >= 0},
-        }  # fmt: skip
+            "token_type": kinds,
+        }
         tokenizer = StatedTokenizer(model, {f"tokenizer.ggml.{name}": value for name, value in stated.items()})
         fast = tokenizer.write(folder, context)
         wrong = [text for text in PROBES if fast.encode(text).ids != [pieces.bos_id(), *pieces.encode(text)]]
