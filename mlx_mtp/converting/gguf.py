@@ -14,7 +14,6 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +38,13 @@ OUTER = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight":
 INNER = {
     "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "ffn_norm": "post_attention_layernorm",
+    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
 }  # fmt: skip
-HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+INNER_OF_GEMMA3 = INNER | {
+    "post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}  # fmt: skip
 ROPE_FACTORS = "rope_freqs.weight"
 # Llama 3.1's and later way of slowing down slow rotations; a file holds what comes of it, without these numbers.
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -50,33 +53,10 @@ READ = ("context_length", "embedding_length", "block_count", "feed_forward_lengt
         "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
         "attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.dimension_count", "rope.scaling.type",
         "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned")  # fmt: skip
-READ_OF_GEMMA3 = ("attention.sliding_window", "rope.freq_base_swa")
+READ_OF_GEMMA3 = (*READ, "attention.sliding_window", "rope.freq_base_swa")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
             "penalty_repeat": "repetition_penalty"}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Architecture:
-    """How an architecture of llama.cpp is called here, and what else its layers hold."""
-
-    model_type: str
-    class_name: str
-    inner: dict[str, str]
-    turned: bool = False  # rows of q and k are in llama.cpp's own order
-    norms_plus_one: bool = False
-    keys: tuple[str, ...] = READ
-
-
-FFN_NORM = {"ffn_norm": "post_attention_layernorm"}
-ARCHITECTURES = {
-    "llama": _Architecture("llama", "LlamaForCausalLM", FFN_NORM, turned=True),
-    "qwen2": _Architecture("qwen2", "Qwen2ForCausalLM", FFN_NORM),
-    "qwen3": _Architecture("qwen3", "Qwen3ForCausalLM", FFN_NORM | HEAD_NORMS),
-    "gemma3": _Architecture("gemma3_text", "Gemma3ForCausalLM", HEAD_NORMS | {
-        "post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm",
-        "post_ffw_norm": "post_feedforward_layernorm",
-    }, norms_plus_one=True, keys=READ + READ_OF_GEMMA3),
-}  # fmt: skip
 
 
 def bring_in(source: Path, folder: Path) -> None:
@@ -110,9 +90,9 @@ class _Model:
         if (parts := file.keys.get("split.count", 1)) != 1:
             raise UnsupportedModel(f"{file.path} is one of {parts} parts of a model; join them with llama.cpp's "
                                    "llama-gguf-split --merge first.")  # fmt: skip
-        self._architecture, self._prefix = ARCHITECTURES[name], f"{name}."
+        self._architecture, self._prefix = name, f"{name}."
         self._keys = {key: _same_for_all(value) for key, value in file.keys.items() if key.startswith(self._prefix)}
-        known = {self._prefix + key for key in self._architecture.keys}
+        known = {self._prefix + key for key in (READ_OF_GEMMA3 if name == "gemma3" else READ)}
         if unknown := sorted(self._keys.keys() - known):
             raise self._unknown(f"what '{unknown[0]:.90}' asks of the model")
         self._factors = file.tensors.get(ROPE_FACTORS)
@@ -138,7 +118,7 @@ class _Model:
         heads = {"q_proj": self.config["num_attention_heads"], "k_proj": self.config["num_key_value_heads"]}
         for name, tensor in self._tensors.items():
             stem, _, kind = name.rpartition(".")
-            turned = heads.get(stem.rpartition(".")[2]) if self._architecture.turned else None
+            turned = heads.get(stem.rpartition(".")[2]) if self._architecture == "llama" else None
             found = _groups(tensor) if _bits(tensor) else {kind: self._plain(name, tensor)}
             for part, array in found.items():
                 yield f"{stem}.{part}", halves(array, turned) if turned else array
@@ -146,7 +126,7 @@ class _Model:
     def _plain(self, name: str, tensor: BlockTensor) -> mx.array:
         """Its numbers in half precision, or in their own type where that would round what the file holds unrounded."""
         floats = tensor.floats()
-        if self._architecture.norms_plus_one and name.endswith("norm.weight"):
+        if self._architecture == "gemma3" and name.endswith("norm.weight"):
             floats = floats.astype(np.float32) - 1.0
         array = mx.array(floats)
         short = array.astype(self._half)
@@ -157,13 +137,14 @@ class _Model:
         """The tensor's name in Hugging Face's layout."""
         if name in OUTER:
             return OUTER[name]
-        found, inner = LAYER.fullmatch(name), INNER | self._architecture.inner
+        found, inner = LAYER.fullmatch(name), INNER_OF_GEMMA3 if self._architecture == "gemma3" else INNER
         if not found or found[2] not in inner:
-            raise self._unknown(f"a tensor '{name:.80}', which no {self._architecture.model_type} model has,")
+            raise self._unknown(f"a tensor '{name:.80}', which no {self._architecture} model has,")
         return f"model.layers.{found[1]}.{inner[found[2]]}.{found[3]}"
 
     def _config(self) -> dict[str, Any]:
         """The sizes that the file states."""
+        gemma = self._architecture == "gemma3"
         width = self._number("embedding_length", int, 1, MAX_SIZE)
         heads = self._number("attention.head_count", int, 1, MAX_COUNT)
         shared = self._number("attention.head_count_kv", int, 1, heads, heads)
@@ -179,11 +160,11 @@ class _Model:
             raise self._unknown("a mixture of experts")
         if (embedding := self._tensors.get("model.embed_tokens.weight")) is None:
             raise CheckpointError(f"{self._path} lacks the tensor 'token_embd.weight'; download it again.")
-        base = self._number("rope.freq_base", float, 1.0, 1e12, 10_000.0 if self._architecture.turned else None)
+        base = self._number("rope.freq_base", float, 1.0, 1e12, 10_000.0 if self._architecture == "llama" else None)
         eps = self._number("attention.layer_norm_rms_epsilon", float, 0.0, 1.0)
         return {
-            "architectures": [self._architecture.class_name],
-            "model_type": self._architecture.model_type,
+            "architectures": [f"{self._architecture.capitalize()}ForCausalLM"],
+            "model_type": "gemma3_text" if gemma else self._architecture,
             "hidden_size": width,
             "intermediate_size": self._number("feed_forward_length", int, 1, MAX_SIZE),
             "num_hidden_layers": layers,
@@ -196,7 +177,7 @@ class _Model:
             "max_position_embeddings": self._number("context_length", int, 1, 2**31 - 1),
             "vocab_size": embedding.shape[0],
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
-            **(self._gemma3(layers, width, heads, size) if self._architecture.norms_plus_one else
+            **(self._gemma3(layers, width, heads, size) if gemma else
                {"hidden_act": "silu", "attention_bias": False}),
         }  # fmt: skip
 
