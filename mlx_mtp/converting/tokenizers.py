@@ -8,7 +8,7 @@ Facts: llama.cpp's llama-vocab.cpp and convert_hf_to_gguf.py, and the tokenizers
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +30,16 @@ CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?[{LARGE}]*[{SMALL}]+|[^\r\n\p{{L}}\p{{N}}]?[{L
 WHOLE_WORDS = ("llama-bpe", "tekken")
 # Ids that end a reply, in the order in which a checkpoint names them.
 ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
-
-
-def _cut(pattern: str) -> Any:
-    return pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False),
-    ])  # fmt: skip
-
-
-def _digits() -> Any:
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)])
-
-
+DIGITS = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+BYTES = pre_tokenizers.ByteLevel(False, use_regex=False)
 # `tokenizer.ggml.pre` -> how text is cut into words.
-CUTS: dict[str, Callable[[], Any]] = {
-    "gpt-2": lambda: pre_tokenizers.ByteLevel(False),
-    "smollm": _digits,
-    "starcoder": _digits,
-    "qwen2": lambda: _cut(WORDS % r"\p{N}"),
-    "llama-bpe": lambda: _cut(WORDS % r"\p{N}{1,3}"),
-    "tekken": lambda: _cut(CASED),
+CUTS: dict[str, list[Any]] = {
+    "gpt-2": [pre_tokenizers.ByteLevel(False)],
+    "smollm": DIGITS,
+    "starcoder": DIGITS,
+    "qwen2": [pre_tokenizers.Split(Regex(WORDS % r"\p{N}"), "isolated"), BYTES],
+    "llama-bpe": [pre_tokenizers.Split(Regex(WORDS % r"\p{N}{1,3}"), "isolated"), BYTES],
+    "tekken": [pre_tokenizers.Split(Regex(CASED), "isolated"), BYTES],
 }
 
 
@@ -143,7 +133,7 @@ class StatedTokenizer:
         tokenizer = Tokenizer(models.BPE(self._vocabulary(), pairs, ignore_merges=self._cut in WHOLE_WORDS))
         if self._cut == "qwen2":
             tokenizer.normalizer = normalizers.NFC()
-        tokenizer.pre_tokenizer = CUTS[self._cut]()
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(CUTS[self._cut])
         tokenizer.decoder = decoders.ByteLevel()
         return tokenizer
 
