@@ -204,15 +204,14 @@ def _checked(model: str | Path | None, target: Source, plan: DrafterPlan) -> Dra
 
 def _fitting(model: str | Path, target: Source, plan: DrafterPlan) -> DrafterPlan:
     """The plan, without a drafter that nobody asked for where only the target fits; DoesNotFit where not even that."""
-    available = memory.available_bytes()
     alone, *more = (memory.held_bytes(source.tensors()) for source in (target, plan.source) if source)
-    if memory.fits(alone + sum(more), available):
+    if memory.fits(alone + sum(more)):
         return plan
-    if more and not plan.chosen and memory.fits(alone, available):
+    if more and not plan.chosen and memory.fits(alone):
         log.warning("Decoding plainly: '%s' fits in memory, but not with its drafter.", model)
         return replace(plan, source=None)
     what = f"'{model}' with its drafter" if more else f"'{model}'"
-    memory.refuse(alone + sum(more), what, pairs.instead(available, alone))
+    memory.refuse(alone + sum(more), what, pairs.instead(alone))
     return plan
 
 

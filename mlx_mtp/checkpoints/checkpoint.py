@@ -243,9 +243,8 @@ def load_into(module: nn.Module, weights: dict[str, mx.array], dtype: mx.Dtype, 
     """Quantises `module` like `weights`, casts floating tensors to `dtype` and loads them; nothing may be left over."""
     _quantize_like(module, weights, source.path)
     check_shapes(module, {name: weight.shape for name, weight in weights.items()}, str(source.path))
-    floating = (mx.float32, mx.bfloat16, mx.float16)
-    cast = {n: w.astype(dtype) if w.dtype in floating else w for n, w in weights.items()}
-    module.load_weights(list(cast.items()), strict=True)
+    module.load_weights(list(weights.items()), strict=True)
+    module.set_dtype(dtype)
     module.eval()
     with explaining(f"{source.path}: weights that cannot be read", "download them again", RuntimeError):
         source.read(module)

@@ -71,9 +71,9 @@ def folder_bytes(folder: Path) -> int:
     return held_bytes(Checkpoint(folder, {}).tensors())
 
 
-def fits(weights: int, available: int | None = None) -> bool:
-    """Whether weights of so many bytes and their head-room fit; available None = this machine's."""
-    return needed_bytes(weights) <= (available_bytes() if available is None else available)
+def fits(weights: int) -> bool:
+    """Whether weights of so many bytes and their head-room fit this machine."""
+    return needed_bytes(weights) <= available_bytes()
 
 
 def refuse(weights: int, what: str, instead: str) -> None:

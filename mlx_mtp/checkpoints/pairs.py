@@ -93,15 +93,13 @@ def beside(folder: Path) -> Path | None:
 
 def hub_name_of(folder: Path) -> str | None:
     """The name of a folder in the hub's cache (.../models--google--gemma-4-E2B-it/snapshots/...), else None."""
-    for part in reversed(folder.absolute().parts):
-        if found := SNAPSHOT.fullmatch(part):
-            return f"{found[1]}/{found[2]}"
-    return None
+    found = filter(None, map(SNAPSHOT.fullmatch, reversed(folder.absolute().parts)))
+    return next((f"{place[1]}/{place[2]}" for place in found), None)
 
 
-def instead(available: int, weights: int) -> str:
-    """What fits in so much memory in place of a model with weights of so many bytes, as a part of a sentence."""
-    smaller = (pair for pair in known_pairs() if 0 < pair.weight_bytes < weights)
+def instead(weights: int) -> str:
+    """What fits here in place of a model with weights of so many bytes, as a part of a sentence."""
+    smaller, available = (pair for pair in known_pairs() if 0 < pair.weight_bytes < weights), memory.available_bytes()
     fitting = (f"'{pair.target}' fits" for pair in smaller if pair.memory_bytes <= available)
     return next(fitting, "the embedded model fits (leave out the name)")
 

@@ -21,8 +21,6 @@ from mlx_mtp.converting.output import whole_folder
 from mlx_mtp.converting.quantise import check_options, quantise
 from mlx_mtp.errors import CheckpointError, ModelNotFound, OptionError
 
-WHAT = ("auto", "quantise", "split")
-
 
 def convert(
     source: Path | str,
@@ -41,10 +39,7 @@ def convert(
     group_size.
     with_target: write the target without its modules too. Raises a subclass of MLXMTPError that says what to do.
     """
-    if what not in WHAT:
-        raise OptionError(f"--what is '{what}', but must be one of {', '.join(WHAT)}.")
-    if bits is not None:
-        check_options(bits, group_size)
+    check_options(what, bits, group_size)
     folder, out = Path(os.path.expanduser(source)), Path(os.path.expanduser(out))
     if is_gguf(folder):
         if what != "auto" or bits is not None or with_target:
@@ -56,8 +51,7 @@ def convert(
         return [out]
     if folder.suffix == ".pth" and folder.is_file():
         folder = folder.parent
-    of_meta = bool(meta.files_of(folder))
-    if of_meta and what != "auto":
+    if (of_meta := bool(meta.files_of(folder))) and what != "auto":
         raise OptionError(f"'{folder}' holds Meta's .pth, for which --what must be auto, not '{what}'.")
     modules = None if of_meta else _modules_of(folder, what, bits, with_target)
     with whole_folder(out, folder, force) as place:

@@ -87,7 +87,7 @@ class _Walk:
 
     def contents(self) -> tuple[dict[str, Any], dict[str, BlockTensor]]:
         """The keys and the tensors."""
-        if self.bytes(4) != GGUF_MAGIC:
+        if self.numbers("u1", 4).tobytes() != GGUF_MAGIC:
             raise ValueError("it does not begin with 'GGUF'")
         if (version := self.whole("<u4")) not in (2, 3):
             other = "big-endian numbers" if version & 0xFFFF == 0 else f"version {version}"
@@ -105,12 +105,6 @@ class _Walk:
             raise ValueError("a name stands in it twice")
         return found, stored
 
-    def bytes(self, count: int) -> bytes:
-        if count > len(self.data) - self.at:
-            raise ValueError(f"it ends after {len(self.data)} bytes, in the middle of something")
-        self.at += count
-        return self.data[self.at - count : self.at]
-
     def counted(self, count: int, least: int) -> Iterator[int]:
         """`count` times, where each takes at least so many bytes."""
         if count > (len(self.data) - self.at) // least:
@@ -118,13 +112,15 @@ class _Walk:
         return iter(range(count))
 
     def numbers(self, dtype: str, count: int) -> Array:
-        return np.frombuffer(self.bytes(count * np.dtype(dtype).itemsize), dtype)
+        found = np.frombuffer(self.data, dtype, count, self.at)  # ValueError where the file ends before them
+        self.at += found.nbytes
+        return found
 
     def whole(self, dtype: str = "<u8") -> int:
         return int(self.numbers(dtype, 1)[0])
 
     def text(self) -> str:
-        return self.bytes(self.whole()).decode()
+        return self.numbers("u1", self.whole()).tobytes().decode()
 
     def value(self, kind: int) -> Any:
         if kind == STRING:

@@ -22,13 +22,13 @@ from mlx_mtp.drafters import registry as drafters
 from mlx_mtp.errors import CheckpointError, OptionError, UnsupportedModel, explaining
 from mlx_mtp.targets import generic
 
-BITS, GROUPS = (4, 8), (32, 64, 128)
+WHAT, BITS, GROUPS = ("auto", "quantise", "split"), (4, 8), (32, 64, 128)
 
 
-def check_options(bits: int, group: int) -> None:
-    """OptionError for bits or groups that are not offered."""
-    for name, value, known in (("--bits", bits, BITS), ("--group-size", group, GROUPS)):
-        if value not in known:
+def check_options(what: str, bits: int | None, group: int) -> None:
+    """OptionError for what is not offered. bits: None quantises nothing."""
+    for name, value, known in (("--what", what, WHAT), ("--bits", bits, BITS), ("--group-size", group, GROUPS)):
+        if value is not None and value not in known:
             *first, last = map(str, known)
             raise OptionError(f"{name} is {value}, but must be {', '.join(first)} or {last}.")
 
