@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -63,19 +63,14 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
         return str(self.path)
 
     def fetch(self, on_progress: Any = None) -> Checkpoint:
-        """All is here."""
         return self
 
     @cached_property
-    def headers(self) -> dict[Path, dict[str, tuple[str, int]]]:
-        """Of every weight file the type ("BF16", "U32", ...) and the bytes of its tensors; read once.
-
-        CheckpointError for a shard that is missing or not whole.
-        """
+    def headers(self) -> dict[Path, list[tuple[str, str, int]]]:
+        """The tensors of every weight file; read once. CheckpointError for a shard that is missing or not whole."""
         names = weight_files(self.path)
         if missing := [name for name in names if not os.path.isfile(self.path / name)]:
             raise CheckpointError(
@@ -92,8 +87,7 @@ class Checkpoint:
     def tensors(self) -> Iterator[tuple[str, str, int]]:
         """Name, type and bytes of every stored tensor; a family may need none."""
         if any(self.path.glob("*.safetensors")):
-            for header in self.headers.values():
-                yield from ((name, dtype, size) for name, (dtype, size) in header.items())
+            yield from chain.from_iterable(self.headers.values())
 
     def weights(self) -> dict[str, mx.array]:
         """Every tensor of every shard, memory-mapped, under the names of the files."""
@@ -183,24 +177,23 @@ def read_json(file: Path) -> dict[str, Any]:
     return found
 
 
-def header_of(file: Path) -> dict[str, tuple[str, int]]:
-    """Type ("BF16", "U32", ...) and bytes of every tensor in a safetensors file, which is found whole: MLX reads
+def header_of(file: Path) -> list[tuple[str, str, int]]:
+    """Name, type ("BF16", "U32", ...) and bytes of every tensor in a safetensors file, which is found whole: MLX reads
     lazily, so a short file would otherwise fail much later."""
     with (
         explaining(f"{file} cannot be read", "check the file and its rights", OSError),
         explaining(f"{file} is no whole safetensors file", "download it again", SafetensorError),
         safe_open(file, "numpy") as stored,
     ):
-        return {name: _type_and_bytes(stored.get_slice(name)) for name in stored.keys()}  # noqa: SIM118
+        return [_described(name, stored.get_slice(name)) for name in stored.keys()]  # noqa: SIM118
 
 
-def _type_and_bytes(tensor: Any) -> tuple[str, int]:
+def _described(name: str, tensor: Any) -> tuple[str, str, int]:
     bits = re.search(r"\d+", dtype := str(tensor.get_dtype()))  # none in BOOL
-    return dtype, math.prod(tensor.get_shape()) * int(bits[0] if bits else 8) // 8
+    return name, dtype, math.prod(tensor.get_shape()) * int(bits[0] if bits else 8) // 8
 
 
 def misfit(expected: str, found: str, where: str = "config.json") -> CheckpointError:
-    """The error for a file that says something else than it must."""
     return CheckpointError(f"{where}: expected {expected}, found {found}; use the one that belongs to this checkpoint.")
 
 
@@ -235,7 +228,6 @@ def compute_dtype(weights: Mapping[str, mx.array]) -> mx.Dtype:
 
 
 def named_parameters(module: nn.Module) -> dict[str, mx.array]:
-    """A module's parameters under their dotted names."""
     return dict(tree_flatten(module.parameters()))
 
 
@@ -336,5 +328,4 @@ def write_tensors(folder: Path, config: Mapping[str, Any], tensors: Iterable[tup
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """A JSON file as people like to read it."""
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

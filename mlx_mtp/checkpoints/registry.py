@@ -49,19 +49,17 @@ class Registry(Generic[Loaded]):
             importlib.import_module(f"{self._package}.{module.name}")
         return sorted({*self._loaders, *importlib.metadata.entry_points(group=self.group).names})
 
-    def _plugged_in(self, model_type: str) -> Loader[Loaded]:
-        """The loader of the first plug-in that names this model type; CheckpointError where it cannot be imported."""
-        entry = importlib.metadata.entry_points(group=self.group)[model_type]
-        what = f"The plug-in '{entry.value}' for {self._what}s of model_type '{model_type}' cannot be loaded"
-        with explaining(what, "install it again, or remove it", ImportError, AttributeError):
-            loader: Loader[Loaded] = entry.load()
-        return self._loaders.setdefault(model_type, loader)
-
     def loader(self, config: Mapping[str, Any], where: str) -> Loader[Loaded]:
-        """The loader for a config.json; UnsupportedModel names what there is instead."""
+        """The loader for a config.json; UnsupportedModel names what there is instead, CheckpointError a plug-in that
+        cannot be imported."""
         model_type = config["model_type"]
         if model_type in (known_types := self.model_types):
-            return self._loaders.get(model_type) or self._plugged_in(model_type)
+            if model_type not in self._loaders:
+                entry = importlib.metadata.entry_points(group=self.group)[model_type]
+                what = f"The plug-in '{entry.value}' for {self._what}s of model_type '{model_type}' cannot be loaded"
+                with explaining(what, "install it again, or remove it", ImportError, AttributeError):
+                    self._loaders[model_type] = entry.load()
+            return self._loaders[model_type]
         known = f"known are {', '.join(known_types)}"
         if self.fallback is not None:
             accepts, loader, names = self.fallback

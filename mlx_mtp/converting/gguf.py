@@ -64,7 +64,7 @@ def bring_in(source: Path, folder: Path) -> None:
 
     Raises UnsupportedModel for what is not known here, CheckpointError for a file that is damaged or lacks something.
     """
-    file = GGUFFile.open(source)
+    file = GGUFFile(source)
     model = _Model(file)
     tokenizer = StatedTokenizer(source, file.keys)
     ids = {"bos_token_id": tokenizer.id_of("bos_token_id"), "eos_token_id": tokenizer.stop_tokens}
