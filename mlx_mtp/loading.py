@@ -129,10 +129,8 @@ def _resolve(name: str | Path | None) -> Source:
 
 @dataclass(frozen=True)
 class DrafterPlan:
-    """Which drafter, before any is loaded. lookup: alone or in front of the one of `source`.
-
-    chosen: the user named it, so that failing is better than going without.
-    """
+    """Which drafter, before any is loaded. lookup: alone or in front of the one of `source`. chosen: the user named it,
+    so that failing is better than going without."""
 
     lookup: bool = False
     source: Source | None = None
@@ -149,7 +147,6 @@ class DrafterPlan:
             return replace(self, source=None)
 
     def fetched(self, on_progress: OnProgress | None) -> DrafterPlan:
-        """With its files here."""
         return self.having(lambda: self.source and self.source.fetch(on_progress))
 
 
@@ -280,10 +277,8 @@ def _probes_key(checkpoint: Checkpoint) -> str:
 
 
 def _ensure_compile_works() -> None:
-    """Turns mx.compile off where it would fail: MLX's CPU backend builds fused kernels with g++ in a shared folder.
-
-    Without any g++ MLX goes unfused by itself; a broken one, or a kernel folder of another user, raises (0.32.4).
-    """
+    """Turns mx.compile off where it would fail: on a CPU MLX builds fused kernels with g++ in a shared folder, and
+    raises (0.32.4) where g++ is broken or the folder another user's. Without any g++ it goes unfused by itself."""
     if mx.default_device() == mx.Device(mx.cpu):
         try:
             mx.eval(mx.compile(lambda x: mx.exp(x) * 2.0 + 1.0)(mx.zeros((2,))))
@@ -294,12 +289,11 @@ def _ensure_compile_works() -> None:
 
 def _default_sampling(generation: dict[str, Any], path: Path) -> Sampling:
     """The checkpoint's own sampling; greedy unless it says do_sample, as transformers reads the same file."""
-    if not generation.get("do_sample"):
-        return Sampling(temperature=0.0, repetition_penalty=generation.get("repetition_penalty"))
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    drawn = bool(generation.get("do_sample"))
+    names = ("repetition_penalty", *(("temperature", "top_k", "top_p", "min_p") if drawn else ()))
     given = {name: generation[name] for name in names if generation.get(name) is not None}  # null = not given
     try:
-        return Sampling(**{"temperature": 1.0} | given)
+        return Sampling(**{"temperature": 1.0 if drawn else 0.0} | given)
     except OptionError as error:
         raise CheckpointError(f"{path}/generation_config.json: {error}") from error
 
@@ -307,10 +301,8 @@ def _default_sampling(generation: dict[str, Any], path: Path) -> Sampling:
 def _end_tokens(
     checkpoint: Checkpoint, generation: dict[str, Any], tokenizer: Tokenizer | None, vocabulary: int
 ) -> set[int]:
-    """Ids that end a reply: of generation_config.json, config.json and the tokenizer with its template, together.
-
-    Each of them is often incomplete. Ids outside the vocabulary can never come and are left out (-1 stands for none).
-    """
+    """Ids that end a reply: of generation_config.json, config.json and the tokenizer together, since each is often
+    incomplete. Ids outside the vocabulary are left out (-1 stands for none)."""
     found = list(tokenizer.stop_tokens) if tokenizer else []
     for source in (generation, checkpoint.config, section(checkpoint.config, "text_config")):
         if (given := source.get("eos_token_id")) is not None:

@@ -98,10 +98,7 @@ class Checkpoint:
         return weights
 
     def read(self, module: nn.Module) -> None:
-        """Evaluates a module's parameters, that is reads them from the files, and tells how far it is.
-
-        RuntimeError from MLX where a file cannot be read.
-        """
+        """Evaluates a module's parameters, that is reads them; RuntimeError from MLX where a file cannot be read."""
         arrays = list(named_parameters(module).values())
         begun, done = 0, list(accumulate(array.nbytes for array in arrays))
         for i, so_far in enumerate(done):
@@ -129,10 +126,7 @@ def visible(files: Iterable[Path]) -> list[Path]:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the weight files that a folder must have: those of its index, else those there and their series.
-
-    CheckpointError for an index that names none.
-    """
+    """Names of the weight files that a folder must have: those of its index, else those there and their series."""
     index = section(read_json(folder / INDEX), "weight_map", INDEX).values() if (folder / INDEX).exists() else ()
     if odd := [name for name in index if not isinstance(name, str)]:
         raise CheckpointError(f"{folder / INDEX} names {reprlib.repr(odd[0])} as a weight file; download it again.")
@@ -297,9 +291,7 @@ def write_checkpoint(folder: Path, config: Mapping[str, Any], weights: Mapping[s
 
 def write_tensors(folder: Path, config: Mapping[str, Any], tensors: Iterable[tuple[str, mx.array]]) -> None:
     """config.json and model*.safetensors, with types as they come; RuntimeError or OSError where it cannot be done.
-
-    Tensors are taken one by one and may be lazy: no more than one shard of them is in memory.
-    """
+    Tensors are taken one by one and may be lazy: no more than one shard of them is in memory."""
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[list[str]] = []
     shard: dict[str, mx.array] = {}

@@ -30,10 +30,7 @@ Returned = TypeVar("Returned")
 
 @dataclass(frozen=True)
 class LargeFile:
-    """A file to fetch: its address, its size in bytes, its SHA-256, its place and its lock there.
-
-    token: False sends none; None sends the user's for the hub, where there is one.
-    """
+    """A file to fetch. size: bytes. token: False sends none; None sends the user's for the hub, where there is one."""
 
     name: str
     url: str
@@ -45,7 +42,6 @@ class LargeFile:
 
     @property
     def part(self) -> Path:
-        """What has come of it so far."""
         return self.place.with_name(self.place.name + ".incomplete")
 
     def bytes_here(self) -> int:
@@ -77,10 +73,7 @@ class LargeFile:
         )
 
     def _received(self, stop: threading.Event) -> str:
-        """Appends what is missing to the part; the whole's SHA-256.
-
-        A broken line (by huggingface_hub) and a fault of the hub's own are taken up again a few times.
-        """
+        """Appends what is missing to the part, and waits out faults of the hub's own; the whole's SHA-256."""
         from huggingface_hub.errors import HfHubHTTPError
 
         self.part.touch()
@@ -135,10 +128,8 @@ def in_background(call: Callable[[], Returned]) -> Future[Returned]:
 
 
 def fetch_all(files: Sequence[LargeFile], tell: Callable[[int, int], None]) -> None:
-    """Fetches all; `tell` hears (bytes there, bytes in all) in this thread, some times a second.
-
-    The first failure stops all and is raised; what has come stays for the next time, after an interrupt too.
-    """
+    """Fetches all; `tell` hears (bytes there, bytes in all) in this thread. The first failure stops all and is raised;
+    what has come stays for the next time, after an interrupt too."""
     stop, total = threading.Event(), sum(file.size for file in files)
     waiting = iter(files)  # shared: each file goes to one thread
 

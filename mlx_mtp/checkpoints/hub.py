@@ -108,11 +108,8 @@ class Listing:
                         yield name, tensor.dtype, tensor.data_offsets[1] - tensor.data_offsets[0]
 
     def fetch(self, on_progress: OnProgress | None = None) -> Checkpoint:
-        """Fetches what is missing; on_progress hears of it in this thread. Ctrl-C leaves what has come for later.
-
-        ModelNotFound where the hub refuses or the network breaks for good, CheckpointError where what came is not what
-        the hub announced.
-        """
+        """Fetches what is missing; Ctrl-C leaves what has come for later. ModelNotFound where the hub refuses or the
+        network breaks for good, CheckpointError where what came is not what the hub announced."""
         with _refusals(self.name):
             by_http = [file for file in self.large if file.size <= LARGEST_BY_HTTP]
             fetch_all(by_http, telling("download", self.name, on_progress))
@@ -130,10 +127,8 @@ Source = Checkpoint | Listing  # a model whose files are here, or are to come
 
 
 def find(name: str) -> Source:
-    """A model's files here, or what the hub lists where its newest files are not all here.
-
-    A whole copy in the cache is used when the hub cannot be asked; ModelNotFound where there is neither.
-    """
+    """A model's files here, or what the hub lists where its newest are not all here. Where the hub cannot be asked, a
+    whole copy in the cache; ModelNotFound without one."""
     local = cached(name)
     try:
         # TimeoutError wherever it hangs, since a dead name server heeds no limit.
@@ -213,7 +208,7 @@ def _listing(name: str) -> Listing:
 
 @contextlib.contextmanager
 def _refusals(name: str) -> Iterator[None]:
-    """Whatever huggingface_hub raises within comes out as a sentence, and it says nothing by itself."""
+    """Whatever huggingface_hub raises comes out as a sentence, and it says nothing by itself."""
     try:
         with _quiet():
             yield

@@ -101,10 +101,9 @@ _engines: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
 
 
 def keep_resident(engine: object, weights: int) -> None:
-    """Raises MLX's wired limit for an engine with weights of so many bytes, on Metal (macOS 15).
+    """Sets MLX's wired limit to what all engines alive need, as far as macOS (15) recommends it, on Metal.
 
-    The limit is the process's: min(what macOS recommends, weights of all engines alive + head-room), worked out anew at
-    every load. Nothing lowers it in between, since it must not change while MLX computes.
+    Nothing lowers it before the next load, since it must not change while MLX computes.
     """
     if on_metal():
         _engines[engine] = weights

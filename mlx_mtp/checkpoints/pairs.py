@@ -45,18 +45,13 @@ class KnownPair:
 
     @property
     def memory_bytes(self) -> int:
-        """Memory to run both here, head-room included; 0 = unknown.
-
-        On a CPU half precision takes more than on Metal: all of an unquantised model, of a quantised one the scale
-        and the offset of each 64 weights (half a bit a weight).
-        """
+        """Memory to run both here, head-room included; 0 = unknown."""
         if not self.weight_bytes:
             return 0
-        factor = 1.0
-        if memory.on_cpu():
-            halves = 1.0 if self.bits == 16 else 0.5 / (self.bits + 0.5)
-            factor += halves * (memory.CPU_HALF_FACTOR - 1)
-        return memory.needed_bytes(int(self.weight_bytes * factor))
+        # In half precision is all of a plain model, and of a quantised one half a bit a weight: scales and offsets.
+        halves = 1.0 if self.bits == 16 else 0.5 / (self.bits + 0.5)
+        more = halves * (memory.CPU_HALF_FACTOR - 1) if memory.on_cpu() else 0.0
+        return memory.needed_bytes(int(self.weight_bytes * (1.0 + more)))
 
 
 def known_pairs() -> list[KnownPair]:

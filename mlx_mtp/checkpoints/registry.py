@@ -21,8 +21,7 @@ Accepts = Callable[[Mapping[str, Any]], bool]
 class Registry(Generic[Loaded]):
     """Maps model types to loaders; imports the sibling files of its package on first use, so no list is edited.
 
-    group: of entry points. A model type that no file claims is looked for among their names; one of that name is a
-    loader, in whatever distribution is installed.
+    group: of entry points, whose names are the model types that other distributions load.
     """
 
     def __init__(self, what: str, package: str, path: Iterable[str], group: str) -> None:

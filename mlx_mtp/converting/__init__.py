@@ -88,10 +88,8 @@ def _modules_of(folder: Path, what: str, bits: int | None, with_target: bool) ->
 
 
 def _check_weights(folder: Path, source: Path) -> None:
-    """CheckpointError where a weight is not finite: the source's own, or one too large for the type written.
-
-    Looked for before weights are quantised, which hides a NaN, and after it.
-    """
+    """CheckpointError where a weight is not finite. Looked for before weights are quantised, which hides a NaN, and
+    after it, since one may be too large for the type written."""
     weights = Checkpoint.open(folder).weights()
     one_by_one = (weights.popitem() for _ in range(len(weights)))  # so that no more than one is in memory
     check_finite(one_by_one, source, "nothing was written: use a checkpoint that is whole")

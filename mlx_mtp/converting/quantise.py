@@ -34,11 +34,7 @@ def check_options(what: str, bits: int | None, group: int) -> None:
 
 
 def quantise(checkpoint: Checkpoint, folder: Path, bits: int, group: int) -> None:
-    """Writes a checkpoint again with its matrices in `bits` bits and groups of `group` numbers.
-
-    Raises UnsupportedModel for a model type that neither mlx-lm nor a drafter family knows, CheckpointError for a
-    checkpoint that is quantised already, OptionError where no row can be cut into such groups.
-    """
+    """Writes a checkpoint again with its matrices in `bits` bits and groups of `group` numbers."""
     model_type = checkpoint.config["model_type"]
     if section(checkpoint.config, "quantization") or any(name.endswith(".scales") for name, *_ in checkpoint.tensors()):
         raise CheckpointError(f"{checkpoint.path} is not in full precision but quantised already; "

@@ -45,10 +45,7 @@ CUTS: dict[str, list[Any]] = {
 
 def write_llama(model: Path, folder: Path, vocabulary: int, context: int) -> dict[str, Any]:
     """Llama 2's tokenizer.model in both forms, with the ids of sentencepiece; what config.json must know of them.
-
-    Raises CheckpointError where `model` is no sentencepiece model, one that works otherwise than Llama 2's, or one with
-    more pieces than the target's vocabulary.
-    """
+    CheckpointError for any other tokenizer, and for more pieces than the target's vocabulary."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(model, folder / "tokenizer.model")
     # sentencepiece and tokenizers raise RuntimeError, OSError, ValueError, plain Exception, ...
@@ -107,10 +104,7 @@ class StatedTokenizer:
         return found
 
     def write(self, folder: Path, context: int) -> Tokenizer:
-        """tokenizer.json and tokenizer_config.json, the chat template in it; what the first holds.
-
-        context: most positions.
-        """
+        """tokenizer.json and tokenizer_config.json; what the first holds. context: most positions."""
         # tokenizers raises plain Exception
         with explaining(f"{self._path}: its tokens and merges make no tokenizer", "download the file again", Exception):
             tokenizer = self._pairs() if self._model == "llama" else self._byte_level()
