@@ -268,12 +268,6 @@ def _quantize_like(module: nn.Module, weights: Mapping[str, mx.array], source: P
             nn.quantize(module, class_predicate=settings)
 
 
-def renamed(weights: Mapping[str, mx.array], name_of: Callable[[str], str | None]) -> tuple[dict[str, mx.array], int]:
-    """Weights under new names, without those that `name_of` maps to None; and how many those were."""
-    kept = {new: value for key, value in weights.items() if (new := name_of(key)) is not None}
-    return kept, len(weights) - len(kept)
-
-
 def check_finite(tensors: Iterable[tuple[str, mx.array]], where: Path, advice: str) -> None:
     """CheckpointError with the `advice` for a tensor that holds NaN or an infinity. Looks at one after the other."""
     for name, tensor in tensors:
@@ -283,8 +277,7 @@ def check_finite(tensors: Iterable[tuple[str, mx.array]], where: Path, advice: s
 
 def write_checkpoint(folder: Path, config: Mapping[str, Any], weights: Mapping[str, mx.array]) -> None:
     """Writes config.json and the weights, in float16; nothing, and a CheckpointError, where one is not finite so."""
-    floating = (mx.float32, mx.bfloat16)
-    halves = {k: w.astype(mx.float16) if w.dtype in floating else w for k, w in weights.items()}
+    halves = {k: w.astype(mx.float16) if mx.issubdtype(w.dtype, mx.floating) else w for k, w in weights.items()}
     check_finite(halves.items(), folder, "nothing was written: train with a lower learning rate")
     write_tensors(folder, config, halves.items())
 

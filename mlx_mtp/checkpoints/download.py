@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
@@ -47,11 +48,9 @@ class LargeFile:
     def bytes_here(self) -> int:
         """Bytes that need not come again; 0 where the part is longer than the file, and so is not one of it."""
         for path in (self.part, self.place):
-            try:
+            with suppress(OSError):
                 size = path.stat().st_size
-            except OSError:
-                continue
-            return size if size <= self.size else 0
+                return size if size <= self.size else 0
         return 0
 
     def fetch(self, stop: threading.Event) -> None:

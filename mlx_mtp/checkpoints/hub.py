@@ -88,8 +88,7 @@ class Listing:
     def config(self) -> dict[str, Any]:
         """The parsed config.json, which is fetched for it."""
         with _refusals(self.name):
-            revision, no_bar = self.commit, _no_bar()
-            file = huggingface_hub.hf_hub_download(self.name, "config.json", revision=revision, tqdm_class=no_bar)
+            file = huggingface_hub.hf_hub_download(self.name, "config.json", revision=self.commit, tqdm_class=_no_bar())
             return read_config(Path(file))
 
     def tensors(self) -> Iterator[tuple[str, str, int]]:
@@ -168,9 +167,8 @@ def hub_answers(seconds: float = GLANCE) -> bool:
 
 def check_disk(names: str, needed: int) -> None:
     """Raises DoesNotFit where the disk of the hub's cache has less room than so many bytes of these models take."""
-    folder = Path(constants.HF_HUB_CACHE)
-    while not folder.exists():
-        folder = folder.parent
+    cache = Path(constants.HF_HUB_CACHE)
+    folder = next(place for place in (cache, *cache.parents) if place.exists())
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DoesNotFit(

@@ -9,6 +9,7 @@ import logging
 import os
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import mlx.core as mx
@@ -47,10 +48,8 @@ def physical_bytes() -> int:
     stated = mx.device_info().get("memory_size")
     limits = [int(stated or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
     for file in CGROUP_FILES:
-        try:
+        with suppress(OSError, ValueError):  # no such file, or "max"
             limits.append(int(Path(file).read_text()))
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
     return min(limits)
 
 

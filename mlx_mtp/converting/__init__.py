@@ -35,8 +35,7 @@ def convert(
     """Converts a checkpoint; the folders that were written, all of them or none.
 
     source: a folder, a `.pth` file in it, or a GGUF file. out: a new folder, or with `force` a checkpoint to replace.
-    what: "auto" tells by the files; "quantise" or "split" insist. bits: 4 or 8 quantises what is written, in groups of
-    group_size.
+    what: "auto" tells by the files; "quantise" or "split" insist. bits: 4 or 8 quantises what is written.
     with_target: write the target without its modules too. Raises a subclass of MLXMTPError that says what to do.
     """
     check_options(what, bits, group_size)

@@ -77,8 +77,8 @@ class StatedTokenizer:
     def __init__(self, path: Path, keys: Mapping[str, Any]) -> None:
         self._path, self._keys = path, keys
         self.tokens = self._listed("tokens")
-        kinds = self._get("token_type")
-        if kinds is None or len(kinds) != len(self.tokens) or len(set(self.tokens)) != len(self.tokens):
+        self._vocabulary, kinds = {token: i for i, token in enumerate(self.tokens)}, self._get("token_type")
+        if kinds is None or not len(kinds) == len(self.tokens) == len(self._vocabulary):
             raise CheckpointError(f"{self._path}: 'tokenizer.ggml.tokens' and 'tokenizer.ggml.token_type' do not "
                                   "belong together, or a token is in them twice; download the file again.")  # fmt: skip
         self._kinds = [int(kind) for kind in kinds]
@@ -124,7 +124,7 @@ class StatedTokenizer:
 
     def _byte_level(self) -> Tokenizer:
         pairs: list[Any] = [tuple(merge.split(" ", 1)) for merge in self._listed("merges")]
-        tokenizer = Tokenizer(models.BPE(self._vocabulary(), pairs, ignore_merges=self._cut in WHOLE_WORDS))
+        tokenizer = Tokenizer(models.BPE(self._vocabulary, pairs, ignore_merges=self._cut in WHOLE_WORDS))
         if self._cut == "qwen2":
             tokenizer.normalizer = normalizers.NFC()
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(CUTS[self._cut])
@@ -134,8 +134,7 @@ class StatedTokenizer:
     def _pairs(self) -> Tokenizer:
         """sentencepiece's. Usually a space is put before every text, also before one that begins with a space, as code
         often does (transformers' own LlamaTokenizer puts none there)."""
-        vocabulary, unknown = self._vocabulary(), self.id_of("unknown_token_id")
-        merges = []
+        vocabulary, unknown, merges = self._vocabulary, self.id_of("unknown_token_id"), []
         for piece, score in zip(self.tokens, self._get("scores"), strict=True):
             for at in range(1, len(piece)):
                 left, right = vocabulary.get(piece[:at]), vocabulary.get(piece[at:])
@@ -169,9 +168,6 @@ class StatedTokenizer:
                                                        special_tokens=[(name, first)]))  # fmt: skip
         if after:
             tokenizer.post_processor = processors.Sequence(after)
-
-    def _vocabulary(self) -> dict[str, int]:
-        return {token: i for i, token in enumerate(self.tokens)}
 
     def _get(self, name: str, default: Any = None) -> Any:
         return self._keys.get(f"tokenizer.ggml.{name}", default)
