@@ -97,7 +97,9 @@ def load(
         target, loaded, tokenizer, depth=depth, mode=mode, max_context=max_context,
         stop_tokens=_end_tokens(checkpoint, generation, tokenizer, target.info.vocab_size),
         defaults=_default_sampling(generation, checkpoint.path),
-        profile=ProfileFile(kept.profiles_path(), _profile_key(checkpoint.path, drafter, loaded, mode, head_bits)),
+        profile=ProfileFile(
+            kept.profiles_path(), _key(checkpoint.path, drafter, type(loaded).__name__, mode, head_bits)
+        ),
         probes=ProbeFile(kept.probes_path(), _probes_key(checkpoint)),
     )  # fmt: skip
     memory.keep_resident(engine, sum(memory.held_bytes(each.tensors()) for each in (checkpoint, plan.source) if each))
@@ -252,17 +254,11 @@ def _head_bits(asked: int | str) -> int:
     return int(asked)
 
 
-def _profile_key(path: Path, named: object, drafter: Drafter | None, mode: str, head_bits: int) -> str:
-    """What a cost curve belongs to: device, MLX, target, drafter, mode and the draft head's bits."""
-    family = type(drafter).__name__
-    return " | ".join(map(str, (*_machine(), path, named, family, mode, head_bits)))
-
-
-def _machine() -> tuple[object, ...]:
-    """Device, cores and MLX."""
+def _key(*others: object) -> str:
+    """Of what is kept from run to run: device, cores, MLX, and what else it depends on."""
     info = mx.device_info()
     device = info.get("device_name") or info.get("architecture") or platform.machine()
-    return device, os.cpu_count(), importlib.metadata.version("mlx")
+    return " | ".join(map(str, (device, os.cpu_count(), importlib.metadata.version("mlx"), *others)))
 
 
 def _probes_key(checkpoint: Checkpoint) -> str:
@@ -273,7 +269,7 @@ def _probes_key(checkpoint: Checkpoint) -> str:
              for file in visible(checkpoint.path.glob("*.*")) if file.suffix in (".json", ".safetensors")]  # fmt: skip
     program = mx.default_device(), __version__, blas.name(), [os.environ.get(name) for name in names]
     weights = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
-    return " | ".join(map(str, (*_machine(), *program, checkpoint.path, weights)))
+    return _key(*program, checkpoint.path, weights)
 
 
 def _ensure_compile_works() -> None:

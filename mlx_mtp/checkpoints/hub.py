@@ -75,18 +75,12 @@ class Listing:
     large: tuple[LargeFile, ...]
 
     @property
-    def snapshot(self) -> Path:
-        """The folder in the local cache where these files are or will be."""
-        return _storage(self.name) / "snapshots" / self.commit
-
-    @property
     def bytes_to_come(self) -> int:
         """Bytes a download would fetch: without whole files and without what an interrupted one left."""
         return sum(file.size - file.bytes_here() for file in self.large)
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The parsed config.json, which is fetched for it."""
         with _refusals(self.name):
             file = huggingface_hub.hf_hub_download(self.name, "config.json", revision=self.commit, tqdm_class=_no_bar())
             return read_config(Path(file))
@@ -139,8 +133,9 @@ def find(name: str) -> Source:
             raise _explained(name, error) from error
         log.info("'%s': the hub could not be asked (%s); using the copy in %s.", name, type(error).__name__, local)
         return Checkpoint.open(local)
-    here = all((listing.snapshot / file).is_file() for file in listing.files) and not lacking(listing.snapshot)
-    return Checkpoint.open(listing.snapshot) if here else listing
+    snapshot = _storage(listing.name) / "snapshots" / listing.commit
+    here = all((snapshot / file).is_file() for file in listing.files) and not lacking(snapshot)
+    return Checkpoint.open(snapshot) if here else listing
 
 
 def cached(name: str) -> Path | None:

@@ -100,7 +100,6 @@ def instead(weights: int) -> str:
 
 
 def user_table() -> Path:
-    """Where the user's own table is looked for."""
     config = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
     return Path(config) / "mlx-mtp" / "pairs.json"
 

@@ -131,7 +131,6 @@ class _Model:
         return array if rounded else short
 
     def _name(self, name: str) -> str:
-        """The tensor's name in Hugging Face's layout."""
         if name in OUTER:
             return OUTER[name]
         found, inner = LAYER.fullmatch(name), INNER_OF_GEMMA3 if self._architecture == "gemma3" else INNER
@@ -140,7 +139,6 @@ class _Model:
         return f"model.layers.{found[1]}.{inner[found[2]]}.{found[3]}"
 
     def _config(self) -> dict[str, Any]:
-        """The sizes that the file states."""
         gemma = self._architecture == "gemma3"
         width = self._number("embedding_length", int, 1, MAX_SIZE)
         heads = self._number("attention.head_count", int, 1, MAX_COUNT)

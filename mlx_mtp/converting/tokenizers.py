@@ -92,7 +92,6 @@ class StatedTokenizer:
 
     @property
     def stop_tokens(self) -> list[int]:
-        """Ids that end a reply, each once."""
         return list(dict.fromkeys(found for name in ENDS if (found := self.id_of(name)) is not None))
 
     def id_of(self, name: str) -> int | None:
