@@ -78,9 +78,7 @@ def load(
     checks.one_of("mode", mode, MODES)
     checks.function("on_progress", on_progress)
     head_bits = _head_bits(draft_head_bits)
-    _ensure_compile_works()
-    if blas.name() == blas.TOO_LATE:
-        log.warning("MLX was imported before mlx_mtp and is bound to its slow BLAS: import mlx_mtp first.")
+    _look_at_mlx()
     source = _resolve(model)
     plan = _checked(model, source, _plan_drafter(model, source, drafter))
     checkpoint = source.fetch(on_progress)
@@ -91,15 +89,14 @@ def load(
 
     if loaded is None and drafter not in (None, "none"):
         depth = "auto"  # that no drafter was found has been said; a depth for one is then without object
+    curve = _key(checkpoint.path, drafter, type(loaded).__name__, mode, head_bits)
     file, tokenizer = checkpoint.path / "generation_config.json", Tokenizer.load(checkpoint.path)
     generation = read_json(file) if file.exists() else {}
     engine = Engine(
         target, loaded, tokenizer, depth=depth, mode=mode, max_context=max_context,
         stop_tokens=_end_tokens(checkpoint, generation, tokenizer, target.info.vocab_size),
         defaults=_default_sampling(generation, checkpoint.path),
-        profile=ProfileFile(
-            kept.profiles_path(), _key(checkpoint.path, drafter, type(loaded).__name__, mode, head_bits)
-        ),
+        profile=ProfileFile(kept.profiles_path(), curve),
         probes=ProbeFile(kept.probes_path(), _probes_key(checkpoint)),
     )  # fmt: skip
     memory.keep_resident(engine, sum(memory.held_bytes(each.tensors()) for each in (checkpoint, plan.source) if each))
@@ -272,9 +269,11 @@ def _probes_key(checkpoint: Checkpoint) -> str:
     return _key(*program, checkpoint.path, weights)
 
 
-def _ensure_compile_works() -> None:
-    """Turns mx.compile off where it would fail: on a CPU MLX builds fused kernels with g++ in a shared folder, and
-    raises (0.32.4) where g++ is broken or the folder another user's. Without any g++ it goes unfused by itself."""
+def _look_at_mlx() -> None:
+    """Warns of a slow BLAS, and turns mx.compile off where it would fail: on a CPU MLX builds fused kernels with g++ in
+    a shared folder, and raises (0.32.4) where g++ is broken or the folder another user's."""
+    if blas.name() == blas.TOO_LATE:
+        log.warning("MLX was imported before mlx_mtp and is bound to its slow BLAS: import mlx_mtp first.")
     if mx.default_device() == mx.Device(mx.cpu):
         try:
             mx.eval(mx.compile(lambda x: mx.exp(x) * 2.0 + 1.0)(mx.zeros((2,))))
