@@ -15,9 +15,9 @@ import pickle
 import reprlib
 import zipfile
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -59,12 +59,6 @@ class StoredTensor:
         return array.view(dtype) if dtype == mx.bfloat16 else array
 
 
-class _Storage(NamedTuple):
-    entry: str
-    kind: str
-    items: int
-
-
 def read_pth(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a state dict under their names; nothing but the pickle is read yet."""
     what = f"{file}: expected a dictionary of tensors as torch.save writes it since PyTorch 1.6, found something else"
@@ -103,8 +97,8 @@ class _Unpickler(pickle.Unpickler):
             raise ValueError(f"a pickle that asks for {asked}, which no tensor needs and which was not run")
         return known[module, name]
 
-    def persistent_load(self, pid: Any) -> _Storage:
-        """A storage: ("storage", kind, key, device, items)."""
+    def persistent_load(self, pid: Any) -> StoredTensor:
+        """All numbers of a storage: ("storage", kind, key, device, items)."""
         word, kind, key, _, items = pid
         if word != "storage" or kind not in STORAGES or not isinstance(key, str) or type(items) is not int:
             raise ValueError(f"storage {reprlib.repr(pid)}")
@@ -113,15 +107,15 @@ class _Unpickler(pickle.Unpickler):
             raise ValueError(f"storage {reprlib.repr(key)} is missing or compressed")
         if not 0 <= items * STORAGES[kind][0].itemsize <= entry.file_size:
             raise ValueError(f"storage {reprlib.repr(key)} has {entry.file_size} bytes for {items} numbers")
-        return _Storage(entry.filename, kind, items)
+        return StoredTensor(self._file, entry.filename, 0, kind, (items,))
 
-    def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
+    def _tensor(self, storage: StoredTensor, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
         # Whatever else a pickle hands in raises here too, and `read_pth` knows every error.
         if not all(type(n) is int and n >= 0 for n in (offset, *shape, *stride)):
             raise ValueError(f"a tensor of shape {reprlib.repr(shape)}")
         dense = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
         if any(size > 1 and have != want for size, have, want in zip(shape, stride, dense, strict=True)):
             raise ValueError(f"a tensor of shape {shape} that is not stored row after row")
-        if offset + math.prod(shape) > storage.items:
-            raise ValueError(f"a tensor of shape {reprlib.repr(shape)} in {storage.items} numbers")
-        return StoredTensor(self._file, storage.entry, offset, storage.kind, shape)
+        if offset + math.prod(shape) > math.prod(storage.shape):
+            raise ValueError(f"a tensor of shape {reprlib.repr(shape)} in {math.prod(storage.shape)} numbers")
+        return replace(storage, offset=offset, shape=shape)
