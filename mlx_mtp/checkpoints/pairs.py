@@ -26,7 +26,7 @@ class KnownPair:
     """A target and its assistant (None: the user wants none), by hub name or folder.
 
     bits: of the target's weights, 16 = not quantised. download_bytes: both folders. weight_bytes: what both hold in
-    memory on Metal. Both approximate, 0 = unknown. source: where name and sizes were seen.
+    memory on Metal. Both approximate, 0 = unknown. source: where name and sizes were seen. pattern: the target is one.
     """
 
     target: str
@@ -35,6 +35,7 @@ class KnownPair:
     download_bytes: int = 0
     weight_bytes: int = 0
     source: str = ""
+    pattern: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.target, str) or not self.target or not isinstance(self.assistant, str | None):
@@ -57,8 +58,8 @@ class KnownPair:
 def known_pairs() -> list[KnownPair]:
     """Every pair with a name of its own, in order of preference; OptionError for a user's table that is unusable."""
     found: dict[str, KnownPair] = {}
-    for pairs, _ in _tables():
-        for pair in pairs:
+    for pair in _table():
+        if not pair.pattern:
             found.setdefault(pair.target.casefold(), pair)
     return list(found.values())
 
@@ -72,11 +73,10 @@ def assistant_of(target: str) -> str | None:
     """The drafter made for a target's name (case does not matter), None where none is known."""
     if "assistant" in target.rpartition("/")[2].casefold():
         return None
-    for pairs, patterns in _tables():
-        for pair in (*pairs, *patterns):
-            wanted = os.path.expanduser(pair.target).casefold()
-            if target.casefold() == wanted or fnmatchcase(target.casefold(), wanted):
-                return pair.assistant and pair.assistant.replace("{target}", target)
+    for pair in _table():
+        wanted = os.path.expanduser(pair.target).casefold()
+        if target.casefold() == wanted or fnmatchcase(target.casefold(), wanted):
+            return pair.assistant and pair.assistant.replace("{target}", target)
     return None
 
 
@@ -104,15 +104,14 @@ def user_table() -> Path:
     return Path(config) / "mlx-mtp" / "pairs.json"
 
 
-def _tables() -> list[tuple[list[KnownPair], list[KnownPair]]]:
-    return [_read(file) for file in (user_table(), OURS) if file.is_file()]
-
-
-def _read(file: Path) -> tuple[list[KnownPair], list[KnownPair]]:
-    """The pairs of a table, and those whose target is a pattern."""
-    what = f'{file} is no table of pairs like {{"pairs": [{{"target": "NAME", "assistant": "NAME"}}]}}'
+def _table() -> list[KnownPair]:
+    """Every entry, the user's first; in a file patterns come after names."""
+    found: list[KnownPair] = []
     kinds = (OSError, ValueError, TypeError, AttributeError, RecursionError)
-    with explaining(what, "correct or remove it", *kinds, raised=OptionError):
-        table = json.loads(file.read_text(encoding="utf-8-sig"))
-        pairs, patterns = ([KnownPair(**entry) for entry in table.get(key, [])] for key in ("pairs", "patterns"))
-    return pairs, patterns
+    for file in filter(Path.is_file, (user_table(), OURS)):
+        what = f'{file} is no table of pairs like {{"pairs": [{{"target": "NAME", "assistant": "NAME"}}]}}'
+        with explaining(what, "correct or remove it", *kinds, raised=OptionError):
+            table = json.loads(file.read_text(encoding="utf-8-sig"))
+            found += [KnownPair(**entry) for entry in table.get("pairs", [])]
+            found += [KnownPair(**entry, pattern=True) for entry in table.get("patterns", [])]
+    return found
