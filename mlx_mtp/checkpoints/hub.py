@@ -24,7 +24,7 @@ from huggingface_hub import constants
 from mlx_mtp.checkpoints import memory
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, lacking, read_config
 from mlx_mtp.checkpoints.download import LargeFile, fetch_all, in_background
-from mlx_mtp.errors import CheckpointError, DoesNotFit, MLXMTPError, ModelNotFound
+from mlx_mtp.errors import DoesNotFit, MLXMTPError, ModelNotFound
 from mlx_mtp.version import __version__
 
 log = logging.getLogger(__name__)
@@ -111,8 +111,6 @@ class Listing:
                 self.name, allow_patterns=FILES, ignore_patterns=NO_FILES, tqdm_class=_no_bar(),
                 library_name="mlx-mtp", library_version=__version__,
             )  # fmt: skip
-        if missing := lacking(Path(folder)):
-            raise CheckpointError(f"{folder} lacks {', '.join(missing[:3])} of '{self.name}'; download it again.")
         return Checkpoint.open(folder)
 
 

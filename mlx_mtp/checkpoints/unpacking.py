@@ -17,8 +17,7 @@ from mlx_mtp.checkpoints import memory
 
 log = logging.getLogger(__name__)
 
-# Of the memory, what float32 may take: the machine has other things to hold.
-SHARE = 0.5
+SHARE = 0.5  # of the memory, what float32 may take: the machine has other things to hold
 
 
 def unpack(module: nn.Module, name: str = "") -> None:

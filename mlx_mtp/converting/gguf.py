@@ -66,12 +66,9 @@ def bring_in(source: Path, folder: Path) -> None:
     model = _Model(file)
     tokenizer = StatedTokenizer(source, file.keys)
     ids = {"bos_token_id": tokenizer.id_of("bos_token_id"), "eos_token_id": tokenizer.stop_tokens}
-    if len(tokenizer.tokens) > (vocabulary := model.config["vocab_size"]):
-        raise CheckpointError(f"{source} has {len(tokenizer.tokens)} tokens and embeddings for {vocabulary}; "
-                              "download it again.")  # fmt: skip
-    tokenizer.write(folder, model.config["max_position_embeddings"])
-    given = {ours: file.keys.get(f"general.sampling.{theirs}") for theirs, ours in SAMPLING.items()}
-    sampling = {name: value for name, value in given.items() if value is not None}
+    tokenizer.write(folder, model.config["vocab_size"], model.config["max_position_embeddings"])
+    stated = {f"general.sampling.{theirs}": ours for theirs, ours in SAMPLING.items()}
+    sampling = {ours: file.keys[key] for key, ours in stated.items() if key in file.keys}
     drawn = {"do_sample": True} if sampling.get("temperature") else {}
     write_json(folder / "generation_config.json", ids | drawn | sampling)
     write_tensors(folder, model.config | ids, model.arrays())

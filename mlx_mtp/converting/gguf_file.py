@@ -145,14 +145,11 @@ class GGUFFile:
 
     def _other_kind(self, name: str, number: int) -> tuple[str, int, int]:
         """Name, numbers and bytes of blocks that the library reads."""
-        library = _library()
-        try:
+        library, kinds = _library(), (ValueError, KeyError, NotImplementedError)
+        what = f"{self.path}: '{name}' is stored in blocks of type {number}, which the package gguf cannot read"
+        advice = "use a file in Q4_K_M, Q8_0 or another common type"
+        with explaining(what, advice, *kinds, raised=UnsupportedModel):
             kind = library.GGMLQuantizationType(number)
             block, size = library.GGML_QUANT_SIZES[kind]
             library.dequantize(np.zeros((1, size), np.uint8), kind)
-        except (ValueError, KeyError, NotImplementedError) as error:
-            raise UnsupportedModel(
-                f"{self.path}: '{name}' is stored in blocks of type {number}, which the package gguf cannot read; use "
-                "a file in Q4_K_M, Q8_0 or another common type."
-            ) from error
         return kind.name, block, size

@@ -26,10 +26,8 @@ WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\
 LARGE, SMALL = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?[{LARGE}]*[{SMALL}]+|[^\r\n\p{{L}}\p{{N}}]?[{LARGE}]+[{SMALL}]*"
          r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
-# These take a word that is in the vocabulary as it is, whatever the merges would make of it.
-WHOLE_WORDS = ("llama-bpe", "tekken")
-# Ids that end a reply, in the order in which a checkpoint names them.
-ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+WHOLE_WORDS = ("llama-bpe", "tekken")  # take a word of the vocabulary as it is, whatever the merges make of it
+ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")  # end a reply, in the order in which a checkpoint names them
 DIGITS = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
 BYTES = pre_tokenizers.ByteLevel(False, use_regex=False)
 # `tokenizer.ggml.pre` -> how text is cut into words.
@@ -53,8 +51,6 @@ def write_llama(model: Path, folder: Path, vocabulary: int, context: int) -> dic
     with explaining(what, advice, Exception):
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
         every = range(pieces.get_piece_size())
-        if len(every) > vocabulary:
-            raise ValueError(f"{len(every)} pieces for a vocabulary of {vocabulary}")
         kinds = [CONTROL if pieces.is_control(i) else UNKNOWN if pieces.is_unknown(i) else 0 for i in every]
         ids = {"bos": pieces.bos_id(), "eos": pieces.eos_id(), "unknown": pieces.unk_id()}
         stated = {f"{name}_token_id": token for name, token in ids.items() if token >= 0} | {
@@ -64,7 +60,7 @@ def write_llama(model: Path, folder: Path, vocabulary: int, context: int) -> dic
             "token_type": kinds,
         }
         tokenizer = StatedTokenizer(model, {f"tokenizer.ggml.{name}": value for name, value in stated.items()})
-        fast = tokenizer.write(folder, context)
+        fast = tokenizer.write(folder, vocabulary, context)
         wrong = [text for text in PROBES if fast.encode(text).ids != [pieces.bos_id(), *pieces.encode(text)]]
         if wrong:
             raise ValueError(f"other ids than sentencepiece's for {wrong[0]!r}")
@@ -102,8 +98,11 @@ class StatedTokenizer:
                                   f"{len(self.tokens)} tokens; download the file again.")  # fmt: skip
         return found
 
-    def write(self, folder: Path, context: int) -> Tokenizer:
-        """tokenizer.json and tokenizer_config.json; what the first holds. context: most positions."""
+    def write(self, folder: Path, vocabulary: int, context: int) -> Tokenizer:
+        """tokenizer.json and tokenizer_config.json for a model; what the first holds. context: most positions."""
+        if len(self.tokens) > vocabulary:
+            raise CheckpointError(f"{self._path} has {len(self.tokens)} pieces for a vocabulary of {vocabulary}; use "
+                                  "the tokenizer of this checkpoint.")  # fmt: skip
         # tokenizers raises plain Exception
         with explaining(f"{self._path}: its tokens and merges make no tokenizer", "download the file again", Exception):
             tokenizer = self._pairs() if self._model == "llama" else self._byte_level()
