@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import mmap
 import reprlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,11 +95,11 @@ class GGUFFile:
             raise ValueError("a name stands in it twice")
         return found, stored
 
-    def _counted(self, count: int, least: int) -> Iterator[int]:
+    def _counted(self, count: int, least: int) -> range:
         """`count` times, where each takes at least so many bytes."""
         if count > (len(self._data) - self._at) // least:
             raise ValueError(f"{count} entries for {len(self._data)} bytes")
-        return iter(range(count))
+        return range(count)
 
     def _numbers(self, dtype: str, count: int) -> Array:
         found = np.frombuffer(self._data, dtype, count, self._at)  # ValueError where the file ends before them
