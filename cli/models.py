@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mlx_mtp.checkpoints import hub, memory, packaged, pairs
-from mlx_mtp.loading import packaged_drafters
+from mlx_mtp.loading import ASSETS, drafters_in
 from mlx_mtp.measuring import tables
 
 HEADS = ("model, drafter", "download", "memory", "fits", "here")
@@ -65,7 +65,7 @@ def _row(pair: pairs.KnownPair, available: int) -> dict[str, Any]:
 
 def _packaged_row(model: packaged.PackagedModel, available: int) -> dict[str, Any]:
     """A packaged model as `_row` gives a pair; its drafters come with this program."""
-    drafter = next(iter(packaged_drafters(model.name)), None)
+    drafter = next(iter(drafters_in(ASSETS / model.name)), None)
     pair = pairs.KnownPair(target=model.name, assistant=drafter, bits=model.bits, weight_bytes=model.weight_bytes,
                            download_bytes=model.download_bytes,
                            source=f"{model.title} ({model.licence}), package {model.requirement}")  # fmt: skip

@@ -6,6 +6,8 @@ A message says what was expected, what was found and what to do about it.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class MLXMTPError(Exception):
@@ -62,6 +64,19 @@ def without_device(error: ImportError) -> MLXMTPError:
     if "libmlx" not in str(error):
         raise error
     return MLXMTPError(lacking("MLX on Linux", "mlx-cpu", "cpu"))
+
+
+@contextmanager
+def explaining(
+    what: str, advice: str, *kinds: type[BaseException], raised: type[MLXMTPError] = CheckpointError
+) -> Iterator[None]:
+    """Errors of these kinds in the block, another project's or the system's, come out as one sentence of ours."""
+    try:
+        yield
+    except MLXMTPError:
+        raise
+    except kinds as error:
+        raise raised(f"{what} ({brief(error)}); {advice}.") from error
 
 
 def brief(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from mlx_mtp import assets, drafters, targets
 from mlx_mtp.backend import blas, threads
 from mlx_mtp.checkpoints import hub, kept, memory, pairs
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, misfit, read_json, section, visible
-from mlx_mtp.checkpoints.hub import Listing, LoadProgress, OnProgress, Source
+from mlx_mtp.checkpoints.hub import Listing, OnProgress, Source
 from mlx_mtp.checkpoints.packaged import model_of
 from mlx_mtp.drafters.lookup import Lookup, LookupFirst
 from mlx_mtp.engine import MODES, Engine
@@ -78,55 +78,38 @@ def load(
     checks.one_of("mode", mode, MODES)
     checks.function("on_progress", on_progress)
     head_bits = _head_bits(draft_head_bits)
-    _ensure_compile_works()
-    if blas.name() == blas.TOO_LATE:
-        log.warning("MLX was imported before mlx_mtp and is bound to its slow BLAS: import mlx_mtp first.")
+    _look_at_mlx()
     source = _resolve(model)
     plan = _checked(model, source, _plan_drafter(model, source, drafter))
     checkpoint = source.fetch(on_progress)
     plan = plan.fetched(on_progress)
-    checkpoint.on_read = _telling(str(model or "the embedded model"), on_progress)
+    checkpoint.on_read = hub.telling("load", str(model or "the embedded model"), on_progress)
     target = targets.load_target(checkpoint)
     loaded = _read_drafter(plan, draft_head_bits, on_progress)
 
-    if loaded is None and plan.wanted:
+    if loaded is None and drafter not in (None, "none"):
         depth = "auto"  # that no drafter was found has been said; a depth for one is then without object
+    curve = _key(checkpoint.path, drafter, type(loaded).__name__, mode, head_bits)
     file, tokenizer = checkpoint.path / "generation_config.json", Tokenizer.load(checkpoint.path)
     generation = read_json(file) if file.exists() else {}
     engine = Engine(
         target, loaded, tokenizer, depth=depth, mode=mode, max_context=max_context,
         stop_tokens=_end_tokens(checkpoint, generation, tokenizer, target.info.vocab_size),
         defaults=_default_sampling(generation, checkpoint.path),
-        profile=ProfileFile(kept.profiles_path(), _profile_key(checkpoint.path, drafter, loaded, mode, head_bits)),
+        profile=ProfileFile(kept.profiles_path(), curve),
         probes=ProbeFile(kept.probes_path(), _probes_key(checkpoint)),
     )  # fmt: skip
-    memory.keep_resident(engine, sum(memory.held_bytes(each.tensors()) for each in (checkpoint, *plan.sources())))
+    memory.keep_resident(engine, sum(memory.held_bytes(each.tensors()) for each in (checkpoint, plan.source) if each))
     return engine
 
 
-def another_drafter(
-    model: str | Path | None,
-    drafter: str | Path,
-    draft_head_bits: int | str = "auto",
-    on_progress: OnProgress | None = None,
-) -> Drafter | None:
+def another_drafter(model: str | Path | None, drafter: str | Path) -> Drafter | None:
     """A second drafter for a target that is loaded already, named as `load` takes it; None where none is known."""
-    plan = _plan_drafter(model, _resolve(model), drafter)
-    return _read_drafter(plan.fetched(on_progress), draft_head_bits, on_progress)
+    return _read_drafter(_plan_drafter(model, _resolve(model), drafter).fetched(None), "auto", None)
 
 
-def drafter_folder(model: str | Path | None, drafter: str | Path | None) -> Path | None:
-    """Where the files of the drafter are that `load` takes under this name; None for one without files."""
-    source = _plan_drafter(model, _resolve(model), drafter).fetched(None).source
-    return source.path if isinstance(source, Checkpoint) else None
-
-
-def packaged_drafters(model: str) -> list[str]:
-    """Families of the drafters that come with a packaged model; the first is "auto"."""
-    return _families(ASSETS / model)
-
-
-def _families(place: Path | None) -> list[str]:
+def drafters_in(place: Path | None) -> list[str]:
+    """Families of the drafters that come with a model whose own are in this folder; the first is "auto"."""
     return [family for family in FAMILIES if place and (place / family / "config.json").is_file()]
 
 
@@ -145,19 +128,12 @@ def _resolve(name: str | Path | None) -> Source:
 
 @dataclass(frozen=True)
 class DrafterPlan:
-    """Which drafter, before any is loaded. lookup: alone or in front of the one of `source`.
-
-    chosen: the user named it, so that failing is better than going without. wanted: plain decoding was not asked for.
-    """
+    """Which drafter, before any is loaded. lookup: alone or in front of the one of `source`. chosen: the user named it,
+    so that failing is better than going without."""
 
     lookup: bool = False
     source: Source | None = None
     chosen: bool = True
-    wanted: bool = True
-
-    def sources(self) -> list[Source]:
-        """The source as a list, empty without one."""
-        return [] if self.source is None else [self.source]
 
     def having(self, get: Callable[[], Source | None]) -> DrafterPlan:
         """With what `get` gives; without a drafter where that is not to be had and nobody asked for it by name."""
@@ -170,15 +146,12 @@ class DrafterPlan:
             return replace(self, source=None)
 
     def fetched(self, on_progress: OnProgress | None) -> DrafterPlan:
-        """With its files here."""
         return self.having(lambda: self.source and self.source.fetch(on_progress))
 
 
 def _plan_drafter(model: str | Path | None, target: Source, drafter: str | Path | None) -> DrafterPlan:
-    if drafter is None or drafter == "none":
-        return DrafterPlan(wanted=False)
-    if drafter == "lookup":
-        return DrafterPlan(lookup=True)
+    if drafter in (None, "none", "lookup"):
+        return DrafterPlan(lookup=drafter == "lookup")
     if isinstance(drafter, str) and drafter.startswith(LOOKUP_FIRST):
         name = drafter.removeprefix(LOOKUP_FIRST)
         if name in ("", "none") or name.startswith("lookup"):
@@ -186,19 +159,16 @@ def _plan_drafter(model: str | Path | None, target: Source, drafter: str | Path 
         return replace(_plan_drafter(model, target, name), lookup=True)
     packaged = model_of(model)
     place = EMBEDDED if model is None else ASSETS / packaged.name if packaged else None
-    there = _families(place)
-    if drafter in there or drafter == "auto" and there:
-        family = there[0] if drafter == "auto" else str(drafter)
-        return DrafterPlan(source=Checkpoint.open(Path(str(place)) / family))
+    there = drafters_in(place)
+    family = there[0] if drafter == "auto" and there else drafter
+    if place and family in there:
+        return DrafterPlan(source=Checkpoint.open(place / family))
     if drafter == "auto":
         return _known_drafter(model, target)
-    if drafter in FAMILIES and place:
-        which, whose = " or ".join(f"'{family}'" for family in there), f"'{model}'" if model else "the embedded model"
-        raise OptionError(f"Expected a drafter that comes with {whose} ({which or 'none does'}), found '{drafter}', "
-                          "which this installation does not hold; name another one, a folder, 'lookup' or 'none'."
-                          )  # fmt: skip
     if drafter in FAMILIES:
-        raise OptionError(f"Expected a drafter's folder or hub name, 'auto', 'lookup' or 'none', found '{drafter}'.")
+        which, whose = " or ".join(f"'{family}'" for family in there), f"'{model}'" if model else "the embedded model"
+        raise OptionError(f"Expected a drafter that comes with {whose} ({which or 'none does'}), found '{drafter}'; "
+                          "name another one, a folder, a hub name, 'auto', 'lookup' or 'none'.")  # fmt: skip
     return DrafterPlan(source=_resolve(drafter))
 
 
@@ -218,30 +188,26 @@ def _known_drafter(model: str | Path | None, target: Source) -> DrafterPlan:
 
 
 def _checked(model: str | Path | None, target: Source, plan: DrafterPlan) -> DrafterPlan:
-    """The plan, or one without a drafter that nobody asked for and that is not to be had or does not fit.
-
-    Raises what is wrong: a family that is not implemented, sizes that do not go together, too little memory or disk.
-    """
+    """The plan, or one without a drafter that nobody asked for and that is not to be had or does not fit."""
     targets.registry.loader(target.config, target.name)
     plan = plan.having(lambda: plan.source and _supported(plan.source, target))
     if model is not None:
         plan = _fitting(model, target, plan)
-    coming = [source for source in (target, *plan.sources()) if source.bytes_to_come]
+    coming = [source for source in (target, plan.source) if source and source.bytes_to_come]
     hub.check_disk(" with ".join(f"'{each.name}'" for each in coming), sum(each.bytes_to_come for each in coming))
     return plan
 
 
 def _fitting(model: str | Path, target: Source, plan: DrafterPlan) -> DrafterPlan:
     """The plan, without a drafter that nobody asked for where only the target fits; DoesNotFit where not even that."""
-    available = memory.available_bytes()
-    alone, *more = (memory.held_bytes(source.tensors()) for source in (target, *plan.sources()))
-    if memory.fits(alone + sum(more), available):
+    alone, *more = (memory.held_bytes(source.tensors()) for source in (target, plan.source) if source)
+    if memory.fits(alone + sum(more)):
         return plan
-    if more and not plan.chosen and memory.fits(alone, available):
+    if more and not plan.chosen and memory.fits(alone):
         log.warning("Decoding plainly: '%s' fits in memory, but not with its drafter.", model)
         return replace(plan, source=None)
     what = f"'{model}' with its drafter" if more else f"'{model}'"
-    memory.refuse(alone + sum(more), what, pairs.instead(available, alone))
+    memory.refuse(alone + sum(more), what, pairs.instead(alone))
     return plan
 
 
@@ -261,19 +227,11 @@ def _supported(drafter: Source, target: Source) -> Source:
 # Read
 
 
-def _telling(name: str, on_progress: OnProgress | None) -> Callable[[int, int], None] | None:
-    """What a checkpoint calls while it is read."""
-    return on_progress and (lambda done, total: on_progress(LoadProgress("load", name, done, total)))
-
-
 def _read_drafter(plan: DrafterPlan, head_bits: int | str, on_progress: OnProgress | None) -> Drafter | None:
-    """The drafter of a plan whose files are here, its own output head stored in fewer bits.
-
-    OptionError where somebody chose so and it has none.
-    """
+    """The drafter of a plan whose files are here, its own output head in fewer bits; OptionError where it has none."""
     loaded: Drafter | None = None
     if isinstance(plan.source, Checkpoint):
-        plan.source.on_read = _telling("its drafter", on_progress)
+        plan.source.on_read = hub.telling("load", "its drafter", on_progress)
         loaded = drafters.load_drafter(plan.source)
     if plan.lookup:
         loaded = Lookup() if loaded is None else LookupFirst(loaded)
@@ -293,17 +251,11 @@ def _head_bits(asked: int | str) -> int:
     return int(asked)
 
 
-def _profile_key(path: Path, named: object, drafter: Drafter | None, mode: str, head_bits: int) -> str:
-    """What a cost curve belongs to: device, MLX, target, drafter, mode and the draft head's bits."""
-    family = type(drafter).__name__
-    return " | ".join(map(str, (*_machine(), path, named, family, mode, head_bits)))
-
-
-def _machine() -> tuple[object, ...]:
-    """Device, cores and MLX."""
+def _key(*others: object) -> str:
+    """Of what is kept from run to run: device, cores, MLX, and what else it depends on."""
     info = mx.device_info()
     device = info.get("device_name") or info.get("architecture") or platform.machine()
-    return device, os.cpu_count(), importlib.metadata.version("mlx")
+    return " | ".join(map(str, (device, os.cpu_count(), importlib.metadata.version("mlx"), *others)))
 
 
 def _probes_key(checkpoint: Checkpoint) -> str:
@@ -314,14 +266,14 @@ def _probes_key(checkpoint: Checkpoint) -> str:
              for file in visible(checkpoint.path.glob("*.*")) if file.suffix in (".json", ".safetensors")]  # fmt: skip
     program = mx.default_device(), __version__, blas.name(), [os.environ.get(name) for name in names]
     weights = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
-    return " | ".join(map(str, (*_machine(), *program, checkpoint.path, weights)))
+    return _key(*program, checkpoint.path, weights)
 
 
-def _ensure_compile_works() -> None:
-    """Turns mx.compile off where it would fail: MLX's CPU backend builds fused kernels with g++ in a shared folder.
-
-    Without any g++ MLX goes unfused by itself; a broken one, or a kernel folder of another user, raises (0.32.4).
-    """
+def _look_at_mlx() -> None:
+    """Warns of a slow BLAS, and turns mx.compile off where it would fail: on a CPU MLX builds fused kernels with g++ in
+    a shared folder, and raises (0.32.4) where g++ is broken or the folder another user's."""
+    if blas.name() == blas.TOO_LATE:
+        log.warning("MLX was imported before mlx_mtp and is bound to its slow BLAS: import mlx_mtp first.")
     if mx.default_device() == mx.Device(mx.cpu):
         try:
             mx.eval(mx.compile(lambda x: mx.exp(x) * 2.0 + 1.0)(mx.zeros((2,))))
@@ -332,13 +284,11 @@ def _ensure_compile_works() -> None:
 
 def _default_sampling(generation: dict[str, Any], path: Path) -> Sampling:
     """The checkpoint's own sampling; greedy unless it says do_sample, as transformers reads the same file."""
-    if not generation.get("do_sample"):
-        return Sampling(temperature=0.0, repetition_penalty=generation.get("repetition_penalty"))
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    drawn = bool(generation.get("do_sample"))
+    names = ("repetition_penalty", *(("temperature", "top_k", "top_p", "min_p") if drawn else ()))
+    given = {name: generation[name] for name in names if generation.get(name) is not None}  # null = not given
     try:
-        given = {name: generation[name] for name in names if generation.get(name) is not None}  # null = not given
-        found: dict[str, Any] = {"temperature": 1.0} | given
-        return Sampling(**found)
+        return Sampling(**{"temperature": 1.0 if drawn else 0.0} | given)
     except OptionError as error:
         raise CheckpointError(f"{path}/generation_config.json: {error}") from error
 
@@ -346,15 +296,13 @@ def _default_sampling(generation: dict[str, Any], path: Path) -> Sampling:
 def _end_tokens(
     checkpoint: Checkpoint, generation: dict[str, Any], tokenizer: Tokenizer | None, vocabulary: int
 ) -> set[int]:
-    """Ids that end a reply: of generation_config.json, config.json and the tokenizer with its template, together.
-
-    Each of them is often incomplete. Ids outside the vocabulary can never come and are left out (-1 stands for none).
-    """
-    found = set(tokenizer.stop_tokens) if tokenizer else set()
+    """Ids that end a reply: of generation_config.json, config.json and the tokenizer together, since each is often
+    incomplete. Ids outside the vocabulary are left out (-1 stands for none)."""
+    found = list(tokenizer.stop_tokens) if tokenizer else []
     for source in (generation, checkpoint.config, section(checkpoint.config, "text_config")):
-        given = source.get("eos_token_id")
-        ids = given if isinstance(given, list) else [] if given is None else [given]
-        if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-            raise misfit("whole numbers as 'eos_token_id'", reprlib.repr(given), checkpoint.name)
-        found |= set(ids)
+        if (given := source.get("eos_token_id")) is not None:
+            ids = given if isinstance(given, list) else [given]
+            if any(type(token) is not int for token in ids):
+                raise misfit("whole numbers as 'eos_token_id'", reprlib.repr(given), checkpoint.name)
+            found += ids
     return {token for token in found if 0 <= token < vocabulary}

@@ -235,7 +235,7 @@ def test_damage_is_one_error(tmp_path: Path) -> None:
     for content in (*cuts, *flipped, huge, b"not a GGUF at all" * 10):
         damaged.write_bytes(content)
         try:
-            GGUFFile.open(damaged)
+            GGUFFile(damaged)
         except mlx_mtp.MLXMTPError as error:
             errors += 1
             assert str(damaged) in str(error)

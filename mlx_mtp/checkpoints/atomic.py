@@ -14,20 +14,18 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp.errors import CheckpointError
+from mlx_mtp.errors import explaining
 
 HEADER_BYTES = 1 << 20  # more than any safetensors header of ours
 
 
 @contextmanager
 def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
-    """A path to write a file or a folder to, which becomes `path` where the block ends well and vanishes otherwise.
+    """A path beside `path` to write a file or a folder to, which takes its place where the block ends well.
 
-    It lies in the same folder and keeps the suffix; an earlier `path` stays whole until it is replaced, and a link
-    keeps pointing to what is replaced. A device or a pipe is given as it is, to be written into. Raises OSError.
-
-    durable: waits until a file is on the disk, so that a power cut leaves the old one or the new one; for what took
-    long to make, not for what every request writes.
+    Until then an earlier `path` stays whole; a link keeps pointing to what is replaced. A device or a pipe is given as
+    it is, to be written into. Raises OSError. durable: a power cut too leaves the old file or the new one; for what
+    took long to make, not for what every request writes.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not (path.is_file() or path.is_dir()):
@@ -88,18 +86,14 @@ def _sync(path: Path) -> None:
 @contextmanager
 def replacing_or_refused(file: Path, advice: str) -> Iterator[Path]:
     """As `replacing`, durable, but what goes wrong is a CheckpointError that ends in the `advice`."""
-    try:
-        with replacing(file, durable=True) as fresh:
-            yield fresh
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{file}: could not be written ({error}); {advice}.") from error
+    what = f"{file}: could not be written"
+    with explaining(what, advice, OSError, RuntimeError), replacing(file, durable=True) as fresh:
+        yield fresh
 
 
 def write_state(file: Path, tensors: dict[str, mx.array], about: dict[str, Any], advice: str) -> None:
-    """Replaces `file` by a safetensors file of these tensors, with `about` as JSON in its metadata field "mlx_mtp".
-
-    Raises CheckpointError with the `advice` where that fails; the old file is then untouched.
-    """
+    """Replaces `file` by a safetensors file with `about` as JSON in its metadata field "mlx_mtp"; CheckpointError with
+    the `advice` where that fails, and the old file is untouched."""
     needed = sum(tensor.nbytes for tensor in tensors.values()) + HEADER_BYTES
     with replacing_or_refused(file, advice) as fresh:
         free = shutil.disk_usage(file.parent).free

@@ -11,11 +11,12 @@ import os
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,17 +24,15 @@ from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
 from mlx_mtp.backend import threads
-from mlx_mtp.errors import CheckpointError, ModelNotFound, brief
+from mlx_mtp.errors import CheckpointError, ModelNotFound, explaining
 
 INDEX = "model.safetensors.index.json"
 GGUF_MAGIC = b"GGUF"
 # Parts of a multimodal checkpoint that text does not need: never read, so they cost no memory.
 TOWERS = ("vision_tower", "audio_tower", "embed_vision", "embed_audio", "vision_embedder", "multi_modal_projector")
 SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.safetensors")
-# Weights are read in pieces of so many bytes, that progress can be told in between.
-PIECE_BYTES = 256 * 2**20
-# Small enough that a shard fits in memory beside the tensor that is being read.
-SHARD_BYTES = 4 * 10**9
+PIECE_BYTES = 256 * 2**20  # weights are read in such pieces, that progress can be told in between
+SHARD_BYTES = 4 * 10**9  # small enough that a shard fits in memory beside the tensor that is being read
 
 Number = TypeVar("Number", int, float)
 OnRead = Callable[[int, int], None]  # hears (bytes read, bytes in all)
@@ -46,47 +45,37 @@ class Checkpoint:
     path: Path
     config: dict[str, Any]
     on_read: OnRead | None = None
+    bytes_to_come: ClassVar[int] = 0  # nothing is to be downloaded
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
         """Raises ModelNotFound without a folder, CheckpointError without a usable config.json."""
         folder = Path(os.path.expanduser(path))
+        if is_gguf(folder):
+            raise ModelNotFound(f"'{path}' is a GGUF file, which is made a folder first: mlx-mtp convert {path} "
+                                "--out FOLDER, and then use that folder.")  # fmt: skip
         if not os.path.isdir(folder):  # unlike Path.is_dir it answers for every string
-            if is_gguf(folder):
-                raise ModelNotFound(f"'{path}' is a GGUF file, which is made a folder first: mlx-mtp convert {path} "
-                                    "--out FOLDER, and then use that folder.")  # fmt: skip
+            found = "a file" if os.path.exists(folder) else "nothing"
             raise ModelNotFound(
-                f"Expected a folder with config.json and safetensors files, found "
-                f"{'a file' if os.path.exists(folder) else 'nothing'} at '{path}'; check the path."
+                f"Expected a folder with config.json and safetensors files, found {found} at '{path}'; check the path."
             )
         return cls(folder, read_config(folder / "config.json"))
 
     @property
     def name(self) -> str:
-        """What messages call it."""
         return str(self.path)
 
-    @property
-    def bytes_to_come(self) -> int:
-        """Nothing is to be downloaded."""
-        return 0
-
     def fetch(self, on_progress: Any = None) -> Checkpoint:
-        """All is here."""
         return self
 
     @cached_property
-    def headers(self) -> dict[Path, dict[str, tuple[str, int]]]:
-        """Of every weight file the type ("BF16", "U32", ...) and the bytes of its tensors; read once.
-
-        CheckpointError for a shard that is missing or not whole.
-        """
+    def headers(self) -> dict[Path, list[tuple[str, str, int]]]:
+        """The tensors of every weight file; read once. CheckpointError for a shard that is missing or not whole."""
         names = weight_files(self.path)
         if missing := [name for name in names if not os.path.isfile(self.path / name)]:
-            which = f"the {len(names)} of {INDEX}" if (self.path / INDEX).exists() else "model*.safetensors"
             raise CheckpointError(
-                f"{self.path}: of its weight files, {which}, there was found none named {missing[0]!r:.90}; "
-                "download the weights again."
+                f"{self.path}: of its {len(names)} model*.safetensors there was found none named "
+                f"{missing[0]!r:.90}; download the weights again."
             )
         return {self.path / name: header_of(self.path / name) for name in names}
 
@@ -97,27 +86,19 @@ class Checkpoint:
 
     def tensors(self) -> Iterator[tuple[str, str, int]]:
         """Name, type and bytes of every stored tensor; a family may need none."""
-        if not any(self.path.glob("*.safetensors")):
-            return
-        for header in self.headers.values():
-            for name, (dtype, size) in header.items():
-                yield name, dtype, size
+        if any(self.path.glob("*.safetensors")):
+            yield from chain.from_iterable(self.headers.values())
 
     def weights(self) -> dict[str, mx.array]:
         """Every tensor of every shard, memory-mapped, under the names of the files."""
         weights: dict[str, mx.array] = {}
         for file in self.headers:
-            try:
+            with explaining(f"{file} is not readable as safetensors", "download it again", RuntimeError, ValueError):
                 weights.update(mx.load(str(file)))  # type: ignore[arg-type]
-            except (RuntimeError, ValueError) as error:
-                raise CheckpointError(f"{file}: not readable as safetensors ({error}); download it again.") from error
         return weights
 
     def read(self, module: nn.Module) -> None:
-        """Evaluates a module's parameters, that is reads them from the files, and tells how far it is.
-
-        RuntimeError from MLX where a file cannot be read.
-        """
+        """Evaluates a module's parameters, that is reads them; RuntimeError from MLX where a file cannot be read."""
         arrays = list(named_parameters(module).values())
         begun, done = 0, list(accumulate(array.nbytes for array in arrays))
         for i, so_far in enumerate(done):
@@ -133,11 +114,10 @@ def is_gguf(path: Path) -> bool:
     """Whether a path is a file that begins as a GGUF does, or is named like one."""
     if not os.path.isfile(path):
         return False
-    try:
-        with path.open("rb") as stream:
-            return path.suffix.lower() == ".gguf" or stream.read(4) == GGUF_MAGIC
-    except OSError:
-        return path.suffix.lower() == ".gguf"
+    with suppress(OSError), path.open("rb") as stream:
+        if stream.read(len(GGUF_MAGIC)) == GGUF_MAGIC:
+            return True
+    return path.suffix.lower() == ".gguf"
 
 
 def visible(files: Iterable[Path]) -> list[Path]:
@@ -146,10 +126,7 @@ def visible(files: Iterable[Path]) -> list[Path]:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the weight files that a folder must have: those of its index, else those there and their series.
-
-    CheckpointError for an index that names none.
-    """
+    """Names of the weight files that a folder must have: those of its index, else those there and their series."""
     index = section(read_json(folder / INDEX), "weight_map", INDEX).values() if (folder / INDEX).exists() else ()
     if odd := [name for name in index if not isinstance(name, str)]:
         raise CheckpointError(f"{folder / INDEX} names {reprlib.repr(odd[0])} as a weight file; download it again.")
@@ -181,42 +158,36 @@ def read_config(file: Path) -> dict[str, Any]:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file; CheckpointError with the file's name otherwise."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
+    if not os.path.exists(file):
         raise CheckpointError(
             f"Expected the file {file.name} in '{file.parent}', found none; "
             "point to a folder that holds a whole checkpoint."
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: expected JSON, found something else ({error}); download it again.") from error
+        )
+    what = f"{file}: expected JSON, found something else"
+    with explaining(what, "download it again", OSError, ValueError, RecursionError):
+        found = json.loads(file.read_text(encoding="utf-8-sig"))
     if not isinstance(found, dict):
         raise CheckpointError(f"{file}: expected a JSON object, found a {type(found).__name__}; download it again.")
     return found
 
 
-def header_of(file: Path) -> dict[str, tuple[str, int]]:
-    """Type ("BF16", "U32", ...) and bytes of every tensor in a safetensors file, which is found whole.
-
-    MLX reads lazily, so a short file would otherwise fail much later.
-    """
-    try:
-        with safe_open(file, "numpy") as stored:
-            return {name: _type_and_bytes(stored.get_slice(name)) for name in stored.keys()}  # noqa: SIM118
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read ({brief(error)}); check the file and its rights.") from error
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is no whole safetensors file ({brief(error)}); download it again.") from error
+def header_of(file: Path) -> list[tuple[str, str, int]]:
+    """Name, type ("BF16", "U32", ...) and bytes of every tensor in a safetensors file, which is found whole: MLX reads
+    lazily, so a short file would otherwise fail much later."""
+    with (
+        explaining(f"{file} cannot be read", "check the file and its rights", OSError),
+        explaining(f"{file} is no whole safetensors file", "download it again", SafetensorError),
+        safe_open(file, "numpy") as stored,
+    ):
+        return [_described(name, stored.get_slice(name)) for name in stored.keys()]  # noqa: SIM118
 
 
-def _type_and_bytes(tensor: Any) -> tuple[str, int]:
-    dtype = str(tensor.get_dtype())
-    bits = re.search(r"\d+", dtype)  # none in BOOL
-    return dtype, math.prod(tensor.get_shape()) * int(bits[0] if bits else 8) // 8
+def _described(name: str, tensor: Any) -> tuple[str, str, int]:
+    bits = re.search(r"\d+", dtype := str(tensor.get_dtype()))  # none in BOOL
+    return name, dtype, math.prod(tensor.get_shape()) * int(bits[0] if bits else 8) // 8
 
 
 def misfit(expected: str, found: str, where: str = "config.json") -> CheckpointError:
-    """The error for a file that says something else than it must."""
     return CheckpointError(f"{where}: expected {expected}, found {found}; use the one that belongs to this checkpoint.")
 
 
@@ -229,7 +200,8 @@ def number(
     kinds = (int,) if kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
         what = "a whole number" if kind is int else "a number"
-        raise misfit(f"{what} from {low} to {high} as '{key}'", reprlib.repr(value), where)
+        found = "none" if value is None else reprlib.repr(value)
+        raise misfit(f"{what} from {low} to {high} as '{key}'", found, where)
     return kind(value)
 
 
@@ -250,7 +222,6 @@ def compute_dtype(weights: Mapping[str, mx.array]) -> mx.Dtype:
 
 
 def named_parameters(module: nn.Module) -> dict[str, mx.array]:
-    """A module's parameters under their dotted names."""
     return dict(tree_flatten(module.parameters()))
 
 
@@ -258,14 +229,11 @@ def load_into(module: nn.Module, weights: dict[str, mx.array], dtype: mx.Dtype, 
     """Quantises `module` like `weights`, casts floating tensors to `dtype` and loads them; nothing may be left over."""
     _quantize_like(module, weights, source.path)
     check_shapes(module, {name: weight.shape for name, weight in weights.items()}, str(source.path))
-    floating = (mx.float32, mx.bfloat16, mx.float16)
-    cast = {n: w.astype(dtype) if w.dtype in floating else w for n, w in weights.items()}
-    module.load_weights(list(cast.items()), strict=True)
+    module.load_weights(list(weights.items()), strict=True)
+    module.set_dtype(dtype)
     module.eval()
-    try:
+    with explaining(f"{source.path}: weights that cannot be read", "download them again", RuntimeError):
         source.read(module)
-    except RuntimeError as error:
-        raise CheckpointError(f"{source.path}: weights that cannot be read ({error}); download them again.") from error
 
 
 def check_shapes(module: nn.Module, found: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -284,10 +252,8 @@ def check_shapes(module: nn.Module, found: Mapping[str, tuple[int, ...]], where:
 
 
 def _quantize_like(module: nn.Module, weights: Mapping[str, mx.array], source: Path) -> None:
-    """Makes every layer quantised whose stored weight is; bits, group and mode come from the tensors themselves.
-
-    The tensors decide because `config["quantization"]` names layers by the writer's paths, which differ.
-    """
+    """Makes every layer quantised whose stored weight is; bits, group and mode come from the tensors themselves, since
+    `config["quantization"]` names layers by the writer's paths, which differ."""
     from mlx_lm.utils import infer_quant_config
 
     def settings(path: str, layer: nn.Module) -> bool | dict[str, Any]:
@@ -297,18 +263,9 @@ def _quantize_like(module: nn.Module, weights: Mapping[str, mx.array], source: P
         return found | ({"global_scale": True} if f"{path}.global_scale" in weights else {})
 
     if any(name.endswith(".scales") for name in weights):
-        try:
+        what, kinds = f"{source}: cannot tell how the weights are quantised", (LookupError, TypeError, ValueError)
+        with explaining(what, "download them again", *kinds, ZeroDivisionError):
             nn.quantize(module, class_predicate=settings)
-        except (ValueError, KeyError, IndexError, TypeError, ZeroDivisionError) as error:
-            raise CheckpointError(
-                f"{source}: cannot tell how the weights are quantised ({brief(error)}); download them again."
-            ) from error
-
-
-def renamed(weights: Mapping[str, mx.array], name_of: Callable[[str], str | None]) -> tuple[dict[str, mx.array], int]:
-    """Weights under new names, without those that `name_of` maps to None; and how many those were."""
-    kept = {new: value for key, value in weights.items() if (new := name_of(key)) is not None}
-    return kept, len(weights) - len(kept)
 
 
 def check_finite(tensors: Iterable[tuple[str, mx.array]], where: Path, advice: str) -> None:
@@ -319,21 +276,15 @@ def check_finite(tensors: Iterable[tuple[str, mx.array]], where: Path, advice: s
 
 
 def write_checkpoint(folder: Path, config: Mapping[str, Any], weights: Mapping[str, mx.array]) -> None:
-    """Writes config.json and the weights in the published layout (float16 on disk).
-
-    Raises CheckpointError, and writes nothing, where a weight is not finite as float16.
-    """
-    floating = (mx.float32, mx.bfloat16)
-    halves = {k: w.astype(mx.float16) if w.dtype in floating else w for k, w in weights.items()}
+    """Writes config.json and the weights, in float16; nothing, and a CheckpointError, where one is not finite so."""
+    halves = {k: w.astype(mx.float16) if mx.issubdtype(w.dtype, mx.floating) else w for k, w in weights.items()}
     check_finite(halves.items(), folder, "nothing was written: train with a lower learning rate")
     write_tensors(folder, config, halves.items())
 
 
 def write_tensors(folder: Path, config: Mapping[str, Any], tensors: Iterable[tuple[str, mx.array]]) -> None:
     """config.json and model*.safetensors, with types as they come; RuntimeError or OSError where it cannot be done.
-
-    Tensors are taken one by one and may be lazy: no more than one shard of them is in memory.
-    """
+    Tensors are taken one by one and may be lazy: no more than one shard of them is in memory."""
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[list[str]] = []
     shard: dict[str, mx.array] = {}
@@ -362,5 +313,4 @@ def write_tensors(folder: Path, config: Mapping[str, Any], tensors: Iterable[tup
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """A JSON file as people like to read it."""
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

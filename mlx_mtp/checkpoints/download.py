@@ -14,9 +14,10 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from mlx_mtp.errors import CheckpointError
 from mlx_mtp.version import __version__
@@ -25,13 +26,12 @@ AT_ONCE = 4  # files; more do not make a fast line faster
 TICK_SECONDS = 0.1  # between two reports
 PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds, one after each answer that says the hub itself has a problem
 
+Returned = TypeVar("Returned")
+
 
 @dataclass(frozen=True)
 class LargeFile:
-    """A file to fetch: its address, its size in bytes, its SHA-256, its place and its lock there.
-
-    token: False sends none; None sends the user's for the hub, where there is one.
-    """
+    """A file to fetch. size: bytes. token: False sends none; None sends the user's for the hub, where there is one."""
 
     name: str
     url: str
@@ -43,17 +43,14 @@ class LargeFile:
 
     @property
     def part(self) -> Path:
-        """What has come of it so far."""
         return self.place.with_name(self.place.name + ".incomplete")
 
     def bytes_here(self) -> int:
         """Bytes that need not come again; 0 where the part is longer than the file, and so is not one of it."""
         for path in (self.part, self.place):
-            try:
+            with suppress(OSError):
                 size = path.stat().st_size
-            except OSError:
-                continue
-            return size if size <= self.size else 0
+                return size if size <= self.size else 0
         return 0
 
     def fetch(self, stop: threading.Event) -> None:
@@ -75,10 +72,7 @@ class LargeFile:
         )
 
     def _received(self, stop: threading.Event) -> str:
-        """Appends what is missing to the part; the whole's SHA-256.
-
-        A broken line (by huggingface_hub) and a fault of the hub's own are taken up again a few times.
-        """
+        """Appends what is missing to the part, and waits out faults of the hub's own; the whole's SHA-256."""
         from huggingface_hub.errors import HfHubHTTPError
 
         self.part.touch()
@@ -118,34 +112,42 @@ class _Part(io.FileIO):
         return super().write(data)
 
 
-def fetch_all(files: Sequence[LargeFile], tell: Callable[[int, int], None]) -> None:
-    """Fetches all; `tell` hears (bytes there, bytes in all) in this thread, some times a second.
+def in_background(call: Callable[[], Returned]) -> Future[Returned]:
+    """What a daemon thread makes of a call: neither Ctrl-C nor the end of the program waits for the network."""
+    answer: Future[Returned] = Future()
 
-    The first failure stops all and is raised; what has come stays for the next time, after an interrupt too.
-    """
+    def run() -> None:
+        try:
+            answer.set_result(call())
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return answer
+
+
+def fetch_all(files: Sequence[LargeFile], tell: Callable[[int, int], None]) -> None:
+    """Fetches all; `tell` hears (bytes there, bytes in all) in this thread. The first failure stops all and is raised;
+    what has come stays for the next time, after an interrupt too."""
     stop, total = threading.Event(), sum(file.size for file in files)
     waiting = iter(files)  # shared: each file goes to one thread
 
-    def work(end: Future[None]) -> None:
+    def work() -> None:
         try:
             for file in waiting:
                 if not stop.is_set():
                     file.fetch(stop)
-            end.set_result(None)
-        except Exception as error:
+        except Exception:
             stop.set()
-            end.set_exception(error)
+            raise
 
-    ends = [Future[None]() for _ in files[:AT_ONCE]]
     try:
-        for end in ends:  # daemons, so that Ctrl-C and the end of the program need not wait for the network
-            threading.Thread(target=work, args=(end,), daemon=True).start()
+        ends = [in_background(work) for _ in files[:AT_ONCE]]
         while wait(ends, TICK_SECONDS).not_done:
             tell(sum(file.bytes_here() for file in files), total)
     finally:
         stop.set()
-    failures = [error for end in ends if (error := end.exception())]
-    if failures:
-        raise next((error for error in failures if not isinstance(error, InterruptedError)), failures[0])
+    if failures := [error for end in ends if (error := end.exception())]:
+        raise min(failures, key=lambda error: isinstance(error, InterruptedError))  # not one that was only stopped
     if files:
         tell(total, total)

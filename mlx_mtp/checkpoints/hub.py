@@ -12,18 +12,19 @@ import contextlib
 import logging
 import re
 import shutil
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+import huggingface_hub  # brings its parts only when they are used, but for these constants
+from huggingface_hub import constants
 
 from mlx_mtp.checkpoints import memory
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, lacking, read_config
-from mlx_mtp.checkpoints.download import LargeFile, fetch_all
-from mlx_mtp.errors import CheckpointError, DoesNotFit, MLXMTPError, ModelNotFound
+from mlx_mtp.checkpoints.download import LargeFile, fetch_all, in_background
+from mlx_mtp.errors import DoesNotFit, MLXMTPError, ModelNotFound
 from mlx_mtp.version import __version__
 
 log = logging.getLogger(__name__)
@@ -36,8 +37,6 @@ NO_FILES = ["*/*", ".*"]  # folders inside a repository hold other formats of th
 PATIENCE, LONG_PATIENCE, GLANCE = 4.0, 30.0, 2.0
 REQUEST_SECONDS = 10.0  # of one request without a byte
 LARGEST_BY_HTTP = 50 * 10**9  # the hub serves larger files by its own protocol only, which huggingface_hub speaks
-
-Returned = TypeVar("Returned")
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,16 @@ class LoadProgress:
 OnProgress = Callable[[LoadProgress], None]
 
 
+def telling(what: str, name: str, on_progress: OnProgress | None) -> Callable[[int, int], None]:
+    """What hears (bytes done, bytes in all) of a load and hands it on to whoever listens."""
+
+    def tell(done: int, total: int) -> None:
+        if on_progress is not None:
+            on_progress(LoadProgress(what, name, done, total))
+
+    return tell
+
+
 @dataclass(frozen=True)
 class Listing:
     """A source on the hub: the files that a model needs, at one commit. `name` is the hub's own spelling.
@@ -66,33 +75,24 @@ class Listing:
     large: tuple[LargeFile, ...]
 
     @property
-    def snapshot(self) -> Path:
-        """The folder in the local cache where these files are or will be."""
-        return _storage(self.name) / "snapshots" / self.commit
-
-    @property
     def bytes_to_come(self) -> int:
         """Bytes a download would fetch: without whole files and without what an interrupted one left."""
         return sum(file.size - file.bytes_here() for file in self.large)
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The parsed config.json, which is fetched for it."""
-        from huggingface_hub import hf_hub_download
-
-        with _explaining(self.name):
-            file = hf_hub_download(self.name, "config.json", revision=self.commit, tqdm_class=_no_bar())
+        with _refusals(self.name):
+            file = huggingface_hub.hf_hub_download(self.name, "config.json", revision=self.commit, tqdm_class=_no_bar())
             return read_config(Path(file))
 
     def tensors(self) -> Iterator[tuple[str, str, int]]:
         """Name, type and bytes of every stored tensor, by the headers of the files; at least as much without them."""
-        from huggingface_hub import HfApi
-
+        header_of = huggingface_hub.HfApi().parse_safetensors_file_metadata
         for file in self.large:
             if file.name.endswith(".safetensors"):
                 try:
                     with _quiet():
-                        header = HfApi().parse_safetensors_file_metadata(self.name, file.name, revision=self.commit)
+                        header = header_of(self.name, file.name, revision=self.commit)
                 except Exception as error:  # an estimate is enough
                     log.debug("the header of '%s' was not to be had: %s", file.name, error)
                     yield file.name, "BF16", file.size
@@ -101,25 +101,16 @@ class Listing:
                         yield name, tensor.dtype, tensor.data_offsets[1] - tensor.data_offsets[0]
 
     def fetch(self, on_progress: OnProgress | None = None) -> Checkpoint:
-        """Fetches what is missing; on_progress hears of it in this thread. Ctrl-C leaves what has come for later.
-
-        ModelNotFound where the hub refuses or the network breaks for good, CheckpointError where what came is not what
-        the hub announced.
-        """
-        from huggingface_hub import snapshot_download
-
-        def tell(done: int, total: int) -> None:
-            if on_progress is not None:
-                on_progress(LoadProgress("download", self.name, done, total))
-
-        with _explaining(self.name):
-            fetch_all([file for file in self.large if file.size <= LARGEST_BY_HTTP], tell)
-            folder = snapshot_download(  # the small files, and the snapshot's layout around the large ones
+        """Fetches what is missing; Ctrl-C leaves what has come for later. ModelNotFound where the hub refuses or the
+        network breaks for good, CheckpointError where what came is not what the hub announced."""
+        with _refusals(self.name):
+            by_http = [file for file in self.large if file.size <= LARGEST_BY_HTTP]
+            fetch_all(by_http, telling("download", self.name, on_progress))
+            # The small files, and the snapshot's layout around the large ones.
+            folder = huggingface_hub.snapshot_download(
                 self.name, allow_patterns=FILES, ignore_patterns=NO_FILES, tqdm_class=_no_bar(),
                 library_name="mlx-mtp", library_version=__version__,
             )  # fmt: skip
-        if missing := lacking(Path(folder)):
-            raise CheckpointError(f"{folder} lacks {', '.join(missing[:3])} of '{self.name}'; download it again.")
         return Checkpoint.open(folder)
 
 
@@ -127,13 +118,12 @@ Source = Checkpoint | Listing  # a model whose files are here, or are to come
 
 
 def find(name: str) -> Source:
-    """A model's files here, or what the hub lists where its newest files are not all here.
-
-    A whole copy in the cache is used when the hub cannot be asked; ModelNotFound where there is neither.
-    """
+    """A model's files here, or what the hub lists where its newest are not all here. Where the hub cannot be asked, a
+    whole copy in the cache; ModelNotFound without one."""
     local = cached(name)
     try:
-        listing = _within(PATIENCE if local else LONG_PATIENCE, lambda: _listing(name))
+        # TimeoutError wherever it hangs, since a dead name server heeds no limit.
+        listing = in_background(lambda: _listing(name)).result(PATIENCE if local else LONG_PATIENCE)
     except ModelNotFound:
         raise
     except Exception as error:  # huggingface_hub raises its own, its HTTP library's and OS errors
@@ -141,20 +131,17 @@ def find(name: str) -> Source:
             raise _explained(name, error) from error
         log.info("'%s': the hub could not be asked (%s); using the copy in %s.", name, type(error).__name__, local)
         return Checkpoint.open(local)
-    here = all((listing.snapshot / file).is_file() for file in listing.files) and not lacking(listing.snapshot)
-    return Checkpoint.open(listing.snapshot) if here else listing
+    snapshot = _storage(listing.name) / "snapshots" / listing.commit
+    here = all((snapshot / file).is_file() for file in listing.files) and not lacking(snapshot)
+    return Checkpoint.open(snapshot) if here else listing
 
 
 def cached(name: str) -> Path | None:
-    """The newest whole copy of a model in the hub's cache, without asking the hub; None where there is none."""
-    snapshots = _storage(name) / "snapshots"
-    try:
-        newest = (_storage(name) / "refs" / "main").read_text().strip()
-    except (OSError, ValueError):  # ValueError: bytes that are no UTF-8
-        newest = ""
-    there = sorted(snapshots.glob("*"), key=lambda folder: folder.stat().st_mtime, reverse=True)
-    commits = [folder.name for folder in there if folder.name != newest]
-    return next((snapshots / commit for commit in (newest, *commits) if commit and _whole(name, commit)), None)
+    """The newest whole copy of a model in the hub's cache, without asking the hub."""
+    snapshots = (_storage(name) / "snapshots").glob("*")
+    newest_first = sorted(snapshots, key=lambda folder: folder.stat().st_mtime, reverse=True)
+    revisions = ("main", *(folder.name for folder in newest_first))
+    return next((folder for revision in revisions if (folder := _whole(name, revision))), None)
 
 
 def started(name: str) -> bool:
@@ -164,25 +151,17 @@ def started(name: str) -> bool:
 
 def hub_answers(seconds: float = GLANCE) -> bool:
     """Whether the hub can be reached now: one small request; no answer within `seconds` is a no."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    try:
-        with _quiet():
-            answer = _within(seconds, lambda: get_session().head(constants.ENDPOINT, timeout=seconds))
-            return bool(answer.status_code < 500)
-    except Exception as error:  # whatever it is, the hub did not answer
-        log.debug("the hub does not answer: %s", error)
-        return False
+    with contextlib.suppress(Exception), _quiet():  # whatever it is, the hub did not answer
+        session = huggingface_hub.get_session()
+        answer = in_background(lambda: session.head(constants.ENDPOINT, timeout=seconds)).result(seconds)
+        return bool(answer.status_code < 500)
+    return False
 
 
 def check_disk(names: str, needed: int) -> None:
     """Raises DoesNotFit where the disk of the hub's cache has less room than so many bytes of these models take."""
-    from huggingface_hub import constants
-
-    folder = Path(constants.HF_HUB_CACHE)
-    while not folder.exists():
-        folder = folder.parent
+    cache = Path(constants.HF_HUB_CACHE)
+    folder = next(place for place in (cache, *cache.parents) if place.exists())
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DoesNotFit(
@@ -195,13 +174,11 @@ def check_disk(names: str, needed: int) -> None:
 
 
 def _listing(name: str) -> Listing:
-    from huggingface_hub import HfApi, hf_hub_url
     from huggingface_hub.utils import filter_repo_objects
 
     with _quiet():
-        info = HfApi(library_name="mlx-mtp", library_version=__version__).model_info(
-            name, files_metadata=True, timeout=REQUEST_SECONDS
-        )
+        api = huggingface_hub.HfApi(library_name="mlx-mtp", library_version=__version__)
+        info = api.model_info(name, files_metadata=True, timeout=REQUEST_SECONDS)
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
     wanted = list(filter_repo_objects(siblings, allow_patterns=FILES, ignore_patterns=NO_FILES))
     if "config.json" not in wanted or not any(file.endswith(".safetensors") for file in wanted):
@@ -210,19 +187,19 @@ def _listing(name: str) -> Listing:
             "MLX format (no GGUF, no adapter alone)."
         )
     name, commit = info.id if NAME.fullmatch(info.id) else name, str(info.sha)
-    large = []
+    place, large = _storage(name), []
     for file in wanted:
         content = siblings[file].lfs
         if content and SHA256.fullmatch(sha256 := content.sha256):  # it names a path
-            url, blob = hf_hub_url(name, file, revision=commit), _storage(name) / "blobs" / sha256
-            lock = _storage(name).parent / ".locks" / _storage(name).name / f"{sha256}.lock"
-            large.append(LargeFile(file, url, int(siblings[file].size or 0), sha256, blob, lock))
+            url = huggingface_hub.hf_hub_url(name, file, revision=commit)
+            lock = place.parent / ".locks" / place.name / f"{sha256}.lock"
+            large.append(LargeFile(file, url, int(siblings[file].size or 0), sha256, place / "blobs" / sha256, lock))
     return Listing(name, commit, tuple(wanted), tuple(large))
 
 
 @contextlib.contextmanager
-def _explaining(name: str) -> Iterator[None]:
-    """Whatever huggingface_hub raises within comes out as a sentence, and it says nothing by itself."""
+def _refusals(name: str) -> Iterator[None]:
+    """Whatever huggingface_hub raises comes out as a sentence, and it says nothing by itself."""
     try:
         with _quiet():
             yield
@@ -234,7 +211,7 @@ def _explaining(name: str) -> Iterator[None]:
 
 def _explained(name: str, error: BaseException) -> ModelNotFound:
     """Why a model could not be had, in a sentence that says what to do."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
     while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
@@ -243,7 +220,7 @@ def _explained(name: str, error: BaseException) -> ModelNotFound:
     if isinstance(error, errors.GatedRepoError):
         page = f"{constants.ENDPOINT}/{name}"
         why = f"has an owner who asks you to accept a licence first; accept it at {page} and {login}"
-    elif isinstance(error, errors.RepositoryNotFoundError) or status == 404:
+    elif isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError) or status == 404:
         why = f"is neither a folder nor a model on the hub; check the spelling, and if the model is private {login}"
     elif status in (401, 403):
         why = f"is not given out for your token ({status}); {login} with a valid one"
@@ -253,8 +230,6 @@ def _explained(name: str, error: BaseException) -> ModelNotFound:
         why = f"cannot be had, since the hub has a problem of its own ({status}); try again later"
     elif isinstance(error, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
         why = "has no whole copy on this disk; unset HF_HUB_OFFLINE to download it"
-    elif isinstance(error, errors.HFValidationError):
-        why = "is neither a folder nor a model on the hub, which allows no such name"
     elif isinstance(error, OSError) and error.errno:
         place = error.filename or constants.HF_HUB_CACHE
         why = f"cannot be had, since {place} cannot be written ({error.strerror}); check its rights and the free disk"
@@ -270,24 +245,21 @@ def _explained(name: str, error: BaseException) -> ModelNotFound:
 
 
 def _storage(name: str) -> Path:
-    from huggingface_hub import constants
-
     return Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
 
 
-def _whole(name: str, commit: str) -> bool:
-    """Whether a snapshot has all its files, as far as anything here tells."""
-    from huggingface_hub import snapshot_download
+def _whole(name: str, revision: str) -> Path | None:
+    """The snapshot of a revision, where it has all its files as far as anything here tells."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    try:  # compares with the hub's listing, where the download that made the snapshot kept it
-        with _quiet():
-            found = snapshot_download(
-                name, revision=commit, local_files_only=True, allow_patterns=FILES, ignore_patterns=NO_FILES
-            )
-    except (LocalEntryNotFoundError, ValueError):
-        return False
-    return not lacking(Path(found))
+    # Of a name that the hub does not allow, and bytes in refs that are no UTF-8, comes a ValueError.
+    with contextlib.suppress(LocalEntryNotFoundError, ValueError), _quiet():
+        # Compares with the hub's listing, where the download that made the snapshot kept it.
+        found = huggingface_hub.snapshot_download(
+            name, revision=revision, local_files_only=True, allow_patterns=FILES, ignore_patterns=NO_FILES
+        )
+        return None if lacking(Path(found)) else Path(found)
+    return None
 
 
 def _no_bar() -> Any:
@@ -312,17 +284,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         hub_logging.set_verbosity(before)
-
-
-def _within(seconds: float, call: Callable[[], Returned]) -> Returned:
-    """The call's result; TimeoutError after so many seconds, wherever it hangs (a dead name server heeds no limit)."""
-    answer: Future[Returned] = Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(call())
-        except Exception as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return answer.result(seconds)

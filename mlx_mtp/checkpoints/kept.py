@@ -16,7 +16,7 @@ from mlx_mtp.checkpoints.atomic import replacing
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 2  # of the files; another one is not read
 
 
 def cache_folder() -> Path:
@@ -27,12 +27,10 @@ def cache_folder() -> Path:
 
 
 def profiles_path() -> Path:
-    """Where the depth control's profiles are."""
     return cache_folder() / "depth.json"
 
 
 def probes_path() -> Path:
-    """Where the results of exact mode's probes are."""
     return cache_folder() / "exactness.json"
 
 
@@ -66,7 +64,7 @@ def forget(path: Path) -> list[str]:
 
 
 def _values(path: Path) -> dict[str, Any]:
-    """By key; empty where there is no file, a damaged one, or one of another version."""
+    """By key; empty where there is no file or a damaged one."""
     try:
         found = json.loads(path.read_text())
         return dict(found["profiles"]) if found["version"] == VERSION else {}

@@ -9,6 +9,7 @@ import logging
 import os
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import mlx.core as mx
@@ -27,19 +28,17 @@ CGROUP_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit
 
 
 def on_metal() -> bool:
-    """Whether MLX computes on Apple's GPU."""
     return mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu)
 
 
 def on_cpu() -> bool:
-    """Whether MLX computes on its CPU backend."""
     return mx.default_device() == mx.Device(mx.cpu)
 
 
 def available_bytes() -> int:
     """Most bytes a model may take: on Metal what macOS recommends for the GPU, elsewhere the physical memory.
 
-    A container's limit counts where it is lower. Other programs' memory does not: they can be swapped out.
+    Other programs' memory counts as free: they can be swapped out.
     """
     return int(mx.device_info()["max_recommended_working_set_size"]) if on_metal() else physical_bytes()
 
@@ -49,10 +48,8 @@ def physical_bytes() -> int:
     stated = mx.device_info().get("memory_size")
     limits = [int(stated or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
     for file in CGROUP_FILES:
-        try:
+        with suppress(OSError, ValueError):  # no such file, or "max"
             limits.append(int(Path(file).read_text()))
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
     return min(limits)
 
 
@@ -73,16 +70,13 @@ def folder_bytes(folder: Path) -> int:
     return held_bytes(Checkpoint(folder, {}).tensors())
 
 
-def fits(weights: int, available: int | None = None) -> bool:
-    """Whether weights of so many bytes and their head-room fit; available None = this machine's."""
-    return needed_bytes(weights) <= (available_bytes() if available is None else available)
+def fits(weights: int) -> bool:
+    """Whether weights of so many bytes and their head-room fit this machine."""
+    return needed_bytes(weights) <= available_bytes()
 
 
 def refuse(weights: int, what: str, instead: str) -> None:
-    """Raises DoesNotFit for weights too large for this machine; MLX_MTP_IGNORE_MEMORY=1 turns that into a warning.
-
-    what: whose weights. instead: what fits, as a part of a sentence.
-    """
+    """Raises DoesNotFit for weights too large for this machine; MLX_MTP_IGNORE_MEMORY=1 turns that into a warning."""
     available, needed = available_bytes(), readable(needed_bytes(weights))
     if os.environ.get(IGNORE) == "1":
         log.warning("%s needs %s of memory, %s are there: expect swapping.", what, needed, readable(available))
@@ -106,10 +100,9 @@ _engines: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
 
 
 def keep_resident(engine: object, weights: int) -> None:
-    """Raises MLX's wired limit for an engine with weights of so many bytes, on Metal (macOS 15).
+    """Sets MLX's wired limit to what all engines alive need, as far as macOS (15) recommends it, on Metal.
 
-    The limit is the process's: min(what macOS recommends, weights of all engines alive + head-room), worked out anew at
-    every load. Nothing lowers it in between, since it must not change while MLX computes.
+    Nothing lowers it before the next load, since it must not change while MLX computes.
     """
     if on_metal():
         _engines[engine] = weights

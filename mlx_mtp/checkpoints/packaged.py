@@ -33,7 +33,6 @@ class PackagedModel:
 
     @property
     def folder(self) -> Path:
-        """Where its checkpoint is, or would be."""
         return cache_folder() / "models" / self.name
 
     @property

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mlx_mtp.checkpoints import memory
-from mlx_mtp.errors import OptionError, brief
+from mlx_mtp.errors import OptionError, explaining
 
 OURS = Path(__file__).with_name("pairs.json")
 SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
@@ -26,7 +26,7 @@ class KnownPair:
     """A target and its assistant (None: the user wants none), by hub name or folder.
 
     bits: of the target's weights, 16 = not quantised. download_bytes: both folders. weight_bytes: what both hold in
-    memory on Metal. Both approximate, 0 = unknown. source: where name and sizes were seen.
+    memory on Metal. Both approximate, 0 = unknown. source: where name and sizes were seen. pattern: the target is one.
     """
 
     target: str
@@ -35,9 +35,9 @@ class KnownPair:
     download_bytes: int = 0
     weight_bytes: int = 0
     source: str = ""
+    pattern: bool = False
 
     def __post_init__(self) -> None:
-        """ValueError for what a table must not hold."""
         if not isinstance(self.target, str) or not self.target or not isinstance(self.assistant, str | None):
             raise ValueError(f"{reprlib.repr(self.target)} with {reprlib.repr(self.assistant)}")
         for size, high in ((self.bits, 32), (self.download_bytes, 2**60), (self.weight_bytes, 2**60)):
@@ -46,25 +46,20 @@ class KnownPair:
 
     @property
     def memory_bytes(self) -> int:
-        """Memory to run both here, head-room included; 0 = unknown.
-
-        On a CPU half precision takes more than on Metal: all of an unquantised model, of a quantised one the scale
-        and the offset of each 64 weights (half a bit a weight).
-        """
+        """Memory to run both here, head-room included; 0 = unknown."""
         if not self.weight_bytes:
             return 0
-        factor = 1.0
-        if memory.on_cpu():
-            halves = 1.0 if self.bits == 16 else 0.5 / (self.bits + 0.5)
-            factor += halves * (memory.CPU_HALF_FACTOR - 1)
-        return memory.needed_bytes(int(self.weight_bytes * factor))
+        # In half precision is all of a plain model, and of a quantised one half a bit a weight: scales and offsets.
+        halves = 1.0 if self.bits == 16 else 0.5 / (self.bits + 0.5)
+        more = halves * (memory.CPU_HALF_FACTOR - 1) if memory.on_cpu() else 0.0
+        return memory.needed_bytes(int(self.weight_bytes * (1.0 + more)))
 
 
 def known_pairs() -> list[KnownPair]:
     """Every pair with a name of its own, in order of preference; OptionError for a user's table that is unusable."""
     found: dict[str, KnownPair] = {}
-    for pairs, _ in _tables():
-        for pair in pairs:
+    for pair in _table():
+        if not pair.pattern:
             found.setdefault(pair.target.casefold(), pair)
     return list(found.values())
 
@@ -78,11 +73,10 @@ def assistant_of(target: str) -> str | None:
     """The drafter made for a target's name (case does not matter), None where none is known."""
     if "assistant" in target.rpartition("/")[2].casefold():
         return None
-    for pairs, patterns in _tables():
-        for pair in (*pairs, *patterns):
-            wanted = os.path.expanduser(pair.target).casefold()
-            if target.casefold() == wanted or fnmatchcase(target.casefold(), wanted):
-                return pair.assistant and pair.assistant.replace("{target}", target)
+    for pair in _table():
+        wanted = os.path.expanduser(pair.target).casefold()
+        if target.casefold() == wanted or fnmatchcase(target.casefold(), wanted):
+            return pair.assistant and pair.assistant.replace("{target}", target)
     return None
 
 
@@ -94,35 +88,30 @@ def beside(folder: Path) -> Path | None:
 
 def hub_name_of(folder: Path) -> str | None:
     """The name of a folder in the hub's cache (.../models--google--gemma-4-E2B-it/snapshots/...), else None."""
-    for part in reversed(folder.absolute().parts):
-        if found := SNAPSHOT.fullmatch(part):
-            return f"{found[1]}/{found[2]}"
-    return None
+    found = filter(None, map(SNAPSHOT.fullmatch, reversed(folder.absolute().parts)))
+    return next((f"{place[1]}/{place[2]}" for place in found), None)
 
 
-def instead(available: int, weights: int) -> str:
-    """What fits in so much memory in place of a model with weights of so many bytes, as a part of a sentence."""
-    smaller = (pair for pair in known_pairs() if 0 < pair.weight_bytes < weights)
+def instead(weights: int) -> str:
+    """What fits here in place of a model with weights of so many bytes, as a part of a sentence."""
+    smaller, available = (pair for pair in known_pairs() if 0 < pair.weight_bytes < weights), memory.available_bytes()
     fitting = (f"'{pair.target}' fits" for pair in smaller if pair.memory_bytes <= available)
     return next(fitting, "the embedded model fits (leave out the name)")
 
 
 def user_table() -> Path:
-    """Where the user's own table is looked for."""
     config = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
     return Path(config) / "mlx-mtp" / "pairs.json"
 
 
-def _tables() -> list[tuple[list[KnownPair], list[KnownPair]]]:
-    return [_read(file) for file in (user_table(), OURS) if file.is_file()]
-
-
-def _read(file: Path) -> tuple[list[KnownPair], list[KnownPair]]:
-    """The pairs of a table, and those whose target is a pattern."""
-    try:
-        table = json.loads(file.read_text(encoding="utf-8-sig"))
-        pairs, patterns = ([KnownPair(**entry) for entry in table.get(key, [])] for key in ("pairs", "patterns"))
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        form = '{"pairs": [{"target": "NAME", "assistant": "NAME"}]}'
-        raise OptionError(f"{file} is no table of pairs like {form} ({brief(error)}); correct or remove it.") from error
-    return pairs, patterns
+def _table() -> list[KnownPair]:
+    """Every entry, the user's first; in a file patterns come after names."""
+    found: list[KnownPair] = []
+    kinds = (OSError, ValueError, TypeError, AttributeError, RecursionError)
+    for file in filter(Path.is_file, (user_table(), OURS)):
+        what = f'{file} is no table of pairs like {{"pairs": [{{"target": "NAME", "assistant": "NAME"}}]}}'
+        with explaining(what, "correct or remove it", *kinds, raised=OptionError):
+            table = json.loads(file.read_text(encoding="utf-8-sig"))
+            found += [KnownPair(**entry) for entry in table.get("pairs", [])]
+            found += [KnownPair(**entry, pattern=True) for entry in table.get("patterns", [])]
+    return found

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
-from mlx_mtp.errors import CheckpointError, UnsupportedModel
+from mlx_mtp.errors import CheckpointError, UnsupportedModel, explaining
 
 Loaded = TypeVar("Loaded")
 Loader = Callable[[Checkpoint], Loaded]
@@ -21,8 +21,7 @@ Accepts = Callable[[Mapping[str, Any]], bool]
 class Registry(Generic[Loaded]):
     """Maps model types to loaders; imports the sibling files of its package on first use, so no list is edited.
 
-    group: of entry points. A model type that no file claims is looked for among their names; one of that name is a
-    loader, in whatever distribution is installed.
+    group: of entry points, whose names are the model types that other distributions load.
     """
 
     def __init__(self, what: str, package: str, path: Iterable[str], group: str) -> None:
@@ -44,28 +43,22 @@ class Registry(Generic[Loaded]):
 
     @property
     def model_types(self) -> list[str]:
-        """All that have a loader of their own, those of plug-ins among them."""
+        """All that have a loader of their own, plug-ins' too."""
         for module in pkgutil.iter_modules(self._path):
             importlib.import_module(f"{self._package}.{module.name}")
         return sorted({*self._loaders, *importlib.metadata.entry_points(group=self.group).names})
 
-    def _plugged_in(self, model_type: str) -> Loader[Loaded]:
-        """The loader of the first plug-in that names this model type; CheckpointError where it cannot be imported."""
-        entry = importlib.metadata.entry_points(group=self.group)[model_type]
-        try:
-            loader: Loader[Loaded] = entry.load()
-        except (ImportError, AttributeError) as error:
-            raise CheckpointError(
-                f"The plug-in '{entry.value}' for {self._what}s of model_type '{model_type}' cannot be loaded: "
-                f"{error}; install it again, or remove it."
-            ) from error
-        return self._loaders.setdefault(model_type, loader)
-
     def loader(self, config: Mapping[str, Any], where: str) -> Loader[Loaded]:
-        """The loader for a config.json; UnsupportedModel names what there is instead."""
+        """The loader for a config.json; UnsupportedModel names what there is instead, CheckpointError a plug-in that
+        cannot be imported."""
         model_type = config["model_type"]
         if model_type in (known_types := self.model_types):
-            return self._loaders.get(model_type) or self._plugged_in(model_type)
+            if model_type not in self._loaders:
+                entry = importlib.metadata.entry_points(group=self.group)[model_type]
+                what = f"The plug-in '{entry.value}' for {self._what}s of model_type '{model_type}' cannot be loaded"
+                with explaining(what, "install it again, or remove it", ImportError, AttributeError):
+                    self._loaders[model_type] = entry.load()
+            return self._loaders[model_type]
         known = f"known are {', '.join(known_types)}"
         if self.fallback is not None:
             accepts, loader, names = self.fallback

@@ -17,16 +17,14 @@ from mlx_mtp.checkpoints import memory
 
 log = logging.getLogger(__name__)
 
-# Of the memory, what float32 may take: the machine has other things to hold.
-SHARE = 0.5
+SHARE = 0.5  # of the memory, what float32 may take: the machine has other things to hold
 
 
 def unpack(module: nn.Module, name: str = "") -> None:
-    """Replaces quantised layers by plain ones of the same values in float32, on a CPU and where they fit.
+    """Replaces quantised layers by plain ones of the same values in float32, lazily, on a CPU and where they fit.
 
-    Lazy: evaluating the module's parameters does it. Not for MLX's 4-bit floats, whose embeddings MLX reads as
-    bfloat16, so that the model would compute other numbers. name: in a line of the log that says what was done, or that
-    it will be slow; none for "".
+    Not for MLX's 4-bit floats, whose embeddings MLX reads as bfloat16, so that the model would compute other numbers.
+    name: for a line of the log; none for "".
     """
     if not memory.on_cpu():
         return

@@ -2,7 +2,7 @@
 
     Meta's `.pth` with extra heads  -> target/ and parallel/     (meta.py, read by pth.py)
     modules inside a checkpoint     -> sequential/, and target/ where asked for     (modules.py)
-    a GGUF file                     -> a checkpoint     (gguf.py, read by gguf_file.py and gguf_tokenizer.py)
+    a GGUF file                     -> a checkpoint     (gguf.py, read by gguf_file.py and tokenizers.py)
     any checkpoint, with bits       -> the same, quantised     (quantise.py)
 
 The source is never touched.
@@ -21,8 +21,6 @@ from mlx_mtp.converting.output import whole_folder
 from mlx_mtp.converting.quantise import check_options, quantise
 from mlx_mtp.errors import CheckpointError, ModelNotFound, OptionError
 
-WHAT = ("auto", "quantise", "split")
-
 
 def convert(
     source: Path | str,
@@ -37,14 +35,10 @@ def convert(
     """Converts a checkpoint; the folders that were written, all of them or none.
 
     source: a folder, a `.pth` file in it, or a GGUF file. out: a new folder, or with `force` a checkpoint to replace.
-    what: "auto" tells by the files; "quantise" or "split" insist. bits: 4 or 8 quantises what is written, in groups of
-    group_size.
+    what: "auto" tells by the files; "quantise" or "split" insist. bits: 4 or 8 quantises what is written.
     with_target: write the target without its modules too. Raises a subclass of MLXMTPError that says what to do.
     """
-    if what not in WHAT:
-        raise OptionError(f"--what is '{what}', but must be one of {', '.join(WHAT)}.")
-    if bits is not None:
-        check_options(bits, group_size)
+    check_options(what, bits, group_size)
     folder, out = Path(os.path.expanduser(source)), Path(os.path.expanduser(out))
     if is_gguf(folder):
         if what != "auto" or bits is not None or with_target:
@@ -56,24 +50,19 @@ def convert(
         return [out]
     if folder.suffix == ".pth" and folder.is_file():
         folder = folder.parent
-    of_meta = bool(meta.files_of(folder))
-    if of_meta and what != "auto":
+    if (of_meta := bool(meta.files_of(folder))) and what != "auto":
         raise OptionError(f"'{folder}' holds Meta's .pth, for which --what must be auto, not '{what}'.")
     modules = None if of_meta else _modules_of(folder, what, bits, with_target)
     with whole_folder(out, folder, force) as place:
-        if bits is not None and not of_meta and modules is None:
-            _check_weights(folder, folder)
-            quantise(Checkpoint.open(folder), place, bits, group_size)
-            _check_weights(place, folder)
-            return [out]
-        names = modules.write(place, with_target) if modules else meta.bring_in(folder, place)
+        # What is quantised is first written whole, unless the source is quantised as it is.
+        whole = place if bits is None else place / "whole" if of_meta or modules else folder
+        names = modules.write(whole, with_target) if modules else meta.bring_in(folder, whole) if of_meta else [""]
         for name in names:
-            _check_weights(place / name, folder)
+            _check_weights(whole / name, folder)
             if bits is not None:
-                whole = (place / name).rename(place / f"{name}-whole")
-                quantise(Checkpoint.open(whole), place / name, bits, group_size)
-                shutil.rmtree(whole)
+                quantise(Checkpoint.open(whole / name), place / name, bits, group_size)
                 _check_weights(place / name, folder)
+        shutil.rmtree(place / "whole", ignore_errors=True)
     return [out / name for name in names]
 
 
@@ -83,24 +72,23 @@ def _modules_of(folder: Path, what: str, bits: int | None, with_target: bool) ->
         raise ModelNotFound(f"'{folder}' holds .pth files without {meta.PARAMS} and consolidated.pth; "
                             "point to a checkpoint of facebook/multi-token-prediction.")  # fmt: skip
     checkpoint = Checkpoint.open(folder)
-    found = None if what == "quantise" else Modules.find(checkpoint)
-    if what == "split" and found is None:
+    if what != "quantise" and (found := Modules.find(checkpoint)):
+        return found
+    if what == "split":
         raise CheckpointError(f"{folder} has no MTP modules in its weights (model.layers.N.eh_proj or "
                               "model.mtp_layers); conversions often leave them out: use the checkpoint as it was "
                               "published.")  # fmt: skip
-    if found is None and bits is None:
+    if bits is None:
         raise OptionError(f"'{folder}' holds no MTP modules to split off, so it can only be quantised: "
                           "say --bits 4 or 8.")  # fmt: skip
-    if found is None and with_target:
+    if with_target:
         raise OptionError(f"--with-target is for modules that are split off, and '{folder}' has none; leave it out.")
-    return found
+    return None
 
 
 def _check_weights(folder: Path, source: Path) -> None:
-    """CheckpointError where a weight is not finite: the source's own, or one too large for the type written.
-
-    Looked for before weights are quantised, which hides a NaN, and after it.
-    """
+    """CheckpointError where a weight is not finite. Looked for before weights are quantised, which hides a NaN, and
+    after it, since one may be too large for the type written."""
     weights = Checkpoint.open(folder).weights()
     one_by_one = (weights.popitem() for _ in range(len(weights)))  # so that no more than one is in memory
     check_finite(one_by_one, source, "nothing was written: use a checkpoint that is whole")

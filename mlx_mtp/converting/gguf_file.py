@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import mmap
 import reprlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mlx_mtp.checkpoints.checkpoint import GGUF_MAGIC
-from mlx_mtp.errors import CheckpointError, UnsupportedModel, brief, lacking
+from mlx_mtp.errors import UnsupportedModel, explaining, lacking
 
 Array = np.ndarray[Any, Any]
 SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8",
@@ -50,29 +49,6 @@ class BlockTensor:
         return library.dequantize(self.data, library.GGMLQuantizationType[self.kind]).reshape(self.shape)
 
 
-@dataclass(frozen=True)
-class GGUFFile:
-    """An opened file. keys: values by name, arrays as NumPy arrays or lists of strings."""
-
-    path: Path
-    keys: dict[str, Any]
-    tensors: dict[str, BlockTensor]
-
-    @classmethod
-    def open(cls, path: Path) -> GGUFFile:
-        """Raises CheckpointError for a file that is no whole GGUF, UnsupportedModel for block types nobody reads."""
-        try:
-            with path.open("rb") as stream:
-                data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:  # the second for an empty file
-            raise CheckpointError(f"{path} cannot be read ({brief(error)}); check the file and its rights.") from error
-        try:
-            return cls(path, *_Walk(path, data).contents())
-        # Damage can be anything: text that is none, sizes beyond all memory, ...
-        except (ValueError, OverflowError, MemoryError) as error:
-            raise CheckpointError(f"{path} is no whole GGUF file ({brief(error)}); download it again.") from error
-
-
 def _library() -> Any:
     try:
         import gguf
@@ -82,93 +58,97 @@ def _library() -> Any:
     return gguf
 
 
-class _Walk:
-    """Goes through the header of a file once. ValueError where it leads outside."""
+class GGUFFile:
+    """An opened file. keys: values by name, arrays as NumPy arrays or lists of strings.
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path, self.data, self.at = path, data, 0
+    Raises CheckpointError for a file that is no whole GGUF, UnsupportedModel for block types nobody reads.
+    """
 
-    def contents(self) -> tuple[dict[str, Any], dict[str, BlockTensor]]:
-        """The keys and the tensors."""
-        if self.bytes(4) != GGUF_MAGIC:
+    def __init__(self, path: Path) -> None:
+        # Damage can be anything: no byte at all, text that is none, sizes beyond all memory, ...
+        with (
+            explaining(f"{path} cannot be read", "check the file and its rights", OSError),
+            explaining(f"{path} is no whole GGUF file", "download it again", ValueError, OverflowError, MemoryError),
+            path.open("rb") as stream,
+        ):
+            self._data, self._at = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), 0
+            self.path = path
+            self.keys, self.tensors = self._contents()
+
+    def _contents(self) -> tuple[dict[str, Any], dict[str, BlockTensor]]:
+        """Goes through the header once; ValueError where it leads outside."""
+        if self._numbers("u1", 4).tobytes() != GGUF_MAGIC:
             raise ValueError("it does not begin with 'GGUF'")
-        if (version := self.whole("<u4")) not in (2, 3):
+        if (version := self._whole("<u4")) not in (2, 3):
             other = "big-endian numbers" if version & 0xFFFF == 0 else f"version {version}"
             raise UnsupportedModel(f"{self.path} is a GGUF of {other}, and only versions 2 and 3 in little-endian are "
                                    "read here; convert it anew with today's llama.cpp.")  # fmt: skip
-        tensors, keys = self.whole(), self.whole()
-        found = dict((self.text(), self.value(self.whole("<u4"))) for _ in self.counted(keys, 12))
-        infos = [self.info() for _ in self.counted(tensors, 24)]
+        tensors, keys = self._whole(), self._whole()
+        found = dict((self._text(), self._value(self._whole("<u4"))) for _ in self._counted(keys, 12))
+        infos = [self._info() for _ in self._counted(tensors, 24)]
         alignment = found.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
             raise ValueError(f"an alignment of {reprlib.repr(alignment)}")
-        start = -(-self.at // alignment) * alignment
-        stored = {name: self.tensor(name, shape, kind, start + offset) for name, shape, kind, offset in infos}
+        start = -(-self._at // alignment) * alignment
+        stored = {name: self._tensor(name, shape, kind, start + offset) for name, shape, kind, offset in infos}
         if len(found) != keys or len(stored) != tensors:
             raise ValueError("a name stands in it twice")
         return found, stored
 
-    def bytes(self, count: int) -> bytes:
-        if count > len(self.data) - self.at:
-            raise ValueError(f"it ends after {len(self.data)} bytes, in the middle of something")
-        self.at += count
-        return self.data[self.at - count : self.at]
-
-    def counted(self, count: int, least: int) -> Iterator[int]:
+    def _counted(self, count: int, least: int) -> range:
         """`count` times, where each takes at least so many bytes."""
-        if count > (len(self.data) - self.at) // least:
-            raise ValueError(f"{count} entries for {len(self.data)} bytes")
-        return iter(range(count))
+        if count > (len(self._data) - self._at) // least:
+            raise ValueError(f"{count} entries for {len(self._data)} bytes")
+        return range(count)
 
-    def numbers(self, dtype: str, count: int) -> Array:
-        return np.frombuffer(self.bytes(count * np.dtype(dtype).itemsize), dtype)
+    def _numbers(self, dtype: str, count: int) -> Array:
+        found = np.frombuffer(self._data, dtype, count, self._at)  # ValueError where the file ends before them
+        self._at += found.nbytes
+        return found
 
-    def whole(self, dtype: str = "<u8") -> int:
-        return int(self.numbers(dtype, 1)[0])
+    def _whole(self, dtype: str = "<u8") -> int:
+        return int(self._numbers(dtype, 1)[0])
 
-    def text(self) -> str:
-        return self.bytes(self.whole()).decode()
+    def _text(self) -> str:
+        return self._numbers("u1", self._whole()).tobytes().decode()
 
-    def value(self, kind: int) -> Any:
+    def _value(self, kind: int) -> Any:
         if kind == STRING:
-            return self.text()
+            return self._text()
         if kind in SCALARS:
-            return self.numbers(SCALARS[kind], 1)[0].item()
-        inner, count = (self.whole("<u4"), self.whole()) if kind == ARRAY else (kind, 0)
+            return self._numbers(SCALARS[kind], 1)[0].item()
+        inner, count = (self._whole("<u4"), self._whole()) if kind == ARRAY else (kind, 0)
         if inner == STRING:
-            return [self.text() for _ in self.counted(count, 8)]
+            return [self._text() for _ in self._counted(count, 8)]
         if inner not in SCALARS:
             raise ValueError(f"a value of type {inner}")
-        return self.numbers(SCALARS[inner], count)
+        return self._numbers(SCALARS[inner], count)
 
-    def info(self) -> tuple[str, tuple[int, ...], int, int]:
-        name, dimensions = self.text(), self.whole("<u4")
+    def _info(self) -> tuple[str, tuple[int, ...], int, int]:
+        name, dimensions = self._text(), self._whole("<u4")
         if not 1 <= dimensions <= MOST_DIMENSIONS:
             raise ValueError(f"'{name}' has {dimensions} dimensions")
-        sizes = [self.whole() for _ in range(dimensions)]
-        return name, tuple(reversed(sizes)), self.whole("<u4"), self.whole()
+        sizes = [self._whole() for _ in range(dimensions)]
+        return name, tuple(reversed(sizes)), self._whole("<u4"), self._whole()
 
-    def tensor(self, name: str, shape: tuple[int, ...], number: int, start: int) -> BlockTensor:
-        kind, block, size = KINDS.get(number) or self.other_kind(name, number)
+    def _tensor(self, name: str, shape: tuple[int, ...], number: int, start: int) -> BlockTensor:
+        kind, block, size = KINDS.get(number) or self._other_kind(name, number)
         *rows, width = shape
         if 0 in shape or width % block:
             raise ValueError(f"'{name}' of {kind} has rows of {width} numbers")
         length = width // block * size
-        if start + math.prod(rows) * length > len(self.data):
+        if start + math.prod(rows) * length > len(self._data):
             raise ValueError(f"it ends before '{name}' does")
-        data = np.frombuffer(self.data, np.uint8, math.prod(rows) * length, start)
+        data = np.frombuffer(self._data, np.uint8, math.prod(rows) * length, start)
         return BlockTensor(kind, shape, data.reshape(-1, length))
 
-    def other_kind(self, name: str, number: int) -> tuple[str, int, int]:
+    def _other_kind(self, name: str, number: int) -> tuple[str, int, int]:
         """Name, numbers and bytes of blocks that the library reads."""
-        library = _library()
-        try:
+        library, kinds = _library(), (ValueError, KeyError, NotImplementedError)
+        what = f"{self.path}: '{name}' is stored in blocks of type {number}, which the package gguf cannot read"
+        advice = "use a file in Q4_K_M, Q8_0 or another common type"
+        with explaining(what, advice, *kinds, raised=UnsupportedModel):
             kind = library.GGMLQuantizationType(number)
             block, size = library.GGML_QUANT_SIZES[kind]
             library.dequantize(np.zeros((1, size), np.uint8), kind)
-        except (ValueError, KeyError, NotImplementedError) as error:
-            raise UnsupportedModel(
-                f"{self.path}: '{name}' is stored in blocks of type {number}, which the package gguf cannot read; use "
-                "a file in Q4_K_M, Q8_0 or another common type."
-            ) from error
         return kind.name, block, size

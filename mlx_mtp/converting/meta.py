@@ -58,28 +58,23 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def bring_in(folder: Path, out: Path) -> list[str]:
-    """Writes out/target, and out/parallel where there are extra heads; the names of what was written.
-
-    Raises CheckpointError where params.json and the tensors do not belong together.
-    """
+    """Writes out/target, and out/parallel where there are extra heads; the names of what was written."""
     file, *more = files_of(folder)
     if more:
         raise UnsupportedModel(f"{folder} holds weights cut into {1 + len(more)} files; join them into one first.")
-    stored = {_name(name): tensor for name, tensor in read_pth(file).items() if not name.endswith("rope.freqs")}
-    drafter = {name: tensor for name, tensor in stored.items() if name.startswith("heads.")}
-    target = {name: tensor for name, tensor in stored.items() if name not in drafter}
+    target = {_name(name): tensor for name, tensor in read_pth(file).items() if not name.endswith("rope.freqs")}
+    drafter = {name: target.pop(name) for name in list(target) if name.startswith("heads.")}
     layers = len({name.split(".")[2] for name in target if name.startswith("model.layers.")})
     extra = len({name.split(".")[1] for name in drafter})
     config = _config(folder / PARAMS, target, layers, extra)
     _check(llama.Model(llama.ModelArgs.from_dict(config)), target, folder)
     # The release has the tokenizer one folder up.
     tokenizers = [place / "tokenizer.model" for place in (folder, folder.resolve().parent)]
-    ids: dict[str, Any] = {}
     if tokenizer := next((file for file in tokenizers if file.is_file()), None):
-        ids = write_llama(tokenizer, out / "target", config["vocab_size"], config["max_position_embeddings"])
+        config |= write_llama(tokenizer, out / "target", config["vocab_size"], config["max_position_embeddings"])
     else:
         log.warning("No tokenizer.model in '%s' or above it: the target will take token ids only.", folder)
-    write_tensors(out / "target", config | ids, _arrays(target, config))
+    write_tensors(out / "target", config, _arrays(target, config))
     if not extra:
         return ["target"]
     drafter |= {f"heads.{i}.norm.weight": target["model.norm.weight"] for i in range(extra)}
@@ -96,11 +91,8 @@ def _arrays(stored: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> It
     """Tensors, read one by one, in Hugging Face's order of rows. config: of the target, for its heads."""
     counts = {"self_attn.q_proj": "num_attention_heads", "self_attn.k_proj": "num_key_value_heads"}
     for name, tensor in stored.items():
-        array = tensor.read()
-        for part, heads in counts.items():
-            if part in name:
-                array = halves(array, config[heads])
-        yield name, array
+        count = next((count for part, count in counts.items() if part in name), None)
+        yield name, halves(tensor.read(), config[count]) if count else tensor.read()
 
 
 def _name(name: str) -> str:
@@ -144,8 +136,6 @@ def _config(file: Path, target: Mapping[str, StoredTensor], layers: int, extra: 
         "rope_theta": number(params, "rope_theta", float, 1.0, 1e12, 10_000.0, where=where),
         "max_position_embeddings": number(params, "max_seq_len", int, 1, 2**31 - 1, TRAINED_CONTEXT, where=where),
         "vocab_size": target["lm_head.weight"].shape[0],  # params.json says -1 where the tokenizer decides
-        "attention_bias": False,
-        "mlp_bias": False,
         "tie_word_embeddings": False,
         "torch_dtype": str(STORAGES[target["lm_head.weight"].kind][1]).removeprefix("mlx.core."),
     }

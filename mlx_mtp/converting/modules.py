@@ -29,7 +29,7 @@ from mlx_mtp.checkpoints.checkpoint import Checkpoint, check_shapes, number, wri
 from mlx_mtp.converting.output import copy_companions
 from mlx_mtp.drafters.layers import build_layer
 from mlx_mtp.drafters.sequential import MOST_MODULES
-from mlx_mtp.errors import CheckpointError, UnsupportedModel, brief
+from mlx_mtp.errors import CheckpointError, UnsupportedModel, explaining
 from mlx_mtp.targets.generic import MAX_COUNT, MAX_SIZE
 
 COUNT = "num_nextn_predict_layers"
@@ -37,42 +37,14 @@ COUNT = "num_nextn_predict_layers"
 NOT_OF_A_LAYER = (COUNT, "quantization", "quantization_config", "auto_map", "torch_dtype", "dtype", "layer_types",
                   "transformers_version", "_name_or_path")  # fmt: skip
 EMBEDDING, UNEMBEDDING, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Where a checkpoint keeps module k: in front of its names, what they are called here, which copy what.
-
-    swapped: the projection reads [state, embedding]. reads: see drafters/sequential.py.
-    """
-
-    prefix: str
-    names: Mapping[str, str]
-    copies: Mapping[str, str]
-    swapped: bool
-    reads: str
-
-
-DEEPSEEK = _Layout(
-    prefix="model.layers.",
-    names={
-        "enorm.weight": "enorm.weight", "hnorm.weight": "hnorm.weight", "eh_proj.weight": "eh_proj.weight",
-        "shared_head.norm.weight": "norm.weight",
-    },
-    copies={"embed_tokens.weight": EMBEDDING, "shared_head.head.weight": UNEMBEDDING},
-    swapped=False,
-    reads="hidden",
-)  # fmt: skip
-MIMO = _Layout(
-    prefix="model.mtp_layers.",
-    names={
-        "token_layernorm.weight": "enorm.weight", "hidden_layernorm.weight": "hnorm.weight",
-        "input_proj.weight": "eh_proj.weight", "final_layernorm.weight": "norm.weight",
-    },
-    copies={},
-    swapped=True,
-    reads="residual",
-)  # fmt: skip
+# What stands beside a module's layer, under our names.
+NAMES = {
+    "enorm.weight": "enorm.weight", "token_layernorm.weight": "enorm.weight",
+    "hnorm.weight": "hnorm.weight", "hidden_layernorm.weight": "hnorm.weight",
+    "eh_proj.weight": "eh_proj.weight", "input_proj.weight": "eh_proj.weight",
+    "shared_head.norm.weight": "norm.weight", "final_layernorm.weight": "norm.weight",
+}  # fmt: skip
+COPIES = {"embed_tokens.weight": EMBEDDING, "shared_head.head.weight": UNEMBEDDING}
 
 
 @dataclass(frozen=True)
@@ -80,8 +52,8 @@ class Modules:
     """The modules of a checkpoint, still under its names. of[k] are the tensors of module k without its prefix."""
 
     checkpoint: Checkpoint
-    layout: _Layout
-    of: tuple[Mapping[str, mx.array], ...]
+    mimo: bool
+    of: Mapping[int, Mapping[str, mx.array]]
     rest: Mapping[str, mx.array]  # the target's tensors
 
     @classmethod
@@ -92,45 +64,39 @@ class Modules:
         where = str(checkpoint.path / "config.json")
         layers = number(checkpoint.config, "num_hidden_layers", int, 1, MAX_COUNT, where=where)
         wanted = number(checkpoint.config, COUNT, int, 1, MOST_MODULES, where=where)
-        weights = checkpoint.weights()
-        for layout, first in ((DEEPSEEK, layers), (MIMO, 0)):
-            pattern = re.compile(re.escape(layout.prefix) + r"(\d+)\.(.+)")
-            of: dict[int, dict[str, mx.array]] = {}
-            rest = {}
-            for name, weight in weights.items():
-                place = pattern.fullmatch(name)
-                if place and int(place[1]) >= first:
-                    of.setdefault(int(place[1]) - first, {})[place[2]] = weight
-                else:
-                    rest[name] = weight
-            if of:
-                if sorted(of) != list(range(wanted)):
-                    raise CheckpointError(f"{checkpoint.path}: '{COUNT}' of config.json is {wanted}, but there are "
-                                          f"the modules {sorted(of)}; both must belong together.")  # fmt: skip
-                return cls(checkpoint, layout, tuple(of[k] for k in range(wanted)), rest)
-        return None
+        rest = checkpoint.weights()
+        mimo = any(name.startswith("model.mtp_layers.") for name in rest)
+        folder, first = ("mtp_layers", 0) if mimo else ("layers", layers)
+        of: dict[int, dict[str, mx.array]] = {}
+        for name in list(rest):
+            place = re.fullmatch(rf"model\.{folder}\.(\d+)\.(.+)", name)
+            if place and int(place[1]) >= first:
+                of.setdefault(int(place[1]) - first, {})[place[2]] = rest.pop(name)
+        if of and sorted(of) != list(range(wanted)):
+            raise CheckpointError(f"{checkpoint.path}: '{COUNT}' of config.json is {wanted}, but there are "
+                                  f"the modules {sorted(of)}; both must belong together.")  # fmt: skip
+        return cls(checkpoint, mimo, of, rest) if of else None
 
     def tensors(self, block: dict[str, Any]) -> Iterator[tuple[str, mx.array]]:
         """The drafter's tensors under our names, lazy. block: the config of one layer."""
-        if self.layout.reads == "residual":
+        if self.mimo:
             if NORM not in self.rest:
                 raise CheckpointError(f"{self.checkpoint.path} lacks '{NORM}'; download it again.")
             norm = self.rest[NORM].astype(mx.float32)
             yield "unnorm", mx.where(norm == 0, 0, 1 / norm)
-        for k, found in enumerate(self.of):
+        for k, found in sorted(self.of.items()):
             self._check(k, found)
             for name, weight in self._in_mlx_form(k, found, block).items():
-                new = self.layout.names.get(name)
-                if new == "eh_proj.weight" and self.layout.swapped:
+                if name == "input_proj.weight":
                     state, embedding = mx.split(weight, 2, axis=1)
                     weight = mx.concatenate([embedding, state], axis=1)
-                yield f"blocks.{k}." + (new or f"layer.{name}"), weight
+                yield f"blocks.{k}." + NAMES.get(name, f"layer.{name}"), weight
 
     def _check(self, k: int, found: Mapping[str, mx.array]) -> None:
         """Nothing may be missing beside the layer, and copies must be copies."""
-        if missing := sorted(self.layout.names.keys() - found.keys()):
+        if missing := sorted({*NAMES.values()} - {NAMES.get(name) for name in found}):
             raise CheckpointError(f"{self.checkpoint.path} lacks '{missing[0]}' in module {k}; download it again.")
-        for name, original in self.layout.copies.items():
+        for name, original in COPIES.items():
             theirs = self.rest.get(original)
             if original == UNEMBEDDING and theirs is None:
                 theirs = self.rest.get(EMBEDDING)
@@ -141,18 +107,17 @@ class Modules:
     def _in_mlx_form(self, k: int, found: Mapping[str, mx.array], block: dict[str, Any]) -> dict[str, mx.array]:
         """A module's tensors as mlx-lm keeps them: experts stacked, fp8 and attention unpacked by its `sanitize`."""
         prefix, where = "model.layers.0.", f"{self.checkpoint.path}: module {k}"
-        named = {prefix + name: weight for name, weight in found.items() if name not in self.layout.copies}
-        try:
+        named = {prefix + name: weight for name, weight in found.items() if name not in COPIES}
+        what = f"{where}, of a {block['model_type']} model, cannot be brought into mlx-lm's form"
+        kinds = (Exception, SystemExit)  # another project's code on any checkpoint
+        with explaining(what, "use a checkpoint as it was published", *kinds, raised=UnsupportedModel):
             with contextlib.redirect_stdout(io.StringIO()):
                 model_class, args_class = _get_classes(block)
             model = model_class(args_class.from_dict(block))
             clean = model.sanitize(named) if hasattr(model_class, "sanitize") else named
             layer = build_layer(block, block["hidden_size"])
-        except (Exception, SystemExit) as error:  # another project's code on any checkpoint
-            raise UnsupportedModel(f"{where}, of a {block['model_type']} model, cannot be brought into mlx-lm's form "
-                                   f"({brief(error)}); use a checkpoint as it was published.") from error  # fmt: skip
         clean = {name.removeprefix(prefix): weight for name, weight in clean.items()}
-        own = {name: weight.shape for name, weight in clean.items() if name not in self.layout.names}
+        own = {name: weight.shape for name, weight in clean.items() if name not in NAMES}
         check_shapes(layer, own, where)
         return clean
 
@@ -166,7 +131,7 @@ class Modules:
         if "first_k_dense_replace" in block:
             block["first_k_dense_replace"] = 0
         drafter = {
-            "model_type": "sequential_modules", "modules": len(self.of), "reads": self.layout.reads,
+            "model_type": "sequential_modules", "modules": len(self.of), "reads": "residual" if self.mimo else "hidden",
             "hidden_size": width, "vocab_size": vocabulary, "block": block,
         }  # fmt: skip
         write_tensors(out / "sequential", drafter, self.tensors(block))

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mlx_mtp.checkpoints.atomic import replacing
-from mlx_mtp.errors import OptionError, brief
+from mlx_mtp.errors import OptionError, explaining
 
 COMPANIONS = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -21,21 +21,16 @@ PARTS = ("target", "parallel", "sequential")
 
 @contextmanager
 def whole_folder(out: Path, source: Path, force: bool) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` where the block ends well and vanishes where it does not.
-
-    Raises OptionError where `out` exists, unless it is empty, or a checkpoint and `force` is given.
-    """
+    """A folder to write into, which becomes `out` where the block ends well; OptionError where something is there,
+    unless it is a checkpoint and `force` is given."""
     out = Path(os.path.realpath(out))
-    try:
+    advice, kinds = "make room, or name another folder with --out", (OSError, RuntimeError)  # MLX raises the second
+    with explaining(f"'{out}' cannot be written", advice, *kinds, raised=OptionError):
         _check_out(out, source, force)
         with replacing(out) as partial:
             partial.mkdir(parents=True)
             yield partial
             _check_out(out, source, force)  # the work may have taken an hour
-    except (OSError, RuntimeError) as error:  # MLX raises the second
-        raise OptionError(
-            f"'{out}' cannot be written ({brief(error)}); make room, or name another folder with --out."
-        ) from error
 
 
 def _check_out(out: Path, source: Path, force: bool) -> None:

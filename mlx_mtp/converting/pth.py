@@ -15,18 +15,15 @@ import pickle
 import reprlib
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.errors import CheckpointError, brief
+from mlx_mtp.errors import explaining
 
-# A state dict's pickle takes some 200 bytes a tensor; no model has so many.
-MAX_PICKLE_BYTES = 64_000_000
 # NumPy has no bfloat16: its bits are read as whole numbers.
 STORAGES: dict[str, tuple[np.dtype[Any], mx.Dtype]] = {
     "FloatStorage": (np.dtype("<f4"), mx.float32),
@@ -34,6 +31,8 @@ STORAGES: dict[str, tuple[np.dtype[Any], mx.Dtype]] = {
     "BFloat16Storage": (np.dtype("<u2"), mx.bfloat16),
     "DoubleStorage": (np.dtype("<f8"), mx.float32),
 }
+
+MAX_PICKLE_BYTES = 64 * 2**20  # names and shapes only; the numbers are elsewhere
 
 
 @dataclass(frozen=True)
@@ -50,47 +49,28 @@ class StoredTensor:
         """The tensor, alone in memory; CheckpointError where the file has become unreadable."""
         stored, dtype = STORAGES[self.kind]
         size = math.prod(self.shape)
-        try:
-            with zipfile.ZipFile(self.file) as archive, archive.open(self.entry) as stream:
-                stream.seek(self.offset * stored.itemsize)
-                numbers = np.frombuffer(stream.read(size * stored.itemsize), stored, size)
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-            raise _unreadable(self.file, f"'{self.entry}' that cannot be read ({brief(error)})") from error
+        kinds = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile)
+        with (
+            explaining(f"{self.file}: '{self.entry}' cannot be read", "download it again", *kinds),
+            zipfile.ZipFile(self.file) as archive,
+            archive.open(self.entry) as stream,
+        ):
+            stream.seek(self.offset * stored.itemsize)
+            numbers = np.frombuffer(stream.read(size * stored.itemsize), stored, size)
         array = mx.array(numbers.astype(np.float32) if stored.itemsize == 8 else numbers).reshape(self.shape)
         return array.view(dtype) if dtype == mx.bfloat16 else array
 
 
-class _Storage(NamedTuple):
-    entry: str
-    kind: str
-    items: int
-
-
 def read_pth(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a state dict under their names; nothing but the pickle is read yet.
-
-    Raises CheckpointError where the file is no such zip, cut short, or holds anything but dense tensors.
-    """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            found = _Unpickler(file, archive).load()
-    except CheckpointError:
-        raise
+    """The tensors of a state dict under their names; nothing but the pickle is read yet."""
+    what = f"{file}: expected a dictionary of tensors as torch.save writes it since PyTorch 1.6, found something else"
     # A pickle can be wrong in every way there is, and raises whatever the first wrong opcode leads to.
-    except Exception as error:
-        raise _unreadable(file, f"something else ({type(error).__name__}: {brief(error)})") from error
-    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
-        raise _unreadable(file, f"a {type(found).__name__}")
-    if odd := [name for name, value in found.items() if not isinstance(value, StoredTensor)]:
-        raise _unreadable(file, f"something that is no tensor as {reprlib.repr(odd[0])}")
-    return dict(found)
-
-
-def _unreadable(file: Path, found: str) -> CheckpointError:
-    return CheckpointError(
-        f"{file}: expected a dictionary of tensors as torch.save writes it since PyTorch 1.6, found {found}; "
-        "download it again."
-    )
+    with explaining(what, "download it again", Exception), zipfile.ZipFile(file) as archive:
+        found = dict(_Unpickler(file, archive).load())
+        for name, value in found.items():
+            if not isinstance(name, str) or not isinstance(value, StoredTensor):
+                raise ValueError(f"a {type(value).__name__} as {reprlib.repr(name)}")
+    return found
 
 
 class _Unpickler(pickle.Unpickler):
@@ -100,14 +80,14 @@ class _Unpickler(pickle.Unpickler):
         entries = {entry.filename: entry for entry in archive.infolist()}
         names = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(names) != 1:
-            raise _unreadable(file, "a zip without one data.pkl")
+            raise ValueError("a zip without one data.pkl")
         self._file, self._entries = file, entries
         self._folder = names[0].removesuffix("data.pkl")
         byteorder = entries.get(self._folder + "byteorder")
         if byteorder and byteorder.file_size < 16 and archive.read(byteorder) == b"big":
-            raise _unreadable(file, "numbers in big-endian order")
-        if entries[names[0]].file_size > MAX_PICKLE_BYTES:
-            raise _unreadable(file, f"a pickle of {entries[names[0]].file_size} bytes")
+            raise ValueError("numbers in big-endian order")
+        if entries[names[0]].file_size > MAX_PICKLE_BYTES:  # it is read whole, and may be compressed
+            raise ValueError(f"a pickle of {entries[names[0]].file_size} bytes")
         super().__init__(io.BytesIO(archive.read(names[0])))
 
     def find_class(self, module: str, name: str) -> Any:
@@ -120,12 +100,12 @@ class _Unpickler(pickle.Unpickler):
             ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
         }
         if (module, name) not in known:
-            raise _unreadable(self._file, f"a pickle that asks for {reprlib.repr(f'{module}.{name}')}, which no "
-                                          "tensor needs and which was not run")  # fmt: skip
+            asked = reprlib.repr(f"{module}.{name}")
+            raise ValueError(f"a pickle that asks for {asked}, which no tensor needs and which was not run")
         return known[module, name]
 
-    def persistent_load(self, pid: Any) -> _Storage:
-        """A storage: ("storage", kind, key, device, items)."""
+    def persistent_load(self, pid: Any) -> StoredTensor:
+        """All numbers of a storage: ("storage", kind, key, device, items)."""
         word, kind, key, _, items = pid
         if word != "storage" or kind not in STORAGES or not isinstance(key, str) or type(items) is not int:
             raise ValueError(f"storage {reprlib.repr(pid)}")
@@ -134,15 +114,15 @@ class _Unpickler(pickle.Unpickler):
             raise ValueError(f"storage {reprlib.repr(key)} is missing or compressed")
         if not 0 <= items * STORAGES[kind][0].itemsize <= entry.file_size:
             raise ValueError(f"storage {reprlib.repr(key)} has {entry.file_size} bytes for {items} numbers")
-        return _Storage(entry.filename, kind, items)
+        return StoredTensor(self._file, entry.filename, 0, kind, (items,))
 
-    def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
+    def _tensor(self, storage: StoredTensor, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
         # Whatever else a pickle hands in raises here too, and `read_pth` knows every error.
         if not all(type(n) is int and n >= 0 for n in (offset, *shape, *stride)):
             raise ValueError(f"a tensor of shape {reprlib.repr(shape)}")
         dense = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
         if any(size > 1 and have != want for size, have, want in zip(shape, stride, dense, strict=True)):
             raise ValueError(f"a tensor of shape {shape} that is not stored row after row")
-        if offset + math.prod(shape) > storage.items:
-            raise ValueError(f"a tensor of shape {reprlib.repr(shape)} in {storage.items} numbers")
-        return StoredTensor(self._file, storage.entry, offset, storage.kind, shape)
+        if offset + math.prod(shape) > math.prod(storage.shape):
+            raise ValueError(f"a tensor of shape {reprlib.repr(shape)} in {math.prod(storage.shape)} numbers")
+        return replace(storage, offset=offset, shape=shape)

@@ -15,30 +15,26 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
-from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters, number, section, write_tensors
+from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters, section, write_tensors
 from mlx_mtp.converting.output import copy_companions
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters import registry as drafters
-from mlx_mtp.errors import CheckpointError, OptionError, UnsupportedModel, brief
+from mlx_mtp.errors import CheckpointError, OptionError, UnsupportedModel, explaining
 from mlx_mtp.targets import generic
 
-BITS, GROUPS = (4, 8), (32, 64, 128)
+WHAT, BITS, GROUPS = ("auto", "quantise", "split"), (4, 8), (32, 64, 128)
 
 
-def check_options(bits: int, group: int) -> None:
-    """OptionError for bits or groups that are not offered."""
-    for name, value, known in (("--bits", bits, BITS), ("--group-size", group, GROUPS)):
-        if value not in known:
+def check_options(what: str, bits: int | None, group: int) -> None:
+    """OptionError for what is not offered. bits: None quantises nothing."""
+    for name, value, known in (("--what", what, WHAT), ("--bits", bits, BITS), ("--group-size", group, GROUPS)):
+        if value is not None and value not in known:
             *first, last = map(str, known)
             raise OptionError(f"{name} is {value}, but must be {', '.join(first)} or {last}.")
 
 
 def quantise(checkpoint: Checkpoint, folder: Path, bits: int, group: int) -> None:
-    """Writes a checkpoint again with its matrices in `bits` bits and groups of `group` numbers.
-
-    Raises UnsupportedModel for a model type that neither mlx-lm nor a drafter family knows, CheckpointError for a
-    checkpoint that is quantised already, OptionError where no row can be cut into such groups.
-    """
+    """Writes a checkpoint again with its matrices in `bits` bits and groups of `group` numbers."""
     model_type = checkpoint.config["model_type"]
     if section(checkpoint.config, "quantization") or any(name.endswith(".scales") for name, *_ in checkpoint.tensors()):
         raise CheckpointError(f"{checkpoint.path} is not in full precision but quantised already; "
@@ -59,20 +55,14 @@ def quantise(checkpoint: Checkpoint, folder: Path, bits: int, group: int) -> Non
 def _target(checkpoint: Checkpoint, folder: Path, bits: int, group: int) -> bool:
     """Through mlx-lm: load lazily, quantise, save shard by shard. Whether anything was quantised."""
     checkpoint.check_files()
-    where = str(checkpoint.path / "config.json")
     for names, high in ((generic.LAYERS, generic.MAX_COUNT), (("hidden_size",), generic.MAX_SIZE)):
-        for name in names:
-            if checkpoint.config.get(name) is not None and not isinstance(checkpoint.config[name], list):
-                number(checkpoint.config, name, int, 1, high, where=where)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
-            model, config = load_model(checkpoint.path, lazy=True, get_model_classes=generic._classes)
-            model, config = quantize_model(model, config, group, bits)
-    except Exception as error:  # mlx-lm has no error class of its own
-        raise CheckpointError(
-            f"{checkpoint.path}: mlx-lm cannot quantise this {checkpoint.config['model_type']} model ({brief(error)}); "
-            "the weights and config.json must be whole and belong together."
-        ) from error
+        generic._size(checkpoint.config, names, 1, high)
+    what = f"{checkpoint.path}: mlx-lm cannot quantise this {checkpoint.config['model_type']} model"
+    advice = "the weights and config.json must be whole and belong together"
+    # mlx-lm has no error class of its own, and prints as it goes.
+    with explaining(what, advice, Exception), contextlib.redirect_stdout(io.StringIO()):
+        model, config = load_model(checkpoint.path, lazy=True, get_model_classes=generic._classes)
+        model, config = quantize_model(model, config, group, bits)
     if not any(name.endswith(".scales") for name in named_parameters(model)):
         return False
     save_model(folder, model, donate_model=True)
@@ -88,16 +78,15 @@ def _drafter(checkpoint: Checkpoint, folder: Path, bits: int, group: int) -> boo
         for path, layer in drafter.model.named_modules()
         if hasattr(layer, "to_quantized") and layer.weight.shape[-1] % group == 0
     }
-    settings = {"group_size": group, "bits": bits, "mode": "affine"}
 
     def quantised() -> Iterator[tuple[str, mx.array]]:
         for name, weight in checkpoint.weights().items():
             if name in layers:
-                packed, scales, biases = mx.quantize(weight, group, bits)
-                path = name.removesuffix("weight")
-                yield from ((name, packed), (f"{path}scales", scales), (f"{path}biases", biases))
+                stem = name.removesuffix("weight")
+                yield from zip((name, f"{stem}scales", f"{stem}biases"), mx.quantize(weight, group, bits), strict=True)
             else:
                 yield name, weight
 
+    settings = {"group_size": group, "bits": bits, "mode": "affine"}
     write_tensors(folder, {**checkpoint.config, "quantization": settings}, quantised())
     return bool(layers)

@@ -24,7 +24,7 @@ from mlx_mtp.engine import Engine
 from mlx_mtp.errors import MLXMTPError, OptionError, brief
 from mlx_mtp.generation.interfaces import Drafter
 from mlx_mtp.generation.types import NEUTRAL, Sampling
-from mlx_mtp.loading import another_drafter, drafter_folder
+from mlx_mtp.loading import another_drafter
 from mlx_mtp.measuring.diagnosis import family_name
 from mlx_mtp.measuring.engines import Decode, DecodeJob, with_engine, with_mlx_lm, with_mlx_vlm
 
@@ -169,8 +169,7 @@ class Lineup:
             raise OptionError(f"{VLM} drafts a fixed number of tokens, so {VLM}@{asked} is none; take {VLM}@4.")
         fixed = [depth for depth in self.depths(asked, drafter) if isinstance(depth, int) and depth]
         depth = max(fixed, default=min(4, drafter.max_depth))
-        assistant = drafter_folder(self.plan.model, self.plan.drafter)
-        return self.add_other(f"{VLM}@{depth}", lambda folder: with_mlx_vlm(folder, assistant, depth))
+        return self.add_other(f"{VLM}@{depth}", lambda folder: with_mlx_vlm(folder, Path(drafter.name), depth))
 
     def add_other(self, name: str, make: Callable[[Path], Decode]) -> None:
         """Another engine with a copy of the weights of its own; a sentence in its place where that cannot be had."""

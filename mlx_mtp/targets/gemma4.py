@@ -25,7 +25,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 from mlx_mtp.backend import threads
 from mlx_mtp.backend.activations import gelu, tanh
 from mlx_mtp.backend.attention import attend
-from mlx_mtp.checkpoints.checkpoint import TOWERS, Checkpoint, compute_dtype, load_into, named_parameters, renamed
+from mlx_mtp.checkpoints.checkpoint import TOWERS, Checkpoint, compute_dtype, load_into, named_parameters
 from mlx_mtp.checkpoints.unpacking import unpack
 from mlx_mtp.generation.cache import FULL, KVCache, NoCache
 from mlx_mtp.generation.interfaces import States, Target, TargetInfo
@@ -311,9 +311,9 @@ def adapt_weights(model: Gemma4Model, weights: dict[str, mx.array]) -> dict[str,
 def load(checkpoint: Checkpoint) -> Gemma4Target:
     model = Gemma4Model(Gemma4Config.from_dict(checkpoint.config))
     stored = checkpoint.weights()
-    weights, skipped = renamed(stored, parameter_name)
+    weights = {new: weight for key, weight in stored.items() if (new := parameter_name(key)) is not None}
     if towers := {part for key in stored for part in TOWERS if part in key}:
-        log.warning("Text only: skipped %d tensors of %s.", skipped, ", ".join(sorted(towers)))
+        log.warning("Text only: skipped %d tensors of %s.", len(stored) - len(weights), ", ".join(sorted(towers)))
     dtype = compute_dtype(weights)
     load_into(model, adapt_weights(model, weights), dtype, checkpoint)
     unpack(model, checkpoint.name)
