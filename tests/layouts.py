@@ -43,10 +43,13 @@ def state_dict_opcodes(values: dict[str, bytes]) -> bytes:
     return b"\x80\x02}(" + b"".join(dumped(name) + value for name, value in values.items()) + b"u."
 
 
-def write_zip(file: Path, pickled: bytes, storages: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> None:
+def write_zip(
+    file: Path, pickled: bytes, storages: dict[str, bytes], compression: int = zipfile.ZIP_STORED,
+    byteorder: bytes = b"little",
+) -> None:  # fmt: skip
     with zipfile.ZipFile(file, "w", compression) as archive:
         archive.writestr("consolidated/data.pkl", pickled)
-        archive.writestr("consolidated/byteorder", b"little")
+        archive.writestr("consolidated/byteorder", byteorder)
         for key, content in storages.items():
             archive.writestr(f"consolidated/data/{key}", content)
         archive.writestr("consolidated/version", b"3\n")

@@ -111,3 +111,11 @@ def test_a_bad_pth_is_one_sentence_and_runs_nothing(case: str, tmp_path: Path) -
         convert(source, tmp_path / "out")
     assert len(str(caught.value)) < 700 and "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["consolidated.pth", "in", "params.json"]
+
+
+def test_numbers_in_the_other_byte_order_are_refused(tmp_path: Path) -> None:
+    write_zip(tmp_path / "some.pth", WHOLE, EIGHT)
+    assert read_pth(tmp_path / "some.pth")["norm.weight"].shape == (8,)
+    write_zip(tmp_path / "some.pth", WHOLE, EIGHT, byteorder=b"big")
+    with pytest.raises(mlx_mtp.CheckpointError, match="big-endian"):
+        read_pth(tmp_path / "some.pth")
