@@ -178,12 +178,9 @@ def test_a_session_goes_from_thread_to_thread(engine: mlx_mtp.Engine) -> None:
         said = [*said, *result.tokens, *ids(5, turn)]
 
 
-def test_an_engine_that_a_thread_has_loaded() -> None:
-    engine = elsewhere(lambda: mlx_mtp.load(TARGET, drafter=DRAFTER, depth=2))
-    assert reply(engine, ids(9, 1)).tokens == elsewhere(lambda: reply(engine, ids(9, 1))).tokens
-
-
-def test_logits_from_a_thread(engine: mlx_mtp.Engine) -> None:
+def test_what_a_thread_loads_and_computes_is_the_same(engine: mlx_mtp.Engine) -> None:
+    loaded = elsewhere(lambda: mlx_mtp.load(TARGET, drafter=DRAFTER, depth=2))
+    assert reply(loaded, ids(9, 1)).tokens == elsewhere(lambda: reply(loaded, ids(9, 1))).tokens
     tokens = mx.array([ids(9, 1)])
     there = elsewhere(lambda: engine.target.logits(tokens + 0))
     assert there.tolist() == engine.target.logits(tokens).tolist()
