@@ -20,6 +20,7 @@ from conftest import GOLDEN
 from families import chat_folder, written
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
+from test_malformed import Place, places, wrong_at
 
 import mlx_mtp
 from mlx_mtp.checkpoints import checkpoint
@@ -174,26 +175,16 @@ def test_bytes_of_texts(models: Path, tried: Any, name: str, role: str) -> None:
 VALUES = ("nan", "inf", 1e308, -1, 0, 2**31, 2**63, 10**400, True, "8", "", None, [], {}, 1.5, [[]], [0] * 5, -0.5)
 
 
-def places(fields: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    for name, value in fields.items():
-        yield (*above, name)
-        if isinstance(value, dict):
-            yield from places(value, (*above, name))
-
-
-def changed_at(text: str, place: tuple[str, ...], value: Any) -> bytes:
+def changed_at(text: str, place: Place, value: Any) -> bytes:
     """A config.json with another value at one place."""
-    config = fields = json.loads(text)
-    for part in place[:-1]:
-        fields = fields[part]
-    fields[place[-1]] = value
-    return json.dumps(config).encode()
+    return json.dumps(wrong_at(json.loads(text), place, value)).encode()
 
 
 @pytest.mark.parametrize("role", ["target", "generic", *DRAFTERS])
 def test_values_in_configs(models: Path, tried: Any, role: str) -> None:
     text, chance = (models / role / "config.json").read_text(), np.random.default_rng(5)
-    every = [(place, value) for place in places(json.loads(text)) for value in VALUES]
+    fields = [place for place in places(json.loads(text)) if place and all(isinstance(key, str) for key in place)]
+    every = [(place, value) for place in fields for value in VALUES]
     for i in chance.permutation(len(every))[:18]:
         place, value = every[i]
         tried(role, {"config.json": changed_at(text, place, float(value) if value in ("nan", "inf") else value)})
