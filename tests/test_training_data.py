@@ -17,7 +17,6 @@ from mlx_mtp.errors import DataError, OptionError
 from mlx_mtp.training.data import Batches, Document, pack, read_documents, split, standard_library
 from mlx_mtp.training.small_target import train_tokenizer
 
-EMBEDDED = Path(__file__).parents[1] / "benchmarks" / "embedded"
 CHAT = [{"role": "user", "content": "What is 3 + 4?"}, {"role": "assistant", "content": "7"}]
 
 
