@@ -16,6 +16,7 @@ import numpy as np
 import openai
 import pytest
 from pydantic import BaseModel
+from references import log_softmax
 from servers import CHAT, COMPLETION, Running, ScriptedEngine, contents, running
 from tool_templates import embedded_with_tools
 
@@ -46,7 +47,7 @@ class Place(BaseModel):
 def with_tools(folder: Path) -> Iterator[Running]:
     """The embedded model with a template that knows tools and thoughts by other marks than its own."""
     target = embedded_with_tools(folder)
-    with running(lambda: mlx_mtp.load(target, drafter="lookup", depth=3), seed=7) as found:
+    with running(mlx_mtp.load(target, drafter="lookup", depth=3), seed=7) as found:
         yield found
 
 
@@ -66,7 +67,7 @@ def fresh_server(tmp_path: Path) -> Iterator[Running]:
 @pytest.fixture
 def scripted() -> Iterator[tuple[ScriptedEngine, Running]]:
     engine = ScriptedEngine(WRITTEN)
-    with running(lambda: engine) as found:
+    with running(engine) as found:
         yield engine, found
 
 
@@ -275,7 +276,7 @@ def test_errors_in_each_interfaces_form(server: Running) -> None:
 
 
 def test_keys_of_both_kinds() -> None:
-    with running(ScriptedEngine, api_key="secret", hosts=None) as server:
+    with running(ScriptedEngine(), api_key="secret", hosts=None) as server:
         assert server.post(MESSAGES, {"messages": QUESTION, "max_tokens": 1}, **{"x-api-key": "secret"}).is_success
         refused = server.post(MESSAGES, {"messages": QUESTION, "max_tokens": 1}, **{"x-api-key": "wrong"})
         assert (refused.status_code, refused.json()["error"]["type"]) == (401, "authentication_error")
@@ -324,9 +325,7 @@ def test_logprobs_of_a_prompt(server: Running, embedded: mlx_mtp.Engine) -> None
         ids = embedded.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         assert choice["text"].startswith(prompt if isinstance(prompt, str) else embedded.tokenizer.decode(ids))
         assert len(scores["tokens"]) == len(scores["text_offset"]) == len(ids) + 3
-        logits = np.array(embedded.target.logits(mx.array([ids])))[0].astype(np.float64)
-        expected = logits - logits.max(axis=-1, keepdims=True)
-        expected -= np.log(np.exp(expected).sum(axis=-1, keepdims=True))
+        expected = log_softmax(np.array(embedded.target.logits(mx.array([ids])))[0].astype(np.float64))
         assert scores["token_logprobs"][0] is scores["top_logprobs"][0] is None
         given = np.array(scores["token_logprobs"][1 : len(ids)])
         assert np.abs(given - expected[np.arange(len(ids) - 1), ids[1:]]).max() < 1e-3
@@ -396,7 +395,7 @@ def test_counting_and_spelling_tokens(server: Running) -> None:
 
 def test_a_lenient_server_names_what_it_leaves_out() -> None:
     body = {"messages": [{"role": "user", "content": "x", "colour": "red"}], "shape": {"a": 1}, "n": 1}
-    with running(ScriptedEngine, lenient=True) as server:
+    with running(ScriptedEngine(), lenient=True) as server:
         for more in ({}, {"stream": True}):
             found = server.post(CHAT, body | more)
             assert found.is_success and set(found.headers["x-ignored-fields"].split(", ")) == {
@@ -408,7 +407,7 @@ def test_a_lenient_server_names_what_it_leaves_out() -> None:
         found = server.post(RESPONSES, {"input": "x", "tools": tools})
         assert found.is_success and found.headers["x-ignored-fields"] == "tools[1], tools[3]"
         assert [tool["name"] for tool in found.json()["tools"]] == ["weather", "now"]
-    with running(ScriptedEngine) as server:
+    with running(ScriptedEngine()) as server:
         assert server.post(CHAT, body).status_code == 400
 
 

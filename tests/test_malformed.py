@@ -55,7 +55,7 @@ Place = tuple[str | int, ...]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    with running(lambda: mlx_mtp.load(drafter="lookup", depth=2)) as found:
+    with running(mlx_mtp.load(drafter="lookup", depth=2)) as found:
         yield found
 
 
@@ -101,18 +101,3 @@ def test_one_wrong_value(server: Running, path: str) -> None:
             tried += 1
         assert client.post(path, json=body).status_code == 200 and server.idle()
     assert tried > 250 and tried / 2 < refused < tried, (tried, refused)
-
-
-@pytest.mark.parametrize("path", BODIES)
-def test_what_is_no_body(server: Running, path: str) -> None:
-    """Cut short, doubled, of another encoding, far too deep, of another kind."""
-    text = json.dumps(BODIES[path]).encode()
-    bodies = [text[:end] for end in range(0, len(text), len(text) // 24)]
-    bodies += [text + text, b"\xff\xfe" + text, text.decode().encode("utf-16"), b"[" * 100_000, b'{"a":' * 100_000,
-               b"\x00", b"null", b"{}", b"[]", b'"a"', text.replace(b'"test"', b'"\xed\xa0\x80"'),
-               text[:-1] + b', "model": "other"}', text.replace(b"0.5", b"NaN"),
-               text.replace(b"0.5", b"1e999")]  # fmt: skip
-    with server.http(headers={"content-type": "application/json"}) as client:
-        statuses = {check(client.post(path, content=sent), sent[:80]) for sent in bodies}
-        assert statuses <= {400, 413, 415, 422}
-        assert client.post(path, json=BODIES[path]).status_code == 200
