@@ -294,9 +294,7 @@ def test_numbers_are_checked_before_data_are_read(wrong: dict, words: str) -> No
     [(("--length", "64"), "another value of length"), (("--drafts", "2"), "another value of drafters"),
      (("--optimizer", "adamw", "--seed", "0"), "value of optimizer"), (("--length", "32"), "/nowhere: expected")],
 )  # fmt: skip
-def test_resume_takes_no_other_values(
-    options: tuple[str, ...], words: str, tmp_path: Path, command: Command
-) -> None:
+def test_resume_takes_no_other_values(options: tuple[str, ...], words: str, tmp_path: Path, command: Command) -> None:
     """What the run began with may be said again; anything else is refused and not ignored."""
     recipe = Recipe(data=["/nowhere"], **FRESH)
     (tmp_path / "recipe.json").write_text(json.dumps(recipe.saved()))
