@@ -67,15 +67,6 @@ def test_what_the_prompt_opened_and_offered() -> None:
     assert whole(THOUGHT + CALL, calls=False).thinking == "First this.\nThen that."
 
 
-def test_what_cannot_be_a_marker_is_not_held_back() -> None:
-    channels = Channels(calls=GEMMA)
-    assert channels.feed("One <").text == "One "
-    assert channels.feed("b> two").text == "<b> two"
-    assert channels.feed("<think>so").thinking == "so"
-    assert channels.feed("</thin").thinking == ""
-    assert channels.feed("g").thinking == "</thing"
-
-
 def test_a_call() -> None:
     found = whole("I look.\n" + CALL + "Done.")
     arguments = {"query": 'a, {b}: "c"', "n": 3, "deep": {"list": [1, 2.5, True, None, "x"]}}
