@@ -65,10 +65,9 @@ def fresh_server(tmp_path: Path) -> Iterator[Running]:
 
 
 @pytest.fixture
-def scripted() -> Iterator[tuple[ScriptedEngine, Running]]:
-    engine = ScriptedEngine(WRITTEN)
-    with running(engine) as found:
-        yield engine, found
+def scripted() -> Iterator[Running]:
+    with running(ScriptedEngine(WRITTEN)) as found:
+        yield found
 
 
 def claude(server: Running) -> anthropic.Anthropic:
@@ -160,10 +159,9 @@ def test_answers_by_a_schema_in_every_interface(server: Running) -> None:
         assert message.tool_calls or Place.model_validate_json(message.content)
 
 
-def test_thoughts_answers_and_calls_in_responses(scripted: tuple[ScriptedEngine, Running]) -> None:
+def test_thoughts_answers_and_calls_in_responses(scripted: Running) -> None:
     """Whole and streamed alike; the next request goes on from it, with all that was said in the template's form."""
-    engine, server = scripted
-    with server.openai() as client:
+    with scripted.openai() as client:
         whole = client.responses.create(model="test", input="Rain?", instructions="Be brief.", tools=TOOLS)
         with client.responses.stream(model="test", input="Rain?", tools=TOOLS) as stream:
             events = list(stream)
@@ -178,13 +176,13 @@ def test_thoughts_answers_and_calls_in_responses(scripted: tuple[ScriptedEngine,
         assert [event.sequence_number for event in events] == [*range(len(events))]
         deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
         assert deltas == ["Let me ", "see."]
-        seen = engine.tokenizer.seen[0]["messages"]
+        seen = scripted.engine.tokenizer.seen[0]["messages"]
         assert seen == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Rain?"}]
 
         calls = [item for item in whole.output if item.type == "function_call"]
         answers = [{"type": "function_call_output", "call_id": call.call_id, "output": "no"} for call in calls]
         after = client.responses.create(model="test", input=answers, previous_response_id=whole.id, tools=TOOLS)
-        said = engine.tokenizer.seen[-1]["messages"]
+        said = scripted.engine.tokenizer.seen[-1]["messages"]
         assert [message["role"] for message in said] == ["user", "assistant", "tool", "tool"]
         assert (said[1]["content"], said[1]["reasoning_content"]) == ("Let me see.", "Hm.")
         assert [call["function"]["name"] for call in said[1]["tool_calls"]] == ["weather", "now"]
@@ -192,7 +190,7 @@ def test_thoughts_answers_and_calls_in_responses(scripted: tuple[ScriptedEngine,
         # The same without memory: the client sends all items back.
         given = [{"role": "user", "content": "Rain?"}, *(item.model_dump() for item in whole.output), *answers]
         client.responses.create(model="test", input=given, tools=TOOLS, store=False)
-        assert engine.tokenizer.seen[-1]["messages"] == said
+        assert scripted.engine.tokenizer.seen[-1]["messages"] == said
 
         assert client.responses.retrieve(after.id).output[1].content[0].text == "Let me see."
         items = client.responses.input_items.list(after.id, order="asc").data
@@ -215,14 +213,13 @@ def test_a_response_that_its_length_ends(server: Running) -> None:
         assert len(scores) == 3 and all(len(score.top_logprobs) == 2 for score in scores)
 
 
-def test_thoughts_answers_and_calls_in_messages(scripted: tuple[ScriptedEngine, Running]) -> None:
-    engine, server = scripted
-    with claude(server) as client:
+def test_thoughts_answers_and_calls_in_messages(scripted: Running) -> None:
+    with claude(scripted) as client:
         ask: dict[str, Any] = {"model": "test", "max_tokens": 50, "tools": CLAUDE_TOOLS, "messages": QUESTION}
         whole = client.messages.create(**ask, system=[{"type": "text", "text": "Be brief."}],
                                        thinking={"type": "enabled", "budget_tokens": 1024})  # fmt: skip
-        assert engine.tokenizer.seen[-1]["messages"][0] == {"role": "system", "content": "Be brief."}
-        assert engine.tokenizer.seen[-1]["thinking"] is True
+        assert scripted.engine.tokenizer.seen[-1]["messages"][0] == {"role": "system", "content": "Be brief."}
+        assert scripted.engine.tokenizer.seen[-1]["thinking"] is True
         with client.messages.stream(**ask) as stream:
             kinds = [event.type for event in stream]
             streamed = stream.get_final_message()
@@ -237,7 +234,7 @@ def test_thoughts_answers_and_calls_in_messages(scripted: tuple[ScriptedEngine, 
         history = [*QUESTION, {"role": "assistant", "content": [block.model_dump() for block in streamed.content]},
                    {"role": "user", "content": [*results, {"type": "text", "text": "So?"}]}]  # fmt: skip
         client.messages.create(**ask | {"messages": history})
-        said = engine.tokenizer.seen[-1]["messages"]
+        said = scripted.engine.tokenizer.seen[-1]["messages"]
         assert [message["role"] for message in said] == ["user", "assistant", "tool", "tool", "user"]
         assert said[1]["reasoning_content"] == "Hm." and said[2]["name"] == "weather"
         count = client.messages.count_tokens(model="test", messages=QUESTION).input_tokens
@@ -412,28 +409,22 @@ def test_a_lenient_server_names_what_it_leaves_out() -> None:
 
 
 FAULTS: list[tuple[str, dict[str, Any], str]] = [
-    (RESPONSES, {"input": []}, "input"),
-    (RESPONSES, {"input": 5}, "input"),
     (RESPONSES, {"input": "x", "previous_response_id": 1}, "previous_response_id"),
     (RESPONSES, {"input": "x", "tools": [{"type": "web_search"}]}, "tools[0].type"),
     (RESPONSES, {"input": "x", "background": True}, "background"),
     (RESPONSES, {"input": "x", "conversation": "c"}, "conversation"),
     (RESPONSES, {"input": "x", "truncation": "auto"}, "truncation"),
-    (RESPONSES, {"input": "x", "include": ["moon"]}, "include[0]"),
     (RESPONSES, {"input": "x", "text": {"format": {"type": "json_schema", "schema": {}, "shape": 1}}},
      "text.format.shape"),
-    (RESPONSES, {"input": "x", "max_output_tokens": 0}, "max_output_tokens"),
     (RESPONSES, {"input": [{"id": "item_none"}]}, "input[0].id"),
     (RESPONSES, {"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]}, "input"),
     (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "u"}]}]},
      "input[0].content[0].type"),
     (RESPONSES, {"input": "x", "colour": "red"}, "colour"),
     (MESSAGES, {"messages": QUESTION}, "max_tokens"),
-    (MESSAGES, {"messages": [], "max_tokens": 1}, "messages"),
     (MESSAGES, {"messages": QUESTION, "max_tokens": 1, "mcp_servers": [{}]}, "mcp_servers"),
     (MESSAGES, {"messages": QUESTION, "max_tokens": 1, "tool_choice": {"type": "tool"}}, "tool_choice"),
     (MESSAGES, {"messages": QUESTION, "max_tokens": 1, "tools": [{"name": "f"}]}, "tools[0].input_schema"),
-    (MESSAGES, {"messages": QUESTION, "max_tokens": 1, "stop_sequences": [""]}, "stop_sequences[0]"),
     (MESSAGES, {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "u"}]}],
                 "max_tokens": 1}, "messages[0]"),
     (MESSAGES, {"messages": [{"role": "user", "content": [{"type": "image"}]}], "max_tokens": 1},

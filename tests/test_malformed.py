@@ -50,6 +50,8 @@ BODIES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 WRONG = (None, True, -1, 0, 1.5, 10**30, "", "no such word", "\x00", [], [[]], {}, {"type": "unknown"}, float("inf"))
+# What is found out where no field is looked at any more: no JSON, a grammar, tokens, what the template drops.
+ELSEWHERE = ("The body is not JSON", "json_schema cannot be compiled", "Expected token ids", "Expected no tools")
 Place = tuple[str | int, ...]
 
 
@@ -79,11 +81,14 @@ def wrong_at(body: Any, place: Place, value: Any) -> Any:
     return found
 
 
-def check(found: httpx.Response, sent: Any) -> int:
-    """The status, once it is seen that a refusal says why in a sentence."""
+def check(found: httpx.Response, sent: Any, place: Place) -> int:
+    """The status, once it is seen that a refusal says why in a sentence, and names the place or what holds it."""
     assert found.status_code < 500, (sent, found.text)
     if found.status_code != 200:
-        message = found.json()["error"]["message"]
+        error = found.json()["error"]
+        message, named = error["message"], str(error.get("param") or error["message"])  # Anthropic's has no param
+        where = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in place).removeprefix(".")
+        assert message.startswith(ELSEWHERE) or where in named or where.startswith(named), (sent, error)
         assert 10 < len(message) < 1000 and message.endswith(".") and "\n" not in message, (sent, message)
         assert "Traceback" not in message and "pydantic" not in message and "NoneType" not in message, (sent, message)
     return found.status_code
@@ -97,7 +102,7 @@ def test_one_wrong_value(server: Running, path: str) -> None:
         assert whole.status_code == 200, whole.text
         for place, value in itertools.product(places(body), WRONG):
             sent = json.dumps(wrong_at(body, place, value))
-            refused += check(client.post(path, content=sent), sent) != 200
+            refused += check(client.post(path, content=sent), sent, place) != 200
             tried += 1
         assert client.post(path, json=body).status_code == 200 and server.idle()
     assert tried > 250 and tried / 2 < refused < tried, (tried, refused)
