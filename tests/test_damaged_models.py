@@ -17,9 +17,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import GOLDEN
-from families import chat_folder, written
-from mlx.utils import tree_flatten
-from mlx_lm.models import llama
+from families import chat_folder
+from test_generic import BASE, CONFIGS, written
 from test_malformed import Place, places, wrong_at
 
 import mlx_mtp
@@ -28,10 +27,6 @@ from mlx_mtp.checkpoints.checkpoint import Checkpoint, write_tensors
 from mlx_mtp.loading import EMBEDDED
 
 DRAFTERS = ("assistant", "centroid", "parallel", "sequential")
-GENERIC = {
-    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 24, "rms_norm_eps": 1e-5,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 256,
-}  # fmt: skip
 ROOM_BYTES = 2**30
 PATIENCE = 300
 
@@ -45,9 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "SHARD_BYTES", sum(size for *_, size in whole.tensors()) // 2)
         write_tensors(place / "sharded", whole.config, whole.weights().items())
-    mx.random.seed(0)
-    model = llama.Model(llama.ModelArgs.from_dict(GENERIC))
-    written(place / "generic", GENERIC, dict(tree_flatten(model.parameters())))
+    written(place / "generic", BASE | CONFIGS["llama-tied"])
     shutil.copytree(place / "target", place / "pieces")
     for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja"):
         shutil.copyfile(EMBEDDED / "target" / name, place / "pieces" / name)
