@@ -133,7 +133,7 @@ def foreign(engine: mlx_mtp.Engine, session: Session) -> None:
     assert session.ids == before and not session.busy
 
 
-def test_a_session_belongs_to_the_engine_that_filled_it(engines: dict[str, mlx_mtp.Engine], probed_once: None) -> None:
+def test_a_session_belongs_to_the_engine_that_filled_it(engines: dict[str, mlx_mtp.Engine]) -> None:
     """To none around other drafters, modes, sizes or models, nor to the same files loaded again."""
     target, options = GOLDEN / "ple" / "target", ({}, {"mode": "exact"}, {"max_context": 100})
     others = [*engines.values(), *(mlx_mtp.load(target, drafter=None, **each) for each in options),
