@@ -52,7 +52,6 @@ class Running:
             return client.post(path, json=body, headers=headers)
 
     def connect(self) -> socket.socket:
-        """A bare connection."""
         return socket.create_connection(("127.0.0.1", self.port), timeout=300)
 
     def idle(self) -> bool:
@@ -154,7 +153,6 @@ class ScriptedEngine:
         return request
 
     def run(self, request: GenerationRequest) -> Iterator[Event]:
-        """The script as events."""
         self.asked.append(request)
         prompt = len(request.ids)
         request.on_prefill(prompt, prompt)
@@ -184,7 +182,6 @@ def contents(response: httpx.Response) -> list[str]:
 
 
 def raw_request(path: str, body: Any, *more: str, length: int | None = None) -> bytes:
-    """A request as bytes."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", *more]
     return "\r\n".join([*lines, f"Content-Length: {len(data) if length is None else length}", "", ""]).encode() + data

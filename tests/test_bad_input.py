@@ -49,8 +49,6 @@ def refused(run: Command) -> Refused:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Copy:
-    """A writable copy of a checkpoint folder."""
-
     def make(source: Path) -> Path:
         target = tmp_path / f"{source.parent.name}-{source.name}"
         shutil.copytree(source, target, copy_function=shutil.copyfile)

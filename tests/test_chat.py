@@ -146,9 +146,9 @@ def test_thoughts_are_streamed_and_not_kept(tmp_path: Path, depth: int) -> None:
 # While a reply runs
 
 
-def begun(chat: mlx_mtp.Chat, text: str | None = ONE) -> tuple[Any, str]:
+def begun(chat: mlx_mtp.Chat) -> tuple[Any, str]:
     """A reply under way, and the beginning of its answer."""
-    events, heard = (chat.retry(max_tokens=60) if text is None else chat.send(text, max_tokens=60)), ""
+    events, heard = chat.send(ONE, max_tokens=60), ""
     while len(heard) < 12:
         heard += next(events).text
     return events, heard

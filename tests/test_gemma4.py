@@ -17,7 +17,6 @@ def difference(found: mx.array, expected: np.ndarray) -> float:
 
 @pytest.fixture
 def loaded(golden):
-    """A reference model and the arrays transformers computed for it."""
     folder, arrays = golden
     return load_target(Checkpoint.open(folder / "target")), arrays
 

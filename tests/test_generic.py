@@ -66,7 +66,6 @@ def written(folder: Path, config: dict[str, Any], bits: int | None = None) -> Pa
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One tiny checkpoint per architecture."""
     root = tmp_path_factory.mktemp("generic")
     return {name: written(root / name, BASE | config) for name, config in CONFIGS.items()}
 

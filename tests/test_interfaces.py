@@ -71,7 +71,6 @@ def scripted() -> Iterator[Running]:
 
 
 def claude(server: Running) -> anthropic.Anthropic:
-    """Anthropic's own client."""
     return anthropic.Anthropic(base_url=server.url, api_key="-", max_retries=0, timeout=300)
 
 

@@ -41,10 +41,6 @@ def gemma() -> Gemma4Model:
     return lively(Gemma4Model(Gemma4Config.from_dict(TEXT)), seed=1)
 
 
-def heads(count: int, reads: str = "trunk") -> ParallelModel:
-    return model_of(config_of("parallel_heads", WIDTH, VOCABULARY, count, reads=reads))
-
-
 def batch_of(rows: int, batch: int = 2, vocabulary: int = VOCABULARY) -> np.ndarray:
     return np.random.default_rng(0).integers(0, vocabulary, (batch, rows))
 

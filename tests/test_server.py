@@ -41,7 +41,6 @@ QUESTION = [{"role": "user", "content": "What does shutil.copytree do?"}]
 
 @pytest.fixture(scope="module")
 def server(embedded: mlx_mtp.Engine) -> Iterator[Running]:
-    """The embedded pair."""
     with running(mlx_mtp.load(depth=2)) as found:
         yield found
 
@@ -311,7 +310,7 @@ def test_the_pool_of_sessions() -> None:
     assert nothing.count == 0
 
 
-def test_a_full_queue(server: Running) -> None:
+def test_a_full_queue() -> None:
     """One runs, two wait, the fourth is told when to come back; who leaves the queue makes room."""
     fake = ScriptedEngine(gate=threading.Semaphore(0))
     replies: list[httpx.Response] = []

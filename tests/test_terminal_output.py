@@ -162,7 +162,6 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows(shown: str) -> list[list[str]]:
-    """The cells of the table."""
     return [[cell.strip() for cell in re.split("[\u2502|]", line)[1:-1]] for line in shown.splitlines()
             if line.count("\u2502") == len(demo.HEADS) + 1]  # fmt: skip
 
