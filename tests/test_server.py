@@ -312,9 +312,8 @@ def test_the_pool_of_sessions() -> None:
 
 def test_a_full_queue() -> None:
     """One runs, two wait, the fourth is told when to come back; who leaves the queue makes room."""
-    fake = ScriptedEngine(gate=threading.Semaphore(0))
     replies: list[httpx.Response] = []
-    with running(fake, places=2) as server:
+    with running(ScriptedEngine(gate=threading.Semaphore(0)), places=2) as server:
         asking = [threading.Thread(target=lambda: replies.append(server.post(COMPLETION, {"prompt": "x"})))
                   for _ in range(2)]  # fmt: skip
         asking[0].start()
@@ -330,11 +329,11 @@ def test_a_full_queue() -> None:
             client.completions.create(model="test", prompt="x")
         leaving.close()
         assert eventually(lambda: server.queue.waiting == 1)
-        fake.gate.release(100)
+        server.engine.gate.release(100)
         for thread in asking:
             thread.join()
         assert [reply.json()["choices"][0]["text"] for reply in replies] == ["Hello!"] * 2
-    assert len(fake.asked) == 2
+    assert len(server.engine.asked) == 2
 
 
 @pytest.mark.parametrize("stream", [True, False])
