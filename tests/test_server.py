@@ -453,9 +453,8 @@ def test_a_reader_that_takes_nothing() -> None:
 
 
 def test_replies_that_take_too_long_are_told_so() -> None:
-    fake = ScriptedEngine(gate=threading.Semaphore(0))
     waiting: list[httpx.Response] = []
-    with running(fake, grace=0.2) as server, server.http() as http:
+    with running(ScriptedEngine(gate=threading.Semaphore(0)), grace=0.2) as server, server.http() as http:
         with http.stream("POST", COMPLETION, json={"prompt": "x", "stream": True}) as response:
             lines = response.iter_lines()
             next(lines)
@@ -467,7 +466,7 @@ def test_replies_that_take_too_long_are_told_so() -> None:
             last = list(lines)[-2]
             assert json.loads(last.removeprefix("data: "))["error"]["code"] == "stopping"
         second.join()
-        fake.gate.release(5)
+        server.engine.gate.release(5)
         ending.join()
     assert waiting[0].status_code == 503 and waiting[0].json()["error"]["code"] == "stopping"
 

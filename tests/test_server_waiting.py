@@ -130,12 +130,11 @@ def test_nobody_waits_for_a_prompt_that_is_tokenised(path: str, monkeypatch: pyt
     """Six long prompts, more than there are threads for short ones; their places in the queue are theirs meanwhile."""
     monkeypatch.setattr(mlx_mtp.serving.endpoints, "LARGE_BODY", 300)
     tokenizer = Slow()
-    fake = ScriptedEngine(tokenizer=tokenizer)
 
     def body(text: str) -> dict[str, Any]:
         return {"prompt": text} if path == COMPLETION else {"messages": [{"role": "user", "content": text}]}
 
-    with running(fake, places=7) as server, ThreadPoolExecutor(6) as pool:
+    with running(ScriptedEngine(tokenizer=tokenizer), places=7) as server, ThreadPoolExecutor(6) as pool:
         long = [pool.submit(server.post, path, body("long" * 100)) for _ in range(6)]
         assert eventually(lambda: server.queue.waiting == 6) and eventually(lambda: tokenizer.begun)
         for text in ("a", "b", "c"):
