@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 import mlx.core as mx
-import numpy as np
 import pytest
 from conftest import GOLDEN
+from greedy import ids
 
 import mlx_mtp
 from mlx_mtp.backend import threads
@@ -141,10 +141,6 @@ def test_an_interrupt_while_another_thread_decodes() -> None:
 @pytest.fixture(scope="module")
 def engine() -> mlx_mtp.Engine:
     return mlx_mtp.load(TARGET, drafter=DRAFTER, depth=2)
-
-
-def ids(count: int, seed: int) -> list[int]:
-    return np.random.default_rng(seed).integers(3, 128, count).tolist()
 
 
 def reply(engine: mlx_mtp.Engine, prompt: list[int], **options: Any) -> mlx_mtp.Result:

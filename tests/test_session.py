@@ -4,11 +4,10 @@ import gc
 from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from conftest import GOLDEN
 from families import config_of, written
-from greedy import assert_greedy, lively
+from greedy import assert_greedy, ids, lively
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,10 +23,6 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, mlx_mtp.Engin
     sequential = written(folder / "sequential", config_of("sequential_modules", 32, 128, 2))
     drafters = {"none": None, "assistant": GOLDEN / "ple" / "assistant_tied", "sequential": sequential}
     return {name: lively("ple", drafter, depth=2 if drafter else "auto") for name, drafter in drafters.items()}
-
-
-def ids(count: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(3, 128, count).tolist()
 
 
 def reply(engine: mlx_mtp.Engine, prompt: list[int], session: Session | None = None, tokens: int = 24):
