@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from conftest import GOLDEN
@@ -95,12 +96,12 @@ def test_a_turn_without_any_answer_is_not_kept(plain: mlx_mtp.Engine) -> None:
     said(chat, ONE)
     kept = list(chat.messages)
     chat.send(TWO).close()  # never begun
-    events = chat.send(TWO, on_prefill=lambda done, total: (_ for _ in ()).throw(KeyboardInterrupt))
+    interrupt = mock.Mock(side_effect=KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
-        list(events)
+        list(chat.send(TWO, on_prefill=interrupt))
     assert chat.messages == kept
     with pytest.raises(KeyboardInterrupt):  # the answer that was there stays, too
-        list(chat.retry(on_prefill=lambda done, total: (_ for _ in ()).throw(KeyboardInterrupt)))
+        list(chat.retry(on_prefill=interrupt))
     assert chat.messages == kept and not chat.session.busy
     end = {token: 100.0 for token in list(plain.stop_tokens)[:1]}
     result = said(chat, TWO, sampling=mlx_mtp.Sampling(logit_bias=end))

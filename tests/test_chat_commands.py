@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from conftest import Command
@@ -208,11 +209,8 @@ def test_a_reply_that_fails_is_one_sentence(talk: Talk, monkeypatch: pytest.Monk
     talk.run(QUESTION)
     engine = talk.conversation.chat.engine
     with monkeypatch.context() as patch:
-
-        def fail(*_: object, **__: object) -> None:
-            raise RuntimeError("[malloc] Unable to allocate 99 bytes.")
-
-        patch.setattr(engine._decoder.rounds, "submit", fail)
+        fails = mock.Mock(side_effect=RuntimeError("[malloc] Unable to allocate 99 bytes."))
+        patch.setattr(engine._decoder.rounds, "submit", fails)
         assert "Unable to allocate" in talk.run(NEXT)[2]
     assert not talk.conversation.chat.session.busy and talk.run(NEXT)[0]
 

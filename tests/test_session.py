@@ -2,6 +2,7 @@
 
 import gc
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import mlx.core as mx
 import pytest
@@ -78,10 +79,7 @@ def test_a_reply_that_is_dropped_leaves_what_it_had(engines: dict[str, mlx_mtp.E
 def test_a_prompt_that_fails_leaves_an_empty_session(engines: dict[str, mlx_mtp.Engine]) -> None:
     engine, session = engines["assistant"], Session()
     reply(engine, ids(40), session)
-
-    def stop(done: int, total: int) -> None:
-        raise KeyboardInterrupt
-
+    stop = mock.Mock(side_effect=KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         list(engine.stream([*ids(40), *ids(40, 1)], session=session, on_prefill=stop))
     assert not session.busy and session.ids == [] and session.lease is None
