@@ -60,9 +60,7 @@ def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Co
 
 @pytest.mark.parametrize("promise", PROMISES)
 @pytest.mark.parametrize(("target", "drafter"), PAIRS)
-def test_promise(
-    target: str, drafter: str, promise: str, pair_of: Callable[[str, str], Conformance]
-) -> None:
+def test_promise(target: str, drafter: str, promise: str, pair_of: Callable[[str, str], Conformance]) -> None:
     pair_of(target, drafter).check(promise)
 
 

@@ -21,15 +21,11 @@ from skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa:
 from mlx_mtp.checkpoints.packaged import PackagedModel
 from mlx_mtp.engine import Engine
 from mlx_mtp.generation import exactness
-from mlx_mtp.generation.interfaces import Target
 
 GOLDEN = Path(__file__).parent / "golden"
 VARIANTS = ("ple", "keqv", "moe", "unified")
 Command = Callable[..., tuple[int, str, str]]
 HEADS = ("tied", "centroid")
-PROBED: dict[tuple[Path | None, int], exactness.Exactness] = {}
-
-
 @pytest.fixture(params=VARIANTS)
 def golden(request: pytest.FixtureRequest) -> tuple[Path, dict[str, np.ndarray]]:
     """A reference model's folder and the arrays transformers computed for it (float32)."""
@@ -101,20 +97,6 @@ def refusal(call: Callable[[], object], kind: type[mlx_mtp.MLXMTPError] = mlx_mt
     assert sentence.endswith((".", ")")) and "\n" not in sentence and 30 < len(sentence) < 900, sentence
     assert "Traceback" not in sentence
     return sentence
-
-
-@pytest.fixture
-def probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The probe for exact mode takes seconds and says the same of one checkpoint every time: it is run once."""
-    real = exactness.probe
-
-    def probe(target: Target, capacity: int) -> exactness.Exactness:
-        key = target.path, capacity
-        if key not in PROBED:
-            PROBED[key] = real(target, capacity)
-        return PROBED[key]
-
-    monkeypatch.setattr(exactness, "probe", probe)
 
 
 @pytest.fixture

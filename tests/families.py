@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,16 @@ def drafted(
         rows = cut(at, at + accepted + 1, depth - accepted)
         memory = drafter.observe(memory, *rows, mx.array([accepted]))
         at += accepted + 1
+
+
+def drained(walk: Generator[Any, None, Any]) -> tuple[list[Any], Any]:
+    """What a generator yields, and what it returns."""
+    found: list[Any] = []
+    while True:
+        try:
+            found.append(next(walk))
+        except StopIteration as end:
+            return found, end.value
 
 
 # Conversations: 128 tokens, of which the target only writes those that stand for themselves.

@@ -47,6 +47,11 @@ def lively(variant: str, drafter: Any = None, **options: Any) -> mlx_mtp.Engine:
     return engine
 
 
+def ids(count: int, seed: int = 0) -> list[int]:
+    """A random prompt for a golden model."""
+    return np.random.default_rng(seed).integers(3, 128, count).tolist()
+
+
 def random_head(size: int, vocabulary: int) -> np.ndarray:
     """A matrix [D, V] that takes the place of a head."""
     return np.random.default_rng(0).normal(scale=4 * size**-0.5, size=(size, vocabulary)).astype(np.float32)

@@ -47,7 +47,6 @@ class Faults:
     no_ranges: bool = False
     other_content: set[str] = field(default_factory=set)  # files that are sent with a bit turned
     silent: bool = False  # accepts, and never answers
-    bad_token: str = "hf_expired"
 
 
 class Hub:
@@ -107,6 +106,12 @@ def large(file: str) -> bool:
     return file.endswith(".safetensors")
 
 
+def stored_apart(file: str, content: bytes, digest: str) -> dict[str, Any]:
+    """What the hub says of a large file's content; the checksum's name is another in every answer."""
+    about = {digest: hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+    return {"lfs": about} if large(file) else {}
+
+
 def blob_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
@@ -118,13 +123,7 @@ def _handler(hub: Hub, first: bool) -> type[BaseHTTPRequestHandler]:
         def log_message(self, *_: object) -> None:
             """Tests read hub.requests instead."""
 
-        def do_HEAD(self) -> None:
-            self.answer()
-
         def do_GET(self) -> None:
-            self.answer()
-
-        def answer(self) -> None:
             path = unquote(urlsplit(self.path).path)
             token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
             hub.requests.append(Request(self.command, path, self.headers.get("Range"), token))
@@ -134,7 +133,7 @@ def _handler(hub: Hub, first: bool) -> type[BaseHTTPRequestHandler]:
                 return
             if fault := next((code for part, code in hub.faults.status.items() if part in path), None):
                 self.refuse(fault)
-            elif token == hub.faults.bad_token:
+            elif token == "hf_expired":
                 self.refuse(401, message="Invalid credentials in Authorization header")
             elif not first:
                 self.content(path)
@@ -147,6 +146,8 @@ def _handler(hub: Hub, first: bool) -> type[BaseHTTPRequestHandler]:
             else:
                 self.refuse(404, code="RepoNotFound")
 
+        do_HEAD = do_GET
+
         def named(self, name: str) -> str | None:
             """The hub's own spelling; it does not mind case."""
             return next((known for known in hub.repositories if known.casefold() == name.casefold()), None)
@@ -154,21 +155,13 @@ def _handler(hub: Hub, first: bool) -> type[BaseHTTPRequestHandler]:
         def api(self, asked: str, what: str) -> None:
             if (name := self.named(asked)) is None:
                 return self.refuse(401, code="RepoNotFound", message="Invalid username or password.")
-            files = hub.repositories[name]
+            files = hub.repositories[name].items()
             if what.startswith("/tree/"):
-                found: Any = [
-                    {"type": "file", "path": file, "size": len(content), "oid": blob_id(content)}
-                    | ({"lfs": {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}}
-                       if large(file) else {})
-                    for file, content in files.items()
-                ]  # fmt: skip
+                found: Any = [{"type": "file", "path": file, "size": len(content), "oid": blob_id(content)}
+                              | stored_apart(file, content, "oid") for file, content in files]  # fmt: skip
             else:
-                siblings = [
-                    {"rfilename": file, "size": len(content), "blobId": blob_id(content)}
-                    | ({"lfs": {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content),
-                                "pointerSize": 134}} if large(file) else {})
-                    for file, content in files.items()
-                ]  # fmt: skip
+                siblings = [{"rfilename": file, "size": len(content), "blobId": blob_id(content)}
+                            | stored_apart(file, content, "sha256") for file, content in files]  # fmt: skip
                 found = {"_id": "1", "id": name, "modelId": name, "sha": hub.commit(name), "private": False,
                          "gated": "manual" if name in hub.faults.gated else False, "disabled": False, "tags": [],
                          "downloads": 0, "likes": 0, "siblings": siblings}  # fmt: skip

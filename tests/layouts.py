@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models import mimo
 from references import DecoderLayer, below, in_halves, rms
 
-Arrays = dict[str, np.ndarray]
+Arrays, Shapes = dict[str, np.ndarray], dict[str, tuple[int, ...]]
 EPS, THETA = 1e-5, 10_000.0
 
 # .pth
@@ -100,7 +102,7 @@ def write_folder(folder: Path, config: dict[str, Any], arrays: Arrays) -> Path:
     return folder
 
 
-def drawn(shapes: dict[str, tuple[int, ...]], seed: int = 3) -> Arrays:
+def drawn(shapes: Shapes, seed: int = 3) -> Arrays:
     """Random weights that make the output depend on everything; float32 values, so that files hold them exactly."""
     random = np.random.default_rng(seed)
 
@@ -182,48 +184,33 @@ DEEPSEEK = {
 }  # fmt: skip
 
 
-def deepseek_arrays(config: dict[str, Any] = DEEPSEEK) -> Arrays:
-    width, heads, vocabulary = config["hidden_size"], config["num_attention_heads"], config["vocab_size"]
-    rank, turning, plain = config["kv_lora_rank"], config["qk_rope_head_dim"], config["qk_nope_head_dim"]
-    value, inner, shared = config["v_head_dim"], config["moe_intermediate_size"], config["n_shared_experts"]
+def deepseek_arrays() -> Arrays:
+    """A layer without and one with experts, and a module, which is such a layer too."""
+    width, vocabulary, experts = (DEEPSEEK[key] for key in ("hidden_size", "vocab_size", "n_routed_experts"))
 
-    def mlp(prefix: str, size: int) -> dict[str, tuple[int, ...]]:
-        return {f"{prefix}.gate_proj.weight": (size, width), f"{prefix}.up_proj.weight": (size, width),
-                f"{prefix}.down_proj.weight": (width, size)}  # fmt: skip
+    def mlp(name: str, inner: int) -> Shapes:
+        return {f"{name}.gate_proj": (inner, width), f"{name}.up_proj": (inner, width),
+                f"{name}.down_proj": (width, inner)}  # fmt: skip
 
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocabulary, width), "model.norm.weight": (width,),
-        "lm_head.weight": (vocabulary, width),
+    block: Shapes = {
+        "input_layernorm": (width,), "post_attention_layernorm": (width,), "self_attn.q_a_proj": (24, width),
+        "self_attn.q_a_layernorm": (24,), "self_attn.q_b_proj": (4 * 16, 24),
+        "self_attn.kv_a_proj_with_mqa": (16 + 8, width), "self_attn.kv_a_layernorm": (16,),
+        "self_attn.kv_b_proj": (4 * 20, 16), "self_attn.o_proj": (width, 4 * 12),
     }  # fmt: skip
-    modules, layers = config["num_nextn_predict_layers"], config["num_hidden_layers"]
-    for i in range(layers + modules):
-        layer: dict[str, tuple[int, ...]] = {
-            "input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,),
-            "self_attn.q_a_proj.weight": (config["q_lora_rank"], width),
-            "self_attn.q_a_layernorm.weight": (config["q_lora_rank"],),
-            "self_attn.q_b_proj.weight": (heads * (plain + turning), config["q_lora_rank"]),
-            "self_attn.kv_a_proj_with_mqa.weight": (rank + turning, width),
-            "self_attn.kv_a_layernorm.weight": (rank,),
-            "self_attn.kv_b_proj.weight": (heads * (plain + value), rank),
-            "self_attn.o_proj.weight": (width, heads * value),
-        }  # fmt: skip
-        if i < config["first_k_dense_replace"]:
-            layer |= mlp("mlp", config["intermediate_size"])
-        else:
-            layer |= mlp("mlp.shared_experts", inner * shared)
-            layer |= {"mlp.gate.weight": (config["n_routed_experts"], width),
-                      "mlp.gate.e_score_correction_bias": (config["n_routed_experts"],)}  # fmt: skip
-            for e in range(config["n_routed_experts"]):
-                layer |= mlp(f"mlp.experts.{e}", inner)
-        if i >= layers:
-            layer |= {"enorm.weight": (width,), "hnorm.weight": (width,), "eh_proj.weight": (width, 2 * width),
-                      "shared_head.norm.weight": (width,)}  # fmt: skip
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+    mixture = block | mlp("mlp.shared_experts", 16) | {"mlp.gate": (experts, width)}
+    for e in range(experts):
+        mixture |= mlp(f"mlp.experts.{e}", 16)
+    module = mixture | {"enorm": (width,), "hnorm": (width,), "eh_proj": (width, 2 * width),
+                        "shared_head.norm": (width,)}  # fmt: skip
+    shapes: Shapes = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (vocabulary, width))
+    shapes |= {"model.norm.weight": (width,)}
+    for i, layer in enumerate((block | mlp("mlp", 48), mixture, module)):
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+        shapes |= {f"model.layers.{i}.mlp.gate.e_score_correction_bias": (experts,)} if i else {}
     arrays = drawn(shapes)
-    for k in range(modules):
-        arrays[f"model.layers.{layers + k}.embed_tokens.weight"] = arrays["model.embed_tokens.weight"]
-        arrays[f"model.layers.{layers + k}.shared_head.head.weight"] = arrays["lm_head.weight"]
-    return arrays
+    return arrays | {"model.layers.2.embed_tokens.weight": arrays["model.embed_tokens.weight"],
+                     "model.layers.2.shared_head.head.weight": arrays["lm_head.weight"]}  # fmt: skip
 
 
 # MiMo
@@ -236,23 +223,12 @@ MIMO = {
 }  # fmt: skip
 
 
-def mimo_arrays(config: dict[str, Any] = MIMO) -> Arrays:
-    width, vocabulary, inner = config["hidden_size"], config["vocab_size"], config["intermediate_size"]
-    shared = width // config["num_attention_heads"] * config["num_key_value_heads"]
-    layer = {
-        "input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,),
-        "self_attn.q_proj.weight": (width, width), "self_attn.q_proj.bias": (width,),
-        "self_attn.k_proj.weight": (shared, width), "self_attn.k_proj.bias": (shared,),
-        "self_attn.v_proj.weight": (shared, width), "self_attn.v_proj.bias": (shared,),
-        "self_attn.o_proj.weight": (width, width), "mlp.gate_proj.weight": (inner, width),
-        "mlp.up_proj.weight": (inner, width), "mlp.down_proj.weight": (width, inner),
-    }  # fmt: skip
-    norms = (f"{name}_layernorm.weight" for name in ("token", "hidden", "final"))
-    module = dict.fromkeys(norms, (width,)) | {"input_proj.weight": (width, 2 * width)}
-    shapes = {"model.embed_tokens.weight": (vocabulary, width), "model.norm.weight": (width,),
-              "lm_head.weight": (vocabulary, width)}  # fmt: skip
-    for i in range(config["num_hidden_layers"]):
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-    for k in range(config["num_nextn_predict_layers"]):
-        shapes |= {f"model.mtp_layers.{k}.{name}": shape for name, shape in {**layer, **module}.items()}
-    return drawn(shapes)
+def mimo_arrays() -> Arrays:
+    """mlx-lm's own names, and a module: a layer with a projection in front and three norms."""
+    model = mimo.Model(mimo.ModelArgs.from_dict(MIMO))
+    shapes: Shapes = {name: weight.shape for name, weight in tree_flatten(model.parameters())}
+    width, layer = MIMO["hidden_size"], "model.layers.0."
+    module = {name.removeprefix(layer): shape for name, shape in shapes.items() if name.startswith(layer)}
+    module |= {"input_proj.weight": (width, 2 * width)}
+    module |= {f"{name}_layernorm.weight": (width,) for name in ("token", "hidden", "final")}
+    return drawn(shapes | {f"model.mtp_layers.0.{name}": shape for name, shape in module.items()})

@@ -14,7 +14,6 @@ import httpx
 import openai
 import uvicorn
 
-import mlx_mtp
 from mlx_mtp.generation.request import GenerationRequest
 from mlx_mtp.generation.types import Event, Result, Stats
 from mlx_mtp.serving.app import create_app
@@ -34,6 +33,7 @@ class Running:
     queue: ReplyQueue
     server: uvicorn.Server
     stop: Callable[[], None]
+    engine: Any
     key: str = "-"
 
     @property
@@ -52,7 +52,6 @@ class Running:
             return client.post(path, json=body, headers=headers)
 
     def connect(self) -> socket.socket:
-        """A bare connection."""
         return socket.create_connection(("127.0.0.1", self.port), timeout=300)
 
     def idle(self) -> bool:
@@ -71,11 +70,9 @@ def eventually(true: Callable[[], object], seconds: float = 120.0) -> bool:
 
 
 @contextmanager
-def running(
-    load: Callable[[], Any] = mlx_mtp.load, places: int = 32, grace: float = 5.0, **options: Any
-) -> Iterator[Running]:
-    """A server of `load`'s engine until the end of the block."""
-    app = create_app(load(), ServerOptions(model="test", **options), places)
+def running(engine: Any, places: int = 32, grace: float = 5.0, **options: Any) -> Iterator[Running]:
+    """A server until the end of the block."""
+    app = create_app(engine, ServerOptions(model="test", **options), places)
     listener = listen("127.0.0.1", 0)
     server = Server(app, grace=grace)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -87,7 +84,7 @@ def running(
         assert not thread.is_alive() and not app.state.queue.alive
 
     try:
-        yield Running(listener.getsockname()[1], app.state.queue, server, stop, options.get("api_key") or "-")
+        yield Running(listener.getsockname()[1], app.state.queue, server, stop, engine, options.get("api_key") or "-")
     finally:
         stop()
 
@@ -114,9 +111,7 @@ class FakeTokenizer:
     def opened_thought(self, ids: Sequence[int]) -> str | None:
         return None
 
-    def chat(
-        self, messages: Any, thinking: bool = False, tools: Any = None, effort: str | None = None
-    ) -> list[int]:
+    def chat(self, messages: Any, thinking: bool = False, tools: Any = None, effort: str | None = None) -> list[int]:
         self.seen.append({"messages": messages, "thinking": thinking, "tools": tools, "effort": effort})
         text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
         return self.encode(f"{bool(thinking)}{len(tools or [])}{text}")
@@ -158,7 +153,6 @@ class ScriptedEngine:
         return request
 
     def run(self, request: GenerationRequest) -> Iterator[Event]:
-        """The script as events."""
         self.asked.append(request)
         prompt = len(request.ids)
         request.on_prefill(prompt, prompt)
@@ -188,7 +182,6 @@ def contents(response: httpx.Response) -> list[str]:
 
 
 def raw_request(path: str, body: Any, *more: str, length: int | None = None) -> bytes:
-    """A request as bytes."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", *more]
     return "\r\n".join([*lines, f"Content-Length: {len(data) if length is None else length}", "", ""]).encode() + data
@@ -202,14 +195,11 @@ def until(connection: socket.socket, end: bytes) -> bytes:
     return found
 
 
-# Requests that are refused with 400, and the field that the refusal names
+# Requests that are refused with 400, and the field that the refusal names; one wrong value is in test_malformed.py
 
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {
     "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}}  # fmt: skip
 FAULTS: dict[str, list[tuple[dict[str, Any], str | None]]] = {CHAT: [
-    ({"messages": []}, "messages"),
-    ({"messages": "hi"}, "messages"),
-    ({"messages": [{"role": "judge", "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
      "messages[0].content[0].type"),
@@ -219,50 +209,36 @@ FAULTS: dict[str, list[tuple[dict[str, Any], str | None]]] = {CHAT: [
         {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{"}}]}]},
      "messages[0].tool_calls[0].function.arguments"),
     ({"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "late"}]}, "messages"),
-    ({"n": 0}, "n"),
     ({"n": 129}, "n"),
     ({"response_format": {"type": "json_schema"}}, "response_format"),
-    ({"response_format": {"type": "xml"}}, "response_format.type"),
-    ({"tools": [TOOL]}, "tools"),  # this checkpoint's template has no place for them
+    # This checkpoint's template has no place for these two.
+    ({"tools": [TOOL]}, "tools"),
+    ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [
+        {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}]}, "messages"),
     ({"tools": [{"type": "function", "function": {"name": "with space"}}]}, "tools[0].function.name"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tool_choice": "sometimes"}, "tool_choice"),
     ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
     ({"tool_choice": {"type": "function"}}, "tool_choice.function"),
-    ({"reasoning_effort": "vast"}, "reasoning_effort"),
     ({"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}}, "reasoning_effort"),
     ({"chat_template_kwargs": {"colour": "red"}}, "chat_template_kwargs.colour"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"modalities": ["text", "audio"]}, "modalities"),
-    ({"temperature": -1}, "temperature"),
-    ({"temperature": "hot"}, "temperature"),
-    ({"temperature": True}, "temperature"),
     ({"top_k": 1.5}, "top_k"),
     ({"presence_penalty": 10**400}, "presence_penalty"),
-    ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
-    ({"seed": 2**64}, "seed"),
     ({"seed": -(2**63) - 1}, "seed"),
-    ({"stop": [""]}, "stop[0]"),
     ({"stop": ["x"] * 17}, "stop"),
-    ({"stop": [1]}, "stop[0]"),
     ({"logit_bias": {"x": 1}}, "logit_bias.x"),
-    ({"logit_bias": {"1": 1000}}, "logit_bias.1"),
     ({"logit_bias": {"999999": 1}}, None),
-    ({"stream": "yes"}, "stream"),
     ({"grammar": "root"}, "grammar"),
     ({"functions": [{"name": "f"}]}, "functions"),
 ], COMPLETION: [
-    ({"prompt": ""}, "prompt"),
-    ({"prompt": ["a", ""]}, "prompt"),
     ({"prompt": ["a"] * 129}, "prompt"),
     ({"prompt": [1, True]}, "prompt"),
-    ({"prompt": [1, 10**30]}, None),
-    ({"prompt": [-1]}, None),
     ({"prompt": [7] * 9000}, "prompt"),
     ({"suffix": "x"}, "suffix"),
     ({"best_of": 2}, "best_of"),
-    ({"logprobs": True}, "logprobs"),
 ]}  # fmt: skip

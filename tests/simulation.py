@@ -33,7 +33,6 @@ class Machine:
     smeared: float = 0.0
 
     def factor(self, chance: random.Random) -> float:
-        """Noise of one round."""
         if self.noise == "calm":
             return chance.uniform(0.97, 1.03)
         if self.noise == "lognormal":  # a standard deviation of 50 % either way

@@ -2,19 +2,17 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
-from conftest import GOLDEN
-from families import config_of, written
-from thinking import PLAIN_TEMPLATE, TOKENS, write_tokenizer
+from conftest import Command
+from families import config_of, copy_with_tokenizer, drained, written
+from thinking import PLAIN_TEMPLATE
 
 import mlx_mtp
-from mlx_mtp.cli import app
 from mlx_mtp.training import adapt as library
 from mlx_mtp.training import stages
 from mlx_mtp.training.adapt import NotBetter
@@ -26,16 +24,13 @@ from mlx_mtp.training.recipe import Recipe
 from mlx_mtp.training.stages import Report
 from mlx_mtp.training.trainer import Stage
 
-OPTIONS: dict[str, Any] = {"tokens": 64, "drafter_steps": 2, "batch_size": 1, "length": 32, "learning_rate": 1e-2}
 GREEDY = mlx_mtp.Sampling(temperature=0.0)
-
-
+OPTIONS: dict[str, Any] = {"tokens": 64, "drafter_steps": 2, "batch_size": 1, "length": 32, "learning_rate": 1e-2}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny target has no tokenizer, parallel heads for it, and nine questions."""
     place = tmp_path_factory.mktemp("adapt")
-    shutil.copytree(GOLDEN / "ple" / "target", place / "target", copy_function=shutil.copyfile)
-    write_tokenizer(place / "target", [*TOKENS, *(f"w{i:03}," for i in range(len(TOKENS), 128))], PLAIN_TEMPLATE)
+    copy_with_tokenizer("ple", place / "target")
     written(place / "parallel", config_of("parallel_heads", 32, 128, 2))
     lines = [json.dumps({"prompt": f"w{i:03},w{i + 1:03},"}) for i in range(30, 39)]
     (place / "questions.jsonl").write_text("\n".join(lines) + "\n")
@@ -61,12 +56,8 @@ def recipe(folder: Path, data: str = "questions.jsonl", **changes: Any) -> Recip
 def run(folder: Path, out: Path, drafter: str | Path | None = None, **changes: Any) -> tuple[list[str], Report]:
     """Names of the stages as they came, each once, and the report."""
     walk = library.adapt(folder / "target", drafter or folder / "parallel", out, recipe(folder, **changes))
-    names: list[str] = []
-    while True:
-        try:
-            names.append(next(walk).name)
-        except StopIteration as end:
-            return list(dict.fromkeys(names)), end.value
+    steps, report = drained(walk)
+    return list(dict.fromkeys(step.name for step in steps)), report
 
 
 def shards(work: Path) -> dict[str, bytes]:
@@ -144,12 +135,7 @@ def test_chats_are_those_that_an_empty_folder_would_have_got(
 def test_tokens_per_round_are_counted_over_all_prompts(folder: Path) -> None:
     engine = mlx_mtp.load(folder / "target", drafter="lookup", depth=2)
     prompts = [[30, 31, 30, 31], [40, 41, 42]]
-    walk, seen, found = stages.measured("before", engine, prompts), [], 0.0
-    try:
-        while True:
-            seen.append(next(walk))
-    except StopIteration as end:
-        found = end.value
+    seen, found = drained(stages.measured("before", engine, prompts))
     stats = [engine.generate(prompt, max_tokens=stages.MEASURED_TOKENS, sampling=GREEDY).stats for prompt in prompts]
     assert found == sum(s.tokens - 1 for s in stats) / sum(s.rounds for s in stats) >= 1.0
     assert seen == [Stage("before", 1, 2), Stage("before", 2, 2)]
@@ -199,8 +185,7 @@ GOOD = ['{"prompt": "w030,"}'] * 8
 def test_all_prompts_are_checked_before_any_is_answered(
     line: str, words: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(folder / "target", tmp_path / "target", copy_function=shutil.copyfile)
-    write_tokenizer(tmp_path / "target", [*TOKENS, *(f"w{i:03}," for i in range(len(TOKENS), 128))], STRICT)
+    copy_with_tokenizer("ple", tmp_path / "target", template=STRICT)
     (tmp_path / "questions.jsonl").write_text("\n".join([*GOOD, line]) + "\n")
     monkeypatch.setattr(stages, "chats_of", None)
     with pytest.raises(mlx_mtp.DataError, match=rf"questions\.jsonl, line 9: .*{words}"):
@@ -224,15 +209,6 @@ def test_what_would_fail_afterwards_is_refused_before(folder: Path, tmp_path: Pa
         run(folder, tmp_path / "blocked")
 
 
-@pytest.mark.parametrize(
-    ("wrong", "words"),
-    [({"tokens": 31}, "one batch"), ({"drafter_steps": -1}, "steps")],
-)  # fmt: skip
-def test_impossible_options(wrong: dict[str, Any], words: str) -> None:
-    with pytest.raises(mlx_mtp.OptionError, match=words):
-        Recipe(**OPTIONS | wrong)
-
-
 def test_what_cannot_be_adapted(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(mlx_mtp.OptionError, match="'lookup' is no drafter with weights"):
         run(folder, tmp_path / "new", drafter="lookup")
@@ -244,19 +220,15 @@ def test_what_cannot_be_adapted(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("after", "code"), [(1.5, 0), (1.0, 2)])
 def test_the_command(
-    after: float, code: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    after: float, code: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
     measured(monkeypatch, 1.25, after)
     given = {"model": folder / "target", "drafter": folder / "parallel", "data": folder / "questions.jsonl",
              "out": tmp_path / "new", "drafts": 2, **OPTIONS}  # fmt: skip
     given["steps"] = given.pop("drafter_steps")
-    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    monkeypatch.setattr(sys, "argv", ["mlx-mtp", "adapt", *words])
-    with pytest.raises(SystemExit) as end:
-        app.main()
-    out, err = capsys.readouterr()
-    assert int(end.value.code or 0) == code and "Traceback" not in err
+    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
+    found, out, err = command("adapt", *words)
+    assert found == code and "Traceback" not in err
     if code:
         assert out == "" and "nothing was replaced" in err and not (tmp_path / "new").exists()
     else:

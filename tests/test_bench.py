@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 import numpy as np
@@ -218,9 +219,7 @@ class Monitor:
 
 
 def test_energy(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> Monitor:
-        raise RuntimeError("IOReport denied")
-
+    broken = mock.Mock(side_effect=RuntimeError("IOReport denied"))
     monkeypatch.setattr(sys, "platform", "linux")
     assert machine.open_meter() == (None, "Energy is not measured: zeus-apple-silicon reads it on Apple silicon only.")
     monkeypatch.setattr(sys, "platform", "darwin")

@@ -7,6 +7,7 @@ import ctypes
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -127,17 +128,12 @@ def test_where_it_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert blas._open(str(tmp_path / "libopenblas.so.0")) is None and blas._load(str(tmp_path / "none.so")) is None
 
 
-class MKL:
-    """What MKL says of itself, in the manner of a library of ctypes."""
-
-    @staticmethod
-    def mkl_get_version_string(buffer: ctypes.Array[ctypes.c_char], size: int) -> None:
+def test_names_of_libraries() -> None:
+    def version(buffer: ctypes.Array[ctypes.c_char], size: int) -> None:
         assert size == len(buffer)
         buffer.value = b"Intel(R) oneAPI Math Kernel Library Version 2024.2-Product Build 20240605"
 
-
-def test_names_of_libraries() -> None:
-    assert blas._version(MKL()) == "MKL 2024.2"  # type: ignore[arg-type]
+    assert blas._version(SimpleNamespace(mkl_get_version_string=version)) == "MKL 2024.2"  # type: ignore[arg-type]
     assert blas._version(object()) == "BLAS"  # type: ignore[arg-type]
 
 

@@ -72,7 +72,6 @@ class Calls:
         self.size = made.get_vocab_size()
 
     def written(self, *calls: tuple[str, dict[str, Any]]) -> str:
-        """As the template itself writes them."""
         return str(self.tokenizer.reply(calls)).removesuffix("<|im_end|>\n").lstrip("\n")
 
     def grammar(self, choice: ToolChoice, tools: list[dict[str, Any]] = TOOLS, answer: Any = None) -> Grammar:

@@ -71,15 +71,6 @@ def test_what_the_prompt_opened_and_offered() -> None:
     assert whole(THOUGHT + CALL, calls=False).thinking == "First this.\nThen that."
 
 
-def test_what_cannot_be_a_marker_is_not_held_back() -> None:
-    channels = Channels(calls=GEMMA)
-    assert joined([*channels.split("One <")]).text == "One "
-    assert joined([*channels.split("b> two")]).text == "<b> two"
-    assert joined([*channels.split("<think>so")]).thinking == "so"
-    assert joined([*channels.split("</thin")]).thinking == ""
-    assert joined([*channels.split("g")]).thinking == "</thing"
-
-
 def test_a_call() -> None:
     found = whole("I look.\n" + CALL + "Done.")
     arguments = {"query": 'a, {b}: "c"', "n": 3, "deep": {"list": [1, 2.5, True, None, "x"]}}

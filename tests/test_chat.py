@@ -4,8 +4,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-import mlx.core as mx
 import pytest
 from conftest import GOLDEN
 from families import chat_folder, talking
@@ -96,12 +96,12 @@ def test_a_turn_without_any_answer_is_not_kept(plain: mlx_mtp.Engine) -> None:
     said(chat, ONE)
     kept = list(chat.messages)
     chat.send(TWO).close()  # never begun
-    events = chat.send(TWO, on_prefill=lambda done, total: (_ for _ in ()).throw(KeyboardInterrupt))
+    interrupt = mock.Mock(side_effect=KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
-        list(events)
+        list(chat.send(TWO, on_prefill=interrupt))
     assert chat.messages == kept
     with pytest.raises(KeyboardInterrupt):  # the answer that was there stays, too
-        list(chat.retry(on_prefill=lambda done, total: (_ for _ in ()).throw(KeyboardInterrupt)))
+        list(chat.retry(on_prefill=interrupt))
     assert chat.messages == kept and not chat.session.busy
     end = {token: 100.0 for token in list(plain.stop_tokens)[:1]}
     result = said(chat, TWO, sampling=mlx_mtp.Sampling(logit_bias=end))
@@ -126,15 +126,6 @@ def test_checkpoints_without_a_template(plain: mlx_mtp.Engine) -> None:
         plain.chat().moved(bare)
 
 
-def test_a_conversation_moves_to_another_engine(plain: mlx_mtp.Engine, folder: Path) -> None:
-    chat = plain.chat(system="Be brief.")
-    said(chat, ONE)
-    other = chat.moved(talking(folder, "sequential"))
-    assert other.messages == chat.messages and other.messages is not chat.messages
-    result = said(other, TWO)
-    assert result.stats.prefilled_tokens == result.stats.prompt_tokens and len(chat.messages) == 3
-
-
 # Thinking
 
 
@@ -153,32 +144,12 @@ def test_thoughts_are_streamed_and_not_kept(tmp_path: Path, depth: int) -> None:
     assert THOUGHT not in prompt and prompt.count(ANSWER) == 2 and "<|think|>" in prompt
 
 
-def test_kv_is_right_where_a_thought_was_taken_out(engine: mlx_mtp.Engine) -> None:
-    """A model that is made to think for 60 tokens, beyond its rings; then its thought leaves the history."""
-    chat = engine.chat()
-    prompt = ids_of(chat, ONE)
-    forced = engine.tokenizer.encode("<|channel>thought\n" + "Hm" * 60 + "<channel|>", special=False)
-    assert len(forced) == 63
-
-    def force(tokens: mx.array, logits: mx.array) -> mx.array:
-        at = tokens.size - len(prompt)
-        return logits if at >= len(forced) else mx.where(mx.arange(logits.shape[-1]) == forced[at], 100.0, logits)
-
-    first = said(chat, ONE, len(forced) + 30, logits_processors=[force])
-    assert first.tokens[: len(forced)] == forced and first.text and "Hm" not in chat.messages[-1]["content"]
-    ids = ids_of(chat, TWO)
-    second = said(chat, TWO, 24)
-    same_as_fresh(engine, ids, second.tokens, 24)
-    assert len(ids) < len(forced) and second.stats.prefilled_tokens == len(ids) - len(prompt)
-    same_as_fresh(engine, ids_of(chat, THREE), said(chat, THREE).tokens, 24)
-
-
 # While a reply runs
 
 
-def begun(chat: mlx_mtp.Chat, text: str | None = ONE) -> tuple[Any, str]:
+def begun(chat: mlx_mtp.Chat) -> tuple[Any, str]:
     """A reply under way, and the beginning of its answer."""
-    events, heard = (chat.retry(max_tokens=60) if text is None else chat.send(text, max_tokens=60)), ""
+    events, heard = chat.send(ONE, max_tokens=60), ""
     while len(heard) < 12:
         heard += next(events).text
     return events, heard
@@ -205,34 +176,30 @@ def test_a_second_question_while_one_is_answered_is_refused(plain: mlx_mtp.Engin
     works(chat)
 
 
-def test_whatever_changes_the_conversation_ends_the_reply(plain: mlx_mtp.Engine, tmp_path: Path) -> None:
-    def after(change: Callable[[mlx_mtp.Chat], object]) -> tuple[mlx_mtp.Chat, str, object]:
-        chat = plain.chat(system="Be brief.")
-        events, heard = begun(chat)
-        found = change(chat)
-        assert list(events) == []
-        assert not chat.session.busy
-        return chat, heard, found
+SYSTEM = [{"role": "system", "content": "Be brief."}]
+CHANGES: dict[str, tuple[Callable[[mlx_mtp.Chat, Path], object], Callable[[str], list[dict[str, str]]]]] = {
+    "reset": (lambda chat, _: chat.reset(), lambda heard: SYSTEM),
+    "set_system": (lambda chat, _: chat.set_system("Be long."),
+                   lambda heard: [{"role": "system", "content": "Be long."}, *turn(ONE, heard)]),
+    "undo": (lambda chat, _: chat.undo(), lambda heard: SYSTEM),
+    "stop": (lambda chat, _: chat.stop(), lambda heard: [*SYSTEM, *turn(ONE, heard)]),
+    "save": (lambda chat, file: chat.engine.load_chat(chat.save(file)), lambda heard: [*SYSTEM, *turn(ONE, heard)]),
+    "moved": (lambda chat, _: chat.moved(chat.engine), lambda heard: [*SYSTEM, *turn(ONE, heard)]),
+}  # fmt: skip
 
-    system = [{"role": "system", "content": "Be brief."}]
-    chat, *_ = after(lambda chat: chat.reset())
-    assert chat.messages == system and chat.session.ids == []
-    works(chat)
-    chat, heard, _ = after(lambda chat: chat.set_system("Be long."))
-    assert chat.messages == [{"role": "system", "content": "Be long."}, *turn(ONE, heard)]
-    works(chat)
-    chat, heard, taken = after(lambda chat: chat.undo())
-    assert (chat.messages, taken) == (system, ONE)
-    works(chat)
-    chat, heard, _ = after(lambda chat: chat.stop())
-    assert chat.messages == [*system, *turn(ONE, heard)]
-    works(chat)
-    chat, heard, file = after(lambda chat: chat.save(tmp_path / "chat"))
-    assert plain.load_chat(file).messages == chat.messages == [*system, *turn(ONE, heard)]
-    works(plain.load_chat(file))
-    chat, heard, moved = after(lambda chat: chat.moved(plain))
-    assert moved.messages == chat.messages == [*system, *turn(ONE, heard)]
-    works(moved)
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_whatever_changes_the_conversation_ends_the_reply(name: str, plain: mlx_mtp.Engine, tmp_path: Path) -> None:
+    change, kept = CHANGES[name]
+    chat = plain.chat(system="Be brief.")
+    events, heard = begun(chat)
+    found = change(chat, tmp_path / "chat")
+    assert list(events) == [] and not chat.session.busy
+    assert name != "reset" or chat.session.ids == []
+    assert name != "undo" or found == ONE
+    onward = found if isinstance(found, mlx_mtp.Chat) else chat
+    assert onward.messages == chat.messages == kept(heard)
+    works(onward)
 
 
 def test_a_change_from_another_thread(plain: mlx_mtp.Engine) -> None:

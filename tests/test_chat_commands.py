@@ -3,10 +3,10 @@
 import io
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from conftest import Command
@@ -22,18 +22,9 @@ from mlx_mtp.cli.conversation import Conversation, Screen, Settings
 QUESTION, NEXT = "What does os.walk do?", "And os.listdir?"
 
 
-class Script:
+def script(*texts: str | type[BaseException], interactive: bool = True) -> Any:
     """Messages that are there beforehand. An exception in their place is raised."""
-
-    def __init__(self, texts: tuple[str | type[BaseException], ...], interactive: bool = True) -> None:
-        self._texts: Iterator[str | type[BaseException]] = iter(texts)
-        self.interactive = interactive
-
-    def read(self) -> str:
-        text = next(self._texts, EOFError)
-        if isinstance(text, str):
-            return text
-        raise text
+    return SimpleNamespace(read=mock.Mock(side_effect=[*texts, EOFError]), interactive=interactive)
 
 
 class Talk:
@@ -60,7 +51,7 @@ class Talk:
         self._capsys.readouterr()
         self.notes.seek(0)
         self.notes.truncate()
-        assert converse(self.conversation, Script(texts))
+        assert converse(self.conversation, script(*texts))
         out, err = self._capsys.readouterr()
         return out, self.notes.getvalue(), err
 
@@ -201,18 +192,15 @@ def test_leaving(talk: Talk) -> None:
     talk.run(KeyboardInterrupt, QUESTION)
     assert talk.conversation.chat.messages
     with pytest.raises(KeyboardInterrupt):
-        converse(talk.conversation, Script((KeyboardInterrupt,), interactive=False))
+        converse(talk.conversation, script(KeyboardInterrupt, interactive=False))
 
 
 def test_a_reply_that_fails_is_one_sentence(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     talk.run(QUESTION)
     engine = talk.conversation.chat.engine
     with monkeypatch.context() as patch:
-
-        def fail(*_: object, **__: object) -> None:
-            raise RuntimeError("[malloc] Unable to allocate 99 bytes.")
-
-        patch.setattr(engine._decoder.rounds, "submit", fail)
+        fails = mock.Mock(side_effect=RuntimeError("[malloc] Unable to allocate 99 bytes."))
+        patch.setattr(engine._decoder.rounds, "submit", fails)
         assert "Unable to allocate" in talk.run(NEXT)[2]
     assert not talk.conversation.chat.session.busy and talk.run(NEXT)[0]
 

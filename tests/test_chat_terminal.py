@@ -147,9 +147,7 @@ def test_what_is_typed_while_a_reply_runs_waits(opened: Callable[..., Terminal])
 
 
 @pytest.mark.parametrize("variables", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
-def test_no_colours_and_40_columns(
-    tmp_path: Path, opened: Callable[..., Terminal], variables: dict[str, str]
-) -> None:
+def test_no_colours_and_40_columns(tmp_path: Path, opened: Callable[..., Terminal], variables: dict[str, str]) -> None:
     history = tmp_path / "no folder"
     history.write_text("")  # so that no history can be kept
     chat = opened("--max-tokens", "30", folder=history, columns=40, **variables)

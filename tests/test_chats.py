@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from families import copy_with_tokenizer
+from families import copy_with_tokenizer, drained
 from thinking import TOKENS
 
 import mlx_mtp
@@ -113,12 +113,7 @@ def test_a_drafter_learns_from_chats(family: str, engine: mlx_mtp.Engine, tmp_pa
     """What it foresees of the data rises; its shortlist is what is written, and a picture shows it where one can."""
     recipe = Recipe(batch_size=4, length=LENGTH, tokens=16 * LENGTH, drafter_steps=60, evaluate_every=20)
     given = [[30, 31, 32], [40, 41]], [[50, 51]]
-    walk = stages.chats_of(tmp_path, engine, *given, recipe)
-    try:
-        while True:
-            next(walk)
-    except StopIteration as end:
-        chats, held = end.value
+    _, (chats, held) = drained(stages.chats_of(tmp_path, engine, *given, recipe))
     shape = DrafterShape(family=family, drafts=2, inner=32, shortlist=40)
     config = FAMILIES[family].describe(shape, engine.target, LENGTH)
     mx.random.seed(0)

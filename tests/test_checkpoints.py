@@ -18,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import GOLDEN
-from mlx.utils import tree_map
+from families import lively
 
 from mlx_mtp.chat.saved import fingerprint
 from mlx_mtp.checkpoints import checkpoint, memory
@@ -68,10 +68,7 @@ def write(folder: Path, variant: str, dtype: mx.Dtype = mx.float32) -> Path:
     text = {**COMMON, **VARIANTS[variant]}
     config = {"model_type": "gemma4", "text_config": text, "vocab_size": 128, "vision_config": None,
               "audio_config": None}  # fmt: skip
-    mx.random.seed(len(variant))
-    model = Gemma4Model(Gemma4Config.from_dict(config))
-    model.update(tree_map(lambda w: 1.0 + 0.2 * mx.random.normal(w.shape) if w.ndim == 1
-                          else mx.random.normal(w.shape) * w.shape[-1] ** -0.5, model.parameters()))  # fmt: skip
+    model = lively(Gemma4Model(Gemma4Config.from_dict(config)), seed=len(variant))
     write_tensors(folder, config, ((k, w.astype(dtype)) for k, w in published_weights(model).items()))
     for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(EMBEDDED / "target" / name, folder)

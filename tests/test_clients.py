@@ -25,7 +25,7 @@ def server(tmp_path: Path) -> Iterator[Running]:
     """The embedded model with a template that knows tools. At temperature 1: greedily it goes round in circles."""
     target = embedded_with_tools(tmp_path)
     sampling = mlx_mtp.Sampling(temperature=1.0, top_p=0.9)
-    with running(lambda: mlx_mtp.load(target, drafter="lookup"), tokens=300, seed=3, sampling=sampling) as found:
+    with running(mlx_mtp.load(target, drafter="lookup"), tokens=300, seed=3, sampling=sampling) as found:
         yield found
 
 

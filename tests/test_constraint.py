@@ -20,6 +20,8 @@ import pytest
 from conftest import GOLDEN, Command
 from greedy import NEAR_TIE, lively
 from llguidance import LLTokenizer, TokenizerWrapper
+from references import log_softmax
+from test_sampling import filtered
 
 import mlx_mtp
 from mlx_mtp import OptionError, Sampling
@@ -147,7 +149,8 @@ def test_enumeration(names: Sequence[str], tokens: Sequence[bytes], depth: int, 
     """Every block of drafts, drawn without any grammar: what a round emits follows plain constrained decoding."""
     size = len(tokens)
     p_logits = np.random.default_rng(depth).normal(size=(size, size)).astype(np.float32) * 1.5
-    full = Sampling(temperature=1.3, top_p=0.97).over(NEUTRAL)
+    sampling = Sampling(temperature=1.3, top_p=0.97)
+    full = sampling.over(NEUTRAL)
     spec = SamplingSpec.of(full, size)
     for name in names:
         constraint = Constraint(grammar(name, tokens))
@@ -156,14 +159,7 @@ def test_enumeration(names: Sequence[str], tokens: Sequence[bytes], depth: int, 
         def chances(before: tuple[int, ...], name: str = name) -> np.ndarray:
             """Plain constrained decoding in float64: the grammar before the filters."""
             row = p_logits[before[-1] if before else 1].astype(np.float64)
-            logits = np.where(may_follow(name, before, tokens), row, -np.inf)
-            weights = np.exp((logits - logits.max()) / 1.3)
-            order = np.argsort(-weights, kind="stable")
-            share = weights[order] / weights.sum()
-            kept = order[np.cumsum(share) - share < 0.97]
-            out = np.zeros(size)
-            out[kept] = weights[kept] / weights[kept].sum()
-            return out
+            return filtered(np.where(may_follow(name, before, tokens), row, -np.inf), sampling)
 
         blocks, q, drawn = drafted(how, size, depth)
         masks = np.stack([constraint.masks(block.tolist()) for block in blocks])
@@ -270,8 +266,7 @@ def test_greedy_is_the_likeliest_that_may_follow(depth: int) -> None:
             row = np.where(may_follow("regex", found[:i], tokens), logits[i], -np.inf)
             assert row[token] > row.max() - NEAR_TIE
             if i < len(found):
-                logprob = row[token] - row.max() - np.log(np.exp(row - row.max()).sum())
-                assert last.result.logprobs[i] == pytest.approx(logprob, abs=5 * NEAR_TIE)
+                assert last.result.logprobs[i] == pytest.approx(log_softmax(row)[token], abs=5 * NEAR_TIE)
 
 
 def test_exact_mode_and_penalties_hold() -> None:

@@ -17,9 +17,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import GOLDEN
-from families import chat_folder, written
-from mlx.utils import tree_flatten
-from mlx_lm.models import llama
+from families import chat_folder
+from test_generic import BASE, CONFIGS, written
+from test_malformed import Place, places, wrong_at
 
 import mlx_mtp
 from mlx_mtp.checkpoints import checkpoint
@@ -27,10 +27,6 @@ from mlx_mtp.checkpoints.checkpoint import Checkpoint, write_tensors
 from mlx_mtp.loading import EMBEDDED
 
 DRAFTERS = ("assistant", "centroid", "parallel", "sequential")
-GENERIC = {
-    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 24, "rms_norm_eps": 1e-5,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 256,
-}  # fmt: skip
 ROOM_BYTES = 2**30
 PATIENCE = 300
 
@@ -44,9 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "SHARD_BYTES", sum(size for *_, size in whole.tensors()) // 2)
         write_tensors(place / "sharded", whole.config, whole.weights().items())
-    mx.random.seed(0)
-    model = llama.Model(llama.ModelArgs.from_dict(GENERIC))
-    written(place / "generic", GENERIC, dict(tree_flatten(model.parameters())))
+    written(place / "generic", BASE | CONFIGS["llama-tied"])
     shutil.copytree(place / "target", place / "pieces")
     for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja"):
         shutil.copyfile(EMBEDDED / "target" / name, place / "pieces" / name)
@@ -174,26 +168,16 @@ def test_bytes_of_texts(models: Path, tried: Any, name: str, role: str) -> None:
 VALUES = ("nan", "inf", 1e308, -1, 0, 2**31, 2**63, 10**400, True, "8", "", None, [], {}, 1.5, [[]], [0] * 5, -0.5)
 
 
-def places(fields: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    for name, value in fields.items():
-        yield (*above, name)
-        if isinstance(value, dict):
-            yield from places(value, (*above, name))
-
-
-def changed_at(text: str, place: tuple[str, ...], value: Any) -> bytes:
+def changed_at(text: str, place: Place, value: Any) -> bytes:
     """A config.json with another value at one place."""
-    config = fields = json.loads(text)
-    for part in place[:-1]:
-        fields = fields[part]
-    fields[place[-1]] = value
-    return json.dumps(config).encode()
+    return json.dumps(wrong_at(json.loads(text), place, value)).encode()
 
 
 @pytest.mark.parametrize("role", ["target", "generic", *DRAFTERS])
 def test_values_in_configs(models: Path, tried: Any, role: str) -> None:
     text, chance = (models / role / "config.json").read_text(), np.random.default_rng(5)
-    every = [(place, value) for place in places(json.loads(text)) for value in VALUES]
+    fields = [place for place in places(json.loads(text)) if place and all(isinstance(key, str) for key in place)]
+    every = [(place, value) for place in fields for value in VALUES]
     for i in chance.permutation(len(every))[:18]:
         place, value = every[i]
         tried(role, {"config.json": changed_at(text, place, float(value) if value in ("nan", "inf") else value)})

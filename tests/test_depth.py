@@ -14,14 +14,7 @@ from greedy import lively
 from simulation import CPU, GPU, MACHINES, Machine, Text, always, best_fixed, simulate, switching
 
 import mlx_mtp
-from mlx_mtp.generation.depth import (
-    DepthController,
-    DepthPolicy,
-    FixedDepth,
-    Profile,
-    ProfileFile,
-    RoundCosts,
-)
+from mlx_mtp.generation.depth import DepthController, DepthPolicy, FixedDepth, Profile, ProfileFile, RoundCosts
 from mlx_mtp.generation.loop import Decoder
 
 NEVER, SELDOM, OFTEN, NEARLY = always(0.0), always(0.3), always(0.8), always(0.95)

@@ -182,12 +182,6 @@ def test_a_probe_that_the_engine_has_made_is_not_made_again(monkeypatch: pytest.
     assert found["exactness_by_capacity"][0] == {"capacity": 256, **found["exactness"]}
 
 
-@pytest.fixture(scope="module")
-def engine() -> mlx_mtp.Engine:
-    """The embedded pair."""
-    return mlx_mtp.load(depth=0)
-
-
 def test_facts_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [machine.generation_of(name) for name in ("applegpu_g13s", "applegpu_g17d", "x86_64", "sm_90", "")] == [
         13, 17, None, None, None,

@@ -100,7 +100,6 @@ def test_every_command_parses(command: Command) -> None:
 
 
 def stand_ins(folder: Path) -> None:
-    """Files that the commands read."""
     (folder / "texts").mkdir()
     for i in range(12):
         lines = [f"The tree number {j} of row {i} stands beside stone {7 * j % 13}. It grows." for j in range(40)]

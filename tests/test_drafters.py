@@ -343,14 +343,3 @@ def test_like_a_search_by_hand(text: list[int], depth: int, chunk: int) -> None:
         memory = lookup.observe(memory, mx.array([rows + rejected]), NO_STATES, mx.array([len(rows) - 1]))
     found, size = lookup.continuation(memory, mx.array([text[-1:]]), depth)
     assert (found.tolist()[0], size.item()) == by_hand(text, depth)
-
-
-def test_what_is_expected_is_looked_up_too() -> None:
-    """It goes on where the text has come to in it; past its end, and once nothing is expected, there is the text."""
-    lookup = Lookup()
-    memory = lookup.expect(lookup.start(1, 16), mx.array([[5, 6, 7, 8, 9]]))
-    memory = lookup.observe(memory, mx.array([[1, 6]]), NO_STATES, mx.array([1]))
-    assert lookup.continuation(memory, mx.array([[7]]), 4)[0].tolist() == [[8, 9, 7, 7]]
-    assert lookup.continuation(memory, mx.array([[9]]), 2)[0].tolist() == [[9, 9]]
-    memory = lookup.expect(memory, mx.zeros((1, 0), dtype=mx.int32))
-    assert lookup.continuation(memory, mx.array([[7]]), 2)[0].tolist() == [[7, 7]]

@@ -1,6 +1,5 @@
 """The engine and its loop beyond what every pair promises (conformance.py): rounds in flight, limits, waiting."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import GOLDEN, VARIANTS, uncompiled
+from conftest import GOLDEN, uncompiled
 from families import config_of, written
 from greedy import lively, same_or_tie
 
@@ -35,14 +34,6 @@ def expected(plain: mlx_mtp.Engine) -> list[int]:
 
 def scripted(plain: mlx_mtp.Engine, script: list[int], depth: int, **options) -> mlx_mtp.Engine:
     return mlx_mtp.Engine(plain.target, ScriptedDrafter(script), plain.tokenizer, depth=depth, **options)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_greedy_equals_transformers(variant: str) -> None:
-    meta = json.loads((GOLDEN / variant / "meta.json").read_text())
-    ids = np.load(GOLDEN / variant / "reference.npz")["input_ids"][0].tolist()
-    engine = mlx_mtp.load(GOLDEN / variant / "target", drafter=None)
-    assert engine.generate(ids, max_tokens=20, ignore_end=True).tokens == meta["greedy"]
 
 
 def test_no_round_for_nothing(plain: mlx_mtp.Engine, expected: list[int]) -> None:

@@ -234,8 +234,3 @@ def test_other_ways_to_logits(way: str) -> None:
     drafted = turns(engine_of(Device(FILLED), Reader(script), 3), prompt, 30, said, **options)
     check_equal(plain, drafted)
     assert 0 < drafted[0].stats.accepted < drafted[0].stats.drafted
-
-
-def test_unknown_modes_are_refused() -> None:
-    with pytest.raises(mlx_mtp.OptionError, match="fast"):
-        mlx_mtp.load(mode="quick")

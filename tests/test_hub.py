@@ -9,7 +9,6 @@ import subprocess
 import sys
 import types
 import weakref
-from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -331,8 +330,7 @@ def test_half_a_snapshot_is_never_taken_for_whole(online: Hub, cache: Path, how:
 
 
 def test_no_disk(online: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 150_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=150_000))
     sentence = refusal(lambda: mlx_mtp.load(NAME), DoesNotFit)
     assert NAME in sentence and DRAFTER in sentence and "150.0 kB" in sentence and "HF_HOME" in sentence
     assert not online.gets()
@@ -419,14 +417,10 @@ def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.Mon
 def test_wired_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = [7]
 
-    def set_limit(limit: int) -> int:
-        limits.append(limit)
-        return limits[-2]
-
     class Owner:
         pass
 
-    monkeypatch.setattr(memory.mx, "set_wired_limit", set_limit)
+    monkeypatch.setattr(memory.mx, "set_wired_limit", lambda limit: (limits[-1], limits.append(limit))[0])
     monkeypatch.setattr(memory, "_engines", weakref.WeakKeyDictionary())
     first, second, third = Owner(), Owner(), Owner()
     memory.keep_resident(first, 10**9)
@@ -575,7 +569,6 @@ def test_hub_answers(online: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows(shown: str) -> list[list[str]]:
-    """The cells of a Markdown table."""
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines() if line.startswith("|")]
 
 

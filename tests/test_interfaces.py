@@ -16,6 +16,7 @@ import numpy as np
 import openai
 import pytest
 from pydantic import BaseModel
+from references import log_softmax
 from servers import CHAT, COMPLETION, Running, ScriptedEngine, contents, running
 from tool_templates import embedded_with_tools
 
@@ -46,7 +47,7 @@ class Place(BaseModel):
 def with_tools(folder: Path) -> Iterator[Running]:
     """The embedded model with a template that knows tools and thoughts by other marks than its own."""
     target = embedded_with_tools(folder)
-    with running(lambda: mlx_mtp.load(target, drafter="lookup", depth=3), seed=7) as found:
+    with running(mlx_mtp.load(target, drafter="lookup", depth=3), seed=7) as found:
         yield found
 
 
@@ -64,14 +65,12 @@ def fresh_server(tmp_path: Path) -> Iterator[Running]:
 
 
 @pytest.fixture
-def scripted() -> Iterator[tuple[ScriptedEngine, Running]]:
-    engine = ScriptedEngine(WRITTEN)
-    with running(lambda: engine) as found:
-        yield engine, found
+def scripted() -> Iterator[Running]:
+    with running(ScriptedEngine(WRITTEN)) as found:
+        yield found
 
 
 def claude(server: Running) -> anthropic.Anthropic:
-    """Anthropic's own client."""
     return anthropic.Anthropic(base_url=server.url, api_key="-", max_retries=0, timeout=300)
 
 
@@ -159,10 +158,9 @@ def test_answers_by_a_schema_in_every_interface(server: Running) -> None:
         assert message.tool_calls or Place.model_validate_json(message.content)
 
 
-def test_thoughts_answers_and_calls_in_responses(scripted: tuple[ScriptedEngine, Running]) -> None:
+def test_thoughts_answers_and_calls_in_responses(scripted: Running) -> None:
     """Whole and streamed alike; the next request goes on from it, with all that was said in the template's form."""
-    engine, server = scripted
-    with server.openai() as client:
+    with scripted.openai() as client:
         whole = client.responses.create(model="test", input="Rain?", instructions="Be brief.", tools=TOOLS)
         with client.responses.stream(model="test", input="Rain?", tools=TOOLS) as stream:
             events = list(stream)
@@ -177,13 +175,13 @@ def test_thoughts_answers_and_calls_in_responses(scripted: tuple[ScriptedEngine,
         assert [event.sequence_number for event in events] == [*range(len(events))]
         deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
         assert deltas == ["Let me ", "see."]
-        seen = engine.tokenizer.seen[0]["messages"]
+        seen = scripted.engine.tokenizer.seen[0]["messages"]
         assert seen == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Rain?"}]
 
         calls = [item for item in whole.output if item.type == "function_call"]
         answers = [{"type": "function_call_output", "call_id": call.call_id, "output": "no"} for call in calls]
         after = client.responses.create(model="test", input=answers, previous_response_id=whole.id, tools=TOOLS)
-        said = engine.tokenizer.seen[-1]["messages"]
+        said = scripted.engine.tokenizer.seen[-1]["messages"]
         assert [message["role"] for message in said] == ["user", "assistant", "tool", "tool"]
         assert (said[1]["content"], said[1]["reasoning_content"]) == ("Let me see.", "Hm.")
         assert [call["function"]["name"] for call in said[1]["tool_calls"]] == ["weather", "now"]
@@ -191,7 +189,7 @@ def test_thoughts_answers_and_calls_in_responses(scripted: tuple[ScriptedEngine,
         # The same without memory: the client sends all items back.
         given = [{"role": "user", "content": "Rain?"}, *(item.model_dump() for item in whole.output), *answers]
         client.responses.create(model="test", input=given, tools=TOOLS, store=False)
-        assert engine.tokenizer.seen[-1]["messages"] == said
+        assert scripted.engine.tokenizer.seen[-1]["messages"] == said
 
         assert client.responses.retrieve(after.id).output[1].content[0].text == "Let me see."
         items = client.responses.input_items.list(after.id, order="asc").data
@@ -214,14 +212,13 @@ def test_a_response_that_its_length_ends(server: Running) -> None:
         assert len(scores) == 3 and all(len(score.top_logprobs) == 2 for score in scores)
 
 
-def test_thoughts_answers_and_calls_in_messages(scripted: tuple[ScriptedEngine, Running]) -> None:
-    engine, server = scripted
-    with claude(server) as client:
+def test_thoughts_answers_and_calls_in_messages(scripted: Running) -> None:
+    with claude(scripted) as client:
         ask: dict[str, Any] = {"model": "test", "max_tokens": 50, "tools": CLAUDE_TOOLS, "messages": QUESTION}
         whole = client.messages.create(**ask, system=[{"type": "text", "text": "Be brief."}],
                                        thinking={"type": "enabled", "budget_tokens": 1024})  # fmt: skip
-        assert engine.tokenizer.seen[-1]["messages"][0] == {"role": "system", "content": "Be brief."}
-        assert engine.tokenizer.seen[-1]["thinking"] is True
+        assert scripted.engine.tokenizer.seen[-1]["messages"][0] == {"role": "system", "content": "Be brief."}
+        assert scripted.engine.tokenizer.seen[-1]["thinking"] is True
         with client.messages.stream(**ask) as stream:
             kinds = [event.type for event in stream]
             streamed = stream.get_final_message()
@@ -236,7 +233,7 @@ def test_thoughts_answers_and_calls_in_messages(scripted: tuple[ScriptedEngine, 
         history = [*QUESTION, {"role": "assistant", "content": [block.model_dump() for block in streamed.content]},
                    {"role": "user", "content": [*results, {"type": "text", "text": "So?"}]}]  # fmt: skip
         client.messages.create(**ask | {"messages": history})
-        said = engine.tokenizer.seen[-1]["messages"]
+        said = scripted.engine.tokenizer.seen[-1]["messages"]
         assert [message["role"] for message in said] == ["user", "assistant", "tool", "tool", "user"]
         assert said[1]["reasoning_content"] == "Hm." and said[2]["name"] == "weather"
         count = client.messages.count_tokens(model="test", messages=QUESTION).input_tokens
@@ -259,11 +256,6 @@ def test_stop_sequences_and_lengths_in_messages(server: Running) -> None:
 
 def test_errors_in_each_interfaces_form(server: Running) -> None:
     with server.openai() as client, claude(server) as other:
-        with pytest.raises(openai.BadRequestError) as refused:
-            client.responses.create(model="test", input=[{"role": "judge", "content": "x"}])
-        assert refused.value.param == "input[0].role"
-        with pytest.raises(anthropic.BadRequestError, match="messages.0..role"):
-            other.messages.create(model="test", max_tokens=1, messages=[{"role": "judge", "content": "x"}])
         with pytest.raises(anthropic.NotFoundError) as missing:
             other.messages.create(model="none", max_tokens=1, messages=QUESTION)
         assert missing.value.body["error"]["type"] == "not_found_error"
@@ -275,7 +267,7 @@ def test_errors_in_each_interfaces_form(server: Running) -> None:
 
 
 def test_keys_of_both_kinds() -> None:
-    with running(ScriptedEngine, api_key="secret", hosts=None) as server:
+    with running(ScriptedEngine(), api_key="secret", hosts=None) as server:
         assert server.post(MESSAGES, {"messages": QUESTION, "max_tokens": 1}, **{"x-api-key": "secret"}).is_success
         refused = server.post(MESSAGES, {"messages": QUESTION, "max_tokens": 1}, **{"x-api-key": "wrong"})
         assert (refused.status_code, refused.json()["error"]["type"]) == (401, "authentication_error")
@@ -324,9 +316,7 @@ def test_logprobs_of_a_prompt(server: Running, embedded: mlx_mtp.Engine) -> None
         ids = embedded.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         assert choice["text"].startswith(prompt if isinstance(prompt, str) else embedded.tokenizer.decode(ids))
         assert len(scores["tokens"]) == len(scores["text_offset"]) == len(ids) + 3
-        logits = np.array(embedded.target.logits(mx.array([ids])))[0].astype(np.float64)
-        expected = logits - logits.max(axis=-1, keepdims=True)
-        expected -= np.log(np.exp(expected).sum(axis=-1, keepdims=True))
+        expected = log_softmax(np.array(embedded.target.logits(mx.array([ids])))[0].astype(np.float64))
         assert scores["token_logprobs"][0] is scores["top_logprobs"][0] is None
         given = np.array(scores["token_logprobs"][1 : len(ids)])
         assert np.abs(given - expected[np.arange(len(ids) - 1), ids[1:]]).max() < 1e-3
@@ -396,7 +386,7 @@ def test_counting_and_spelling_tokens(server: Running) -> None:
 
 def test_a_lenient_server_names_what_it_leaves_out() -> None:
     body = {"messages": [{"role": "user", "content": "x", "colour": "red"}], "shape": {"a": 1}, "n": 1}
-    with running(ScriptedEngine, lenient=True) as server:
+    with running(ScriptedEngine(), lenient=True) as server:
         for more in ({}, {"stream": True}):
             found = server.post(CHAT, body | more)
             assert found.is_success and set(found.headers["x-ignored-fields"].split(", ")) == {
@@ -408,33 +398,27 @@ def test_a_lenient_server_names_what_it_leaves_out() -> None:
         found = server.post(RESPONSES, {"input": "x", "tools": tools})
         assert found.is_success and found.headers["x-ignored-fields"] == "tools[1], tools[3]"
         assert [tool["name"] for tool in found.json()["tools"]] == ["weather", "now"]
-    with running(ScriptedEngine) as server:
+    with running(ScriptedEngine()) as server:
         assert server.post(CHAT, body).status_code == 400
 
 
 FAULTS: list[tuple[str, dict[str, Any], str]] = [
-    (RESPONSES, {"input": []}, "input"),
-    (RESPONSES, {"input": 5}, "input"),
     (RESPONSES, {"input": "x", "previous_response_id": 1}, "previous_response_id"),
     (RESPONSES, {"input": "x", "tools": [{"type": "web_search"}]}, "tools[0].type"),
     (RESPONSES, {"input": "x", "background": True}, "background"),
     (RESPONSES, {"input": "x", "conversation": "c"}, "conversation"),
     (RESPONSES, {"input": "x", "truncation": "auto"}, "truncation"),
-    (RESPONSES, {"input": "x", "include": ["moon"]}, "include[0]"),
     (RESPONSES, {"input": "x", "text": {"format": {"type": "json_schema", "schema": {}, "shape": 1}}},
      "text.format.shape"),
-    (RESPONSES, {"input": "x", "max_output_tokens": 0}, "max_output_tokens"),
     (RESPONSES, {"input": [{"id": "item_none"}]}, "input[0].id"),
     (RESPONSES, {"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]}, "input"),
     (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "u"}]}]},
      "input[0].content[0].type"),
     (RESPONSES, {"input": "x", "colour": "red"}, "colour"),
     (MESSAGES, {"messages": QUESTION}, "max_tokens"),
-    (MESSAGES, {"messages": [], "max_tokens": 1}, "messages"),
     (MESSAGES, {"messages": QUESTION, "max_tokens": 1, "mcp_servers": [{}]}, "mcp_servers"),
     (MESSAGES, {"messages": QUESTION, "max_tokens": 1, "tool_choice": {"type": "tool"}}, "tool_choice"),
     (MESSAGES, {"messages": QUESTION, "max_tokens": 1, "tools": [{"name": "f"}]}, "tools[0].input_schema"),
-    (MESSAGES, {"messages": QUESTION, "max_tokens": 1, "stop_sequences": [""]}, "stop_sequences[0]"),
     (MESSAGES, {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "u"}]}],
                 "max_tokens": 1}, "messages[0]"),
     (MESSAGES, {"messages": [{"role": "user", "content": [{"type": "image"}]}], "max_tokens": 1},

@@ -42,10 +42,6 @@ def gemma() -> Gemma4Model:
     return lively(Gemma4Model(Gemma4Config.from_dict(TEXT)), seed=1)
 
 
-def heads(count: int, reads: str = "trunk") -> ParallelModel:
-    return model_of(config_of("parallel_heads", WIDTH, VOCABULARY, count, reads=reads))
-
-
 def batch_of(rows: int, batch: int = 2, vocabulary: int = VOCABULARY) -> np.ndarray:
     return np.random.default_rng(0).integers(0, vocabulary, (batch, rows))
 
@@ -96,26 +92,47 @@ def check(
 # Target and drafter together
 
 
-def parallel_by_hand(batch: np.ndarray, reads: str, weight: float, count: int) -> Callable[[Weights], float]:
-    rows = batch.shape[1] - 1 - count
+def drafts_by_hand(
+    weights: Weights, hidden: np.ndarray, trunk: np.ndarray, embedded: np.ndarray, reads: str, steps: int
+) -> np.ndarray:
+    """What goes into the head, of heads that read one of the states or, where they read none, of modules: [K, T, D]."""
+    if reads:
+        return parallel_heads(weights, trunk if reads == "trunk" else hidden)
+    equations = Equations(weights, hidden, embedded)
+    return np.stack([equations.drafts(place + 1, steps) for place in range(len(hidden))], axis=1)
 
-    def loss(weights: Weights) -> float:
+
+def drafter_of(vocabulary: int, width: int, count: int, reads: str) -> nn.Module:
+    """Heads that read one of the states, or modules."""
+    if reads:
+        return model_of(config_of("parallel_heads", width, vocabulary, count, reads=reads))
+    return model_of(config_of("sequential_modules", width, vocabulary, count))
+
+
+@pytest.mark.parametrize(
+    ("reads", "count", "steps", "weight", "progress"),
+    [("trunk", 2, 2, 1.0, 0.0), ("hidden", 2, 2, 0.3, 0.0), ("", 2, 2, 0.3 / 2, 0.2), ("", 2, 2, 0.1 / 2, 0.8),
+     ("", 1, 3, 0.3 / 3, 0.0)],
+)  # fmt: skip
+def test_joint(reads: str, count: int, steps: int, weight: float, progress: float) -> None:
+    """Lambda of modules is 0.3 in the first two thirds, then 0.1; a single one trained for three steps on its own
+    states."""
+    batch, rows = batch_of(5 + steps), 4
+    joint = Joint(gemma(), drafter_of(VOCABULARY, WIDTH, count, reads))
+
+    def by_hand(weights: Weights) -> float:
         target, total = reference(below(weights, "target.")), 0.0
         for tokens in batch:
             hidden, trunk = target.states(tokens[:rows])
             total += cross_entropy(target.head(hidden), tokens[1 : 1 + rows])
-            found = parallel_heads(below(weights, "drafter."), trunk if reads == "trunk" else hidden)
-            for i, result in enumerate(found):
-                total += weight * cross_entropy(target.head(result), tokens[2 + i : 2 + i + rows])
+            embedded = np.stack([target.embed(token) for token in tokens])
+            found = drafts_by_hand(below(weights, "drafter."), hidden, trunk, embedded, reads, steps)
+            for k, result in enumerate(found):
+                total += weight * cross_entropy(target.head(result), tokens[k + 2 : k + 2 + rows])
         return total / len(batch)
 
-    return loss
-
-
-@pytest.mark.parametrize(("reads", "weight"), [("trunk", 1.0), ("hidden", 0.3)])
-def test_joint_parallel(reads: str, weight: float) -> None:
-    batch, joint = batch_of(8), Joint(gemma(), heads(2, reads))
-    check(joint, objective.joint_parallel_loss(weight), batch, parallel_by_hand(batch, reads, weight, 2))
+    loss = objective.joint_parallel_loss(weight) if reads else objective.joint_sequential_loss(steps)
+    check(joint, loss, batch, by_hand, progress)
 
 
 def test_one_head_is_plain_training() -> None:
@@ -128,28 +145,6 @@ def test_one_head_is_plain_training() -> None:
     assert one.item() == other.item() and figures.tolist() == right.tolist()
     for (name, a), (_, b) in zip(tree_flatten(gradients["target"]), tree_flatten(plain), strict=True):
         assert mx.abs(a - b).max() <= 1e-6 * mx.abs(b).max() + 1e-9, name
-
-
-@pytest.mark.parametrize(("modules", "steps", "progress"), [(2, 2, 0.2), (2, 2, 0.8), (1, 3, 0.0)])
-def test_joint_sequential(modules: int, steps: int, progress: float) -> None:
-    """Lambda 0.3 in the first two thirds, then 0.1; a single module trained for three steps on its own states."""
-    batch, rows = batch_of(4 + 1 + steps), 4
-    joint = Joint(gemma(), model_of(config_of("sequential_modules", WIDTH, VOCABULARY, modules)))
-
-    def by_hand(weights: Weights) -> float:
-        target, total = reference(below(weights, "target.")), 0.0
-        for tokens in batch:
-            hidden, _ = target.states(tokens[:rows])
-            total += cross_entropy(target.head(hidden), tokens[1 : 1 + rows])
-            embedded = np.stack([target.embed(token) for token in tokens])
-            equations = Equations(below(weights, "drafter."), hidden, embedded)
-            found = np.stack([equations.drafts(place + 1, steps) for place in range(rows)], axis=1)
-            weight = (0.3 if progress < 0.67 else 0.1) / steps
-            for k, result in enumerate(found):
-                total += weight * cross_entropy(target.head(result), tokens[k + 2 : k + 2 + rows])
-        return total / len(batch)
-
-    check(joint, objective.joint_sequential_loss(steps), batch, by_hand, progress)
 
 
 # One head after the other
@@ -181,9 +176,8 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
 
 def frozen_by_hand(
     target: Target, batch: np.ndarray, learned: np.ndarray, count: int, decay: float, ids: list[int], late: bool,
-    drafts: Callable[[Weights, np.ndarray, np.ndarray, np.ndarray], np.ndarray],
+    reads: str,
 ) -> Callable[[Weights], float]:  # fmt: skip
-    """drafts: (weights, hidden [T, D], trunk [T, D], embedded [T + K + 1, D]) -> [K, T, D]."""
     rows = batch.shape[1] - 1 - count
     sequences = []
     for tokens, told in zip(batch, learned, strict=True):
@@ -200,7 +194,7 @@ def frozen_by_hand(
     def loss(weights: Weights) -> float:
         totals, counts = np.zeros(count), np.zeros(count)
         for told, hidden, trunk, embedded, wanted in sequences:
-            for j, result in enumerate(drafts(weights, hidden, trunk, embedded)):
+            for j, result in enumerate(drafts_by_hand(weights, hidden, trunk, embedded, reads, count)):
                 logits = (result @ products)[:, ids]
                 logits = np.tanh(logits / cap) * cap if cap else logits
                 p, q = np.exp(log_softmax(wanted))[j + 1 : j + 1 + rows, ids], log_softmax(logits)
@@ -225,43 +219,20 @@ def some(batch: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("name", "reads", "ids", "late"),
-    [("gemma", "trunk", [], False), ("llama", "hidden", LISTED, True), ("quantised", "trunk", LISTED, False)],
-)
-def test_parallel_on_a_frozen_target(
-    name: str, reads: str, ids: list[int], late: bool, targets: dict[str, Target]
+    ("name", "reads", "count", "steps", "ids", "late"),
+    [("gemma", "trunk", 2, 2, [], False), ("llama", "hidden", 2, 2, LISTED, True),
+     ("quantised", "trunk", 2, 2, LISTED, False), ("gemma", "", 2, 2, LISTED, True), ("llama", "", 1, 3, [], True),
+     ("quantised", "", 2, 3, [], False)],
+)  # fmt: skip
+def test_on_a_frozen_target(
+    name: str, reads: str, count: int, steps: int, ids: list[int], late: bool, targets: dict[str, Target]
 ) -> None:
-    target = targets[name]
-    drafter = model_of(config_of("parallel_heads", 32, target.info.vocab_size, 2, reads=reads))
-    batch = batch_of(7, 2, 96)
-    listed = mx.array(ids, dtype=mx.int32) if ids else None
-    by_hand = frozen_by_hand(
-        target, batch, some(batch), 2, 0.7, ids or list(range(target.info.vocab_size)), late,
-        lambda weights, hidden, trunk, _: parallel_heads(weights, trunk if reads == "trunk" else hidden),
-    )  # fmt: skip
-    loss = objective.parallel_loss(target, 2, 0.7, listed)
-    check(drafter, loss, kept(target, batch, some(batch)), by_hand, 0.7 if late else 0.3)
-
-
-@pytest.mark.parametrize(
-    ("name", "modules", "steps", "ids", "late"),
-    [("gemma", 2, 2, LISTED, True), ("llama", 1, 3, [], True), ("quantised", 2, 3, [], False)],
-)
-def test_sequential_on_a_frozen_target(
-    name: str, modules: int, steps: int, ids: list[int], late: bool, targets: dict[str, Target]
-) -> None:
-    target = targets[name]
-    drafter = model_of(config_of("sequential_modules", 32, target.info.vocab_size, modules))
-    batch, rows = batch_of(5 + steps, 1, 96), 4
-
-    def drafts(weights: Weights, hidden: np.ndarray, trunk: np.ndarray, embedded: np.ndarray) -> np.ndarray:
-        equations = Equations(weights, hidden, embedded)
-        return np.stack([equations.drafts(place + 1, steps) for place in range(rows)], axis=1)
-
-    listed = mx.array(ids, dtype=mx.int32) if ids else None
+    target, batch = targets[name], batch_of(5 + steps, 2 if reads else 1, 96)
+    drafter = drafter_of(target.info.vocab_size, 32, count, reads)
     every = list(range(target.info.vocab_size))
-    by_hand = frozen_by_hand(target, batch, some(batch), steps, 0.8, ids or every, late, drafts)
-    loss = objective.sequential_loss(target, steps, 0.8, listed)
+    by_hand = frozen_by_hand(target, batch, some(batch), steps, 0.7, ids or every, late, reads)
+    listed = mx.array(ids, dtype=mx.int32) if ids else None
+    loss = (objective.parallel_loss if reads else objective.sequential_loss)(target, steps, 0.7, listed)
     check(drafter, loss, kept(target, batch, some(batch)), by_hand, 0.7 if late else 0.3)
 
 
@@ -284,19 +255,17 @@ def test_a_frozen_target_stays_as_it_is(targets: dict[str, Target]) -> None:
         assert abs(figures[j].item() - alive.sum() / told[:, 2:39].sum()) < 1e-6
 
 
-@pytest.mark.parametrize("family", ["trunk", "hidden", "sequential", "assistant"])
+@pytest.mark.parametrize("reads", ["trunk", "hidden", "", "assistant"])
 @pytest.mark.parametrize("progress", [0.3, 0.7])
-def test_chats_of_one_row_do_not_see_each_other(family: str, progress: float, targets: dict[str, Target]) -> None:
+def test_chats_of_one_row_do_not_see_each_other(reads: str, progress: float, targets: dict[str, Target]) -> None:
     """Loss, figures and slopes of two chats one after the other are the means of those of each alone."""
     target, tokens = targets["gemma"], batch_of(24, 2, 128)
-    if family == "assistant":
+    if reads == "assistant":
         drafter = load_drafter(Checkpoint.open(GOLDEN / "ple" / "assistant_tied")).model
         loss = objective.assistant_loss(target, 2)
-    elif family == "sequential":
-        drafter, loss = model_of(config_of("sequential_modules", 32, 128, 2)), objective.sequential_loss(target, 2)
     else:
-        drafter = model_of(config_of("parallel_heads", 32, 128, 2, reads=family))
-        loss = objective.parallel_loss(target, 2)
+        drafter = drafter_of(128, 32, 2, reads)
+        loss = (objective.parallel_loss if reads else objective.sequential_loss)(target, 2)
     told = np.ones((2, 24), bool)
     told[:, [11, 23]] = False  # the last places of a row have no second draft
     both = kept(target, tokens, told, mx.array(np.repeat([[0, 12]], 2, axis=0).repeat(12, axis=1).astype(np.int32)))

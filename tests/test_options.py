@@ -21,7 +21,7 @@ from mlx_mtp.generation.types import NEUTRAL
 from mlx_mtp.testing import MarkovDrafter, MarkovTarget
 
 VOCABULARY = 7
-TARGET, TIED = GOLDEN / "ple" / "target", GOLDEN / "ple" / "assistant_tied"
+TARGET = GOLDEN / "ple" / "target"
 
 
 @pytest.fixture(scope="module")
@@ -161,13 +161,6 @@ def test_load_refuses(options: dict[str, Any]) -> None:
     with pytest.raises(MLXMTPError) as refused:
         mlx_mtp.load(**options)
     assert "lookup+" in str(refused.value) or any(name in str(refused.value) for name in options)
-
-
-def test_a_depth_without_any_known_drafter(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    """Nobody chose plain decoding: a warning says why there is none, and the reply comes."""
-    shutil.copytree(TARGET, tmp_path / "alone")
-    engine = mlx_mtp.load(tmp_path / "alone", depth=4)
-    assert engine.drafter is None and "decoding plainly" in caplog.text
 
 
 def test_null_in_generation_config_is_not_given(tmp_path: Path) -> None:

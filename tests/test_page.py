@@ -15,7 +15,7 @@ WRITTEN = ("<|channel>thought\nHm, <b>.<channel|>", "It is ", "<i>so</i>.")
 
 
 def test_one_file_that_asks_nobody_else() -> None:
-    with running(ScriptedEngine, api_key="secret", hosts=None) as server, server.http() as client:
+    with running(ScriptedEngine(), api_key="secret", hosts=None) as server, server.http() as client:
         page = client.get("/")
     assert page.is_success and page.headers["content-type"].startswith("text/html")
     assert "connect-src 'self'" in page.headers["content-security-policy"]
@@ -44,8 +44,7 @@ def opened(browser: Any, server: Running) -> tuple[Any, list[str]]:
 
 def test_a_chat_by_keyboard(browser: Any) -> None:
     """Thoughts apart, markup shown as text, the line of statistics, the whole conversation in the next request."""
-    engine = ScriptedEngine(WRITTEN)
-    with running(lambda: engine) as server:
+    with running(ScriptedEngine(WRITTEN)) as server:
         page, met = opened(browser, server)
         page.get_by_label("Message (").fill("Is it?")
         page.keyboard.press("Enter")
@@ -56,7 +55,7 @@ def test_a_chat_by_keyboard(browser: Any) -> None:
         page.keyboard.type("Sure?")
         page.keyboard.press("Enter")
         page.get_by_text("3 tokens").nth(1).wait_for()
-        said = engine.tokenizer.seen[-1]["messages"]
+        said = server.engine.tokenizer.seen[-1]["messages"]
         assert [message["content"] for message in said] == ["Is it?", "It is <i>so</i>.", "Sure?"]
         assert all(address.startswith(server.url) for address in met), met
         page.get_by_role("button", name="New chat").click()
@@ -66,8 +65,7 @@ def test_a_chat_by_keyboard(browser: Any) -> None:
 def test_settings_and_stop(browser: Any) -> None:
     import threading
 
-    engine = ScriptedEngine(("One", "two", "three"), gate=threading.Semaphore(0))
-    with running(lambda: engine) as server:
+    with running(ScriptedEngine(("One", "two", "three"), gate=threading.Semaphore(0))) as server:
         page, _ = opened(browser, server)
         page.get_by_text("Settings", exact=True).click()
         page.get_by_label("Temperature").fill("0.5")
@@ -77,14 +75,14 @@ def test_settings_and_stop(browser: Any) -> None:
         page.get_by_text("One", exact=True).wait_for()
         page.keyboard.press("Escape")
         page.get_by_text("Stopped.").wait_for()
-        engine.gate.release(10)
+        server.engine.gate.release(10)
         assert server.idle()
-        assert engine.asked[0].sampling.temperature == 0.5
-        assert engine.tokenizer.seen[0]["messages"][0] == {"role": "system", "content": "Be brief."}
+        assert server.engine.asked[0].sampling.temperature == 0.5
+        assert server.engine.tokenizer.seen[0]["messages"][0] == {"role": "system", "content": "Be brief."}
 
 
 def test_a_key_that_is_missing(browser: Any) -> None:
-    with running(ScriptedEngine, api_key="secret") as server:
+    with running(ScriptedEngine(), api_key="secret") as server:
         page, _ = opened(browser, server)
         page.get_by_text("needs its API key").wait_for()
         page.get_by_label("Message (").fill("Go")

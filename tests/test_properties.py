@@ -157,12 +157,10 @@ def test_any_round_is_the_plain_list(story: Story) -> None:
         for _ in range(2):
             whole = target.continued(prompt, story.budget + story.depth + 2)
             drafter.follow(whole)
-            *_, last = engine.stream(
+            result = engine.generate(
                 prompt, max_tokens=story.budget, sampling=GREEDY, session=session, ignore_end=True
             )
-            result = last.result
             assert result.tokens == whole[len(prompt) : len(prompt) + story.budget]
             assert result.stats.accepted == expected_acceptance(story, len(prompt))
             said = [*prompt, *result.tokens]
             prompt = [*said[: int(story.kept * len(said))], *story.added]
-

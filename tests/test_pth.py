@@ -77,7 +77,6 @@ EIGHT = {"0": bytes(8 * 4)}
 
 
 def one(*tensor: object) -> bytes:
-    """The opcodes of a state dict of one tensor."""
     return state_dict_opcodes({"norm.weight": tensor_opcodes("0", *tensor)})  # type: ignore[arg-type]
 
 

@@ -8,7 +8,7 @@ import itertools
 import os
 import tracemalloc
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 
 import mlx.core as mx
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import mlx_mtp
 from mlx_mtp.generation.loop import Chunk
 from mlx_mtp.generation.reply import Reply
-from mlx_mtp.testing import MarkovDrafter, MarkovTarget
+from mlx_mtp.testing import MarkovDrafter, MarkovTarget, _check_statistics
 from mlx_mtp.text.channels import GEMMA, THOUGHTS, CallFormat, Channels, ToolCall
 
 CALL = GEMMA.opening, GEMMA.closing
@@ -70,20 +70,19 @@ class Spelling:
 
 @dataclass
 class Expected:
-    """text: as written, up to a stop. count: tokens. stretches: the answer's, (begin, end) in the text."""
+    """text: as written, up to a stop. count: tokens."""
 
     text: str
     count: int
     stopped: bool
     content: str
     thinking: str
-    calls: int = 0
 
 
 def expected(parts: Sequence[bytes], stops: Sequence[str], opened: str | None, raw: bool) -> Expected:
     """With nothing but searches in the whole text and in what the first n tokens decode to."""
     whole = b"".join(parts).decode("utf-8", "replace")
-    answers, thoughts, calls = [(0, len(whole))], [], 0
+    answers, thoughts = [(0, len(whole))], []
     if not raw:
         answers, thoughts = told_apart(whole, opened)
     hits = []
@@ -102,7 +101,7 @@ def expected(parts: Sequence[bytes], stops: Sequence[str], opened: str | None, r
                 break
     content = "".join(whole[begin : min(end, cut)] for begin, end in answers if begin < cut)
     thinking = "".join(whole[begin : min(end, cut)] for begin, end in thoughts if begin < cut)
-    return Expected(whole[:cut], count, bool(hits), content, thinking, calls)
+    return Expected(whole[:cut], count, bool(hits), content, thinking)
 
 
 def told_apart(whole: str, opened: str | None) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -240,7 +239,6 @@ class Story:
     wrong: list[int]
     budget: int
     end: bool
-    kept: list[tuple[object, ...]] = field(default_factory=list)
 
 
 @st.composite
@@ -248,18 +246,6 @@ def stories(draw: st.DrawFn) -> Story:
     parts = draw(written().filter(lambda parts: len(parts) > 2))
     wrong = draw(st.lists(st.integers(1, len(parts) + 1), max_size=6))
     return Story(parts, draw(STOPS), wrong, draw(st.integers(1, len(parts) + 1)), draw(st.booleans()))
-
-
-def rounds_by_hand(story: Story, depth: int, emitted: int) -> list[tuple[int, int]]:
-    """Drafts and accepted drafts of each round that `emitted` tokens take."""
-    made, found = 1, []
-    while made < emitted:
-        accepted = 0
-        while accepted < depth and made + accepted + 1 not in story.wrong and made + accepted <= len(story.parts):
-            accepted += 1
-        found.append((depth, accepted))
-        made += accepted + 1
-    return found
 
 
 @settings(max_examples=30, **PROPERTY)
@@ -290,23 +276,7 @@ def test_every_depth_ends_at_the_same_token(story: Story) -> None:
         assert "".join(event.content for event in events) == wanted.content
         read = max(wanted.count, 1) + (ended and not wanted.stopped)
         assert session.ids == [0, *result.tokens][: read]
-        check_counts(story, depth, result.stats)
-
-
-def check_counts(story: Story, depth: int, stats: mlx_mtp.Stats) -> None:
-    """Accepted drafts are those that are in the reply; one more token a round is the target's, unless it was cut."""
-    accepted = 0
-    left = stats.tokens - 1
-    for _, found in rounds_by_hand(story, depth, stats.tokens):
-        accepted += min(found, left)
-        left -= min(found + 1, left)
-    assert stats.accepted == sum(stats.accepted_by_position) == accepted
-    assert stats.drafted == sum(stats.drafted_by_position)
-    positions = zip(
-        stats.accepted_by_position, stats.verified_by_position, stats.drafted_by_position, strict=True
-    )
-    assert all(a <= j <= d for a, j, d in positions)
-    assert stats.tokens <= 1 + stats.accepted + stats.rounds
+        _check_statistics(result.stats)
 
 
 def test_what_is_not_in_the_reply_was_not_accepted() -> None:

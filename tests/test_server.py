@@ -41,8 +41,7 @@ QUESTION = [{"role": "user", "content": "What does shutil.copytree do?"}]
 
 @pytest.fixture(scope="module")
 def server(embedded: mlx_mtp.Engine) -> Iterator[Running]:
-    """The embedded pair."""
-    with running(lambda: mlx_mtp.load(depth=2)) as found:
+    with running(mlx_mtp.load(depth=2)) as found:
         yield found
 
 
@@ -150,7 +149,7 @@ def test_answers_by_a_schema(server: Running) -> None:
 def test_tools_that_nobody_could_read_are_refused() -> None:
     fake = ScriptedEngine(CALLS)
     fake.tokenizer.calls = None
-    with running(lambda: fake) as server, server.openai() as client:
+    with running(fake) as server, server.openai() as client:
         with pytest.raises(openai.BadRequestError, match="calls of tools") as refused:
             client.chat.completions.create(model="test", messages=QUESTION, tools=[TOOL])
         assert refused.value.param == "tools" and not fake.asked
@@ -160,15 +159,14 @@ def test_tools_that_nobody_could_read_are_refused() -> None:
 
 def test_tools_both_ways() -> None:
     """Gemma's calls become OpenAI's, whole and streamed; what comes back has objects and names for the template."""
-    fake = ScriptedEngine(CALLS)
-    with running(lambda: fake) as server, server.openai() as client:
+    with running(ScriptedEngine(CALLS)) as server, server.openai() as client:
         ask = client.chat.completions.create
         whole = ask(model="test", messages=QUESTION, tools=[TOOL], tool_choice="auto").choices[0]
         assert (whole.finish_reason, whole.message.content) == ("tool_calls", "Let me see.")
         first, second = whole.message.tool_calls
         assert (first.function.name, json.loads(first.function.arguments)) == ("get_weather", ARGUMENTS)
         assert (second.function.name, second.function.arguments) == ("now", "{}") and first.id != second.id
-        assert fake.tokenizer.seen[-1]["tools"][0]["function"]["name"] == "get_weather"
+        assert server.engine.tokenizer.seen[-1]["tools"][0]["function"]["name"] == "get_weather"
 
         chunks = list(ask(model="test", messages=QUESTION, tools=[TOOL], stream=True))
         deltas = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
@@ -179,21 +177,21 @@ def test_tools_both_ways() -> None:
         assert [(call.index, call.id) for call in rest] == [(0, None), (1, None)]
         assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
-        assert fake.asked[-1].tools == fake.tokenizer.seen[-1]["tools"]
-        fake.script = ("Rain.",)
+        assert server.engine.asked[-1].tools == server.engine.tokenizer.seen[-1]["tools"]
+        server.engine.script = ("Rain.",)
         answers = [{"role": "tool", "tool_call_id": call.id, "content": "rain"} for call in (first, second)]
         messages = [*QUESTION, whole.message.model_dump(), *answers]
         assert ask(model="test", messages=messages, tools=[TOOL]).choices[0].message.content == "Rain."
-        given = fake.tokenizer.seen[-1]["messages"]
+        given = server.engine.tokenizer.seen[-1]["messages"]
         assert given[1]["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": ARGUMENTS}
         assert [message["name"] for message in given[2:]] == ["get_weather", "now"]
         ask(model="test", messages=QUESTION, tools=[TOOL], tool_choice="none")
-        assert not fake.tokenizer.seen[-1]["tools"]
+        assert not server.engine.tokenizer.seen[-1]["tools"]
 
 
 def test_thoughts_are_told_apart() -> None:
     fake = ScriptedEngine(("<|chan", "nel>thought\nFirst ", "this.", "<channel|>Then", " that."))
-    with running(lambda: fake) as server, server.openai() as client:
+    with running(fake) as server, server.openai() as client:
         ask = client.chat.completions.create
         message = ask(model="test", messages=QUESTION, reasoning_effort="high").choices[0].message
         assert (message.model_extra["reasoning_content"], message.content) == ("First this.", "Then that.")
@@ -209,26 +207,20 @@ def test_thoughts_are_told_apart() -> None:
         assert fake.tokenizer.seen[-1]["messages"][1]["reasoning_content"] == "t"
 
 
-def test_what_the_template_drops() -> None:
-    """The embedded model's knows no tools and no thinking: calls and answers are refused, levels without effect."""
-    call = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
-    said = [*QUESTION, {"role": "assistant", "content": None, "tool_calls": [call]}]
-    with running() as server:
-        refused = server.post(CHAT, {"messages": [*said, *QUESTION]})
-        assert refused.status_code == 400
-        assert refused.json()["error"]["param"] == "messages" and "no tool_calls" in refused.json()["error"]["message"]
-        counts = [
-            server.post(CHAT, {"messages": messages, "max_tokens": 1, **more}).json()["usage"]["prompt_tokens"]
-            for messages, more in (
-                (QUESTION, {}), (QUESTION, {"reasoning_effort": "high"}), ([{**QUESTION[0], "name": "Ada"}], {}),
-            )
-        ]  # fmt: skip
-        assert counts == counts[:1] * 3
+def test_what_the_template_drops(server: Running) -> None:
+    """The embedded model's knows no thinking and no names: they are without effect."""
+    counts = [
+        server.post(CHAT, {"messages": messages, "max_tokens": 1, **more}).json()["usage"]["prompt_tokens"]
+        for messages, more in (
+            (QUESTION, {}), (QUESTION, {"reasoning_effort": "high"}), ([{**QUESTION[0], "name": "Ada"}], {}),
+        )
+    ]  # fmt: skip
+    assert counts == counts[:1] * 3
 
 
 def test_a_stop_ends_text_usage_and_metrics_at_one_token(tmp_path: Path) -> None:
     """A thought of 5 tokens and its markers, "Yes" and ", sure"; both drafted rounds were read as a whole."""
-    with running(lambda: thinking_engine(tmp_path, depth=8)) as server, server.http() as http:
+    with running(thinking_engine(tmp_path, depth=8)) as server, server.http() as http:
         for stop, content, tokens, accepted in (("\n", "Yes, sure.", 8, 7), (", s", "Yes", 7, 6), ("so", None, 8, 7)):
             before = http.get("/metrics").text
             body = {"messages": QUESTION, "stop": [stop], "reasoning_effort": "high", "logprobs": True}
@@ -279,7 +271,8 @@ def test_models_errors_and_addresses(server: Running) -> None:
         assert long.value.code == "context_length_exceeded"
     with server.http() as client:
         for method, path, status in (("GET", "/v2", 404), ("PUT", "/v1/models", 405), ("GET", CHAT, 405),
-                                     ("POST", "/health", 405), ("GET", "/v1/models/other", 404)):  # fmt: skip
+                                     ("POST", "/health", 405), ("GET", "/v1/models/other", 404),
+                                     ("BREW", CHAT, 405), ("GET", "/..%2f", 404), ("GET", "/%00", 404)):  # fmt: skip
             response = client.request(method, path)
             assert response.status_code == status and "message" in response.json()["error"], (method, path)
         assert client.post(CHAT, content=b"{}", headers={"Content-Type": "text/plain"}).status_code == 415
@@ -317,11 +310,10 @@ def test_the_pool_of_sessions() -> None:
     assert nothing.count == 0
 
 
-def test_a_full_queue(server: Running) -> None:
+def test_a_full_queue() -> None:
     """One runs, two wait, the fourth is told when to come back; who leaves the queue makes room."""
-    fake = ScriptedEngine(gate=threading.Semaphore(0))
     replies: list[httpx.Response] = []
-    with running(lambda: fake, places=2) as server:
+    with running(ScriptedEngine(gate=threading.Semaphore(0)), places=2) as server:
         asking = [threading.Thread(target=lambda: replies.append(server.post(COMPLETION, {"prompt": "x"})))
                   for _ in range(2)]  # fmt: skip
         asking[0].start()
@@ -337,48 +329,46 @@ def test_a_full_queue(server: Running) -> None:
             client.completions.create(model="test", prompt="x")
         leaving.close()
         assert eventually(lambda: server.queue.waiting == 1)
-        fake.gate.release(100)
+        server.engine.gate.release(100)
         for thread in asking:
             thread.join()
         assert [reply.json()["choices"][0]["text"] for reply in replies] == ["Hello!"] * 2
-    assert len(fake.asked) == 2
+    assert len(server.engine.asked) == 2
 
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("half", [True, False])
 def test_who_leaves_frees_the_engine(stream: bool, half: bool) -> None:
-    fake = ScriptedEngine(gate=threading.Semaphore(0))
-    with running(lambda: fake) as server, server.connect() as leaving:
+    with running(ScriptedEngine(gate=threading.Semaphore(0))) as server, server.connect() as leaving:
         leaving.sendall(raw_request(COMPLETION, {"prompt": "x", "stream": stream}))
         if stream:
             assert b"Hel" in until(leaving, b"Hel")
-        assert eventually(lambda: fake.written)  # before its first event a reply has nothing to close
+        assert eventually(lambda: server.engine.written)  # before its first event a reply has nothing to close
         ticket = server.queue._running
         if half:
             leaving.shutdown(socket.SHUT_WR)
         else:
             leaving.close()
         assert eventually(lambda: ticket.over)
-        fake.gate.release(1)  # the round under way ends; no other one begins
-        assert server.idle() and fake.closed == 1
-        fake.gate.release(2)
+        server.engine.gate.release(1)  # the round under way ends; no other one begins
+        assert server.idle() and server.engine.closed == 1
+        server.engine.gate.release(2)
         assert server.post(COMPLETION, {"prompt": "x"}).json()["choices"][0]["text"] == "Hello!"
 
 
 def test_a_failure_is_told_without_its_inside(caplog: pytest.LogCaptureFixture) -> None:
-    fake = ScriptedEngine(fails_at=0)
-    with running(lambda: fake) as server, server.openai() as client:
+    with running(ScriptedEngine(fails_at=0)) as server, server.openai() as client:
         with pytest.raises(openai.InternalServerError) as whole:
             client.completions.create(model="test", prompt="x")
         assert "secret" not in str(whole.value) and whole.value.code == "internal_error"
-        fake.fails_at = 1
+        server.engine.fails_at = 1
         with server.http() as http, http.stream("POST", COMPLETION, json={"prompt": "x", "stream": True}) as response:
             events = contents(response)
         assert response.status_code == 200 and len(events) == 2
         assert json.loads(events[-1])["error"]["type"] == "server_error" and "secret" not in events[-1]
         with pytest.raises(openai.APIError, match="failed"):
             list(client.completions.create(model="test", prompt="x", stream=True))
-        fake.fails_at = None
+        server.engine.fails_at = None
         assert client.completions.create(model="test", prompt="x").choices[0].text == "Hello!"
     assert caplog.text.count("a secret of the inside") >= 3
 
@@ -400,7 +390,7 @@ def test_a_failure_leaves_no_session() -> None:
         found.run = run
         return found
 
-    with running(load) as server:
+    with running(load()) as server:
         for fails, status, kept in ((False, 200, 1), (True, 500, 0), (False, 200, 1)):
             broken[:] = [True] * fails
             assert server.post(COMPLETION, {"prompt": "import os\n", "max_tokens": 5}).status_code == status
@@ -413,7 +403,7 @@ def test_connections_that_never_finish(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Connection, "head_seconds", 0.5)
     good = raw_request(COMPLETION, {"prompt": "x"})
     with (
-        running(ScriptedEngine, body_seconds=1.0) as server, server.connect() as late, server.connect() as silent,
+        running(ScriptedEngine(), body_seconds=1.0) as server, server.connect() as late, server.connect() as silent,
         server.connect() as half, server.connect() as cut,
     ):  # fmt: skip
         late.sendall(raw_request(COMPLETION, b'{"prompt"', length=50))
@@ -432,7 +422,7 @@ def test_connections_that_never_finish(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_slow_and_large_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlx_mtp.serving.body, "LINGER", 0.1)
     good = raw_request(COMPLETION, {"prompt": "x"})
-    with running(ScriptedEngine, body_bytes=1000) as server:
+    with running(ScriptedEngine(), body_bytes=1000) as server:
         with server.connect() as drip:  # slow, but in time
             for start in range(0, len(good), 20):
                 drip.sendall(good[start : start + 20])
@@ -451,22 +441,20 @@ def test_slow_and_large_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_reader_that_takes_nothing() -> None:
     """The engine goes on with others; the reply that nobody takes is let go of."""
-    fake = ScriptedEngine(["x" * 100_000] * 100)
-    with running(lambda: fake, stall_seconds=0.5) as server:
+    with running(ScriptedEngine(["x" * 100_000] * 100), stall_seconds=0.5) as server:
         stuck = socket.socket()
         stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         with stuck:
             stuck.connect(("127.0.0.1", server.port))
             stuck.sendall(raw_request(COMPLETION, {"prompt": "x", "stream": True}))
-            assert eventually(lambda: fake.asked) and server.idle()
+            assert eventually(lambda: server.engine.asked) and server.idle()
             with server.http() as http:
                 assert eventually(lambda: "mlx_mtp_dropped_total 1" in http.get("/metrics").text)
 
 
 def test_replies_that_take_too_long_are_told_so() -> None:
-    fake = ScriptedEngine(gate=threading.Semaphore(0))
     waiting: list[httpx.Response] = []
-    with running(lambda: fake, grace=0.2) as server, server.http() as http:
+    with running(ScriptedEngine(gate=threading.Semaphore(0)), grace=0.2) as server, server.http() as http:
         with http.stream("POST", COMPLETION, json={"prompt": "x", "stream": True}) as response:
             lines = response.iter_lines()
             next(lines)
@@ -478,7 +466,7 @@ def test_replies_that_take_too_long_are_told_so() -> None:
             last = list(lines)[-2]
             assert json.loads(last.removeprefix("data: "))["error"]["code"] == "stopping"
         second.join()
-        fake.gate.release(5)
+        server.engine.gate.release(5)
         ending.join()
     assert waiting[0].status_code == 503 and waiting[0].json()["error"]["code"] == "stopping"
 

@@ -65,7 +65,7 @@ def test_a_stream_says_how_many_are_before_it() -> None:
     fake = ScriptedEngine(gate=threading.Semaphore(0))
     chat = {"messages": [{"role": "user", "content": "x"}], "stream": True}
     expected = (": generating", ": waiting, 1 before you", ": waiting, 2 before you")
-    with running(lambda: fake, quiet_seconds=ALWAYS) as server, server.http() as http, ExitStack() as open_ones:
+    with running(fake, quiet_seconds=ALWAYS) as server, server.http() as http, ExitStack() as open_ones:
         waiting, asked = [], [(COMPLETION, PROMPT), (COMPLETION, PROMPT), (CHAT, chat)]
         for (path, body), said in zip(asked, expected, strict=True):
             response = open_ones.enter_context(http.stream("POST", path, json=body))
@@ -81,30 +81,28 @@ def test_a_stream_says_how_many_are_before_it() -> None:
 
 
 def test_openais_client_reads_over_comments() -> None:
-    fake = Prefilling(gate=threading.Semaphore(0))
-    with running(lambda: fake, quiet_seconds=ALWAYS) as server, server.openai() as client:
+    with running(Prefilling(gate=threading.Semaphore(0)), quiet_seconds=ALWAYS) as server, server.openai() as client:
         with server.http() as http, http.stream("POST", COMPLETION, json=PROMPT) as other:
             found: list[str] = []
             stream = client.completions.create(model="test", prompt="x", stream=True)  # its headers are there
             lines = other.iter_lines()
             assert any(line == ": prefill 1024/4096 tokens" for line in islice(lines, 1000))
-            fake.gate.release(1)
+            server.engine.gate.release(1)
             assert any(line == ": prefill 2048/4096 tokens" for line in islice(lines, 1000))
-            fake.gate.release(100)
+            server.engine.gate.release(100)
             assert list(lines)[-2] == "data: [DONE]"
             found += [chunk.choices[0].text for chunk in stream]
         assert "".join(found) == "Hello!"
 
 
 def test_who_leaves_a_long_prompt_ends_it_at_the_next_chunk() -> None:
-    fake = Prefilling(gate=threading.Semaphore(0))
-    with running(lambda: fake, quiet_seconds=ALWAYS) as server, server.http() as http:
+    with running(Prefilling(gate=threading.Semaphore(0)), quiet_seconds=ALWAYS) as server, server.http() as http:
         with http.stream("POST", COMPLETION, json=PROMPT) as response:
             assert any(line.startswith(": prefill 1024") for line in islice(response.iter_lines(), 1000))
             ticket = server.queue._running
         assert ticket is not None and eventually(lambda: ticket.over)
-        fake.gate.release(1)
-        assert server.idle() and fake.written == 0
+        server.engine.gate.release(1)
+        assert server.idle() and server.engine.written == 0
 
 
 def test_what_is_wrong_is_said_before_the_headers() -> None:
@@ -117,7 +115,7 @@ def test_what_is_wrong_is_said_before_the_headers() -> None:
             return super().request(ids, max_tokens=max_tokens, **options)
 
     fake = Strict(gate=threading.Semaphore(0), max_context=50)
-    with running(lambda: fake) as server, server.http() as http, http.stream("POST", COMPLETION, json=PROMPT):
+    with running(fake) as server, server.http() as http, http.stream("POST", COMPLETION, json=PROMPT):
         assert eventually(lambda: fake.written)
         for change, said in (({"prompt": "x" * 60}, "context of 50"), ({"stop": "none"}, "another stop"),
                              ({"model": "other"}, "has no model")):  # fmt: skip
@@ -132,12 +130,11 @@ def test_nobody_waits_for_a_prompt_that_is_tokenised(path: str, monkeypatch: pyt
     """Six long prompts, more than there are threads for short ones; their places in the queue are theirs meanwhile."""
     monkeypatch.setattr(mlx_mtp.serving.app, "LARGE_BODY", 300)
     tokenizer = Slow()
-    fake = ScriptedEngine(tokenizer=tokenizer)
 
     def body(text: str) -> dict[str, Any]:
         return {"prompt": text} if path == COMPLETION else {"messages": [{"role": "user", "content": text}]}
 
-    with running(lambda: fake, places=7) as server, ThreadPoolExecutor(6) as pool:
+    with running(ScriptedEngine(tokenizer=tokenizer), places=7) as server, ThreadPoolExecutor(6) as pool:
         long = [pool.submit(server.post, path, body("long" * 100)) for _ in range(6)]
         assert eventually(lambda: server.queue.waiting == 6) and eventually(lambda: tokenizer.begun)
         for text in ("a", "b", "c"):
@@ -151,8 +148,7 @@ def test_nobody_waits_for_a_prompt_that_is_tokenised(path: str, monkeypatch: pyt
 
 def test_who_leaves_while_its_prompt_is_tokenised_costs_the_engine_nothing() -> None:
     tokenizer = Slow()
-    fake = ScriptedEngine(tokenizer=tokenizer)
-    with running(lambda: fake, places=0) as server:
+    with running(ScriptedEngine(tokenizer=tokenizer), places=0) as server:
         with server.connect() as leaving:
             leaving.sendall(raw_request(COMPLETION, {"prompt": "a long one"}))
             assert eventually(lambda: tokenizer.begun)
@@ -161,7 +157,7 @@ def test_who_leaves_while_its_prompt_is_tokenised_costs_the_engine_nothing() -> 
         assert server.post(COMPLETION, {"prompt": "x"}).status_code == 200
         tokenizer.free.set()
         assert server.idle()
-    assert len(fake.asked) == 1
+    assert len(server.engine.asked) == 1
 
 
 def test_a_tokenizer_that_fails_is_told_of_without_its_inside(caplog: pytest.LogCaptureFixture) -> None:
@@ -172,7 +168,7 @@ def test_a_tokenizer_that_fails_is_told_of_without_its_inside(caplog: pytest.Log
         def encode(self, text: str, special: bool = True) -> list[int]:
             raise Panic("a secret of the inside")
 
-    with running(lambda: ScriptedEngine(tokenizer=Broken())) as server:
+    with running(ScriptedEngine(tokenizer=Broken())) as server:
         for stream in (True, False):
             response = server.post(COMPLETION, {"prompt": "x", "stream": stream})
             assert response.status_code == 500 and response.json()["error"]["code"] == "internal_error"
@@ -184,7 +180,7 @@ def test_what_cannot_fit_is_not_even_tokenised() -> None:
     """One token stands for at most 5 characters here, so 250 characters that are no blanks are 50 tokens or more."""
     tokenizer = Slow(mark="y")
     tokenizer.longest_token = 5
-    with running(lambda: ScriptedEngine(tokenizer=tokenizer, max_context=50)) as server:
+    with running(ScriptedEngine(tokenizer=tokenizer, max_context=50)) as server:
         for path, body in ((COMPLETION, {"prompt": "y" * 250}),
                            (CHAT, {"messages": [{"role": "user", "content": "y" * 125}] * 2})):  # fmt: skip
             error = server.post(path, body).json()["error"]
@@ -207,7 +203,7 @@ def test_a_second_signal_ends_the_server_at_once(
 ) -> None:
     monkeypatch.setattr(mlx_mtp.serving.server.os, "_exit", sys.exit)
     fake = ScriptedEngine(gate=threading.Semaphore(0))
-    with running(lambda: fake) as server, server.http() as http, http.stream("POST", COMPLETION, json=PROMPT):
+    with running(fake) as server, server.http() as http, http.stream("POST", COMPLETION, json=PROMPT):
         assert eventually(lambda: fake.written)
         server.server.handle_exit(number, None)
         with pytest.raises(SystemExit, match="130"):
@@ -228,7 +224,7 @@ SESSION_BYTES = 4_000_000
 @pytest.fixture(scope="module")
 def server(embedded: mlx_mtp.Engine) -> Iterator[Running]:
     """Places for all at once, and room for about six conversations."""
-    with running(lambda: mlx_mtp.load(depth=2), places=64, session_bytes=SESSION_BYTES, body_bytes=100_000) as found:
+    with running(mlx_mtp.load(depth=2), places=64, session_bytes=SESSION_BYTES, body_bytes=100_000) as found:
         yield found
 
 

@@ -2,13 +2,13 @@
 
 import gc
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from conftest import GOLDEN
 from families import config_of, written
-from greedy import assert_greedy, lively
+from greedy import assert_greedy, ids, lively
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,10 +24,6 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, mlx_mtp.Engin
     sequential = written(folder / "sequential", config_of("sequential_modules", 32, 128, 2))
     drafters = {"none": None, "assistant": GOLDEN / "ple" / "assistant_tied", "sequential": sequential}
     return {name: lively("ple", drafter, depth=2 if drafter else "auto") for name, drafter in drafters.items()}
-
-
-def ids(count: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(3, 128, count).tolist()
 
 
 def reply(engine: mlx_mtp.Engine, prompt: list[int], session: Session | None = None, tokens: int = 24):
@@ -83,10 +79,7 @@ def test_a_reply_that_is_dropped_leaves_what_it_had(engines: dict[str, mlx_mtp.E
 def test_a_prompt_that_fails_leaves_an_empty_session(engines: dict[str, mlx_mtp.Engine]) -> None:
     engine, session = engines["assistant"], Session()
     reply(engine, ids(40), session)
-
-    def stop(done: int, total: int) -> None:
-        raise KeyboardInterrupt
-
+    stop = mock.Mock(side_effect=KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         list(engine.stream([*ids(40), *ids(40, 1)], session=session, on_prefill=stop))
     assert not session.busy and session.ids == [] and session.lease is None
@@ -133,7 +126,7 @@ def foreign(engine: mlx_mtp.Engine, session: Session) -> None:
     assert session.ids == before and not session.busy
 
 
-def test_a_session_belongs_to_the_engine_that_filled_it(engines: dict[str, mlx_mtp.Engine], probed_once: None) -> None:
+def test_a_session_belongs_to_the_engine_that_filled_it(engines: dict[str, mlx_mtp.Engine]) -> None:
     """To none around other drafters, modes, sizes or models, nor to the same files loaded again."""
     target, options = GOLDEN / "ple" / "target", ({}, {"mode": "exact"}, {"max_context": 100})
     others = [*engines.values(), *(mlx_mtp.load(target, drafter=None, **each) for each in options),

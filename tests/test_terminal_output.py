@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,18 +24,10 @@ from mlx_mtp.engine import Engine
 TARGET, TIED = GOLDEN / "ple" / "target", GOLDEN / "ple" / "assistant_tied"
 
 
-class Clock:
-    """Stands in for the time module: the seconds that a test says."""
-
-    now = 0.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Stands in for the time module: the seconds that a test says."""
+    made = SimpleNamespace(now=0.0, perf_counter=lambda: made.now)
     monkeypatch.setattr(progress, "time", made)
     return made
 
@@ -45,7 +38,7 @@ def console(terminal: bool = True) -> tuple[Console, io.StringIO]:
 
 
 @pytest.mark.parametrize(("terminal", "began"), [(True, 0.5), (False, 2.0)])
-def test_what_is_quick_and_a_pipe_have_no_bar(clock: Clock, terminal: bool, began: float) -> None:
+def test_what_is_quick_and_a_pipe_have_no_bar(clock: SimpleNamespace, terminal: bool, began: float) -> None:
     shown, file = console(terminal)
     with PatientBar(shown) as bar:
         clock.now = began
@@ -54,7 +47,7 @@ def test_what_is_quick_and_a_pipe_have_no_bar(clock: Clock, terminal: bool, bega
     assert file.getvalue() == ""
 
 
-def test_bars_for_what_takes_long(clock: Clock) -> None:
+def test_bars_for_what_takes_long(clock: SimpleNamespace) -> None:
     shown, file = console()
     with PatientBar(shown, MofNCompleteColumn()) as bar:
         bar.update("reading", 1, 100)  # at once
@@ -162,7 +155,6 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows(shown: str) -> list[list[str]]:
-    """The cells of the table."""
     return [[cell.strip() for cell in re.split("[\u2502|]", line)[1:-1]] for line in shown.splitlines()
             if line.count("\u2502") == len(demo.HEADS) + 1]  # fmt: skip
 

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -247,12 +248,9 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pyte
     for name, error in (("save", RuntimeError("[save] disk full")), ("sync", OSError(28, "No space left on device"))):
         again = trainer(tmp_path, steps=3)
         again.resume()
-
-        def fail(*_: object, error: Exception = error, **__: object) -> None:
-            raise error
-
         with monkeypatch.context() as patch:
-            patch.setattr(*((mx, "save_safetensors") if name == "save" else (atomic.os, "fsync")), fail)
+            place = (mx, "save_safetensors") if name == "save" else (atomic.os, "fsync")
+            patch.setattr(*place, mock.Mock(side_effect=error))
             with pytest.raises(mlx_mtp.CheckpointError, match="last checkpoint is untouched"):
                 again.save()
         assert first.state_file.read_bytes() == kept

@@ -9,6 +9,7 @@ import logging
 import random
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from mlx_mtp.errors import DataError, OptionError
 from mlx_mtp.training.data import Batches, Document, pack, read_documents, split, standard_library
 from mlx_mtp.training.small_target import train_tokenizer
 
-EMBEDDED = Path(__file__).parents[1] / "benchmarks" / "embedded"
 CHAT = [{"role": "user", "content": "What is 3 + 4?"}, {"role": "assistant", "content": "7"}]
 
 
@@ -142,29 +142,15 @@ def test_what_is_not_training_data_is_named(name: str, content: bytes, words: st
         list(read_documents([str(tmp_path / name)], prompts=True))
 
 
-def test_a_chat_that_the_template_refuses_is_named(tokenizer: Any) -> None:
+def test_a_chat_that_the_template_refuses_is_named(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the template raises: an exception of its own, or one of Python's."""
     late = [*CHAT, {"role": "system", "content": "Be brief."}]
     with pytest.raises(DataError, match="FILE, line 7: .*system message first"):
         pack([Document("m", messages=CHAT), Document("FILE, line 7", messages=late)], tokenizer)
-    broken = Broken(tokenizer)
     for error in (TypeError("can only join"), KeyError("role"), RecursionError("deep")):
-        broken.error = error
+        monkeypatch.setattr(tokenizer, "apply_chat_template", mock.Mock(side_effect=error))
         with pytest.raises(DataError, match="FILE, line 7: Expected messages that"):
-            pack([Document("FILE, line 7", messages=CHAT)], broken)
-
-
-class Broken:
-    """A tokenizer whose template raises an error of Python's."""
-
-    def __init__(self, whole: Any) -> None:
-        self._whole, self.error = whole, Exception()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._whole, name)
-
-    def apply_chat_template(self, *_: object, **__: object) -> str:
-        raise self.error
+            pack([Document("FILE, line 7", messages=CHAT)], tokenizer)
 
 
 def test_missing_path(tmp_path: Path) -> None:

@@ -146,9 +146,7 @@ def readable(model: Any, tokens: np.ndarray) -> tuple[Any, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("centroid", "convention"), [(False, Convention.A), (True, Convention.B)])
-def test_assistant_steps(
-    made: tuple[str, Any, Path], centroid: bool, convention: Convention, tmp_path: Path
-) -> None:
+def test_assistant_steps(made: tuple[str, Any, Path], centroid: bool, convention: Convention, tmp_path: Path) -> None:
     case, model, folder = made
     assistant = make_assistant(case, centroid, tmp_path / "assistant")
     tokens, window = prompt_of(case), CASES[case][2]
