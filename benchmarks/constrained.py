@@ -1,12 +1,13 @@
 """Answers by a schema: whether any is invalid, and what holding them costs.
 
-    .venv/bin/python benchmarks/constrained.py documents [--model smollm2] [--count 2000] [--json FILE]
-    .venv/bin/python benchmarks/constrained.py speed [--model smollm2] [--json FILE]
+    .venv/bin/python benchmarks/constrained.py documents [--model smollm2] [--start 0] [--count 2000] [--json FILE]
+    .venv/bin/python benchmarks/constrained.py speed [--model smollm2] [--drafter lookup+auto] [--json FILE]
     .venv/bin/python benchmarks/constrained.py masks --model FOLDER [--json FILE]
 
 documents: so many answers to the schemas of schemas.jsonl, in turn at T = 0, 1 and 2 and depths 1 to 8, checked by the
-library jsonschema. speed: tokens a second of one answer, free with drafts, held with drafts and held without, in turns.
-masks: milliseconds that a round's masks take, for a folder's tokenizer; no model runs.
+library jsonschema; answer n is the same wherever a run starts, so that many can be made in parts. speed: tokens a
+second of one answer, free with drafts, held with drafts and held without, in turns. masks: milliseconds that a round's
+masks take, for a folder's tokenizer; no model runs.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ DOCUMENT = {"people": [{"name": f"Ada Lindqvist {i}", "age": 31 + i, "city": "GÃ
 REPEATS = 20  # readings of the document
 
 
-def documents(model: str | None, count: int, most: int) -> dict[str, Any]:
+def documents(model: str | None, start: int, count: int, most: int) -> dict[str, Any]:
     """How many of `count` answers were complete, how many of these invalid, and how many the length ended."""
     engines = {depth: mlx_mtp.load(model, depth=depth) for depth in (1, 2, 3)}
     deepest = mlx_mtp.load(model, drafter="lookup", depth=8)
     met = Counter[str]()
-    for i in range(count):
+    for i in range(start, start + count):
         schema, temperature = SCHEMAS[i % len(SCHEMAS)], (0.0, 1.0, 2.0)[i // len(SCHEMAS) % 3]
         engine = deepest if i % 4 == 3 else engines[i % 4 + 1]
         result = engine.generate(ASK + json.dumps(schema, ensure_ascii=False), json_schema=schema, seed=i,
@@ -70,9 +71,9 @@ def documents(model: str | None, count: int, most: int) -> dict[str, Any]:
     return {"asked": count, "invalid": 0, **met}
 
 
-def speed(model: str | None, runs: int, tokens: int) -> dict[str, Any]:
+def speed(model: str | None, drafter: str, runs: int, tokens: int) -> dict[str, Any]:
     """Medians of tokens a second, interleaved, and of the ratios that matter."""
-    mtp = mlx_mtp.load(model)
+    mtp = mlx_mtp.load(model, drafter=drafter)
     plain = mlx_mtp.Engine(mtp.target, None, mtp.tokenizer, stop_tokens=mtp.stop_tokens, defaults=mtp.defaults)
     prompt = ASK + json.dumps(REPORT)
     kinds: dict[str, tuple[mlx_mtp.Engine, dict[str, Any]]] = {
@@ -122,13 +123,14 @@ def masks(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    args = common.options(__doc__, what=["documents", "speed", "masks"], model=str, count=2000, max_tokens=300, runs=5)
+    args = common.options(__doc__, what=["documents", "speed", "masks"], model=str, drafter="auto", start=0,
+                          count=2000, max_tokens=300, runs=5)  # fmt: skip
     if args.what == "documents":
-        found = documents(args.model, args.count, args.max_tokens)
+        found = documents(args.model, args.start, args.count, args.max_tokens)
     elif args.what == "masks":
         found = masks(Path(args.model))
     else:
-        found = speed(args.model, args.runs, args.max_tokens)
+        found = speed(args.model, args.drafter, args.runs, args.max_tokens)
     print(json.dumps(found, indent=1))
     common.save(args.json, found)
 
