@@ -130,7 +130,7 @@ def _stats(conversation: Conversation, _: str) -> None:
     chat, engine = conversation.chat, conversation.chat.engine
     kept = f"{len(chat.session.ids)} of at most {engine.max_context} tokens kept"
     rows = [
-        ("conversation", f"{conversation.turns} turns, {kept}"),
+        ("conversation", f"{conversation.turns} {'turn' if conversation.turns == 1 else 'turns'}, {kept}"),
         ("K/V kept", f"{chat.session.nbytes / 1e6:.1f} MB"),
     ]
     if chat.last is not None:

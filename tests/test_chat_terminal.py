@@ -118,7 +118,7 @@ def test_typing_stopping_and_leaving(tmp_path: Path, opened: Callable[..., Termi
     chat.child.sendintr()
     chat.wait("stopped\n>")
     chat.child.send("/stats\r")
-    chat.wait("1 turns")  # the answer so far is part of the conversation
+    chat.wait("1 turn,")  # the answer so far is part of the conversation
     chat.child.send("\x1b[A\x1b[A")  # up to the last but one of the history
     chat.wait("no finished reply yet\n> What does `shutil.copytree` do?")
     chat.child.send("\x03\x03")  # clears it; then there is nothing to clear
@@ -141,7 +141,7 @@ def test_what_is_typed_while_a_reply_runs_waits(opened: Callable[..., Terminal])
         assert chat.read()
     chat.child.send("/stats\rtyped ahead\r\x04")
     assert chat.ended() == 0
-    assert re.search(r"tokens per round.*\n> /stats\nconversation +1 turns", chat.text)
+    assert re.search(r"tokens per round.*\n> /stats\nconversation +1 turn,", chat.text)
     assert int(re.findall(r"(\d+) tokens, \d+ prefilled", chat.text)[0]) > 120  # a number and a line end each
     assert "typed ahead" not in chat.text.partition("> /stats")[0] and chat.text.count("cut at max_tokens") == 2
 
