@@ -179,5 +179,5 @@ class Conversation:
         if self.chat.thinking != (self.settings.thinking != "off"):
             self.settings = replace(self.settings, thinking="show" if self.chat.thinking else "off")
         ids = self.chat.session.ids
-        turns = "a turn" if self.turns == 1 else f"{self.turns} turns"
+        turns = f"{self.turns} {'turn' if self.turns == 1 else 'turns'}"
         return f"loaded {turns} {f'with the K/V of {len(ids)} tokens' if ids else 'without K/V'}"

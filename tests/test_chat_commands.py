@@ -161,7 +161,7 @@ def test_save_and_load(talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     expected, *_ = talk.run(NEXT)
     talk.run("/reset")
     *_, notes, _ = talk.run("/load ~/my chat")
-    assert "1 turn," in notes and talk.conversation.chat.messages == before
+    assert "1 turn " in notes and talk.conversation.chat.messages == before
     found, *_ = talk.run(NEXT)
     assert found == expected and talk.conversation.chat.last.stats.prefilled_tokens < 20
     (tmp_path / "damaged.safetensors").write_bytes((tmp_path / "my chat.safetensors").read_bytes()[:-9])
