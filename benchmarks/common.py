@@ -11,7 +11,7 @@ import random
 import statistics
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
 from embedded.corpus import is_held_out, modules_and_questions
@@ -19,10 +19,9 @@ from embedded.corpus import is_held_out, modules_and_questions
 from mlx_mtp.generation.interfaces import Target
 from mlx_mtp.measuring.engines import Decode, DecodeJob, mlx_lm_model
 from mlx_mtp.measuring.turns import Difference, Runs, difference, fair_turns
-from mlx_mtp.training.trainer import Stage
+from mlx_mtp.training.trainer import Returned, Stage, followed
 
 CHARACTERS_APART = 4000
-Returned = TypeVar("Returned")
 Encode = Callable[[str], list[int]]
 
 SPANISH = (
@@ -103,15 +102,13 @@ def first_difference(target: Target, jobs: Sequence[DecodeJob], expected: Runs, 
 
 def told(stages: Generator[Stage, None, Returned]) -> Returned:
     """Runs a training to its end, prints every 20th step, and returns what it returns."""
-    while True:
-        try:
-            stage = next(stages)
-        except StopIteration as end:
-            returned: Returned = end.value
-            return returned
+
+    def tell(stage: Stage) -> None:
         if stage.step % 20 == 0 or stage.step == stage.steps:
             loss = f", loss {stage.figures['loss']:.3f}" if stage.figures else ""
             print(f"{stage.name}: {stage.step} of {stage.steps}{loss}", flush=True)
+
+    return followed(stages, tell)
 
 
 def mlx_lm_step(folder: Path, prompt: Sequence[int]) -> Callable[[], Any]:

@@ -14,6 +14,7 @@ from rich.table import Table
 from mlx_mtp import OptionError, PromptError
 from mlx_mtp.cli.conversation import Conversation
 from mlx_mtp.engine import SEEDED_DEPTH
+from mlx_mtp.errors import plural
 from mlx_mtp.generation.types import acceptance
 
 EMBEDDED = "embedded"  # the name by which /model knows the model that comes with the program
@@ -130,7 +131,7 @@ def _stats(conversation: Conversation, _: str) -> None:
     chat, engine = conversation.chat, conversation.chat.engine
     kept = f"{len(chat.session.ids)} of at most {engine.max_context} tokens kept"
     rows = [
-        ("conversation", f"{conversation.turns} {'turn' if conversation.turns == 1 else 'turns'}, {kept}"),
+        ("conversation", f"{plural(conversation.turns, 'turn')}, {kept}"),
         ("K/V kept", f"{chat.session.nbytes / 1e6:.1f} MB"),
     ]
     if chat.last is not None:

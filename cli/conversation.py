@@ -18,6 +18,7 @@ from mlx_mtp.cli import toy
 from mlx_mtp.cli.line_input import interruption, no_echo
 from mlx_mtp.cli.progress import PatientBar
 from mlx_mtp.cli.reply_view import THINKING, MarkdownView, PlainView, View
+from mlx_mtp.errors import plural
 
 USUAL_TOKENS = 1024
 SAMPLING = tuple(entry.name for entry in fields(Sampling) if entry.name != "logit_bias")
@@ -179,5 +180,4 @@ class Conversation:
         if self.chat.thinking != (self.settings.thinking != "off"):
             self.settings = replace(self.settings, thinking="show" if self.chat.thinking else "off")
         ids = self.chat.session.ids
-        turns = f"{self.turns} {'turn' if self.turns == 1 else 'turns'}"
-        return f"loaded {turns} {f'with the K/V of {len(ids)} tokens' if ids else 'without K/V'}"
+        return f"loaded {plural(self.turns, 'turn')} {f'with the K/V of {len(ids)} tokens' if ids else 'without K/V'}"

@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -26,7 +26,7 @@ from mlx_mtp.training.optimizers import OPTIMIZERS
 from mlx_mtp.training.pipeline import train as run
 from mlx_mtp.training.recipe import FILE, Recipe
 from mlx_mtp.training.stages import Report
-from mlx_mtp.training.trainer import Stage
+from mlx_mtp.training.trainer import Returned, Stage, followed
 
 DEFAULTS, SHAPE = Recipe(), DrafterShape()
 Output = partial(typer.Option, rich_help_panel="The run")
@@ -36,7 +36,6 @@ Length = partial(typer.Option, rich_help_panel="How long, and how")
 Size = partial(Drafter, show_default="by target")
 GIVEN = ("COMMANDLINE", "ENVIRONMENT")  # where an option comes from that is not a default
 LOG_SECONDS = 60.0  # between two lines on how far it is, where no terminal shows bars
-Returned = TypeVar("Returned")
 
 FAMILY_HELP = f"{', '.join(FAMILIES)} (may be repeated), or none."
 TARGET_HELP = "Finished target, a folder, a hub name or 'smollm2'; it does not change."
@@ -128,25 +127,24 @@ def show(stages: Generator[Stage, None, Returned], console: Console, command: st
     goes_on = f"Stopped; what was done is kept. To go on: {command}"
     tasks: dict[str, TaskID] = {}
     next_line = 0.0
+
+    def hear(stage: Stage) -> None:
+        nonlocal next_line
+        if stage.name not in tasks:
+            tasks[stage.name] = bars.add_task(stage.name, total=stage.steps)
+        line = stage.name
+        if stage.figures:
+            line += f": loss {stage.figures['loss']:.3f}, {stage.tokens_per_second:,.0f} tokens/s"
+        bars.update(tasks[stage.name], completed=stage.step, description=line)
+        if not console.is_interactive and time.monotonic() >= next_line:
+            console.print(f"{line}, {stage.step:,} of {stage.steps:,}", soft_wrap=True)
+            next_line = time.monotonic() + LOG_SECONDS
+        if stage.held_out:
+            figures = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in stage.held_out.items())
+            bars.console.print(f"{stage.name} step {stage.step}, held out: {figures}", soft_wrap=True)
+
     with answered(console, goes_on), Progress(*columns, console=console) as bars, closing(stages):
-        while True:
-            try:
-                stage = next(stages)
-            except StopIteration as end:
-                returned: Returned = end.value
-                return returned
-            if stage.name not in tasks:
-                tasks[stage.name] = bars.add_task(stage.name, total=stage.steps)
-            line = stage.name
-            if stage.figures:
-                line += f": loss {stage.figures['loss']:.3f}, {stage.tokens_per_second:,.0f} tokens/s"
-            bars.update(tasks[stage.name], completed=stage.step, description=line)
-            if not console.is_interactive and time.monotonic() >= next_line:
-                console.print(f"{line}, {stage.step:,} of {stage.steps:,}", soft_wrap=True)
-                next_line = time.monotonic() + LOG_SECONDS
-            if stage.held_out:
-                figures = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in stage.held_out.items())
-                bars.console.print(f"{stage.name} step {stage.step}, held out: {figures}", soft_wrap=True)
+        return followed(stages, hear)
 
 
 @contextmanager

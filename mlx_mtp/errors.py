@@ -87,3 +87,8 @@ def brief(error: BaseException) -> str:
     elif isinstance(error, (KeyError, IndexError, AttributeError, AssertionError)) or not text:
         text = f"{type(error).__name__} {text}".strip()
     return text if len(text) <= 200 else text[:196] + " ..."
+
+
+def plural(count: int, what: str) -> str:
+    """'1 draft', '2 drafts'."""
+    return f"{count} {what}{'s' * (count != 1)}"

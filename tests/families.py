@@ -17,6 +17,7 @@ import mlx_mtp
 from mlx_mtp.drafters.parallel import ParallelModel
 from mlx_mtp.drafters.sequential import SequentialModel
 from mlx_mtp.generation.interfaces import Drafter, States, Target
+from mlx_mtp.training.trainer import followed
 
 HEAD_DIM, EPS = 8, 1e-5
 MODELS = {"parallel_heads": ParallelModel, "sequential_modules": SequentialModel}
@@ -112,11 +113,7 @@ def drafted(
 def drained(walk: Generator[Any, None, Any]) -> tuple[list[Any], Any]:
     """What a generator yields, and what it returns."""
     found: list[Any] = []
-    while True:
-        try:
-            found.append(next(walk))
-        except StopIteration as end:
-            return found, end.value
+    return found, followed(walk, found.append)
 
 
 # Conversations: 128 tokens, of which the target only writes those that stand for themselves.

@@ -26,6 +26,7 @@ from typing import Protocol
 import numpy as np
 
 from mlx_mtp.checkpoints.kept import Kept
+from mlx_mtp.errors import plural
 
 log = logging.getLogger(__name__)
 
@@ -99,14 +100,10 @@ class FixedDepth(DepthPolicy):
     def reason(self) -> str:
         if not self.deepest:
             return "Not drafting: the depth is fixed at 0."
-        return f"Drafting {_counted(self.deepest, 'token')} a round: the depth is fixed."
+        return f"Drafting {plural(self.deepest, 'token')} a round: the depth is fixed."
 
     def next(self) -> int:
         return self.deepest
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'s' * (count != 1)}"
 
 
 class RoundCosts:
@@ -395,8 +392,8 @@ class DepthController(DepthPolicy):
         cost, tokens = self.costs.cost(depth), self._tokens(depth)
         takes = f"takes {cost:.1f} times a plain one and yields"
         if self._chosen:
-            return f"Drafting {_counted(depth, 'token')} a round: a round {takes} {tokens:.1f} tokens."
-        return f"Not drafting: a round of {_counted(depth, 'draft')} {takes} only {tokens:.1f} tokens."
+            return f"Drafting {plural(depth, 'token')} a round: a round {takes} {tokens:.1f} tokens."
+        return f"Not drafting: a round of {plural(depth, 'draft')} {takes} only {tokens:.1f} tokens."
 
     def save(self) -> None:
         if self.kept is None:

@@ -14,10 +14,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,6 +34,7 @@ from mlx_mtp.training.run_folder import RESUME, cut_log, locked, read_log, read_
 # A batch is one array [B, ...] or several. loss(module, batch, progress) -> scalar to minimise and a vector of figures
 # to report, both means over the rows. progress: float32 scalar, the share of all steps that is done, from 0 to below 1.
 Loss = Callable[[Any, Any, mx.array], tuple[mx.array, mx.array]]
+Returned = TypeVar("Returned")
 
 FLAT, FINAL_RATE = 0.3, 0.02  # share of the steps before the rate falls, and what is left of it at the end
 CLIP = 1.0  # most that the global norm of a gradient may be
@@ -53,6 +54,17 @@ class Stage:
     figures: Mapping[str, float] = field(default_factory=dict)
     held_out: Mapping[str, float] | None = None
     tokens_per_second: float = 0.0
+
+
+def followed(stages: Generator[Stage, None, Returned], hear: Callable[[Stage], None]) -> Returned:
+    """Runs stages to their end, tells of each, and returns what they return."""
+    while True:
+        try:
+            stage = next(stages)
+        except StopIteration as end:
+            returned: Returned = end.value
+            return returned
+        hear(stage)
 
 
 @dataclass(frozen=True, kw_only=True)
