@@ -1,5 +1,6 @@
 """Engines in threads: the same tokens as in one, and a process that leaves does so cleanly at any moment."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -120,6 +121,33 @@ def test_threads_that_have_ended() -> None:
 
 def test_daemons_in_the_middle_of_work() -> None:
     assert left(DAEMONS + "raise SystemExit('sentence')") == (1, "sentence\n")
+
+
+FORKS = """
+import time
+import mlx.core as mx
+a, done = mx.random.normal((1024, 1024)), False
+def product(x=a):
+    for _ in range(4): x = x @ a / 32
+    return x
+def go():
+    while not done: threads.run(lambda: mx.eval(product()))
+(worker := threading.Thread(target=go)).start()
+for i in range(20):
+    mx.async_eval(x := product())
+    time.sleep(0.001 * (i % 7))
+    if (child := os.fork()) == 0: os._exit(0)
+    os.waitpid(child, 0)
+    mx.eval(x)
+done = True
+worker.join()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_while_two_threads_compute() -> None:
+    """OpenBLAS ends its threads in front of a fork; nobody may wait for them then."""
+    assert left(FORKS)[0] == 0  # Python warns of any fork beside threads
 
 
 def test_an_interrupt_while_another_thread_decodes() -> None:

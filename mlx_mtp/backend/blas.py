@@ -28,6 +28,7 @@ AVX512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 
 # The loaded library stays in the process for good, so what was loaded is remembered for good.
 _loaded: str | None = None
+_library: ctypes.CDLL | None = None
 
 
 def load_fast_blas() -> str | None:
@@ -49,6 +50,16 @@ def name() -> str:
     if _loaded is None and "mlx.core" in sys.modules and any(map(_open, _candidates())):
         return TOO_LATE
     return _loaded or REFERENCE
+
+
+def threads(count: int | None = None) -> int | None:
+    """How many threads a product that begins now may take, after setting it to `count`; None where that is not ours to
+    set (no OpenBLAS)."""
+    if _library is None or not hasattr(_library, "openblas_set_num_threads"):
+        return None
+    if count is not None:
+        _library.openblas_set_num_threads(count)
+    return int(_library.openblas_get_num_threads())
 
 
 def core_type(cpuinfo: str) -> str | None:
@@ -101,10 +112,11 @@ def _open(path: str) -> ctypes.CDLL | None:
 
 def _load(path: str) -> str | None:
     """Loads a library with global symbols; returns its name, or None if it is not there or not suitable."""
+    global _library
     if (library := _open(path)) is None:
         return None
     # Opening a loaded library again only adds its symbols to the global scope.
-    ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+    _library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
     return f"{_version(library)} ({path})"
 
 

@@ -6,6 +6,9 @@ moment. It also means one set of compiled graphs for however many threads there 
 computed is still there for the next one: MLX's arrays belong to the thread that made them until they are evaluated.
 
 Invariant: once the process leaves, the thread is blocked in a system call and never runs Python again.
+
+A fork waits for the products that are being computed, because OpenBLAS ends its threads in front of one, also those
+that a product waits for (0.3.21): the parent would stand still for good.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from queue import SimpleQueue
 from typing import ParamSpec, TypeVar
 
 import mlx.core as mx
+
+from mlx_mtp.backend import blas
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -44,6 +49,7 @@ class Worker:
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         self._leaving: tuple[int, int] | None = None  # the ends of a pipe, once the process leaves
+        self.streams = [mx.default_stream(mx.cpu)]  # the main thread's, and the thread's once it runs
 
     def here(self) -> bool:
         """Whether this is a thread in which MLX work is done."""
@@ -81,6 +87,7 @@ class Worker:
             last()
 
     def _main(self) -> None:
+        self.streams.append(mx.default_stream(mx.cpu))
         while True:
             work = self._work.get()
             self.pause()
@@ -95,10 +102,29 @@ def _answer(future: Future[T], work: Callable[[], T]) -> None:
         future.set_exception(error)
 
 
+def _before_fork() -> None:
+    """From here on products are computed by the thread that asks; those that are not are waited for."""
+    global _blas_threads
+    if _blas_threads := blas.threads():
+        blas.threads(1)
+        for stream in _worker.streams:
+            mx.synchronize(stream)
+
+
+def _after_fork() -> None:
+    blas.threads(_blas_threads)
+
+
+def _in_child() -> None:
+    _after_fork()
+    _worker.begin()
+
+
 _worker = Worker()
+_blas_threads: int | None = None
 run, pause = _worker.run, _worker.pause
 atexit.register(_worker.leave)
-os.register_at_fork(after_in_child=_worker.begin)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)
 
 
 def device_work(function: Callable[P, T]) -> Callable[P, T]:
