@@ -40,7 +40,7 @@ def test_replies_are_the_targets_and_so_are_states(
     monkeypatch.setattr(library, "LONGEST", 9)
     prompts = [[30, 31, 32], [40, 41]]
     found = written(engine.target, Script(prompts, [], [], [], frozenset({50})), tmp_path)
-    tokens, mask, start, best, norm, states = found.rows(range(8))
+    tokens, mask, start, best, norm, states, replies = found.rows(range(8))
     agree: list[bool] = []
     for row, begin in sorted({(i, int(place)) for i in range(8) for place in start[i]}):
         places = np.flatnonzero(start[row] == begin)
@@ -52,6 +52,7 @@ def test_replies_are_the_targets_and_so_are_states(
         hidden = np.array(engine.target.forward(chat, engine.target.new_cache(256)).hidden)[0]
         assert np.abs(states[row, places] - hidden).max() < 0.02 * np.abs(hidden).max()
     assert np.mean(agree) > 0.99 and len(np.unique(start)) > 8 and states.dtype == np.float16
+    assert replies[replies > 0].tolist() == np.flatnonzero(mask == REPLY).tolist()
     for row, temperature in enumerate(TEMPERATURES * 2):
         told = np.flatnonzero(mask[row] == REPLY)
         assert tokens[row, :2].tolist() in ([30, 31], [40, 41]) and len(told) > LENGTH // 2
@@ -129,3 +130,12 @@ def test_a_drafter_learns_from_chats(family: str, engine: mlx_mtp.Engine, tmp_pa
     assert found[-1].held_out is not None and len(found[-1].held_out) == 3
     drawn = tmp_path / f"train-{family}" / "acceptance.png"
     assert drawn.exists() == (importlib.util.find_spec("matplotlib") is not None)
+
+
+def test_every_part_of_a_batch_finds_its_own_replies() -> None:
+    mask = np.random.default_rng(0).integers(0, 3, (6, 300))
+    parts = np.split(library.replies_of(mask, 3), 3)
+    for part, rows in zip(parts, np.split(mask, 3), strict=True):
+        assert part.shape[0] == 2 and part.size % 256 == 0
+        assert part[part > 0].tolist() == [i for i in np.flatnonzero(rows == REPLY) if i]
+    assert library.replies_of(np.zeros((2, 8), np.int32)).tolist() == [[0] * 128] * 2

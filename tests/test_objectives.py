@@ -24,6 +24,7 @@ from mlx_mtp.targets import load_target
 from mlx_mtp.targets.gemma4 import Gemma4Model, Gemma4Target
 from mlx_mtp.targets.gemma4_config import DEFAULT_ROPE, Gemma4Config
 from mlx_mtp.training import objective
+from mlx_mtp.training.chats import replies_of
 from mlx_mtp.training.objective import Joint
 
 WIDTH, VOCABULARY, CAP, WINDOW = 16, 24, 2.0, 3
@@ -63,8 +64,9 @@ def kept(
     start = mx.zeros_like(ids) if start is None else start
     hidden = target.forward(ids, objective._remembering(target, start)).hidden
     logits = target.head(hidden)
-    mask = mx.ones(ids.shape, mx.int32) if learned is None else mx.array(learned.astype(np.int32))
-    return ids, mask, start, mx.argmax(logits, axis=-1), mx.logsumexp(logits, axis=-1), hidden
+    mask = np.ones(tokens.shape, np.int32) if learned is None else learned.astype(np.int32)
+    best, norm = mx.argmax(logits, axis=-1), mx.logsumexp(logits, axis=-1)
+    return ids, mx.array(mask), start, best, norm, hidden, mx.array(replies_of(mask))
 
 
 def check(

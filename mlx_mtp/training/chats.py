@@ -38,7 +38,8 @@ ROWS, LONGEST, LONGEST_QUESTION = 64, 256, 64  # rows at a time; most tokens of 
 GROWTH = 128  # rows of K/V by which the buffers grow: every pass reads all there are
 LOOP, PERIOD = 48, 16  # so many tokens that repeat with at most this period are a loop
 NAMES = "tokens", "mask", "start", "best", "norm"
-# Those [B, L], and states [B, L, D]
+PLACES = 256  # batches have a multiple of so many tokens of replies, so that few shapes are compiled
+# Those [B, L], states [B, L, D] and replies, as replies_of makes them
 Batch = tuple[np.ndarray, ...]
 
 
@@ -226,6 +227,19 @@ def _shard(
             "states": states}  # fmt: skip
 
 
+def replies_of(mask: np.ndarray, parts: int = 1) -> np.ndarray:
+    """Where the tokens of replies are in a mask [B, L], int32 [B, R / B]: for every one of so many equal parts of the
+    rows, the numbers of its own B / parts * L places, in order, and 0 for want of more."""
+    pieces = mask.reshape(parts, -1) == REPLY
+    rows = len(mask) // parts
+    most = -(-max(1, pieces.sum(axis=1).max()) // PLACES) * PLACES
+    found = np.zeros((parts, rows, -(-most // rows)), np.int32)
+    for piece, into in zip(pieces, found.reshape(parts, -1), strict=True):
+        there = np.flatnonzero(piece)
+        into[: len(there)] = there
+    return found.reshape(len(mask), -1)
+
+
 class Chats:
     """What write_chats left in a folder. Raises CheckpointError for a file that is not whole."""
 
@@ -252,19 +266,20 @@ class Chats:
         """Root mean square of every number of a state, [D], over the first shard."""
         return np.asarray(np.sqrt(np.square(self._states[0], dtype=np.float32).mean(axis=(0, 1))))
 
-    def rows(self, which: Sequence[int]) -> Batch:
-        """Rows as the losses take them."""
+    def rows(self, which: Sequence[int], parts: int = 1) -> Batch:
+        """Rows as the losses take them, in so many equal parts."""
         states = np.stack([self._states[shard][row] for shard, row in (self._rows[i] for i in which)])
-        return *(array[list(which)] for array in (self.tokens, self.mask, *self._others)), states
+        arrays = [array[list(which)] for array in (self.tokens, self.mask, *self._others)]
+        return *arrays, states, replies_of(arrays[1], parts)
 
-    def batches(self, batch_size: int, seed: int) -> Callable[[int], Batch]:
+    def batches(self, batch_size: int, seed: int, parts: int = 1) -> Callable[[int], Batch]:
         """Batches as a pure function of the step; an epoch visits every row once, but for those left over."""
         each = max(1, len(self.tokens) // batch_size)
 
         def batch(step: int) -> Batch:
             epoch, index = divmod(step, each)
             order = np.random.default_rng((seed, epoch)).permutation(len(self.tokens))
-            return self.rows(order[index * batch_size : (index + 1) * batch_size].tolist())
+            return self.rows(order[index * batch_size : (index + 1) * batch_size].tolist(), parts)
 
         return batch
 

@@ -157,14 +157,16 @@ def _on_labels(
 @mx.custom_function
 def _distance(logits: mx.array, p: mx.array, late: mx.array) -> tuple[mx.array, mx.array]:
     """The loss of every place and its gradient [..., V], by hand: taken step by step it costs twice the time."""
-    size = logsumexp(logits)
-    q, mass = probabilities(logits - size[..., None]), p.sum(axis=-1, keepdims=True)
-    surprise, toward = size * mass[..., 0] - (p * logits).sum(axis=-1), q * mass - p
-    below = q < p
-    overlap, lacking = mx.minimum(p, q).sum(axis=-1, keepdims=True), mx.where(below, q, 0.0).sum(axis=-1, keepdims=True)
-    more = mx.where(overlap > LEAST, q * (lacking - below) / mx.maximum(overlap, LEAST), 0.0)
-    both = 0.5 * (surprise - mx.log(mx.maximum(overlap[..., 0], LEAST)))
-    return mx.where(late, both, surprise), mx.where(late, 0.5 * (toward + more), toward)
+    most, mass = logits.max(axis=-1, keepdims=True), p.sum(axis=-1, keepdims=True)
+    powers = probabilities(logits - most)
+    total = powers.sum(axis=-1, keepdims=True)
+    q, surprise = powers / total, (mx.log(total) + most) * mass - (p * logits).sum(axis=-1, keepdims=True)
+    lacking, overlap = mx.where(q < p, q, 0.0), mx.minimum(p, q).sum(axis=-1, keepdims=True)
+    known = mx.maximum(overlap, LEAST)
+    half, slope = mx.where(late, 0.5, 0.0), mx.where(late & (overlap > LEAST), 0.5, 0.0) / known
+    value = (1 - half) * surprise - half * mx.log(known)
+    gradient = q * ((1 - half) * mass + slope * lacking.sum(axis=-1, keepdims=True)) - (1 - half) * p - slope * lacking
+    return value[..., 0], gradient
 
 
 @_distance.vjp
@@ -250,45 +252,54 @@ def _frozen(
 ) -> Loss:
     """The loss of K = steps drafts on a target that does not learn, by `own` unembedding or the target's.
 
-    Batches are those of chats.py: tokens, mask, start, best, norm [B, T + 1 + K] and states [B, T + 1 + K, D];
-    places count whose drafted token is of a reply in their own chat. Cross-entropy of every draft against the
-    target's own distribution of the same token, as far as it lies on the shortlist; from LATE of the training on
-    half of it is -log sum min(p, q), the share that is accepted at temperature 1. Draft j is weighted by decay^j,
-    because it only counts when all before it were accepted; the weights add up to 1. Second result [K]: share of
-    places where this draft and all before it are the target's best tokens, so that 1 + their sum are the tokens of
-    a round.
+    Batches are those of chats.py: tokens, mask, start, best, norm [B, T + 1 + K], states [B, T + 1 + K, D] and replies
+    [B, R / B]; places count whose drafted token is of a reply in their own chat, and only for these R tokens logits are
+    computed. Cross-entropy of every draft against the target's own distribution of the same token, as far as it lies on
+    the shortlist; from LATE of the training on half of it is -log sum min(p, q), the share that is accepted at
+    temperature 1. Draft j is weighted by decay^j, because it only counts when all before it were accepted; the weights
+    add up to 1. Second result [K]: share of places where this draft and all before it are the target's best tokens, so
+    that 1 + their sum are the tokens of a round.
     """
     head = target.head if shortlist is None else target.head_on(shortlist)
 
     def loss(drafter: Any, batch: tuple[mx.array, ...], progress: mx.array = START) -> Result:
-        tokens, mask, start, best, norm, kept = batch
-        rows = tokens.shape[1] - 1 - steps
-        states = States(kept[:, :-1].astype(mx.float32))
-        hiddens = draft(drafter, states, tokens[:, :-1], start[:, :-1], rows)
+        tokens, mask, start, best, norm, kept, replies = batch
+        width = tokens.shape[1]
+        rows, token = width - 1 - steps, replies.reshape(-1)
+        hiddens = draft(drafter, States(kept[:, :-1].astype(mx.float32)), tokens[:, :-1], start[:, :-1], rows)
 
         def counts(j: int) -> mx.array:
             there = slice(j + 2, j + 2 + rows)
             return (mask[:, there] == REPLY) & (start[:, there] == start[:, :rows])
 
+        def of_tokens(j: int, places: mx.array) -> mx.array:
+            """[B, T, ...] -> [R, ...]: of the place whose draft j each token is; of any where there is none."""
+            place = mx.clip(token % width - 2 - j, 0, rows - 1)
+            return places.reshape(-1, *places.shape[2:])[token // width * rows + place]
+
         *table, ids = own(drafter) if own else (shortlist,)
-        wanted = head(states.hidden)
+        before = mx.maximum(token - 1, 0)
+        wanted = head(kept.reshape(-1, kept.shape[2])[before][None].astype(mx.float32))[0]
         if own and ids is not None:
-            wanted = wanted[..., ids]
-        targets, late = probabilities(wanted - norm[:, :-1, None]), progress >= LATE
+            wanted = wanted[:, ids]
+        targets, late = probabilities(wanted - norm.reshape(-1, 1)[before]), progress >= LATE
 
         def leaf(j: int, hidden: mx.array, *unembedding: mx.array) -> Result:
-            told, there = counts(j), slice(j + 1, j + 1 + rows)
-            share = told / mx.maximum(told.sum(), 1)
-            q = hidden @ unembedding[0].T if unembedding else head(hidden)
+            place = token % width - 2 - j
+            told = of_tokens(j, counts(j)) & (place >= 0) & (place < rows)
+            q = hidden @ unembedding[0].T if unembedding else head(hidden[None])[0]
             drawn = mx.argmax(mx.stop_gradient(q), axis=-1)
-            right = (drawn if ids is None else ids[drawn]) == best[:, there]
+            right = (drawn if ids is None else ids[drawn]) == best.reshape(-1)[before]
             (q,) = mx.depends([q], [right])  # as in _on_labels
-            value = distance(q, targets[:, there], late)
-            return (value * share).sum(), (right & told).astype(mx.float32)
+            return (distance(q, targets, late) * told).sum() / mx.maximum(told.sum(), 1), right
 
         weights = [decay**j / sum(decay**i for i in range(steps)) for j in range(steps)]
-        total, right = in_order(leaf, weights)(mx.stack(hiddens), *table)
-        return total, mx.cumprod(right, axis=0).sum(axis=(1, 2)) / mx.maximum(counts(0).sum(), 1)
+        found = mx.stack([of_tokens(j, hidden) for j, hidden in enumerate(hiddens)])
+        total, right = in_order(leaf, weights)(found, *table)
+        slot = mx.cumsum((mask == REPLY).reshape(-1)).reshape(mask.shape) - 1
+        chain = [right[j][slot[:, j + 2 : j + 2 + rows]] & counts(j) for j in range(steps)]
+        accepted = mx.cumprod(mx.stack(chain).astype(mx.float32), axis=0).sum(axis=(1, 2))
+        return total, accepted / mx.maximum(counts(0).sum(), 1)
 
     return loss
 

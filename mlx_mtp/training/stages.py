@@ -101,8 +101,9 @@ def drafter_stage(
     fixed = held.batches(size, 0)
     options = recipe.options(recipe.drafter_steps, DRAFTER_RATE if new else 1.0, PATIENCE)
     trainer = Trainer(
-        module, loss, chats.batches(recipe.batch_size, recipe.seed), options, run / f"train-{shape.family}",
-        data=chats.name, held_out=[fixed(i) for i in range(min(HELD_OUT_BATCHES, len(held.tokens) // size))],
+        module, loss, chats.batches(recipe.batch_size, recipe.seed, recipe.accumulate), options,
+        run / f"train-{shape.family}", data=chats.name,
+        held_out=[fixed(i) for i in range(min(HELD_OUT_BATCHES, len(held.tokens) // size))],
         figures=figures, name=shape.family,
     )  # fmt: skip
     for stage in trainer.run():
