@@ -9,9 +9,10 @@ import sys
 import termios
 import tty
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from threading import Event
 from typing import Any
+
+from mlx_mtp.checkpoints.kept import user_folder
 
 PROMPT = "> "
 HINT = "Ctrl-D leaves, /help shows the commands."
@@ -104,8 +105,7 @@ def _history() -> Any:
     """What was typed in earlier chats, in the user's data folder; of this chat only where that cannot be written."""
     from prompt_toolkit.history import FileHistory
 
-    home = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
-    file = Path(home, "mlx_mtp", "chat_history")
+    file = user_folder("XDG_DATA_HOME", ".local/share") / "mlx_mtp" / "chat_history"
 
     class History(FileHistory):
         def store_string(self, string: str) -> None:

@@ -340,3 +340,24 @@ def test_names_that_would_break_a_line_or_a_terminal(name: str, embedded: mlx_mt
     ):  # fmt: skip
         sentence = refusal(call)
         assert sentence.isprintable() and sentence.encode(), sentence
+
+
+HOMELESS = """
+import pwd, sys
+def nobody(_): raise KeyError
+pwd.getpwuid = nobody
+from mlx_mtp.cli.app import main
+sys.argv = ["mlx-mtp", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.parametrize("arguments", ["models", "chat --max-tokens 4", "train --target x --data ~nobody-here/x.txt"])
+def test_a_user_without_a_home(tmp_path: Path, arguments: str) -> None:
+    """As in a container that runs with a number as its user: nothing is kept, and no folder is named ~."""
+    homes = "HOME", "MLX_MTP_CACHE", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "HF_HOME", "HF_HUB_CACHE"
+    environment = {name: value for name, value in os.environ.items() if name not in homes}
+    found = subprocess.run([sys.executable, "-c", HOMELESS, *arguments.split()], cwd=tmp_path, env=environment,
+                           input="hello\n", capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert "Traceback" not in found.stderr and found.returncode == (2 if "train" in arguments else 0), found.stderr
+    assert not list(tmp_path.iterdir())

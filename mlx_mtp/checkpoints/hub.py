@@ -252,8 +252,9 @@ def _whole(name: str, revision: str) -> Path | None:
     """The snapshot of a revision, where it has all its files as far as anything here tells."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    # Of a name that the hub does not allow, and bytes in refs that are no UTF-8, comes a ValueError.
-    with contextlib.suppress(LocalEntryNotFoundError, ValueError), _quiet():
+    # Of a name that the hub does not allow, and bytes in refs that are no UTF-8, comes a ValueError, and of a user
+    # without a home a RuntimeError.
+    with contextlib.suppress(LocalEntryNotFoundError, ValueError, RuntimeError), _quiet():
         # Compares with the hub's listing, where the download that made the snapshot kept it.
         found = huggingface_hub.snapshot_download(
             name, revision=revision, local_files_only=True, allow_patterns=FILES, ignore_patterns=NO_FILES

@@ -19,11 +19,22 @@ log = logging.getLogger(__name__)
 VERSION = 2  # of the files; another one is not read
 
 
+def user_folder(variable: str, below: str) -> Path:
+    """A user's folder for one kind of files: $variable, else `below` in the home folder.
+
+    Users without a home, as in some containers, get a place that is nowhere, where nothing is found or kept.
+    """
+    if chosen := os.environ.get(variable):
+        return Path(chosen)
+    home = os.path.expanduser("~")
+    return Path("/nonexistent" if home == "~" else home, below)
+
+
 def cache_folder() -> Path:
     """$MLX_MTP_CACHE, else the user's cache folder."""
     if chosen := os.environ.get("MLX_MTP_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_mtp"
+    return user_folder("XDG_CACHE_HOME", ".cache") / "mlx_mtp"
 
 
 def profiles_path() -> Path:

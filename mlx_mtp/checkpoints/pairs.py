@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mlx_mtp.checkpoints import memory
+from mlx_mtp.checkpoints.kept import user_folder
 from mlx_mtp.errors import OptionError, explaining
 
 OURS = Path(__file__).with_name("pairs.json")
@@ -100,8 +101,7 @@ def instead(weights: int) -> str:
 
 
 def user_table() -> Path:
-    config = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
-    return Path(config) / "mlx-mtp" / "pairs.json"
+    return user_folder("XDG_CONFIG_HOME", ".config") / "mlx-mtp" / "pairs.json"
 
 
 def _table() -> list[KnownPair]:

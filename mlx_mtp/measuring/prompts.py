@@ -13,6 +13,7 @@ as one user message, or with `raw` (the option, or true in a record) continued a
 from __future__ import annotations
 
 import gzip
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def read_prompts(
     """
     found: dict[str, list[BenchPrompt]] = {}
     for file in files or [BUILT_IN]:
-        for prompt in _read(Path(file).expanduser(), raw):
+        for prompt in _read(Path(os.path.expanduser(file)), raw):
             found.setdefault(prompt.category, []).append(prompt)
     wanted = {name.casefold() for name in categories}
     if missing := wanted - {name.casefold() for name in found}:

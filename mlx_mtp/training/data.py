@@ -11,6 +11,7 @@ import contextlib
 import glob
 import hashlib
 import json
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -165,7 +166,7 @@ def _wrong(where: object, expected: str, found: object, advice: str) -> DataErro
 
 
 def _files(source: str) -> list[Path]:
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     try:
         if path.is_file():
             return [path]

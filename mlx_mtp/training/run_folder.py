@@ -6,6 +6,8 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,12 @@ MODEL_SUFFIXES = frozenset({".json", ".safetensors", ".model", ".jinja", ".txt"}
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds `folder`, which is made where it is not there, for one run.
+    """Holds `folder`, which is made where it is not there and goes again if nothing comes into it, for one run.
 
     CheckpointError while another process or run holds it, or where it cannot be written into. The system frees the
     lock when the process ends, however it ends.
     """
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         opened = (folder / "lock").open("w")
@@ -40,7 +43,11 @@ def locked(folder: Path) -> Iterator[None]:
             raise CheckpointError(
                 f"{folder}: another run is training into it; wait for that one, or choose another folder."
             ) from error
-        yield
+        try:
+            yield
+        finally:
+            if made and os.listdir(folder) == ["lock"]:
+                shutil.rmtree(folder)
 
 
 def hashed(parts: object) -> str:
