@@ -6,8 +6,9 @@
 
 documents: so many answers to the schemas of schemas.jsonl, in turn at T = 0, 1 and 2 and depths 1 to 8, checked by the
 library jsonschema; answer n is the same wherever a run starts, so that many can be made in parts. speed: tokens a
-second of one answer, free with drafts, held with drafts and held without, in turns. masks: milliseconds that a round's
-masks take, for a folder's tokenizer; no model runs.
+second of answers that the model also writes where nothing holds it, so that the text is the same: free with drafts,
+held with drafts and held without, in turns. masks: milliseconds that a round's masks take, for a folder's tokenizer; no
+model runs.
 """
 
 from __future__ import annotations
@@ -71,29 +72,71 @@ def documents(model: str | None, start: int, count: int, most: int) -> dict[str,
     return {"asked": count, "invalid": 0, **met}
 
 
-def speed(model: str | None, drafter: str, runs: int, tokens: int) -> dict[str, Any]:
-    """Medians of tokens a second, interleaved, and of the ratios that matter."""
+PEOPLE = [("Ann", "Oslo", 34, "rowing"), ("Bo", "Turku", 51, "chess"), ("Cleo", "Nice", 28, "pottery"),
+          ("Dag", "Bergen", 45, "skiing"), ("Eva", "Graz", 39, "running"), ("Finn", "Cork", 62, "fishing")]  # fmt: skip
+TOLD, SHORT = 2, 3  # people of the example, and the first one of a short question
+LIST = {"type": "array", "items": {
+    "type": "object", "additionalProperties": False, "required": ["name", "age", "city", "hobby"],
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "city": {"type": "string"},
+                   "hobby": {"type": "string"}},
+}}  # fmt: skip
+
+
+def tasks() -> dict[str, list[dict[str, str]]]:
+    """Chats with one example of what is asked, after which a small model answers in JSON by itself."""
+
+    def listed(people: Any, city: str | None = None) -> str:
+        return json.dumps([{"name": name, "age": age, "city": city or home, "hobby": hobby}
+                           for name, home, age, hobby in people])  # fmt: skip
+
+    def text(people: Any) -> str:
+        return "Write as JSON: " + " ".join(
+            f"{name} is {age} years old, lives in {city} and likes {hobby}." for name, city, age, hobby in people
+        )
+
+    def chat(*said: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": content}
+                for role, content in zip(("user", "assistant", "user"), said, strict=True)]  # fmt: skip
+
+    known, asked = PEOPLE[:TOLD], PEOPLE[TOLD:]
+    return {
+        "from a text": chat(text(known), listed(known), text(asked)),
+        "from a short text": chat(text(known), listed(known), text(PEOPLE[SHORT:])),
+        "an edit": chat(f"Change the city of all to Rome: {listed(known)}", listed(known, "Rome"),
+                        f"Change the city of all to Paris: {listed(asked)}"),
+        "invented": chat("Invent 4 people as JSON.", listed(PEOPLE[:4]), "Invent 4 other people as JSON."),
+    }  # fmt: skip
+
+
+def speed(model: str | None, drafter: str, runs: int, most: int) -> dict[str, Any]:
+    """Of every task medians of tokens a second, interleaved; means of the ratios where the text is the same."""
     mtp = mlx_mtp.load(model, drafter=drafter)
     plain = mlx_mtp.Engine(mtp.target, None, mtp.tokenizer, stop_tokens=mtp.stop_tokens, defaults=mtp.defaults)
-    prompt = ASK + json.dumps(REPORT)
     kinds: dict[str, tuple[mlx_mtp.Engine, dict[str, Any]]] = {
-        "free, with drafts": (mtp, {"ignore_end": True}), "held, with drafts": (mtp, {"json_schema": REPORT}),
-        "held, without": (plain, {"json_schema": REPORT}),
+        "free": (mtp, {}), "held": (mtp, {"json_schema": LIST}), "held plainly": (plain, {"json_schema": LIST})
     }  # fmt: skip
-    found: dict[str, list[float]] = {kind: [] for kind in kinds}
-    passes: dict[str, float] = {}
-    for run in range(runs + 1):
-        for kind in list(kinds) if run % 2 else list(reversed(kinds)):
-            engine, options = kinds[kind]
-            stats = engine.generate(prompt, max_tokens=tokens, temperature=0, **options).stats
-            passes[kind] = stats.tokens_per_round
-            if run:  # the first compiles
-                found[kind].append(stats.decode_tokens_per_second)
-    medians = {kind: statistics.median(rates) for kind, rates in found.items()}
-    free, held, without = medians.values()
+    rows: dict[str, dict[str, Any]] = {}
+    for task, chat in tasks().items():
+        rates, results = {kind: list[float]() for kind in kinds}, dict[str, mlx_mtp.Result]()
+        for run in range(runs + 1):
+            for kind in list(kinds) if run % 2 else list(reversed(kinds)):
+                engine, options = kinds[kind]
+                results[kind] = engine.generate(chat, max_tokens=most, temperature=0, **options)
+                if run:  # the first compiles
+                    rates[kind].append(results[kind].stats.decode_tokens_per_second)
+        free, held, without = (statistics.median(each) for each in rates.values())
+        rows[task] = {
+            "tokens": results["held"].stats.tokens, "same text": len({result.text for result in results.values()}) == 1,
+            "tokens_per_second": dict(zip(kinds, (free, held, without), strict=True)),
+            "tokens_per_round": {kind: result.stats.tokens_per_round for kind, result in results.items()},
+            "held over free": held / free, "held over held plainly": held / without,
+        }  # fmt: skip
+        print(task, rows[task], flush=True)
+    alike = [row for row in rows.values() if row["same text"]]
+    means = {name: statistics.geometric_mean(row[name] for row in alike)
+             for name in ("held over free", "held over held plainly")}  # fmt: skip
     assert mtp.target.path is not None
-    return {"tokens_per_second": medians, "tokens_per_round": passes, "held over free": held / free,
-            "with over without drafts": held / without, "mask_ms": masks(mtp.target.path)}  # fmt: skip
+    return {"tasks": rows, **means, "mask_ms": masks(mtp.target.path)}
 
 
 def masks(folder: Path) -> dict[str, Any]:
