@@ -263,6 +263,25 @@ def masks(results: Results) -> Rows:
     return ("drafts", f"masks of a round over {results['vocabulary']:,} tokens, ms", "99th percentile"), rows
 
 
+@block("constrained.json", "constrained.py speed --model smollm2 --drafter lookup+auto --max-tokens 160")
+def held(results: Results) -> Rows:
+    """Answers held to a schema beside the same answers free."""
+    names = "held over free", "held over held plainly"
+    rows = [
+        [task, row["tokens"], f"{row['tokens_per_round']['held']:.2f}", *(f"{row[name]:.2f}" for name in names)]
+        for task, row in results["tasks"].items() if row["same text"]
+    ]  # fmt: skip
+    mean = ["geometric mean", "", "", *(f"{results[name]:.2f}" for name in names)]
+    return ("answer", "tokens", "tokens a round", *names), [*rows, mean]
+
+
+@block("documents.json", "constrained.py documents [--model smollm2]")
+def documents(results: Results) -> Rows:
+    """Answers to many schemas, and how many of them are invalid."""
+    heads = "asked", "complete", "ended by length", "invalid", "drafted", "accepted"
+    return ("model", *heads), [[model, *(f"{row.get(name, 0):,}" for name in heads)] for model, row in results.items()]
+
+
 @block("real.json", "real.py equality")
 def real_equality(results: Results) -> Rows:
     """Greedy replies beside stock mlx-lm's, a row for every form of every real model."""
