@@ -268,7 +268,7 @@ def held(results: Results) -> Rows:
     """Answers held to a schema beside the same answers free."""
     names = "held over free", "held over held plainly"
     rows = [
-        [task, row["tokens"], f"{row['tokens_per_round']['held']:.2f}", *(f"{row[name]:.2f}" for name in names)]
+        [task, str(row["tokens"]), f"{row['tokens_per_round']['held']:.2f}", *(f"{row[name]:.2f}" for name in names)]
         for task, row in results["tasks"].items() if row["same text"]
     ]  # fmt: skip
     mean = ["geometric mean", "", "", *(f"{results[name]:.2f}" for name in names)]
@@ -297,7 +297,7 @@ def real_equality(results: Results) -> Rows:
                 model["title"], form, f"{len(prompts)} of {found['tokens']} tokens, up to token {longest:,}",
                 _same([prompt["differs"]["plain"] for prompt in prompts]),
                 _same([prompt["differs"][name] for prompt in prompts for name in drafted]),
-                f"{min(taus):.2f} to {max(taus):.2f}" if taus else "",
+                " to ".join(sorted({f"{min(taus):.2f}", f"{max(taus):.2f}"})) if taus else "",
                 f"{peaks['plain']:,.0f}", f"{peaks['stock mlx-lm']:,.0f}",
             ])  # fmt: skip
     return heads, rows
