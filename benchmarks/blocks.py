@@ -297,7 +297,7 @@ def real_equality(results: Results) -> Rows:
                 model["title"], form, f"{len(prompts)} of {found['tokens']} tokens, up to token {longest:,}",
                 _same([prompt["differs"]["plain"] for prompt in prompts]),
                 _same([prompt["differs"][name] for prompt in prompts for name in drafted]),
-                " to ".join(sorted({f"{min(taus):.2f}", f"{max(taus):.2f}"})) if taus else "",
+                " to ".join(dict.fromkeys([f"{min(taus):.2f}", f"{max(taus):.2f}"])) if taus else "",
                 f"{peaks['plain']:,.0f}", f"{peaks['stock mlx-lm']:,.0f}",
             ])  # fmt: skip
     return heads, rows

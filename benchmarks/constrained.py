@@ -6,10 +6,9 @@
 
 documents: so many answers to the schemas of schemas.jsonl, in turn at T = 0, 1 and 2 and depths 1 to 8, checked by the
 library jsonschema; answer n is the same wherever a run starts, so that many can be made in parts, which --json adds up
-by model. speed: tokens a
-second of answers that the model also writes where nothing holds it, so that the text is the same: free with drafts,
-held with drafts and held without, in turns. masks: milliseconds that a round's masks take, for a folder's tokenizer; no
-model runs.
+by model. speed: tokens a second of answers that the model also writes where nothing holds it, so that the text is the
+same: free with drafts, held with drafts and held without, in turns. masks: milliseconds that a round's masks take, for
+a folder's tokenizer; no model runs.
 """
 
 from __future__ import annotations

@@ -52,14 +52,14 @@ def name() -> str:
     return _loaded or REFERENCE
 
 
-def threads(count: int | None = None) -> int | None:
-    """How many threads a product that begins now may take, after setting it to `count`; None where that is not ours to
-    set (no OpenBLAS)."""
+def use_threads(count: int) -> int | None:
+    """A product that begins now takes at most so many threads; returns how many it took before, None where that is not
+    ours to set (no OpenBLAS)."""
     if _library is None or not hasattr(_library, "openblas_set_num_threads"):
         return None
-    if count is not None:
-        _library.openblas_set_num_threads(count)
-    return int(_library.openblas_get_num_threads())
+    before = int(_library.openblas_get_num_threads())
+    _library.openblas_set_num_threads(count)
+    return before
 
 
 def core_type(cpuinfo: str) -> str | None:

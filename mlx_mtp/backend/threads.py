@@ -105,14 +105,16 @@ def _answer(future: Future[T], work: Callable[[], T]) -> None:
 def _before_fork() -> None:
     """From here on products are computed by the thread that asks; those that are not are waited for."""
     global _blas_threads
-    if _blas_threads := blas.threads():
-        blas.threads(1)
+    _forking.acquire()  # a second fork meanwhile would take the 1 for what it has to restore
+    if _blas_threads := blas.use_threads(1):
         for stream in _worker.streams:
             mx.synchronize(stream)
 
 
 def _after_fork() -> None:
-    blas.threads(_blas_threads)
+    if _blas_threads:
+        blas.use_threads(_blas_threads)
+    _forking.release()
 
 
 def _in_child() -> None:
@@ -121,6 +123,7 @@ def _in_child() -> None:
 
 
 _worker = Worker()
+_forking = threading.Lock()
 _blas_threads: int | None = None
 run, pause = _worker.run, _worker.pause
 atexit.register(_worker.leave)

@@ -272,10 +272,13 @@ def _frozen(
             there = slice(j + 2, j + 2 + rows)
             return (mask[:, there] == REPLY) & (start[:, there] == start[:, :rows])
 
+        def place(j: int) -> mx.array:
+            """Whose draft j each token is, [R]; there is none outside 0 to T - 1."""
+            return token % width - 2 - j
+
         def of_tokens(j: int, places: mx.array) -> mx.array:
             """[B, T, ...] -> [R, ...]: of the place whose draft j each token is; of any where there is none."""
-            place = mx.clip(token % width - 2 - j, 0, rows - 1)
-            return places.reshape(-1, *places.shape[2:])[token // width * rows + place]
+            return places.reshape(-1, *places.shape[2:])[token // width * rows + mx.clip(place(j), 0, rows - 1)]
 
         *table, ids = own(drafter) if own else (shortlist,)
         before = mx.maximum(token - 1, 0)
@@ -285,8 +288,7 @@ def _frozen(
         targets, late = probabilities(wanted - norm.reshape(-1, 1)[before]), progress >= LATE
 
         def leaf(j: int, hidden: mx.array, *unembedding: mx.array) -> Result:
-            place = token % width - 2 - j
-            told = of_tokens(j, counts(j)) & (place >= 0) & (place < rows)
+            told = of_tokens(j, counts(j)) & (place(j) >= 0) & (place(j) < rows)
             q = hidden @ unembedding[0].T if unembedding else head(hidden[None])[0]
             drawn = mx.argmax(mx.stop_gradient(q), axis=-1)
             right = (drawn if ids is None else ids[drawn]) == best.reshape(-1)[before]
