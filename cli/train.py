@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from mlx_mtp.cli import options
 from mlx_mtp.cli.loading import fetch
+from mlx_mtp.errors import OptionError
 from mlx_mtp.training.families import FAMILIES, DrafterShape
 from mlx_mtp.training.optimizers import OPTIMIZERS
 from mlx_mtp.training.pipeline import train as run
@@ -41,6 +42,7 @@ FAMILY_HELP = f"{', '.join(FAMILIES)} (may be repeated), or none."
 TARGET_HELP = "Finished target, a folder, a hub name or 'smollm2'; it does not change."
 START_HELP = "What to go on training: a Gemma 4 target, or with --target a drafter."
 SHORTLIST_HELP = "Tokens that heads of the sequential and parallel families propose; 0 = all."
+AUX_HELP = "Layers of the target that the sequential family reads beside its last state; none for none."
 DATA_HELP = "What the target is asked, a small one's texts: JSONL, JSON, text, folder or pattern; may be repeated."
 DATA_DEFAULT = "it asks itself; a small one: Python's standard library"
 
@@ -67,6 +69,7 @@ def train(
     width: Annotated[int | None, Size(help="Hidden size of an assistant.")] = SHAPE.width,
     inner: Annotated[int | None, Size(help="Hidden size of feed-forward layers.")] = SHAPE.inner,
     shortlist: Annotated[int, Drafter(help=SHORTLIST_HELP)] = SHAPE.shortlist,
+    aux_layers: Annotated[str | None, Size(metavar="N,N", help=AUX_HELP)] = None,
     data: Annotated[list[str] | None, Length(metavar="FILE", help=DATA_HELP, show_default=DATA_DEFAULT)] = None,
     tokens: Annotated[int, Length(help="Tokens of self-generated data.")] = DEFAULTS.tokens,
     target_steps: Annotated[int, Length(help="Steps of the small target.")] = DEFAULTS.target_steps,
@@ -88,7 +91,8 @@ def train(
       mlx-mtp train --family assistant --family parallel --data my-texts --out runs/small
     """
     shapes = tuple(
-        DrafterShape(family=name, drafts=drafts, modules=modules, width=width, inner=inner, shortlist=shortlist)
+        DrafterShape(family=name, drafts=drafts, modules=modules, width=width, inner=inner, shortlist=shortlist,
+                     aux_layers=_layers(aux_layers))
         for name in ([] if family == ["none"] else family or [SHAPE.family])
     )
     given = {f.name: context.params[f.name] for f in fields(Recipe) if f.name in context.params}
@@ -102,6 +106,14 @@ def train(
     console.print(f"Done; all of it is in {out}.", soft_wrap=True)
     for report in reports:
         print(worth(report, recipe.target or str(out / "target")))
+
+
+def _layers(text: str | None) -> tuple[int, ...] | None:
+    """Numbers of layers as they were typed."""
+    try:
+        return None if text is None else () if text == "none" else tuple(map(int, text.split(",")))
+    except ValueError as error:
+        raise OptionError(f"--aux-layers takes numbers of layers, such as 10,20, or none, not '{text}'.") from error
 
 
 def worth(report: Report, target: str | None) -> str:

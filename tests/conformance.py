@@ -30,9 +30,11 @@ PAIRS = (
     ("ple", "assistant"), ("ple", "trunk"), ("ple", "modules"), ("ple", "lookup"), ("ple", "lookup+modules"),
     ("keqv", "assistant"), ("moe", "assistant"), ("unified", "assistant"),
     ("llama-sliding", "hidden"), ("llama-sliding", "lookup"), ("deepseek_v3", "modules"), ("gemma3_text", "trunk"),
+    ("ple", "layers"), ("llama-sliding", "lookup+layers"),
 )  # fmt: skip
 FAMILIES = {"trunk": ("parallel_heads", 3, {"reads": "trunk"}), "hidden": ("parallel_heads", 3, {}),
-            "modules": ("sequential_modules", 2, {})}  # fmt: skip
+            "modules": ("sequential_modules", 2, {}),
+            "layers": ("sequential_modules", 1, {"aux_layers": [1, 0]})}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

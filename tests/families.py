@@ -89,9 +89,9 @@ def drafted(
     def cut(start: int, stop: int, junk: int = 0) -> tuple[mx.array, States]:
         rows = mx.array(np.concatenate([tokens[start:stop], random.integers(0, 9, junk)])[None])
         noise = mx.array(random.normal(size=(1, junk, states.hidden.shape[-1])).astype(np.float32))
-        parts = [None if s is None else mx.concatenate([s[:, start:stop], noise], axis=1)
-                 for s in (states.hidden, states.trunk)]  # fmt: skip
-        return rows, States(parts[0], parts[1])
+        heard = states.of_layers(drafter.aux_layers)
+        hidden, *aux = (mx.concatenate([s[:, start:stop], noise], axis=1) for s in (heard.hidden, *heard.aux))
+        return rows, States(hidden, tuple(aux))
 
     while at < first:
         size = int(random.integers(1, first - at + 1))

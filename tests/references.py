@@ -1,6 +1,6 @@
 """Independent forward passes in NumPy, float64, row by row: a decoder layer with a past, and what is made of it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -115,11 +115,20 @@ def parallel_heads(weights: Weights, states: np.ndarray, eps: float = 1e-5) -> n
 
 
 class Equations:
-    """DeepSeek-V3's equations 21 to 23, row by row. states and embedded [T, D] are the target's."""
+    """DeepSeek-V3's equations 21 to 23, row by row. states and embedded [T, D] are the target's; so are aux, inputs of
+    its layers, which the first module may read beside (EAGLE-3, section 3.1)."""
 
-    def __init__(self, weights: Weights, states: np.ndarray, embedded: np.ndarray, eps: float = 1e-5) -> None:
-        self.w, self.states, self.embedded, self.eps = weights, states, embedded, eps
+    def __init__(
+        self, weights: Weights, states: np.ndarray, embedded: np.ndarray, aux: Sequence[np.ndarray] = (),
+        eps: float = 1e-5,
+    ) -> None:  # fmt: skip
+        self.w, self.states, self.embedded, self.aux, self.eps = weights, states, embedded, aux, eps
         self.modules = count_of(weights, "blocks.")
+
+    def read(self, row: int) -> np.ndarray:
+        """What the first module reads of the target's layers after the token at `row`."""
+        normed = [rms(each[row], self.w[f"aux_norms.{i}.weight"], self.eps) for i, each in enumerate(self.aux)]
+        return self.w["aux_proj.weight"] @ np.concatenate(normed)
 
     def join(self, k: int, state: np.ndarray, place: int) -> np.ndarray:
         w = below(self.w, f"blocks.{k}.")
@@ -134,7 +143,9 @@ class Equations:
         for row in range(newest + depth):
             for k, layer in enumerate(layers):
                 if row - 1 in left[k]:
-                    left[k + 1][row] = layer(self.join(k, left[k][row - 1], row), row)
+                    joined = self.join(k, left[k][row - 1], row)
+                    joined = joined + self.read(row - 1) if self.aux and k == 0 else joined
+                    left[k + 1][row] = layer(joined, row)
             if row not in left[-1] and row - 1 in left[-1]:  # nothing before it has a state: it goes on from its own
                 left[-1][row] = layers[-1](self.join(self.modules - 1, left[-1][row - 1], row), row)
         found = []

@@ -39,7 +39,7 @@ def test_replies_are_the_targets_and_so_are_states(
     """Against one pass over every chat alone, without a cache; the prompts are given as they are."""
     monkeypatch.setattr(library, "LONGEST", 9)
     prompts = [[30, 31, 32], [40, 41]]
-    found = written(engine.target, Script(prompts, [], [], [], frozenset({50})), tmp_path)
+    found = written(engine.target, Script(prompts, [], [], [], frozenset({50})), tmp_path, aux_layers=[1])
     tokens, mask, start, best, norm, states, replies = found.rows(range(8))
     agree: list[bool] = []
     for row, begin in sorted({(i, int(place)) for i in range(8) for place in start[i]}):
@@ -49,8 +49,11 @@ def test_replies_are_the_targets_and_so_are_states(
         logits = np.array(engine.target.logits(chat))[0].astype(np.float64)
         agree += (best[row, places] == logits.argmax(-1)).tolist()
         assert np.abs(norm[row, places] - np.log(np.exp(logits).sum(-1))).max() < 1e-3
-        hidden = np.array(engine.target.forward(chat, engine.target.new_cache(256)).hidden)[0]
-        assert np.abs(states[row, places] - hidden).max() < 0.02 * np.abs(hidden).max()
+        left = engine.target.forward(chat, engine.target.new_cache(256))
+        hidden, first = np.array(left.hidden)[0], np.array(left.aux[1])[0]
+        own, beside = np.split(states[row, places], 2, axis=-1)
+        assert np.abs(own - hidden).max() < 0.02 * np.abs(hidden).max()
+        assert np.abs(beside - first / np.sqrt(np.square(first).mean(-1, keepdims=True))).max() < 0.02
     assert np.mean(agree) > 0.99 and len(np.unique(start)) > 8 and states.dtype == np.float16
     assert replies[replies > 0].tolist() == np.flatnonzero(mask == REPLY).tolist()
     for row, temperature in enumerate(TEMPERATURES * 2):

@@ -134,7 +134,7 @@ def test_every_draft_is_the_heads_answer_to_one_state(reads: str, seed: int) -> 
     drafter.attach(target)
     tokens = np.random.default_rng(seed).integers(3, VOCABULARY, 40)
     states = target.forward(mx.array(tokens[None]), target.new_cache(256))
-    read = states.trunk if reads == "trunk" else states.hidden
+    read = states.aux[-1] if reads == "trunk" else states.hidden
     by_hand = parallel_heads(float64(named_parameters(model)), np.array(read)[0])
     expected = np.array(target.head(mx.array(by_hand.astype(np.float32))))
     whole = np.array(target.head(mx.concatenate(model(read))))
@@ -161,7 +161,8 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
 
 MODULES: list[tuple[dict[str, Any], str]] = [
     ({"modules": 0}, "'modules'"), ({"modules": 9}, "'modules'"), ({"modules": 3}, "lacks"),
-    ({"modules": "x"}, "'modules'"), ({"block": 7}, "'block'"),
+    ({"modules": "x"}, "'modules'"), ({"block": 7}, "'block'"), ({"aux_layers": 3}, "'aux_layers'"),
+    ({"aux_layers": [-1]}, "'aux_layers'"), ({"aux_layers": ["1"]}, "'aux_layers'"), ({"aux_layers": [1]}, "lacks"),
 ]  # fmt: skip
 
 
@@ -190,25 +191,28 @@ def test_heads_on_a_trunk_that_the_target_does_not_give() -> None:
 
     block = BLOCK | {"hidden_size": 1}
     drafter = Parallel(model_of(config_of("parallel_heads", 1, 6, 1, reads="trunk", block=block)), mx.float32)
-    with pytest.raises(mlx_mtp.IncompatibleDrafter, match="gives none"):
+    with pytest.raises(mlx_mtp.IncompatibleDrafter, match="those of none"):
         drafter.attach(MarkovTarget(mx.zeros((6, 6))))
 
 
 FAMILIES: dict[str, Callable[..., Any]] = {"parallel_heads": Parallel, "sequential_modules": Sequential}
 
 
+@pytest.mark.parametrize("aux_layers", [[], [1, 0]], ids=["", "aux"])
 @pytest.mark.parametrize(("modules", "depth"), [(1, 1), (1, 4), (2, 2), (3, 3), (2, 5), (3, 8)])
-def test_chains_follow_the_equations(modules: int, depth: int) -> None:
+def test_chains_follow_the_equations(modules: int, depth: int, aux_layers: list[int]) -> None:
     """In decoding, after any outcomes of the rounds before, and over the whole sequence at once."""
-    target, model = load_target(Checkpoint.open(GEMMA)), model_of(config_of("sequential_modules", WIDTH, 128, modules))
+    target = load_target(Checkpoint.open(GEMMA))
+    model = model_of(config_of("sequential_modules", WIDTH, 128, modules, aux_layers=aux_layers))
     drafter = Sequential(model, mx.float32)
     drafter.attach(target)
     tokens = np.random.default_rng(depth).integers(3, VOCABULARY, 36)
     states = target.forward(mx.array(tokens[None]), target.new_cache(256))
     embedded = target.embed(mx.array(tokens[None]))
-    hand = Equations(float64(named_parameters(model)), np.array(states.hidden)[0], np.array(embedded)[0])
-    places = len(tokens) - depth
-    whole = np.array(target.head(mx.concatenate(model(states.hidden[:, :places], embedded[:, 1:], depth))))
+    aux = [np.array(states.aux[layer])[0] for layer in aux_layers]
+    hand = Equations(float64(named_parameters(model)), np.array(states.hidden)[0], np.array(embedded)[0], aux)
+    read = model.read(states.of_layers(aux_layers).first(len(tokens) - depth))
+    whole = np.array(target.head(mx.concatenate(model(read, embedded[:, 1:], depth))))
     rounds = 0
     for first in (1, 5, 20):
         for at, logits in drafted(drafter, target, tokens, states, first, depth, first):
@@ -223,7 +227,8 @@ def test_chains_follow_the_equations(modules: int, depth: int) -> None:
 @pytest.mark.parametrize("dtypes", [(mx.float16, mx.float32), (mx.float32, mx.bfloat16), (mx.bfloat16, mx.float16)])
 def test_another_precision_than_the_targets(family: str, dtypes: tuple[mx.Dtype, mx.Dtype]) -> None:
     """Everything that comes from the target or goes to its head is cast, so that a round's arrays keep their types."""
-    target, model = load_target(Checkpoint.open(GEMMA)), model_of(config_of(family, WIDTH, VOCABULARY, 2))
+    aux = {"aux_layers": [0, 2]} if family == "sequential_modules" else {}
+    target, model = load_target(Checkpoint.open(GEMMA)), model_of(config_of(family, WIDTH, VOCABULARY, 2, **aux))
     target.dtype, dtype = dtypes
     target.model.update(tree_map(lambda array: array.astype(target.dtype), target.model.parameters()))
     model.update(tree_map(lambda array: array.astype(dtype), model.parameters()))
@@ -231,7 +236,8 @@ def test_another_precision_than_the_targets(family: str, dtypes: tuple[mx.Dtype,
     engine = mlx_mtp.Engine(target, drafter, None, depth=2)
     memory, tokens = drafter.start(1, 256), mx.array([[5, 6]])
     kinds = [array.dtype for _, array in tree_flatten(memory)]
-    memory = drafter.observe(memory, tokens, target.forward(tokens, target.new_cache(256)), mx.array([1]))
+    states = target.forward(tokens, target.new_cache(256)).of_layers(drafter.aux_layers)
+    memory = drafter.observe(memory, tokens, states, mx.array([1]))
     assert [array.dtype for _, array in tree_flatten(memory)] == kinds
     assert len(engine.generate([5, 6, 7], max_tokens=3, ignore_end=True).tokens) == 3
 

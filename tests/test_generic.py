@@ -112,12 +112,13 @@ def test_states(name: str, folders: dict[str, Path]) -> None:
     target, model = loaded(folders[name])
     tokens = tokens_of(7)
     states = target.forward(tokens, target.new_cache(256))
-    last, trunk = model.layers[-1], states.trunk
+    last, trunk = model.layers[-1], states.aux[-1]
+    assert len(states.aux) == len(model.layers) and difference(states.aux[0], target.embed(tokens)) < 1e-4
     assert difference(model.model.norm(last(trunk, mx.tril(mx.ones((7, 7), dtype=mx.bool_)))), states.hidden) < 1e-3
     for keep in (0, 1, 3, 7, 9):
         kept = target.forward(tokens, target.new_cache(256), keep)
         rows = min(keep, 7)
-        assert kept.hidden.shape[1] == kept.trunk.shape[1] == rows
+        assert kept.hidden.shape[1] == kept.aux[0].shape[1] == kept.aux[-1].shape[1] == rows
         assert not rows or difference(kept.hidden, states.hidden[:, -rows:]) < 1e-4
     scale = 32**0.5 if name.startswith("gemma") else 1.0
     assert difference(target.embed(tokens), model.model.embed_tokens(tokens) * scale) < 5e-2

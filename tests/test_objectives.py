@@ -36,6 +36,8 @@ TEXT = {
     "rope_parameters": DEFAULT_ROPE,
 }  # fmt: skip
 STEP = 1e-5  # of the finite differences
+HEADS = "trunk", "hidden"  # what parallel heads may read
+AUX = [1, 0]  # layers that modules may read, in an order of their own
 
 
 def gemma() -> Gemma4Model:
@@ -57,13 +59,16 @@ def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def kept(
-    target: Target, tokens: np.ndarray, learned: np.ndarray | None = None, start: mx.array | None = None
-) -> tuple[mx.array, ...]:
+    target: Target, tokens: np.ndarray, learned: np.ndarray | None = None, start: mx.array | None = None,
+    reads: str = "",
+) -> tuple[mx.array, ...]:  # fmt: skip
     """Tokens [B, L] as chats.py keeps them, all of a reply where `learned` does not say which, of one chat a row."""
     ids = mx.array(tokens)
     start = mx.zeros_like(ids) if start is None else start
-    hidden = target.forward(ids, objective._remembering(target, start)).hidden
-    logits = target.head(hidden)
+    states = target.forward(ids, objective._remembering(target, start))
+    sizes = [mx.sqrt(mx.square(state).mean(axis=-1, keepdims=True)) for state in states.aux]
+    beside = [states.aux[layer] / sizes[layer] for layer in (AUX if reads == "aux" else [])]
+    hidden, logits = mx.concatenate([states.hidden, *beside], axis=-1), target.head(states.hidden)
     mask = np.ones(tokens.shape, np.int32) if learned is None else learned.astype(np.int32)
     best, norm = mx.argmax(logits, axis=-1), mx.logsumexp(logits, axis=-1)
     return ids, mx.array(mask), start, best, norm, hidden, mx.array(replies_of(mask))
@@ -95,20 +100,20 @@ def check(
 
 
 def drafts_by_hand(
-    weights: Weights, hidden: np.ndarray, trunk: np.ndarray, embedded: np.ndarray, reads: str, steps: int
+    weights: Weights, hidden: np.ndarray, aux: list[np.ndarray], embedded: np.ndarray, reads: str, steps: int
 ) -> np.ndarray:
-    """What goes into the head, of heads that read one of the states or, where they read none, of modules: [K, T, D]."""
-    if reads:
-        return parallel_heads(weights, trunk if reads == "trunk" else hidden)
-    equations = Equations(weights, hidden, embedded)
+    """What goes into the head, of heads that read a state, or of modules, which may read layers: [K, T, D]."""
+    if reads in HEADS:
+        return parallel_heads(weights, aux[-1] if reads == "trunk" else hidden)
+    equations = Equations(weights, hidden, embedded, [aux[layer] for layer in (AUX if reads == "aux" else [])])
     return np.stack([equations.drafts(place + 1, steps) for place in range(len(hidden))], axis=1)
 
 
 def drafter_of(vocabulary: int, width: int, count: int, reads: str) -> nn.Module:
-    """Heads that read one of the states, or modules."""
-    if reads:
+    """Heads that read one of the states, or modules, which may read layers."""
+    if reads in HEADS:
         return model_of(config_of("parallel_heads", width, vocabulary, count, reads=reads))
-    return model_of(config_of("sequential_modules", width, vocabulary, count))
+    return model_of(config_of("sequential_modules", width, vocabulary, count, aux_layers=AUX if reads else []))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +133,7 @@ def test_joint(reads: str, count: int, steps: int, weight: float, progress: floa
             hidden, trunk = target.states(tokens[:rows])
             total += cross_entropy(target.head(hidden), tokens[1 : 1 + rows])
             embedded = np.stack([target.embed(token) for token in tokens])
-            found = drafts_by_hand(below(weights, "drafter."), hidden, trunk, embedded, reads, steps)
+            found = drafts_by_hand(below(weights, "drafter."), hidden, [trunk], embedded, reads, steps)
             for k, result in enumerate(found):
                 total += weight * cross_entropy(target.head(result), tokens[k + 2 : k + 2 + rows])
         return total / len(batch)
@@ -185,7 +190,7 @@ def frozen_by_hand(
     for tokens, told in zip(batch, learned, strict=True):
         row = mx.array(tokens[None])
         states = target.forward(row, target.new_cache(256))
-        parts = (states.hidden[:, :rows], states.trunk[:, :rows], target.embed(row), target.logits(row))
+        parts = (states.hidden[:, :rows], target.embed(row), target.logits(row), *(a[:, :rows] for a in states.aux))
         sequences.append([told, *(np.array(part)[0].astype(np.float64) for part in parts)])
     head = mx.eye(sequences[0][1].shape[1])  # the head is linear but for Gemma's cap
     products = np.array(target.head(head[None]))[0].astype(np.float64)
@@ -195,8 +200,8 @@ def frozen_by_hand(
 
     def loss(weights: Weights) -> float:
         totals, counts = np.zeros(count), np.zeros(count)
-        for told, hidden, trunk, embedded, wanted in sequences:
-            for j, result in enumerate(drafts_by_hand(weights, hidden, trunk, embedded, reads, count)):
+        for told, hidden, embedded, wanted, *aux in sequences:
+            for j, result in enumerate(drafts_by_hand(weights, hidden, aux, embedded, reads, count)):
                 logits = (result @ products)[:, ids]
                 logits = np.tanh(logits / cap) * cap if cap else logits
                 p, q = np.exp(log_softmax(wanted))[j + 1 : j + 1 + rows, ids], log_softmax(logits)
@@ -224,18 +229,18 @@ def some(batch: np.ndarray) -> np.ndarray:
     ("name", "reads", "count", "steps", "ids", "late"),
     [("gemma", "trunk", 2, 2, [], False), ("llama", "hidden", 2, 2, LISTED, True),
      ("quantised", "trunk", 2, 2, LISTED, False), ("gemma", "", 2, 2, LISTED, True), ("llama", "", 1, 3, [], True),
-     ("quantised", "", 2, 3, [], False)],
+     ("quantised", "", 2, 3, [], False), ("gemma", "aux", 1, 3, LISTED, True), ("llama", "aux", 2, 2, [], False)],
 )  # fmt: skip
 def test_on_a_frozen_target(
     name: str, reads: str, count: int, steps: int, ids: list[int], late: bool, targets: dict[str, Target]
 ) -> None:
-    target, batch = targets[name], batch_of(5 + steps, 2 if reads else 1, 96)
+    target, batch = targets[name], batch_of(5 + steps, 2 if reads in HEADS else 1, 96)
     drafter = drafter_of(target.info.vocab_size, 32, count, reads)
     every = list(range(target.info.vocab_size))
     by_hand = frozen_by_hand(target, batch, some(batch), steps, 0.7, ids or every, late, reads)
     listed = mx.array(ids, dtype=mx.int32) if ids else None
-    loss = (objective.parallel_loss if reads else objective.sequential_loss)(target, steps, 0.7, listed)
-    check(drafter, loss, kept(target, batch, some(batch)), by_hand, 0.7 if late else 0.3)
+    loss = (objective.parallel_loss if reads in HEADS else objective.sequential_loss)(target, steps, 0.7, listed)
+    check(drafter, loss, kept(target, batch, some(batch), reads=reads), by_hand, 0.7 if late else 0.3)
 
 
 def test_a_frozen_target_stays_as_it_is(targets: dict[str, Target]) -> None:
@@ -257,7 +262,7 @@ def test_a_frozen_target_stays_as_it_is(targets: dict[str, Target]) -> None:
         assert abs(figures[j].item() - alive.sum() / told[:, 2:39].sum()) < 1e-6
 
 
-@pytest.mark.parametrize("reads", ["trunk", "hidden", "", "assistant"])
+@pytest.mark.parametrize("reads", ["trunk", "hidden", "", "aux", "assistant"])
 @pytest.mark.parametrize("progress", [0.3, 0.7])
 def test_chats_of_one_row_do_not_see_each_other(reads: str, progress: float, targets: dict[str, Target]) -> None:
     """Loss, figures and slopes of two chats one after the other are the means of those of each alone."""
@@ -267,13 +272,14 @@ def test_chats_of_one_row_do_not_see_each_other(reads: str, progress: float, tar
         loss = objective.assistant_loss(target, 2)
     else:
         drafter = drafter_of(128, 32, 2, reads)
-        loss = (objective.parallel_loss if reads else objective.sequential_loss)(target, 2)
+        loss = (objective.parallel_loss if reads in HEADS else objective.sequential_loss)(target, 2)
     told = np.ones((2, 24), bool)
     told[:, [11, 23]] = False  # the last places of a row have no second draft
-    both = kept(target, tokens, told, mx.array(np.repeat([[0, 12]], 2, axis=0).repeat(12, axis=1).astype(np.int32)))
+    start = mx.array(np.repeat([[0, 12]], 2, axis=0).repeat(12, axis=1).astype(np.int32))
+    both = kept(target, tokens, told, start, reads)
     slope, parts = nn.value_and_grad(drafter, loss), np.split(tokens, 2, axis=1)
     (found, figures), gradients = slope(drafter, both, mx.array(progress))
-    alone = [slope(drafter, kept(target, part, told[:, :12]), mx.array(progress)) for part in parts]
+    alone = [slope(drafter, kept(target, part, told[:, :12], reads=reads), mx.array(progress)) for part in parts]
     assert abs(found.item() - np.mean([value.item() for (value, _), _ in alone])) < 1e-4
     assert np.allclose(figures, np.mean([np.array(right) for (_, right), _ in alone], axis=0), atol=1e-6)
     for (name, one), *others in zip(tree_flatten(gradients), *(tree_flatten(each) for _, each in alone), strict=True):

@@ -21,7 +21,7 @@ from mlx_mtp.generation.prefix import Session, _intact
 def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, mlx_mtp.Engine]:
     """One target with windows of 8 tokens; decoding plainly, and with drafters without and with K/V of their own."""
     folder = tmp_path_factory.mktemp("drafters")
-    sequential = written(folder / "sequential", config_of("sequential_modules", 32, 128, 2))
+    sequential = written(folder / "sequential", config_of("sequential_modules", 32, 128, 2, aux_layers=[1]))
     drafters = {"none": None, "assistant": GOLDEN / "ple" / "assistant_tied", "sequential": sequential}
     return {name: lively("ple", drafter, depth=2 if drafter else "auto") for name, drafter in drafters.items()}
 

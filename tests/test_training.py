@@ -8,17 +8,19 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import Command, ran
+from conftest import GOLDEN, Command, ran
 from references import log_softmax
 from test_objectives import kept
 
 import mlx_mtp
+from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.drafters.assistant import AssistantConfig, AssistantModel
+from mlx_mtp.targets import load_target
 from mlx_mtp.targets.gemma4 import Gemma4Model, Gemma4Target
 from mlx_mtp.targets.gemma4_config import Gemma4Config
-from mlx_mtp.training import pipeline, stages
+from mlx_mtp.training import families, pipeline, stages
 from mlx_mtp.training.data import Batches
-from mlx_mtp.training.families import FAMILIES, DrafterShape, describe_assistant, write_drafter
+from mlx_mtp.training.families import FAMILIES, DrafterShape, describe_assistant, describe_sequential, write_drafter
 from mlx_mtp.training.objective import assistant_loss
 from mlx_mtp.training.recipe import Recipe
 from mlx_mtp.training.small_target import target_config
@@ -154,7 +156,7 @@ def test_joint_training_makes_a_pair(family: str, corpus: Path, tmp_path: Path) 
 
 def test_training_goes_on_from_a_target_and_from_a_drafter(corpus: Path, tmp_path: Path) -> None:
     """The first loss of the second run is that of the weights it starts from, not of fresh ones."""
-    shapes = [DrafterShape(family="sequential", drafts=1, inner=32)]
+    shapes = [DrafterShape(family="sequential", drafts=1, inner=32, aux_layers=[1])]
     options = {**TINY, "target_steps": 12, "learning_rate": 1e-2}
     fresh = list(pipeline.train(tmp_path / "one", Recipe(drafters=shapes, data=[str(corpus)], **options)))
     on = Recipe(drafters=[], start=str(tmp_path / "one" / "target"), data=[str(corpus)], seed=0,
@@ -186,6 +188,38 @@ def test_training_goes_on_from_a_target_and_from_a_drafter(corpus: Path, tmp_pat
 def apart(one: Gemma4Target, other: Gemma4Target) -> float:
     tokens = mx.array([[5, 6, 7, 8]])
     return mx.abs(one.logits(tokens) - other.logits(tokens)).max().item()
+
+
+def test_layers_of_a_deep_target_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third and two thirds of the way through it, where nobody says which."""
+    target = load_target(Checkpoint.open(GOLDEN / "ple" / "target"))
+    there = len(target.model.layers)
+
+    def read(aux_layers: list[int] | None = None) -> list[int]:
+        shape = DrafterShape(family="sequential", aux_layers=aux_layers)
+        return describe_sequential(shape, target, 8).get("aux_layers", [])
+
+    assert read() == read([]) == [] and read([2, 0]) == [2, 0]
+    monkeypatch.setattr(families, "DEEP", there)
+    assert read() == [there // 3, 2 * there // 3] and read([]) == []
+    with pytest.raises(mlx_mtp.OptionError, match=f"there is no {there}"):
+        read([there])
+    for wrong in ([-1], [1.5]):
+        with pytest.raises(mlx_mtp.OptionError, match="aux_layers"):
+            read(wrong)
+
+
+def test_chats_for_another_drafter_are_refused(corpus: Path, tmp_path: Path) -> None:
+    """A run of an earlier version kept no layers."""
+    recipe = Recipe(drafters=[DrafterShape(family="sequential", drafts=1, aux_layers=[1])], data=[str(corpus)], **TINY)
+    run = pipeline.train(tmp_path, recipe)
+    while not any(tmp_path.glob("held_out/*.npz")):
+        next(run)
+    run.close()
+    for file in tmp_path.glob("held_out/*.npy"):
+        np.save(file, np.load(file)[..., :1])
+    with pytest.raises(mlx_mtp.CheckpointError, match="take another folder"):
+        list(pipeline.train(tmp_path, recipe))
 
 
 def test_impossible_recipes_are_refused(tmp_path: Path) -> None:

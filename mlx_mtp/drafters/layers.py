@@ -27,8 +27,10 @@ import numpy as np
 
 from mlx_mtp.checkpoints.checkpoint import Checkpoint, compute_dtype, load_into, misfit, number, section
 from mlx_mtp.errors import CheckpointError, IncompatibleDrafter, brief
-from mlx_mtp.generation.cache import FULL, KVCache, LayerShape, LayerView
+from mlx_mtp.generation.cache import CAPACITY_STEP, FULL, KVCache, LayerShape, LayerView
 from mlx_mtp.generation.interfaces import Drafter, Memory, SampleDraft, Target
+
+MOST_LAYERS = 1 << 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class LayersConfig:
     """The config.json of a drafter with layers of its own.
 
     count: of its parts, each with one layer. reads: which of the target's states. block: an mlx-lm config of one layer.
-    shortlist: tokens of it, 0 for none.
+    shortlist: tokens of it, 0 for none. aux_layers: of the target, whose inputs are read beside its last state.
     """
 
     count: int
@@ -46,6 +48,7 @@ class LayersConfig:
     norm_eps: float
     block: Mapping[str, Any]
     shortlist: int = 0
+    aux_layers: tuple[int, ...] = ()
 
 
 class LayersModel(nn.Module):
@@ -70,6 +73,11 @@ class LayersModel(nn.Module):
             self.freeze(recurse=False, keys=["shortlist"])
 
     @property
+    def aux_layers(self) -> tuple[int, ...]:
+        """The layers of the target whose inputs it reads (interfaces.Drafter)."""
+        return self.config.aux_layers
+
+    @property
     def parts(self) -> list[Any]:
         """In the order in which they draft."""
         return self[self.named]
@@ -86,8 +94,16 @@ class LayersModel(nn.Module):
             hidden_size=number(config, "hidden_size", int, 1, 1 << 20),
             vocab_size=number(config, "vocab_size", int, 2, 1 << 24),
             norm_eps=number(block, "rms_norm_eps", float, 1e-30, 1.0, 1e-6),
-            shortlist=number(config, "shortlist", int, 0, 1 << 24, 0),
+            shortlist=number(config, "shortlist", int, 0, 1 << 24, 0), aux_layers=_aux_layers(config),
         ))  # fmt: skip
+
+
+def _aux_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """A config.json's `aux_layers`, where it has them."""
+    found = config.get("aux_layers", [])
+    if not isinstance(found, list) or not all(type(layer) is int and 0 <= layer < MOST_LAYERS for layer in found):
+        raise misfit("'aux_layers' to be numbers of layers", repr(found))
+    return tuple(found)
 
 
 def build_layer(block: Mapping[str, Any], width: int) -> nn.Module:
@@ -172,6 +188,7 @@ class LayersDrafter(Drafter):
 
     def __init__(self, model: Any, dtype: mx.Dtype, name: str | None = None) -> None:
         self.model, self.name, self._dtype = model, name or self.name, dtype
+        self.aux_layers = model.aux_layers
         self._shapes: list[LayerShape] = []
         for part in model.parts:
             seen = ChainedRows(1)
@@ -190,8 +207,20 @@ class LayersDrafter(Drafter):
         config, info = self.model.config, target.info
         require_equal(self.name, ("hidden size", config.hidden_size, info.hidden_size),
                       ("vocabulary", config.vocab_size, info.vocab_size))  # fmt: skip
+        if self.aux_layers:
+            self._check_aux(target)
         self._target, self._shortlist = target, self.model.get("shortlist")
         self._head = target.head if self._shortlist is None else target.head_on(self._shortlist)
+
+    def _check_aux(self, target: Target) -> None:
+        """IncompatibleDrafter where the target does not give the states that are read."""
+        there = len(layer_inputs(target))
+        if max(self.aux_layers) >= there or -min(self.aux_layers) > there:
+            raise IncompatibleDrafter(
+                f"{self.name} does not fit the target: it reads the states in front of layers "
+                f"{', '.join(map(str, self.aux_layers))}, and this target gives those of {there or 'none'}; use a "
+                "drafter made for this target."
+            )
 
     def start(self, batch: int, capacity: int) -> Memory:
         return {"layers": KVCache(self._shapes, 0, capacity, self._dtype, batch).arrays}
@@ -233,6 +262,11 @@ class LayersDrafter(Drafter):
         mask = step.masks[FULL] & ((slots >= (1 + layer if self.chained else 1)) | itself)
         out: mx.array = self.model.parts[layer].layer(x, mask, LayerView(own, layer, step))
         return out
+
+
+def layer_inputs(target: Target) -> tuple[mx.array, ...]:
+    """The residual streams in front of a target's layers, of some token; lazy, so that nothing is run."""
+    return target.forward(mx.zeros((1, 1), dtype=mx.int32), target.new_cache(CAPACITY_STEP)).aux
 
 
 def with_shortlist(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, mx.array]]:

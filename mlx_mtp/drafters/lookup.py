@@ -85,6 +85,7 @@ class LookupFirst(Drafter):
         self.drafter, self.lookup = drafter, Lookup()
         self.max_depth = drafter.max_depth
         self.reads_prompt, self.reads_states = True, drafter.reads_states
+        self.aux_layers = drafter.aux_layers
         self.name = f"in front of {type(drafter).__name__} {drafter.name}"
 
     def attach(self, target: Target) -> None:

@@ -16,9 +16,8 @@ import mlx.nn as nn
 
 from mlx_mtp.drafters import registry
 from mlx_mtp.drafters.layers import ChainedRows, LayersConfig, LayersDrafter, LayersModel, build_layer
-from mlx_mtp.errors import IncompatibleDrafter
-from mlx_mtp.generation.cache import CAPACITY_STEP, KVCache
-from mlx_mtp.generation.interfaces import Memory, SampleDraft, States, Target
+from mlx_mtp.generation.cache import KVCache
+from mlx_mtp.generation.interfaces import Memory, SampleDraft, States
 
 MOST_HEADS = 16
 
@@ -41,15 +40,13 @@ class ParallelModel(LayersModel):
         passes = [(head, ChainedRows(states.shape[1], start)) for head in self.heads]
         return [head.norm(head.layer(states, rows.mask, rows)) for head, rows in passes]
 
+    @property
+    def aux_layers(self) -> tuple[int, ...]:
+        return (-1,) if self.config.reads == "trunk" else ()
+
     def read(self, states: States) -> mx.array:
-        """What the heads branch off from, [B, M, D]; IncompatibleDrafter where the target has none to give."""
-        found = states.trunk if self.config.reads == "trunk" else states.hidden
-        if found is None:
-            raise IncompatibleDrafter(
-                "These parallel heads do not fit the target: they read the state in front of its last layer, and this "
-                "target gives none; use heads that read 'hidden'."
-            )
-        return found
+        """What the heads branch off from, [B, M, D]."""
+        return states.aux[0] if self.config.reads == "trunk" else states.hidden
 
 
 class Parallel(LayersDrafter):
@@ -61,11 +58,6 @@ class Parallel(LayersDrafter):
     def __init__(self, model: ParallelModel, dtype: mx.Dtype, name: str | None = None) -> None:
         super().__init__(model, dtype, name)
         self.max_depth = model.config.count
-
-    def attach(self, target: Target) -> None:
-        super().attach(target)
-        token = mx.zeros((1, 1), dtype=mx.int32)
-        self.model.read(target.forward(token, target.new_cache(CAPACITY_STEP)))  # lazy: nothing is run
 
     def start(self, batch: int, capacity: int) -> Memory:
         return {**super().start(batch, capacity), "state": self.no_state(batch)}

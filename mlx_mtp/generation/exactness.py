@@ -73,14 +73,14 @@ class TargetPass:
         if cache.capacity not in self._compiled:
             target, layout = self._target, cache.layout()
 
-            def one_pass(rows: mx.array, arrays: Any) -> tuple[mx.array, mx.array | None, mx.array, Any]:
+            def one_pass(rows: mx.array, arrays: Any) -> tuple[mx.array, tuple[mx.array, ...], mx.array, Any]:
                 cache = layout.around(arrays)
                 states = target.forward(rows, cache)
-                return states.hidden, states.trunk, target.head(states.hidden), cache.arrays
+                return states.hidden, states.aux, target.head(states.hidden), cache.arrays
 
             self._compiled[cache.capacity] = mx.compile(one_pass)
-        hidden, trunk, logits, cache.arrays = self._compiled[cache.capacity](rows, cache.arrays)
-        return States(hidden, trunk), logits
+        hidden, aux, logits, cache.arrays = self._compiled[cache.capacity](rows, cache.arrays)
+        return States(hidden, aux), logits
 
 
 class ProbeFile(Kept):

@@ -24,21 +24,26 @@ from mlx_mtp.generation.sampling import Forced
 class States:
     """What a forward pass leaves per row: hidden [B, M, D] after the final norm; row i is the state after token i.
 
-    trunk [B, M, D] is the residual stream in front of the last decoder layer, for heads that branch off there; None
-    where a target has none to give. Nobody computes it who does not read it.
+    aux: the residual stream in front of decoder layers, each [B, M, D]. `forward` gives that of every layer, in order,
+    or none where the target has none to give; a drafter hears of those it asked for (`Drafter.aux_layers`). Lazy:
+    nobody computes or keeps what nobody reads.
     """
 
     hidden: mx.array
-    trunk: mx.array | None = None
+    aux: tuple[mx.array, ...] = ()
 
     def first(self, rows: int) -> States:
         """The same of the first `rows` rows."""
-        return States(self.hidden[:, :rows], None if self.trunk is None else self.trunk[:, :rows])
+        return States(self.hidden[:, :rows], tuple(state[:, :rows] for state in self.aux))
 
     def last(self, rows: int = 1) -> States:
         """The same of the last `rows` rows, which may be none."""
-        start = self.hidden.shape[1] - rows
-        return States(self.hidden[:, start:], None if self.trunk is None else self.trunk[:, start:])
+        hidden, *aux = (state[:, state.shape[1] - rows :] for state in (self.hidden, *self.aux))
+        return States(hidden, tuple(aux))
+
+    def of_layers(self, layers: Sequence[int]) -> States:
+        """The same with the residual stream in front of these layers alone; negative numbers count from the end."""
+        return States(self.hidden, tuple(self.aux[layer] for layer in layers))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +131,8 @@ class Drafter(Protocol):
     # Whether `observe` must hear the prompt too, and whether it needs the states of it; others save that work.
     reads_prompt: bool = False
     reads_states: bool = False
+    # The decoder layers in front of which it reads the residual stream too (States.aux); the last is -1.
+    aux_layers: Sequence[int] = ()
 
     def attach(self, target: Target) -> None:
         """Binds the drafter to the target it will read; raises IncompatibleDrafter where the two differ."""

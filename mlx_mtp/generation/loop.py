@@ -139,6 +139,7 @@ class Decoder:
         self.pair: Pair = target, drafter, exact is not None  # what K/V that it fills belong to
         self.rounds = Rounds(*self.pair)
         self._reads_states = drafter is not None and drafter.reads_states
+        self._aux_layers = drafter.aux_layers if drafter else ()
 
     def decode(
         self, request: GenerationRequest, stats: Stats, policy: DepthPolicy | None = None
@@ -232,7 +233,7 @@ class Decoder:
         for start in range(begin, len(ids), rows_at_once):
             tokens = mx.array([ids[start : start + rows_at_once]], dtype=mx.int32)
             final = start + rows_at_once >= len(ids)
-            states = target.forward(tokens, cache, None if wants_all else int(final))
+            states = target.forward(tokens, cache, None if wants_all else int(final)).of_layers(self._aux_layers)
             if drafter is not None and drafter.reads_prompt:
                 memory = drafter.observe(memory, tokens, states, mx.array([tokens.shape[1] - 1]))
             cache.advance(tokens.shape[1])
@@ -276,7 +277,8 @@ class Decoder:
         cache.grow(capacity)
         if drafter is not None:
             if self._reads_states and states is None:
-                states = target.forward(mx.array([[ids[length - 1]]], dtype=mx.int32), cache)
+                last = mx.array([[ids[length - 1]]], dtype=mx.int32)
+                states = target.forward(last, cache).of_layers(self._aux_layers)
                 cache.advance(1)
             memory = drafter.rewind(drafter.grow(memory, cache.capacity), length, states)
         return cache, memory, states, length

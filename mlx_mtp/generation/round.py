@@ -205,8 +205,8 @@ class Rounds:
             if width is not None and width > depth + 1:  # what is beyond the drafts is never committed
                 rows = mx.concatenate([rows, mx.repeat(rows[:, :1], width - depth - 1, axis=1)], axis=1)
             states, logits = self._pass(rows, cache)
-            states = states.first(depth + 1)
-            verified |= {"tokens": tokens, "states": (states.hidden, states.trunk)}
+            states = states.of_layers(drafter.aux_layers if drafter else ()).first(depth + 1)
+            verified |= {"tokens": tokens, "states": (states.hidden, states.aux)}
             return tree, cache.arrays, verified, logits[:, : depth + 1]
 
         def accept(

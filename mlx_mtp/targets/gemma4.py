@@ -220,7 +220,7 @@ class Gemma4Model(nn.Module):
         per_layer = self.per_layer_inputs(tokens, x)
         working: dict[str, tuple[mx.array, mx.array]] = {}
         keep = rows if keep is None else min(keep, rows)
-        trunk = x
+        aux: list[mx.array] = []
         for i, layer in enumerate(self.layers):
             if i == config.first_shared and keep < rows:
                 if keep == 0:
@@ -231,8 +231,10 @@ class Gemma4Model(nn.Module):
             if i < config.first_shared:
                 working[kind] = cache.update(i, *layer.self_attn.keys_values(normed, step.offset), step)
             inputs = None if per_layer is None else per_layer[:, :, i]
-            trunk, x = x, layer(x, step.offset, *working[kind], step.masks[kind], normed, inputs)
-        return States(self.norm(x[:, x.shape[1] - keep :]), trunk[:, trunk.shape[1] - keep :])
+            aux.append(x)
+            x = layer(x, step.offset, *working[kind], step.masks[kind], normed, inputs)
+        kept = States(x, tuple(aux)).last(keep)
+        return States(self.norm(kept.hidden), kept.aux)
 
     def head(self, hidden: mx.array) -> mx.array:
         """Hidden after the final norm [B, M, D] -> float32 logits [B, M, V], soft-capped."""

@@ -207,15 +207,14 @@ class GenericTarget(Target):
 
     def _run(self, tokens: mx.array, cache: list[Any]) -> tuple[States, mx.array]:
         """One pass of the model over any caches: its states, and its own logits (lazy, so free where unused)."""
-        *others, last = self._trunk[self._list]
-        last = _Recorder(last)
-        trunk = _Recorder(self._with_layers([*others, last]))
+        layers = [_Recorder(layer) for layer in self._trunk[self._list]]
+        trunk = _Recorder(self._with_layers(layers))
         logits: Any = _replaced(self.model, self._path, trunk)(tokens, cache=cache)
-        hidden, residual = trunk.returned, last.received
+        hidden, aux = trunk.returned, tuple(layer.received for layer in layers)
         if not isinstance(hidden, mx.array) or hidden.ndim != 3 or not isinstance(logits, mx.array):
             raise self._unsupported("what its layers give is not one array of states [B, M, D]")
-        fits = isinstance(residual, mx.array) and residual.shape == hidden.shape
-        return States(hidden, residual if fits else None), logits
+        fit = all(isinstance(state, mx.array) and state.shape == hidden.shape for state in aux)
+        return States(hidden, aux if fit else ()), logits
 
     def _window(self, caches: list[Any]) -> int:
         """The sliding window, 1 where nothing slides; UnsupportedModel for caches without a way back."""

@@ -8,7 +8,8 @@ learned.
 
     folder/0000.npz   [R, L]: tokens, mask (GIVEN, REPLY, QUESTION), start (the place where its chat begins), best
                       int32; norm float32, log of sum exp(logits)
-    folder/0000.npy   states after the final norm, float16 [R, L, D]
+    folder/0000.npy   float16 [R, L, D]: states after the final norm; behind them, where a drafter reads more of the
+                      target (`aux_layers`), the inputs of those layers over their sizes
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ TEMPERATURES = (0.0, 1.0, 0.0, 0.7)  # of replies, by row; questions are drawn a
 FOLLOWED = 0.3  # share of replies after which the target asks on
 ROWS, LONGEST, LONGEST_QUESTION = 64, 256, 64  # rows at a time; most tokens of a reply, and of a question
 GROWTH = 128  # rows of K/V by which the buffers grow: every pass reads all there are
+EPS = 1e-6  # of the size that inputs of layers are divided by
 LOOP, PERIOD = 48, 16  # so many tokens that repeat with at most this period are a loop
 NAMES = "tokens", "mask", "start", "best", "norm"
 PLACES = 256  # batches have a multiple of so many tokens of replies, so that few shapes are compiled
@@ -168,11 +170,12 @@ def loops(said: list[int]) -> bool:
 
 def write_chats(
     target: Target, script: Script, folder: Path, *, tokens: int, length: int, seed: int,
-    avoided: frozenset[Any] = frozenset(),
+    avoided: frozenset[Any] = frozenset(), aux_layers: Sequence[int] = (),
 ) -> Iterator[tuple[int, int]]:  # fmt: skip
     """Writes at least so many tokens into `folder`, what is there already aside; yields how many of how many there are.
 
-    avoided: questions of the chats held out, which are not learned from where the target asks them again.
+    avoided: questions of the chats held out, which are not learned from where the target asks them again. aux_layers:
+    whose inputs are kept too.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = max(2, min(ROWS, tokens // length))
@@ -180,7 +183,7 @@ def write_chats(
     for number in range(shards):
         file = folder / f"{number:04}.npz"
         if not file.exists():
-            arrays = yield from _shard(target, script, rows, length, (seed, number), avoided, shards)
+            arrays = yield from _shard(target, script, rows, length, (seed, number), avoided, shards, aux_layers)
             with replacing_or_refused(file.with_suffix(".npy"), RESUME) as fresh:
                 np.save(fresh, arrays.pop("states"))
             with replacing_or_refused(file, RESUME) as fresh:
@@ -188,8 +191,9 @@ def write_chats(
 
 
 def _shard(
-    target: Target, script: Script, rows: int, length: int, seed: tuple[int, int], avoided: frozenset[Any], shards: int
-) -> Generator[tuple[int, int], None, dict[str, Any]]:
+    target: Target, script: Script, rows: int, length: int, seed: tuple[int, int], avoided: frozenset[Any], shards: int,
+    aux_layers: Sequence[int],
+) -> Generator[tuple[int, int], None, dict[str, Any]]:  # fmt: skip
     """The arrays of shard seed[1] of so many; yields as write_chats does."""
     random, cache = np.random.default_rng(seed), ChatCache.of(target, min(length, GROWTH), rows)
     chats = [_Row(script, random, TEMPERATURES[i % len(TEMPERATURES)], avoided) for i in range(rows)]
@@ -197,12 +201,13 @@ def _shard(
     def one_pass(tokens: mx.array, start: mx.array, heat: mx.array, key: mx.array, memory: Any) -> Any:
         inner = cache.around(memory)
         inner.start = start
-        hidden = target.forward(tokens, inner, 1).hidden
+        states = target.forward(tokens, inner, 1).of_layers(aux_layers)
         inner.advance(1)
-        logits, (key, draw) = target.head(hidden)[:, 0], mx.random.split(key)
+        logits, (key, draw) = target.head(states.hidden)[:, 0], mx.random.split(key)
         best = mx.argmax(logits, axis=-1)
         drawn = mx.random.categorical(logits / mx.maximum(heat, 0.01)[:, None], key=draw)
-        found = mx.where(heat > 0, drawn, best), best, logsumexp(logits), hidden[:, 0].astype(mx.float16)
+        kept = mx.concatenate([states.hidden, *(mx.fast.rms_norm(state, None, EPS) for state in states.aux)], axis=-1)
+        found = mx.where(heat > 0, drawn, best), best, logsumexp(logits), kept[:, 0].astype(mx.float16)
         return found, key, inner.arrays
 
     compiled, key, memory = mx.compile(one_pass), mx.random.key(int(random.integers(1 << 31))), cache.arrays
@@ -262,8 +267,13 @@ class Chats:
         return hashed((self.tokens.tobytes(), self.mask.tobytes()))
 
     @property
+    def width(self) -> int:
+        """Numbers that are kept of a token's states."""
+        return int(self._states[0].shape[2])
+
+    @property
     def size(self) -> np.ndarray:
-        """Root mean square of every number of a state, [D], over the first shard."""
+        """Root mean square of every number that is kept, [width], over the first shard."""
         return np.asarray(np.sqrt(np.square(self._states[0], dtype=np.float32).mean(axis=(0, 1))))
 
     def rows(self, which: Sequence[int], parts: int = 1) -> Batch:

@@ -5,7 +5,7 @@ A new family adds a Family here beside its file in drafters/.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from mlx_mtp.checkpoints.checkpoint import Checkpoint, named_parameters, write_c
 from mlx_mtp.drafters import load_drafter
 from mlx_mtp.drafters.assistant import MODEL_TYPES as ASSISTANTS
 from mlx_mtp.drafters.assistant import ORDERING, AssistantConfig, AssistantModel, reordered
-from mlx_mtp.drafters.layers import LayersModel, with_shortlist
+from mlx_mtp.drafters.layers import MOST_LAYERS, LayersModel, layer_inputs, with_shortlist
 from mlx_mtp.drafters.parallel import ParallelModel
 from mlx_mtp.drafters.sequential import MOST_MODULES, SequentialModel
 from mlx_mtp.errors import OptionError
@@ -38,6 +38,7 @@ HEAD_DIM = 64
 SIZES = (8, 1 << 16)
 LIMITS = {"drafts": (1, 8), "modules": (1, MOST_MODULES), "width": SIZES, "inner": SIZES, "shortlist": (0, 1 << 20)}
 NORM_START = 0.4
+DEEP = 12  # layers from which on a target's middle ones are read
 # Widths of the released assistants: 256 for targets up to 2,560 wide, 1,024 beyond; ours for very small ones.
 ASSISTANT_WIDTHS = ((512, 192), (2560, 256), (1 << 30, 1024))
 
@@ -50,6 +51,7 @@ class DrafterShape:
     sequential family; beyond them the last is used again. width: hidden size of an assistant. inner: hidden size of
     the feed-forward layers. None = by the target's size. shortlist: tokens that heads of the sequential and parallel
     families propose (drafters/layers.py), 0 = all; all too where the vocabulary has fewer than twice as many.
+    aux_layers: of the target, whose inputs the sequential family reads beside its last state; None = by the target.
     """
 
     family: str = "assistant"
@@ -58,9 +60,12 @@ class DrafterShape:
     width: int | None = None
     inner: int | None = None
     shortlist: int = 8192
+    aux_layers: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         checks.one_of("family", self.family, FAMILIES)
+        for layer in self.aux_layers or ():
+            checks.whole("aux_layers", layer, 0, MOST_LAYERS - 1)
         for name, (least, most) in LIMITS.items():
             if vars(self)[name] is not None:
                 checks.whole(name, vars(self)[name], least, most)
@@ -116,6 +121,18 @@ def describe_assistant(shape: DrafterShape, target: Target, length: int) -> dict
     }  # fmt: skip
 
 
+def describe_sequential(shape: DrafterShape, target: Target, length: int) -> dict[str, Any]:
+    """Of a target with many layers it reads two in the middle as well: that was worth more than anything else here."""
+    there = len(layer_inputs(target))
+    aux = shape.aux_layers
+    if aux is None:
+        aux = [there // 3, 2 * there // 3] if there >= DEEP else []
+    if aux and max(aux) >= there:
+        raise OptionError(f"The target gives the inputs of {there} layers, counted from 0; there is no {max(aux)}.")
+    read = {"aux_layers": list(aux)} if aux else {}
+    return _layered(shape, target, model_type="sequential_modules", modules=shape.modules, **read)
+
+
 def _ids_of(target: Target) -> dict[str, int]:
     """Special tokens, for programs that look for them in a drafter's config.json."""
     config = Checkpoint.open(target.path).config if target.path else {}
@@ -151,10 +168,7 @@ FAMILIES: dict[str, Family] = {
         ),
         ParallelModel.of, parallel_loss, lambda drafts: joint_parallel_loss(),
     ),
-    "sequential": Family(
-        lambda shape, target, length: _layered(shape, target, model_type="sequential_modules", modules=shape.modules),
-        SequentialModel.of, sequential_loss, joint_sequential_loss,
-    ),
+    "sequential": Family(describe_sequential, SequentialModel.of, sequential_loss, joint_sequential_loss),
 }  # fmt: skip
 QUANTISED = ("quantization", "quantization_config")
 MODEL_TYPES = dict.fromkeys(ASSISTANTS, "assistant") | {
@@ -175,6 +189,11 @@ def fresh(shape: DrafterShape, target: Target, length: int) -> tuple[dict[str, A
     family = FAMILIES[shape.family]
     config = family.describe(shape, target, length)
     return config, _trainable(family.build(config))
+
+
+def aux_layers_of(configs: Iterable[Mapping[str, Any]]) -> tuple[int, ...]:
+    """What drafters of these config.json files read of their target's layers; those of one run read the same."""
+    return next((tuple(config["aux_layers"]) for config in configs if config.get("aux_layers")), ())
 
 
 def started(folder: str | Path, shape: DrafterShape, target: Target) -> tuple[dict[str, Any], nn.Module]:
@@ -210,7 +229,7 @@ def prepared(module: nn.Module, chats: Chats) -> nn.Module:
     the head is used to: a head that is sure of nothing yet learns faster."""
     if isinstance(module, LayersModel):
         for part in module.parts:
-            part.norm.weight = NORM_START * mx.array(chats.size)
+            part.norm.weight = NORM_START * mx.array(chats.size[: module.config.hidden_size])
         if module.config.shortlist:
             module.shortlist = mx.array(chats.frequent(module.config.shortlist, module.config.vocab_size))
     return module

@@ -99,7 +99,7 @@ def joint_parallel_loss(weight: float = 1.0) -> Loss:
     def loss(module: Joint, batch: mx.array, progress: mx.array = START) -> Result:
         heads: ParallelModel = module.drafter
         count = len(heads.heads)
-        states = _states(module.target, batch[:, : batch.shape[1] - 1 - count])
+        states = _states(module.target, batch[:, : batch.shape[1] - 1 - count]).of_layers(heads.aux_layers)
         hiddens = [states.hidden, *heads(heads.read(states))]
         return _on_labels(module.target, batch, hiddens, [1.0] + [weight] * count)
 
@@ -123,8 +123,8 @@ def joint_sequential_loss(steps: int) -> Loss:
     def loss(module: Joint, batch: mx.array, progress: mx.array = START) -> Result:
         modules: SequentialModel = module.drafter
         target, rows = module.target, batch.shape[1] - 1 - steps
-        hidden = _states(target, batch[:, :rows]).hidden
-        hiddens = [hidden, *modules(hidden, target.embed(batch[:, 1 : rows + steps]), steps)]
+        states = _states(target, batch[:, :rows]).of_layers(modules.aux_layers)
+        hiddens = [states.hidden, *modules(modules.read(states), target.embed(batch[:, 1 : rows + steps]), steps)]
         return _on_labels(target, batch, hiddens, [1.0] + [deepseek_weight(progress) / steps] * steps)
 
     return loss
@@ -197,7 +197,7 @@ def parallel_loss(target: Target, steps: int, decay: float = 1.0, shortlist: mx.
 
     def draft(drafter: ParallelModel, states: States, tokens: mx.array, start: mx.array, rows: int) -> list[mx.array]:
         if drafter.config.reads == "trunk":
-            states = target.forward(tokens, _remembering(target, start))
+            states = target.forward(tokens, _remembering(target, start)).of_layers(drafter.aux_layers)
         return drafter(drafter.read(states.first(rows)), start[:, :rows])
 
     return _frozen(target, draft, steps, decay, shortlist)
@@ -212,7 +212,7 @@ def sequential_loss(target: Target, steps: int, decay: float = 1.0, shortlist: m
 
     def draft(drafter: SequentialModel, states: States, tokens: mx.array, start: mx.array, rows: int) -> list[mx.array]:
         embedded = target.embed(tokens[:, 1 : rows + steps])
-        return drafter(states.hidden[:, :rows], embedded, steps, start[:, :rows])
+        return drafter(drafter.read(states.first(rows)), embedded, steps, start[:, :rows])
 
     return _frozen(target, draft, steps, decay, shortlist)
 
@@ -252,13 +252,13 @@ def _frozen(
 ) -> Loss:
     """The loss of K = steps drafts on a target that does not learn, by `own` unembedding or the target's.
 
-    Batches are those of chats.py: tokens, mask, start, best, norm [B, T + 1 + K], states [B, T + 1 + K, D] and replies
-    [B, R / B]; places count whose drafted token is of a reply in their own chat, and only for these R tokens logits are
-    computed. Cross-entropy of every draft against the target's own distribution of the same token, as far as it lies on
-    the shortlist; from LATE of the training on half of it is -log sum min(p, q), the share that is accepted at
-    temperature 1. Draft j is weighted by decay^j, because it only counts when all before it were accepted; the weights
-    add up to 1. Second result [K]: share of places where this draft and all before it are the target's best tokens, so
-    that 1 + their sum are the tokens of a round.
+    Batches are those of chats.py: tokens, mask, start, best, norm [B, T + 1 + K], states [B, T + 1 + K, D (1 + N)] with
+    the inputs of N layers, and replies [B, R / B]; places count whose drafted token is of a reply in their own chat, and
+    only for these R tokens logits are computed. Cross-entropy of every draft against the target's own distribution of
+    the same token, as far as it lies on the shortlist; from LATE of the training on half of it is -log sum min(p, q),
+    the share that is accepted at temperature 1. Draft j is weighted by decay^j, because it only counts when all before
+    it were accepted; the weights add up to 1. Second result [K]: share of places where this draft and all before it are
+    the target's best tokens, so that 1 + their sum are the tokens of a round.
     """
     head = target.head if shortlist is None else target.head_on(shortlist)
 
@@ -266,7 +266,10 @@ def _frozen(
         tokens, mask, start, best, norm, kept, replies = batch
         width = tokens.shape[1]
         rows, token = width - 1 - steps, replies.reshape(-1)
-        hiddens = draft(drafter, States(kept[:, :-1].astype(mx.float32)), tokens[:, :-1], start[:, :-1], rows)
+        parts = kept.shape[2] // target.info.hidden_size
+        final, *aux = mx.split(kept.astype(mx.float32), parts, axis=-1)
+        states = States(final[:, :-1], tuple(state[:, :-1] for state in aux))
+        hiddens = draft(drafter, states, tokens[:, :-1], start[:, :-1], rows)
 
         def counts(j: int) -> mx.array:
             there = slice(j + 2, j + 2 + rows)
@@ -282,7 +285,7 @@ def _frozen(
 
         *table, ids = own(drafter) if own else (shortlist,)
         before = mx.maximum(token - 1, 0)
-        wanted = head(kept.reshape(-1, kept.shape[2])[before][None].astype(mx.float32))[0]
+        wanted = head(final.reshape(-1, final.shape[2])[before][None])[0]
         if own and ids is not None:
             wanted = wanted[:, ids]
         targets, late = probabilities(wanted - norm.reshape(-1, 1)[before]), progress >= LATE

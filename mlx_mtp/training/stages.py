@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,9 +16,18 @@ import numpy as np
 
 import mlx_mtp
 from mlx_mtp.engine import Engine
-from mlx_mtp.errors import OptionError
+from mlx_mtp.errors import CheckpointError, OptionError
+from mlx_mtp.generation.interfaces import Target
 from mlx_mtp.training.chats import Chats, Script, write_chats
-from mlx_mtp.training.families import FAMILIES, DrafterShape, fresh, prepared, started, write_drafter
+from mlx_mtp.training.families import (
+    FAMILIES,
+    DrafterShape,
+    aux_layers_of,
+    fresh,
+    prepared,
+    started,
+    write_drafter,
+)
 from mlx_mtp.training.recipe import Recipe
 from mlx_mtp.training.run_folder import read_log
 from mlx_mtp.training.trainer import Stage, Trainer
@@ -48,6 +58,8 @@ def chats_of(
     again. The target asks itself where there are no prompts."""
     if engine.tokenizer is None:
         raise OptionError("The target has no tokenizer to write chats with; choose another.")
+    aux = aux_layers_of(configs_of(recipe, engine.target))
+    width = (1 + len(aux)) * engine.target.info.hidden_size
     fewer = max(8 * recipe.length, min(recipe.tokens // HELD_OUT_SHARE, MOST_HELD_OUT))
     made: list[Chats] = []
     for name, given, tokens in (("held_out", held, fewer), ("chats", prompts, recipe.tokens)):
@@ -55,11 +67,20 @@ def chats_of(
         avoided = made[0].questions() if made else frozenset()
         for done, total in write_chats(
             engine.target, script, folder / name, tokens=tokens, length=recipe.length,
-            seed=2 * recipe.seed + len(made), avoided=avoided,
+            seed=2 * recipe.seed + len(made), avoided=avoided, aux_layers=aux,
         ):  # fmt: skip
             yield Stage("chats held out" if name == "held_out" else name, done, total)
         made.append(Chats(folder / name))
+        if made[-1].width != width:
+            raise CheckpointError(f"{folder / name} keeps other states than this drafter reads; take another folder.")
     return made[1], made[0]
+
+
+def configs_of(recipe: Recipe, target: Target) -> list[dict[str, Any]]:
+    """config.json of every drafter that is to be trained on a finished target; OptionError for one that cannot be."""
+    if recipe.target and recipe.start:
+        return [started(recipe.start, shape, target)[0] for shape in recipe.drafters]
+    return [FAMILIES[shape.family].describe(shape, target, recipe.length) for shape in recipe.drafters]
 
 
 def make_drafter(
