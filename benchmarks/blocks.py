@@ -91,6 +91,20 @@ def headline(results: Results) -> str:
     )
 
 
+@block("acceptance-smollm2.json", "acceptance.py --model smollm2 --drafters auto,parallel --asked "
+       "benchmarks/handwritten.jsonl --depth 3")  # fmt: skip
+def handwritten(results: Results) -> Rows:
+    """A row for every kind of prompts: of both drafters, drafts accepted with all before them, and tokens a round."""
+    drafters = [f"{name}: {what}" for name in ("sequential", "parallel") for what in ("accepted", "tokens a round")]
+    kinds = [kind for kind in results["auto"] if kind != "depth"]
+    rows = []
+    for kind in kinds:
+        found = [results[name][kind] for name in ("auto", "parallel")]
+        cells = [cell for one in found for cell in (rates(one["acceptance_of_all"]), f"{one['tokens_per_round']:.2f}")]
+        rows.append([kind, str(found[0]["prompts"]), *cells])
+    return ("prompts", "number", *drafters), rows
+
+
 @block("bench.json")
 def speed(results: Results) -> Rows:
     """A row for every configuration: over stock and tokens a pass, by temperature."""

@@ -1,7 +1,7 @@
 r"""Prompts of many kinds, as a target is asked when it writes a drafter's data; JSON lines for `mlx-mtp train --data`.
 
     .venv/bin/python benchmarks/prompts.py [--count 20000] [--seed 0] [--held-out] > prompts.jsonl
-    mlx-mtp train --target smollm2 --family sequential --data prompts.jsonl --tokens 5000000 --inner 1920 \
+    mlx-mtp train --target smollm2 --family sequential --data prompts.jsonl --tokens 5000000 --inner 1536 \
         --shortlist 12288 --out runs/smollm2
 
 A target that asks itself asks mostly about everyday matters, and a drafter then meets translations, summaries,

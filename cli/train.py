@@ -42,7 +42,7 @@ FAMILY_HELP = f"{', '.join(FAMILIES)} (may be repeated), or none."
 TARGET_HELP = "Finished target, a folder, a hub name or 'smollm2'; it does not change."
 START_HELP = "What to go on training: a Gemma 4 target, or with --target a drafter."
 SHORTLIST_HELP = "Tokens that heads of the sequential and parallel families propose; 0 = all."
-AUX_HELP = "Layers of the target that the sequential family reads beside its last state; none for none."
+AUX_HELP = "Layers of the target that a sequential module reads beside its last state, or 'none'."
 DATA_HELP = "What the target is asked, a small one's texts: JSONL, JSON, text, folder or pattern; may be repeated."
 DATA_DEFAULT = "it asks itself; a small one: Python's standard library"
 

@@ -324,7 +324,8 @@ def test_numbers_are_checked_before_data_are_read(wrong: dict, words: str) -> No
 @pytest.mark.parametrize(
     ("options", "words"),
     [(("--length", "64"), "another value of length"), (("--drafts", "2"), "another value of drafters"),
-     (("--optimizer", "adamw", "--seed", "0"), "value of optimizer"), (("--length", "32"), "/nowhere: expected")],
+     (("--optimizer", "adamw", "--seed", "0"), "value of optimizer"), (("--length", "32"), "/nowhere: expected"),
+     (("--aux-layers", "1,2"), "another value of drafters"), (("--aux-layers", "x"), "takes numbers of layers")],
 )  # fmt: skip
 def test_resume_takes_no_other_values(options: tuple[str, ...], words: str, tmp_path: Path, command: Command) -> None:
     """What the run began with may be said again; anything else is refused and not ignored."""

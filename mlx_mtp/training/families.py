@@ -122,7 +122,7 @@ def describe_assistant(shape: DrafterShape, target: Target, length: int) -> dict
 
 
 def describe_sequential(shape: DrafterShape, target: Target, length: int) -> dict[str, Any]:
-    """Of a target with many layers it reads two in the middle as well: that was worth more than anything else here."""
+    """Of a target with many layers it reads two in the middle as well (EAGLE-3, arXiv 2503.01840, section 3.1)."""
     there = len(layer_inputs(target))
     aux = shape.aux_layers
     if aux is None:
