@@ -253,12 +253,12 @@ def _frozen(
     """The loss of K = steps drafts on a target that does not learn, by `own` unembedding or the target's.
 
     Batches are those of chats.py: tokens, mask, start, best, norm [B, T + 1 + K], states [B, T + 1 + K, D (1 + N)] with
-    the inputs of N layers, and replies [B, R / B]; places count whose drafted token is of a reply in their own chat, and
-    only for these R tokens logits are computed. Cross-entropy of every draft against the target's own distribution of
-    the same token, as far as it lies on the shortlist; from LATE of the training on half of it is -log sum min(p, q),
-    the share that is accepted at temperature 1. Draft j is weighted by decay^j, because it only counts when all before
-    it were accepted; the weights add up to 1. Second result [K]: share of places where this draft and all before it are
-    the target's best tokens, so that 1 + their sum are the tokens of a round.
+    the inputs of N layers, and replies [B, R / B]. Places count whose drafted token is of a reply in their own chat,
+    and only for these R tokens logits are computed. Cross-entropy of every draft against the target's own distribution
+    of the same token, as far as it lies on the shortlist; from LATE of the training on half of it is -log sum min(p,
+    q), the share that is accepted at temperature 1. Draft j is weighted by decay^j, because it only counts when all
+    before it were accepted; the weights add up to 1. Second result [K]: share of places where this draft and all before
+    it are the target's best tokens, so that 1 + their sum are the tokens of a round.
     """
     head = target.head if shortlist is None else target.head_on(shortlist)
 
