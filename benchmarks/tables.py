@@ -1,4 +1,4 @@
-"""Rewrites the tables and charts of README.md and docs/ from the committed results.
+"""Rewrites the tables and charts of README.md, docs/ and the drafters' pages from the committed results.
 
     .venv/bin/python benchmarks/tables.py [--check] [--root DIR]
 
@@ -18,6 +18,7 @@ from typing import Any
 from blocks import CHARTS, TABLES, Block
 
 ROOT = Path(__file__).parent.parent
+PAGES = "docs", "mlx_mtp/assets"
 MARKED = re.compile(r"(<!-- table: ([^\n]*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 MARK = re.compile(r"<!-- table:|<!-- end -->")
 
@@ -57,7 +58,7 @@ def rewritten(root: Path, text: str, page: str) -> str:
 def stale(root: Path) -> dict[Path, str]:
     """Files whose tables or charts differ from the results, and what they should hold."""
     found = {}
-    for page in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
+    for page in [root / "README.md", *(file for part in PAGES for file in sorted((root / part).rglob("*.md")))]:
         text = page.read_text(encoding="utf-8")
         fresh = rewritten(root, text, str(page.relative_to(root)))
         if fresh != text:

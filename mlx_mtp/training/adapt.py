@@ -27,7 +27,7 @@ from mlx_mtp.drafters.sequential import Sequential
 from mlx_mtp.engine import Engine
 from mlx_mtp.errors import MLXMTPError, OptionError
 from mlx_mtp.training import stages
-from mlx_mtp.training.families import MODEL_TYPES, DrafterShape, aux_layers_of, family_of
+from mlx_mtp.training.families import MODEL_TYPES, DrafterShape, family_of
 from mlx_mtp.training.pipeline import check_stages, data_of
 from mlx_mtp.training.recipe import Recipe
 from mlx_mtp.training.run_folder import hashed, locked, model_digest
@@ -62,7 +62,7 @@ def adapt(model: str | Path | None, drafter: str | Path, out: Path, recipe: Reci
             best = yield from stages.measured("the one there is", there, data.held_prompts)
         # Another target, other prompts or another seed are other chats, and another drafter or option is another run.
         target, source = Path(str(recipe.target)), Path(str(recipe.start))
-        aux = aux_layers_of(stages.configs_of(recipe, engine.target))
+        aux = stages.aux_layers_of(recipe, engine.target)
         asked = model_digest(target), data.prompts, data.held_prompts, recipe.tokens, recipe.length, recipe.seed, aux
         folder, candidate = work / hashed(asked), work / "candidate"
         chats, held = yield from stages.chats_of(folder, engine, data.prompts, data.held_prompts, recipe)

@@ -5,7 +5,7 @@ A new family adds a Family here beside its file in drafters/.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,11 +189,6 @@ def fresh(shape: DrafterShape, target: Target, length: int) -> tuple[dict[str, A
     family = FAMILIES[shape.family]
     config = family.describe(shape, target, length)
     return config, _trainable(family.build(config))
-
-
-def aux_layers_of(configs: Iterable[Mapping[str, Any]]) -> tuple[int, ...]:
-    """What drafters of these config.json files read of their target's layers; those of one run read the same."""
-    return next((tuple(config["aux_layers"]) for config in configs if config.get("aux_layers")), ())
 
 
 def started(folder: str | Path, shape: DrafterShape, target: Target) -> tuple[dict[str, Any], nn.Module]:

@@ -28,13 +28,13 @@ from mlx_mtp.targets.gemma4 import Gemma4Model, Gemma4Target, published_weights
 from mlx_mtp.targets.gemma4_config import Gemma4Config
 from mlx_mtp.text.tokenizer import Tokenizer
 from mlx_mtp.training.data import Batches, Document, files_of, pack, read_documents, split, standard_library
-from mlx_mtp.training.families import FAMILIES, QUANTISED, write_drafter
+from mlx_mtp.training.families import FAMILIES, QUANTISED, started, write_drafter
 from mlx_mtp.training.objective import Joint, next_token_loss
 from mlx_mtp.training.prompts import FEWEST, prompts_of
 from mlx_mtp.training.recipe import FILE, Recipe
 from mlx_mtp.training.run_folder import RESUME, digest, locked, model_digest
 from mlx_mtp.training.small_target import target_config, train_tokenizer
-from mlx_mtp.training.stages import HELD_OUT_BATCHES, Report, chats_of, configs_of, make_drafter
+from mlx_mtp.training.stages import HELD_OUT_BATCHES, Report, chats_of, make_drafter
 from mlx_mtp.training.trainer import Loss, Stage, Trainer
 
 Ids = list[list[int]]
@@ -124,7 +124,11 @@ def check_stages(recipe: Recipe, engine: Engine | None) -> None:
     longest = engine.target.info.max_context - recipe.ahead
     if recipe.length > longest:
         raise OptionError(f"length must be at most {longest} in the target's context, not {recipe.length}.")
-    configs_of(recipe, engine.target)
+    for shape in recipe.drafters:
+        if recipe.target and recipe.start:
+            started(recipe.start, shape, engine.target)
+        else:
+            FAMILIES[shape.family].describe(shape, engine.target, recipe.length)
 
 
 def data_of(recipe: Recipe, engine: Engine) -> Data:

@@ -8,26 +8,18 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 import mlx_mtp
+from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.engine import Engine
 from mlx_mtp.errors import CheckpointError, OptionError
 from mlx_mtp.generation.interfaces import Target
 from mlx_mtp.training.chats import Chats, Script, write_chats
-from mlx_mtp.training.families import (
-    FAMILIES,
-    DrafterShape,
-    aux_layers_of,
-    fresh,
-    prepared,
-    started,
-    write_drafter,
-)
+from mlx_mtp.training.families import FAMILIES, DrafterShape, fresh, prepared, started, write_drafter
 from mlx_mtp.training.recipe import Recipe
 from mlx_mtp.training.run_folder import read_log
 from mlx_mtp.training.trainer import Stage, Trainer
@@ -58,7 +50,7 @@ def chats_of(
     again. The target asks itself where there are no prompts."""
     if engine.tokenizer is None:
         raise OptionError("The target has no tokenizer to write chats with; choose another.")
-    aux = aux_layers_of(configs_of(recipe, engine.target))
+    aux = aux_layers_of(recipe, engine.target)
     width = (1 + len(aux)) * engine.target.info.hidden_size
     fewer = max(8 * recipe.length, min(recipe.tokens // HELD_OUT_SHARE, MOST_HELD_OUT))
     made: list[Chats] = []
@@ -76,11 +68,13 @@ def chats_of(
     return made[1], made[0]
 
 
-def configs_of(recipe: Recipe, target: Target) -> list[dict[str, Any]]:
-    """config.json of every drafter that is to be trained on a finished target; OptionError for one that cannot be."""
+def aux_layers_of(recipe: Recipe, target: Target) -> tuple[int, ...]:
+    """What the drafters of a run read of a finished target's layers; those that read any read the same."""
     if recipe.target and recipe.start:
-        return [started(recipe.start, shape, target)[0] for shape in recipe.drafters]
-    return [FAMILIES[shape.family].describe(shape, target, recipe.length) for shape in recipe.drafters]
+        configs = [Checkpoint.open(recipe.start).config]
+    else:
+        configs = [FAMILIES[shape.family].describe(shape, target, recipe.length) for shape in recipe.drafters]
+    return next((tuple(config["aux_layers"]) for config in configs if config.get("aux_layers")), ())
 
 
 def make_drafter(
