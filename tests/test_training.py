@@ -121,7 +121,9 @@ def test_the_command_goes_on_after_an_interrupt_and_makes_a_pair(
     assert engine.drafter is not None
 
 
-TINY = {"target_steps": 3, "drafter_steps": 2, "tokens": 128, "batch_size": 2, "length": 32, "vocabulary": 300}
+ROWS = {"batch_size": 2, "length": 32}
+TARGET, DRAFTER = {"target_steps": 3, "vocabulary": 300}, {"drafter_steps": 2, "tokens": 128}
+TINY = ROWS | TARGET | DRAFTER
 
 
 def test_every_family_on_one_target(corpus: Path, tmp_path: Path) -> None:
@@ -130,7 +132,7 @@ def test_every_family_on_one_target(corpus: Path, tmp_path: Path) -> None:
     stages = list(pipeline.train(tmp_path, Recipe(drafters=shapes, data=[str(corpus)], **TINY)))
     measured = (f"{name} measured" for name in FAMILIES)
     assert {stage.name for stage in stages} >= {"target", "chats held out", "chats", *FAMILIES, *measured}
-    frozen = Recipe(drafters=shapes[1:], target=str(tmp_path / "target"), data=[str(corpus)], **TINY)
+    frozen = Recipe(drafters=shapes[1:], target=str(tmp_path / "target"), data=[str(corpus)], **ROWS, **DRAFTER)
     list(pipeline.train(tmp_path / "frozen", frozen))
     ids = list(range(20, 40))
     plain = mlx_mtp.load(tmp_path / "target", drafter=None).generate(ids, max_tokens=20, ignore_end=True).tokens
@@ -142,7 +144,7 @@ def test_every_family_on_one_target(corpus: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["parallel", "sequential"])
 def test_joint_training_makes_a_pair(family: str, corpus: Path, tmp_path: Path) -> None:
-    recipe = Recipe(drafters=[DrafterShape(family=family, drafts=2)], joint=True, data=[str(corpus)], **TINY)
+    recipe = Recipe(drafters=[DrafterShape(family=family, drafts=2)], joint=True, data=[str(corpus)], **ROWS, **TARGET)
     stages = list(pipeline.train(tmp_path, recipe))
     assert {stage.name for stage in stages} == {"joint"} and len(stages) == 3
     assert len({stage.figures["loss"] for stage in stages}) == 3
@@ -160,7 +162,7 @@ def test_training_goes_on_from_a_target_and_from_a_drafter(corpus: Path, tmp_pat
     options = {**TINY, "target_steps": 12, "learning_rate": 1e-2}
     fresh = list(pipeline.train(tmp_path / "one", Recipe(drafters=shapes, data=[str(corpus)], **options)))
     on = Recipe(drafters=[], start=str(tmp_path / "one" / "target"), data=[str(corpus)], seed=0,
-                **{**options, "target_steps": 1, "learning_rate": 1e-6, "vocabulary": 4096})  # fmt: skip
+                target_steps=1, learning_rate=1e-6, **ROWS)  # fmt: skip
     (stage,) = pipeline.train(tmp_path / "two", on)
     losses = [s.figures["loss"] for s in fresh if s.name == "target"]
     assert stage.figures["loss"] < losses[0] - 0.5  # the same batch: the seed's first
@@ -170,7 +172,7 @@ def test_training_goes_on_from_a_target_and_from_a_drafter(corpus: Path, tmp_pat
     start = str(tmp_path / "one" / "sequential")
     kept_sizes = [DrafterShape(family="sequential", drafts=1)]
     frozen = Recipe(drafters=kept_sizes, target=str(tmp_path / "one" / "target"), start=start, data=[str(corpus)],
-                    **{**options, "drafter_steps": 1, "learning_rate": 1e-6})  # fmt: skip
+                    learning_rate=1e-6, **ROWS | DRAFTER | {"drafter_steps": 1})  # fmt: skip
     for sizes in ({"vocabulary": 300}, {"target": frozen.target, "drafters": shapes}, {"target": "x", "drafters": []}):
         with pytest.raises(mlx_mtp.OptionError, match="one drafter|brings|leave"):
             dataclasses.replace(on, **sizes)
@@ -225,6 +227,10 @@ def test_chats_for_another_drafter_are_refused(corpus: Path, tmp_path: Path) -> 
 def test_impossible_recipes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(mlx_mtp.OptionError, match="family"):
         DrafterShape(family="medusa")
+    for family, size in (("assistant", {"modules": 2}), ("parallel", {"width": 64}), ("sequential", {"width": 64}),
+                         ("assistant", {"shortlist": 0}), ("parallel", {"aux_layers": []})):  # fmt: skip
+        with pytest.raises(mlx_mtp.OptionError, match=f"{family} has no {next(iter(size))}"):
+            DrafterShape(family=family, **size)
     with pytest.raises(mlx_mtp.CheckpointError, match="recipe"):
         Recipe.read(tmp_path)
     (tmp_path / "recipe.json").write_text('{"drafters": [], "colour": 3}')
@@ -276,7 +282,7 @@ def test_a_run_goes_on_only_with_what_it_began_with(corpus: Path, tmp_path: Path
     list(pipeline.train(out, recipe))
     target = tmp_path / "target"
     shutil.copytree(out / "target", target)
-    frozen = Recipe(data=[str(corpus)], target=str(target), drafters=[DrafterShape(inner=32)], **FRESH)
+    frozen = Recipe(data=[str(corpus)], target=str(target), drafters=[DrafterShape(inner=32)], **ROWS, **DRAFTER)
     stages = pipeline.train(tmp_path / "frozen", frozen)
     assert next(stages).name == "chats held out"
     stages.close()
@@ -314,7 +320,10 @@ def test_a_run_begins_in_a_folder_of_its_own(corpus: Path, tmp_path: Path) -> No
     [({"batch_size": 0}, "batch_size"), ({"length": 1}, "length"), ({"length": 3}, "above the 3 drafts"),
      ({"seed": -1}, "seed"), ({"target_steps": 0}, "target_steps"), ({"drafter_steps": 0}, "drafter_steps"),
      ({"tokens": 100}, "one batch"), ({"tokens": 0}, "tokens"), ({"vocabulary": 0}, "vocabulary"),
-     ({"accumulate": 3}, "another accumulate"), ({"joint": True}, "joint")],
+     ({"accumulate": 3}, "another accumulate"), ({"joint": True}, "joint"),
+     ({"target": "x", "target_steps": 9}, "target_steps has no effect"),
+     ({"target": "x", "vocabulary": 9}, "vocabulary has no effect"), ({"drafters": [], "tokens": 9}, "tokens has no"),
+     ({"drafters": [DrafterShape(family="parallel")], "joint": True, "drafter_steps": 9}, "drafter_steps has no")],
 )  # fmt: skip
 def test_numbers_are_checked_before_data_are_read(wrong: dict, words: str) -> None:
     with pytest.raises(mlx_mtp.OptionError, match=words):
@@ -325,7 +334,8 @@ def test_numbers_are_checked_before_data_are_read(wrong: dict, words: str) -> No
     ("options", "words"),
     [(("--length", "64"), "another value of length"), (("--drafts", "2"), "another value of drafters"),
      (("--optimizer", "adamw", "--seed", "0"), "value of optimizer"), (("--length", "32"), "/nowhere: expected"),
-     (("--aux-layers", "1,2"), "another value of drafters"), (("--aux-layers", "x"), "takes numbers of layers")],
+     (("--inner", "64"), "another value of drafters"), (("--aux-layers", "1,2"), "assistant has no aux_layers"),
+     (("--aux-layers", "x"), "takes numbers of layers")],
 )  # fmt: skip
 def test_resume_takes_no_other_values(options: tuple[str, ...], words: str, tmp_path: Path, command: Command) -> None:
     """What the run began with may be said again; anything else is refused and not ignored."""

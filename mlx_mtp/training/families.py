@@ -5,8 +5,8 @@ A new family adds a Family here beside its file in drafters/.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +69,23 @@ class DrafterShape:
         for name, (least, most) in LIMITS.items():
             if vars(self)[name] is not None:
                 checks.whole(name, vars(self)[name], least, most)
+        if idle := [name for name in SIZED - FAMILIES[self.family].sized if vars(self)[name] != vars(type(self))[name]]:
+            raise OptionError(f"A drafter of the family {self.family} has no {sorted(idle)[0]}; leave the option out.")
+
+
+SIZED = frozenset(field.name for field in fields(DrafterShape)) - {"family", "drafts"}
 
 
 @dataclass(frozen=True)
 class Family:
     """One family on the training side.
 
-    describe: config.json of a fresh drafter, given the length of the sequences it will see. build: its parameters.
-    objective: loss on a frozen target, given drafts, decay and shortlist. joint: loss together with the target, None
-    where there is none.
+    sized: what of a shape it has, beside the drafts. describe: config.json of a fresh drafter, given the length of the
+    sequences it will see. build: its parameters. objective: loss on a frozen target, given drafts, decay and shortlist.
+    joint: loss together with the target, None where there is none.
     """
 
+    sized: Set[str]
     describe: Callable[[DrafterShape, Target, int], dict[str, Any]]
     build: Callable[[Mapping[str, Any]], nn.Module]
     objective: Callable[..., Any]
@@ -160,15 +166,20 @@ def _layered(shape: DrafterShape, target: Target, **own: Any) -> dict[str, Any]:
 
 FAMILIES: dict[str, Family] = {
     "assistant": Family(
-        describe_assistant, lambda config: AssistantModel(AssistantConfig.from_dict(config)), assistant_loss, None
+        {"width", "inner"}, describe_assistant, lambda config: AssistantModel(AssistantConfig.from_dict(config)),
+        assistant_loss, None,
     ),
-    "parallel": Family(  # on the finished target's states
+    "parallel": Family(
+        {"inner", "shortlist"},  # on the finished target's states
         lambda shape, target, length: _layered(
             shape, target, model_type="parallel_heads", heads=shape.drafts, reads="hidden"
         ),
         ParallelModel.of, parallel_loss, lambda drafts: joint_parallel_loss(),
     ),
-    "sequential": Family(describe_sequential, SequentialModel.of, sequential_loss, joint_sequential_loss),
+    "sequential": Family(
+        {"modules", "inner", "shortlist", "aux_layers"}, describe_sequential, SequentialModel.of, sequential_loss,
+        joint_sequential_loss,
+    ),
 }  # fmt: skip
 QUANTISED = ("quantization", "quantization_config")
 MODEL_TYPES = dict.fromkeys(ASSISTANTS, "assistant") | {

@@ -56,6 +56,10 @@ class Recipe:
             )
         if self.start:
             self._check_start(self.start)
+        if self.target:
+            self._check_idle("the target is a finished one", "target_steps", "vocabulary")
+        if self.joint or not self.drafters:
+            self._check_idle("no drafter is trained by itself", "drafter_steps", "tokens")
         if self.target and not self.drafters:
             raise OptionError(f"No drafter to train for '{self.target}'; name a family.")
         if self.length <= self.ahead:
@@ -79,6 +83,11 @@ class Recipe:
         if list(self.drafters) != fresh if self.target else self.vocabulary != type(self).vocabulary:
             what = "modules, width and inner size" if self.target else "vocabulary"
             raise OptionError(f"'{start}' brings its own {what}; leave the option out.")
+
+    def _check_idle(self, why: str, *names: str) -> None:
+        """OptionError for an option that was given another value and would have no effect."""
+        if given := [name for name in names if vars(self)[name] != vars(type(self))[name]]:
+            raise OptionError(f"{given[0]} has no effect here, as {why}; leave the option out.")
 
     @property
     def ahead(self) -> int:
