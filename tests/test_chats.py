@@ -105,6 +105,14 @@ def test_written_again_it_is_the_same_and_what_is_there_is_kept(engine: mlx_mtp.
         Chats(tmp_path / "cut")
 
 
+def test_no_more_is_written_than_was_asked_for(engine: mlx_mtp.Engine, tmp_path: Path) -> None:
+    """But for what fills up the rows: 64 at a time at most, as many in every shard."""
+    script = Script([[30, 31]], [], [], [], frozenset())
+    for tokens, total in ((1, 2), (5, 5), (64, 64), (65, 66), (200, 200)):
+        steps = write_chats(engine.target, script, tmp_path / str(tokens), tokens=tokens, length=1, seed=1)
+        assert {found for _, found in steps} == {total}
+
+
 def test_loops_and_the_most_frequent() -> None:
     assert loops([1, 2, 3] * 16) and not loops(list(range(48))) and not loops([1] * 47)
     chats = Chats.__new__(Chats)

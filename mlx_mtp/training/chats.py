@@ -178,8 +178,8 @@ def write_chats(
     whose inputs are kept too.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = max(2, min(ROWS, tokens // length))
-    shards = -(-tokens // (rows * length))
+    shards = -(-tokens // (ROWS * length))
+    rows = max(2, -(-tokens // (shards * length)))  # as many in each
     for number in range(shards):
         file = folder / f"{number:04}.npz"
         if not file.exists():
