@@ -1,5 +1,6 @@
 """Fine-tuning a drafter: what is asked, learned, kept and replaced; only the measured gain is given from outside."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Generator
@@ -212,6 +213,9 @@ def test_what_would_fail_afterwards_is_refused_before(folder: Path, tmp_path: Pa
 def test_what_cannot_be_adapted(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(mlx_mtp.OptionError, match="'lookup' is no drafter with weights"):
         run(folder, tmp_path / "new", drafter="lookup")
+    more = dataclasses.replace(recipe(folder), drafters=(DrafterShape(drafts=4),))
+    with pytest.raises(mlx_mtp.OptionError, match="has 2 heads; train it for 2 drafts"):
+        list(library.adapt(folder / "target", folder / "parallel", tmp_path / "new", more))
     shutil.copytree(folder / "target", tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     with pytest.raises(mlx_mtp.OptionError, match="target has no tokenizer"):
         list(library.adapt(tmp_path / "bare", folder / "parallel", tmp_path / "new", recipe(folder)))

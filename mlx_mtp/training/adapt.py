@@ -44,9 +44,9 @@ class NotBetter(MLXMTPError):
 def adapt(model: str | Path | None, drafter: str | Path, out: Path, recipe: Recipe) -> Generator[Stage, None, Report]:
     """Writes to `out` a drafter that started as `drafter` and was fine-tuned to `model` on prompts from recipe.data.
 
-    Of the recipe's own drafter only `drafts` counts: for how many a round it is trained and measured, unless it has
-    heads for so many. NotBetter where it accepts no more than `drafter`, or than the drafter that `out` holds. Resumes
-    what an earlier call left in `out`.work. All data are checked before the target is asked anything.
+    Of the recipe's own drafter only `drafts` counts: for how many a round it is trained and measured; one with heads
+    takes no other number than theirs. NotBetter where it accepts no more than `drafter`, or than the drafter that `out`
+    holds. Resumes what an earlier call left in `out`.work. All data are checked before the target is asked anything.
     """
     out = Path(os.path.abspath(out))  # so that it has a name, whatever was given
     _check_place(out)
@@ -94,6 +94,8 @@ def _recipe(engine: Engine, drafter: str | Path, recipe: Recipe) -> tuple[Recipe
     if engine.target.path is None or not isinstance(engine.drafter, Assistant | Parallel | Sequential):
         raise OptionError(f"'{drafter}' is no drafter with weights to train; name a folder or hub name.")
     config = read_config(Path(engine.drafter.name) / "config.json")
-    drafts = config.get("heads", max(shape.drafts for shape in recipe.drafters))
+    drafts = max(shape.drafts for shape in recipe.drafters)
+    if drafts == DrafterShape.drafts:  # nobody chose: as many as there are heads
+        drafts = config.get("heads", drafts)
     shape = DrafterShape(family=family_of(config, engine.drafter.name), drafts=drafts)
     return replace(recipe, target=str(engine.target.path), start=engine.drafter.name, drafters=(shape,)), shape
