@@ -142,6 +142,7 @@ def plot(log: Path, figures: Sequence[str], tokens: int) -> None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter
     except ImportError:
         return
     rows = [row for row in read_log(log) if "held_out" in row]
@@ -152,6 +153,7 @@ def plot(log: Path, figures: Sequence[str], tokens: int) -> None:
         label = f"draft {i + 1} and all before it"
         axis.plot([tokens * row["step"] for row in rows], [row["held_out"][name] for row in rows], "o-", label=label)
     axis.set(xlabel="tokens seen", ylabel="accepted, chats held out", ylim=(0, 1))
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1.5M
     axis.grid(alpha=0.3)
     axis.legend()
     picture.savefig(log.with_name("acceptance.png"), dpi=110)
