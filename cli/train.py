@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from mlx_mtp.cli import options
 from mlx_mtp.cli.loading import fetch
 from mlx_mtp.errors import OptionError
-from mlx_mtp.training.families import FAMILIES, DrafterShape
+from mlx_mtp.training.families import FAMILIES, SIZED, DrafterShape
 from mlx_mtp.training.optimizers import OPTIMIZERS
 from mlx_mtp.training.pipeline import train as run
 from mlx_mtp.training.recipe import FILE, Recipe
@@ -107,8 +107,7 @@ def _recipe(known: Recipe, said: Mapping[str, Any]) -> Recipe:
     asked = list(said.get("family", [shape.family for shape in known.drafters]))
     shapes = {name: DrafterShape(family=name) for name in asked if asked != ["none"]}
     shapes |= {shape.family: shape for shape in known.drafters if shape.family in shapes}
-    sizes = {field.name: said[field.name] for field in fields(DrafterShape) if field.name in said}
-    sizes.pop("family", None)
+    sizes = {name: said[name] for name in said.keys() & (SIZED | {"drafts"})}
     if "aux_layers" in sizes:
         sizes["aux_layers"] = _layers(sizes["aux_layers"])
     # What only another of the families has is not meant for this one; what none of them has is refused.
