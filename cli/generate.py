@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,37 +74,68 @@ def generate(
             grammar=None if grammar is None else _read(grammar, "--grammar"),
             on_prefill=functools.partial(bar.update, "reading the prompt"),
         )  # fmt: skip
-    short, repetition, interrupted = toy.is_short(model, max_tokens), toy.Repetition(), False
-    events: list[mlx_mtp.Event] = []
+    heard = _printed(stream, bar, engine.tokenizer is not None, toy.is_short(model, max_tokens), as_json)
+    if as_json:
+        print(json.dumps(_as_dict(heard)))
+    elif sys.stdout.isatty():
+        for line in _about(heard, toy.is_short(model, max_tokens)):
+            console.print(line, style="dim", highlight=False)
+    if heard.interrupted:
+        raise typer.Exit(130)
+
+
+@dataclass
+class _Heard:
+    """The events of a completion, up to its end or an interrupt."""
+
+    events: list[mlx_mtp.Event] = field(default_factory=list)
+    interrupted: bool = False
+
+    @property
+    def result(self) -> mlx_mtp.Result | None:
+        return self.events[-1].result if self.events else None
+
+
+def _printed(
+    stream: Iterator[mlx_mtp.Event], bar: progress.PatientBar, words: bool, short: bool, as_json: bool
+) -> _Heard:
+    """Prints text as it comes, unless it shall be JSON; the ids where there is no tokenizer, and so no words. short:
+    a reply that repeats itself ends."""
+    heard, repetition = _Heard(), toy.Repetition()
     try:
         with bar:
             for event in stream:
                 bar.close()
-                events.append(event)
-                if not as_json:
-                    # Without a tokenizer the ids are all there is to show.
-                    shown = event.text if engine.tokenizer else "".join(f"{token} " for token in event.tokens)
-                    print(shown, end="", flush=True)
-                    if short and repetition.heard(event.tokens):
-                        break
+                heard.events.append(event)
+                if as_json:
+                    continue
+                print(event.text if words else "".join(f"{token} " for token in event.tokens), end="", flush=True)
+                if short and repetition.heard(event.tokens):
+                    break
     except KeyboardInterrupt:
-        interrupted = True
-    result = events[-1].result if events else None
-    if as_json:
-        text, ids = "".join(event.text for event in events), [token for event in events for token in event.tokens]
-        partial = mlx_mtp.Result(text, ids, None, "interrupted", mlx_mtp.Stats()).as_dict() | {"stats": None}
-        print(json.dumps(result.as_dict() if result else partial))
-    else:
+        heard.interrupted = True
+    if not as_json:
         print()
-        if result and sys.stdout.isatty():
-            stats = result.stats
-            rounds = f", {stats.tokens_per_round:.2f} tokens per round ({stats.mode})" if stats.drafted else ""
-            speed = f"{stats.tokens} tokens, {stats.decode_tokens_per_second:.1f} tokens/s"
-            console.print(speed + rounds, style="dim", highlight=False)
-        if short and sys.stdout.isatty() and not interrupted and (result is None or result.finish_reason == "length"):
-            console.print(toy.NOTE, style="dim", highlight=False)
-    if interrupted:
-        raise typer.Exit(130)
+    return heard
+
+
+def _as_dict(heard: _Heard) -> dict[str, Any]:
+    """The result for JSON; what there is of it after an interrupt."""
+    if heard.result:
+        return heard.result.as_dict()
+    text = "".join(event.text for event in heard.events)
+    ids = [token for event in heard.events for token in event.tokens]
+    return mlx_mtp.Result(text, ids, None, "interrupted", mlx_mtp.Stats()).as_dict() | {"stats": None}
+
+
+def _about(heard: _Heard, short: bool) -> Iterator[str]:
+    """Lines below a text on a terminal."""
+    if heard.result:
+        stats = heard.result.stats
+        rounds = f", {stats.tokens_per_round:.2f} tokens per round ({stats.mode})" if stats.drafted else ""
+        yield f"{stats.tokens} tokens, {stats.decode_tokens_per_second:.1f} tokens/s{rounds}"
+    if short and not heard.interrupted and (heard.result is None or heard.result.finish_reason == "length"):
+        yield toy.NOTE
 
 
 def _prompt(prompt: str | None, tokens: str | None, raw: bool) -> Prompt:

@@ -64,17 +64,11 @@ def serve(
         from mlx_mtp.serving import options as serving
     except ModuleNotFoundError as error:
         raise mlx_mtp.OptionError(lacking("The server", error.name, "serve")) from error
-    if not serving.is_loopback(host) and api_key is None:
-        raise mlx_mtp.OptionError(
-            f"Others can reach {host}: give a key with --api-key (or MLX_MTP_API_KEY), or listen on 127.0.0.1."
-        )
     name = model_name or _name(model)
-    any_host = api_key is not None and not allow_host
     wanted = serving.ServerOptions(
         model=name, others=[model] if model else [], api_key=api_key, origins=cors or [],
-        hosts=None if any_host else [*serving.LOOPBACK_NAMES, host, *(allow_host or [])], tokens=max_tokens,
-        most_tokens=most_tokens, seed=seed, lenient=lenient, session_bytes=int(session_memory * 1e9),
-        body_bytes=int(body_size * 1e6),
+        hosts=serving.hosts_of(host, allow_host or (), api_key), tokens=max_tokens, most_tokens=most_tokens, seed=seed,
+        lenient=lenient, session_bytes=int(session_memory * 1e9), body_bytes=int(body_size * 1e6),
         sampling=mlx_mtp.Sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
         ),
@@ -86,15 +80,18 @@ def serve(
         with progress.held_back():
             engine = load(model, drafter, depth=depth, mode=mode, max_context=max_context)
             running = server.Server(app.create_app(engine, wanted, queue), grace=grace, access_log=verbose)
-        address = f"[{host}]" if ":" in host else host
-        Console(stderr=True).print(
-            f"Serving {name} at http://{address}:{listener.getsockname()[1]}/v1 (Ctrl-C stops). "
-            f"A page to chat on: http://{address}:{listener.getsockname()[1]}/",
-            soft_wrap=True, markup=False, highlight=False,
-        )  # fmt: skip
+        _greet(name, f"[{host}]" if ":" in host else host, listener.getsockname()[1])
         # uvicorn ends in good order and then raises the signal again; SIGTERM has had its effect by then.
         signal.signal(signal.SIGTERM, lambda *_: None)
         running.run(sockets=[listener])
+
+
+def _greet(name: str, host: str, port: int) -> None:
+    address = f"http://{host}:{port}/"
+    Console(stderr=True).print(
+        f"Serving {name} at {address}v1 (Ctrl-C stops). A page to chat on: {address}",
+        soft_wrap=True, markup=False, highlight=False,
+    )  # fmt: skip
 
 
 def _name(model: str | None) -> str:

@@ -58,12 +58,18 @@ class ServerOptions:
                 checks.whole(name, value, low, 2**64 - 1)
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address to listen on; names other than localhost count as open."""
+def hosts_of(host: str, others: Collection[str], api_key: str | None) -> Collection[str] | None:
+    """The names that a server which listens on `host` lets in: None, which is all, where a key is needed and no others
+    are named. OptionError where more than this machine can reach it without a key; names but localhost count so."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        loopback = ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost"
+        loopback = host == "localhost"
+    if api_key is None and not loopback:
+        raise OptionError(
+            f"Others can reach {host}: give a key with --api-key (or MLX_MTP_API_KEY), or listen on 127.0.0.1."
+        )
+    return None if api_key is not None and not others else {*LOOPBACK_NAMES, host, *others}
 
 
 def host_name(header: str) -> str | None:
