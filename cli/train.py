@@ -108,6 +108,8 @@ def _recipe(known: Recipe, said: Mapping[str, Any]) -> Recipe:
     shapes = {name: DrafterShape(family=name) for name in asked if asked != ["none"]}
     shapes |= {shape.family: shape for shape in known.drafters if shape.family in shapes}
     sizes = {name: said[name] for name in said.keys() & (SIZED | {"drafts"})}
+    if sizes and not shapes:
+        raise OptionError(f"No drafter is trained that could have {sorted(sizes)[0]}; leave the option out.")
     if "aux_layers" in sizes:
         sizes["aux_layers"] = _layers(sizes["aux_layers"])
     # What only another of the families has is not meant for this one; what none of them has is refused.

@@ -111,5 +111,7 @@ def test_each_family_gets_the_sizes_it_has() -> None:
         assert train._recipe(found, again) == found
     assert train._recipe(found, {"modules": 3}).drafters == (assistant, dataclasses.replace(sequential, modules=3))
     assert train._recipe(Recipe(), {"family": ["none"]}).drafters == ()
+    with pytest.raises(OptionError, match="No drafter is trained that could have modules"):
+        train._recipe(Recipe(), {"family": ["none"], "modules": 2})
     with pytest.raises(OptionError, match="parallel has no modules"):
         train._recipe(Recipe(), {"family": ["parallel", "assistant"], "modules": 2})
