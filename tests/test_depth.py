@@ -61,6 +61,16 @@ def test_a_fresh_start_finds_the_best_depth(machine: Machine, text: Text) -> Non
     assert share_of_best(fresh(), machine, text) > 0.95
 
 
+def test_chance_in_short_replies_moves_little() -> None:
+    """Replies of 100 tokens, all of one kind: what the last ones taught outweighs the first rounds of the next."""
+    shares = []
+    for machine in (GPU, CPU):
+        for text in map(always, (0.5, 0.6, 0.7)):
+            rates = [simulate(one, machine, text, 3000, seed, reply=100).rate(200) for seed, one in enumerate(fresh())]
+            shares.append(statistics.fmean(rates) / best_fixed(machine, text, 3000))
+    assert statistics.fmean(shares) > 0.983
+
+
 @pytest.mark.parametrize(("depths", "factor"), WRONG)
 @pytest.mark.parametrize(("machine", "text"), [(GPU, OFTEN), (CPU, NEVER)])
 def test_wrong_memories_are_found_out(

@@ -43,9 +43,11 @@ LITTLE = 0.02
 SCATTER = 15
 # Acceptance is a share of rounds that fade by this factor: within a request with every round, over all requests with
 # every round that drafted.
-FADE = 0.97
-# The chance of a draft where none was made; what is expected counts for one round of a request.
-PRIOR = 0.6
+FADE, LONG_FADE = 0.97, 0.99
+# The chance of a draft where none was made; and for how many rounds of a request counts what all others let expect.
+# Replies differ, but less than the first rounds of one: with fewer the depth follows chance (a hundred replies of
+# SmolLM2 and its drafter, played again: 2 % slower with 1), with more it is late where nothing is accepted.
+PRIOR, EXPECTED = 0.6, 4.0
 # Any change lasts so many rounds: two between others of its depth are timed.
 HOLD = 4
 # Share of the time that may be lost on trying other depths.
@@ -217,7 +219,8 @@ class Acceptance:
         is, as at the position before."""
         found, rate = [], PRIOR
         for i, (verified, accepted) in enumerate(zip(self.verified, self.accepted, strict=True)):
-            rate = ((expected[i] if expected else rate) + accepted) / (1.0 + verified)
+            weight, prior = (EXPECTED, expected[i]) if expected else (1.0, rate)
+            rate = (weight * prior + accepted) / (weight + verified)
             found.append(rate)
         return found
 
@@ -378,7 +381,7 @@ class DepthController(DepthPolicy):
         # What a depth that is out of use was found to give fades within a request, so that an unlucky one gets another
         # chance; over all of them only new drafts make old ones count less, or plain decoding would forget why.
         self._here.count(depth, accepted, FADE)
-        self.long_run.count(depth, accepted, FADE if depth else 1.0)
+        self.long_run.count(depth, accepted, LONG_FADE if depth else 1.0)
         self._rates = self._here.rates(self.long_run.rates())
         # The first round of a depth may be charged with the end of the one before.
         self.costs.learn(depth, seconds if depth == self._learned else None)
