@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import mlx.core as mx
 import numpy as np
 import pytest
 import tokenizers_at_hand as at_hand
@@ -49,6 +50,66 @@ def byte_level_keys(pre: str = "gpt-2") -> dict[str, Any]:
         "token_type": [3 if token in special else 1 for token in tokens], "bos_token_id": special["<s>"],
         "eos_token_id": special["<|im_end|>"], "padding_token_id": special["<pad>"], "add_bos_token": False,
     }  # fmt: skip
+
+
+def gemma4_tokenizer_keys() -> dict[str, Any]:
+    """A tokenizer of the kind "gemma4", with ends of lines in a row as tokens that no merge makes."""
+    model = json.loads(at_hand.gemma().to_str())["model"]
+    tokens = [token for token in model["vocab"] if "\n" not in token] + ["\n", "\n\n"]
+    kinds = [6 if token.startswith("<0x") else 3 if token in at_hand.SPECIAL else 1 for token in tokens]
+    return {
+        "model": "gemma4", "tokens": tokens, "token_type": kinds,
+        "scores": [-1000.0 if kind == 3 else 0.0 for kind in kinds],
+        "merges": [" ".join(pair) for pair in model["merges"] if "\n" not in "".join(pair)],
+        "bos_token_id": tokens.index("<s>"), "eos_token_id": tokens.index("</s>"),
+        "unknown_token_id": tokens.index("<unk>"), "padding_token_id": tokens.index("<pad>"), "add_bos_token": True,
+        "add_space_prefix": False,
+    }  # fmt: skip
+
+
+def gemma4_of(target: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Keys, without the architecture in front, and tensors of a published Gemma 4 checkpoint, as llama.cpp's converter
+    writes them; names by gguf's own table. Full layers differ by `per_layer_config` there."""
+    text = json.loads((target / "config.json").read_text())["text_config"]
+    count, shared = text["num_hidden_layers"], text.get("num_kv_shared_layers") or 0
+    slides = [kind == "sliding_attention" for kind in text["layer_types"]]
+    full = [text["per_layer_config"].get(str(layer), {}) for layer in range(count)]
+    size = next(own["head_dim"] for own in full if own)
+    heads = [own.get("num_key_value_heads", text["num_key_value_heads"]) for own in full]
+    feed, doubled = text["intermediate_size"], bool(text.get("use_double_wide_mlp"))
+    ropes = text["rope_parameters"]
+    keys: dict[str, Any] = {
+        "context_length": text["max_position_embeddings"], "embedding_length": text["hidden_size"],
+        "block_count": count,
+        "feed_forward_length": [feed * 2 if i >= count - shared else feed for i in range(count)] if doubled else feed,
+        "attention.head_count": text["num_attention_heads"],
+        "attention.head_count_kv": heads if len(set(heads)) > 1 else heads[0],
+        "attention.layer_norm_rms_epsilon": text["rms_norm_eps"], "attention.key_length": size,
+        "attention.value_length": size, "attention.key_length_swa": text["head_dim"],
+        "attention.value_length_swa": text["head_dim"], "attention.sliding_window": text["sliding_window"],
+        "attention.sliding_window_pattern": slides, "attention.shared_kv_layers": shared,
+        "embedding_length_per_layer_input": text.get("hidden_size_per_layer_input") or 0,
+        "final_logit_softcapping": text["final_logit_softcapping"], "rope.dimension_count": size,
+        "rope.dimension_count_swa": text["head_dim"], "rope.freq_base": ropes["full_attention"]["rope_theta"],
+        "rope.freq_base_swa": ropes["sliding_attention"]["rope_theta"],
+    }  # fmt: skip
+    if text.get("enable_moe_block"):
+        keys |= {"expert_count": text["num_experts"], "expert_used_count": text["top_k_experts"],
+                 "expert_feed_forward_length": text["moe_intermediate_size"]}  # fmt: skip
+    turning = int(size * ropes["full_attention"]["partial_rotary_factor"] / 2)
+    tensors = {"rope_freqs.weight": np.array([1.0] * turning + [1e30] * (size // 2 - turning), np.float32)}
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA4, count)
+    for file in target.glob("*.safetensors"):
+        for name, array in mx.load(str(file)).items():
+            name, numbers = name.replace("language_model.", ""), np.array(array.astype(mx.float32))
+            layer = name.split(".")[2]
+            if name.endswith("router.scale"):
+                tensors[f"blk.{layer}.ffn_gate_inp.scale"] = numbers
+            elif name.endswith("router.per_expert_scale"):
+                tensors[f"blk.{layer}.ffn_down_exps.scale"] = numbers
+            else:
+                tensors[f"{table.get_name(name.removesuffix('.weight'))}.weight"] = numbers
+    return keys, tensors
 
 
 def tensors_of(arch: str, vocabulary: int, tied: bool, width: int = WIDTH, feed: int = FEED) -> dict[str, Any]:
@@ -95,7 +156,7 @@ def write_gguf(
     is left out.
     """
     named = byte_level_keys() if tokenizer is None else tokenizer
-    values = {f"{arch}.{key}": value for key, value in sizes_of(arch).items()}
+    values = {f"{arch}.{key}": value for key, value in (sizes_of(arch) if arch in SIZES else {}).items()}
     values |= {f"tokenizer.ggml.{key}": value for key, value in named.items()}
     values |= {"tokenizer.chat_template": template} if template else {}
     values |= keys or {}
@@ -108,7 +169,7 @@ def write_gguf(
         choice = kinds if isinstance(kinds, Kind) else next(kind for end, kind in kinds.items() if name.endswith(end))
         if name == drop:
             continue
-        if array.ndim != 2 or choice == Kind.F32:
+        if array.ndim < 2 or choice == Kind.F32 or array.shape[-1] % 32:
             writer.add_tensor(name, array)
         elif choice in (Kind.Q4_K, Kind.Q6_K):
             writer.add_tensor(name, _random_blocks(array, choice), raw_dtype=choice)

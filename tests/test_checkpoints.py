@@ -186,6 +186,16 @@ def test_half_precision_on_disk(tmp_path: Path, dtype: mx.Dtype) -> None:
     assert np.abs(found - our_logits(halves)).max() < (TOLERANCE if mx.default_device() == mx.Device(mx.cpu) else 0.5)
 
 
+def test_what_is_computed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, in the half precision that there is; where there are both kinds, in float32."""
+    one, other, whole = (mx.zeros(1, dtype) for dtype in (mx.bfloat16, mx.float16, mx.float32))
+    for device, expected in ((mx.Device(mx.gpu), [mx.bfloat16, mx.float16, mx.float32, mx.float32]),
+                             (mx.Device(mx.cpu), [mx.float32] * 4)):  # fmt: skip
+        monkeypatch.setattr(mx, "default_device", lambda device=device: device)
+        for found, dtype in zip(([one, whole], [other, other], [one, one, other], [whole]), expected, strict=True):
+            assert checkpoint.compute_dtype(dict(enumerate(found))) == dtype
+
+
 @pytest.mark.parametrize("variant", ["ple", "keqv", "moe", "unified"])
 def test_both_forms_of_the_config(variant: str) -> None:
     """Both forms describe the same shapes, also when sliding and full layers have the same ones."""

@@ -1,6 +1,7 @@
 """GGUF files: numbers and logits against NumPy, tokenizers, refusals; models that pip fetches; packed weights."""
 
 import json
+import re
 import types
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,10 +14,19 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import tokenizers_at_hand as at_hand
-from conftest import Command, one_sentence
+from conftest import GOLDEN, Command, one_sentence
 from families import config_of, written
 from gguf.constants import GGMLQuantizationType as Kind
-from gguf_files import WIDTH, byte_level_keys, gguf_logits, numbers_of, tensors_of, write_gguf
+from gguf_files import (
+    WIDTH,
+    byte_level_keys,
+    gemma4_of,
+    gemma4_tokenizer_keys,
+    gguf_logits,
+    numbers_of,
+    tensors_of,
+    write_gguf,
+)
 from hub_server import Hub
 from huggingface_hub import constants, file_download
 from mlx.utils import tree_flatten
@@ -27,9 +37,9 @@ from mlx_mtp.checkpoints import memory
 from mlx_mtp.checkpoints.checkpoint import Checkpoint
 from mlx_mtp.checkpoints.hub import LoadProgress
 from mlx_mtp.checkpoints.packaged import PackagedModel
-from mlx_mtp.converting import convert
-from mlx_mtp.converting.gguf import _llama3_factors
+from mlx_mtp.converting import convert, gguf_file
 from mlx_mtp.converting.gguf_file import GGUFFile
+from mlx_mtp.converting.gguf_layouts import llama3_factors
 from mlx_mtp.converting.packaged import fetch
 from mlx_mtp.loading import EMBEDDED
 from mlx_mtp.targets import load_target
@@ -111,7 +121,7 @@ def test_k_quants_become_bfloat16(tmp_path: Path) -> None:
 
 
 def test_llama_3s_slow_rotations_are_recognised(tmp_path: Path) -> None:
-    factors = _llama3_factors(1e4, 16, 32.0).astype(np.float32)
+    factors = llama3_factors(1e4, 16, 32.0).astype(np.float32)
     # By the published rule: what turns over 4 times in 8,192 positions stays, what turns less than once slows down.
     assert factors[0] == 1.0 and factors[-1] == 32.0
     tensors = tensors_of("llama", len(byte_level_keys()["tokens"]), True) | {"rope_freqs.weight": factors}
@@ -125,7 +135,111 @@ def test_llama_3s_slow_rotations_are_recognised(tmp_path: Path) -> None:
                 tmp_path / "other")  # fmt: skip
 
 
+# Gemma 4: checkpoints whose logits transformers computed (tests/golden), under the names of gguf's own table
+
+
+def gemma4_file(file: Path, golden: Path, kinds: Any = Kind.F32, **changed: Any) -> Path:
+    """changed: other keys, or tensors."""
+    keys, tensors = gemma4_of(golden / "target")
+    added = changed.pop("tensors", {})
+    tokens = gemma4_tokenizer_keys() | {
+        "tokens": [*"abcdefg", "ab", "<s>", "</s>", "<unk>", "<pad>"], "merges": ["a b"],
+        "token_type": [1] * 8 + [3] * 4, "bos_token_id": 8, "eos_token_id": 9, "unknown_token_id": 10,
+        "padding_token_id": 11,
+    }  # fmt: skip
+    named = {f"gemma4.{key}": value for key, value in (keys | changed).items() if value is not None}
+    return write_gguf(file, "gemma4", kinds, keys=named, tokenizer=tokens, tensors=tensors | added)
+
+
+def test_gemma_4s_logits_are_transformers_and_mlx_lms(golden: Any, tmp_path: Path) -> None:
+    from mlx_lm.utils import load_model
+
+    source, arrays = golden
+    (folder,) = convert(gemma4_file(tmp_path / "m.gguf", source), tmp_path / "out")
+    tokens = mx.array(arrays["input_ids"])
+    found = np.array(load_target(Checkpoint.open(folder)).logits(tokens))
+    assert np.abs(found - arrays["logits"]).max() < 1e-3
+    model, _ = load_model(folder)
+    model.set_dtype(mx.float32)
+    assert np.abs(np.array(model(tokens)) - arrays["logits"]).max() < 1e-3
+    engine = mlx_mtp.load(folder, drafter=source / "assistant_tied", depth=3)
+    reply = engine.generate(arrays["input_ids"][0].tolist(), max_tokens=20, temperature=0.0, ignore_end=True)
+    assert reply.tokens == json.loads((source / "meta.json").read_text())["greedy"] and reply.stats.drafted
+
+
+def test_gemma_4s_blocks_keep_their_value(golden: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of experts too, whose gate and up lie in one tensor; plain numbers stay bfloat16, scales float16."""
+    monkeypatch.setattr(gguf_file, "PIECE", 200)
+    kinds = {"token_embd.weight": Kind.Q8_0, "ffn_gate_up_exps.weight": Kind.Q4_1, "": Kind.Q4_0}
+    file = gemma4_file(tmp_path / "m.gguf", golden[0], kinds)
+    (folder,) = convert(file, tmp_path / "out")
+    found, numbers = weights_of(folder), numbers_of(file)
+    pairs = {"token_embd": "embed_tokens", "blk.1.attn_q": "layers.1.self_attn.q_proj",
+             "blk.0.post_ffw_norm": "layers.0.post_feedforward_layernorm"}  # fmt: skip
+    for theirs, ours in pairs.items():
+        assert np.array_equal(found[f"model.{ours}.weight"], numbers[f"{theirs}.weight"]), theirs
+    stored = Checkpoint.open(folder).weights()
+    assert stored["model.layers.1.self_attn.q_proj.scales"].dtype == mx.float16
+    assert stored["model.norm.weight"].dtype == mx.bfloat16
+    assert np.array_equal(found["model.layers.0.layer_scalar"], numbers["blk.0.layer_output_scale.weight"])
+    if (experts := numbers.get("blk.0.ffn_gate_up_exps.weight")) is not None:
+        parts = [found[f"model.layers.0.experts.switch_glu.{part}_proj.weight"] for part in ("gate", "up")]
+        assert np.array_equal(np.concatenate(parts, axis=1), experts)
+        assert "model.layers.0.experts.switch_glu.up_proj.scales" in stored
+    target = load_target(Checkpoint.open(folder))
+    assert np.isfinite(np.array(target.logits(mx.array([[1, 2, 3]])))).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"attention.sliding_window_pattern": [True] * 4}, "order of layers"),
+        ({"attention.sliding_window_pattern": [True, False]}, "a number for each of 4 layers"),
+        ({"feed_forward_length": [32, 32, 48, 32]}, "order of layers"),
+        ({"attention.head_count_kv": [2, 1, 2, 1]}, "heads for K/V"),
+        ({"attention.value_length_swa": 4}, "the size of a head"),
+        ({"final_logit_softcapping": None}, "final_logit_softcapping"),
+        ({"attention.scale": 0.5}, "'gemma4.attention.scale' asks of the model is not known"),
+        ({"tensors": {"rope_freqs.weight": np.array([1.0, 2.0, *[1e30] * 6], np.float32)}}, "rotary embedding"),
+        ({"tensors": {"output.weight": np.zeros((128, 32), np.float32)}}, "no gemma4 model has,"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_not_known_of_a_gemma_4_is_refused(tmp_path: Path, fields: dict[str, Any], sentence: str) -> None:
+    file = gemma4_file(tmp_path / "m.gguf", GOLDEN / "keqv", **fields)
+    with pytest.raises(mlx_mtp.MLXMTPError, match=sentence) as refused:
+        convert(file, tmp_path / "out")
+    assert "\n" not in str(refused.value) and str(file) in str(refused.value)
+
+
 # Tokenizers
+
+
+def joined(text: str, keys: dict[str, Any]) -> list[int]:
+    """Ids by the rule of llama.cpp for this kind: of each line, and of the ends of lines between them, the pair whose
+    merge comes first is joined, again and again; what is no token becomes bytes; ends of lines are taken whole."""
+    ids, order = ({name: i for i, name in enumerate(keys[listed])} for listed in ("tokens", "merges"))
+    found = [keys["bos_token_id"]]
+    for run in re.findall(r"[^\n]+|\n+", text.replace(" ", at_hand.SPACE)):
+        pieces = [run] if run in ids else list(run)
+        while ranks := [(order[pair], at) for at in range(len(pieces) - 1)
+                        if (pair := " ".join(pieces[at : at + 2])) in order]:  # fmt: skip
+            at = min(ranks)[1]
+            pieces[at : at + 2] = ["".join(pieces[at : at + 2])]
+        for piece in pieces:
+            found += [ids[piece]] if piece in ids else [ids[f"<0x{byte:02X}>"] for byte in piece.encode()]
+    return found
+
+
+def test_gemma_4s_ids(tmp_path: Path) -> None:
+    keys = gemma4_tokenizer_keys()
+    (folder,) = convert(write_gguf(tmp_path / "m.gguf", tokenizer=keys, template=None), tmp_path / "out")
+    from transformers import AutoTokenizer
+
+    ours = AutoTokenizer.from_pretrained(folder)
+    for text in (*at_hand.TEXTS, "  two  spaces ", "lines\n\nand\n\n\n more\n", "\n\n", "x" * 30, "tab\tand"):
+        assert ours.encode(text) == joined(text, keys), text
+        assert ours.decode(ours.encode(text, add_special_tokens=False)) == text
 
 
 def test_byte_level_ids(tmp_path: Path) -> None:

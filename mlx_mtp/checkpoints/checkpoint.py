@@ -214,11 +214,12 @@ def section(fields: Mapping[str, Any], key: str, where: str = "config.json") -> 
 
 
 def compute_dtype(weights: Mapping[str, mx.array]) -> mx.Dtype:
-    """float32 on a CPU, where half precision is emulated and slow; elsewhere the checkpoint's own type."""
-    if mx.default_device() == mx.Device(mx.cpu):
+    """float32 on a CPU, where half precision is emulated and slow; elsewhere the checkpoint's own type, and float32
+    where it has both kinds of half precision, as neither holds what the other does."""
+    halves = {w.dtype for w in weights.values() if w.dtype in (mx.bfloat16, mx.float16)}
+    if len(halves) != 1 or mx.default_device() == mx.Device(mx.cpu):
         return mx.float32
-    halves = [w.dtype for w in weights.values() if w.dtype in (mx.bfloat16, mx.float16)]
-    return max(set(halves), key=halves.count) if halves else mx.float32
+    return halves.pop()
 
 
 def named_parameters(module: nn.Module) -> dict[str, mx.array]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import mmap
 import reprlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4",
            12: "<f8"}  # fmt: skip
 STRING, ARRAY = 8, 9
 MOST_DIMENSIONS = 4
+PIECE = 1 << 25  # numbers of a tensor that are unpacked at once
 # Block types that need no library: name, numbers in a block, bytes of a block.
 KINDS = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 8: ("Q8_0", 32, 34),
          30: ("BF16", 1, 2)}  # fmt: skip
@@ -37,7 +39,7 @@ class BlockTensor:
 
     kind: str
     shape: tuple[int, ...]
-    data: np.ndarray[Any, np.dtype[np.uint8]]  # [rows, bytes of a row], mapped
+    data: np.ndarray[Any, np.dtype[np.uint8]]  # [..., rows, bytes of a row], mapped
 
     def floats(self) -> Array:
         """Its numbers: float32 as gguf computes them, float16 where it holds those."""
@@ -47,6 +49,22 @@ class BlockTensor:
             return (self.data.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(self.shape)
         library = _library()
         return library.dequantize(self.data, library.GGMLQuantizationType[self.kind]).reshape(self.shape)
+
+    def pieces(self) -> Iterator[BlockTensor]:
+        """Its rows, of all its matrices, some at a time: unpacked, a table of a large vocabulary takes many GB."""
+        data, width = self.data.reshape(-1, self.data.shape[-1]), self.shape[-1]
+        step = max(1, PIECE // width)
+        for at in range(0, len(data), step):
+            part = data[at : at + step]
+            yield BlockTensor(self.kind, (len(part), width), part)
+
+    def halves(self) -> tuple[BlockTensor, BlockTensor]:
+        """The first and the second half of the rows of each of its matrices; nothing is read."""
+        *outer, rows, width = self.shape
+        data, half = self.data.reshape(*outer, rows, -1), rows // 2
+        parts = data[..., :half, :], data[..., half:, :]
+        first, second = (BlockTensor(self.kind, (*outer, part.shape[-2], width), part) for part in parts)
+        return first, second
 
 
 def _library() -> Any:

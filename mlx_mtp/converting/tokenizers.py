@@ -1,7 +1,8 @@
 """Tokenizers of other formats as tokenizer.json and tokenizer_config.json, written with the library tokenizers.
 
-Two kinds: byte-level pairs with a list of merges (GGUF's "gpt2"; `tokenizer.ggml.pre` names how text is cut first), and
-sentencepiece's pairs (GGUF's "llama", Meta's tokenizer.model): pieces with scores, which tell the order of merges.
+Three kinds: byte-level pairs with a list of merges (GGUF's "gpt2"; `tokenizer.ggml.pre` names how text is cut first),
+sentencepiece's pairs (GGUF's "llama", Meta's tokenizer.model): pieces with scores, which tell the order of merges, and
+such pairs with a list of merges (GGUF's "gemma4"), which never cross the end of a line.
 Facts: llama.cpp's llama-vocab.cpp and convert_hf_to_gguf.py, and the tokenizers of the models as published.
 """
 
@@ -30,6 +31,8 @@ WHOLE_WORDS = ("llama-bpe", "tekken")  # take a word of the vocabulary as it is,
 ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")  # end a reply, in the order in which a checkpoint names them
 DIGITS = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
 BYTES = pre_tokenizers.ByteLevel(False, use_regex=False)
+PIECES = ("llama", "gemma4")  # kinds with pieces of text in place of bytes
+LINES = pre_tokenizers.Split(Regex(r"\n+"), "isolated")  # ends of lines in a row are one word
 # `tokenizer.ggml.pre` -> how text is cut into words.
 CUTS: dict[str, list[Any]] = {
     "gpt-2": [pre_tokenizers.ByteLevel(False)],
@@ -79,11 +82,12 @@ class StatedTokenizer:
                                   "belong together, or a token is in them twice; download the file again.")  # fmt: skip
         self._kinds = [int(kind) for kind in kinds]
         self._model, self._cut = self._get("model"), self._get("pre")
-        if self._model != "llama" and (self._model != "gpt2" or self._cut not in CUTS):
+        if self._model not in PIECES and (self._model != "gpt2" or self._cut not in CUTS):
             kind = f"'{self._model}'" + (f" that cuts text as '{self._cut}'" if self._model == "gpt2" else "")
             raise UnsupportedModel(
-                f"{self._path} has a tokenizer of kind {kind}, and those known here are 'llama', and 'gpt2' with "
-                f"{', '.join(CUTS)}; use the checkpoint in Hugging Face's layout."
+                f"{self._path} has a tokenizer of kind {kind}, and those known here are "
+                f"{', '.join(map(repr, PIECES))}, and 'gpt2' with {', '.join(CUTS)}; "
+                "use the checkpoint in Hugging Face's layout."
             )
 
     @property
@@ -105,7 +109,7 @@ class StatedTokenizer:
                                   "the tokenizer of this checkpoint.")  # fmt: skip
         # tokenizers raises plain Exception
         with explaining(f"{self._path}: its tokens and merges make no tokenizer", "download the file again", Exception):
-            tokenizer = self._pairs() if self._model == "llama" else self._byte_level()
+            tokenizer = self._pairs() if self._model in PIECES else self._byte_level()
             self._mark_special(tokenizer)
         tokenizer.save(str(folder / "tokenizer.json"))
         named = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
@@ -121,34 +125,40 @@ class StatedTokenizer:
         return tokenizer
 
     def _byte_level(self) -> Tokenizer:
-        pairs: list[Any] = [tuple(merge.split(" ", 1)) for merge in self._listed("merges")]
-        tokenizer = Tokenizer(models.BPE(self._vocabulary, pairs, ignore_merges=self._cut in WHOLE_WORDS))
+        tokenizer = Tokenizer(models.BPE(self._vocabulary, self._merges(), ignore_merges=self._cut in WHOLE_WORDS))
         if self._cut == "qwen2":
             tokenizer.normalizer = normalizers.NFC()
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(CUTS[self._cut])
         tokenizer.decoder = decoders.ByteLevel()
         return tokenizer
 
-    def _pairs(self) -> Tokenizer:
-        """sentencepiece's. Usually a space is put before every text, also before one that begins with a space, as code
-        often does (transformers' own LlamaTokenizer puts none there)."""
-        vocabulary, unknown, merges = self._vocabulary, self.id_of("unknown_token_id"), []
+    def _merges(self) -> list[Any]:
+        """Pairs of pieces in the order in which they are joined."""
+        if self._model != "llama":
+            return [tuple(merge.split(" ", 1)) for merge in self._listed("merges")]
+        vocabulary, merges = self._vocabulary, []
         for piece, score in zip(self.tokens, self._get("scores"), strict=True):
             for at in range(1, len(piece)):
                 left, right = vocabulary.get(piece[:at]), vocabulary.get(piece[at:])
                 if left is not None and right is not None:
                     merges.append((-float(score), left, right))
+        return [(self.tokens[left], self.tokens[right]) for _, left, right in sorted(merges)]
+
+    def _pairs(self) -> Tokenizer:
+        """sentencepiece's. Usually a space is put before every text, also before one that begins with a space, as code
+        often does (transformers' own LlamaTokenizer puts none there)."""
+        unknown, lines = self.id_of("unknown_token_id"), self._model == "gemma4"
         tokenizer = Tokenizer(models.BPE(
-            vocabulary, [(self.tokens[left], self.tokens[right]) for _, left, right in sorted(merges)],
-            unk_token=None if unknown is None else self.tokens[unknown], fuse_unk=True, byte_fallback=True,
+            self._vocabulary, self._merges(), unk_token=None if unknown is None else self.tokens[unknown],
+            fuse_unk=True, byte_fallback=True, ignore_merges=lines,
         ))  # fmt: skip
         spaces: list[Any] = [normalizers.Replace(" ", SPACE)]
         ends: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-        if self._get("add_space_prefix", True):
+        if self._get("add_space_prefix", not lines):
             spaces.insert(0, normalizers.Prepend(SPACE))
             ends.append(decoders.Strip(" ", 1, 0))
         else:
-            tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+            tokenizer.pre_tokenizer = LINES if lines else pre_tokenizers.Split(" ", "merged_with_previous")
         tokenizer.normalizer, tokenizer.decoder = normalizers.Sequence(spaces), decoders.Sequence(ends)
         return tokenizer
 
@@ -158,9 +168,9 @@ class StatedTokenizer:
         special = [token for token, kind in kinds if kind in (UNKNOWN, CONTROL)]
         tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
         tokenizer.add_tokens([AddedToken(token, normalized=False) for token, kind in kinds if kind == USER])
-        after: list[Any] = [] if self._model == "llama" else [processors.ByteLevel(trim_offsets=False)]
+        after: list[Any] = [] if self._model in PIECES else [processors.ByteLevel(trim_offsets=False)]
         first = self.id_of("bos_token_id")
-        if first is not None and self._get("add_bos_token", self._model == "llama"):
+        if first is not None and self._get("add_bos_token", self._model in PIECES):
             name = self.tokens[first]
             after.append(processors.TemplateProcessing(single=[name, "$A"], pair=[name, "$A", f"{name}:1", "$B:1"],
                                                        special_tokens=[(name, first)]))  # fmt: skip
