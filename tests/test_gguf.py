@@ -155,7 +155,11 @@ def test_gemma_4s_logits_are_transformers_and_mlx_lms(golden: Any, tmp_path: Pat
     from mlx_lm.utils import load_model
 
     source, arrays = golden
-    (folder,) = convert(gemma4_file(tmp_path / "m.gguf", source), tmp_path / "out")
+    # Published checkpoints hold K/V of their own for layers that reuse others'; nothing reads them.
+    unread = {"attn_k.weight": (16, 32), "attn_v.weight": (16, 32), "attn_k_norm.weight": (16,)}
+    more = {f"blk.5.{name}": np.full(shape, 7.0, np.float32) for name, shape in unread.items()}
+    file = gemma4_file(tmp_path / "m.gguf", source, tensors=more if source.name == "ple" else {})
+    (folder,) = convert(file, tmp_path / "out")
     tokens = mx.array(arrays["input_ids"])
     found = np.array(load_target(Checkpoint.open(folder)).logits(tokens))
     assert np.abs(found - arrays["logits"]).max() < 1e-3
