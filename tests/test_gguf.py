@@ -203,6 +203,7 @@ def test_gemma_4s_blocks_keep_their_value(golden: Any, tmp_path: Path, monkeypat
         ({"attention.head_count_kv": [2, 1, 2, 1]}, "heads for K/V"),
         ({"attention.value_length_swa": 4}, "the size of a head"),
         ({"final_logit_softcapping": None}, "final_logit_softcapping"),
+        ({"rope.scaling.type": "yarn"}, "rotary embedding"),
         ({"attention.scale": 0.5}, "'gemma4.attention.scale' asks of the model is not known"),
         ({"tensors": {"rope_freqs.weight": np.array([1.0, 2.0, *[1e30] * 6], np.float32)}}, "rotary embedding"),
         ({"tensors": {"output.weight": np.zeros((128, 32), np.float32)}}, "no gemma4 model has,"),

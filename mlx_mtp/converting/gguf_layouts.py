@@ -23,7 +23,7 @@ LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias|scale)")
 ROPE_FACTORS = "rope_freqs.weight"
 # Llama 3.1's and later way of slowing down slow rotations; a file holds what comes of it, without these numbers.
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-STILL = 1e29  # a rotation that is slowed down so much is none: 1e30 is written
+STILL = 1e29  # a rotation that is slowed down by so much is none; files say 1e30
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
@@ -191,7 +191,7 @@ class Gemma4(Layout):
         "pre_ffw_norm_2": "pre_feedforward_layernorm_2", "ffn_gate_inp": "router.proj",
         "ffn_down_exps": "experts.switch_glu.down_proj",
     }  # fmt: skip
-    # What is a name of its own, and no part of a layer in the layer.
+    # Tensors whose new names do not end in 'weight'.
     single = {"layer_output_scale.weight": "layer_scalar", "ffn_gate_inp.scale": "router.scale",
               "ffn_down_exps.scale": "router.per_expert_scale"}  # fmt: skip
     reused = ("attn_k", "attn_v", "attn_k_norm")
@@ -255,12 +255,13 @@ class Gemma4(Layout):
         return values
 
     def _rope(self, size: int) -> dict[str, Any]:
-        """Full layers turn only the first of their pairs: the others are slowed down to a stand."""
+        """Full layers turn only the first of their pairs: the others are slowed down to a standstill."""
         base = self._number("rope.freq_base", float, 1.0, 1e12)
         small = self._number("rope.freq_base_swa", float, 1.0, 1e12)
         factors = np.zeros(0) if self._factors is None else self._factors.floats()
         turning = int((factors == 1.0).sum())
-        if factors.shape != (size // 2,) or (factors[:turning] != 1.0).any() or (factors[turning:] < STILL).any():
+        odd = factors.shape != (size // 2,) or (factors[:turning] != 1.0).any() or (factors[turning:] < STILL).any()
+        if odd or self._keys.get(f"{self._prefix}rope.scaling.type", "none") != "none":
             raise self._unknown("its way of scaling the rotary embedding")
         return {
             SLIDING: {"rope_type": "default", "rope_theta": small},
