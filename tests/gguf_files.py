@@ -171,7 +171,7 @@ def write_gguf(
             continue
         if array.ndim < 2 or choice == Kind.F32 or array.shape[-1] % 32:
             writer.add_tensor(name, array)
-        elif choice in (Kind.Q4_K, Kind.Q6_K):
+        elif choice in (Kind.Q4_K, Kind.Q6_K, Kind.IQ4_NL):
             writer.add_tensor(name, _random_blocks(array, choice), raw_dtype=choice)
         else:
             writer.add_tensor(name, gguf.quantize(array, choice), raw_dtype=choice)
@@ -200,7 +200,7 @@ def _random_blocks(array: np.ndarray, kind: Kind) -> np.ndarray:
     count, size = gguf.GGML_QUANT_SIZES[kind]
     blocks = np.random.default_rng(1).integers(0, 256, (array.size // count, size)).astype(np.uint8)
     scale = np.full((len(blocks), 1), 1e-3, "<f2").view(np.uint8)
-    for at in (0, 2) if kind == Kind.Q4_K else (208,):
+    for at in {Kind.Q4_K: (0, 2), Kind.Q6_K: (208,), Kind.IQ4_NL: (0,)}[kind]:
         blocks[:, at : at + 2] = scale
     return blocks.reshape(len(array), -1)
 

@@ -48,9 +48,9 @@ TOLERANCE = 2e-3
 WHEEL = "tiny_model-1.0-py3-none-any.whl"
 PIECE = 500  # bytes that huggingface_hub hands on at once
 TOKENS = np.random.default_rng(4).integers(10, 360, 20)
-MIXED = {"token_embd.weight": Kind.Q8_0, "attn_v.weight": Kind.Q5_0, "ffn_up.weight": Kind.BF16,
-         "attn_q.weight": Kind.Q4_0, "ffn_down.weight": Kind.F16, "attn_output.weight": Kind.F32,
-         "": Kind.Q4_1}  # fmt: skip
+MIXED = {"token_embd.weight": Kind.Q8_0, "attn_v.weight": Kind.IQ4_NL, "ffn_up.weight": Kind.BF16,
+         "attn_q.weight": Kind.Q4_0, "attn_k.weight": Kind.Q5_0, "ffn_gate.weight": Kind.Q5_1,
+         "ffn_down.weight": Kind.F16, "attn_output.weight": Kind.F32, "": Kind.Q4_1}  # fmt: skip
 
 
 def weights_of(folder: Path) -> dict[str, np.ndarray]:
@@ -78,7 +78,7 @@ def test_logits_are_the_files_own_and_mlx_lms(tmp_path: Path, arch: str, tied: b
     (folder,) = convert(file, tmp_path / "out")
     found = np.array(load_target(Checkpoint.open(folder)).logits(mx.array(TOKENS[None])))[0]
     expected = gguf_logits(file, arch, TOKENS)
-    # Q5_0 becomes half precision, all else keeps its value.
+    # IQ4_NL becomes half precision, all else keeps its value.
     assert np.abs(found - expected).max() < (TOLERANCE if kinds is Kind.Q4_1 else 0.05)
     assert expected.std() > 0.5
     model, tokenizer = load(str(folder))
@@ -94,6 +94,7 @@ def test_blocks_that_mlx_has_and_plain_numbers_keep_their_value(tmp_path: Path) 
     for theirs, ours in (("token_embd", "model.embed_tokens"), ("blk.1.attn_q", "model.layers.1.self_attn.q_proj"),
                          ("blk.1.attn_k", "model.layers.1.self_attn.k_proj"),
                          ("blk.0.ffn_up", "model.layers.0.mlp.up_proj"),
+                         ("blk.1.ffn_gate", "model.layers.1.mlp.gate_proj"),
                          ("blk.0.ffn_down", "model.layers.0.mlp.down_proj"), ("output_norm", "model.norm"),
                          ("blk.0.attn_output", "model.layers.0.self_attn.o_proj")):  # fmt: skip
         assert np.array_equal(found[f"{ours}.weight"], numbers[f"{theirs}.weight"]), theirs

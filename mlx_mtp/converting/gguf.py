@@ -1,7 +1,7 @@
 """A GGUF file as a checkpoint folder in Hugging Face's layout, which mlx-lm loads too (gguf_layouts.py).
 
-Weights: blocks of Q4_0, Q4_1 and Q8_0 become MLX's affine groups of 32 without any rounding, since all three are
-scale * q + offset; so one folder may hold 4 bits, 8 bits and plain layers. Other blocks are turned into numbers by the
+Weights: blocks of Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 become MLX's affine groups of 32 without any rounding, since all are
+scale * q + offset; so one folder may hold 4, 5 and 8 bits and plain layers. Other blocks are turned into numbers by the
 library gguf and stored in half precision: float16 beside such groups, whose scales are float16 (MLX computes in float32
 where the two meet), else bfloat16. Plain numbers keep their value: a type that would round them is not used.
 """
@@ -17,13 +17,15 @@ import numpy as np
 from mlx_lm.utils import _get_classes
 
 from mlx_mtp.checkpoints.checkpoint import check_shapes, write_json, write_tensors
-from mlx_mtp.converting.gguf_file import BlockTensor, GGUFFile
+from mlx_mtp.converting.gguf_file import Array, BlockTensor, GGUFFile
 from mlx_mtp.converting.gguf_layouts import layout_of
 from mlx_mtp.converting.meta import halves
 from mlx_mtp.converting.tokenizers import StatedTokenizer
 
 GROUP = 32
-BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}  # block types that MLX has
+# Block types that MLX has: bits, and the offset in scales; None where a block has one of its own.
+BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8}
+OFFSETS = {"Q4_0": -8, "Q4_1": None, "Q5_0": -16, "Q5_1": None, "Q8_0": -128}
 SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
             "penalty_repeat": "repetition_penalty"}  # fmt: skip
 
@@ -106,19 +108,26 @@ def _bits(tensor: BlockTensor) -> int | None:
 def _groups(tensor: BlockTensor) -> dict[str, mx.array]:
     """MLX's groups of 32 (packed uint32, scales and offsets float16); each number is the block's own.
 
-    A block: its scale, for Q4_1 an offset (float16), then 32 numbers: bytes, or halves of bytes, the lower halves
-    first. MLX packs upwards from the lowest bits.
+    A block: its scale, for some an offset (float16), then 32 numbers: bytes, or halves of bytes, the lower halves
+    first, in front of them their fifth bits. MLX packs upwards from the lowest bits.
     """
-    rows = len(tensor.data)
-    head, factor = {"Q8_0": (2, -128), "Q4_0": (2, -8), "Q4_1": (4, None)}[tensor.kind]
-    block = tensor.data.reshape(rows, -1, head + (32 if tensor.kind == "Q8_0" else 16))
+    rows, bits, factor = len(tensor.data), BITS[tensor.kind], OFFSETS[tensor.kind]
+    head = 2 if factor else 4
+    block = tensor.data.reshape(rows, -1, head + 4 * bits)
     halves_of_head = np.ascontiguousarray(block[..., :head]).view("<f2")
     scale, numbers = halves_of_head[..., 0], block[..., head:]
-    if tensor.kind == "Q8_0":
-        packed = (numbers ^ 0x80).reshape(rows, -1)  # int8 q as q + 128
+    packed: Array
+    if bits == 8:
+        packed = numbers ^ 0x80  # int8 q as q + 128
     else:
-        numbers = np.concatenate([numbers & 15, numbers >> 4], axis=-1).reshape(rows, -1)
-        packed = numbers[:, 0::2] | numbers[:, 1::2] << 4
+        fifth, low = numbers[..., :-16], numbers[..., -16:]
+        numbers = np.concatenate([low & 15, low >> 4], axis=-1)
+        if bits == 4:
+            packed = numbers[..., 0::2] | numbers[..., 1::2] << 4
+        else:
+            numbers |= np.unpackbits(fifth, axis=-1, bitorder="little") << 4
+            single = np.unpackbits(numbers[..., None], axis=-1, count=bits, bitorder="little")
+            packed = np.packbits(single.reshape(*numbers.shape[:2], -1), axis=-1, bitorder="little")
     offset = halves_of_head[..., 1] if factor is None else scale * np.float16(factor)
-    return {"weight": mx.array(np.ascontiguousarray(packed).view("<u4")), "scales": mx.array(scale),
+    return {"weight": mx.array(np.ascontiguousarray(packed.reshape(rows, -1)).view("<u4")), "scales": mx.array(scale),
             "biases": mx.array(offset)}  # fmt: skip

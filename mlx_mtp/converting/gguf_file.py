@@ -29,8 +29,8 @@ STRING, ARRAY = 8, 9
 MOST_DIMENSIONS = 4
 PIECE = 1 << 25  # numbers of a tensor that are unpacked at once
 # Block types that need no library: name, numbers in a block, bytes of a block.
-KINDS = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 8: ("Q8_0", 32, 34),
-         30: ("BF16", 1, 2)}  # fmt: skip
+KINDS = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
+         7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 30: ("BF16", 1, 2)}  # fmt: skip
 
 
 @dataclass(frozen=True)
