@@ -173,11 +173,15 @@ def _plan_drafter(model: str | Path | None, target: Source, drafter: str | Path 
 
 
 def _known_drafter(model: str | Path | None, target: Source) -> DrafterPlan:
-    """The assistant beside a local target, or the table's for its name; plain decoding where none is to be had."""
+    """The assistant beside a local target, or the table's for its name or that of the model it was made from; plain
+    decoding where none is to be had."""
     if isinstance(target, Checkpoint) and (found := pairs.beside(target.path)):
         return DrafterPlan(source=Checkpoint.open(found))
-    in_cache = target.name if isinstance(target, Listing) else pairs.hub_name_of(target.path)
-    name = pairs.assistant_of(str(model)) or (in_cache and pairs.assistant_of(in_cache))
+    if isinstance(target, Listing):
+        names = [str(model), target.name]
+    else:
+        names = [str(model), pairs.hub_name_of(target.path) or "", str(target.config.get("base_model", ""))]
+    name = next(filter(None, map(pairs.assistant_of, names)), None)
     if not name:
         log.warning("No drafter is known for '%s': decoding plainly. Name one with --drafter.", model)
         return DrafterPlan()

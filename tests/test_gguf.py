@@ -140,15 +140,15 @@ def test_llama_3s_slow_rotations_are_recognised(tmp_path: Path) -> None:
 
 
 def gemma4_file(file: Path, golden: Path, kinds: Any = Kind.F32, **changed: Any) -> Path:
-    """changed: other keys, or tensors."""
+    """changed: other keys, tensors, or keys that are not the architecture's ("general")."""
     keys, tensors = gemma4_of(golden / "target")
-    added = changed.pop("tensors", {})
+    added, general = changed.pop("tensors", {}), changed.pop("general", {})
     tokens = gemma4_tokenizer_keys() | {
         "tokens": [*"abcdefg", "ab", "<s>", "</s>", "<unk>", "<pad>"], "merges": ["a b"],
         "token_type": [1] * 8 + [3] * 4, "bos_token_id": 8, "eos_token_id": 9, "unknown_token_id": 10,
         "padding_token_id": 11,
     }  # fmt: skip
-    named = {f"gemma4.{key}": value for key, value in (keys | changed).items() if value is not None}
+    named = {f"gemma4.{key}": value for key, value in (keys | changed).items() if value is not None} | general
     return write_gguf(file, "gemma4", kinds, keys=named, tokenizer=tokens, tensors=tensors | added)
 
 
@@ -170,6 +170,20 @@ def test_gemma_4s_logits_are_transformers_and_mlx_lms(golden: Any, tmp_path: Pat
     engine = mlx_mtp.load(folder, drafter=source / "assistant_tied", depth=3)
     reply = engine.generate(arrays["input_ids"][0].tolist(), max_tokens=20, temperature=0.0, ignore_end=True)
     assert reply.tokens == json.loads((source / "meta.json").read_text())["greedy"] and reply.stats.drafted
+
+
+def test_the_drafter_of_the_model_that_a_file_was_made_from_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tmp_path / "mlx-mtp" / "pairs.json"
+    table.parent.mkdir()
+    pair = {"target": "google/gemma-4-E2B-it", "assistant": str(GOLDEN / "ple" / "assistant_tied")}
+    table.write_text(json.dumps({"pairs": [pair]}))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    for place, found in (("https://huggingface.co/google/gemma-4-E2B-it", True), ("https://example.org/x", False)):
+        file = gemma4_file(tmp_path / "m.gguf", GOLDEN / "ple", general={"general.base_model.0.repo_url": place})
+        (folder,) = convert(file, tmp_path / "out", force=True)
+        assert (mlx_mtp.load(folder).drafter is not None) == found
 
 
 def test_gemma_4s_blocks_keep_their_value(golden: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

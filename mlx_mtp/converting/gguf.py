@@ -22,6 +22,7 @@ from mlx_mtp.converting.gguf_layouts import layout_of
 from mlx_mtp.converting.meta import halves
 from mlx_mtp.converting.tokenizers import StatedTokenizer
 
+HUB = "https://huggingface.co/"
 GROUP = 32
 # Block types that MLX has: bits, and the offset in scales; None where a block has one of its own.
 BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8}
@@ -42,7 +43,9 @@ def bring_in(source: Path, folder: Path) -> None:
     sampling = {ours: file.keys[key] for key, ours in stated.items() if key in file.keys}
     drawn = {"do_sample": True} if sampling.get("temperature") else {}
     write_json(folder / "generation_config.json", ids | drawn | sampling)
-    write_tensors(folder, model.config | ids, model.arrays())
+    made_from = str(file.keys.get("general.base_model.0.repo_url", ""))
+    base = {"base_model": made_from.removeprefix(HUB)} if made_from.startswith(HUB) else {}  # its drafter fits as well
+    write_tensors(folder, model.config | ids | base, model.arrays())
 
 
 class _Model:
