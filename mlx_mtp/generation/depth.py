@@ -44,9 +44,9 @@ SCATTER = 15
 # Acceptance is a share of rounds that fade by this factor: within a request with every round, over all requests with
 # every round that drafted.
 FADE, LONG_FADE = 0.97, 0.99
-# The chance of a draft where none was made; and for how many rounds of a request counts what all others let expect.
-# Replies differ, but less than the first rounds of one: with fewer the depth follows chance (a hundred replies of
-# SmolLM2 and its drafter, played again: 2 % slower with 1), with more it is late where nothing is accepted.
+# The chance of a draft where none was made; and for how many rounds of a request counts what all others have taught.
+# Replies differ, but less than the first rounds of each: with fewer the depth follows chance (1 is 2 % slower over a
+# hundred recorded replies of SmolLM2), with more it notices late that nothing is accepted.
 PRIOR, EXPECTED = 0.6, 4.0
 # Any change lasts so many rounds: two between others of its depth are timed.
 HOLD = 4
