@@ -205,8 +205,10 @@ def test_gemma_4s_blocks_keep_their_value(golden: Any, tmp_path: Path, monkeypat
         parts = [found[f"model.layers.0.experts.switch_glu.{part}_proj.weight"] for part in ("gate", "up")]
         assert np.array_equal(np.concatenate(parts, axis=1), experts)
         assert "model.layers.0.experts.switch_glu.up_proj.scales" in stored
-    target = load_target(Checkpoint.open(folder))
-    assert np.isfinite(np.array(target.logits(mx.array([[1, 2, 3]])))).all()
+    whole = gemma4_file(tmp_path / "whole.gguf", golden[0], Kind.F32, tensors=numbers)  # as gguf unpacks them
+    targets = [load_target(Checkpoint.open(each)) for each in (folder, *convert(whole, tmp_path / "whole"))]
+    packed, plain = (np.array(target.logits(mx.array(TOKENS[None] % 128))) for target in targets)
+    assert np.abs(packed - plain).max() < TOLERANCE and plain.std() > 0.1
 
 
 @pytest.mark.parametrize(
