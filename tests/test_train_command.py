@@ -53,6 +53,15 @@ def test_an_interrupt_is_answered_while_a_step_runs(interrupts: None) -> None:
     assert screen.getvalue().rstrip().endswith(f"To go on: {COMMAND}")
 
 
+def test_an_interrupt_that_is_ignored_is_not_answered(interrupts: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a job in the background; it goes on to its end."""
+    monkeypatch.setitem(globals(), "PATIENCE", 0.1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    screen = io.StringIO()
+    assert train.show(step_that_is_interrupted(screen, []), Console(file=screen), COMMAND) == 0
+    assert "Stopping" not in screen.getvalue()
+
+
 def test_without_an_interrupt_nothing_is_said_and_what_comes_out_is_returned() -> None:
     def stages() -> Generator[Stage, None, str]:
         yield Stage("measured", 1, 1)

@@ -290,16 +290,17 @@ def _joined(value: tuple[mx.array, mx.array]) -> mx.array:
 def interrupts_wait() -> Iterator[None]:
     """Within: Ctrl-C waits for the end of the block, so that what is in it is done whole or not begun.
 
-    Python interrupts its main thread alone; in others nothing has to wait.
+    Python interrupts its main thread alone; in others nothing has to wait, nor where Ctrl-C is ignored.
     """
-    if threading.current_thread() is not threading.main_thread():
+    came: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield
         return
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    signal.signal(signal.SIGINT, lambda number, _: came.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if came and callable(before):  # a signal raised anew would count as a second one
+    if came:  # a signal raised anew would count as a second one
         before(came[0], None)
