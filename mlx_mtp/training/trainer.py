@@ -24,6 +24,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from mlx_mtp.backend.allocation import freed_memory_kept
 from mlx_mtp.checkpoints.atomic import write_state
 from mlx_mtp.checkpoints.checkpoint import check_finite
 from mlx_mtp.errors import CheckpointError, OptionError
@@ -177,7 +178,7 @@ class Trainer:
         weight or held-out figure that is not finite ends the run with OptionError, after the last step too; the last
         checkpoint is then kept as it is.
         """
-        with locked(self.folder):
+        with locked(self.folder), freed_memory_kept():
             self.resume()
             cut_log(self.log_file, self.step)
             past = read_log(self.log_file) if self.log_file.exists() else []
