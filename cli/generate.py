@@ -74,11 +74,12 @@ def generate(
             grammar=None if grammar is None else _read(grammar, "--grammar"),
             on_prefill=functools.partial(bar.update, "reading the prompt"),
         )  # fmt: skip
-    heard = _printed(stream, bar, engine.tokenizer is not None, toy.is_short(model, max_tokens), as_json)
+    short = toy.is_short(model, max_tokens)
+    heard = _printed(stream, bar, engine.tokenizer is not None, short, as_json)
     if as_json:
         print(json.dumps(_as_dict(heard)))
     elif sys.stdout.isatty():
-        for line in _about(heard, toy.is_short(model, max_tokens)):
+        for line in _about(heard, short):
             console.print(line, style="dim", highlight=False)
     if heard.interrupted:
         raise typer.Exit(130)

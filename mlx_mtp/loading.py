@@ -175,10 +175,10 @@ def _plan_drafter(model: str | Path | None, target: Source, drafter: str | Path 
 def _known_drafter(model: str | Path | None, target: Source) -> DrafterPlan:
     """The assistant beside a local target, or the table's for its name or that of the model it was made from; plain
     decoding where none is to be had."""
-    if isinstance(target, Checkpoint) and (found := pairs.beside(target.path)):
-        return DrafterPlan(source=Checkpoint.open(found))
     if isinstance(target, Listing):
         names = [str(model), target.name]
+    elif found := pairs.beside(target.path):
+        return DrafterPlan(source=Checkpoint.open(found))
     else:
         names = [str(model), pairs.hub_name_of(target.path) or "", str(target.config.get("base_model", ""))]
     name = next(filter(None, map(pairs.assistant_of, names)), None)

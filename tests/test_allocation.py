@@ -41,5 +41,6 @@ def test_freed_memory_stays_until_the_end() -> None:
 
 def test_where_there_is_no_such_library_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(ctypes, "CDLL", None)  # nobody may ask for one
     with freed_memory_kept():
         used()

@@ -16,6 +16,7 @@ import numpy as np
 from mlx_mtp.checkpoints.checkpoint import Number, number
 from mlx_mtp.converting.gguf_file import Array, BlockTensor, GGUFFile
 from mlx_mtp.errors import CheckpointError, UnsupportedModel
+from mlx_mtp.generation.cache import FULL, SLIDING
 from mlx_mtp.targets.generic import MAX_COUNT, MAX_SIZE
 
 ELSE = "use the checkpoint in Hugging Face's layout"  # what to do about what is not known
@@ -24,7 +25,6 @@ ROPE_FACTORS = "rope_freqs.weight"
 # Llama 3.1's and later way of slowing down slow rotations; a file holds what comes of it, without these numbers.
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 STILL = 1e29  # a rotation that is slowed down by so much is none; files say 1e30
-SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 class Layout:
